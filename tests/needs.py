@@ -1,0 +1,135 @@
+"""What a group of tests may need of the machine, each tried for real: a program that is there may still not run."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ACCOUNT_KEYS = ("ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN")
+
+
+def _output(*command: str | Path) -> tuple[bool, str]:
+    """Whether the command ended well, and what it said."""
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        return False, str(problem)
+    return done.returncode == 0, (done.stdout or done.stderr).strip()
+
+
+def _answers(program: Path) -> bool:
+    return program.is_file() and _output(program, "--version")[0]
+
+
+def pinned_claude_version() -> str:
+    """The Claude Code that the tests were written against."""
+    return (ROOT / ".ci" / "claude-version").read_text().strip()
+
+
+def _global_node_modules() -> list[Path]:
+    places = [
+        Path("/usr/local/lib/node_modules"),
+        Path("/usr/lib/node_modules"),
+        Path("~/.npm-global/lib/node_modules"),
+    ]
+    if shutil.which("npm"):
+        ok, said = _output("npm", "root", "-g")
+        if ok and said:
+            places.insert(0, Path(said.splitlines()[-1]))
+    return [place.expanduser() for place in places]
+
+
+@functools.cache
+def find_claude() -> Path | None:
+    """Claude Code as an executable that answers, or None. HIVE_CLAUDE is a choice: nothing else is tried then."""
+    if chosen := os.environ.get("HIVE_CLAUDE"):
+        return Path(chosen) if _answers(Path(chosen)) else None
+    processor = "arm64" if os.uname().machine in ("aarch64", "arm64") else "x64"
+    native = Path("@anthropic-ai") / f"claude-code-linux-{processor}" / "claude"
+    near = [ROOT / ".npm" / "node_modules" / native, Path("~/.local/bin/claude").expanduser()]
+    if on_path := shutil.which("claude"):
+        near.insert(0, Path(on_path))
+    for program in near:
+        if _answers(program):
+            return program
+    for modules in _global_node_modules():
+        # npm puts the optional package beside the main one or, for a global install, beneath it.
+        for program in (modules / native, modules / "@anthropic-ai" / "claude-code" / "node_modules" / native):
+            if _answers(program):
+                return program
+    return None
+
+
+@functools.cache
+def find_chromium() -> Path | None:
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        program = shutil.which(name)
+        if program and _answers(Path(program)):
+            return Path(program)
+    return None
+
+
+@functools.cache
+def bwrap_works() -> bool:
+    return _output("bwrap", "--unshare-all", "--ro-bind", "/", "/", "true")[0]
+
+
+def _setting(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _git() -> str | None:
+    return None if _output("git", "--version")[0] else "git does not run (apt-get install git)"
+
+
+def _bwrap() -> str | None:
+    if bwrap_works():
+        return None
+    if not shutil.which("bwrap"):
+        return "bwrap is not installed (apt-get install bubblewrap)"
+    if _setting("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == "1":
+        return (
+            "AppArmor keeps bwrap from making user namespaces (put `profile bwrap /usr/bin/bwrap flags=(unconfined)"
+            " { userns, }` into /etc/apparmor.d/bwrap and run `apparmor_parser -r /etc/apparmor.d/bwrap`; or, for the"
+            " whole machine, `sysctl -w kernel.apparmor_restrict_unprivileged_userns=0`)"
+        )
+    if _setting("/proc/sys/kernel/unprivileged_userns_clone") == "0":
+        return "the kernel refuses user namespaces (sysctl -w kernel.unprivileged_userns_clone=1)"
+    if _setting("/proc/sys/user/max_user_namespaces") == "0":
+        return "the kernel allows no user namespaces (sysctl -w user.max_user_namespaces=15000)"
+    said = _output("bwrap", "--unshare-all", "--ro-bind", "/", "/", "true")[1]
+    return f"bwrap is installed and makes no sandbox: {said} (a container needs leave to make user namespaces)"
+
+
+def _claude() -> str | None:
+    if find_claude():
+        return None
+    if chosen := os.environ.get("HIVE_CLAUDE"):
+        return f"HIVE_CLAUDE is {chosen}, and that does not answer --version"
+    package = f"@anthropic-ai/claude-code@{pinned_claude_version()}"
+    return f"Claude Code is not found (npm install --prefix .npm --no-save {package})"
+
+
+def _chromium() -> str | None:
+    return None if find_chromium() else "no Chromium answers (apt-get install chromium)"
+
+
+def _account() -> str | None:
+    if os.environ.get("HIVE_TEST_ACCOUNT") == "1" and any(os.environ.get(key) for key in ACCOUNT_KEYS):
+        return None
+    return f"it spends money, so it has to be asked for (HIVE_TEST_ACCOUNT=1 with {' or '.join(ACCOUNT_KEYS)})"
+
+
+PROBES = {"git": _git, "bwrap": _bwrap, "claude": _claude, "chromium": _chromium, "account": _account}
+
+
+def missing(need: str) -> str | None:
+    """Why the need is not met and how to meet it, or None."""
+    return PROBES[need]()

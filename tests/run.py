@@ -1,0 +1,169 @@
+"""Runs the groups of tests/groups.toml that this machine can run: `python -m tests.run [GROUP ...]`.
+
+One pytest process per group. The last line is `N passed, N failed, N skipped`; the exit code is 1 if a test failed, a
+group collected nothing, or, with HIVE_REQUIRE=ci, a group was left out whose home is ci.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from tests import needs
+
+
+@dataclass(frozen=True)
+class Group:
+    name: str
+    paths: list[str]
+    needs: list[str]
+    home: str
+    share_s: float
+
+
+@dataclass(frozen=True)
+class Counts:
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped)
+
+    def __str__(self) -> str:
+        return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+
+    @property
+    def total(self) -> int:
+        return self.passed + self.failed + self.skipped
+
+
+def load_groups(table: Path) -> list[Group]:
+    return [Group(**entry) for entry in tomllib.loads(table.read_text())["group"]]
+
+
+def read_counts(report: Path) -> Counts:
+    """The counts of a pytest report in JUnit form: an expected failure passed, an error failed."""
+    passed = failed = skipped = 0
+    for case in ET.parse(report).iter("testcase"):
+        skip = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed += 1
+        elif skip is not None and skip.get("type") != "pytest.xfail":
+            skipped += 1
+        else:
+            passed += 1
+    return Counts(passed, failed, skipped)
+
+
+def _environment(group: Group) -> dict[str, str]:
+    """Only the group that is meant to spend money sees the keys, and no test is told how make was called."""
+    hidden = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"}
+    if "account" not in group.needs:
+        hidden.update(needs.ACCOUNT_KEYS)
+    return {name: value for name, value in os.environ.items() if name not in hidden}
+
+
+def run_group(group: Group, root: Path) -> Counts:
+    """One pytest process; its output is ours."""
+    paths = [path for path in group.paths if (root / path).exists()]
+    if not paths:
+        return Counts()
+    with tempfile.TemporaryDirectory(prefix="hive-tests-") as scratch:
+        report = Path(scratch) / "report.xml"
+        # A test that hangs shows where, instead of nothing.
+        options = ["-o", "faulthandler_timeout=300", f"--junitxml={report}"]
+        pytest = subprocess.Popen([sys.executable, "-m", "pytest", *options, *paths], cwd=root, env=_environment(group))
+        try:
+            code = pytest.wait()
+        except BaseException as stop:
+            # Interrupted, not killed: the fixtures have daemons to take down. A Ctrl-C has reached pytest by itself,
+            # and a second one would cut that short.
+            if not isinstance(stop, KeyboardInterrupt):
+                pytest.send_signal(signal.SIGINT)
+            try:
+                pytest.wait(60)
+            except subprocess.TimeoutExpired:
+                pytest.kill()
+            raise
+        counts = read_counts(report) if report.exists() else Counts()
+    # 0: all well; 1: tests failed; 5: nothing collected. Anything else is pytest itself in trouble.
+    if code not in (0, 1, 5) and not counts.failed:
+        counts += Counts(failed=1)
+    return counts
+
+
+def problems(ran: Sequence[tuple[Group, Counts]], left_out: Sequence[Group], require: str) -> list[str]:
+    """What makes the run fail, a sentence each."""
+    found = []
+    for group, counts in ran:
+        if counts.failed:
+            found.append(f"{group.name} failed")
+        if not counts.total:
+            found.append(f"{group.name} collected nothing: no test in {', '.join(group.paths)}")
+    found += [
+        f"{group.name} was left out, and HIVE_REQUIRE={require} wants every group of {require} to run"
+        for group in left_out
+        if require and group.home == require
+    ]
+    return found
+
+
+def choose(groups: Sequence[Group], names: Sequence[str]) -> list[Group]:
+    known = [group.name for group in groups]
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"no such group: {', '.join(unknown)}; there are {', '.join(known)}")
+    return [group for group in groups if not names or group.name in names]
+
+
+def run(groups: Sequence[Group], root: Path, require: str = "") -> int:
+    reasons = {group.name: [why for need in group.needs if (why := needs.missing(need))] for group in groups}
+    can_run = [group for group in groups if not reasons[group.name]]
+    left_out = [group for group in groups if reasons[group.name]]
+    ran: list[tuple[Group, Counts]] = []
+    for position, group in enumerate(can_run, 1):
+        # Flushed, because pytest writes to the same place on its own.
+        print(f"\n[{position}/{len(can_run)}] {group.name}", flush=True)
+        begun = time.monotonic()
+        counts = run_group(group, root)
+        took_s = time.monotonic() - begun
+        over = ", over it" if took_s > group.share_s else ""
+        print(f"{group.name}: {counts}; {took_s:.1f} s, its share is {group.share_s:g} s{over}", flush=True)
+        ran.append((group, counts))
+    print()
+    for group in left_out:
+        print(f"left out: {group.name}: {'; '.join(reasons[group.name])}")
+    found = problems(ran, left_out, require)
+    for problem in found:
+        print(f"not well: {problem}")
+    print(sum((counts for _, counts in ran), Counts()), flush=True)
+    return 1 if found else 0
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(names: Sequence[str]) -> int:
+    signal.signal(signal.SIGTERM, _stop)
+    # Who starts us in the background may have had SIGINT ignored, and pytest would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    groups = load_groups(needs.ROOT / "tests" / "groups.toml")
+    try:
+        return run(choose(groups, names), needs.ROOT, os.environ.get("HIVE_REQUIRE", ""))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,134 @@
+"""The runner of the groups: what it counts, what it lets pass, and what it calls a failure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import needs
+from tests.run import Counts, Group, choose, load_groups, problems, run, run_group
+
+EVERY_OUTCOME = """
+import pytest
+
+def test_passes(): pass
+def test_fails(): assert False
+def test_skips(): pytest.skip("not today")
+
+@pytest.mark.xfail
+def test_fails_as_expected(): assert False
+
+@pytest.fixture
+def broken(): raise RuntimeError("no set-up")
+
+def test_errors(broken): pass
+
+@pytest.fixture
+def untidy():
+    yield
+    raise RuntimeError("no tear-down")
+
+def test_passes_and_errors_afterwards(untidy): pass
+"""
+
+
+def group(name: str, needs: list[str] | None = None, home: str = "ci") -> Group:
+    return Group(name, [name], needs or [], home, share_s=60)
+
+
+def write_group(root: Path, name: str, text: str) -> None:
+    (root / name).mkdir()
+    (root / name / f"test_{name}.py").write_text(text)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files written here need no plugin, and loading them is most of the time of such a run."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+
+
+@pytest.fixture
+def no_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HIVE_TEST_ACCOUNT", raising=False)
+
+
+def test_the_summary_line_is_exactly_three_counts() -> None:
+    assert str(Counts(12, 0, 3)) == "12 passed, 0 failed, 3 skipped"
+
+
+def test_an_expected_failure_counts_as_passed_and_an_error_as_failed(tmp_path: Path) -> None:
+    write_group(tmp_path, "outcomes", EVERY_OUTCOME)
+    assert run_group(group("outcomes"), tmp_path) == Counts(passed=2, failed=3, skipped=1)
+
+
+def test_a_file_that_does_not_import_counts_as_a_failure(tmp_path: Path) -> None:
+    write_group(tmp_path, "unreadable", "import nothing_of_that_name")
+    assert run_group(group("unreadable"), tmp_path) == Counts(failed=1)
+
+
+def test_a_pytest_that_dies_without_a_report_counts_as_a_failure(tmp_path: Path) -> None:
+    write_group(tmp_path, "fatal", "import os\ndef test_dies(): os._exit(3)")
+    assert run_group(group("fatal"), tmp_path) == Counts(failed=1)
+
+
+def test_a_run_ends_with_the_sum_of_its_groups(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_group(tmp_path, "one", "def test_a(): pass\ndef test_b(): pass")
+    write_group(tmp_path, "two", "import pytest\ndef test_c(): pytest.skip()\ndef test_d(): pass")
+    assert run([group("one"), group("two")], tmp_path) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert "[2/2] two" in lines
+    assert lines[-1] == "3 passed, 0 failed, 1 skipped"
+
+
+def test_a_group_that_collects_nothing_fails_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run([group("empty"), group("absent")], tmp_path) == 1
+    said = capfd.readouterr().out
+    assert "empty collected nothing" in said
+    assert "absent collected nothing" in said
+    assert said.splitlines()[-1] == "0 passed, 0 failed, 0 skipped"
+
+
+@pytest.mark.usefixtures("no_account")
+def test_a_group_is_left_out_with_the_reason_and_the_way_to_get_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_group(tmp_path, "plain", "def test_a(): pass")
+    assert run([group("plain"), group("paid", ["account"])], tmp_path) == 0
+    said = capfd.readouterr().out
+    assert "left out: paid: it spends money" in said
+    assert "HIVE_TEST_ACCOUNT=1" in said
+    assert "[1/1] plain" in said
+
+
+@pytest.mark.usefixtures("no_account")
+def test_a_left_out_ci_group_fails_a_run_that_requires_ci(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_group(tmp_path, "plain", "def test_a(): pass")
+    assert run([group("plain"), group("paid", ["account"])], tmp_path, require="ci") == 1
+    lines = capfd.readouterr().out.splitlines()
+    assert any("paid was left out" in line for line in lines)
+    assert lines[-1] == "1 passed, 0 failed, 0 skipped"
+
+
+def test_a_left_out_group_that_waits_for_another_host_fails_nothing() -> None:
+    assert problems([], [group("paid", ["account"], home="account")], "ci") == []
+
+
+def test_only_the_group_that_spends_money_sees_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "not a key")
+    write_group(tmp_path, "looks", "import os\ndef test_key(): assert 'ANTHROPIC_API_KEY' not in os.environ")
+    assert run_group(group("looks"), tmp_path) == Counts(passed=1)
+    assert run_group(group("looks", ["account"]), tmp_path) == Counts(failed=1)
+
+
+def test_groups_are_chosen_by_name_in_the_order_of_the_table() -> None:
+    table = [group("a"), group("b"), group("c")]
+    assert [chosen.name for chosen in choose(table, ["c", "a"])] == ["a", "c"]
+    with pytest.raises(SystemExit, match="no such group: d; there are a, b, c"):
+        choose(table, ["d"])
+
+
+def test_every_need_of_the_table_can_be_tried() -> None:
+    table = load_groups(needs.ROOT / "tests" / "groups.toml")
+    assert {need for entry in table for need in entry.needs} == set(needs.PROBES)
