@@ -1,0 +1,145 @@
+"""The agents: what is wanted of each (rows) and what is seen of each now (in memory, gone with the daemon)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import MANAGER, SYSTEM, AgentName
+from hive_core.store.bus import stream
+from hive_core.store.door import Store
+from hive_core.store.writer import Transaction
+
+LIVE = "live"
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What an agent is doing as far as the host can see.
+
+    state  down, starting, idle, thinking, tool, stopping, crashed
+    """
+
+    state: str = "down"
+    detail: str = ""
+    since_ms: int = field(default_factory=lambda: int(time.time() * 1000))
+    sandbox: str = "bwrap"
+
+
+@dataclass(frozen=True, slots=True)
+class Agent:
+    name: AgentName
+    role: str
+    wanted: str
+    page_port: int
+    deployed_sha: str | None
+    settings: dict[str, Any] | None  # the forms of protocol.harness.Settings; None until it is first deployed
+    session: str | None
+    created_at_ms: int
+    queued: int  # messages that wait for it
+
+
+def pick_port(name: str, ports: range, taken: Iterable[int]) -> int:
+    """The port of an agent's page: its name's hash first, the next free one otherwise. Raises Refusal when full."""
+    used = set(taken)
+    first = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % len(ports)
+    for step in range(len(ports)):
+        port = ports[(first + step) % len(ports)]
+        if port not in used:
+            return port
+    raise Refusal("refused", f"cannot create {name}: all {len(ports)} page ports are allocated; widen agent_ports")
+
+
+class Agents:
+    def __init__(self, store: Store, *, manager_port: int, agent_ports: range) -> None:
+        self._store = store
+        self._manager_port = manager_port
+        self._ports = agent_ports
+        self._live: dict[str, Live] = {}
+
+    def live(self, name: str) -> Live:
+        return self._live.get(name) or Live()
+
+    def observe(self, name: str, state: str, detail: str = "", sandbox: str | None = None) -> None:
+        """Note what is seen of an agent; who watches is woken. The same again changes nothing."""
+        before = self.live(name)
+        if (
+            name in self._live
+            and (before.state, before.detail) == (state, detail)
+            and sandbox in (None, before.sandbox)
+        ):
+            return
+        self._live[name] = replace(
+            before, state=state, detail=detail, sandbox=sandbox or before.sandbox, since_ms=int(time.time() * 1000)
+        )
+        self._store.bus.publish([LIVE, stream(name)])
+
+    def create(self, tx: Transaction, name: AgentName, actor: str) -> None:
+        """Make the agent's row, wanted up, with a page port of its own. Raises Refusal("conflict") if it exists."""
+        if tx.execute("SELECT 1 FROM agents WHERE name = ?", (name,)).fetchone():
+            raise Refusal("conflict", f"cannot create {name}: an agent of that name exists")
+        if name == MANAGER:
+            role, port = "manager", self._manager_port
+        else:
+            taken = [row["page_port"] for row in tx.execute("SELECT page_port FROM agents").fetchall()]
+            role, port = "agent", pick_port(name, self._ports, taken)
+        tx.execute(
+            "INSERT INTO agents (name, role, wanted, page_port, created_at_ms) VALUES (?, ?, 'up', ?, ?)",
+            (name, role, port, tx.now_ms),
+        )
+        tx.emit("agent_created", actor, name, page_port=port)
+
+    async def want(self, name: AgentName, wanted: str, actor: str) -> None:
+        """Set what is wanted of an agent: up or down. Raises Refusal("not_found")."""
+
+        def write(tx: Transaction) -> None:
+            if tx.execute("UPDATE agents SET wanted = ? WHERE name = ?", (wanted, name)).rowcount == 0:
+                raise Refusal("not_found", f"cannot find {name}: no agent has that name; `hive list` shows them")
+            tx.emit("agent_wanted", actor, name, wanted=wanted)
+
+        await self._store.write(write)
+
+    async def all(self) -> list[Agent]:
+        """Every agent, the manager first, then by name."""
+        return await self._select("")
+
+    async def get(self, name: str) -> Agent:
+        """One agent. Raises Refusal("not_found")."""
+        found = await self._select("WHERE name = ?", (name,))
+        if not found:
+            raise Refusal("not_found", f"cannot find {name}: no agent has that name; `hive list` shows them")
+        return found[0]
+
+    async def _select(self, where: str, parameters: tuple[Any, ...] = ()) -> list[Agent]:
+        sql = f"""
+            SELECT *, (SELECT count(*) FROM deliveries WHERE recipient = name AND state = 'queued') AS queued
+            FROM agents {where} ORDER BY role = 'agent', name
+        """
+        return [
+            Agent(
+                name=AgentName(row["name"]),
+                role=row["role"],
+                wanted=row["wanted"],
+                page_port=row["page_port"],
+                deployed_sha=row["deployed_sha"],
+                settings=json.loads(row["settings"]) if row["settings"] else None,
+                session=row["session"],
+                created_at_ms=row["created_at_ms"],
+                queued=row["queued"],
+            )
+            for row in await self._store.rows(sql, parameters)
+        ]
+
+
+def set_deployed(tx: Transaction, name: str, sha: str, settings: dict[str, Any]) -> None:
+    """What the agent runs on from its next turn: a commit, and its contents as the harness gets them."""
+    tx.execute(
+        "UPDATE agents SET deployed_sha = ?, settings = ? WHERE name = ?",
+        (sha, json.dumps(settings, ensure_ascii=False), name),
+    )
+    tx.emit("settings_deployed", SYSTEM, name, sha=sha)

@@ -1,0 +1,190 @@
+"""`hive`: the operator's command line, a client of host.sock.
+
+It imports neither trio nor pydantic, and what a verb needs more than the standard library's small change is imported
+by that verb, so that it starts in under 100 ms.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from hive_core.protocol.refusal import EXIT_CODES, Refusal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+    from typing import Any
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Exit codes: 0 ok, 1 failed, 2 usage, 3 not found or not running, 4 refused."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except Refusal as refusal:
+        if arguments.json:
+            print(json.dumps({"ok": False, "error": refusal.to_wire()}))
+        print(f"hive: {refusal.message}", file=sys.stderr)
+        return EXIT_CODES.get(refusal.code, 1)
+    except BrokenPipeError:
+        # The reader went away (`hive events | head`): that is its right.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> ArgumentParser:
+    from argparse import SUPPRESS, ArgumentParser
+
+    parser = ArgumentParser(prog="hive", description="Run a swarm of coding agents on a machine of your own.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.set_defaults(run=_status)
+    verbs = parser.add_subparsers(metavar="VERB")
+
+    def verb(name: str, run: Any, help_text: str) -> ArgumentParser:
+        sub = verbs.add_parser(name, help=help_text, description=help_text)
+        sub.add_argument("--json", action="store_true", default=SUPPRESS, help="print JSON")
+        sub.set_defaults(run=run)
+        return sub
+
+    up = verb("up", _up, "start the hive, say what it found, print the sign-in link")
+    up.add_argument("--unsafe-no-sandbox", action="store_true", help="run real programs without a sandbox")
+    demo = verb("demo", _demo, "play a story with rehearsed agents, without an account")
+    demo.add_argument("--once", action="store_true", help="approve by itself, play to the end, and stop")
+    demo.add_argument("--deny", action="store_true", help="with --once: deny the new agent, the other ending")
+    verb("list", _list, "the agents and what they do now")
+    send = verb("send", _send, "send a message to an agent")
+    send.add_argument("agent")
+    send.add_argument("body", nargs="?", help="what to say; from standard input when absent")
+    send.add_argument("--in-reply-to", type=int, metavar="ID")
+    verb("inbox", _inbox, "messages to you").add_argument("--limit", type=int, default=20)
+    verb("pending", _pending, "what waits for your approval")
+    verb("show", _show, "one approval, whole").add_argument("approval", type=int)
+    approve = verb("approve", _approve, "approve exactly what `hive show` shows")
+    approve.add_argument("approval", type=int)
+    approve.add_argument("--digest", help="approve only if it is still this; `show --json` gives it")
+    deny = verb("deny", _deny, "deny, with a reason that the requester reads")
+    deny.add_argument("approval", type=int)
+    deny.add_argument("reason")
+    start = verb("start", _start, "start an agent that was killed")
+    start.add_argument("agent")
+    events = verb("events", _events, "what people did and what changed")
+    events.add_argument("--follow", action="store_true", help="go on until Ctrl-C")
+    events.add_argument("--after", type=int, metavar="SEQ", help="only events after this number")
+    events.add_argument("--limit", type=int, default=50)
+    verb("dashboard", _dashboard, "print a link that signs one browser in")
+    down = verb("down", _down, "let every agent finish its turn, then end them and the daemon")
+    down.add_argument("--patience", type=float, metavar="SECONDS", help="end agents by force after this long")
+    return parser
+
+
+def _emit(arguments: Namespace, result: Any, text: str) -> None:
+    print(json.dumps(result, ensure_ascii=False) if arguments.json else text)
+
+
+def _client() -> Any:
+    from hive_core.cli.client import Client
+
+    return Client()
+
+
+def _status(arguments: Namespace) -> None:
+    if arguments.version:
+        from hive_core.version import __version__
+
+        print(__version__)
+        return
+    from hive_core.cli import show
+
+    result = _client().call("status")
+    _emit(arguments, result, show.status(result))
+
+
+def _list(arguments: Namespace) -> None:
+    result = _client().call("list")
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    from hive_core.cli import show
+
+    print(show.agents(result))
+
+
+def _send(arguments: Namespace) -> None:
+    body = sys.stdin.read() if arguments.body is None else arguments.body
+    result = _client().call("send", to=arguments.agent, body=body, in_reply_to=arguments.in_reply_to)
+    _emit(arguments, result, f"sent as message {result['message']}")
+
+
+def _inbox(arguments: Namespace) -> None:
+    from hive_core.cli import show
+
+    result = _client().call("inbox", limit=arguments.limit)
+    _emit(arguments, result, "\n".join(map(show.message, result["messages"])) or "no messages")
+
+
+def _pending(arguments: Namespace) -> None:
+    from hive_core.cli import show
+
+    result = _client().call("pending")
+    _emit(arguments, result, "\n".join(map(show.approval_line, result["approvals"])) or "nothing waits for you")
+
+
+def _show(arguments: Namespace) -> None:
+    from hive_core.cli import show
+
+    result = _client().call("show", approval=arguments.approval)
+    _emit(arguments, result, show.approval(result))
+
+
+def _approve(arguments: Namespace) -> int:
+    client = _client()
+    digest = arguments.digest or client.call("show", approval=arguments.approval)["digest"]
+    result = client.call("approve", approval=arguments.approval, digest=digest)
+    note = f": {result['note']}" if result["note"] else ""
+    _emit(arguments, result, f"approval {result['id']} of {result['agent']}: {result['state']}{note}")
+    return 0 if result["state"] == "done" else 1
+
+
+def _deny(arguments: Namespace) -> None:
+    result = _client().call("deny", approval=arguments.approval, reason=arguments.reason)
+    _emit(arguments, result, f"approval {result['id']} of {result['agent']}: {result['state']}")
+
+
+def _start(arguments: Namespace) -> None:
+    result = _client().call("start", agent=arguments.agent)
+    _emit(arguments, result, f"{result['started']} is wanted up")
+
+
+def _events(arguments: Namespace) -> None:
+    from hive_core.cli import show
+
+    for event in _client().stream("events", follow=arguments.follow, after=arguments.after, limit=arguments.limit):
+        print(json.dumps(event, ensure_ascii=False) if arguments.json else show.event(event), flush=True)
+
+
+def _dashboard(arguments: Namespace) -> None:
+    result = _client().call("dashboard")
+    _emit(arguments, result, result["url"])
+
+
+def _up(arguments: Namespace) -> int:
+    from hive_core.cli.up import up
+
+    return up(as_json=arguments.json, unsafe_no_sandbox=arguments.unsafe_no_sandbox)
+
+
+def _down(arguments: Namespace) -> int:
+    from hive_core.cli.up import down
+
+    return down(as_json=arguments.json, patience_s=arguments.patience)
+
+
+def _demo(arguments: Namespace) -> int:
+    from hive_core.cli.demo import demo
+
+    return demo(once=arguments.once, deny=arguments.deny, as_json=arguments.json)

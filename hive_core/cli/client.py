@@ -1,0 +1,76 @@
+"""A blocking client of host.sock, with the standard library alone."""
+
+from __future__ import annotations
+
+import socket
+
+from hive_core.protocol.admin import PROTOCOL_VERSION
+from hive_core.protocol.lines import LineSplitter, decode, encode
+from hive_core.protocol.paths import host_socket, runtime_dir
+from hive_core.protocol.refusal import Refusal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+# An answer may hold a thousand messages of 64 KiB.
+ANSWER_LIMIT_BYTES = 256 * 1024 * 1024
+
+
+class Client:
+    """One connection to the daemon. Raises Refusal("not_running") when none answers."""
+
+    def __init__(self, runtime: str | None = None) -> None:
+        path = host_socket(runtime or runtime_dir())
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise Refusal(
+                "not_running", f"cannot reach the hive: no daemon answers on {path}; `hive up` starts one"
+            ) from None
+        except PermissionError:
+            raise Refusal("refused", f"cannot reach the hive: {path} is not yours to open; ask who runs it") from None
+        except OSError as exc:
+            raise Refusal("not_running", f"cannot reach the hive on {path}: {exc.strerror or exc}") from None
+        self._splitter = LineSplitter(ANSWER_LIMIT_BYTES)
+        self._ready: list[bytes] = []
+
+    def call(self, verb: str, **args: Any) -> Any:
+        """The result of one verb. Raises Refusal with the daemon's reason."""
+        result = None
+        for result in self.stream(verb, **args):  # noqa: B007 - the last one counts
+            pass
+        return result
+
+    def stream(self, verb: str, **args: Any) -> Iterator[Any]:
+        """The results of a verb that goes on, as they come."""
+        given = {key: value for key, value in args.items() if value is not None}
+        self._socket.sendall(encode({"v": PROTOCOL_VERSION, "verb": verb, "args": given}))
+        while True:
+            answer = decode(self._line())
+            if not answer.get("ok"):
+                raise Refusal.from_wire(answer.get("error"))
+            if answer.get("more") or answer.get("result") is not None:
+                yield answer["result"]
+            if not answer.get("more"):
+                return
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def shut(self) -> None:
+        """End a `stream` that another thread reads: it raises Refusal("not_running")."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _line(self) -> bytes:
+        while not self._ready:
+            data = self._socket.recv(1 << 16)
+            if not data:
+                raise Refusal("not_running", "cannot go on: the daemon hung up; look at its log, then `hive up`")
+            for line in self._splitter.feed(data):
+                if isinstance(line, Refusal):
+                    raise line
+                self._ready.append(line)
+        return self._ready.pop(0)

@@ -1,0 +1,125 @@
+"""`hive up` and `hive down`: a daemon in the background, without a service manager."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hive_core.cli import show
+from hive_core.cli.client import Client
+from hive_core.protocol.paths import default_state_dir
+from hive_core.protocol.refusal import Refusal
+
+READY_WITHIN_S = 60.0
+
+
+def start_daemon(
+    flags: list[str], log: Path, environment: dict[str, str] | None = None, **popen: Any
+) -> subprocess.Popen[bytes]:
+    """Start `hive-core serve` and return once it says that it is ready. Raises Refusal with its own last words."""
+    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="hive-") as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear:
+        ear.bind(f"{folder}/notify")
+        with log.open("ab") as output:
+            begin = output.tell()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "hive_core", "serve", *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={**(os.environ if environment is None else environment), "NOTIFY_SOCKET": f"{folder}/notify"},
+                start_new_session=True,
+                **popen,
+            )
+        exited = os.pidfd_open(process.pid)
+        try:
+            ready, _, _ = select.select([ear.fileno(), exited], [], [], READY_WITHIN_S)
+        finally:
+            os.close(exited)
+        if ear.fileno() not in ready:
+            process.kill()
+            code = process.wait()
+            words = log.read_bytes()[begin:].decode("utf-8", "replace").strip() or f"it ended with code {code}"
+            raise Refusal("failed", f"cannot start the hive: {words[-2000:]}")
+    return process
+
+
+def up(*, as_json: bool, unsafe_no_sandbox: bool) -> int:
+    """Start the daemon unless one answers; say what it found, what is missing, and how to sign in."""
+    started = False
+    try:
+        client = Client()
+    except Refusal as refusal:
+        if refusal.code != "not_running":
+            raise
+        state_dir = Path(os.environ.get("HIVE_STATE_DIR") or default_state_dir())
+        start_daemon(["--unsafe-no-sandbox"] if unsafe_no_sandbox else [], state_dir / "daemon.log")
+        client, started = Client(), True
+    status = client.call("status")
+    link = client.call("dashboard")["url"]
+    if as_json:
+        print(json.dumps({**status, "started": started, "url": link}))
+        return 0
+    print(f"the hive {'is up' if started else 'was up already'}, state in {status['state_dir']}")
+    if unsafe_no_sandbox and not started and not status["unsafe"]:
+        print(show.paint("--unsafe-no-sandbox counts only when the daemon starts: `hive down` first", "amber"))
+    for line in findings(status):
+        print(line)
+    print(f"sign in: {link}")
+    return 0
+
+
+def findings(status: dict[str, Any]) -> list[str]:
+    """What the daemon found to run agents with, a line each; what is missing says how to get it."""
+    lines = []
+    if status["sandbox"] == "bwrap":
+        lines.append("sandbox: bubblewrap")
+    elif status["unsafe"]:
+        lines.append(show.paint("sandbox: none (--unsafe-no-sandbox)", "red"))
+    else:
+        lines.append(show.paint(f"sandbox: {status['sandbox_trouble']}", "amber"))
+    if status["claude"]:
+        lines.append(f"claude: {status['claude']}")
+    else:
+        lines.append(
+            show.paint(
+                "claude: not found; `npm install -g @anthropic-ai/claude-code`, then `hive down; hive up`", "amber"
+            )
+        )
+    if status["credential"]:
+        lines.append(f"credential: {status['credential']}")
+    else:
+        lines.append(show.paint(f"credential: {status['credential_missing']}", "amber"))
+    return lines
+
+
+def down(*, as_json: bool, patience_s: float | None) -> int:
+    """Drain and end everything; return when the daemon is gone."""
+    client = Client()
+    ends: dict[str, str] = {}
+    waiting: list[str] = []
+    for step in client.stream("down", patience_s=patience_s):
+        if "ends" in step:
+            ends = step["ends"]
+        elif step["waiting"] != waiting and not as_json:
+            waiting = step["waiting"]
+            if waiting:
+                print(
+                    f"waiting for {', '.join(waiting)} to finish {'its turn' if len(waiting) == 1 else 'their turns'}"
+                )
+    with contextlib.suppress(Refusal):
+        client.call("status")  # answered by a hang-up, when the daemon is gone
+    if as_json:
+        print(json.dumps({"ok": True, "ends": ends}))
+    else:
+        forced = [name for name, end in ends.items() if end == "killed"]
+        print("the hive is down" + (f"; ended by force: {', '.join(forced)}" if forced else ""))
+    return 0

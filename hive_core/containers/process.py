@@ -1,0 +1,265 @@
+"""The process driver: an agent is a harness in a bubblewrap sandbox, all namespaces unshared, the network too.
+
+The sandbox has a pid namespace of its own, so ending its first process ends the whole agent. bwrap's own
+--die-with-parent is not used: it watches the *thread* that forked it. An agent that must end with the daemon watches
+a pipe instead; one that may outlive it is found again by the pid and start time in its process file, and its exit
+code is in bwrap's status file even when nobody watched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from hive_core.protocol.words import MANAGER, AgentName
+
+log = logging.getLogger(__name__)
+
+# What a program needs of the host to run, read-only, where it exists.
+_SYSTEM_PATHS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/run/current-system/sw")
+_ETC_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/ssl/certs", "/etc/localtime")
+_HOME = "/root"
+_PACKAGES = ("hive_core", "hive_agent", "hive_mind")
+
+
+@dataclass(frozen=True, slots=True)
+class AgentDirs:
+    """The host's directories of one agent; they are all of the host that it can write."""
+
+    run: Path  # → /run/hive: its sockets
+    state: Path  # → /state: durable notes
+    claude: Path  # → ~/.claude: sessions of the program
+    proposed: Path | None  # → /agents: everybody's configuration, for the manager alone
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    code: int | None  # None: it was ended from outside and left no code
+
+
+class Running:
+    """An agent that runs, whether this daemon started it or an earlier one."""
+
+    def __init__(self, pid: int, process: subprocess.Popen[bytes] | None, status: Path) -> None:
+        self.pid = pid
+        self._process = process
+        self._status = status
+        self._pidfd = os.pidfd_open(pid)
+
+    async def wait(self) -> Exit:
+        """Return when it has ended. Cancelling it changes nothing."""
+        await trio.lowlevel.wait_readable(self._pidfd)
+        if self._process is not None:
+            self._process.wait()
+        os.close(self._pidfd)
+        code = _status_value(self._status, "exit-code")
+        return Exit(code if code is not None or self._process is None else self._process.returncode)
+
+    def kill(self) -> None:
+        """End the whole agent at once: its first process takes every other of its pid namespace along."""
+        inner = _status_value(self._status, "child-pid")
+        for pid in (inner, self.pid):
+            if pid is not None and (pid == self.pid or _parent(pid) == self.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+class ProcessDriver:
+    """Starts harnesses with bwrap, or bare where `sandbox` is "none" and somebody chose that.
+
+    life_fd: the read end of a pipe whose write end only this daemon holds; None lets agents outlive it.
+    """
+
+    def __init__(
+        self, state_dir: Path, *, sandbox: str, claude: Path | None, orphan_grace_s: float, life_fd: int | None
+    ) -> None:
+        self._logs = state_dir / "processes"
+        self._sandbox = sandbox
+        self._claude = claude
+        self._orphan_grace_s = orphan_grace_s
+        self._life_fd = life_fd
+
+    @property
+    def sandbox(self) -> str:
+        return self._sandbox
+
+    async def start(self, name: AgentName, dirs: AgentDirs) -> Running:
+        """Start the agent's harness. Raises OSError when the program cannot be run."""
+        self._logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in (dirs.state, dirs.claude):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = self._logs / f"{name}.status"
+        command = self._command(name, dirs)
+        with (self._logs / f"{name}.log").open("ab") as output, status.open("wb") as status_file:
+            keep = [status_file.fileno()] if self._sandbox == "bwrap" else []
+            keep += [self._life_fd] if self._life_fd is not None else []
+            if self._sandbox == "bwrap":
+                command = [*self._bwrap(dirs, status_file.fileno()), *command]
+            process = await trio.to_thread.run_sync(
+                lambda: subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=self._environment(),
+                    cwd="/",
+                    pass_fds=keep,
+                    start_new_session=True,
+                )
+            )
+        identity = {"pid": process.pid, "started": _start_time(process.pid), "sandbox": self._sandbox}
+        (self._logs / f"{name}.json").write_text(json.dumps(identity))
+        return Running(process.pid, process, status)
+
+    def find(self, name: AgentName) -> Running | None:
+        """The agent that an earlier daemon left running, or None."""
+        try:
+            identity = json.loads((self._logs / f"{name}.json").read_text())
+            pid = int(identity["pid"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        started = _start_time(pid)
+        if started is None or started != identity.get("started"):
+            return None
+        try:
+            return Running(pid, None, self._logs / f"{name}.status")
+        except ProcessLookupError:
+            return None
+
+    def missed_exit(self, name: AgentName) -> Exit | None:
+        """How the agent ended while no daemon watched, told once; None when there is nothing to tell."""
+        identity = self._logs / f"{name}.json"
+        if not identity.exists():
+            return None
+        identity.unlink()
+        return Exit(_status_value(self._logs / f"{name}.status", "exit-code"))
+
+    def forget(self, name: AgentName) -> None:
+        """The end of the agent was seen and told."""
+        (self._logs / f"{name}.json").unlink(missing_ok=True)
+
+    def last_words(self, name: AgentName, limit: int = 600) -> str:
+        """The end of what the harness printed, for whoever asks why it ended."""
+        try:
+            return (self._logs / f"{name}.log").read_bytes()[-limit:].decode("utf-8", "replace").strip()
+        except OSError:
+            return ""
+
+    def _command(self, name: AgentName, dirs: AgentDirs) -> list[str]:
+        inside = self._sandbox == "bwrap"
+        module = "hive_mind.cli" if name == MANAGER else "hive_agent.cli"
+        command = [sys.executable, "-m", module, "serve"]
+        command += ["--run", "/run/hive" if inside else str(dirs.run)]
+        command += ["--state", "/state" if inside else str(dirs.state)]
+        command += ["--sandbox", self._sandbox, "--orphan-grace", str(self._orphan_grace_s)]
+        if self._claude is not None:
+            command += ["--claude", str(self._claude)]
+        if self._life_fd is not None:
+            command += ["--life-fd", str(self._life_fd)]
+        return command
+
+    def _environment(self) -> dict[str, str]:
+        """The harness's environment, built from nothing."""
+        path = os.pathsep.join(("/usr/local/bin", "/usr/bin", "/bin", "/run/current-system/sw/bin"))
+        environment = {"PATH": path, "LANG": "C.UTF-8", "PYTHONPATH": os.pathsep.join(_package_parents())}
+        environment["HOME"] = _HOME if self._sandbox == "bwrap" else os.path.expanduser("~")
+        return environment
+
+    def _bwrap(self, dirs: AgentDirs, status_fd: int) -> list[str]:
+        argv = ["bwrap", "--unshare-all", "--unshare-user", "--uid", "0", "--gid", "0", "--hostname", "hive"]
+        argv += ["--cap-drop", "ALL", "--new-session", "--json-status-fd", str(status_fd)]
+        argv += ["--tmpfs", "/", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", _HOME]
+        for path in _SYSTEM_PATHS:
+            # A link (/bin → usr/bin) stays a link; a directory is bound.
+            if os.path.islink(path):
+                argv += ["--symlink", os.readlink(path), path]
+            elif os.path.isdir(path):
+                argv += ["--ro-bind", path, path]
+        for path in _ETC_FILES:
+            argv += ["--ro-bind-try", path, path]
+        for path in sorted(self._program_paths()):
+            argv += ["--ro-bind", path, path]
+        argv += ["--bind", str(dirs.run), "/run/hive", "--bind", str(dirs.state), "/state"]
+        argv += ["--bind", str(dirs.claude), f"{_HOME}/.claude"]
+        if dirs.proposed is not None:
+            argv += ["--bind", str(dirs.proposed), "/agents"]
+        return [*argv, "--chdir", "/state", "--"]
+
+    def _program_paths(self) -> set[str]:
+        """The interpreter, the libraries and our own packages, where they are not part of the system already."""
+        paths = {sys.prefix, sys.base_prefix, sysconfig.get_paths()["purelib"], os.path.realpath(sys.executable)}
+        paths |= {os.path.join(parent, package) for parent in _package_parents() for package in _PACKAGES}
+        if self._claude is not None:
+            paths |= {str(self._claude), os.path.realpath(self._claude)}
+        outside = {path for path in paths if not _is_below(path, _SYSTEM_PATHS) and os.path.exists(path)}
+        return {path for path in outside if not _is_below(path, outside - {path})}
+
+
+def _package_parents() -> list[str]:
+    """The folder our packages are imported from: site-packages, or the checkout."""
+    return [str(Path(__file__).resolve().parents[2])]
+
+
+def _is_below(path: str, parents: Sequence[str] | set[str]) -> bool:
+    return any(path == parent or path.startswith(parent.rstrip("/") + "/") for parent in parents)
+
+
+def _status_value(path: Path, key: str) -> int | None:
+    """One value of bwrap's status file, which holds a JSON object a line."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text().splitlines():
+            value = json.loads(line).get(key)
+            if isinstance(value, int):
+                return value
+    return None
+
+
+def _stat_fields(pid: int) -> list[str]:
+    # The command's name is in parentheses and may hold spaces: count from behind it.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def _start_time(pid: int) -> int | None:
+    """When the process started, in clock ticks since boot: with the pid it names one process for ever."""
+    try:
+        fields = _stat_fields(pid)
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(_stat_fields(pid)[1])
+    except OSError:
+        return None
+
+
+def sandbox_trouble() -> str | None:
+    """None when bwrap works here, found by running it; else one sentence that names the fix."""
+    probe = ["bwrap", "--unshare-all", "--unshare-user", "--uid", "0", "--gid", "0", "--ro-bind", "/", "/", "true"]
+    try:
+        done = subprocess.run(probe, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10)
+    except FileNotFoundError:
+        return "bubblewrap is not installed: `apt-get install bubblewrap` (or your system's equivalent)"
+    except subprocess.TimeoutExpired:
+        return "bubblewrap did not answer within 10 s"
+    if done.returncode == 0:
+        return None
+    reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    if os.path.exists("/proc/sys/kernel/apparmor_restrict_unprivileged_userns"):
+        fix = "allow it with an AppArmor profile for bwrap, or `sysctl kernel.apparmor_restrict_unprivileged_userns=0`"
+    else:
+        fix = "allow user namespaces: `sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000`"
+    return f"bubblewrap does not work here ({reason}); {fix}"

@@ -1,0 +1,319 @@
+"""The daemon: opens everything in order, wires it, and serves it in one nursery. Nothing else wires."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import httpx2
+import trio
+import trio_asyncio
+from dashboard.app import build_app
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from hive_core.agents import Agent, Agents
+from hive_core.approvals import Approvals
+from hive_core.broker import Broker
+from hive_core.config import Config
+from hive_core.containers.process import AgentDirs, ProcessDriver, sandbox_trouble
+from hive_core.credentials import find_credential
+from hive_core.hive import Hive
+from hive_core.procedures.gate import Gate
+from hive_core.procedures.reconcile import Desk, Reconciler
+from hive_core.programs import find_claude
+from hive_core.protocol.paths import host_socket
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import MANAGER, AgentName
+from hive_core.repos import Repos
+from hive_core.sign_ins import SignIns
+from hive_core.sockets.admin import AdminDesk
+from hive_core.sockets.harness import HarnessDesk
+from hive_core.sockets.http import serve_asgi
+from hive_core.sockets.model import ModelRelay
+from hive_core.sockets.unix import listen_unix, serve_unix
+from hive_core.store.door import open_store
+from hive_core.systemd import notify
+from hive_core.turns import Turns
+
+log = logging.getLogger(__name__)
+STOP_WITHIN_S = 4.0
+PRUNE_EVERY_S = 3600.0
+
+
+def take_lock(state_dir: Path) -> int:
+    """Hold the state directory for this process; the lock goes with it. Raises Refusal naming who holds it."""
+    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(state_dir / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
+        os.close(descriptor)
+        raise Refusal(
+            "conflict", f"cannot use {state_dir}: a daemon (pid {holder}) runs on it; `hive down` ends it"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises OSError when the port is busy."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(128)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def listen_dashboard(config: Config) -> socket.socket:
+    try:
+        return listen_tcp(config.dashboard_host, config.dashboard_port)
+    except OSError as exc:
+        where = f"{config.dashboard_host}:{config.dashboard_port}"
+        raise Refusal(
+            "refused",
+            f"cannot serve the dashboard on {where}: {exc.strerror or exc}; "
+            "stop what uses the port, or set dashboard_port",
+        ) from None
+
+
+def _templates() -> Environment:
+    return Environment(
+        loader=PackageLoader("hive_core"),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        autoescape=False,
+    )
+
+
+def manager_prompt(config: Config) -> str:
+    """hm1nd's first CLAUDE.md."""
+    if config.manager_prompt is not None:
+        return config.manager_prompt.read_text("utf-8")
+    return (
+        Environment(loader=PackageLoader("hive_mind"), undefined=StrictUndefined).get_template("CLAUDE.md.j2").render()
+    )
+
+
+@asynccontextmanager
+async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator[Hive]:
+    """Open the state directory and every service on it; nothing listens yet. Raises Refusal or StoreError."""
+    trouble = await trio.to_thread.run_sync(sandbox_trouble)
+    sandbox = "none" if trouble or config.unsafe_no_sandbox else "bwrap"
+    async with AsyncExitStack() as stack:
+        lock = await trio.to_thread.run_sync(take_lock, config.state_dir)
+        stack.callback(os.close, lock)
+        await stack.enter_async_context(trio_asyncio.open_loop())
+        store = await stack.enter_async_context(open_store(config.database))
+        agents = Agents(store, manager_port=config.manager_port, agent_ports=config.agent_port_range)
+        approvals, repos = Approvals(store), Repos(config.state_dir)
+        claude = find_claude(config.claude)
+        gate = Gate(
+            store,
+            agents,
+            approvals,
+            repos,
+            _templates(),
+            default_program=config.default_program,
+            default_model=config.default_model,
+        )
+        driver = ProcessDriver(
+            config.state_dir,
+            sandbox=sandbox,
+            claude=claude,
+            orphan_grace_s=config.orphan_grace_s,
+            life_fd=life_fd,
+        )
+        rooms = _Rooms(config, repos)
+        hive = Hive(
+            config=config,
+            store=store,
+            broker=Broker(store),
+            turns=Turns(store),
+            agents=agents,
+            approvals=approvals,
+            gate=gate,
+            reconciler=Reconciler(store, agents, driver, rooms.dirs, rooms.may_run, rooms.serve),
+            sign_ins=SignIns(store),
+            credential=find_credential(config.state_dir),
+            claude=claude,
+            sandbox=sandbox,
+            sandbox_trouble=trouble,
+        )
+        rooms.hive = hive
+        rooms.client = await stack.enter_async_context(
+            httpx2.AsyncClient(timeout=httpx2.Timeout(30.0, read=600.0), follow_redirects=False, trust_env=True)
+        )
+        await gate.ensure_manager(manager_prompt(config))
+        yield hive
+
+
+class _Rooms:
+    """What each agent gets of the host: its directories, its three sockets, its page."""
+
+    hive: Hive
+    client: httpx2.AsyncClient
+
+    def __init__(self, config: Config, repos: Repos) -> None:
+        self._config = config
+        self._proposed = repos.proposed_dir
+
+    def dirs(self, name: AgentName) -> AgentDirs:
+        state = self._config.state_dir / "agents" / name
+        return AgentDirs(
+            run=self.run_dir(name),
+            state=state / "state",
+            claude=state / "claude",
+            proposed=self._proposed if name == MANAGER else None,
+        )
+
+    def run_dir(self, name: AgentName) -> Path:
+        runtime = self._config.runtime_dir
+        return runtime / "manager" if name == MANAGER else runtime / "agents" / name
+
+    def may_run(self, agent: Agent) -> str | None:
+        program = (agent.settings or {}).get("program")
+        if program == "claude" and self.hive.sandbox == "none" and not self.hive.unsafe:
+            return f"{self.hive.sandbox_trouble}; or start with --unsafe-no-sandbox"
+        if program == "claude" and self.hive.claude is None:
+            return "claude is not installed: `npm install -g @anthropic-ai/claude-code`, then start the hive again"
+        if program == "claude" and self.hive.credential is None:
+            return "no credential for the model provider; `hive up` says how to give one"
+        return None
+
+    async def serve(self, agent: Agent, task_status: trio.TaskStatus[Desk]) -> None:
+        """Listen on an agent's sockets and its page until cancelled."""
+        # Imported when the first agent is served: it takes half a second that a start need not wait for.
+        agent_socket = await trio.to_thread.run_sync(_import_agent_socket)
+        hive, name, run = self.hive, agent.name, self.run_dir(agent.name)
+        run.mkdir(mode=0o700, parents=True, exist_ok=True)
+        harness = HarnessDesk(name, agent.role, hive.broker, hive.turns, hive.agents, self._credential_kind)
+        tools = agent_socket.AgentDesk(name, hive.broker, hive.agents, hive.gate, hive.reconciler.kill)
+        relay = ModelRelay(
+            name,
+            self.client,
+            self._config.provider_base_url,
+            lambda: hive.credential,
+            lambda: None,
+            partial(_note_usage, name),
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve_unix, listen_unix(run / "harness.sock"), harness.serve)
+            nursery.start_soon(serve_unix, listen_unix(run / "mcp.sock"), partial(agent_socket.serve_agent, tools))
+            nursery.start_soon(partial(serve_asgi, relay, listen_unix(run / "model.sock")))
+            self._serve_page(agent, nursery)
+            task_status.started(harness)
+
+    def _credential_kind(self) -> str:
+        return self.hive.credential.kind if self.hive.credential else "api_key"
+
+    def _serve_page(self, agent: Agent, nursery: trio.Nursery) -> None:
+        # With any-port dashboards (the demo, tests) the pages take any port too.
+        anywhere = self._config.dashboard_port == 0
+        try:
+            sock = listen_tcp(self._config.dashboard_host, 0 if anywhere else agent.page_port)
+        except OSError as exc:
+            log.warning(
+                "the page of %s has no port of its own (%d: %s); it is under %s",
+                agent.name,
+                agent.page_port,
+                exc.strerror,
+                self.hive.page_url(agent.name),
+            )
+            return
+        self.hive.page_ports[agent.name] = sock.getsockname()[1]
+        nursery.start_soon(partial(serve_asgi, build_app(self.hive, agent.name), sock, stopping=self.hive.stopping))
+
+
+def _import_agent_socket() -> ModuleType:
+    return import_module("hive_core.sockets.agent")
+
+
+def _note_usage(name: AgentName, usage: dict[str, int]) -> None:
+    log.debug("usage of %s: %s", name, usage, extra={"agent": name})
+
+
+async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """Serve every door until hive.stopping is set. Agents are not ended by it."""
+    config = hive.config
+    config.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    page = listen_dashboard(config)
+    hive.dashboard_port = page.getsockname()[1]
+    admin = listen_unix(Path(host_socket(str(config.runtime_dir))), 0o660)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve_unix, admin, AdminDesk(hive).serve)
+        nursery.start_soon(partial(serve_asgi, build_app(hive), page, stopping=hive.stopping))
+        nursery.start_soon(hive.store.serve_backstop)
+        nursery.start_soon(hive.store.wait_failed)
+        nursery.start_soon(hive.gate.serve)
+        nursery.start_soon(_serve_pruning, hive)
+        task_status.started()
+        notify("READY=1")
+        log.info("ready: %s, state in %s", hive.dashboard_url(), config.state_dir)
+        nursery.start_soon(hive.reconciler.serve)
+        await hive.stopping.wait()
+        notify("STOPPING=1")
+        nursery.cancel_scope.deadline = trio.current_time() + 0.5  # answers under way get this long
+        await trio.sleep_forever()
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(host_socket(str(config.runtime_dir)))
+
+
+async def _serve_pruning(hive: Hive) -> None:
+    while True:
+        await hive.turns.prune()
+        await hive.broker.forget_old_tool_calls()
+        await trio.sleep(PRUNE_EVERY_S)
+
+
+async def run_daemon(config: Config, life_fd: int | None = None) -> None:
+    """Serve until SIGTERM, SIGINT or the end of the pipe `life_fd`; then stop within 5 s and interrupt no turn."""
+    # The write end stays open until this process ends, whichever way: agents watch the other.
+    agents_life_fd, _ = os.pipe() if config.end_agents_with_daemon else (None, None)
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        async with open_hive(config, agents_life_fd) as hive, trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_on_signal, signals, hive)
+            if life_fd is not None:
+                nursery.start_soon(_stop_on_end_of, life_fd, hive)
+            await serve_hive(hive)
+            nursery.cancel_scope.cancel()
+
+
+async def _stop_on_signal(signals: AsyncIterator[int], hive: Hive) -> None:
+    async for number in signals:
+        log.info("stopping on %s", signal.Signals(number).name)
+        hive.stopping.set()
+        await trio.sleep(STOP_WITHIN_S)
+        log.error("did not stop within %.0f s; ending all the same", STOP_WITHIN_S)
+        sys.stderr.flush()
+        os._exit(1)
+
+
+async def _stop_on_end_of(life_fd: int, hive: Hive) -> None:
+    await trio.lowlevel.wait_readable(life_fd)
+    log.info("stopping: whoever started this daemon is gone")
+    hive.stopping.set()
+
+
+def run(config: Config, life_fd: int | None = None) -> None:
+    """Run the daemon to its end."""
+    trio.run(run_daemon, config, life_fd)

@@ -1,0 +1,83 @@
+"""`hive-core`: runs the daemon in the foreground."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from hive_core.protocol.refusal import EXIT_CODES, Refusal
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hive-core",
+        description="The hyperhive daemon.",
+        epilog="Every flag is also HIVE_<NAME> and a key of config.toml.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="serve")
+    serve = verbs.add_parser(
+        "serve", help="serve the hive in the foreground until SIGTERM", argument_default=argparse.SUPPRESS
+    )
+    for flag, help_text in (
+        ("state-dir", "where the hive is kept"),
+        ("runtime-dir", "where its sockets are"),
+        ("dashboard-host", "the address of the dashboard"),
+        ("dashboard-port", "its port (7000); 0 takes any"),
+        ("manager-port", "the port of the manager's page (8000)"),
+        ("agent-ports", "FIRST-LAST, the ports of agents' pages (8100-8999)"),
+        ("provider-base-url", "where the model relay sends requests"),
+        ("claude", "the claude executable"),
+        ("manager-prompt", "a file: the first CLAUDE.md of hm1nd, in the place of ours"),
+        ("default-program", "what new agents run: claude or rehearsal"),
+        ("default-model", "what new agents think with"),
+        ("log-format", "text or json"),
+        ("log-level", "debug, info, warning or error"),
+        ("orphan-grace-s", "how long agents wait for a daemon that is gone (600)"),
+        ("drain-s", "how long `hive down` waits for turns to end (30)"),
+    ):
+        serve.add_argument(f"--{flag}", metavar="…", help=help_text)
+    serve.add_argument("--life-fd", type=int, metavar="FD", help="stop when this inherited pipe is closed")
+    serve.add_argument("--end-agents-with-daemon", action="store_true", help="agents end when the daemon does")
+    serve.add_argument("--unsafe-no-sandbox", action="store_true", help="run real programs without a sandbox")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    flags = vars(_parser().parse_args(argv))
+    del flags["verb"]
+    life_fd = flags.pop("life_fd", None)
+    # A caller's git environment would point our own repositories elsewhere.
+    for variable in [name for name in os.environ if name.startswith("GIT_")]:
+        del os.environ[variable]
+    from hive_core.config import load_config
+    from hive_core.logs import set_up_logs
+    from hive_core.store.schema import StoreError
+
+    try:
+        config = load_config(flags)
+        set_up_logs(config.log_format, config.log_level)
+        from hive_core.daemon import run
+
+        run(config, life_fd)
+    except BaseExceptionGroup as group:
+        return _explain(group)
+    except (Refusal, StoreError, OSError) as exc:
+        return _explain(exc)
+    return 0
+
+
+def _explain(exc: BaseException) -> int:
+    """One line for what a person can mend; a trace for what is our bug."""
+    from hive_core.store.schema import StoreError
+
+    while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
+        exc = exc.exceptions[0]
+    if isinstance(exc, Refusal | StoreError | OSError):
+        print(f"hive-core: {exc}", file=sys.stderr)
+        return EXIT_CODES.get(exc.code, 1) if isinstance(exc, Refusal) else 1
+    raise exc
+
+
+if __name__ == "__main__":
+    sys.exit(main())

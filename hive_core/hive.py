@@ -1,0 +1,59 @@
+"""The hive as its doors see it: every service, opened and wired by the daemon."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from hive_core.agents import Agents
+from hive_core.approvals import Approvals
+from hive_core.broker import Broker
+from hive_core.config import Config
+from hive_core.credentials import Credential
+from hive_core.procedures.gate import Gate
+from hive_core.procedures.reconcile import Reconciler
+from hive_core.sign_ins import SignIns
+from hive_core.store.door import Store
+from hive_core.turns import Turns
+
+HOST_NAME = "hive.localhost"
+
+
+@dataclass
+class Hive:
+    config: Config
+    store: Store
+    broker: Broker
+    turns: Turns
+    agents: Agents
+    approvals: Approvals
+    gate: Gate
+    reconciler: Reconciler
+    sign_ins: SignIns
+    credential: Credential | None
+    claude: Path | None  # the agent program, where it was found
+    sandbox: str  # "bwrap" or "none"
+    sandbox_trouble: str | None  # why bwrap does not work here and what would mend it
+    dashboard_port: int = 0  # the port that is really bound; 0 until it is
+    page_ports: dict[str, int] = field(default_factory=dict)  # agent → the port its page is really served on
+    stopping: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def unsafe(self) -> bool:
+        """Whether real programs run without a sandbox: shown in red on every page and in `hive list`."""
+        return self.config.unsafe_no_sandbox
+
+    def dashboard_url(self) -> str:
+        return f"http://{HOST_NAME}:{self.dashboard_port}"
+
+    def sign_in_url(self) -> str:
+        """A link that signs one browser in, once."""
+        return f"{self.dashboard_url()}/sign-in?code={self.sign_ins.new_code()}"
+
+    def page_url(self, name: str) -> str:
+        """Where an agent's page is: on its own port where that could be bound, else under the dashboard."""
+        if port := self.page_ports.get(name):
+            return f"http://{HOST_NAME}:{port}"
+        return f"{self.dashboard_url()}/agents/{name}"

@@ -1,0 +1,194 @@
+"""The gate: nothing changes without a commit and a click.
+
+A request becomes a card; approve is one transaction; carrying it out is a step of its own that can be done again, so
+a daemon that dies in between finishes it when it starts. Whoever asked is told of every end.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from jinja2 import Environment
+
+from hive_core.agents import Agents, set_deployed
+from hive_core.approvals import APPROVED, Approval, Approvals, put_request, settle
+from hive_core.broker import once, put_message
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import (
+    BODY_LIMIT_BYTES,
+    MANAGER,
+    NOTE_LIMIT_BYTES,
+    OPERATOR,
+    PERSONA_LIMIT_BYTES,
+    SYSTEM,
+    AgentName,
+    CommitSha,
+    parse_body,
+    parse_text,
+)
+from hive_core.repos import Repos
+from hive_core.store.door import Store
+from hive_core.store.writer import Transaction
+
+log = logging.getLogger(__name__)
+
+
+class Gate:
+    def __init__(
+        self,
+        store: Store,
+        agents: Agents,
+        approvals: Approvals,
+        repos: Repos,
+        templates: Environment,
+        *,
+        default_program: str,
+        default_model: str,
+    ) -> None:
+        self._store = store
+        self._agents = agents
+        self._approvals = approvals
+        self._repos = repos
+        self._templates = templates
+        self._defaults = {"program": default_program, "model": default_model}
+
+    async def ensure_manager(self, prompt: str) -> None:
+        """Create hm1nd if it is missing: the one agent that needs no approval, since it asks for all others."""
+        sha = await self._repos.create(MANAGER, self._files(MANAGER, "manages this hive", prompt))
+        settings = await self._repos.read(MANAGER, sha)
+
+        def write(tx: Transaction) -> None:
+            if tx.execute("SELECT 1 FROM agents WHERE name = ?", (MANAGER,)).fetchone() is None:
+                self._agents.create(tx, MANAGER, SYSTEM)
+                set_deployed(tx, MANAGER, sha, settings)
+
+        await self._store.write(write)
+
+    async def request_spawn(
+        self,
+        requested_by: AgentName,
+        name: AgentName,
+        given_persona: object,
+        given_reason: object,
+        key: str | None = None,
+    ) -> dict[str, int]:
+        """Ask for a new agent; `{"approval": id}`. Raises Refusal when the name is taken or a text is malformed."""
+        persona = parse_text(given_persona, "persona", PERSONA_LIMIT_BYTES - 2048)
+        reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
+        prompt = self._templates.get_template("CLAUDE.md.j2").render(name=name, persona=persona)
+        payload = {"files": self._files(name, "", prompt)}
+
+        def ask(tx: Transaction) -> dict[str, int]:
+            if tx.execute("SELECT 1 FROM agents WHERE name = ?", (name,)).fetchone():
+                raise Refusal("refused", f"cannot ask for {name}: an agent of that name exists")
+            sql = "SELECT id FROM approvals WHERE kind = 'spawn' AND agent = ? AND state IN ('pending', 'approved')"
+            if row := tx.execute(sql, (name,)).fetchone():
+                raise Refusal("refused", f"cannot ask for {name}: approval {row['id']} asks for it already and waits")
+            return {"approval": put_request(tx, "spawn", name, requested_by, reason, payload)}
+
+        return await self._store.write(lambda tx: once(tx, requested_by, key, "request_spawn", lambda: ask(tx)))
+
+    async def request_apply_commit(
+        self, requested_by: AgentName, name: AgentName, sha: CommitSha, given_reason: object, key: str | None = None
+    ) -> dict[str, int]:
+        """Ask to run an agent on a commit of its proposed repository; `{"approval": id}`.
+
+        The commit is fetched and checked first: a request that cannot be deployed leaves no approval.
+        """
+        reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
+        await self._agents.get(name)
+        proposal = await self._repos.fetch(name, sha)
+        payload = {"sha": proposal.sha, "base": proposal.base, "diff": proposal.diff}
+
+        def ask(tx: Transaction) -> dict[str, int]:
+            return {"approval": put_request(tx, "apply_commit", name, requested_by, reason, payload)}
+
+        answer = await self._store.write(
+            lambda tx: once(tx, requested_by, key, "request_apply_commit", lambda: ask(tx))
+        )
+        await self._repos.tag(name, f"proposal/{answer['approval']}", sha)
+        return answer
+
+    async def deny(self, approval_id: int, given_reason: object, actor: str) -> Approval:
+        """The operator's no, with the reason that the requester reads. Denying twice is fine."""
+        reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
+        approval = await self._approvals.get(approval_id)
+        if approval.state != "denied":
+
+            def write(tx: Transaction) -> None:
+                settle(tx, approval, "denied", reason, actor)
+                _tell(tx, approval, "denied", reason)
+
+            await self._store.write(write)
+            if approval.kind == "apply_commit":
+                sha = CommitSha(approval.payload["sha"])
+                await self._repos.tag(approval.agent, f"denied/{approval_id}", sha, reason)
+        return await self._approvals.get(approval_id)
+
+    async def serve(self) -> None:
+        """Carry out what is approved, also what was approved before the daemon started."""
+        with self._store.bus.listen(APPROVED) as listener:
+            while True:
+                for approval in await self._approvals.approved():
+                    await self._carry_out(approval)
+                await listener.wait()
+
+    async def _carry_out(self, approval: Approval) -> None:
+        try:
+            if approval.kind == "spawn":
+                await self._spawn(approval)
+            else:
+                await self._apply(approval)
+        except (Refusal, OSError) as exc:
+            reason = str(exc)
+            log.warning("approval %d of %s failed: %s", approval.id, approval.agent, reason)
+
+            def fail(tx: Transaction) -> None:
+                settle(tx, approval, "failed", reason, SYSTEM)
+                _tell(tx, approval, "failed", reason)
+
+            await self._store.write(fail)
+
+    async def _spawn(self, approval: Approval) -> None:
+        sha = await self._repos.create(approval.agent, approval.payload["files"])
+        settings = await self._repos.read(approval.agent, sha)
+        welcome = self._templates.get_template("welcome.j2").render(approval=approval)
+
+        def write(tx: Transaction) -> None:
+            self._agents.create(tx, approval.agent, approval.requested_by)
+            set_deployed(tx, approval.agent, sha, settings)
+            put_message(tx, SYSTEM, approval.agent, parse_body(welcome))
+            settle(tx, approval, "done", None, SYSTEM)
+            _tell(tx, approval, "approved", None)
+
+        await self._store.write(write)
+
+    async def _apply(self, approval: Approval) -> None:
+        sha, base = CommitSha(approval.payload["sha"]), CommitSha(approval.payload["base"])
+        await self._repos.deploy(approval.agent, approval.id, sha, base)
+        settings = await self._repos.read(approval.agent, sha)
+
+        def write(tx: Transaction) -> None:
+            set_deployed(tx, approval.agent, sha, settings)
+            settle(tx, approval, "done", None, SYSTEM)
+            _tell(tx, approval, "approved", None)
+
+        await self._store.write(write)
+
+    def _files(self, name: AgentName, description: str, prompt: str) -> dict[str, str]:
+        toml = self._templates.get_template("agent.toml.j2").render(**self._defaults, description=description)
+        return {"agent.toml": toml, "CLAUDE.md": prompt}
+
+
+def _tell(tx: Transaction, approval: Approval, end: str, reason: str | None) -> None:
+    """One message to whoever asked, unless the operator did."""
+    if approval.requested_by == OPERATOR:
+        return
+    what = {
+        "spawn": f"the new agent {approval.agent}",
+        "apply_commit": f"commit {approval.payload.get('sha', '')} for {approval.agent}",
+    }[approval.kind]
+    text = f"approval_resolved: approval {approval.id}, {what}: {end}."
+    if reason:
+        text += f" The reason: {reason}"
+    put_message(tx, SYSTEM, approval.requested_by, parse_body(text[: BODY_LIMIT_BYTES // 4]))

@@ -1,0 +1,197 @@
+"""Wanted and observed: one task per agent closes the difference between what should run and what runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from hive_core.agents import Agent, Agents
+from hive_core.broker import put_message
+from hive_core.containers.process import AgentDirs, Exit, ProcessDriver, Running
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import MANAGER, SYSTEM, AgentName, parse_body
+from hive_core.store.bus import EVENTS
+from hive_core.store.door import Store
+from hive_core.store.writer import Transaction
+
+log = logging.getLogger(__name__)
+RESTART_FIRST_S = 1.0
+RESTART_LIMIT_S = 60.0
+STEADY_S = 30.0  # an agent that ran this long starts with the shortest backoff again
+
+
+class Desk(Protocol):
+    """What the reconciler needs to know of an agent's harness."""
+
+    stop: trio.Event
+    said_hello: trio.Event
+
+
+@dataclass
+class Supervised:
+    """One agent as its task sees it."""
+
+    name: AgentName
+    desk: Desk
+    dirs: AgentDirs
+    running: Running | None = None
+    changed: trio.Event = field(default_factory=trio.Event)
+    ended: trio.Event = field(default_factory=trio.Event)
+
+
+class Reconciler:
+    """Starts, adopts, restarts and ends agents.
+
+    may_run   the sentence that says why an agent may not be started here, or None
+    serve     opens and serves an agent's sockets until cancelled; reports its desk when they listen
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        agents: Agents,
+        driver: ProcessDriver,
+        dirs: Callable[[AgentName], AgentDirs],
+        may_run: Callable[[Agent], str | None],
+        serve: Callable[[Agent, trio.TaskStatus[Desk]], Awaitable[None]],
+    ) -> None:
+        self._store = store
+        self._agents = agents
+        self._driver = driver
+        self._dirs = dirs
+        self._may_run = may_run
+        self._serve = serve
+        self._supervised: dict[AgentName, Supervised] = {}
+        self._draining = False
+
+    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep what is wanted true, until cancelled. Cancelling it ends no agent."""
+        async with trio.open_nursery() as nursery:
+            with self._store.bus.listen(EVENTS) as listener:
+                started = False
+                while True:
+                    for agent in await self._agents.all():
+                        if agent.settings is None:
+                            continue
+                        if agent.name not in self._supervised:
+                            desk: Desk = await nursery.start(self._serve, agent)
+                            supervised = Supervised(agent.name, desk, self._dirs(agent.name))
+                            self._supervised[agent.name] = supervised
+                            nursery.start_soon(self._supervise, supervised)
+                        self._supervised[agent.name].changed.set()
+                    if not started:
+                        task_status.started()
+                        started = True
+                    await listener.wait()
+
+    async def kill(self, name: AgentName, actor: AgentName) -> None:
+        """End an agent now and keep it down. Raises Refusal for the manager itself and for unknown names."""
+        if name == MANAGER and actor == MANAGER:
+            raise Refusal("refused", f"cannot kill {name}: the manager does not end itself; ask the operator")
+        await self._agents.want(name, "down", actor)
+        supervised = self._supervised.get(name)
+        if supervised is not None and supervised.running is not None:
+            supervised.running.kill()
+            await supervised.ended.wait()
+
+    def running(self) -> list[AgentName]:
+        """The agents whose container runs now."""
+        return [supervised.name for supervised in self._supervised.values() if supervised.running is not None]
+
+    async def drain(self, patience_s: float) -> dict[str, str]:
+        """End every agent: at its turn's edge, or by force after `patience_s`. Returns how each one ended."""
+        self._draining = True
+        ends: dict[str, str] = {}
+        async with trio.open_nursery() as nursery:
+            for supervised in self._supervised.values():
+                if supervised.running is not None:
+                    nursery.start_soon(self._drain_one, supervised, patience_s, ends)
+        return ends
+
+    async def _drain_one(self, supervised: Supervised, patience_s: float, ends: dict[str, str]) -> None:
+        self._agents.observe(supervised.name, "stopping", "finishes its turn")
+        supervised.desk.stop.set()
+        with trio.move_on_after(patience_s) as scope:
+            await supervised.ended.wait()
+        if scope.cancelled_caught and supervised.running is not None:
+            supervised.running.kill()
+            await supervised.ended.wait()
+        ends[supervised.name] = "killed" if scope.cancelled_caught else "finished"
+
+    async def _supervise(self, supervised: Supervised) -> None:
+        backoff_s = RESTART_FIRST_S
+        await self._adopt(supervised)
+        while True:
+            agent = await self._agents.get(supervised.name)
+            if agent.wanted != "up" or self._draining:
+                self._agents.observe(agent.name, "down", sandbox=self._driver.sandbox)
+            elif reason := self._may_run(agent):
+                self._agents.observe(agent.name, "down", reason, sandbox=self._driver.sandbox)
+            else:
+                began = trio.current_time()
+                await self._run(supervised)
+                steady = trio.current_time() - began > STEADY_S
+                backoff_s = RESTART_FIRST_S if steady else min(backoff_s * 2, RESTART_LIMIT_S)
+                with trio.move_on_after(backoff_s):
+                    await self._wait_not_wanted(supervised)
+                continue
+            await self._wait_changed(supervised)
+
+    async def _wait_changed(self, supervised: Supervised) -> None:
+        await supervised.changed.wait()
+        supervised.changed = trio.Event()
+
+    async def _wait_not_wanted(self, supervised: Supervised) -> None:
+        while (await self._agents.get(supervised.name)).wanted == "up" and not self._draining:
+            await self._wait_changed(supervised)
+
+    async def _adopt(self, supervised: Supervised) -> None:
+        """Go on with an agent that outlived the daemon before, or tell how it ended meanwhile."""
+        name = supervised.name
+        if running := self._driver.find(name):
+            log.info("adopted %s (pid %d)", name, running.pid, extra={"agent": name})
+            await self._store.write(lambda tx: tx.emit("agent_adopted", SYSTEM, name, pid=running.pid))
+            self._agents.observe(name, "starting", "waits for its hello", sandbox=self._driver.sandbox)
+            await self._watch(supervised, running)
+        elif missed := self._driver.missed_exit(name):
+            await self._tell_end(name, missed, "while the daemon was away")
+
+    async def _run(self, supervised: Supervised) -> None:
+        name = supervised.name
+        self._agents.observe(name, "starting", sandbox=self._driver.sandbox)
+        try:
+            running = await self._driver.start(name, supervised.dirs)
+        except OSError as exc:
+            self._agents.observe(name, "crashed", f"cannot be started: {exc}")
+            log.error("cannot start %s: %s", name, exc, extra={"agent": name})
+            return
+        await self._store.write(lambda tx: tx.emit("agent_started", SYSTEM, name, pid=running.pid))
+        await self._watch(supervised, running)
+
+    async def _watch(self, supervised: Supervised, running: Running) -> None:
+        supervised.running, supervised.ended = running, trio.Event()
+        exit_ = await running.wait()
+        supervised.running = None
+        self._driver.forget(supervised.name)
+        await self._tell_end(supervised.name, exit_, "")
+        supervised.ended.set()
+
+    async def _tell_end(self, name: AgentName, exit_: Exit, when: str) -> None:
+        agent = await self._agents.get(name)
+        expected = exit_.code == 0 or agent.wanted == "down" or self._draining
+        detail = "" if expected else f"ended with code {exit_.code} {when}".strip()
+        self._agents.observe(name, "down" if expected else "crashed", detail)
+
+        def write(tx: Transaction) -> None:
+            tx.emit("agent_ended", SYSTEM, name, code=exit_.code, expected=expected, when=when)
+            if not expected and name != MANAGER:
+                text = f"container_crash: {name} {detail}. Its last words: {self._driver.last_words(name)!r}"
+                put_message(tx, SYSTEM, MANAGER, parse_body(text))
+
+        await self._store.write(write)
+        if not expected:
+            log.warning("%s %s", name, detail, extra={"agent": name})

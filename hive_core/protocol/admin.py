@@ -1,0 +1,3 @@
+"""The version of what is spoken on host.sock; the verbs are in sockets/admin.py."""
+
+PROTOCOL_VERSION = 1

@@ -1,0 +1,61 @@
+"""The forms on harness.sock: what a harness and its host say to each other.
+
+JSON lines, one request at a time, answered in order: `{"id": n, "op": …}` gets `{"id": n, "ok": true, …}` or
+`{"id": n, "ok": false, "error": {…}}`. What a harness says is a claim: it can lose only its own agent's mail.
+
+    hello  version, instance, turn, life        → version, agent, role
+    lease                                       → turn, or stop: true
+    lines  turn, first, lines                   → kept
+    ack    turn, fence, outcome, …              → counted, stop
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Literal, NotRequired, TypedDict
+
+    Outcome = Literal["done", "failed", "waiting"]
+
+    class Settings(TypedDict):
+        """What the deployed commit says about the agent; it travels with each lease, so a change needs no restart."""
+
+        program: str  # "claude" or "rehearsal"
+        model: str
+        effort: NotRequired[str]
+        tools: list[str]  # the program's own tools that are on
+        prompt: str  # CLAUDE.md of the deployed commit
+
+    class LeasedMessage(TypedDict):
+        id: int
+        sender: str
+        body: str
+        sent_at_ms: int
+        in_reply_to: int | None
+        attempt: int  # 1 on the first delivery
+
+    class Lease(TypedDict):
+        turn: int
+        fence: str
+        message: LeasedMessage
+        waiting: int  # how many more messages wait
+        settings: Settings
+        session: str | None  # the program's session to go on with
+        credential: str  # the kind of placeholder the program needs: "api_key" or "oauth_token"
+
+    class Ack(TypedDict):
+        turn: int
+        fence: str
+        outcome: Outcome
+        session: str | None
+        error: str | None
+        usage: dict[str, Any] | None
+
+
+PROTOCOL_VERSION = 1
+LINES_PER_REQUEST = 64
+STREAM_LINE_LIMIT_BYTES = 64 * 1024
+# A whole request of `lines`: each line is JSON, whose quotes take a backslash more inside a string.
+REQUEST_LIMIT_BYTES = 2 * LINES_PER_REQUEST * STREAM_LINE_LIMIT_BYTES
+# `waiting` in an ack: the turn could not run for a reason that is not its own (no login, an overloaded provider).
+OUTCOMES = frozenset({"done", "failed", "waiting"})

@@ -1,0 +1,78 @@
+"""JSON lines: bytes to objects and back, with no loop and no socket in sight.
+
+One line is one JSON object in UTF-8, ended by a newline. A line that is too long, is not UTF-8, is not JSON or is
+not an object costs only itself: the splitter reports it and goes on with the next.
+"""
+
+from __future__ import annotations
+
+import json
+
+from hive_core.protocol.refusal import Refusal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+LINE_LIMIT_BYTES = 1024 * 1024
+
+
+class LineSplitter:
+    """Feed it bytes as they come; take whole lines (without the newline), or a Refusal for one that is too long.
+
+    Holds at most `limit_bytes` of an unfinished line: the rest of an over-long line is dropped as it arrives.
+    """
+
+    def __init__(self, limit_bytes: int = LINE_LIMIT_BYTES) -> None:
+        self.limit_bytes = limit_bytes
+        self._rest = bytearray()
+        self._dropping = False
+
+    def feed(self, data: bytes) -> Iterator[bytes | Refusal]:
+        start = 0
+        while (end := data.find(b"\n", start)) >= 0:
+            self._keep(data[start:end])
+            start = end + 1
+            if self._dropping:
+                self._dropping = False
+                yield self._too_long()
+            else:
+                yield bytes(self._rest)
+            self._rest.clear()
+        self._keep(data[start:])
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a hang-up now would cut a line in half."""
+        return self._dropping or bool(self._rest)
+
+    def _keep(self, piece: bytes) -> None:
+        if self._dropping or len(self._rest) + len(piece) > self.limit_bytes:
+            self._dropping = True
+            self._rest.clear()
+        else:
+            self._rest += piece
+
+    def _too_long(self) -> Refusal:
+        return Refusal("usage", f"cannot read the line: it is longer than the limit of {self.limit_bytes:,} bytes")
+
+
+def encode(obj: object) -> bytes:
+    """One object as a line, newline included."""
+    return json.dumps(obj, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """The object a line holds. Raises Refusal("usage") that says what is wrong with it."""
+    try:
+        obj = json.loads(line)
+    except UnicodeDecodeError as exc:
+        raise Refusal("usage", f"cannot read the line: byte {exc.start} is not UTF-8") from None
+    except RecursionError:
+        raise Refusal("usage", "cannot read the line: it is nested too deep") from None
+    except ValueError as exc:
+        raise Refusal("usage", f"cannot read the line: it is not JSON ({exc})") from None
+    if not isinstance(obj, dict):
+        raise Refusal("usage", f"cannot read the line: it holds a {type(obj).__name__}, and an object is needed")
+    return obj

@@ -1,0 +1,92 @@
+"""The words of the house, parsed at the door. Past a socket nothing is a raw string."""
+
+from __future__ import annotations
+
+import re
+
+from hive_core.protocol.refusal import Refusal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NewType
+
+    AgentName = NewType("AgentName", str)
+    CommitSha = NewType("CommitSha", str)
+    MessageBody = NewType("MessageBody", str)
+else:
+    AgentName = CommitSha = MessageBody = str
+
+MANAGER = AgentName("hm1nd")
+OPERATOR = AgentName("operator")
+SYSTEM = AgentName("system")
+RESERVED = frozenset({OPERATOR, SYSTEM, "all", "manager"})
+
+NAME_LIMIT = 30
+BODY_LIMIT_BYTES = 64 * 1024
+NOTE_LIMIT_BYTES = 4 * 1024
+PERSONA_LIMIT_BYTES = 48 * 1024
+
+_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+_SHA = re.compile(r"[0-9a-f]{40}")
+
+
+def shown(raw: object, limit: int = 40) -> str:
+    """A short, printable rendering of hostile input for use inside an error message."""
+    text = ascii(raw)
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
+
+
+def parse_agent_name(raw: object) -> AgentName:
+    """The name of an agent: a to z, digits and single dashes, at most 30 characters, not a reserved word.
+
+    Raises Refusal("usage").
+    """
+    if not isinstance(raw, str) or len(raw) > NAME_LIMIT or not _NAME.fullmatch(raw):
+        raise Refusal(
+            "usage",
+            f"cannot use {shown(raw)} as an agent's name: a name is 1 to {NAME_LIMIT} characters of a-z, 0-9 and "
+            "single dashes, and begins with a letter",
+        )
+    if raw in RESERVED:
+        raise Refusal("usage", f"cannot use {raw!r} as an agent's name: it is reserved; choose another")
+    return AgentName(raw)
+
+
+def parse_recipient(raw: object) -> AgentName:
+    """An address to send to: an agent's name, or `operator`. Whether it exists is the broker's to say."""
+    return OPERATOR if raw == OPERATOR else parse_agent_name(raw)
+
+
+def parse_commit_sha(raw: object) -> CommitSha:
+    """A whole commit id. A branch can be named like an abbreviation, so 40 hex digits and nothing else."""
+    if not isinstance(raw, str) or not _SHA.fullmatch(raw):
+        raise Refusal("usage", f"cannot use {shown(raw)} as a commit: give all 40 hex digits (`git rev-parse HEAD`)")
+    return CommitSha(raw)
+
+
+def parse_text(raw: object, what: str, limit_bytes: int) -> str:
+    """Text of at least one visible character and at most `limit_bytes` bytes of UTF-8, without NUL."""
+    if not isinstance(raw, str):
+        raise Refusal("usage", f"cannot take the {what}: it must be a string")
+    if not raw.strip():
+        raise Refusal("usage", f"cannot take the {what}: it is empty")
+    if "\0" in raw:
+        raise Refusal("usage", f"cannot take the {what}: it contains a NUL character")
+    try:
+        size = len(raw.encode())
+    except UnicodeEncodeError:
+        raise Refusal("usage", f"cannot take the {what}: it contains half a surrogate pair, not text") from None
+    if size > limit_bytes:
+        raise Refusal("usage", f"cannot take the {what}: it has {size:,} bytes and the limit is {limit_bytes:,}")
+    return raw
+
+
+def parse_body(raw: object) -> MessageBody:
+    return MessageBody(parse_text(raw, "message", BODY_LIMIT_BYTES))
+
+
+def parse_id(raw: object, what: str) -> int:
+    """A row's number: a positive integer that sqlite can hold."""
+    if isinstance(raw, bool) or not isinstance(raw, int) or not 0 < raw < 2**63:
+        raise Refusal("usage", f"cannot use {shown(raw)} as the number of {what}: give a positive whole number")
+    return raw

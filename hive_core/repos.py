@@ -1,0 +1,247 @@
+"""Each agent's two git repositories: `proposed`, which the manager's container writes, and `applied`, ours alone.
+
+What an agent can write is hostile: nothing of git runs *inside* `proposed`. A proposal is one full commit id, fetched
+into our own bare repository with nothing of the source's configuration honoured, and read from there. The proposed
+repositories lie at proposed/NAME/config (not under agents/NAME), so that one bind mount of `proposed` gives the
+manager every agent's configuration, those of agents to come included, and nothing else of them.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import git
+import trio
+from git.objects.fun import tree_to_stream
+from gitdb import IStream
+
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import PERSONA_LIMIT_BYTES, AgentName, CommitSha, parse_text
+from hive_core.settings import AgentSettings, parse_agent_toml
+
+# The files a commit may hold today; anything else in one is refused by name.
+FILES = ("CLAUDE.md", "agent.toml")
+FILE_LIMIT_BYTES = 64 * 1024
+DIFF_LIMIT_BYTES = 256 * 1024
+GIT_TIMEOUT_S = 30
+
+_AUTHOR = git.Actor("hyperhive", "hive@localhost")
+_STERILE = {
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_CONFIG_GLOBAL": os.devnull,
+    "GIT_TERMINAL_PROMPT": "0",
+    "GIT_ASKPASS": "true",
+    "GIT_ATTR_NOSYSTEM": "1",
+    "HOME": os.devnull,
+    "XDG_CONFIG_HOME": os.devnull,
+    "LC_ALL": "C.UTF-8",
+    "GIT_COMMITTER_NAME": "hyperhive",
+    "GIT_COMMITTER_EMAIL": "hive@localhost",
+}
+_CONFIG = {
+    "core.hooksPath": os.devnull,
+    "core.fsmonitor": "false",
+    "core.symlinks": "false",
+    "protocol.allow": "never",
+    "protocol.file.allow": "always",
+    "fetch.fsckObjects": "true",
+    "gc.auto": "0",
+    "maintenance.auto": "false",
+    "tag.gpgSign": "false",
+    "commit.gpgSign": "false",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A commit that was fetched and found deployable: what it holds, and what it changes against `base`."""
+
+    sha: CommitSha
+    base: CommitSha
+    settings: AgentSettings
+    prompt: str
+    diff: str
+
+
+def harness_settings(settings: AgentSettings, prompt: str) -> dict[str, Any]:
+    """What travels to the harness with a lease: protocol.harness.Settings."""
+    chosen = settings.model_dump(exclude={"description"}, exclude_none=True)
+    return {**chosen, "prompt": prompt}
+
+
+class Repos:
+    """All methods run git or read objects in a worker thread; cancelling one leaves the repositories usable."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._applied = state_dir / "applied"
+        self._proposed = state_dir / "proposed"
+
+    @property
+    def proposed_dir(self) -> Path:
+        return self._proposed
+
+    async def create(self, name: AgentName, files: Mapping[str, str]) -> CommitSha:
+        """Make both repositories with `files` as the first commit, tagged deployed/0; again: make what is missing.
+
+        Returns the commit that is deployed/0. A crash at any point leaves nothing that the next call cannot finish.
+        """
+        return await trio.to_thread.run_sync(self._create, name, files)
+
+    async def fetch(self, name: AgentName, sha: CommitSha) -> Proposal:
+        """Take one commit from the proposed repository and check it. Raises Refusal when it cannot be deployed."""
+        return await trio.to_thread.run_sync(self._fetch, name, sha)
+
+    async def read(self, name: AgentName, sha: CommitSha) -> dict[str, Any]:
+        """The harness settings that a commit of the applied repository holds."""
+        return await trio.to_thread.run_sync(self._read, name, sha)
+
+    async def tag(self, name: AgentName, tag: str, sha: CommitSha, note: str = "") -> None:
+        """Tag a commit of the applied repository; the same tag again is left as it is."""
+        await trio.to_thread.run_sync(self._tag, name, tag, sha, note)
+
+    async def deploy(self, name: AgentName, approval_id: int, sha: CommitSha, base: CommitSha) -> None:
+        """Move main from `base` to `sha` and tag it deployed/ID; done already is fine.
+
+        Raises Refusal("conflict") when main is neither.
+        """
+        await trio.to_thread.run_sync(self._deploy, name, approval_id, sha, base)
+
+    def _open(self, name: AgentName) -> git.Repo:
+        # GitDB reads objects in Python: no `cat-file` process to keep.
+        repo = git.Repo(self._applied / f"{name}.git", odbt=git.GitDB)
+        repo.git.update_environment(**_STERILE)
+        return repo
+
+    def _git(self, repo: git.Repo, *arguments: str) -> str:
+        options = [word for key, value in _CONFIG.items() for word in ("-c", f"{key}={value}")]
+        output: str = repo.git.execute(["git", *options, *arguments], kill_after_timeout=GIT_TIMEOUT_S)
+        return output
+
+    def _create(self, name: AgentName, files: Mapping[str, str]) -> CommitSha:
+        applied, proposed = self._applied / f"{name}.git", self._proposed / name / "config"
+        if not applied.exists():
+            fresh = self._applied / f".{name}.new"
+            shutil.rmtree(fresh, ignore_errors=True)
+            self._applied.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._first_commit(fresh, files)
+            fresh.rename(applied)
+        if not proposed.exists():
+            fresh = self._proposed / name / ".new"
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self._open(name) as repo:
+                # Hard links would let the container write the objects of the applied repository.
+                self._git(repo, "clone", "--quiet", "--no-hardlinks", "--template=", str(applied), str(fresh))
+            fresh.rename(proposed)
+        with self._open(name) as repo:
+            return CommitSha(repo.commit("deployed/0").hexsha)
+
+    def _first_commit(self, path: Path, files: Mapping[str, str]) -> None:
+        # An empty template: the machine's own would bring its hooks along.
+        repo = git.Repo.init(
+            path, bare=True, odbt=git.GitDB, template="", initial_branch="main", allow_unsafe_options=True
+        )
+        with repo:
+            repo.git.update_environment(**_STERILE)
+            entries = []
+            for file_name, text in sorted(files.items()):
+                data = text.encode()
+                stream = repo.odb.store(IStream("blob", len(data), io.BytesIO(data)))
+                entries.append((stream.binsha, 0o100644, file_name))
+            buffer = io.BytesIO()
+            tree_to_stream(entries, buffer.write)
+            tree = repo.odb.store(IStream("tree", buffer.tell(), io.BytesIO(buffer.getvalue())))
+            commit = git.Commit.create_from_tree(
+                repo,
+                git.Tree(repo, tree.binsha),
+                "First configuration\n",
+                parent_commits=[],
+                author=_AUTHOR,
+                committer=_AUTHOR,
+                author_date=f"{int(time.time())} +0000",
+                commit_date=f"{int(time.time())} +0000",
+            )
+            self._git(repo, "update-ref", "refs/heads/main", commit.hexsha)
+            self._git(repo, "tag", "deployed/0", commit.hexsha)
+
+    def _fetch(self, name: AgentName, sha: CommitSha) -> Proposal:
+        source = self._proposed / name / "config"
+        with self._open(name) as repo:
+            # The pin keeps the objects until the approval is resolved, whatever happens to the source.
+            pin = f"refs/proposed/{sha}"
+            try:
+                self._git(repo, "fetch", "--quiet", "--no-tags", "--no-write-fetch-head", str(source), f"{sha}:{pin}")
+            except git.GitCommandError as exc:
+                reason = str(exc.stderr).strip().removeprefix("stderr: ").strip("'\n ").splitlines() or ["no reason"]
+                raise Refusal(
+                    "refused",
+                    f"cannot fetch {sha} from the configuration of {name}: {reason[-1][:200]}; commit it first",
+                ) from None
+            return self._check(repo, name, sha)
+
+    def _check(self, repo: git.Repo, name: AgentName, sha: CommitSha) -> Proposal:
+        base = CommitSha(repo.commit("refs/heads/main").hexsha)
+        if sha == base:
+            raise Refusal("refused", f"cannot apply {sha[:12]}: it is what {name} runs already")
+        try:
+            self._git(repo, "merge-base", "--is-ancestor", base, sha)
+        except git.GitCommandError:
+            raise Refusal(
+                "refused", f"cannot apply {sha[:12]}: it is not based on {base[:12]}, which {name} runs; rebase it"
+            ) from None
+        settings, prompt = _contents(repo, sha)
+        diff = self._git(
+            repo, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames", base, sha, "--", *FILES
+        )
+        if len(diff.encode()) > DIFF_LIMIT_BYTES:
+            raise Refusal("refused", f"cannot apply {sha[:12]}: its diff is over {DIFF_LIMIT_BYTES:,} bytes; split it")
+        return Proposal(sha, base, settings, prompt, diff)
+
+    def _read(self, name: AgentName, sha: CommitSha) -> dict[str, Any]:
+        with self._open(name) as repo:
+            return harness_settings(*_contents(repo, sha))
+
+    def _tag(self, name: AgentName, tag: str, sha: CommitSha, note: str) -> None:
+        with self._open(name) as repo:
+            if tag not in {existing.name for existing in repo.tags}:
+                message = ("-a", "-m", note) if note else ()
+                self._git(repo, "tag", *message, tag, sha)
+
+    def _deploy(self, name: AgentName, approval_id: int, sha: CommitSha, base: CommitSha) -> None:
+        with self._open(name) as repo:
+            main = repo.commit("refs/heads/main").hexsha
+            if main not in (sha, base):
+                raise Refusal("conflict", f"cannot apply {sha[:12]}: {name} runs {main[:12]} now, not {base[:12]}")
+            self._git(repo, "update-ref", "refs/heads/main", sha, main)
+        self._tag(name, f"deployed/{approval_id}", sha, "")
+
+
+def _contents(repo: git.Repo, sha: CommitSha) -> tuple[AgentSettings, str]:
+    """The checked contents of a commit's tree. Raises Refusal that names the file."""
+    found: dict[str, bytes] = {}
+    for entry in repo.commit(sha).tree:
+        name = entry.path if entry.path in FILES else ascii(entry.path)[:60]
+        if entry.path not in FILES:
+            raise Refusal(
+                "refused", f"cannot apply {sha[:12]}: it holds {name}; only {' and '.join(FILES)} are deployed"
+            )
+        if entry.type != "blob" or entry.mode not in (0o100644, 0o100755):
+            raise Refusal("refused", f"cannot apply {sha[:12]}: {name} must be a regular file")
+        if entry.size > FILE_LIMIT_BYTES:
+            raise Refusal("refused", f"cannot apply {sha[:12]}: {name} is over the limit of {FILE_LIMIT_BYTES:,} bytes")
+        found[name] = entry.data_stream.read()
+    if missing := [name for name in FILES if name not in found]:
+        raise Refusal("refused", f"cannot apply {sha[:12]}: {missing[0]} is missing")
+    settings = parse_agent_toml(found["agent.toml"])
+    try:
+        prompt = parse_text(found["CLAUDE.md"].decode(), "CLAUDE.md", PERSONA_LIMIT_BYTES)
+    except UnicodeDecodeError:
+        raise Refusal("usage", "cannot read CLAUDE.md: it is not UTF-8") from None
+    return settings, prompt

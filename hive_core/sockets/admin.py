@@ -1,0 +1,238 @@
+"""host.sock: the operator's verbs as JSON lines. Whoever can open the socket is the operator.
+
+A request is `{"v": 1, "verb": …, "args": {…}}`. An answer is `{"v": 1, "ok": true, "result": …}` or
+`{"v": 1, "ok": false, "error": {"code", "message"}}`. A verb that goes on (`events`, `down`) sends answers marked
+`"more": true`, then one without. Requests on one connection are answered in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import trio
+
+from hive_core.credentials import how_to_give_one
+from hive_core.events import follow_events, newest_events
+from hive_core.hive import Hive
+from hive_core.protocol.admin import PROTOCOL_VERSION
+from hive_core.protocol.lines import LINE_LIMIT_BYTES
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import OPERATOR, parse_agent_name, parse_body, parse_commit_sha, parse_id, shown
+from hive_core.sockets.unix import Lines
+from hive_core.store.bus import EVENTS
+from hive_core.version import __version__
+
+Args = dict[str, Any]
+LIMIT_MOST = 1000
+PATIENCE_MOST_S = 24 * 3600.0
+
+
+class AdminDesk:
+    def __init__(self, hive: Hive) -> None:
+        self._hive = hive
+        # verb → (what answers it, the arguments it takes)
+        self._verbs: dict[str, tuple[Callable[[Args], Awaitable[Any]], set[str]]] = {
+            "status": (self._status, set()),
+            "list": (self._list, set()),
+            "send": (self._send, {"to", "body", "in_reply_to", "key"}),
+            "messages": (self._messages, {"agent", "limit"}),
+            "message": (self._message, {"message"}),
+            "inbox": (self._inbox, {"limit"}),
+            "request_spawn": (self._request_spawn, {"agent", "persona", "reason"}),
+            "request_apply_commit": (self._request_apply_commit, {"agent", "sha", "reason"}),
+            "pending": (self._pending, set()),
+            "show": (self._show, {"approval"}),
+            "approve": (self._approve, {"approval", "digest"}),
+            "deny": (self._deny, {"approval", "reason"}),
+            "start": (self._start, {"agent"}),
+            "dashboard": (self._dashboard, set()),
+        }
+        self._streams: dict[str, tuple[Callable[[Args], AsyncIterator[Any]], set[str]]] = {
+            "events": (self._events, {"follow", "after", "limit"}),
+            "down": (self._down, {"patience_s"}),
+        }
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """Answer one client until it hangs up."""
+        lines = Lines(stream, LINE_LIMIT_BYTES)
+        async for request in lines.objects():
+            try:
+                await self._answer(request, lines)
+            except Refusal as refusal:
+                await lines.send({"v": PROTOCOL_VERSION, "ok": False, "error": refusal.to_wire()})
+
+    async def _answer(self, request: Args | Refusal, lines: Lines) -> None:
+        if isinstance(request, Refusal):
+            raise request
+        if request.get("v") != PROTOCOL_VERSION:
+            said = shown(request.get("v"))
+            raise Refusal("usage", f"cannot answer: the request says v={said}, this daemon speaks {PROTOCOL_VERSION}")
+        verb = request.get("verb")
+        if isinstance(verb, str) and verb in self._verbs:
+            answer, keys = self._verbs[verb]
+            result = await answer(_checked(verb, request.get("args", {}), keys))
+            await lines.send({"v": PROTOCOL_VERSION, "ok": True, "result": result})
+        elif isinstance(verb, str) and verb in self._streams:
+            stream, keys = self._streams[verb]
+            async for result in stream(_checked(verb, request.get("args", {}), keys)):
+                await lines.send({"v": PROTOCOL_VERSION, "ok": True, "more": True, "result": result})
+            await lines.send({"v": PROTOCOL_VERSION, "ok": True, "result": None})
+        else:
+            known = ", ".join([*self._verbs, *self._streams])
+            raise Refusal("usage", f"cannot do {shown(verb)}: the verbs are {known}")
+
+    async def _status(self, _: Args) -> Any:
+        hive = self._hive
+        missing = how_to_give_one(hive.config.state_dir)
+        approvals = await hive.approvals.pending()
+        return {
+            "version": __version__,
+            "state_dir": str(hive.config.state_dir),
+            "dashboard": hive.dashboard_url(),
+            "credential": hive.credential.source if hive.credential else None,
+            "credential_missing": None if hive.credential else missing,
+            "claude": str(hive.claude) if hive.claude else None,
+            "sandbox": hive.sandbox,
+            "sandbox_trouble": hive.sandbox_trouble,
+            "unsafe": hive.unsafe,
+            "pending": [{"id": a.id, "kind": a.kind, "agent": a.agent, "reason": a.reason} for a in approvals],
+            "unread": await hive.broker.unread(),
+        }
+
+    async def _list(self, _: Args) -> Any:
+        hive = self._hive
+        agents = []
+        for agent in await hive.agents.all():
+            live, settings = hive.agents.live(agent.name), agent.settings or {}
+            agents.append(
+                {
+                    "name": agent.name,
+                    "role": agent.role,
+                    "wanted": agent.wanted,
+                    "state": live.state,
+                    "detail": live.detail,
+                    "since_ms": live.since_ms,
+                    "sandbox": live.sandbox,
+                    "queued": agent.queued,
+                    "program": settings.get("program"),
+                    "model": settings.get("model"),
+                    "deployed_sha": agent.deployed_sha,
+                    "page": hive.page_url(agent.name),
+                }
+            )
+        return {"agents": agents, "unsafe": hive.unsafe}
+
+    async def _send(self, args: Args) -> Any:
+        in_reply_to, key = args.get("in_reply_to"), args.get("key")
+        if key is not None and not (isinstance(key, str) and 0 < len(key) <= 200):
+            raise Refusal("usage", "cannot use `key`: it must be a string of 1 to 200 characters")
+        return await self._hive.broker.send(
+            OPERATOR,
+            parse_agent_name(args.get("to")),
+            parse_body(args.get("body")),
+            None if in_reply_to is None else parse_id(in_reply_to, "a message"),
+            key,
+        )
+
+    async def _messages(self, args: Args) -> Any:
+        agent = None if args.get("agent") is None else parse_agent_name(args["agent"])
+        return {"messages": await self._hive.broker.messages(agent, _limit(args))}
+
+    async def _message(self, args: Args) -> Any:
+        message_id = parse_id(args.get("message"), "a message")
+        if (found := await self._hive.broker.message(message_id)) is None:
+            raise Refusal("not_found", f"cannot find message {message_id}")
+        return found
+
+    async def _request_spawn(self, args: Args) -> Any:
+        name = parse_agent_name(args.get("agent"))
+        return await self._hive.gate.request_spawn(OPERATOR, name, args.get("persona"), args.get("reason"))
+
+    async def _request_apply_commit(self, args: Args) -> Any:
+        name, sha = parse_agent_name(args.get("agent")), parse_commit_sha(args.get("sha"))
+        return await self._hive.gate.request_apply_commit(OPERATOR, name, sha, args.get("reason"))
+
+    async def _inbox(self, args: Args) -> Any:
+        return {"messages": await self._hive.broker.inbox(_limit(args))}
+
+    async def _pending(self, _: Args) -> Any:
+        return {"approvals": [approval.to_wire() for approval in await self._hive.approvals.pending()]}
+
+    async def _show(self, args: Args) -> Any:
+        return (await self._hive.approvals.get(parse_id(args.get("approval"), "an approval"))).to_wire()
+
+    async def _approve(self, args: Args) -> Any:
+        approval_id, digest = parse_id(args.get("approval"), "an approval"), args.get("digest")
+        if not isinstance(digest, str):
+            raise Refusal("usage", "cannot approve without the digest of what was shown; `show` gives it")
+        return (await self._hive.approvals.approve(approval_id, digest, OPERATOR)).to_wire()
+
+    async def _deny(self, args: Args) -> Any:
+        approval_id, reason = parse_id(args.get("approval"), "an approval"), args.get("reason")
+        return (await self._hive.gate.deny(approval_id, reason, OPERATOR)).to_wire()
+
+    async def _start(self, args: Args) -> Any:
+        name = parse_agent_name(args.get("agent"))
+        await self._hive.agents.want(name, "up", OPERATOR)
+        return {"started": name}
+
+    async def _dashboard(self, _: Args) -> Any:
+        return {"url": self._hive.sign_in_url()}
+
+    async def _events(self, args: Args) -> AsyncIterator[Any]:
+        store, after = self._hive.store, args.get("after")
+        if after is None:
+            newest = await newest_events(store, _limit(args))
+            for event in newest:
+                yield event
+            after = newest[-1]["seq"] if newest else 0
+        elif isinstance(after, bool) or not isinstance(after, int) or not 0 <= after < 2**62:
+            raise Refusal("usage", "cannot use `after`: give the number of an event")
+        end = None if args.get("follow") else await store.last_seq()
+        if end is not None and after >= end:
+            return
+        async for event in follow_events(store, after):
+            yield event
+            if event["seq"] == end:
+                return
+
+    async def _down(self, args: Args) -> AsyncIterator[Any]:
+        """Drain every agent, telling whom it waits for; then the daemon ends."""
+        hive, patience_s = self._hive, args.get("patience_s", self._hive.config.drain_s)
+        if isinstance(patience_s, bool) or not isinstance(patience_s, int | float):
+            raise Refusal("usage", "cannot use `patience_s`: give a number of seconds")
+        if not 0 <= patience_s <= PATIENCE_MOST_S:
+            raise Refusal("usage", f"cannot wait {patience_s} s: give 0 to {PATIENCE_MOST_S:.0f}")
+        ends: list[dict[str, str]] = []
+        async with trio.open_nursery() as nursery:
+            done = trio.Event()
+
+            async def drain() -> None:
+                ends.append(await hive.reconciler.drain(patience_s))
+                done.set()
+                hive.store.bus.publish([EVENTS])
+
+            nursery.start_soon(drain)
+            with hive.store.bus.listen(EVENTS) as listener:
+                while not done.is_set():
+                    yield {"waiting": hive.reconciler.running()}
+                    await listener.wait()
+        yield {"ends": ends[0]}
+        hive.stopping.set()
+
+
+def _checked(verb: str, args: object, keys: set[str]) -> Args:
+    if not isinstance(args, dict):
+        raise Refusal("usage", "cannot read `args`: an object is needed")
+    if unknown := sorted(set(args) - keys):
+        takes = ", ".join(sorted(keys)) or "none"
+        raise Refusal("usage", f"cannot do {verb}: it has no argument {shown(unknown[0])}; it takes {takes}")
+    return args
+
+
+def _limit(args: Args) -> int:
+    limit = args.get("limit", 50)
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit <= LIMIT_MOST:
+        raise Refusal("usage", f"cannot use {shown(limit)} as the limit: give 1 to {LIMIT_MOST}")
+    return limit

@@ -1,0 +1,240 @@
+"""mcp.sock: the tools of one agent, as an MCP server over newline-delimited JSON-RPC.
+
+Who calls is the socket, never an argument. A writing call that carries the program's tool-use id counts once, however
+often a bridge sends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import anyio
+import mcp_types as types
+import trio
+from mcp.server.lowlevel import Server
+from mcp.shared.message import SessionMessage
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hive_core.agents import Agents
+from hive_core.broker import RECV_LIMIT, RECV_WAIT_LIMIT_S, Broker
+from hive_core.procedures.gate import Gate
+from hive_core.protocol.lines import LINE_LIMIT_BYTES, LineSplitter, encode
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import (
+    MANAGER,
+    AgentName,
+    parse_agent_name,
+    parse_body,
+    parse_commit_sha,
+    parse_recipient,
+)
+from hive_core.settings import describe
+from hive_core.version import __version__
+
+Key = str | None
+Result = dict[str, Any]
+
+
+class _Arguments(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class SendArguments(_Arguments):
+    to: Annotated[str, Field(description="an agent's name, or operator")]
+    body: Annotated[str, Field(description="what to say, at most 64 KiB")]
+    in_reply_to: Annotated[int | None, Field(gt=0, description="the number of the message this answers")] = None
+
+
+class RecvArguments(_Arguments):
+    wait_seconds: Annotated[float, Field(ge=0, le=RECV_WAIT_LIMIT_S, description="how long to wait for mail")] = 0
+    max: Annotated[int, Field(ge=1, le=RECV_LIMIT)] = RECV_LIMIT
+
+
+class NoArguments(_Arguments):
+    pass
+
+
+class SpawnArguments(_Arguments):
+    name: Annotated[str, Field(description="the new agent's name: a-z, 0-9 and dashes")]
+    persona: Annotated[str, Field(description="who it is and how it works: the text of its CLAUDE.md")]
+    reason: Annotated[str, Field(description="why the operator should approve it")]
+
+
+class ApplyArguments(_Arguments):
+    agent: str
+    sha: Annotated[str, Field(description="the whole commit id, 40 hex digits, from /agents/AGENT/config")]
+    reason: Annotated[str, Field(description="what the change is for")]
+
+
+class KillArguments(_Arguments):
+    agent: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    name: str
+    description: str
+    arguments: type[_Arguments]
+    call: Callable[[Any, Key], Awaitable[Result]]
+    read_only: bool = False
+
+    def to_mcp(self) -> types.Tool:
+        return types.Tool(
+            name=self.name,
+            description=self.description,
+            input_schema=self.arguments.model_json_schema(),
+            annotations=types.ToolAnnotations(
+                read_only_hint=self.read_only, idempotent_hint=True, destructive_hint=False, open_world_hint=False
+            ),
+        )
+
+
+class AgentDesk:
+    """The tools of one agent; the manager's socket has more of them, and nobody else's has those."""
+
+    def __init__(
+        self,
+        name: AgentName,
+        broker: Broker,
+        agents: Agents,
+        gate: Gate,
+        kill: Callable[[AgentName, AgentName], Awaitable[None]],
+    ) -> None:
+        self.name = name
+        self._broker = broker
+        self._agents = agents
+        self._gate = gate
+        self._kill = kill
+        tools = [
+            Tool("send", "Send a message to an agent or to the operator.", SendArguments, self._send),
+            Tool("recv", "Take more of your mail in this turn; waits if asked to.", RecvArguments, self._recv),
+            Tool("whoami", "Your name and role.", NoArguments, self._whoami, read_only=True),
+            Tool("list_agents", "The agents of this hive and what they do now.", NoArguments, self._list, True),
+        ]
+        if name == MANAGER:
+            tools += [
+                Tool("request_spawn", "Ask the operator for a new agent.", SpawnArguments, self._spawn),
+                Tool(
+                    "request_apply_commit",
+                    "Ask the operator to run an agent on a commit you made in /agents/AGENT/config.",
+                    ApplyArguments,
+                    self._apply,
+                ),
+                Tool(
+                    "kill", "Stop an agent now. It stays down until the operator starts it.", KillArguments, self._stop
+                ),
+            ]
+        self.tools = {tool.name: tool for tool in tools}
+
+    async def call(self, name: str, arguments: dict[str, Any], key: Key) -> Result:
+        """The result of one tool call. Raises Refusal with one sentence for the agent."""
+        tool = self.tools.get(name)
+        if tool is None:
+            raise Refusal("not_found", f"cannot call {ascii(name)[:60]}: the tools are {', '.join(self.tools)}")
+        try:
+            parsed = tool.arguments.model_validate(arguments)
+        except ValidationError as exc:
+            raise Refusal("usage", f"cannot call {name}: {describe(exc)}") from None
+        return await tool.call(parsed, key)
+
+    async def _send(self, arguments: SendArguments, key: Key) -> Result:
+        recipient, body = parse_recipient(arguments.to), parse_body(arguments.body)
+        return await self._broker.send(self.name, recipient, body, arguments.in_reply_to, key)
+
+    async def _recv(self, arguments: RecvArguments, key: Key) -> Result:
+        return await self._broker.recv(self.name, arguments.max, arguments.wait_seconds, key)
+
+    async def _whoami(self, _: NoArguments, __: Key) -> Result:
+        return {"name": self.name, "role": "manager" if self.name == MANAGER else "agent"}
+
+    async def _list(self, _: NoArguments, __: Key) -> Result:
+        return {
+            "agents": [
+                {"name": agent.name, "state": self._agents.live(agent.name).state, "queued": agent.queued}
+                for agent in await self._agents.all()
+            ]
+        }
+
+    async def _spawn(self, arguments: SpawnArguments, key: Key) -> Result:
+        name = parse_agent_name(arguments.name)
+        return await self._gate.request_spawn(self.name, name, arguments.persona, arguments.reason, key)
+
+    async def _apply(self, arguments: ApplyArguments, key: Key) -> Result:
+        name, sha = parse_agent_name(arguments.agent), parse_commit_sha(arguments.sha)
+        return await self._gate.request_apply_commit(self.name, name, sha, arguments.reason, key)
+
+    async def _stop(self, arguments: KillArguments, _: Key) -> Result:
+        name = parse_agent_name(arguments.agent)
+        await self._kill(name, self.name)
+        return {"killed": name}
+
+
+def _summary(result: Result) -> str:
+    return encode(result).decode().strip()
+
+
+async def serve_agent(desk: AgentDesk, stream: trio.SocketStream) -> None:
+    """Speak MCP with one client of an agent's socket until it hangs up."""
+
+    async def list_tools(_: object, __: object) -> types.ListToolsResult:
+        return types.ListToolsResult(tools=[tool.to_mcp() for tool in desk.tools.values()])
+
+    async def call_tool(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
+        key = (context.meta or {}).get("claudecode/toolUseId")
+        key = key if isinstance(key, str) and 0 < len(key) <= 200 else None
+        try:
+            result = await desk.call(params.name, params.arguments or {}, key)
+        except Refusal as refusal:
+            text = types.TextContent(type="text", text=refusal.message)
+            return types.CallToolResult(content=[text], is_error=True)
+        text = types.TextContent(type="text", text=_summary(result))
+        return types.CallToolResult(content=[text], structured_content=result)
+
+    server = Server("hyperhive", version=__version__, on_list_tools=list_tools, on_call_tool=call_tool)
+    to_server, from_client = anyio.create_memory_object_stream[SessionMessage | Exception](0)
+    to_client, from_server = anyio.create_memory_object_stream[SessionMessage](0)
+    lock = trio.Lock()
+
+    async def write_out() -> None:
+        async with from_server:
+            async for message in from_server:
+                line = message.message.model_dump_json(by_alias=True, exclude_unset=True)
+                async with lock:
+                    await stream.send_all(line.encode() + b"\n")
+
+    async def read_in() -> None:
+        splitter = LineSplitter(LINE_LIMIT_BYTES)
+        async with to_server:
+            async for data in stream:
+                for line in splitter.feed(bytes(data)):
+                    answer = await _hand_over(line, to_server)
+                    if answer is not None:
+                        async with lock:
+                            await stream.send_all(encode(answer))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(write_out)
+        nursery.start_soon(read_in)
+        await server.run(from_client, to_client, server.create_initialization_options())
+        nursery.cancel_scope.cancel()
+
+
+async def _hand_over(line: bytes | Refusal, to_server: Any) -> dict[str, Any] | None:
+    """Give one line to the server; the JSON-RPC error for one that is none, and the connection goes on."""
+    if isinstance(line, Refusal):
+        return _rpc_error(-32600, line.message)
+    if not line.strip():
+        return None
+    try:
+        message = types.jsonrpc_message_adapter.validate_json(line, by_name=False)
+    except (ValidationError, ValueError) as exc:
+        reason = describe(exc) if isinstance(exc, ValidationError) else str(exc)
+        return _rpc_error(-32700, f"cannot read the line as JSON-RPC: {reason[:300]}")
+    await to_server.send(SessionMessage(message))
+    return None
+
+
+def _rpc_error(code: int, message: str) -> dict[str, Any]:
+    return {"jsonrpc": "2.0", "id": None, "error": {"code": code, "message": message}}

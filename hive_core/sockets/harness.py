@@ -1,0 +1,211 @@
+"""harness.sock: hello, lease, lines and ack, for one agent. The forms are in protocol/harness.py."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from hive_core.agents import Agents
+from hive_core.broker import Broker, Turn
+from hive_core.protocol.harness import (
+    LINES_PER_REQUEST,
+    PROTOCOL_VERSION,
+    REQUEST_LIMIT_BYTES,
+    STREAM_LINE_LIMIT_BYTES,
+)
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import AgentName, parse_id
+from hive_core.sockets.unix import Lines
+from hive_core.turns import Turns
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class HarnessDesk:
+    """What the host keeps for one agent's harness: who is connected, and whether it is asked to stop."""
+
+    name: AgentName
+    role: str
+    broker: Broker
+    turns: Turns
+    agents: Agents
+    credential_kind: Callable[[], str]
+    instance: str | None = None
+    stop: trio.Event = field(default_factory=trio.Event)
+    said_hello: trio.Event = field(default_factory=trio.Event)
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """Answer one connection until it hangs up."""
+        lines = Lines(stream, REQUEST_LIMIT_BYTES)
+        send, receive = trio.open_memory_channel[dict[str, Any] | Refusal](16)
+        hung_up = trio.Event()
+        session = _Session(self, hung_up)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_read, lines, send, hung_up)
+            try:
+                async for request in receive:
+                    await lines.send(await session.answer(request))
+            finally:
+                session.close()
+                nursery.cancel_scope.cancel()
+
+
+async def _read(lines: Lines, send: trio.MemorySendChannel[dict[str, Any] | Refusal], hung_up: trio.Event) -> None:
+    """Read ahead, so that a hang-up is seen while a lease waits."""
+    async with send:
+        try:
+            async for request in lines.objects():
+                await send.send(request)
+        except trio.BrokenResourceError:
+            pass
+        hung_up.set()
+
+
+class _Session:
+    def __init__(self, desk: HarnessDesk, hung_up: trio.Event) -> None:
+        self._desk = desk
+        self._hung_up = hung_up
+        self._welcome = False
+
+    def close(self) -> None:
+        if self._welcome:
+            self._desk.instance = None
+
+    async def answer(self, request: dict[str, Any] | Refusal) -> dict[str, Any]:
+        number = None if isinstance(request, Refusal) else request.get("id")
+        try:
+            if isinstance(request, Refusal):
+                raise request
+            return {"id": number, "ok": True, **await self._do(request)}
+        except Refusal as refusal:
+            return {"id": number, "ok": False, "error": refusal.to_wire()}
+
+    async def _do(self, request: dict[str, Any]) -> dict[str, Any]:
+        match request.get("op"):
+            case "hello":
+                return await self._hello(request)
+            case "lease" | "lines" | "ack" if not self._welcome:
+                raise Refusal("usage", "cannot do anything before hello")
+            case "lease":
+                return await self._lease()
+            case "lines":
+                return await self._lines(request)
+            case "ack":
+                return await self._ack(request)
+            case other:
+                raise Refusal("usage", f"cannot do {ascii(other)[:40]}: the verbs are hello, lease, lines, ack")
+
+    async def _hello(self, request: dict[str, Any]) -> dict[str, Any]:
+        desk = self._desk
+        version, instance = request.get("version"), request.get("instance")
+        if version != PROTOCOL_VERSION:
+            raise Refusal(
+                "refused",
+                f"cannot talk to this harness: it speaks version {ascii(version)[:20]} of the protocol and this host "
+                f"{PROTOCOL_VERSION}; restart the agent so that both are of one release",
+            )
+        if not isinstance(instance, str) or not 0 < len(instance) <= 64:
+            raise Refusal("usage", "cannot say hello without an instance of 1 to 64 characters")
+        if desk.instance not in (None, instance):
+            log.warning("a second harness of %s was refused", desk.name, extra={"agent": desk.name})
+            raise Refusal("conflict", f"cannot take a second harness for {desk.name}: {desk.instance} is connected")
+        turn, fence = request.get("turn"), request.get("fence")
+        alive = Turn(turn, fence) if isinstance(turn, int) and isinstance(fence, str) else None
+        self._welcome, desk.instance = True, instance
+        lost = await desk.broker.close_lost_turns(desk.name, alive)
+        for turn_id in lost:
+            log.warning("turn %d of %s was lost with its harness", turn_id, desk.name, extra={"agent": desk.name})
+        desk.agents.observe(desk.name, "thinking" if alive and not lost else "idle")
+        desk.said_hello.set()
+        return {"version": PROTOCOL_VERSION, "agent": desk.name, "role": desk.role}
+
+    async def _lease(self) -> dict[str, Any]:
+        desk = self._desk
+        desk.agents.observe(desk.name, "idle")
+        leased: list[tuple[Turn, dict[str, Any]]] = []
+
+        async def lease(scope: trio.CancelScope) -> None:
+            leased.append(await desk.broker.lease(desk.name))
+            scope.cancel()
+
+        async def until(event: trio.Event, scope: trio.CancelScope) -> None:
+            await event.wait()
+            scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(until, self._hung_up, nursery.cancel_scope)
+            nursery.start_soon(until, desk.stop, nursery.cancel_scope)
+            if not desk.stop.is_set():
+                nursery.start_soon(lease, nursery.cancel_scope)
+        if not leased:
+            return {"stop": True}
+        turn, message = leased[0]
+        agent = await desk.agents.get(desk.name)
+        desk.agents.observe(desk.name, "thinking")
+        waiting = message.pop("waiting")
+        return {
+            "turn": turn.id,
+            "fence": turn.fence,
+            "message": message,
+            "waiting": waiting,
+            "settings": agent.settings,
+            "session": agent.session,
+            "credential": desk.credential_kind(),
+        }
+
+    async def _lines(self, request: dict[str, Any]) -> dict[str, Any]:
+        desk = self._desk
+        turn_id, first, lines = parse_id(request.get("turn"), "a turn"), request.get("first"), request.get("lines")
+        if not isinstance(first, int) or isinstance(first, bool) or not 0 <= first < 2**40:
+            raise Refusal("usage", "cannot take the lines: `first` must be a whole number from 0")
+        if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+            raise Refusal("usage", "cannot take the lines: `lines` must be a list of strings")
+        if len(lines) > LINES_PER_REQUEST:
+            raise Refusal("usage", f"cannot take {len(lines)} lines at once: the limit is {LINES_PER_REQUEST}")
+        if any(len(line.encode("utf-8", "replace")) > STREAM_LINE_LIMIT_BYTES for line in lines):
+            raise Refusal("usage", f"cannot take a line over {STREAM_LINE_LIMIT_BYTES:,} bytes")
+        clean = [line.encode("utf-8", "replace").decode() for line in lines]
+        for line in clean:
+            if seen := activity(line):
+                desk.agents.observe(desk.name, *seen)
+        return {"kept": await desk.turns.add_lines(desk.name, turn_id, first, clean)}
+
+    async def _ack(self, request: dict[str, Any]) -> dict[str, Any]:
+        desk = self._desk
+        turn_id, fence = parse_id(request.get("turn"), "a turn"), request.get("fence")
+        if not isinstance(fence, str):
+            raise Refusal("usage", "cannot ack without the fence of the lease")
+        session, error = request.get("session"), request.get("error")
+        counted = await desk.broker.ack(
+            desk.name,
+            Turn(turn_id, fence),
+            str(request.get("outcome")),
+            error=str(error)[:2000] if error else None,
+            usage=request.get("usage"),
+            session=session if isinstance(session, str) and len(session) <= 64 else None,
+        )
+        desk.agents.observe(desk.name, "idle")
+        return {"counted": counted, "stop": desk.stop.is_set()}
+
+
+def activity(line: str) -> tuple[str, str] | None:
+    """What a line of the program's stream says that it does now: (state, detail), or None. Hostile input."""
+    try:
+        event = json.loads(line)
+        kind = event["type"]
+        if kind == "system" and event.get("subtype") == "init":
+            return "thinking", ""
+        if kind == "assistant":
+            tools = [part["name"] for part in event["message"]["content"] if part.get("type") == "tool_use"]
+            return ("tool", str(tools[-1])[:60]) if tools else ("thinking", "")
+        if kind == "user":
+            return "thinking", ""
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    return None

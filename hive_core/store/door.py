@@ -1,0 +1,103 @@
+"""The door to the database: `write` for the one writer, `rows` and `row` for readers.
+
+Exactly one read-write connection exists (sqlite up to 3.51.2 can corrupt a WAL that two connections write); readers
+open the file read-only through aiosqlite on trio-asyncio, so this must run inside `trio_asyncio.open_loop()`.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiosqlite
+import trio
+from trio_asyncio import aio_as_trio
+
+from hive_core.store.bus import EVENTS, Bus, mail
+from hive_core.store.schema import StoreError, migrate
+from hive_core.store.writer import Writer
+
+Parameters = Sequence[Any] | Mapping[str, Any]
+READERS = 2
+BACKSTOP_S = 2.0
+
+
+class Store:
+    def __init__(self, writer: Writer, readers: list[aiosqlite.Connection], bus: Bus) -> None:
+        self.bus = bus
+        self.write = writer.write
+        self.wait_failed = writer.wait_failed
+        self._free_send, self._free_receive = trio.open_memory_channel[aiosqlite.Connection](len(readers))
+        for reader in readers:
+            self._free_send.send_nowait(reader)
+
+    async def rows(self, sql: str, parameters: Parameters = ()) -> list[sqlite3.Row]:
+        """All rows of one query, as of the last commit before it began."""
+        connection = await self._free_receive.receive()
+        try:
+            return list(await aio_as_trio(connection.execute_fetchall)(sql, parameters))
+        finally:
+            self._free_send.send_nowait(connection)
+
+    async def row(self, sql: str, parameters: Parameters = ()) -> sqlite3.Row | None:
+        """The first row, or None."""
+        found = await self.rows(sql, parameters)
+        return found[0] if found else None
+
+    async def last_seq(self) -> int:
+        """The number of the newest event."""
+        row = await self.row("SELECT coalesce(max(seq), 0) AS seq FROM events")
+        assert row is not None
+        return int(row["seq"])
+
+    async def serve_backstop(self, every_s: float = BACKSTOP_S) -> None:
+        """Look again for everybody who waits, from time to time: a lost wake-up costs seconds, not a message."""
+        seen = await self.last_seq()
+        while True:
+            await trio.sleep(every_s)
+            if (seq := await self.last_seq()) != seen:
+                seen = seq
+                self.bus.publish([EVENTS])
+            waiting = await self.rows("SELECT DISTINCT recipient FROM deliveries WHERE state = 'queued'")
+            self.bus.publish(mail(row["recipient"]) for row in waiting)
+
+
+def _open_writer(path: Path) -> sqlite3.Connection:
+    try:
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        connection.row_factory = sqlite3.Row
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise StoreError(f"cannot open {path}: this file system does not let sqlite use a write-ahead log")
+        connection.execute("PRAGMA synchronous = FULL")
+        migrate(connection, str(path))
+        connection.execute("PRAGMA foreign_keys = ON")
+    except sqlite3.Error as exc:
+        raise StoreError(f"cannot open {path}: {exc}") from exc
+    path.chmod(0o600)
+    return connection
+
+
+@asynccontextmanager
+async def open_store(path: Path, bus: Bus | None = None) -> AsyncIterator[Store]:
+    """Open (or make) the database at `path`. Raises StoreError with the way out when it cannot be used."""
+    bus = bus or Bus()
+    connection = await trio.to_thread.run_sync(_open_writer, path)
+    writer = Writer(connection, bus)
+    readers: list[aiosqlite.Connection] = []
+    try:
+        for _ in range(READERS):
+            reader = aiosqlite.connect(f"file:{path}?mode=ro", uri=True)
+            reader = await aio_as_trio(reader.__aenter__)()
+            reader.row_factory = sqlite3.Row
+            readers.append(reader)
+        yield Store(writer, readers, bus)
+    finally:
+        with trio.CancelScope(shield=True):
+            await writer.aclose()
+            for reader in readers:
+                await aio_as_trio(reader.close)()
+            await trio.to_thread.run_sync(connection.close)

@@ -1,0 +1,45 @@
+"""Numbered, append-only migrations, and the refusal of a database that is newer than this program."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from importlib import resources
+
+# "hive" in ASCII: tells our file from any other sqlite file.
+APPLICATION_ID = 0x68697665
+
+
+class StoreError(Exception):
+    """The database cannot be used; the message says why and names the way out."""
+
+
+def migrations() -> list[tuple[int, str]]:
+    """(number, sql) of each migration, in order, without gaps from 1."""
+    found = []
+    for entry in resources.files("hive_core.store").joinpath("migrations").iterdir():
+        if match := re.fullmatch(r"(\d{4})_\w+\.sql", entry.name):
+            found.append((int(match[1]), entry.read_text("utf-8")))
+    found.sort()
+    assert [number for number, _ in found] == list(range(1, len(found) + 1)), "migrations must be numbered without gaps"
+    return found
+
+
+def migrate(connection: sqlite3.Connection, path: str) -> None:
+    """Bring the schema up to date, one transaction a migration. Raises StoreError."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    known = migrations()
+    if application not in (0, APPLICATION_ID):
+        raise StoreError(
+            f"cannot open {path}: it is a sqlite file of another program; move it away or change state_dir"
+        )
+    if version > len(known):
+        raise StoreError(
+            f"cannot open {path}: a newer hyperhive wrote it (schema {version}, this one knows {len(known)}); "
+            "run that version again, or restore a backup made before the upgrade"
+        )
+    for number, sql in known[version:]:
+        connection.executescript(
+            f"BEGIN IMMEDIATE; {sql}; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number}; COMMIT;"
+        )
