@@ -15,6 +15,8 @@ from hive_core.store.bus import stream
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
+# Topics of the bus: what is wanted of some agent changed; what is seen of some agent changed.
+WANTED = "wanted"
 LIVE = "live"
 
 
@@ -93,6 +95,7 @@ class Agents:
             (name, role, port, tx.now_ms),
         )
         tx.emit("agent_created", actor, name, page_port=port)
+        tx.wake(WANTED)
 
     async def want(self, name: AgentName, wanted: str, actor: str) -> None:
         """Set what is wanted of an agent: up or down. Raises Refusal("not_found")."""
@@ -101,6 +104,7 @@ class Agents:
             if tx.execute("UPDATE agents SET wanted = ? WHERE name = ?", (wanted, name)).rowcount == 0:
                 raise Refusal("not_found", f"cannot find {name}: no agent has that name; `hive list` shows them")
             tx.emit("agent_wanted", actor, name, wanted=wanted)
+            tx.wake(WANTED)
 
         await self._store.write(write)
 

@@ -46,16 +46,15 @@ def put_message(
 
     Raises Refusal("not_found") when nobody has that name, or there is no message to reply to.
     """
-    if recipient != OPERATOR:
-        row = tx.execute("SELECT 1 FROM agents WHERE name = ?", (recipient,)).fetchone()
-        if row is None:
-            raise Refusal("not_found", f"cannot send to {recipient}: no agent has that name; `hive list` shows them")
     if in_reply_to is not None and not _may_reply(tx, sender, in_reply_to):
         raise Refusal("not_found", f"cannot reply to message {in_reply_to}: you neither sent nor received it")
     cursor = tx.execute(
-        "INSERT INTO messages (sender, body, in_reply_to, sent_at_ms) VALUES (?, ?, ?, ?)",
-        (sender, body, in_reply_to, tx.now_ms),
+        "INSERT INTO messages (sender, body, in_reply_to, sent_at_ms)"
+        " SELECT ?, ?, ?, ? WHERE ?5 = 'operator' OR EXISTS (SELECT 1 FROM agents WHERE name = ?5)",
+        (sender, body, in_reply_to, tx.now_ms, recipient),
     )
+    if cursor.rowcount == 0:
+        raise Refusal("not_found", f"cannot send to {recipient}: no agent has that name; `hive list` shows them")
     message_id = cursor.lastrowid
     assert message_id is not None
     tx.execute(

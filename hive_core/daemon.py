@@ -51,17 +51,17 @@ STOP_WITHIN_S = 4.0
 PRUNE_EVERY_S = 3600.0
 
 
-def take_lock(state_dir: Path) -> int:
-    """Hold the state directory for this process; the lock goes with it. Raises Refusal naming who holds it."""
-    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(state_dir / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def take_lock(folder: Path) -> int:
+    """Hold a directory for this process; the lock goes with it. Raises Refusal naming who holds it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(folder / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
         os.close(descriptor)
         raise Refusal(
-            "conflict", f"cannot use {state_dir}: a daemon (pid {holder}) runs on it; `hive down` ends it"
+            "conflict", f"cannot use {folder}: a daemon (pid {holder}) runs on it; `hive down` ends it"
         ) from None
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -120,8 +120,8 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
     trouble = await trio.to_thread.run_sync(sandbox_trouble)
     sandbox = "none" if trouble or config.unsafe_no_sandbox else "bwrap"
     async with AsyncExitStack() as stack:
-        lock = await trio.to_thread.run_sync(take_lock, config.state_dir)
-        stack.callback(os.close, lock)
+        for folder in (config.state_dir, config.runtime_dir):
+            stack.callback(os.close, take_lock(folder))
         await stack.enter_async_context(trio_asyncio.open_loop())
         store = await stack.enter_async_context(open_store(config.database))
         agents = Agents(store, manager_port=config.manager_port, agent_ports=config.agent_port_range)
@@ -255,7 +255,6 @@ def _note_usage(name: AgentName, usage: dict[str, int]) -> None:
 async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
     """Serve every door until hive.stopping is set. Agents are not ended by it."""
     config = hive.config
-    config.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     page = listen_dashboard(config)
     hive.dashboard_port = page.getsockname()[1]
     admin = listen_unix(Path(host_socket(str(config.runtime_dir))), 0o660)

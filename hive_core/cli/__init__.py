@@ -14,15 +14,21 @@ from hive_core.protocol.refusal import EXIT_CODES, Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from argparse import ArgumentParser, Namespace
+    from argparse import Namespace
+    from collections.abc import Callable
     from typing import Any
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Exit codes: 0 ok, 1 failed, 2 usage, 3 not found or not running, 4 refused."""
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    # `hive --json list` means `hive list --json`.
+    if len(words) > 1 and words[0] == "--json":
+        words = [words[1], "--json", *words[2:]]
+    arguments = _parse(words)
     try:
-        return arguments.run(arguments) or 0
+        run: Callable[[Namespace], int | None] = globals()[arguments.run]
+        return run(arguments) or 0
     except Refusal as refusal:
         if arguments.json:
             print(json.dumps({"ok": False, "error": refusal.to_wire()}))
@@ -36,50 +42,92 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> ArgumentParser:
-    from argparse import SUPPRESS, ArgumentParser
+# verb → (what runs it, its help, its arguments)
+_VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
+    "up": (
+        "_up",
+        "start the hive, say what it found, print the sign-in link",
+        [(("--unsafe-no-sandbox",), {"action": "store_true", "help": "run real programs without a sandbox"})],
+    ),
+    "demo": (
+        "_demo",
+        "play a story with rehearsed agents, without an account",
+        [
+            (("--once",), {"action": "store_true", "help": "approve by itself, play to the end, and stop"}),
+            (("--deny",), {"action": "store_true", "help": "with --once: deny the new agent, the other ending"}),
+        ],
+    ),
+    "list": ("_list", "the agents and what they do now", []),
+    "send": (
+        "_send",
+        "send a message to an agent",
+        [
+            (("agent",), {}),
+            (("body",), {"nargs": "?", "help": "what to say; from standard input when absent"}),
+            (("--in-reply-to",), {"type": int, "metavar": "ID"}),
+        ],
+    ),
+    "inbox": ("_inbox", "messages to you", [(("--limit",), {"type": int, "default": 20})]),
+    "pending": ("_pending", "what waits for your approval", []),
+    "show": ("_show", "one approval, whole", [(("approval",), {"type": int})]),
+    "approve": (
+        "_approve",
+        "approve exactly what `hive show` shows",
+        [
+            (("approval",), {"type": int}),
+            (("--digest",), {"help": "approve only if it is still this; `hive show --json` gives it"}),
+        ],
+    ),
+    "deny": (
+        "_deny",
+        "deny, with a reason that the requester reads",
+        [(("approval",), {"type": int}), (("reason",), {})],
+    ),
+    "start": ("_start", "start an agent that was killed", [(("agent",), {})]),
+    "events": (
+        "_events",
+        "what people did and what changed",
+        [
+            (("--follow",), {"action": "store_true", "help": "go on until Ctrl-C"}),
+            (("--after",), {"type": int, "metavar": "SEQ", "help": "only events after this number"}),
+            (("--limit",), {"type": int, "default": 50}),
+        ],
+    ),
+    "dashboard": ("_dashboard", "print a link that signs one browser in", []),
+    "down": (
+        "_down",
+        "let every agent finish its turn, then end them and the daemon",
+        [(("--patience",), {"type": float, "metavar": "SECONDS", "help": "end agents by force after this long"})],
+    ),
+}
 
-    parser = ArgumentParser(prog="hive", description="Run a swarm of coding agents on a machine of your own.")
+
+def _parse(words: list[str]) -> Namespace:
+    """The arguments of one call. Only the parser of its own verb is built: a start has 100 ms for everything."""
+    from argparse import ArgumentParser, RawDescriptionHelpFormatter
+
+    if words and words[0] in _VERBS:
+        run, help_text, arguments = _VERBS[words[0]]
+        parser = ArgumentParser(prog=f"hive {words[0]}", description=help_text)
+        for names, options in arguments:
+            parser.add_argument(*names, **options)
+        parser.set_defaults(run=run)
+        words = words[1:]
+    else:
+        listed = "\n".join(f"  {name:10} {verb[1]}" for name, verb in _VERBS.items())
+        parser = ArgumentParser(
+            prog="hive",
+            usage="hive [--json] [VERB …]",
+            description="Run a swarm of coding agents on a machine of your own.\nWithout a verb: what waits for you.",
+            epilog=f"verbs (`hive VERB --help` says more):\n{listed}",
+            formatter_class=RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("--version", action="store_true", help="print the version")
+        parser.set_defaults(run="_status")
+        if words and not words[0].startswith("-"):
+            parser.error(f"there is no verb {words[0]!r}; the verbs are {', '.join(_VERBS)}")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--version", action="store_true", help="print the version")
-    parser.set_defaults(run=_status)
-    verbs = parser.add_subparsers(metavar="VERB")
-
-    def verb(name: str, run: Any, help_text: str) -> ArgumentParser:
-        sub = verbs.add_parser(name, help=help_text, description=help_text)
-        sub.add_argument("--json", action="store_true", default=SUPPRESS, help="print JSON")
-        sub.set_defaults(run=run)
-        return sub
-
-    up = verb("up", _up, "start the hive, say what it found, print the sign-in link")
-    up.add_argument("--unsafe-no-sandbox", action="store_true", help="run real programs without a sandbox")
-    demo = verb("demo", _demo, "play a story with rehearsed agents, without an account")
-    demo.add_argument("--once", action="store_true", help="approve by itself, play to the end, and stop")
-    demo.add_argument("--deny", action="store_true", help="with --once: deny the new agent, the other ending")
-    verb("list", _list, "the agents and what they do now")
-    send = verb("send", _send, "send a message to an agent")
-    send.add_argument("agent")
-    send.add_argument("body", nargs="?", help="what to say; from standard input when absent")
-    send.add_argument("--in-reply-to", type=int, metavar="ID")
-    verb("inbox", _inbox, "messages to you").add_argument("--limit", type=int, default=20)
-    verb("pending", _pending, "what waits for your approval")
-    verb("show", _show, "one approval, whole").add_argument("approval", type=int)
-    approve = verb("approve", _approve, "approve exactly what `hive show` shows")
-    approve.add_argument("approval", type=int)
-    approve.add_argument("--digest", help="approve only if it is still this; `show --json` gives it")
-    deny = verb("deny", _deny, "deny, with a reason that the requester reads")
-    deny.add_argument("approval", type=int)
-    deny.add_argument("reason")
-    start = verb("start", _start, "start an agent that was killed")
-    start.add_argument("agent")
-    events = verb("events", _events, "what people did and what changed")
-    events.add_argument("--follow", action="store_true", help="go on until Ctrl-C")
-    events.add_argument("--after", type=int, metavar="SEQ", help="only events after this number")
-    events.add_argument("--limit", type=int, default=50)
-    verb("dashboard", _dashboard, "print a link that signs one browser in")
-    down = verb("down", _down, "let every agent finish its turn, then end them and the daemon")
-    down.add_argument("--patience", type=float, metavar="SECONDS", help="end agents by force after this long")
-    return parser
+    return parser.parse_args(words)
 
 
 def _emit(arguments: Namespace, result: Any, text: str) -> None:

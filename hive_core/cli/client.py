@@ -60,6 +60,10 @@ class Client:
     def close(self) -> None:
         self._socket.close()
 
+    def give_up_after(self, seconds: float) -> None:
+        """Let a wait for the daemon's next answer end with TimeoutError."""
+        self._socket.settimeout(seconds)
+
     def shut(self) -> None:
         """End a `stream` that another thread reads: it raises Refusal("not_running")."""
         self._socket.shutdown(socket.SHUT_RDWR)

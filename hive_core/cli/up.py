@@ -31,7 +31,7 @@ def start_daemon(
         with log.open("ab") as output:
             begin = output.tell()
             process = subprocess.Popen(
-                [sys.executable, "-m", "hive_core", "serve", *flags],
+                [sys.executable, "-P", "-m", "hive_core", "serve", *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -159,7 +159,7 @@ class ProcessDriver:
     def _command(self, name: AgentName, dirs: AgentDirs) -> list[str]:
         inside = self._sandbox == "bwrap"
         module = "hive_mind.cli" if name == MANAGER else "hive_agent.cli"
-        command = [sys.executable, "-m", module, "serve"]
+        command = [sys.executable, "-P", "-m", module, "serve"]
         command += ["--run", "/run/hive" if inside else str(dirs.run)]
         command += ["--state", "/state" if inside else str(dirs.state)]
         command += ["--sandbox", self._sandbox, "--orphan-grace", str(self._orphan_grace_s)]

@@ -9,12 +9,11 @@ from typing import Protocol
 
 import trio
 
-from hive_core.agents import Agent, Agents
+from hive_core.agents import WANTED, Agent, Agents
 from hive_core.broker import put_message
 from hive_core.containers.process import AgentDirs, Exit, ProcessDriver, Running
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, SYSTEM, AgentName, parse_body
-from hive_core.store.bus import EVENTS
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
@@ -71,7 +70,7 @@ class Reconciler:
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep what is wanted true, until cancelled. Cancelling it ends no agent."""
         async with trio.open_nursery() as nursery:
-            with self._store.bus.listen(EVENTS) as listener:
+            with self._store.bus.listen(WANTED) as listener:
                 started = False
                 while True:
                     for agent in await self._agents.all():

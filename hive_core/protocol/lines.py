@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 LINE_LIMIT_BYTES = 1024 * 1024
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class LineSplitter:
@@ -60,13 +61,21 @@ class LineSplitter:
 
 def encode(obj: object) -> bytes:
     """One object as a line, newline included."""
-    return json.dumps(obj, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+    return _to_json(obj).encode("utf-8", "replace") + b"\n"
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is not a value of JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def decode(line: bytes) -> dict[str, Any]:
     """The object a line holds. Raises Refusal("usage") that says what is wrong with it."""
     try:
-        obj = json.loads(line)
+        # json.loads on bytes would guess UTF-16 and let halves of surrogate pairs through.
+        obj = _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as exc:
         raise Refusal("usage", f"cannot read the line: byte {exc.start} is not UTF-8") from None
     except RecursionError:

@@ -56,7 +56,7 @@ class AdminDesk:
     async def serve(self, stream: trio.SocketStream) -> None:
         """Answer one client until it hangs up."""
         lines = Lines(stream, LINE_LIMIT_BYTES)
-        async for request in lines.objects():
+        while (request := await lines.next()) is not None:
             try:
                 await self._answer(request, lines)
             except Refusal as refusal:

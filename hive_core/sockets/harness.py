@@ -60,7 +60,7 @@ async def _read(lines: Lines, send: trio.MemorySendChannel[dict[str, Any] | Refu
     """Read ahead, so that a hang-up is seen while a lease waits."""
     async with send:
         try:
-            async for request in lines.objects():
+            while (request := await lines.next()) is not None:
                 await send.send(request)
         except trio.BrokenResourceError:
             pass

@@ -100,8 +100,6 @@ class ModelRelay:
     told: Callable[[dict[str, int]], None]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
         method, path = scope["method"], scope["path"]
         if (method, path) not in ALLOWED:
             await _answer(send, 403, f"the relay of this hive does not pass {method} {ascii(path)[:80]}")

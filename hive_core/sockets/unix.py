@@ -6,7 +6,8 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hive_core.protocol.lines import LINE_LIMIT_BYTES, LineSplitter, decode, enc
 from hive_core.protocol.refusal import Refusal
 
 log = logging.getLogger(__name__)
-SEND_TIMEOUT_S = 30.0
+RECEIVE_BYTES = 64 * 1024
 
 
 def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
@@ -59,28 +60,30 @@ async def serve_unix(sock: socket.socket, handler: Callable[[trio.SocketStream],
 
 
 class Lines:
-    """JSON lines over a stream: objects in, objects out. A bad line is yielded as its Refusal."""
+    """JSON lines over a stream: objects in, objects out."""
 
     def __init__(self, stream: trio.SocketStream, limit_bytes: int = LINE_LIMIT_BYTES) -> None:
         self._stream = stream
         self._splitter = LineSplitter(limit_bytes)
+        self._ready: deque[bytes | Refusal] = deque()
 
-    async def objects(self) -> AsyncIterator[dict[str, Any] | Refusal]:
-        """Until the other side hangs up; half a line at the end is dropped."""
-        async for data in self._stream:
-            for line in self._splitter.feed(bytes(data)):
-                if isinstance(line, Refusal):
-                    yield line
-                elif line.strip():
-                    try:
-                        yield decode(line)
-                    except Refusal as refusal:
-                        yield refusal
+    async def next(self) -> dict[str, Any] | Refusal | None:
+        """The next object, the Refusal of a bad line, or None when the other side has hung up (half a line is dropped)."""
+        while True:
+            while not self._ready:
+                data = await self._stream.receive_some(RECEIVE_BYTES)
+                if not data:
+                    return None
+                self._ready.extend(self._splitter.feed(bytes(data)))
+            line = self._ready.popleft()
+            if isinstance(line, Refusal):
+                return line
+            if line.strip():
+                try:
+                    return decode(line)
+                except Refusal as refusal:
+                    return refusal
 
     async def send(self, obj: object) -> None:
-        """Send one object whole. A peer that does not read for 30 s is let go: raises BrokenResourceError."""
-        try:
-            with trio.fail_after(SEND_TIMEOUT_S):
-                await self._stream.send_all(encode(obj))
-        except trio.TooSlowError:
-            raise trio.BrokenResourceError("the peer does not read") from None
+        """Send one object whole. A peer that does not read holds up its own connection and nothing else."""
+        await self._stream.send_all(encode(obj))

@@ -6,6 +6,7 @@ open the file read-only through aiosqlite on trio-asyncio, so this must run insi
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -17,7 +18,7 @@ import trio
 from trio_asyncio import aio_as_trio
 
 from hive_core.store.bus import EVENTS, Bus, mail
-from hive_core.store.schema import StoreError, migrate
+from hive_core.store.schema import StoreError, check_ours, migrate
 from hive_core.store.writer import Writer
 
 Parameters = Sequence[Any] | Mapping[str, Any]
@@ -67,17 +68,26 @@ class Store:
 
 def _open_writer(path: Path) -> sqlite3.Connection:
     try:
+        # Made before sqlite opens it: the files of its write-ahead log take the mode of the database.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        path.chmod(0o600)
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    except (sqlite3.Error, OSError) as exc:
+        raise StoreError(f"cannot open {path}: {exc}") from exc
+    try:
         connection.row_factory = sqlite3.Row
+        check_ours(connection, str(path))
         (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise StoreError(f"cannot open {path}: this file system does not let sqlite use a write-ahead log")
         connection.execute("PRAGMA synchronous = FULL")
         migrate(connection, str(path))
         connection.execute("PRAGMA foreign_keys = ON")
-    except sqlite3.Error as exc:
-        raise StoreError(f"cannot open {path}: {exc}") from exc
-    path.chmod(0o600)
+    except BaseException as exc:
+        connection.close()
+        if isinstance(exc, sqlite3.Error):
+            raise StoreError(f"cannot open {path}: {exc}") from exc
+        raise
     return connection
 
 
@@ -90,7 +100,7 @@ async def open_store(path: Path, bus: Bus | None = None) -> AsyncIterator[Store]
     readers: list[aiosqlite.Connection] = []
     try:
         for _ in range(READERS):
-            reader = aiosqlite.connect(f"file:{path}?mode=ro", uri=True)
+            reader = aiosqlite.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
             reader = await aio_as_trio(reader.__aenter__)()
             reader.row_factory = sqlite3.Row
             readers.append(reader)

@@ -25,12 +25,13 @@ def migrations() -> list[tuple[int, str]]:
     return found
 
 
-def migrate(connection: sqlite3.Connection, path: str) -> None:
-    """Bring the schema up to date, one transaction a migration. Raises StoreError."""
+def check_ours(connection: sqlite3.Connection, path: str) -> None:
+    """Raise StoreError for a database that is not ours to open, before anything in it is touched."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     known = migrations()
-    if application not in (0, APPLICATION_ID):
+    empty = (version, application) == (0, 0) and connection.execute("SELECT 1 FROM sqlite_master").fetchone() is None
+    if application != APPLICATION_ID and not empty:
         raise StoreError(
             f"cannot open {path}: it is a sqlite file of another program; move it away or change state_dir"
         )
@@ -39,7 +40,13 @@ def migrate(connection: sqlite3.Connection, path: str) -> None:
             f"cannot open {path}: a newer hyperhive wrote it (schema {version}, this one knows {len(known)}); "
             "run that version again, or restore a backup made before the upgrade"
         )
-    for number, sql in known[version:]:
+
+
+def migrate(connection: sqlite3.Connection, path: str) -> None:
+    """Bring the schema up to date, one transaction a migration. Raises StoreError."""
+    check_ours(connection, path)
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    for number, sql in migrations()[version:]:
         connection.executescript(
-            f"BEGIN IMMEDIATE; {sql}; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number}; COMMIT;"
+            f"BEGIN IMMEDIATE; {sql}\n; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number}; COMMIT;"
         )

@@ -23,6 +23,7 @@ from hive_core.store.schema import StoreError
 
 T = TypeVar("T")
 BATCH_LIMIT = 512
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Transaction:
@@ -42,7 +43,7 @@ class Transaction:
         self.topics.add(EVENTS)
         cursor = self.execute(
             "INSERT INTO events (at_ms, kind, actor, agent, data) VALUES (?, ?, ?, ?, ?)",
-            (self.now_ms, kind, actor, agent, json.dumps(data, ensure_ascii=False)),
+            (self.now_ms, kind, actor, agent, _to_json(data)),
         )
         assert cursor.lastrowid is not None
         return cursor.lastrowid
@@ -62,6 +63,10 @@ class _Job:
         self.topics: set[str] = set()
 
 
+class _Raised(Exception):
+    """A function of a batch raised; the batch is rolled back and runs again."""
+
+
 class Writer:
     def __init__(self, connection: sqlite3.Connection, bus: Bus, clock: Callable[[], float] = time.time) -> None:
         self._connection = connection
@@ -78,7 +83,8 @@ class Writer:
     async def write(self, function: Callable[[Transaction], T]) -> T:
         """Run `function` on the writer's thread inside a transaction; return after its commit.
 
-        What the function raises is raised here, and then nothing of it is stored. When this call is cancelled the
+        What the function raises is raised here, and then nothing of it is stored. It may run twice (the first time
+        is rolled back), so it must have no effect but on the database. When this call is cancelled the
         function may or may not have been committed, whole. Raises StoreError once a commit has failed: after a
         failed fsync nothing that the file says can be trusted until it is opened anew.
         """
@@ -98,7 +104,7 @@ class Writer:
     async def wait_failed(self) -> None:
         """Return never, or raise StoreError when the disk has refused a commit."""
         await self._failed.wait()
-        raise StoreError("cannot go on: the disk refused a commit") from self._failure
+        raise StoreError(f"cannot go on: the disk refused a commit ({self._failure})") from self._failure
 
     async def aclose(self) -> None:
         """Commit what is queued and end the thread."""
@@ -129,28 +135,48 @@ class Writer:
         self._token.run_sync_soon(self._finished.set)
 
     def _commit(self, batch: list[_Job]) -> None:
-        execute = self._connection.execute
         try:
             if self._failure is not None:
                 raise StoreError("cannot write: the store is closed") from self._failure
             now_ms = int(self._clock() * 1000)
-            execute("BEGIN IMMEDIATE")
-            for job in batch:
-                execute("SAVEPOINT job")
-                transaction = Transaction(self._connection, now_ms)
-                try:
-                    job.result = outcome.Value(job.function(transaction))
-                    job.topics = transaction.topics
-                except Exception as exc:
-                    execute("ROLLBACK TO job")
-                    job.result = outcome.Error(exc)
-                execute("RELEASE job")
-            execute("COMMIT")
+            try:
+                self._run_together(batch, now_ms)
+            except _Raised:
+                self._run_apart(batch, now_ms)
         except Exception as exc:
-            self._failure = exc
+            self._failure = self._failure or exc
             for job in batch:
                 job.topics = set()
                 job.result = outcome.Error(exc if isinstance(exc, StoreError) else StoreError(f"cannot write: {exc}"))
+
+    def _run_together(self, batch: list[_Job], now_ms: int) -> None:
+        """The usual case: nobody raises, and savepoints would be a third of the statements."""
+        self._connection.execute("BEGIN IMMEDIATE")
+        for job in batch:
+            transaction = Transaction(self._connection, now_ms)
+            try:
+                job.result = outcome.Value(job.function(transaction))
+            except Exception as exc:
+                self._connection.execute("ROLLBACK")
+                raise _Raised from exc
+            job.topics = transaction.topics
+        self._connection.execute("COMMIT")
+
+    def _run_apart(self, batch: list[_Job], now_ms: int) -> None:
+        """Once more, each behind a savepoint, so that the one that raises takes back its own rows alone."""
+        execute = self._connection.execute
+        execute("BEGIN IMMEDIATE")
+        for job in batch:
+            execute("SAVEPOINT job")
+            transaction = Transaction(self._connection, now_ms)
+            try:
+                job.result = outcome.Value(job.function(transaction))
+                job.topics = transaction.topics
+            except Exception as exc:
+                execute("ROLLBACK TO job")
+                job.result, job.topics = outcome.Error(exc), set()
+            execute("RELEASE job")
+        execute("COMMIT")
 
     def _deliver(self, batch: list[_Job]) -> None:
         if self._failure is not None:
