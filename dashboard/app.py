@@ -1,0 +1,64 @@
+"""The dashboard as one ASGI application: routes, and what its errors look like."""
+
+from __future__ import annotations
+
+import logging
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from dashboard.answers import no, refused
+from dashboard.door import Door
+from dashboard.forms import Forms
+from dashboard.pages import Pages
+from hive_core.hive import Hive
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import AgentName
+
+log = logging.getLogger(__name__)
+
+
+def build_app(hive: Hive, home: AgentName | None = None) -> ASGIApp:
+    """The application for one port. "/" is the dashboard, or with `home` that agent's page; all else is the same."""
+    pages, forms = Pages(hive, home), Forms(hive)
+    app = Starlette(
+        routes=[
+            Route("/", pages.front),
+            Route("/agents/{name}", pages.agent),
+            Route("/live", pages.live),
+            Route("/agents/{name}/live", pages.agent_live),
+            Route("/sign-in", pages.sign_in),
+            Route("/static/{name}", pages.asset),
+            Route("/sign-out", forms.sign_out, methods=["POST"]),
+            Route("/messages", forms.send, methods=["POST"]),
+            Route("/approvals/{id}/approve", forms.approve, methods=["POST"]),
+            Route("/approvals/{id}/deny", forms.deny, methods=["POST"]),
+        ],
+        exception_handlers={Refusal: _on_refusal, HTTPException: _on_http_error, Exception: _on_bug},
+    )
+    return Door(app, hive.sign_ins.valid, no)
+
+
+async def _on_refusal(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, Refusal)
+    return refused(request.scope, exc)
+
+
+async def _on_http_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    sentence = {
+        404: "there is no page at this address",
+        405: f"this address does not take {request.method}",
+    }.get(exc.status_code, exc.detail)
+    answer = no(request.scope, exc.status_code, sentence)
+    answer.headers.update(exc.headers or {})
+    return answer
+
+
+async def _on_bug(request: Request, exc: Exception) -> Response:
+    log.error("cannot answer %s %s", request.method, request.url.path, exc_info=exc)
+    return no(request.scope, 500, "the hive could not answer; its log says why")

@@ -1,0 +1,91 @@
+"""What the operator can do by a form: write a message, approve, deny, sign out."""
+
+from __future__ import annotations
+
+import re
+from contextlib import aclosing
+from urllib.parse import parse_qsl
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from dashboard.answers import yes
+from dashboard.door import COOKIE
+from hive_core.approvals import Approval
+from hive_core.hive import Hive
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import OPERATOR, parse_agent_name, parse_body, parse_id, shown
+
+FORM_LIMIT_BYTES = 128 * 1024
+# What is read and dropped of a body over the limit: a browser that still sends would not see the answer.
+DRAINED_BYTES = 4 * 1024 * 1024
+FIELDS_LIMIT = 16
+
+
+async def read_form(request: Request) -> dict[str, str]:
+    """The fields of an urlencoded form, with plain line ends. Raises HTTPException 413 or 415, or Refusal."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/x-www-form-urlencoded":
+        raise HTTPException(415, "cannot take this form: send it as application/x-www-form-urlencoded")
+    body, size = bytearray(), 0
+    async with aclosing(request.stream()) as chunks:
+        async for chunk in chunks:
+            size += len(chunk)
+            if size <= FORM_LIMIT_BYTES:
+                body += chunk
+            elif size > DRAINED_BYTES:
+                break
+    if size > FORM_LIMIT_BYTES:
+        raise HTTPException(413, f"cannot take this form: the limit is {FORM_LIMIT_BYTES:,} bytes; shorten it")
+    try:
+        pairs = parse_qsl(body.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=FIELDS_LIMIT)
+    except ValueError:
+        raise Refusal("usage", "cannot read this form: it is not urlencoded UTF-8") from None
+    return {name: value.replace("\r\n", "\n") for name, value in pairs}
+
+
+def number(raw: str, what: str) -> int:
+    if not re.fullmatch(r"\d{1,18}", raw, re.ASCII):
+        raise Refusal("usage", f"cannot use {shown(raw)} as the number of {what}: give a positive whole number")
+    return parse_id(int(raw), what)
+
+
+class Forms:
+    def __init__(self, hive: Hive) -> None:
+        self._hive = hive
+
+    async def send(self, request: Request) -> Response:
+        form = await read_form(request)
+        recipient = parse_agent_name(form.get("to"))
+        body = parse_body(form.get("body"))
+        in_reply_to = number(form["in_reply_to"], "a message") if form.get("in_reply_to") else None
+        sent = await self._hive.broker.send(OPERATOR, recipient, body, in_reply_to)
+        return yes(request, form.get("back", "/"), f"message {sent['message']} is on its way to {recipient}")
+
+    async def approve(self, request: Request) -> Response:
+        approval_id = number(request.path_params["id"], "an approval")
+        form = await read_form(request)
+        approval = await self._hive.approvals.approve(approval_id, form.get("digest", ""), OPERATOR)
+        if approval.state == "failed":
+            raise Refusal("conflict", f"approval {approval_id} was carried out and failed: {approval.note}")
+        return yes(request, "/", f"approved: {_what(approval)}")
+
+    async def deny(self, request: Request) -> Response:
+        approval_id = number(request.path_params["id"], "an approval")
+        form = await read_form(request)
+        approval = await self._hive.approvals.get(approval_id)
+        if form.get("digest") != approval.digest:
+            raise Refusal("conflict", f"cannot deny {approval_id}: it is not what you were shown; look at it again")
+        approval = await self._hive.gate.deny(approval_id, form.get("reason"), OPERATOR)
+        return yes(request, "/", f"denied: {_what(approval)}")
+
+    async def sign_out(self, request: Request) -> Response:
+        await self._hive.sign_ins.sign_out(request.scope["hive_cookie"])
+        answer = yes(request, "/", "signed out")
+        answer.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
+        return answer
+
+
+def _what(approval: Approval) -> str:
+    return f"{'spawn' if approval.kind == 'spawn' else 'change'} {approval.agent}"

@@ -1,0 +1,248 @@
+"""The live streams: what changed since a page was made, as the rows to swap in, over server-sent events.
+
+A position is the number of the last event a page has seen; an agent's page adds the last line of its stream ("12-345").
+Each frame carries the position up to which everything was told, so a browser that comes back with it misses nothing
+and is told nothing twice. Agents' states are not a log: they are told anew on each connection and whenever they change.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import trio
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.types import Message, Receive, Scope, Send
+
+from dashboard.rows import Rows
+from hive_core.agents import LIVE
+from hive_core.events import events_after
+from hive_core.hive import Hive
+from hive_core.protocol.refusal import Refusal
+from hive_core.store.bus import EVENTS, Listener, stream
+
+REPLAY_LIMIT = 1_000  # events or lines; a page further behind loads itself again
+FLOW_LIMIT = 200  # messages a page holds
+PING_S = 15
+REST_S = 0.05  # between two looks, so that a flood of events costs a bounded number of renderings
+RETRY_MS = 1_000
+BEGINNINGS = {("message", "message_sent"), ("turn", "turn_started")}
+MESSAGES_OF_EVENT = frozenset({"message_sent", "message_dead", "turn_started", "messages_taken"})
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    seq: int
+    line: int | None = None  # None on the dashboard, which shows no lines
+
+    def __str__(self) -> str:
+        return f"{self.seq}" if self.line is None else f"{self.seq}-{self.line}"
+
+    @classmethod
+    def parse(cls, text: str, lines: bool) -> Position | None:
+        """None when it is not a position of this kind of page: the page has to load itself again."""
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", text, re.ASCII)
+        if match is None or (match[2] is not None) != lines:
+            return None
+        return cls(int(match[1]), int(match[2]) if lines else None)
+
+
+class Fragment(NamedTuple):
+    """One row to swap in: replaces `target`; if that is not there, goes into `list` (or nowhere). No html: removed.
+
+    once  leave `target` alone when it is there: it holds more by now than this row does
+    """
+
+    target: str
+    html: str
+    list: str | None = None
+    place: str = "append"
+    once: bool = False
+
+    def frame(self, position: Position | None) -> ServerSentEvent:
+        return ServerSentEvent(json.dumps(self._asdict()), id=None if position is None else str(position))
+
+
+class Touched(NamedTuple):
+    """A thing that events were about: what to render, and the number of the first of those events."""
+
+    kind: str  # message, turn, settled (what a turn that ended did to its messages), approval, agent
+    id: Any
+    seq: int
+    new: bool  # made by one of those events
+
+
+def touched_by(events: Iterable[dict[str, Any]]) -> list[Touched]:
+    """Each thing once, in the order in which they were first touched."""
+    found: dict[tuple[str, Any], Touched] = {}
+    for event in events:
+        for kind, id_ in _things(event):
+            thing = found.get((kind, id_)) or Touched(kind, id_, event["seq"], False)
+            found[kind, id_] = thing._replace(new=thing.new or (kind, event["kind"]) in BEGINNINGS)
+    return list(found.values())
+
+
+def _things(event: dict[str, Any]) -> list[tuple[str, Any]]:
+    data, things = event["data"], []
+    if event["kind"] == "agent_created":
+        things.append(("agent", event["agent"]))
+    if event["kind"] in ("turn_started", "turn_ended"):
+        things.append(("turn", data.get("turn")))
+    if event["kind"] == "turn_ended":
+        things.append(("settled", data.get("turn")))
+    if event["kind"] in MESSAGES_OF_EVENT:
+        things += [("message", id_) for id_ in (data.get("messages") or [data.get("message")])]
+    if event["kind"].startswith("approval_"):
+        things.append(("approval", data.get("approval")))
+    return things
+
+
+class Feed:
+    """What one page is told. `agent` None is the dashboard."""
+
+    def __init__(self, hive: Hive, agent: str | None, cookie: str) -> None:
+        self._hive = hive
+        self._agent = agent
+        self._cookie = cookie
+        self._rows = Rows(hive)
+        self._shown: dict[str, str] = {}  # agent → its row as this page has it
+
+    async def frames(self, after: str) -> AsyncIterator[ServerSentEvent]:
+        """Frames after a position, until the hive stops or the browser signs out; `reset` when too far behind."""
+        at = Position.parse(after, lines=self._agent is not None)
+        topics = [EVENTS, LIVE] if self._agent is None else [EVENTS, stream(self._agent)]
+        with self._hive.store.bus.listen(*topics) as listener:
+            yield ServerSentEvent(comment="live", retry=RETRY_MS)
+            while not self._hive.stopping.is_set() and await self._hive.sign_ins.valid(self._cookie):
+                batch = await self._batch(at) if at is not None else None
+                if batch is None:
+                    yield ServerSentEvent("", event="reset")
+                    return
+                at, frames = batch
+                for frame in frames:
+                    yield frame
+                await _wait(listener, self._hive.stopping)
+
+    async def _batch(self, at: Position) -> tuple[Position, list[ServerSentEvent]] | None:
+        """Everything that happened after `at`, and the position behind it. None when that is too much."""
+        # Lines before events: a line's turn began before it, so its section is told in the same batch or earlier.
+        lines = await self._lines(at)
+        events = await events_after(self._hive.store, at.seq, REPLAY_LIMIT + 1)
+        last = await self._hive.store.last_seq()
+        if len(events) > REPLAY_LIMIT or len(lines) > REPLAY_LIMIT or at.seq > last:
+            return None
+        frames = [fragment.frame(None) for fragment in await self._agent_rows()]
+        told = touched_by(events)
+        fragments = await self._render(told)
+        end = Position(events[-1]["seq"] if events else at.seq, at.line)
+        # Up to the event before the next thing's first, everything has been told.
+        behind = [Position(thing.seq - 1, at.line) for thing in told[1:]] + [end]
+        for position, group in zip(behind, fragments, strict=False):
+            frames += [fragment.frame(position if fragment is group[-1] else None) for fragment in group]
+        for line in lines:
+            end = Position(end.seq, line["id"])
+            frames.append(
+                Fragment(f"line-{line['id']}", self._rows.line(line), f"turn-{line['turn']}-lines").frame(end)
+            )
+        return end, frames
+
+    async def _lines(self, at: Position) -> list[dict[str, Any]]:
+        if self._agent is None or at.line is None:
+            return []
+        return await self._hive.turns.lines_after(self._agent, at.line, REPLAY_LIMIT + 1)
+
+    async def _agent_rows(self) -> list[Fragment]:
+        """The rows of agents that differ from what this page has."""
+        alone = self._agent is not None
+        fragments = []
+        for agent in [await self._hive.agents.get(self._agent)] if self._agent else await self._hive.agents.all():
+            html = self._rows.agent(agent, alone)
+            if self._shown.get(agent.name) != html:
+                self._shown[agent.name] = html
+                fragments.append(Fragment(f"agent-{agent.name}", html, "agents"))
+        return fragments
+
+    async def _render(self, told: list[Touched]) -> list[list[Fragment]]:
+        """The fragments of each thing, in the same order."""
+        kinds = {thing.kind for thing in told}
+        messages: dict[int, dict[str, Any]] = {}
+        turns: dict[int, dict[str, Any]] = {}
+        if kinds & {"message", "settled"}:
+            newest = await self._hive.broker.messages(self._agent, limit=FLOW_LIMIT)
+            messages = {message["id"]: message for message in newest}
+        if self._agent is not None and "turn" in kinds:
+            turns = {turn["id"]: turn for turn in await self._hive.turns.recent(self._agent)}
+        return [await self._fragments(thing, messages, turns) for thing in told]
+
+    async def _fragments(
+        self, thing: Touched, messages: dict[int, dict[str, Any]], turns: dict[int, dict[str, Any]]
+    ) -> list[Fragment]:
+        match thing.kind:
+            case "message" if thing.id in messages:
+                return [self._message(messages[thing.id], thing.new)]
+            case "settled":
+                return [self._message(row, False) for row in messages.values() if row["turn_id"] == thing.id]
+            case "turn" if thing.id in turns:
+                return self._turn(turns[thing.id], thing.new)
+            case "approval" if self._agent is None:
+                return await self._approval(thing.id)
+            case "agent" if self._agent is None:
+                return [Fragment(f"to-{thing.id}", self._rows.recipient(thing.id), "recipients")]
+        return []
+
+    def _message(self, message: dict[str, Any], new: bool) -> Fragment:
+        return Fragment(f"message-{message['id']}", self._rows.message(message), "flow" if new else None)
+
+    def _turn(self, turn: dict[str, Any], new: bool) -> list[Fragment]:
+        head = Fragment(f"turn-{turn['id']}-head", self._rows.turn_head(turn))
+        return [Fragment(f"turn-{turn['id']}", self._rows.turn(turn, []), "turns", once=True), head] if new else [head]
+
+    async def _approval(self, approval_id: int) -> list[Fragment]:
+        try:
+            approval = await self._hive.approvals.get(approval_id)
+        except Refusal:
+            return []
+        if approval.state == "pending":
+            return [Fragment(f"approval-{approval.id}", self._rows.approval(approval), "pending")]
+        decision = Fragment(f"decision-{approval.id}", self._rows.decision(approval), "decided", "prepend")
+        return [Fragment(f"approval-{approval.id}", ""), decision]
+
+
+async def _wait(listener: Listener, stopping: trio.Event) -> None:
+    """Until something was published, and a little longer; or at once when the hive stops."""
+
+    async def until_stopping(scope: trio.CancelScope) -> None:
+        await stopping.wait()
+        scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(until_stopping, nursery.cancel_scope)
+        await listener.wait()
+        await trio.sleep(REST_S)
+        nursery.cancel_scope.cancel()
+
+
+class LiveResponse(EventSourceResponse):
+    """sse-starlette's response, made to end well under hypercorn on trio.
+
+    hypercorn tells the application of the end of its own answer as a disconnect, from inside the last `send`; the
+    response then cancels the group that `send` runs in, the connection is left open and a stop waits the whole graceful
+    timeout (3.0 s of 3 measured; 0.002 s with the shield). A slow reader is not for `send_timeout` to end: hypercorn
+    shields its writes, so the listening socket sets TCP_USER_TIMEOUT.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_to_the_end(message: Message) -> None:
+            last = message["type"] == "http.response.body" and not message.get("more_body")
+            with trio.CancelScope(shield=last):
+                await send(message)
+
+        await super().__call__(scope, receive, send_to_the_end)
+
+
+def live_response(hive: Hive, agent: str | None, after: str, cookie: str) -> LiveResponse:
+    frames = Feed(hive, agent, cookie).frames(after)
+    return LiveResponse(frames, ping=PING_S, ping_message_factory=lambda: ServerSentEvent(comment="ping"))

@@ -1,0 +1,136 @@
+"""The pages: each is a snapshot and the position from which its live stream goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from dashboard.answers import notice
+from dashboard.door import COOKIE
+from dashboard.live import Position, live_response
+from dashboard.rows import ASSETS, Rows, asset_bytes, asset_hash, render
+from hive_core.agents import Agent
+from hive_core.credentials import how_to_give_one
+from hive_core.hive import Hive
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import AgentName, parse_agent_name
+from hive_core.sign_ins import SIGN_IN_VALID_S
+
+MESSAGES_SHOWN = 100
+LINES_SHOWN = 300
+TURNS_SHOWN = 12
+
+
+class Pages:
+    """home: the agent whose page is at "/"; None serves the dashboard there."""
+
+    def __init__(self, hive: Hive, home: AgentName | None) -> None:
+        self._hive = hive
+        self._home = home
+        self._rows = Rows(hive)
+
+    async def front(self, request: Request) -> Response:
+        return await (self._dashboard() if self._home is None else self._agent_page(self._home))
+
+    async def agent(self, request: Request) -> Response:
+        return await self._agent_page(_existing_name(request))
+
+    async def live(self, request: Request) -> Response:
+        return live_response(self._hive, None, _after(request), request.scope["hive_cookie"])
+
+    async def agent_live(self, request: Request) -> Response:
+        agent = await self._hive.agents.get(_existing_name(request))
+        return live_response(self._hive, agent.name, _after(request), request.scope["hive_cookie"])
+
+    async def sign_in(self, request: Request) -> Response:
+        """Redeem a link. Answers with a page that moves on: a Strict cookie is not sent along a chain of redirects."""
+        # Only a person's own click may use the code up: not a HEAD, nor a browser that fetches ahead.
+        if request.method == "HEAD" or "prefetch" in request.headers.get("sec-purpose", ""):
+            return Response(status_code=204)
+        cookie = await self._hive.sign_ins.redeem(request.query_params.get("code", ""))
+        if cookie is None:
+            return notice(
+                403,
+                "this link is spent",
+                "it was used already, is older than 15 minutes, or the hive was started again since",
+                way_out="another one is printed by:",
+                command="hive dashboard",
+                onward=("/", "signed in already? go on"),
+            )
+        answer = notice(200, "welcome home", "this browser is signed in", moves_on=True)
+        answer.set_cookie(COOKIE, cookie, max_age=SIGN_IN_VALID_S, path="/", httponly=True, samesite="strict")
+        return answer
+
+    async def asset(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in ASSETS:
+            raise Refusal("not_found", "there is no such file here")
+        tag = f'"{asset_hash(name)}"'
+        fresh = request.query_params.get("v") == asset_hash(name)
+        headers = {"ETag": tag, "Cache-Control": "public, max-age=31536000, immutable" if fresh else "no-cache"}
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(asset_bytes(name), media_type=ASSETS[name], headers=headers)
+
+    async def _dashboard(self) -> Response:
+        hive = self._hive
+        # The number first: what happens while the rows are read is told again by the stream, and does no harm.
+        position = Position(await hive.store.last_seq())
+        return self._page(
+            "dashboard.html",
+            await hive.agents.all(),
+            live="/live",
+            after=position,
+            pending=await hive.approvals.pending(),
+            decided=await hive.approvals.recent(),
+            messages=await hive.broker.messages(limit=MESSAGES_SHOWN),
+        )
+
+    async def _agent_page(self, name: AgentName) -> Response:
+        hive = self._hive
+        agent = await hive.agents.get(name)
+        seq = await hive.store.last_seq()
+        lines = await hive.turns.newest_lines(name, LINES_SHOWN)
+        turns = await hive.turns.recent(name, TURNS_SHOWN)
+        return self._page(
+            "agent.html",
+            [agent],
+            live=f"/agents/{name}/live",
+            after=Position(seq, lines[-1]["id"] if lines else 0),
+            agent=agent,
+            turns=[(turn, [line for line in lines if line["turn"] == turn["id"]]) for turn in reversed(turns)],
+            messages=await hive.broker.messages(name, MESSAGES_SHOWN),
+        )
+
+    def _page(self, template: str, agents: list[Agent], **values: Any) -> Response:
+        hive = self._hive
+        html = render(
+            template,
+            hive=hive,
+            rows=self._rows,
+            agents=agents,
+            lacks_credential=self._lacks_credential(agents),
+            # A page of an agent has a port of its own: the dashboard is on another.
+            dashboard_link=f"{hive.dashboard_url()}/" if hive.dashboard_port else "/",
+            **values,
+        )
+        return HTMLResponse(html)
+
+    def _lacks_credential(self, agents: list[Agent]) -> str:
+        needed = any((agent.settings or {}).get("program") == "claude" for agent in agents)
+        return how_to_give_one(self._hive.config.state_dir) if needed and self._hive.credential is None else ""
+
+
+def _after(request: Request) -> str:
+    """Where the browser's own memory of the stream, when it comes back, wins over the page's."""
+    return request.headers.get("last-event-id") or request.query_params.get("after", "")
+
+
+def _existing_name(request: Request) -> AgentName:
+    """The name in the path. One that no agent can have is one that no agent has."""
+    try:
+        return parse_agent_name(request.path_params["name"])
+    except Refusal as refusal:
+        raise Refusal("not_found", refusal.message) from None

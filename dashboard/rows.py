@@ -1,0 +1,109 @@
+"""One template per thing that is shown, rendered here for the whole page and for the live fragment alike."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from dashboard.diff import read_diff
+from dashboard.terminal import read_line, tokens
+from dashboard.visible import plain, visible
+from hive_core.agents import Agent
+from hive_core.approvals import Approval
+from hive_core.hive import Hive
+from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM
+
+VOICES: dict[str, str] = {OPERATOR: "by-operator", SYSTEM: "by-system", MANAGER: "by-manager"}
+ASSETS = {"style.css": "text/css", "live.js": "text/javascript", "favicon.svg": "image/svg+xml"}
+
+
+@cache
+def asset_bytes(name: str) -> bytes:
+    return resources.files("dashboard").joinpath("static", name).read_bytes()
+
+
+@cache
+def asset_hash(name: str) -> str:
+    return hashlib.sha256(asset_bytes(name)).hexdigest()[:16]
+
+
+def asset_url(name: str) -> str:
+    """The address changes with the content, so a browser may keep what it has for ever."""
+    return f"/static/{name}?v={asset_hash(name)}"
+
+
+def clock(at_ms: int) -> Markup:
+    """An instant, in UTC; the script shows the reader's own time."""
+    at = datetime.fromtimestamp(at_ms / 1000, UTC)
+    return Markup('<time datetime="{}" title="{} UTC">{}</time>').format(
+        f"{at:%Y-%m-%dT%H:%M:%SZ}", f"{at:%Y-%m-%d %H:%M:%S}", f"{at:%H:%M:%S}"
+    )
+
+
+def measure(text: str) -> str:
+    """How much there is to read, so that what lies below the fold is not missed."""
+    lines = len(text.removesuffix("\n").split("\n"))
+    return f"{lines:,} line{'' if lines == 1 else 's'} · {len(text.encode('utf-8', 'replace')):,} bytes"
+
+
+def voice(name: str) -> str:
+    """The class that colours a name: who speaks is seen before it is read."""
+    return VOICES.get(name, "by-agent")
+
+
+@cache
+def templates() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("dashboard"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=plain,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(visible=visible, clock=clock, measure=measure, read_diff=read_diff, tokens=tokens)
+    environment.globals.update(asset=asset_url, voice=voice)
+    return environment
+
+
+def render(template: str, **values: object) -> Markup:
+    """The template as markup: everything in it was escaped on the way."""
+    return Markup(templates().get_template(template).render(**values).strip())
+
+
+class Rows:
+    """Every row that a page or a fragment can hold. All of them are idempotent: a row again replaces itself."""
+
+    def __init__(self, hive: Hive) -> None:
+        self._hive = hive
+
+    def agent(self, agent: Agent, alone: bool = False) -> Markup:
+        live = self._hive.agents.live(agent.name)
+        return render("rows/agent.html", agent=agent, live=live, hive=self._hive, alone=alone)
+
+    def message(self, message: dict[str, Any]) -> Markup:
+        return render("rows/message.html", message=message)
+
+    def approval(self, approval: Approval) -> Markup:
+        return render("rows/approval.html", approval=approval)
+
+    def decision(self, approval: Approval) -> Markup:
+        return render("rows/decision.html", approval=approval)
+
+    def recipient(self, name: str) -> Markup:
+        return Markup('<option id="to-{0}" value="{0}">{0}</option>').format(name)
+
+    def turn(self, turn: dict[str, Any], lines: list[dict[str, Any]]) -> Markup:
+        return render("rows/turn.html", turn=turn, head=self.turn_head(turn), lines=lines, rows=self)
+
+    def turn_head(self, turn: dict[str, Any]) -> Markup:
+        return render("rows/turn_head.html", turn=turn)
+
+    def line(self, line: dict[str, Any]) -> Markup:
+        return render("rows/line.html", line=line, parts=read_line(line["line"]))

@@ -1,0 +1,154 @@
+// Swaps the rows that the live stream brings, and sends forms. Everything is rendered on the server.
+"use strict";
+const $ = (selector, root = document) => root.querySelector(selector);
+const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+const page = document.body.dataset;
+
+// ---- rows ----------------------------------------------------------------------------------------------------------
+const INSIDE = "a, button, summary, input, textarea, select, [tabindex]";
+
+function localTime(root) {
+  for (const time of all("time", root)) {
+    const at = new Date(time.dateTime), today = new Date().toDateString() === at.toDateString();
+    time.textContent = today ? at.toLocaleTimeString("sv") : at.toLocaleString("sv").slice(5, 16);
+  }
+}
+
+// What the reader did to a row survives its replacement: open details, typed text, focus.
+function keep(old, fresh) {
+  const opened = all("details", old);
+  all("details", fresh).forEach((details, i) => { if (opened[i]) details.open = opened[i].open; });
+  const typed = all("textarea, input:not([type=hidden])", old);
+  all("textarea, input:not([type=hidden])", fresh).forEach((field, i) => { if (typed[i]) field.value = typed[i].value; });
+  const focused = all(INSIDE, old).indexOf(document.activeElement);
+  return () => { if (focused >= 0) all(INSIDE, fresh)[focused]?.focus({ preventScroll: true }); };
+}
+
+function parse(html) {
+  const template = document.createElement("template");
+  template.innerHTML = html;
+  localTime(template.content);
+  return template.content.firstElementChild;
+}
+
+function swap({ target, html, list, place, once }) {
+  const old = document.getElementById(target), into = list && document.getElementById(list);
+  if (old && once) return;
+  if (!html) {
+    if (old?.contains(document.activeElement)) $("#y3r-c4ll-title")?.focus();
+    return old?.remove();
+  }
+  const fresh = parse(html);
+  if (old) {
+    const refocus = keep(old, fresh);
+    old.replaceWith(fresh);
+    refocus();
+  } else if (into) {
+    fresh.classList.add("fresh");
+    into[place](fresh);
+    const limit = Number(into.dataset.keep || 1e9);
+    while (into.children.length > limit) (place === "append" ? into.firstElementChild : into.lastElementChild).remove();
+  }
+}
+
+function count() {
+  for (const badge of all("[data-counts]")) {
+    badge.textContent = document.getElementById(badge.dataset.counts).children.length;
+    if ("title" in badge.dataset) {
+      document.title = document.title.replace(/^(\(\d+\) )?/, badge.textContent === "0" ? "" : `(${badge.textContent}) `);
+    }
+  }
+}
+
+// ---- the stream ----------------------------------------------------------------------------------------------------
+let stream = null, after = page.after;
+
+function show(state, word) {
+  $("#link").dataset.link = state;
+  $("#link-word").textContent = word;
+}
+
+function openStream() {
+  if (stream || document.hidden) return;
+  stream = new EventSource(`${page.live}?after=${encodeURIComponent(after)}`);
+  stream.onopen = () => show("on", "live");
+  stream.onmessage = (event) => {
+    after = event.lastEventId || after;
+    swap(JSON.parse(event.data));
+    count();
+  };
+  stream.addEventListener("reset", () => { closeStream(); location.reload(); });
+  stream.onerror = () => {
+    show("off", "reconnecting");
+    // The server said no: signed out elsewhere, most likely. The page knows what to say.
+    if (stream.readyState === EventSource.CLOSED) { closeStream(); setTimeout(() => location.reload(), 3000); }
+  };
+}
+
+function closeStream() {
+  stream?.close();
+  stream = null;
+}
+
+// Browsers allow six connections to a port: a tab that nobody sees gives its own back, and catches up when shown.
+document.addEventListener("visibilitychange", () => (document.hidden ? closeStream() : openStream()));
+addEventListener("pagehide", closeStream);
+addEventListener("pageshow", openStream);
+
+// ---- forms ---------------------------------------------------------------------------------------------------------
+function toast(text, kind) {
+  const said = document.createElement("p");
+  said.className = `toast ${kind}`;
+  said.textContent = text;
+  $("#toasts").append(said);
+  setTimeout(() => said.remove(), kind === "bad" ? 12000 : 5000);
+}
+
+async function send(form, button) {
+  try {
+    const answer = await fetch(form.action, {
+      method: "POST", body: new URLSearchParams(new FormData(form)), headers: { Accept: "application/json" },
+    });
+    const said = await answer.json();
+    if (answer.status === 401) return location.reload();
+    if (said.error) return toast(said.error.message, "bad");
+    toast(said.said, "good");
+    if ("reset" in form.dataset) { const to = form.elements.to.value; form.reset(); form.elements.to.value = to; reply("", ""); }
+  } catch {
+    toast("cannot reach the hive: is its daemon running?", "bad");
+  }
+}
+
+document.addEventListener("submit", async (event) => {
+  const form = event.target, button = event.submitter ?? $("button:not([type=button])", form);
+  if (!("fetch" in form.dataset)) return;
+  event.preventDefault();
+  if (button.getAttribute("aria-busy") === "true") return;
+  button.setAttribute("aria-busy", "true");
+  await send(form, button);
+  button.removeAttribute("aria-busy");
+});
+
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing || !("enterSends" in event.target.dataset)) return;
+  event.preventDefault();
+  if (event.target.value.trim()) event.target.form.requestSubmit();
+});
+
+function reply(id, to) {
+  const form = $("#composer"), badge = $("#no-reply");
+  form.elements.in_reply_to.value = id;
+  badge.hidden = !id;
+  $("b", badge).textContent = id;
+  if (id && to && $(`#to-${to}`)) form.elements.to.value = to;
+  if (id) form.elements.body.focus();
+}
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest?.("[data-reply]");
+  if (button) reply(button.dataset.reply, button.dataset.to);
+  if (event.target.closest?.("#no-reply")) reply("", "");
+});
+
+localTime(document);
+openStream();

@@ -1,0 +1,301 @@
+"""`hive-agent rehearse`: a stand-in for Claude Code that needs no account and understands nothing.
+
+It takes claude's flags, speaks claude's stream-json, calls the real tools of the hive through the same configuration,
+and follows the script in its system prompt. To a message that no rule fits it says honestly what it is.
+Standard library alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+from hive_agent.rehearsal_script import BadScript, fill, fill_command, find_rules, purpose, steps_for
+from hive_agent.tool_server import ToolServer, ToolServerGone, result_fields, result_text
+from hive_agent.wake import Wake, parse_wake
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+VERSION = "rehearsal"
+MARK = "[rehearsal]"  # such an answer gets no answer: two rehearsals would thank each other for ever
+OUTPUT_LIMIT = 30_000
+_SWITCHES = frozenset({"--print", "--verbose", "--strict-mcp-config", "--dangerously-skip-permissions"})
+_VALUES = frozenset(
+    {
+        "--output-format",
+        "--mcp-config",
+        "--tools",
+        "--allowedTools",
+        "--model",
+        "--effort",
+        "--session-id",
+        "--resume",
+        "--append-system-prompt",
+    }
+)
+
+
+class BadUsage(Exception):
+    """The command line is not one of claude's that this stand-in knows."""
+
+
+def parse_flags(argv: list[str]) -> dict[str, str]:
+    """The flags by name, "" for a switch. Raises BadUsage."""
+    flags: dict[str, str] = {}
+    rest = iter(argv)
+    for flag in rest:
+        if flag in _SWITCHES:
+            flags[flag] = ""
+        elif flag in _VALUES:
+            try:
+                flags[flag] = next(rest)
+            except StopIteration:
+                raise BadUsage(f"error: option '{flag} <value>' argument missing") from None
+        else:
+            raise BadUsage(f"error: unknown option '{flag}'")
+    if flags.get("--output-format") != "stream-json" or "--print" not in flags or "--verbose" not in flags:
+        raise BadUsage("error: a rehearsal speaks only with --print --verbose --output-format stream-json")
+    if "--dangerously-skip-permissions" in flags and os.geteuid() == 0 and not os.environ.get("IS_SANDBOX"):
+        raise BadUsage("--dangerously-skip-permissions cannot be used with root/sudo privileges")
+    return flags
+
+
+class Sessions:
+    """The sessions this stand-in has held: a file each, so that an unknown one is refused as claude does."""
+
+    def __init__(self) -> None:
+        config = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+        self._folder = os.path.join(config, "rehearsal-sessions")
+
+    def holds(self, session: str) -> bool:
+        return os.path.exists(os.path.join(self._folder, os.path.basename(session)))
+
+    def keep(self, session: str) -> None:
+        os.makedirs(self._folder, exist_ok=True)
+        with open(os.path.join(self._folder, os.path.basename(session)), "a"):
+            pass
+
+
+class Rehearsal:
+    """One turn."""
+
+    def __init__(self, flags: dict[str, str], session: str) -> None:
+        self._flags = flags
+        self._session = session
+        self._model = flags.get("--model", "none")
+        self._prompt = flags.get("--append-system-prompt", "")
+        self._began = time.monotonic()
+        self._steps = 0
+        self._last_text = ""
+        self._hive: ToolServer | None = None
+        self._words: dict[str, Any] = {"agent": os.environ.get("HIVE_AGENT", "agent"), "model": self._model}
+
+    def play(self, prompt: str) -> int:
+        """Speak the whole turn; returns the exit code."""
+        self._init()
+        try:
+            exit_code = self._follow(prompt)
+        except BadScript as exc:
+            self._result(str(exc), is_error=True)
+            return 1
+        if exit_code is None:
+            self._result(self._last_text)
+            exit_code = 0
+        if self._hive is not None:
+            self._hive.close()
+        return exit_code
+
+    def _follow(self, prompt: str) -> int | None:
+        """Do the steps for the message. The exit code if the script gives one, None to end as usual."""
+        wake = parse_wake(prompt)
+        if wake is None:
+            self._say("This is a rehearsal: it only follows a script for messages of the hive.")
+            return None
+        self._words |= {"sender": wake.sender, "body": wake.body, "message_id": wake.message_id}
+        steps = steps_for(find_rules(self._prompt), wake)
+        if steps is None:
+            self._explain(wake)
+            return None
+        for step in steps:
+            if "exit" in step:
+                return int(step["exit"])
+            self._do(step)
+        return None
+
+    def _do(self, step: dict[str, Any]) -> None:
+        match step:
+            case {"say": text}:
+                self._say(str(fill(text, self._words)))
+            case {"tool": name}:
+                self._call(str(name), fill(step.get("args", {}), self._words), step.get("save"))
+            case {"run": command}:
+                self._run(fill_command(command, self._words), step.get("save"))
+            case {"sleep_s": seconds}:
+                time.sleep(float(seconds))
+            case {"hang": _}:
+                while True:
+                    signal.pause()
+
+    def _explain(self, wake: Wake) -> None:
+        """Answer a message that no rule fits, unless that would only be answered again."""
+        if wake.sender == "system" or MARK in wake.body:
+            self._say("No rule of my script fits this message, and it needs no answer.")
+            return
+        role = purpose(self._prompt) or "it says nothing about a purpose"
+        answer = (
+            f"{MARK} I am only a stand-in for {self._words['agent']}: I follow a script, and no rule of it fits your "
+            f'message. My configuration: “{role[:300]}” To get the real agent, set program = "claude" in its '
+            "agent.toml and start the hive with `hive up`."
+        )
+        self._call("send", {"to": wake.sender, "body": answer, "in_reply_to": wake.message_id}, None)
+
+    def _say(self, text: str) -> None:
+        self._last_text = text
+        self._assistant({"type": "text", "text": text})
+
+    def _call(self, name: str, arguments: dict[str, Any], save: str | None) -> None:
+        name = name.removeprefix("mcp__hive__")
+        use_id = self._use(f"mcp__hive__{name}", arguments)
+        try:
+            if self._hive is None:
+                raise ToolServerGone("the MCP server is not connected")
+            result = self._hive.call(name, arguments, use_id)
+        except ToolServerGone as exc:
+            result = {"content": [{"type": "text", "text": str(exc)}], "isError": True}
+        self._tool_result(use_id, result_text(result), bool(result.get("isError")))
+        if save:
+            self._words[save] = result_text(result)
+            self._words |= {f"{save}.{field}": value for field, value in result_fields(result).items()}
+
+    def _run(self, command: str, save: str | None) -> None:
+        use_id = self._use("Bash", {"command": command})
+        done = subprocess.run(
+            ["/bin/sh", "-c", command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        output = done.stdout.decode("utf-8", "replace").strip()
+        self._tool_result(use_id, output[:OUTPUT_LIMIT], done.returncode != 0)
+        if save:
+            self._words[save] = output
+
+    def _use(self, name: str, arguments: dict[str, Any]) -> str:
+        use_id = f"toolu_{uuid.uuid4().hex}"
+        self._assistant({"type": "tool_use", "id": use_id, "name": name, "input": arguments})
+        return use_id
+
+    def _init(self) -> None:
+        servers, tools = self._connect()
+        listed = [tool for tool in self._flags.get("--tools", "").split(",") if tool]
+        skips = "--dangerously-skip-permissions" in self._flags
+        self._emit(
+            type="system",
+            subtype="init",
+            cwd=os.getcwd(),
+            tools=sorted(listed) + [f"mcp__hive__{tool}" for tool in tools],
+            mcp_servers=servers,
+            model=self._model,
+            permissionMode="bypassPermissions" if skips else "default",
+            claude_code_version=VERSION,
+        )
+
+    def _connect(self) -> tuple[list[dict[str, str]], list[str]]:
+        """Start the hive's MCP server as claude does: (each server's status, the hive's tools)."""
+        entries = json.loads(self._flags.get("--mcp-config") or "{}").get("mcpServers", {})
+        if "hive" not in entries:
+            return [], []
+        try:
+            self._hive = ToolServer(entries["hive"])
+            return [{"name": "hive", "status": "connected"}], self._hive.tools()
+        except ToolServerGone:
+            self._hive = None
+            return [{"name": "hive", "status": "failed"}], []
+
+    def _assistant(self, block: dict[str, Any]) -> None:
+        self._steps += 1
+        message = {
+            "id": f"msg_rehearsal{self._steps}",
+            "type": "message",
+            "role": "assistant",
+            "model": self._model,
+            "content": [block],
+            "usage": {"input_tokens": 0, "output_tokens": 0},
+        }
+        self._emit(type="assistant", message=message, parent_tool_use_id=None)
+
+    def _tool_result(self, use_id: str, text: str, is_error: bool) -> None:
+        block: dict[str, Any] = {"tool_use_id": use_id, "type": "tool_result", "content": text}
+        if is_error:
+            block["is_error"] = True
+        self._emit(type="user", message={"role": "user", "content": [block]}, parent_tool_use_id=None)
+
+    def _result(self, text: str, is_error: bool = False) -> None:
+        self._emit(
+            type="result",
+            subtype="success",
+            is_error=is_error,
+            api_error_status=None,
+            duration_ms=int((time.monotonic() - self._began) * 1000),
+            num_turns=self._steps,
+            result=text,
+            total_cost_usd=0,
+            usage=NO_USAGE,
+            modelUsage={},
+        )
+
+    def _emit(self, **event: Any) -> None:
+        emit({**event, "session_id": self._session, "uuid": str(uuid.uuid4())})
+
+
+NO_USAGE = {
+    "input_tokens": 0,
+    "cache_creation_input_tokens": 0,
+    "cache_read_input_tokens": 0,
+    "output_tokens": 0,
+}
+
+
+def emit(event: dict[str, Any]) -> None:
+    print(json.dumps(event), flush=True)
+
+
+def refuse_session(session: str) -> int:
+    """End as claude does when it knows no session of that id."""
+    sentence = f"No conversation found with session ID: {session}"
+    print(sentence, file=sys.stderr)
+    emit(
+        {
+            "type": "result",
+            "subtype": "error_during_execution",
+            "is_error": True,
+            "num_turns": 0,
+            "duration_ms": 0,
+            "session_id": session,
+            "total_cost_usd": 0,
+            "usage": NO_USAGE,
+            "modelUsage": {},
+            "errors": [sentence],
+        }
+    )
+    return 1
+
+
+def main(argv: list[str]) -> int:
+    try:
+        flags = parse_flags(argv)
+    except BadUsage as exc:
+        print(exc, file=sys.stderr)
+        return 1
+    prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+    sessions = Sessions()
+    resumed = flags.get("--resume")
+    if resumed is not None and not sessions.holds(resumed):
+        return refuse_session(resumed)
+    session = resumed or flags.get("--session-id") or str(uuid.uuid4())
+    sessions.keep(session)
+    return Rehearsal(flags, session).play(prompt)

@@ -1,0 +1,80 @@
+"""`hive-agent serve`: its arguments, and the process around the turn loop."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import trio
+
+from hive_agent.claude import Seat
+from hive_agent.serve import SeatMaker, serve
+
+DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hive-agent serve",
+        description="Take turns for one agent: lease a message from the host, run its program, report, again.",
+        epilog="Exit codes: 0 told to stop, or no host answered for the grace; 3 another harness serves the agent; "
+        "4 host and harness do not fit together.",
+    )
+    parser.add_argument("--run", default="/run/hive", metavar="DIR", help="holds harness.sock, mcp.sock and model.sock")
+    parser.add_argument("--state", default="/state", metavar="DIR", help="the program's working directory")
+    parser.add_argument("--claude", metavar="PATH", help="the claude executable, where there is one")
+    parser.add_argument("--claude-dir", metavar="DIR", help="its sessions and settings (default: ~/.claude)")
+    parser.add_argument(
+        "--sandbox",
+        choices=["bwrap", "none"],
+        default="none",
+        help="what is around this process: only inside a sandbox the program acts without asking",
+    )
+    parser.add_argument(
+        "--life-fd", type=int, metavar="N", help="a pipe's read end: when it is closed everything ends at once"
+    )
+    parser.add_argument(
+        "--orphan-grace", type=float, default=600.0, metavar="S", help="end when no host answered for so many seconds"
+    )
+    return parser
+
+
+def seat_maker(arguments: argparse.Namespace) -> SeatMaker:
+    home = os.environ.get("HOME") or arguments.state
+
+    def make_seat(agent: str, model_port: int) -> Seat:
+        return Seat(
+            agent=agent,
+            run_dir=arguments.run,
+            state_dir=arguments.state,
+            home=home,
+            config_dir=arguments.claude_dir or os.path.join(home, ".claude"),
+            path=os.environ.get("PATH") or DEFAULT_PATH,
+            claude=arguments.claude,
+            sandboxed=arguments.sandbox != "none",
+            model_port=model_port,
+        )
+
+    return make_seat
+
+
+def main(argv: list[str], role: str = "") -> int:
+    arguments = make_parser().parse_args(argv)
+    try:
+        return trio.run(_serve, arguments, role)
+    except KeyboardInterrupt:
+        return 130
+    except OSError as exc:
+        print(f"hive-agent: cannot go on: {exc}", file=sys.stderr)
+        return 1
+
+
+async def _serve(arguments: argparse.Namespace, role: str) -> int:
+    return await serve(
+        arguments.run,
+        seat_maker(arguments),
+        role=role,
+        life_fd=arguments.life_fd,
+        orphan_grace_s=arguments.orphan_grace,
+    )

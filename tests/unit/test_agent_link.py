@@ -1,0 +1,213 @@
+"""The link to the host: a host of the test's own on the other side of a real socket."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from hive_agent.link import EXIT_CONFLICT, EXIT_MISMATCH, HostLink, Unwelcome
+from hive_agent.serve import ship_lines
+from hive_agent.turn_lines import TurnLines
+from hive_core.protocol.refusal import Refusal
+from tests.harness_host import open_host
+
+
+@asynccontextmanager
+async def running(link: HostLink) -> AsyncIterator[trio.Nursery]:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
+        yield nursery
+        nursery.cancel_scope.cancel()
+
+
+def a_link(folder: Path, **options: float) -> HostLink:
+    return HostLink(str(folder / "harness.sock"), **options)
+
+
+async def run_to_its_end(link: HostLink) -> None:
+    with trio.fail_after(10):
+        await link.run()
+
+
+async def test_hello_tells_version_instance_and_that_no_turn_runs(tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host, running(link := a_link(tmp_path)):
+        hello = await (await host.accept()).welcome("iris")
+        await link.welcomed.wait()
+    assert (hello["version"], hello["turn"], hello["fence"]) == (1, None, None)
+    assert len(hello["instance"]) == 32
+    assert (link.agent, link.role) == ("iris", "agent")
+
+
+async def test_requests_are_answered_in_order(tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host, running(link := a_link(tmp_path)):
+        connection = await host.accept()
+        await connection.welcome()
+        for number in (1, 2):
+            async with trio.open_nursery() as nursery:
+
+                @nursery.start_soon
+                async def ask(number: int = number) -> None:
+                    assert (await link.request({"op": "lease"}))["n"] == number
+
+                request = await connection.expect("lease")
+                assert request["id"] == number
+                await connection.answer(request, n=number)
+
+
+async def test_a_request_without_an_answer_is_asked_of_the_next_host(tmp_path: Path) -> None:
+    link = a_link(tmp_path)
+    async with running(link), trio.open_nursery() as nursery:
+        async with open_host(tmp_path) as host:
+            connection = await host.accept()
+            first = await connection.welcome()
+            link.begin_turn(5, "fence")
+
+            @nursery.start_soon
+            async def ask() -> None:
+                assert (await link.request({"op": "ack", "turn": 5}))["counted"] is True
+
+            request = await connection.expect("ack")
+        async with open_host(tmp_path) as host:
+            connection = await host.accept()
+            hello = await connection.welcome()
+            assert (hello["turn"], hello["fence"], hello["instance"]) == (5, "fence", first["instance"])
+            again = await connection.expect("ack")
+            assert again == request
+            await connection.answer(again, counted=True)
+
+
+async def test_a_host_that_dies_in_a_quiet_turn_is_replaced_without_being_asked(tmp_path: Path) -> None:
+    link = a_link(tmp_path)
+    async with running(link):
+        async with open_host(tmp_path) as host:
+            connection = await host.accept()
+            await connection.welcome()
+            link.begin_turn(8, "fence")
+        async with open_host(tmp_path) as host:
+            hello = await (await host.accept()).welcome()
+    assert hello["turn"] == 8
+
+
+async def test_lines_that_were_not_kept_are_sent_again_with_their_numbers(tmp_path: Path) -> None:
+    link, lines = a_link(tmp_path), TurnLines()
+    async with running(link), trio.open_nursery() as nursery:
+        async with open_host(tmp_path) as host:
+            connection = await host.accept()
+            await connection.welcome()
+            nursery.start_soon(ship_lines, link, 3, lines)
+            lines.add("one")
+            request = await connection.expect("lines")
+            await connection.answer(request, kept=1)
+            lines.add("two")
+            lost = await connection.expect("lines")
+            assert (lost["first"], lost["lines"]) == (1, ["two"])
+        lines.add("three")
+        lines.close()
+        async with open_host(tmp_path) as host:
+            connection = await host.accept()
+            await connection.welcome()
+            assert await connection.expect("lines") == lost
+            await connection.answer(lost, kept=2)
+            last = await connection.expect("lines")
+            assert (last["first"], last["lines"]) == (2, ["three"])
+            await connection.answer(last, kept=3)
+
+
+async def test_a_refused_request_raises_what_the_host_said(tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host, running(link := a_link(tmp_path)), trio.open_nursery() as nursery:
+        connection = await host.accept()
+        await connection.welcome()
+
+        @nursery.start_soon
+        async def ask() -> None:
+            with pytest.raises(Refusal, match="cannot lease: paused"):
+                await link.request({"op": "lease"})
+
+        await connection.refuse(await connection.expect("lease"), "refused", "cannot lease: paused")
+
+
+@pytest.mark.parametrize("answer", [b"oops\n", b'{"id":99,"ok":true}\n', b"[]\n"])
+async def test_a_host_that_talks_nonsense_is_left_for_the_next(tmp_path: Path, answer: bytes) -> None:
+    async with open_host(tmp_path) as host, running(link := a_link(tmp_path)), trio.open_nursery() as nursery:
+        connection = await host.accept()
+        await connection.welcome()
+        nursery.start_soon(link.request, {"op": "lease"})
+        await connection.expect("lease")
+        await connection.send_raw(answer)
+        assert await connection.next() is None
+        connection = await host.accept()
+        await connection.welcome()
+        await connection.answer(await connection.expect("lease"), stop=True)
+
+
+async def test_a_second_harness_is_told_so_and_ends(tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host, trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def run() -> None:
+            with pytest.raises(Unwelcome, match="another harness") as caught:
+                await run_to_its_end(a_link(tmp_path))
+            assert caught.value.exit_code == EXIT_CONFLICT
+
+        connection = await host.accept()
+        await connection.refuse(await connection.expect("hello"), "conflict", "another harness is connected")
+
+
+@pytest.mark.parametrize(
+    ("welcome", "said"),
+    [
+        ({"version": 2, "agent": "iris", "role": "agent"}, "version 2"),
+        ({"version": 1, "agent": "iris", "role": "agent"}, "as manager"),
+    ],
+)
+async def test_a_host_that_does_not_fit_ends_the_harness(tmp_path: Path, welcome: dict[str, object], said: str) -> None:
+    async with open_host(tmp_path) as host, trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def run() -> None:
+            with pytest.raises(Unwelcome, match=said) as caught:
+                await run_to_its_end(HostLink(str(tmp_path / "harness.sock"), role="manager"))
+            assert caught.value.exit_code == EXIT_MISMATCH
+
+        connection = await host.accept()
+        await connection.answer(await connection.expect("hello"), **welcome)
+
+
+async def test_a_host_that_is_not_ready_yet_is_asked_again(tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host, running(a_link(tmp_path)):
+        connection = await host.accept()
+        await connection.refuse(await connection.expect("hello"), "unavailable", "starting")
+        await (await host.accept()).welcome()
+
+
+async def test_without_a_host_the_link_gives_up_after_the_grace(tmp_path: Path) -> None:
+    begin = trio.current_time()
+    await run_to_its_end(a_link(tmp_path, orphan_grace_s=0.3))
+    assert 0.3 <= trio.current_time() - begin < 5
+
+
+async def test_a_program_that_runs_keeps_the_link_past_the_grace(tmp_path: Path) -> None:
+    link = a_link(tmp_path, orphan_grace_s=0.01)
+    link.begin_turn(1, "fence")
+    with trio.move_on_after(0.5) as limit:
+        await link.run()
+    assert limit.cancelled_caught
+    link.program_ended()
+    await run_to_its_end(link)
+
+
+async def test_the_grace_counts_from_the_loss_of_the_host(tmp_path: Path) -> None:
+    link = a_link(tmp_path, orphan_grace_s=0.6)
+    async with trio.open_nursery() as nursery:
+        async with open_host(tmp_path) as host:
+            nursery.start_soon(run_to_its_end, link)
+            connection = await host.accept()
+            await connection.welcome()
+            with trio.move_on_after(0.7):
+                await connection.next()
+        begin = trio.current_time()
+    assert trio.current_time() - begin >= 0.5
