@@ -135,15 +135,18 @@ class Broker:
     async def recv(self, agent: AgentName, limit: int, wait_s: float, key: str | None = None) -> dict[str, Any]:
         """Lease up to `limit` more messages under the turn that runs; wait up to `wait_s` for the first.
 
-        Returns {"messages": [...], "waiting": n}. Raises Refusal("refused") outside a turn.
+        Returns {"messages": [...], "waiting": n}. Raises Refusal("refused") outside a turn, and when the turn ends
+        while this waits: what comes then belongs to the next turn.
         """
         deadline = trio.current_time() + wait_s
+        turn: int | None = None
         with self._store.bus.listen(mail(agent)) as listener:
             while True:
                 last = trio.current_time() >= deadline
-                answer = await self._store.write(partial(_recv, agent=agent, limit=limit, key=key, last=last))
-                if answer is not None:
+                answer = await self._store.write(partial(_recv, agent=agent, limit=limit, key=key, last=last, turn=turn))
+                if isinstance(answer, dict):
                     return answer
+                turn = answer
                 with trio.move_on_at(deadline):
                     await listener.wait()
 
@@ -202,7 +205,7 @@ class Broker:
         return [dict(row) for row in rows]
 
     async def message(self, message_id: int) -> dict[str, Any] | None:
-        found = await self.messages(before=message_id + 1, limit=1)
+        found = await self.messages(before=min(message_id, 2**62) + 1, limit=1)
         return found[0] if found and found[0]["id"] == message_id else None
 
     async def inbox(self, limit: int = 50) -> list[dict[str, Any]]:
@@ -284,9 +287,12 @@ def _lease_first(tx: Transaction, agent: str) -> tuple[Turn, dict[str, Any]] | f
     return turn, {**_for_agent(due[0]), "waiting": _waiting(tx, agent)}
 
 
-def _recv(tx: Transaction, agent: AgentName, limit: int, key: str | None, last: bool) -> dict[str, Any] | None:
+def _recv(
+    tx: Transaction, agent: AgentName, limit: int, key: str | None, last: bool, turn: int | None
+) -> dict[str, Any] | int:
+    """Take what is due under the turn that runs; its number when there is nothing yet and the caller can wait."""
     running = tx.execute("SELECT id FROM turns WHERE agent = ? AND state = 'running'", (agent,)).fetchone()
-    if running is None:
+    if running is None or turn not in (None, running["id"]):
         raise Refusal("refused", "cannot receive: no turn runs; messages are taken in a turn")
 
     def take() -> dict[str, Any]:
@@ -300,7 +306,7 @@ def _recv(tx: Transaction, agent: AgentName, limit: int, key: str | None, last: 
         key is not None and tx.execute("SELECT 1 FROM tool_calls WHERE agent = ? AND key = ?", (agent, key)).fetchone()
     )
     if not (known or last or _take(tx, agent, 1)):
-        return None
+        return int(running["id"])
     return once(tx, agent, key, "recv", take)
 
 

@@ -48,6 +48,7 @@ from hive_core.turns import Turns
 
 log = logging.getLogger(__name__)
 STOP_WITHIN_S = 4.0
+TIED_AGENTS_PATIENCE_S = 1.0
 PRUNE_EVERY_S = 3600.0
 
 
@@ -271,6 +272,8 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(hive.reconciler.serve)
         await hive.stopping.wait()
         notify("STOPPING=1")
+        if config.end_agents_with_daemon:
+            await hive.reconciler.drain(TIED_AGENTS_PATIENCE_S)
         nursery.cancel_scope.deadline = trio.current_time() + 0.5  # answers under way get this long
         await trio.sleep_forever()
     with contextlib.suppress(FileNotFoundError):

@@ -26,7 +26,11 @@ class Daemon:
         self.log = folder / "daemon.log"
         self._flags = flags
         self._environment = {
-            **{key: value for key, value in os.environ.items() if not key.startswith(("HIVE_", "ANTHROPIC_", "CLAUDE_"))},
+            **{
+                key: value
+                for key, value in os.environ.items()
+                if not key.startswith(("HIVE_", "ANTHROPIC_", "CLAUDE_"))
+            },
             "XDG_CONFIG_HOME": str(folder),
             **environment,
         }

@@ -7,7 +7,8 @@ A request is `{"v": 1, "verb": …, "args": {…}}`. An answer is `{"v": 1, "ok"
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing, suppress
 from typing import Any
 
 import trio
@@ -18,13 +19,15 @@ from hive_core.hive import Hive
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import OPERATOR, parse_agent_name, parse_body, parse_commit_sha, parse_id, shown
+from hive_core.protocol.words import OPERATOR, parse_agent_name, parse_body, parse_commit_sha, parse_id, parse_text, shown
 from hive_core.sockets.unix import Lines
 from hive_core.store.bus import EVENTS
 from hive_core.version import __version__
 
 Args = dict[str, Any]
+Tell = Callable[[Any], Awaitable[None]]  # sends one answer of a verb that goes on
 LIMIT_MOST = 1000
+KEY_LIMIT_BYTES = 200
 PATIENCE_MOST_S = 24 * 3600.0
 
 
@@ -48,7 +51,7 @@ class AdminDesk:
             "start": (self._start, {"agent"}),
             "dashboard": (self._dashboard, set()),
         }
-        self._streams: dict[str, tuple[Callable[[Args], AsyncIterator[Any]], set[str]]] = {
+        self._streams: dict[str, tuple[Callable[[Args, Tell], Awaitable[None]], set[str]]] = {
             "events": (self._events, {"follow", "after", "limit"}),
             "down": (self._down, {"patience_s"}),
         }
@@ -75,8 +78,11 @@ class AdminDesk:
             await lines.send({"v": PROTOCOL_VERSION, "ok": True, "result": result})
         elif isinstance(verb, str) and verb in self._streams:
             stream, keys = self._streams[verb]
-            async for result in stream(_checked(verb, request.get("args", {}), keys)):
+
+            async def tell(result: Any) -> None:
                 await lines.send({"v": PROTOCOL_VERSION, "ok": True, "more": True, "result": result})
+
+            await stream(_checked(verb, request.get("args", {}), keys), tell)
             await lines.send({"v": PROTOCOL_VERSION, "ok": True, "result": None})
         else:
             known = ", ".join([*self._verbs, *self._streams])
@@ -125,8 +131,8 @@ class AdminDesk:
 
     async def _send(self, args: Args) -> Any:
         in_reply_to, key = args.get("in_reply_to"), args.get("key")
-        if key is not None and not (isinstance(key, str) and 0 < len(key) <= 200):
-            raise Refusal("usage", "cannot use `key`: it must be a string of 1 to 200 characters")
+        if key is not None:
+            key = parse_text(key, "key", KEY_LIMIT_BYTES)
         return await self._hive.broker.send(
             OPERATOR,
             parse_agent_name(args.get("to")),
@@ -180,25 +186,26 @@ class AdminDesk:
     async def _dashboard(self, _: Args) -> Any:
         return {"url": self._hive.sign_in_url()}
 
-    async def _events(self, args: Args) -> AsyncIterator[Any]:
+    async def _events(self, args: Args, tell: Tell) -> None:
         store, after = self._hive.store, args.get("after")
         if after is None:
             newest = await newest_events(store, _limit(args))
             for event in newest:
-                yield event
+                await tell(event)
             after = newest[-1]["seq"] if newest else 0
         elif isinstance(after, bool) or not isinstance(after, int) or not 0 <= after < 2**62:
             raise Refusal("usage", "cannot use `after`: give the number of an event")
         end = None if args.get("follow") else await store.last_seq()
         if end is not None and after >= end:
             return
-        async for event in follow_events(store, after):
-            yield event
-            if event["seq"] == end:
-                return
+        async with aclosing(follow_events(store, after)) as following:
+            async for event in following:
+                await tell(event)
+                if event["seq"] == end:
+                    return
 
-    async def _down(self, args: Args) -> AsyncIterator[Any]:
-        """Drain every agent, telling whom it waits for; then the daemon ends."""
+    async def _down(self, args: Args, tell: Tell) -> None:
+        """Drain every agent, telling whom it waits for; then the daemon ends, also when whoever asked has left."""
         hive, patience_s = self._hive, args.get("patience_s", self._hive.config.drain_s)
         if isinstance(patience_s, bool) or not isinstance(patience_s, int | float):
             raise Refusal("usage", "cannot use `patience_s`: give a number of seconds")
@@ -214,11 +221,12 @@ class AdminDesk:
                 hive.store.bus.publish([EVENTS])
 
             nursery.start_soon(drain)
-            with hive.store.bus.listen(EVENTS) as listener:
+            with suppress(trio.BrokenResourceError), hive.store.bus.listen(EVENTS) as listener:
                 while not done.is_set():
-                    yield {"waiting": hive.reconciler.running()}
+                    await tell({"waiting": hive.reconciler.running()})
                     await listener.wait()
-        yield {"ends": ends[0]}
+        with suppress(trio.BrokenResourceError):
+            await tell({"ends": ends[0]})
         hive.stopping.set()
 
 

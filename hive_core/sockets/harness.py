@@ -24,6 +24,9 @@ from hive_core.sockets.unix import Lines
 from hive_core.turns import Turns
 
 log = logging.getLogger(__name__)
+READ_AHEAD = 16  # requests that may lie behind the one that is answered
+ERROR_LIMIT = 2000
+USAGE_LIMIT_BYTES = 16 * 1024
 
 
 @dataclass
@@ -37,17 +40,17 @@ class HarnessDesk:
     agents: Agents
     credential_kind: Callable[[], str]
     instance: str | None = None
+    session: _Session | None = None
     stop: trio.Event = field(default_factory=trio.Event)
     said_hello: trio.Event = field(default_factory=trio.Event)
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """Answer one connection until it hangs up."""
         lines = Lines(stream, REQUEST_LIMIT_BYTES)
-        send, receive = trio.open_memory_channel[dict[str, Any] | Refusal](16)
-        hung_up = trio.Event()
-        session = _Session(self, hung_up)
+        send, receive = trio.open_memory_channel[dict[str, Any] | Refusal](READ_AHEAD)
+        session = _Session(self)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_read, lines, send, hung_up)
+            nursery.start_soon(_read, lines, send, session)
             try:
                 async for request in receive:
                     await lines.send(await session.answer(request))
@@ -56,32 +59,49 @@ class HarnessDesk:
                 nursery.cancel_scope.cancel()
 
 
-async def _read(lines: Lines, send: trio.MemorySendChannel[dict[str, Any] | Refusal], hung_up: trio.Event) -> None:
-    """Read ahead, so that a hang-up is seen while a lease waits."""
+async def _read(lines: Lines, send: trio.MemorySendChannel[dict[str, Any] | Refusal], session: _Session) -> None:
+    """Read ahead, so that a hang-up is seen while a lease waits. Who fills that up behind a lease is let go."""
     async with send:
         try:
             while (request := await lines.next()) is not None:
+                if session.leasing and send.statistics().current_buffer_used >= READ_AHEAD:
+                    break
                 await send.send(request)
         except trio.BrokenResourceError:
             pass
-        hung_up.set()
+        session.leave()
 
 
 class _Session:
-    def __init__(self, desk: HarnessDesk, hung_up: trio.Event) -> None:
+    def __init__(self, desk: HarnessDesk) -> None:
         self._desk = desk
-        self._hung_up = hung_up
-        self._welcome = False
+        self._left = False
+        self._lease_scope: trio.CancelScope | None = None
+
+    @property
+    def leasing(self) -> bool:
+        return self._lease_scope is not None
+
+    @property
+    def _welcome(self) -> bool:
+        return self._desk.session is self
+
+    def leave(self) -> None:
+        """Lease no more: the harness has hung up, or connected again."""
+        self._left = True
+        if self._lease_scope is not None:
+            self._lease_scope.cancel()
 
     def close(self) -> None:
         if self._welcome:
-            self._desk.instance = None
+            self._desk.session = self._desk.instance = None
 
     async def answer(self, request: dict[str, Any] | Refusal) -> dict[str, Any]:
-        number = None if isinstance(request, Refusal) else request.get("id")
+        number = None
         try:
             if isinstance(request, Refusal):
                 raise request
+            number = _number(request)
             return {"id": number, "ok": True, **await self._do(request)}
         except Refusal as refusal:
             return {"id": number, "ok": False, "error": refusal.to_wire()}
@@ -117,7 +137,9 @@ class _Session:
             raise Refusal("conflict", f"cannot take a second harness for {desk.name}: {desk.instance} is connected")
         turn, fence = request.get("turn"), request.get("fence")
         alive = Turn(turn, fence) if isinstance(turn, int) and isinstance(fence, str) else None
-        self._welcome, desk.instance = True, instance
+        if desk.session is not None and desk.session is not self:
+            desk.session.leave()  # the same harness, whose hang-up was not seen yet
+        desk.session, desk.instance = self, instance
         lost = await desk.broker.close_lost_turns(desk.name, alive)
         for turn_id in lost:
             log.warning("turn %d of %s was lost with its harness", turn_id, desk.name, extra={"agent": desk.name})
@@ -139,10 +161,15 @@ class _Session:
             scope.cancel()
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(until, self._hung_up, nursery.cancel_scope)
+            self._lease_scope = nursery.cancel_scope
             nursery.start_soon(until, desk.stop, nursery.cancel_scope)
-            if not desk.stop.is_set():
+            if not desk.stop.is_set() and not self._left:
                 nursery.start_soon(lease, nursery.cancel_scope)
+            else:
+                nursery.cancel_scope.cancel()
+        self._lease_scope = None
+        if not leased and self._left:
+            raise Refusal("conflict", "cannot lease: this harness has hung up or connected again")
         if not leased:
             return {"stop": True}
         turn, message = leased[0]
@@ -181,17 +208,40 @@ class _Session:
         turn_id, fence = parse_id(request.get("turn"), "a turn"), request.get("fence")
         if not isinstance(fence, str):
             raise Refusal("usage", "cannot ack without the fence of the lease")
+        fence = _printable(fence, 64)
         session, error = request.get("session"), request.get("error")
         counted = await desk.broker.ack(
             desk.name,
             Turn(turn_id, fence),
             str(request.get("outcome")),
-            error=str(error)[:2000] if error else None,
-            usage=request.get("usage"),
-            session=session if isinstance(session, str) and len(session) <= 64 else None,
+            error=_printable(error, ERROR_LIMIT) if isinstance(error, str) and error else None,
+            usage=_bounded_usage(request.get("usage")),
+            session=session if isinstance(session, str) and session.isascii() and len(session) <= 64 else None,
         )
         desk.agents.observe(desk.name, "idle")
         return {"counted": counted, "stop": desk.stop.is_set()}
+
+
+def _number(request: dict[str, Any]) -> int | None:
+    """The request's own number, which its answer carries."""
+    number = request.get("id")
+    if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+        raise Refusal("usage", "cannot answer: `id` must be a whole number")
+    return number
+
+
+def _printable(text: str, limit: int) -> str:
+    """At most `limit` characters; JSON can hold half a surrogate pair, and neither sqlite nor a page can."""
+    return text[:limit].encode("utf-8", "replace").decode()
+
+
+def _bounded_usage(raw: object) -> dict[str, Any] | None:
+    """What a program told of its usage, or None when it is not an object of a sensible size."""
+    try:
+        fits = isinstance(raw, dict) and len(json.dumps(raw, allow_nan=False)) <= USAGE_LIMIT_BYTES
+    except (ValueError, RecursionError):
+        return None
+    return raw if fits and isinstance(raw, dict) else None
 
 
 def activity(line: str) -> tuple[str, str] | None:
@@ -203,7 +253,7 @@ def activity(line: str) -> tuple[str, str] | None:
             return "thinking", ""
         if kind == "assistant":
             tools = [part["name"] for part in event["message"]["content"] if part.get("type") == "tool_use"]
-            return ("tool", str(tools[-1])[:60]) if tools else ("thinking", "")
+            return ("tool", _printable(str(tools[-1]), 60)) if tools else ("thinking", "")
         if kind == "user":
             return "thinking", ""
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -49,9 +49,11 @@ async def serve_unix(sock: socket.socket, handler: Callable[[trio.SocketStream],
     async def guarded(stream: trio.SocketStream) -> None:
         async with stream:
             try:
-                await handler(stream)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                pass
+                # A hang-up comes out of a handler's nursery in a group.
+                try:
+                    await handler(stream)
+                except* (trio.BrokenResourceError, trio.ClosedResourceError):
+                    pass
             except Exception:
                 log.exception("a connection on %s failed", path)
 

@@ -89,7 +89,9 @@ def daemon_ready() -> dict[str, Any]:
 def _until_ready(daemon: Daemon) -> float:
     begin = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "hive_core", "serve", *daemon.flags()], stderr=subprocess.DEVNULL, pass_fds=daemon.kept_fds()
+        [sys.executable, "-P", "-m", "hive_core", "serve", *daemon.flags()],
+        stderr=subprocess.DEVNULL,
+        pass_fds=daemon.kept_fds(),
     )
     try:
         while True:
@@ -209,7 +211,11 @@ def demo_seconds() -> Iterator[dict[str, Any]]:
         subprocess.run(["bin/setup", "run"], cwd=f"{folder}/hive", check=True, stdout=subprocess.DEVNULL)
         installed = time.perf_counter()
         done = subprocess.run(
-            ["make", "-s", "demo", "ARGS=--once --json"], cwd=f"{folder}/hive", capture_output=True, text=True, check=True
+            ["make", "-s", "demo", "ARGS=--once --json"],
+            cwd=f"{folder}/hive",
+            capture_output=True,
+            text=True,
+            check=True,
         )
         end = time.perf_counter()
         assert json.loads(done.stdout)["ok"]

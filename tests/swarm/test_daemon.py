@@ -46,12 +46,10 @@ def test_a_message_survives_sigkill_the_moment_send_has_answered() -> None:
 def test_a_second_daemon_on_the_same_state_is_refused_and_told_who_holds_it() -> None:
     with open_daemon() as daemon:
         daemon.start()
-        with pytest.raises(Refusal, match=rf"a daemon \(pid {daemon.process.pid}\) runs on it"):
-            first = daemon.process
-            try:
-                daemon.start()
-            finally:
-                daemon.process = first
+        first = daemon.process
+        with pytest.raises(Refusal, match=rf"a daemon \(pid {first.pid}\) runs on it"):
+            daemon.start()
+        assert daemon.process is first
 
 
 def test_a_busy_dashboard_port_is_named_with_the_way_out() -> None:

@@ -1,0 +1,194 @@
+"""Agents and the daemon outlive one another: adoption, missed exits, orphans, and `down` that leaves nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+from pathlib import Path
+from typing import Any
+
+from hive_core.cli.client import Client
+from tests.daemons import WITHIN_S, Daemon, open_daemon
+
+
+def persona(rules: list[dict[str, Any]]) -> str:
+    return "A rehearsed agent.\n```rehearsal\n" + json.dumps(rules) + "\n```\n"
+
+
+def spawn(client: Client, name: str, rules: list[dict[str, Any]]) -> None:
+    asked = client.call("request_spawn", agent=name, persona=persona(rules), reason="a test")
+    digest = client.call("show", approval=asked["approval"])["digest"]
+    assert client.call("approve", approval=asked["approval"], digest=digest)["state"] == "done"
+
+
+def pid_of(daemon: Daemon, name: str) -> int:
+    return int(json.loads((daemon.state / "processes" / f"{name}.json").read_text())["pid"])
+
+
+def wait_gone(pid: int) -> None:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([descriptor], [], [], WITHIN_S)[0], f"process {pid} lives on"
+    finally:
+        os.close(descriptor)
+
+
+WELCOME = {"from": "system", "match": "Welcome", "do": []}
+# A turn that lasts until a file appears in the agent's /state: the test decides when it goes on.
+GATED = {
+    "from": "operator",
+    "match": "work",
+    "do": [
+        {"tool": "send", "args": {"to": "operator", "body": "begun"}},
+        {"run": "while [ ! -e /state/go ]; do sleep 0.05; done"},
+        {"tool": "send", "args": {"to": "operator", "body": "finished"}},
+    ],
+}
+
+
+@contextlib.contextmanager
+def open_swarm(*flags: str) -> Any:
+    with open_daemon("--default-program=rehearsal", *flags) as daemon:
+        try:
+            yield daemon
+        finally:
+            # These agents may outlive their daemon: what is left is ended by pid.
+            for path in (daemon.state / "processes").glob("*.json"):
+                with contextlib.suppress(ProcessLookupError, ValueError, KeyError):
+                    os.kill(json.loads(path.read_text())["pid"], signal.SIGKILL)
+            for path in (daemon.state / "processes").glob("*.status"):
+                for line in path.read_text().splitlines():
+                    with contextlib.suppress(ProcessLookupError, ValueError, KeyError):
+                        os.kill(json.loads(line)["child-pid"], signal.SIGKILL)
+
+
+def test_a_turn_goes_on_while_the_daemon_is_killed_and_counts_once() -> None:
+    with open_swarm() as daemon:
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME, GATED])
+        client.call("send", to="iris", body="work")
+        daemon.wait_message(client, "begun")
+        before = pid_of(daemon, "iris")
+        daemon.kill()
+        (daemon.state / "agents" / "iris" / "state" / "go").touch()
+        client = daemon.start()
+        daemon.wait_message(client, "finished")
+        daemon.events(
+            client,
+            lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris" and e["data"]["state"] == "done",
+            after=0,
+        )
+        assert pid_of(daemon, "iris") == before, "a second copy was started"
+        bodies = [row["body"] for row in client.call("messages", agent="iris")["messages"]]
+        assert bodies.count("finished") == 1
+        assert bodies.count("begun") == 1
+        ended = daemon.events(
+            client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris" and e["data"]["turn"] >= 2
+        )
+        assert ended["data"]["state"] == "done"
+        assert list(client.call("down") or []) is not None
+
+
+def test_sigterm_ends_the_daemon_alone_and_interrupts_no_turn() -> None:
+    with open_swarm() as daemon:
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME, GATED])
+        client.call("send", to="iris", body="work")
+        daemon.wait_message(client, "begun")
+        before = pid_of(daemon, "iris")
+        assert daemon.stop() == 0
+        os.kill(before, 0)
+        (daemon.state / "agents" / "iris" / "state" / "go").touch()
+        client = daemon.start()
+        daemon.wait_message(client, "finished")
+
+
+def test_an_exit_that_nobody_watched_is_told_by_the_next_daemon() -> None:
+    with open_swarm() as daemon:
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME])
+        daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris")
+        pid = pid_of(daemon, "iris")
+        status = daemon.state / "processes" / "iris.status"
+        inner = json.loads(status.read_text().splitlines()[0])["child-pid"]
+        daemon.kill()
+        os.kill(inner, signal.SIGKILL)
+        wait_gone(pid)
+        client = daemon.start()
+        told = daemon.events(client, lambda e: e["kind"] == "agent_ended" and e["agent"] == "iris")
+        assert told["data"]["when"] == "while the daemon was away"
+        assert told["data"]["code"] == 137
+
+
+def test_an_orphan_ends_by_itself_when_no_daemon_comes_back() -> None:
+    with open_swarm("--orphan-grace-s=1") as daemon:
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME])
+        daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris")
+        pids = [pid_of(daemon, name) for name in ("iris", "hm1nd")]
+        daemon.kill()
+        for pid in pids:
+            wait_gone(pid)
+
+
+def test_agents_tied_to_the_daemon_end_with_it_even_when_it_is_killed() -> None:
+    with open_swarm("--end-agents-with-daemon") as daemon:
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME])
+        daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris")
+        pids = [pid_of(daemon, name) for name in ("iris", "hm1nd")]
+        daemon.kill()
+        for pid in pids:
+            wait_gone(pid)
+
+
+def test_nothing_survives_down_and_a_turn_is_finished_first() -> None:
+    with open_swarm() as daemon:
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME, GATED])
+        client.call("send", to="iris", body="work")
+        daemon.wait_message(client, "begun")
+        pids = [pid_of(daemon, name) for name in ("iris", "hm1nd")]
+        other = daemon.client()
+        (daemon.state / "agents" / "iris" / "state" / "go").touch()
+        steps = list(other.stream("down"))
+        assert steps[-1]["ends"]["iris"] == "finished"
+        assert daemon.process.wait(WITHIN_S) == 0
+        for pid in pids:
+            wait_gone(pid)
+
+
+def test_down_ends_by_force_what_does_not_end_in_time() -> None:
+    with open_swarm() as daemon:
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME, {"from": "operator", "do": [{"run": "touch /state/in"}, {"hang": True}]}])
+        client.call("send", to="iris", body="never end")
+        daemon.events(client, lambda e: e["kind"] == "turn_started" and e["data"]["turn"] >= 1 and e["agent"] == "iris")
+        pid = pid_of(daemon, "iris")
+        client.call("send", to="iris", body="again")
+        daemon.events(client, lambda e: e["kind"] == "turn_started" and e["data"]["turn"] >= 2)
+        steps = list(daemon.client().stream("down", patience_s=0.2))
+        assert steps[-1]["ends"]["iris"] == "killed"
+        wait_gone(pid)
+
+
+def test_a_harness_that_dies_in_its_turn_is_started_again_and_the_message_comes_back() -> None:
+    with open_swarm() as daemon:
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME, GATED])
+        client.call("send", to="iris", body="work")
+        daemon.wait_message(client, "begun")
+        status = Path(daemon.state / "processes" / "iris.status")
+        os.kill(json.loads(status.read_text().splitlines()[0])["child-pid"], signal.SIGKILL)
+        lost = daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["data"]["state"] == "lost")
+        (daemon.state / "agents" / "iris" / "state" / "go").touch()
+        done = daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["data"]["state"] == "done", lost["seq"])
+        assert done["agent"] == "iris"
+        crash = daemon.wait_message(client, "container_crash: iris", recipient="hm1nd")
+        assert crash["sender"] == "system"
