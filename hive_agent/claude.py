@@ -51,6 +51,7 @@ class Seat:
     claude: str | None  # the executable, None where there is none
     sandboxed: bool
     model_port: int  # of the loopback that leads to the model
+    configs_dir: str = "/agents"  # every agent's configuration, where this is the manager
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,7 @@ def environment(seat: Seat, credential: str) -> dict[str, str]:
         "LANG": "C.UTF-8",
         "TERM": "dumb",
         "HIVE_AGENT": seat.agent,
+        "HIVE_CONFIGS": seat.configs_dir,
         "GIT_AUTHOR_NAME": seat.agent,
         "GIT_AUTHOR_EMAIL": email,
         "GIT_COMMITTER_NAME": seat.agent,

@@ -23,6 +23,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--run", default="/run/hive", metavar="DIR", help="holds harness.sock, mcp.sock and model.sock")
     parser.add_argument("--state", default="/state", metavar="DIR", help="the program's working directory")
+    parser.add_argument("--configs", default="/agents", metavar="DIR", help="every agent's configuration, the manager's")
     parser.add_argument("--claude", metavar="PATH", help="the claude executable, where there is one")
     parser.add_argument("--claude-dir", metavar="DIR", help="its sessions and settings (default: ~/.claude)")
     parser.add_argument(
@@ -48,6 +49,7 @@ def seat_maker(arguments: argparse.Namespace) -> SeatMaker:
             agent=agent,
             run_dir=arguments.run,
             state_dir=arguments.state,
+            configs_dir=arguments.configs,
             home=home,
             config_dir=arguments.claude_dir or os.path.join(home, ".claude"),
             path=os.environ.get("PATH") or DEFAULT_PATH,

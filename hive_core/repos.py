@@ -114,8 +114,7 @@ class Repos:
         await trio.to_thread.run_sync(self._deploy, name, approval_id, sha, base)
 
     def _open(self, name: AgentName) -> git.Repo:
-        # GitDB reads objects in Python: no `cat-file` process to keep.
-        repo = git.Repo(self._applied / f"{name}.git", odbt=git.GitDB)
+        repo = git.Repo(self._applied / f"{name}.git")
         repo.git.update_environment(**_STERILE)
         return repo
 
@@ -145,9 +144,7 @@ class Repos:
 
     def _first_commit(self, path: Path, files: Mapping[str, str]) -> None:
         # An empty template: the machine's own would bring its hooks along.
-        repo = git.Repo.init(
-            path, bare=True, odbt=git.GitDB, template="", initial_branch="main", allow_unsafe_options=True
-        )
+        repo = git.Repo.init(path, bare=True, template="", initial_branch="main", allow_unsafe_options=True)
         with repo:
             repo.git.update_environment(**_STERILE)
             entries = []

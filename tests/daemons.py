@@ -78,6 +78,16 @@ class Daemon:
                     return event
         raise AssertionError("the daemon ended its events")
 
+    def wait_live(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first agent, as `list` shows it, that is as wanted; waits for it."""
+        with contextlib.closing(self.client()) as stream:
+            stream.give_up_after(WITHIN_S)
+            for result in stream.stream("watch"):
+                for agent in result["agents"]:
+                    if wanted(agent):
+                        return dict(agent)
+        raise AssertionError("the daemon ended its watch")
+
     def wait_message(self, client: Client, text: str, recipient: str = "operator") -> dict[str, Any]:
         """The first message to `recipient` that contains `text`; waits for it."""
 

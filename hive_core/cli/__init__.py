@@ -57,7 +57,11 @@ _VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]]
             (("--deny",), {"action": "store_true", "help": "with --once: deny the new agent, the other ending"}),
         ],
     ),
-    "list": ("_list", "the agents and what they do now", []),
+    "list": (
+        "_list",
+        "the agents and what they do now",
+        [(("--follow",), {"action": "store_true", "help": "print it again after each change, until Ctrl-C"})],
+    ),
     "send": (
         "_send",
         "send a message to an agent",
@@ -153,13 +157,14 @@ def _status(arguments: Namespace) -> None:
 
 
 def _list(arguments: Namespace) -> None:
-    result = _client().call("list")
-    if arguments.json:
-        print(json.dumps(result))
-        return
-    from hive_core.cli import show
+    client = _client()
+    for result in client.stream("watch") if arguments.follow else [client.call("list")]:
+        if arguments.json:
+            print(json.dumps(result), flush=True)
+        else:
+            from hive_core.cli import show
 
-    print(show.agents(result))
+            print(show.agents(result), flush=True)
 
 
 def _send(arguments: Namespace) -> None:

@@ -51,8 +51,9 @@ class Exit:
 class Running:
     """An agent that runs, whether this daemon started it or an earlier one."""
 
-    def __init__(self, pid: int, process: subprocess.Popen[bytes] | None, status: Path) -> None:
+    def __init__(self, pid: int, process: subprocess.Popen[bytes] | None, status: Path, sandbox: str) -> None:
         self.pid = pid
+        self.sandbox = sandbox
         self._process = process
         self._status = status
         self._pidfd = os.pidfd_open(pid)
@@ -73,6 +74,10 @@ class Running:
             if pid is not None and (pid == self.pid or _parent(pid) == self.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+        if self.sandbox == "none":
+            # No pid namespace: the harness's own group is all that can be named.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
 
 
 class ProcessDriver:
@@ -112,7 +117,7 @@ class ProcessDriver:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
-                    env=self._environment(),
+                    env=self._environment(dirs),
                     cwd="/",
                     pass_fds=keep,
                     start_new_session=True,
@@ -120,7 +125,7 @@ class ProcessDriver:
             )
         identity = {"pid": process.pid, "started": _start_time(process.pid), "sandbox": self._sandbox}
         (self._logs / f"{name}.json").write_text(json.dumps(identity))
-        return Running(process.pid, process, status)
+        return Running(process.pid, process, status, self._sandbox)
 
     def find(self, name: AgentName) -> Running | None:
         """The agent that an earlier daemon left running, or None."""
@@ -133,7 +138,7 @@ class ProcessDriver:
         if started is None or started != identity.get("started"):
             return None
         try:
-            return Running(pid, None, self._logs / f"{name}.status")
+            return Running(pid, None, self._logs / f"{name}.status", str(identity.get("sandbox")))
         except ProcessLookupError:
             return None
 
@@ -162,6 +167,10 @@ class ProcessDriver:
         command = [sys.executable, "-P", "-m", module, "serve"]
         command += ["--run", "/run/hive" if inside else str(dirs.run)]
         command += ["--state", "/state" if inside else str(dirs.state)]
+        if dirs.proposed is not None:
+            command += ["--configs", "/agents" if inside else str(dirs.proposed)]
+        if not inside:
+            command += ["--claude-dir", str(dirs.claude)]
         command += ["--sandbox", self._sandbox, "--orphan-grace", str(self._orphan_grace_s)]
         if self._claude is not None:
             command += ["--claude", str(self._claude)]
@@ -169,11 +178,11 @@ class ProcessDriver:
             command += ["--life-fd", str(self._life_fd)]
         return command
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, dirs: AgentDirs) -> dict[str, str]:
         """The harness's environment, built from nothing."""
         path = os.pathsep.join(("/usr/local/bin", "/usr/bin", "/bin", "/run/current-system/sw/bin"))
         environment = {"PATH": path, "LANG": "C.UTF-8", "PYTHONPATH": os.pathsep.join(_package_parents())}
-        environment["HOME"] = _HOME if self._sandbox == "bwrap" else os.path.expanduser("~")
+        environment["HOME"] = _HOME if self._sandbox == "bwrap" else str(dirs.state)
         return environment
 
     def _bwrap(self, dirs: AgentDirs, status_fd: int) -> list[str]:

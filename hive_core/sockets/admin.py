@@ -13,6 +13,7 @@ from typing import Any
 
 import trio
 
+from hive_core.agents import LIVE, WANTED
 from hive_core.credentials import how_to_give_one
 from hive_core.events import follow_events, newest_events
 from hive_core.hive import Hive
@@ -52,6 +53,7 @@ class AdminDesk:
             "dashboard": (self._dashboard, set()),
         }
         self._streams: dict[str, tuple[Callable[[Args, Tell], Awaitable[None]], set[str]]] = {
+            "watch": (self._watch, set()),
             "events": (self._events, {"follow", "after", "limit"}),
             "down": (self._down, {"patience_s"}),
         }
@@ -128,6 +130,13 @@ class AdminDesk:
                 }
             )
         return {"agents": agents, "unsafe": hive.unsafe}
+
+    async def _watch(self, args: Args) -> AsyncIterator[Any]:
+        """What `list` answers, now and after each change."""
+        with self._hive.store.bus.listen(LIVE, WANTED, EVENTS) as listener:
+            while True:
+                yield await self._list(args)
+                await listener.wait()
 
     async def _send(self, args: Args) -> Any:
         in_reply_to, key = args.get("in_reply_to"), args.get("key")
