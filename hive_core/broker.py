@@ -74,6 +74,19 @@ def _may_reply(tx: Transaction, sender: AgentName, message_id: int) -> bool:
     return tx.execute(sql, {"id": message_id, "sender": sender}).fetchone() is not None
 
 
+def first_answer(tx: Transaction, agent: AgentName, key: str | None, tool: str) -> dict[str, Any] | None:
+    """The result of the earlier call of `agent` with the same `key`. Raises Refusal as `once` does."""
+    if key is None:
+        return None
+    row = tx.execute("SELECT tool, result FROM tool_calls WHERE agent = ? AND key = ?", (agent, key)).fetchone()
+    if row is None:
+        return None
+    if row["tool"] != tool:
+        raise Refusal("usage", f"cannot use this key for {tool}: it was used for a call of {row['tool']}")
+    first: dict[str, Any] = json.loads(row["result"])
+    return first
+
+
 def once(
     tx: Transaction, agent: AgentName, key: str | None, tool: str, do: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
@@ -81,15 +94,12 @@ def once(
 
     Raises Refusal("usage") when the key was used for another tool.
     """
-    if key is None:
-        return do()
-    row = tx.execute("SELECT tool, result FROM tool_calls WHERE agent = ? AND key = ?", (agent, key)).fetchone()
-    if row is not None:
-        if row["tool"] != tool:
-            raise Refusal("usage", f"cannot use this key for {tool}: it was used for a call of {row['tool']}")
-        first: dict[str, Any] = json.loads(row["result"])
+    first = first_answer(tx, agent, key, tool)
+    if first is not None:
         return first
     result = do()
+    if key is None:
+        return result
     tx.execute(
         "INSERT INTO tool_calls (agent, key, tool, result, at_ms) VALUES (?, ?, ?, ?, ?)",
         (agent, key, tool, json.dumps(result), tx.now_ms),

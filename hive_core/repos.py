@@ -8,19 +8,21 @@ manager every agent's configuration, those of agents to come included, and nothi
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import git
 import trio
 from git.objects.fun import tree_to_stream
 from gitdb import IStream
+from gitdb.exc import ODBError
 
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import PERSONA_LIMIT_BYTES, AgentName, CommitSha, parse_text
@@ -32,11 +34,14 @@ FILE_LIMIT_BYTES = 64 * 1024
 DIFF_LIMIT_BYTES = 256 * 1024
 GIT_TIMEOUT_S = 30
 
+T = TypeVar("T")
 _AUTHOR = git.Actor("hyperhive", "hive@localhost")
 _STERILE = {
     "GIT_CONFIG_NOSYSTEM": "1",
     "GIT_CONFIG_GLOBAL": os.devnull,
     "GIT_TERMINAL_PROMPT": "0",
+    # A promisor remote of the source could name any transport.
+    "GIT_NO_LAZY_FETCH": "1",
     "GIT_ASKPASS": "true",
     "GIT_ATTR_NOSYSTEM": "1",
     "HOME": os.devnull,
@@ -76,8 +81,27 @@ def harness_settings(settings: AgentSettings, prompt: str) -> dict[str, Any]:
     return {**chosen, "prompt": prompt}
 
 
+async def _in_thread(function: Callable[..., T], name: AgentName, *arguments: Any) -> T:
+    """Run a blocking method; a repository that git cannot use becomes a Refusal that says why."""
+    try:
+        return await trio.to_thread.run_sync(function, name, *arguments)
+    except (git.GitError, ODBError, ValueError) as exc:
+        raise Refusal("unavailable", f"cannot use the repository of {name}: {_reason(exc)}") from exc
+
+
+def _reason(exc: Exception) -> str:
+    """What git said, as one short line."""
+    said = str(exc.stderr).strip().removeprefix("stderr: ").strip("'\n ") if isinstance(exc, git.CommandError) else str(exc)
+    lines = [line for line in said.splitlines() if line.strip()] or ["no reason given"]
+    fatal = [line for line in lines if line.startswith(("fatal:", "error:"))]
+    return (fatal or lines)[0][:300]
+
+
 class Repos:
-    """All methods run git or read objects in a worker thread; cancelling one leaves the repositories usable."""
+    """All methods run git or read objects in a worker thread; cancelling one leaves the repositories usable.
+
+    A repository that git cannot use is a Refusal("unavailable").
+    """
 
     def __init__(self, state_dir: Path) -> None:
         self._applied = state_dir / "applied"
@@ -87,31 +111,32 @@ class Repos:
     def proposed_dir(self) -> Path:
         return self._proposed
 
-    async def create(self, name: AgentName, files: Mapping[str, str]) -> CommitSha:
+    async def create(self, name: AgentName, files: Mapping[str, str], *, replace: bool = False) -> CommitSha:
         """Make both repositories with `files` as the first commit, tagged deployed/0; again: make what is missing.
 
         Returns the commit that is deployed/0. A crash at any point leaves nothing that the next call cannot finish.
+        `replace` is for a name that is no agent yet: repositories that begin with other files are made anew.
         """
-        return await trio.to_thread.run_sync(self._create, name, files)
+        return await _in_thread(self._create, name, files, replace)
 
     async def fetch(self, name: AgentName, sha: CommitSha) -> Proposal:
         """Take one commit from the proposed repository and check it. Raises Refusal when it cannot be deployed."""
-        return await trio.to_thread.run_sync(self._fetch, name, sha)
+        return await _in_thread(self._fetch, name, sha)
 
     async def read(self, name: AgentName, sha: CommitSha) -> dict[str, Any]:
         """The harness settings that a commit of the applied repository holds."""
-        return await trio.to_thread.run_sync(self._read, name, sha)
+        return await _in_thread(self._read, name, sha)
 
     async def tag(self, name: AgentName, tag: str, sha: CommitSha, note: str = "") -> None:
         """Tag a commit of the applied repository; the same tag again is left as it is."""
-        await trio.to_thread.run_sync(self._tag, name, tag, sha, note)
+        await _in_thread(self._tag, name, tag, sha, note)
 
     async def deploy(self, name: AgentName, approval_id: int, sha: CommitSha, base: CommitSha) -> None:
         """Move main from `base` to `sha` and tag it deployed/ID; done already is fine.
 
         Raises Refusal("conflict") when main is neither.
         """
-        await trio.to_thread.run_sync(self._deploy, name, approval_id, sha, base)
+        await _in_thread(self._deploy, name, approval_id, sha, base)
 
     def _open(self, name: AgentName) -> git.Repo:
         repo = git.Repo(self._applied / f"{name}.git")
@@ -123,24 +148,48 @@ class Repos:
         output: str = repo.git.execute(["git", *options, *arguments], kill_after_timeout=GIT_TIMEOUT_S)
         return output
 
-    def _create(self, name: AgentName, files: Mapping[str, str]) -> CommitSha:
-        applied, proposed = self._applied / f"{name}.git", self._proposed / name / "config"
-        if not applied.exists():
-            fresh = self._applied / f".{name}.new"
-            shutil.rmtree(fresh, ignore_errors=True)
-            self._applied.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._first_commit(fresh, files)
-            fresh.rename(applied)
-        if not proposed.exists():
-            fresh = self._proposed / name / ".new"
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with self._open(name) as repo:
-                # Hard links would let the container write the objects of the applied repository.
-                self._git(repo, "clone", "--quiet", "--no-hardlinks", "--template=", str(applied), str(fresh))
-            fresh.rename(proposed)
+    def _create(self, name: AgentName, files: Mapping[str, str], replace: bool) -> CommitSha:
+        applied, fresh = self._applied / f"{name}.git", self._applied / f".{name}.new"
+        self._applied.mkdir(mode=0o700, parents=True, exist_ok=True)
+        room = self._open_room(name)
+        try:
+            if replace and applied.exists() and self._first_files(name) != files:
+                _remove("config", room)
+                shutil.rmtree(applied)
+            if not applied.exists():
+                shutil.rmtree(fresh, ignore_errors=True)
+                self._first_commit(fresh, files)
+                fresh.rename(applied)
+            if not _is_there("config", room):
+                # Made in a directory of ours, where the manager's container cannot put a hand in while git works.
+                shutil.rmtree(fresh, ignore_errors=True)
+                with self._open(name) as repo:
+                    # Hard links would let the container write the objects of the applied repository.
+                    self._git(repo, "clone", "--quiet", "--no-hardlinks", "--template=", str(applied), str(fresh))
+                os.rename(fresh, "config", dst_dir_fd=room)
+        finally:
+            os.close(room)
         with self._open(name) as repo:
             return CommitSha(repo.commit("deployed/0").hexsha)
+
+    def _open_room(self, name: AgentName) -> int:
+        """A descriptor of proposed/NAME. The manager can write beside it, so links are not followed."""
+        self._proposed.mkdir(mode=0o700, parents=True, exist_ok=True)
+        top = os.open(self._proposed, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=top)
+            return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+        except OSError as exc:
+            where = f"/agents/{name} of the manager"
+            raise Refusal("refused", f"cannot create {name}: {where} is no directory ({exc.strerror}); remove it") from exc
+        finally:
+            os.close(top)
+
+    def _first_files(self, name: AgentName) -> dict[str, str]:
+        with self._open(name) as repo:
+            tree = repo.commit("deployed/0").tree
+            return {str(entry.path): entry.data_stream.read().decode("utf-8", "replace") for entry in tree}
 
     def _first_commit(self, path: Path, files: Mapping[str, str]) -> None:
         # An empty template: the machine's own would bring its hooks along.
@@ -170,21 +219,25 @@ class Repos:
 
     def _fetch(self, name: AgentName, sha: CommitSha) -> Proposal:
         source = self._proposed / name / "config"
+        for folder in (source.parent, source, source / ".git"):
+            if folder.is_symlink() or not folder.is_dir():
+                raise Refusal("refused", f"cannot fetch from /agents/{name}/config: {folder.name} is no directory of its own")
         with self._open(name) as repo:
             # The pin keeps the objects until the approval is resolved, whatever happens to the source.
             pin = f"refs/proposed/{sha}"
             try:
                 self._git(repo, "fetch", "--quiet", "--no-tags", "--no-write-fetch-head", str(source), f"{sha}:{pin}")
             except git.GitCommandError as exc:
-                reason = str(exc.stderr).strip().removeprefix("stderr: ").strip("'\n ").splitlines() or ["no reason"]
                 raise Refusal(
                     "refused",
-                    f"cannot fetch {sha} from the configuration of {name}: {reason[-1][:200]}; commit it first",
+                    f"cannot fetch {sha} from the configuration of {name}: {_reason(exc)}; commit it first",
                 ) from None
             return self._check(repo, name, sha)
 
     def _check(self, repo: git.Repo, name: AgentName, sha: CommitSha) -> Proposal:
         base = CommitSha(repo.commit("refs/heads/main").hexsha)
+        if self._git(repo, "cat-file", "-t", sha) != "commit":
+            raise Refusal("refused", f"cannot apply {sha[:12]}: it is not a commit (`git rev-parse HEAD` gives one)")
         if sha == base:
             raise Refusal("refused", f"cannot apply {sha[:12]}: it is what {name} runs already")
         try:
@@ -208,7 +261,7 @@ class Repos:
     def _tag(self, name: AgentName, tag: str, sha: CommitSha, note: str) -> None:
         with self._open(name) as repo:
             if tag not in {existing.name for existing in repo.tags}:
-                message = ("-a", "-m", note) if note else ()
+                message = ("-a", "--cleanup=verbatim", "-m", note) if note else ()
                 self._git(repo, "tag", *message, tag, sha)
 
     def _deploy(self, name: AgentName, approval_id: int, sha: CommitSha, base: CommitSha) -> None:
@@ -220,6 +273,25 @@ class Repos:
         self._tag(name, f"deployed/{approval_id}", sha, "")
 
 
+def _is_there(name: str, folder: int) -> bool:
+    """Whether a directory holds an entry of that name, whatever it is."""
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _remove(name: str, folder: int) -> None:
+    """Remove an entry of a directory, following no link."""
+    try:
+        shutil.rmtree(name, dir_fd=folder)
+    except FileNotFoundError:
+        return
+    except OSError:
+        os.unlink(name, dir_fd=folder)
+
+
 def _contents(repo: git.Repo, sha: CommitSha) -> tuple[AgentSettings, str]:
     """The checked contents of a commit's tree. Raises Refusal that names the file."""
     found: dict[str, bytes] = {}
@@ -229,8 +301,8 @@ def _contents(repo: git.Repo, sha: CommitSha) -> tuple[AgentSettings, str]:
             raise Refusal(
                 "refused", f"cannot apply {sha[:12]}: it holds {name}; only {' and '.join(FILES)} are deployed"
             )
-        if entry.type != "blob" or entry.mode not in (0o100644, 0o100755):
-            raise Refusal("refused", f"cannot apply {sha[:12]}: {name} must be a regular file")
+        if entry.type != "blob" or entry.mode != 0o100644:
+            raise Refusal("refused", f"cannot apply {sha[:12]}: {name} must be a regular file that is not executable")
         if entry.size > FILE_LIMIT_BYTES:
             raise Refusal("refused", f"cannot apply {sha[:12]}: {name} is over the limit of {FILE_LIMIT_BYTES:,} bytes")
         found[name] = entry.data_stream.read()

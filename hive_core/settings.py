@@ -40,7 +40,9 @@ def parse_agent_toml(data: bytes) -> AgentSettings:
         return AgentSettings.model_validate(tomllib.loads(data.decode()))
     except UnicodeDecodeError:
         raise Refusal("usage", "cannot read agent.toml: it is not UTF-8") from None
-    except tomllib.TOMLDecodeError as exc:
-        raise Refusal("usage", f"cannot read agent.toml: {exc}") from None
     except ValidationError as exc:
         raise Refusal("usage", f"cannot use agent.toml: {describe(exc)}") from None
+    except RecursionError:
+        raise Refusal("usage", "cannot read agent.toml: it is nested too deep") from None
+    except ValueError as exc:  # also of a number too long to convert
+        raise Refusal("usage", f"cannot read agent.toml: {str(exc)[:200]}") from None

@@ -11,8 +11,8 @@ import logging
 from jinja2 import Environment
 
 from hive_core.agents import Agents, set_deployed
-from hive_core.approvals import APPROVED, Approval, Approvals, put_request, settle
-from hive_core.broker import once, put_message
+from hive_core.approvals import APPROVED, Approval, Approvals, digest_of, put_request, settle
+from hive_core.broker import first_answer, once, put_message
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
     BODY_LIMIT_BYTES,
@@ -81,8 +81,9 @@ class Gate:
         def ask(tx: Transaction) -> dict[str, int]:
             if tx.execute("SELECT 1 FROM agents WHERE name = ?", (name,)).fetchone():
                 raise Refusal("refused", f"cannot ask for {name}: an agent of that name exists")
-            sql = "SELECT id FROM approvals WHERE kind = 'spawn' AND agent = ? AND state IN ('pending', 'approved')"
-            if row := tx.execute(sql, (name,)).fetchone():
+            digest = digest_of("spawn", name, payload)
+            sql = "SELECT id FROM approvals WHERE kind = 'spawn' AND agent = ? AND state IN ('pending', 'approved') AND digest != ?"
+            if row := tx.execute(sql, (name, digest)).fetchone():
                 raise Refusal("refused", f"cannot ask for {name}: approval {row['id']} asks for it already and waits")
             return {"approval": put_request(tx, "spawn", name, requested_by, reason, payload)}
 
@@ -97,15 +98,16 @@ class Gate:
         """
         reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
         await self._agents.get(name)
-        proposal = await self._repos.fetch(name, sha)
-        payload = {"sha": proposal.sha, "base": proposal.base, "diff": proposal.diff}
+        tool = "request_apply_commit"
+        answer = await self._store.write(lambda tx: first_answer(tx, requested_by, key, tool))
+        if answer is None:
+            proposal = await self._repos.fetch(name, sha)
+            payload = {"sha": proposal.sha, "base": proposal.base, "diff": proposal.diff}
 
-        def ask(tx: Transaction) -> dict[str, int]:
-            return {"approval": put_request(tx, "apply_commit", name, requested_by, reason, payload)}
+            def ask(tx: Transaction) -> dict[str, int]:
+                return {"approval": put_request(tx, "apply_commit", name, requested_by, reason, payload)}
 
-        answer = await self._store.write(
-            lambda tx: once(tx, requested_by, key, "request_apply_commit", lambda: ask(tx))
-        )
+            answer = await self._store.write(lambda tx: once(tx, requested_by, key, tool, lambda: ask(tx)))
         await self._repos.tag(name, f"proposal/{answer['approval']}", sha)
         return answer
 
@@ -116,8 +118,10 @@ class Gate:
         if approval.state != "denied":
 
             def write(tx: Transaction) -> None:
-                settle(tx, approval, "denied", reason, actor)
-                _tell(tx, approval, "denied", reason)
+                sql = "SELECT 1 FROM approvals WHERE id = ? AND state = 'denied'"
+                if tx.execute(sql, (approval_id,)).fetchone() is None:
+                    settle(tx, approval, "denied", reason, actor)
+                    _tell(tx, approval, "denied", reason)
 
             await self._store.write(write)
             if approval.kind == "apply_commit":
@@ -150,7 +154,8 @@ class Gate:
             await self._store.write(fail)
 
     async def _spawn(self, approval: Approval) -> None:
-        sha = await self._repos.create(approval.agent, approval.payload["files"])
+        # What an earlier try left behind under this name began with other files than the card shows.
+        sha = await self._repos.create(approval.agent, approval.payload["files"], replace=True)
         settings = await self._repos.read(approval.agent, sha)
         welcome = self._templates.get_template("welcome.j2").render(approval=approval)
 

@@ -131,11 +131,11 @@ class AdminDesk:
             )
         return {"agents": agents, "unsafe": hive.unsafe}
 
-    async def _watch(self, args: Args) -> AsyncIterator[Any]:
+    async def _watch(self, args: Args, tell: Tell) -> None:
         """What `list` answers, now and after each change."""
         with self._hive.store.bus.listen(LIVE, WANTED, EVENTS) as listener:
             while True:
-                yield await self._list(args)
+                await tell(await self._list(args))
                 await listener.wait()
 
     async def _send(self, args: Args) -> Any:
