@@ -12,7 +12,12 @@ from dashboard.rows import render
 from hive_core.protocol.refusal import Refusal
 
 STATUS = {"usage": 400, "refused": 403, "not_found": 404, "not_running": 409, "conflict": 409, "unavailable": 503}
-CODE = {400: "usage", 401: "refused", 403: "refused", 404: "not_found", 405: "usage", 413: "usage", 415: "usage"}
+CODE = dict.fromkeys((400, 405, 413, 415), "usage") | {
+    401: "refused",
+    403: "refused",
+    404: "not_found",
+    409: "conflict",
+}
 TITLES = {
     400: "that does not parse",
     401: "who goes there?",
@@ -35,7 +40,7 @@ def wants_json(scope: Scope) -> bool:
 def no(scope: Scope, status: int, sentence: str) -> Response:
     """A refusal in the one error shape, or as a page that names the way out."""
     if wants_json(scope):
-        error = Refusal(CODE.get(status, "conflict" if status == 409 else "unavailable"), sentence)
+        error = Refusal(CODE.get(status, "unavailable"), sentence)
         return JSONResponse({"error": error.to_wire()}, status)
     if scope["path"].endswith("/live"):
         return Response(f"{sentence}\n", status, media_type="text/plain")

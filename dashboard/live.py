@@ -229,9 +229,10 @@ class LiveResponse(EventSourceResponse):
     """sse-starlette's response, made to end well under hypercorn on trio.
 
     hypercorn tells the application of the end of its own answer as a disconnect, from inside the last `send`; the
-    response then cancels the group that `send` runs in, the connection is left open and a stop waits the whole graceful
-    timeout (3.0 s of 3 measured; 0.002 s with the shield). A slow reader is not for `send_timeout` to end: hypercorn
-    shields its writes, so the listening socket sets TCP_USER_TIMEOUT.
+    response then cancels the group in which that `send` still runs, the connection is never given back, and a stop
+    waits the whole graceful timeout (3.0 s of 3 measured; 0.002 s with this shield). A reader that does not read
+    cannot be ended from here, `send_timeout` included, because hypercorn shields its writes: that is for the listening
+    socket (TCP_USER_TIMEOUT).
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

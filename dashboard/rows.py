@@ -62,6 +62,7 @@ def templates() -> Environment:
     environment = Environment(
         loader=PackageLoader("dashboard"),
         autoescape=True,
+        auto_reload=False,
         undefined=StrictUndefined,
         finalize=plain,
         trim_blocks=True,

@@ -23,7 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--run", default="/run/hive", metavar="DIR", help="holds harness.sock, mcp.sock and model.sock")
     parser.add_argument("--state", default="/state", metavar="DIR", help="the program's working directory")
-    parser.add_argument("--configs", default="/agents", metavar="DIR", help="every agent's configuration, the manager's")
+    parser.add_argument(
+        "--configs", default="/agents", metavar="DIR", help="every agent's configuration, the manager's"
+    )
     parser.add_argument("--claude", metavar="PATH", help="the claude executable, where there is one")
     parser.add_argument("--claude-dir", metavar="DIR", help="its sessions and settings (default: ~/.claude)")
     parser.add_argument(

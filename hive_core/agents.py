@@ -11,7 +11,7 @@ from typing import Any
 
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, SYSTEM, AgentName
-from hive_core.store.bus import stream
+from hive_core.store.bus import mail, stream
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
@@ -24,7 +24,8 @@ LIVE = "live"
 class Live:
     """What an agent is doing as far as the host can see.
 
-    state  down, starting, idle, thinking, tool, stopping, crashed
+    state   down, starting, idle, waiting (the provider's fault or a missing login), thinking, tool, stopping, crashed
+    detail  which tool; why it is down or waits; why its last turn failed
     """
 
     state: str = "down"
@@ -98,13 +99,14 @@ class Agents:
         tx.wake(WANTED)
 
     async def want(self, name: AgentName, wanted: str, actor: str) -> None:
-        """Set what is wanted of an agent: up or down. Raises Refusal("not_found")."""
+        """Set what is wanted of an agent: up, paused (runs, but takes no turn) or down. Raises Refusal("not_found")."""
 
         def write(tx: Transaction) -> None:
             if tx.execute("UPDATE agents SET wanted = ? WHERE name = ?", (wanted, name)).rowcount == 0:
                 raise Refusal("not_found", f"cannot find {name}: no agent has that name; `hive list` shows them")
             tx.emit("agent_wanted", actor, name, wanted=wanted)
             tx.wake(WANTED)
+            tx.wake(mail(name))
 
         await self._store.write(write)
 
@@ -118,6 +120,11 @@ class Agents:
         if not found:
             raise Refusal("not_found", f"cannot find {name}: no agent has that name; `hive list` shows them")
         return found[0]
+
+    async def paused(self, name: str) -> str | None:
+        """The sentence for whoever asks a paused agent to think, or None."""
+        row = await self._store.row("SELECT wanted FROM agents WHERE name = ?", (name,))
+        return f"{name} is paused by the operator" if row and row["wanted"] == "paused" else None
 
     async def _select(self, where: str, parameters: tuple[Any, ...] = ()) -> list[Agent]:
         sql = f"""

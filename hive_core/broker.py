@@ -281,6 +281,9 @@ def _lease_first(tx: Transaction, agent: str) -> tuple[Turn, dict[str, Any]] | f
     """Begin a turn with the first message that is due, or say in how many seconds one will be (inf: unknown)."""
     if row := tx.execute("SELECT id FROM turns WHERE agent = ? AND state = 'running'", (agent,)).fetchone():
         raise Refusal("conflict", f"cannot lease: turn {row['id']} of {agent} still runs; ack it first")
+    paused = tx.execute("SELECT 1 FROM agents WHERE name = ? AND wanted = 'paused'", (agent,)).fetchone()
+    if paused:
+        return float("inf")
     due = _take(tx, agent, 1)
     if not due:
         sql = "SELECT min(available_at_ms) AS at FROM deliveries WHERE recipient = ? AND state = 'queued'"

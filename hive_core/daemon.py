@@ -214,7 +214,7 @@ class _Rooms:
             self.client,
             self._config.provider_base_url,
             lambda: hive.credential,
-            lambda: None,
+            partial(hive.agents.paused, name),
             partial(_note_usage, name),
         )
         async with trio.open_nursery() as nursery:

@@ -65,6 +65,10 @@ class HarnessConnection:
     async def take_turn(self, lease: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         """Give a turn, take its lines, and return them with the ack, which is answered."""
         await self.give(lease)
+        return await self.rest_of_turn()
+
+    async def rest_of_turn(self, stop: bool = False) -> tuple[list[str], dict[str, Any]]:
+        """Take all that comes until the ack, which is answered: the lines and the ack."""
         lines: list[str] = []
         while (request := await self.next()) is not None and request["op"] == "lines":
             assert request["first"] == len(lines)
@@ -72,7 +76,7 @@ class HarnessConnection:
             await self.answer(request, kept=len(lines))
         assert request is not None
         assert request["op"] == "ack", request
-        await self.answer(request, counted=True, stop=False)
+        await self.answer(request, counted=True, stop=stop)
         return lines, request
 
 

@@ -87,7 +87,9 @@ _VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]]
         "deny, with a reason that the requester reads",
         [(("approval",), {"type": int}), (("reason",), {})],
     ),
-    "start": ("_start", "start an agent that was killed", [(("agent",), {})]),
+    "start": ("_want", "start an agent that was killed or paused", [(("agent",), {})]),
+    "pause": ("_want", "let an agent take no turn and reach no model until it is started", [(("agent",), {})]),
+    "kill": ("_want", "end an agent now, and keep it down until it is started", [(("agent",), {})]),
     "events": (
         "_events",
         "what people did and what changed",
@@ -115,7 +117,7 @@ def _parse(words: list[str]) -> Namespace:
         parser = ArgumentParser(prog=f"hive {words[0]}", description=help_text)
         for names, options in arguments:
             parser.add_argument(*names, **options)
-        parser.set_defaults(run=run)
+        parser.set_defaults(run=run, verb=words[0])
         words = words[1:]
     else:
         listed = "\n".join(f"  {name:10} {verb[1]}" for name, verb in _VERBS.items())
@@ -208,9 +210,9 @@ def _deny(arguments: Namespace) -> None:
     _emit(arguments, result, f"approval {result['id']} of {result['agent']}: {result['state']}")
 
 
-def _start(arguments: Namespace) -> None:
-    result = _client().call("start", agent=arguments.agent)
-    _emit(arguments, result, f"{result['started']} is wanted up")
+def _want(arguments: Namespace) -> None:
+    result = _client().call(arguments.verb, agent=arguments.agent)
+    _emit(arguments, result, f"{result['agent']} is wanted {result['wanted']}")
 
 
 def _events(arguments: Namespace) -> None:

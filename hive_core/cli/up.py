@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -15,7 +16,7 @@ from typing import Any
 
 from hive_core.cli import show
 from hive_core.cli.client import Client
-from hive_core.protocol.paths import default_state_dir
+from hive_core.protocol.paths import default_state_dir, runtime_dir
 from hive_core.protocol.refusal import Refusal
 
 READY_WITHIN_S = 60.0
@@ -101,6 +102,12 @@ def findings(status: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _wait_unlocked(runtime: str) -> None:
+    """Return when no daemon holds the runtime directory: its lock ends with its process."""
+    with contextlib.suppress(FileNotFoundError), open(f"{runtime}/daemon.lock", "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+
+
 def down(*, as_json: bool, patience_s: float | None) -> int:
     """Drain and end everything; return when the daemon is gone."""
     client = Client()
@@ -115,8 +122,7 @@ def down(*, as_json: bool, patience_s: float | None) -> int:
                 print(
                     f"waiting for {', '.join(waiting)} to finish {'its turn' if len(waiting) == 1 else 'their turns'}"
                 )
-    with contextlib.suppress(Refusal):
-        client.call("status")  # answered by a hang-up, when the daemon is gone
+    _wait_unlocked(runtime_dir())
     if as_json:
         print(json.dumps({"ok": True, "ends": ends}))
     else:

@@ -126,7 +126,7 @@ class Reconciler:
         await self._adopt(supervised)
         while True:
             agent = await self._agents.get(supervised.name)
-            if agent.wanted != "up" or self._draining:
+            if agent.wanted == "down" or self._draining:
                 self._agents.observe(agent.name, "down", sandbox=self._driver.sandbox)
             elif reason := self._may_run(agent):
                 self._agents.observe(agent.name, "down", reason, sandbox=self._driver.sandbox)
@@ -145,7 +145,7 @@ class Reconciler:
         supervised.changed = trio.Event()
 
     async def _wait_not_wanted(self, supervised: Supervised) -> None:
-        while (await self._agents.get(supervised.name)).wanted == "up" and not self._draining:
+        while (await self._agents.get(supervised.name)).wanted != "down" and not self._draining:
             await self._wait_changed(supervised)
 
     async def _adopt(self, supervised: Supervised) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any
 
 import trio
@@ -49,7 +50,9 @@ class AdminDesk:
             "show": (self._show, {"approval"}),
             "approve": (self._approve, {"approval", "digest"}),
             "deny": (self._deny, {"approval", "reason"}),
-            "start": (self._start, {"agent"}),
+            "start": (partial(self._want, "up"), {"agent"}),
+            "pause": (partial(self._want, "paused"), {"agent"}),
+            "kill": (self._kill, {"agent"}),
             "dashboard": (self._dashboard, set()),
         }
         self._streams: dict[str, tuple[Callable[[Args, Tell], Awaitable[None]], set[str]]] = {
@@ -187,10 +190,15 @@ class AdminDesk:
         approval_id, reason = parse_id(args.get("approval"), "an approval"), args.get("reason")
         return (await self._hive.gate.deny(approval_id, reason, OPERATOR)).to_wire()
 
-    async def _start(self, args: Args) -> Any:
+    async def _want(self, wanted: str, args: Args) -> Any:
         name = parse_agent_name(args.get("agent"))
-        await self._hive.agents.want(name, "up", OPERATOR)
-        return {"started": name}
+        await self._hive.agents.want(name, wanted, OPERATOR)
+        return {"agent": name, "wanted": wanted}
+
+    async def _kill(self, args: Args) -> Any:
+        name = parse_agent_name(args.get("agent"))
+        await self._hive.reconciler.kill(name, OPERATOR)
+        return {"agent": name, "wanted": "down"}
 
     async def _dashboard(self, _: Args) -> Any:
         return {"url": self._hive.sign_in_url()}

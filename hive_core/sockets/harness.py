@@ -149,7 +149,6 @@ class _Session:
 
     async def _lease(self) -> dict[str, Any]:
         desk = self._desk
-        desk.agents.observe(desk.name, "idle")
         leased: list[tuple[Turn, dict[str, Any]]] = []
 
         async def lease(scope: trio.CancelScope) -> None:
@@ -218,7 +217,9 @@ class _Session:
             usage=_bounded_usage(request.get("usage")),
             session=session if isinstance(session, str) and session.isascii() and len(session) <= 64 else None,
         )
-        desk.agents.observe(desk.name, "idle")
+        # What kept a turn from ending well stays in view until the next one begins.
+        state = "waiting" if request.get("outcome") == "waiting" else "idle"
+        desk.agents.observe(desk.name, state, str(error)[:200] if error else "")
         return {"counted": counted, "stop": desk.stop.is_set()}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 import httpx2
@@ -88,7 +88,7 @@ class UsageReader:
 class ModelRelay:
     """One agent's relay, an ASGI application.
 
-    refusal  None, or the sentence that answers every call with 503 (the agent is paused, no credential)
+    refusal  gives None, or the sentence that answers every call with 503 (the agent is paused)
     told     is called with the usage of each answer
     """
 
@@ -96,14 +96,14 @@ class ModelRelay:
     client: httpx2.AsyncClient
     base_url: str
     credential: Callable[[], Credential | None]
-    refusal: Callable[[], str | None]
+    refusal: Callable[[], Awaitable[str | None]]
     told: Callable[[dict[str, int]], None]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
         if (method, path) not in ALLOWED:
             await _answer(send, 403, f"the relay of this hive does not pass {method} {ascii(path)[:80]}")
-        elif sentence := self.refusal():
+        elif sentence := await self.refusal():
             await _answer(send, 503, sentence)
         elif method == "HEAD":
             await _answer(send, 200, "")
@@ -129,7 +129,8 @@ class ModelRelay:
             response = await self.client.send(request, stream=True)
         except httpx2.HTTPError as exc:
             log.warning("the provider did not answer %s: %s", self.name, exc, extra={"agent": self.name})
-            await _answer(send, 502, f"the model provider cannot be reached: {type(exc).__name__}")
+            reason = str(exc) or type(exc).__name__
+            await _answer(send, 502, f"the model provider at {self.base_url} cannot be reached: {reason}")
             return
         try:
             await self._stream_back(response, send)

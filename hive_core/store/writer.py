@@ -37,16 +37,12 @@ class Transaction:
         self.execute = connection.execute
         self.executemany = connection.executemany
         self.topics: set[str] = set()
+        self.events: list[tuple[int, str, str, str | None, str]] = []
 
-    def emit(self, kind: str, actor: str, agent: str | None = None, **data: Any) -> int:
-        """Add to the event log; the broadcast follows the commit. Returns the event's number."""
+    def emit(self, kind: str, actor: str, agent: str | None = None, **data: Any) -> None:
+        """Add to the event log: stored with the rest of the batch in one statement, broadcast after the commit."""
         self.topics.add(EVENTS)
-        cursor = self.execute(
-            "INSERT INTO events (at_ms, kind, actor, agent, data) VALUES (?, ?, ?, ?, ?)",
-            (self.now_ms, kind, actor, agent, _to_json(data)),
-        )
-        assert cursor.lastrowid is not None
-        return cursor.lastrowid
+        self.events.append((self.now_ms, kind, actor, agent, _to_json(data)))
 
     def wake(self, topic: str) -> None:
         """Publish `topic` after the commit."""
@@ -151,6 +147,7 @@ class Writer:
 
     def _run_together(self, batch: list[_Job], now_ms: int) -> None:
         """The usual case: nobody raises, and savepoints would be a third of the statements."""
+        events: list[tuple[Any, ...]] = []
         self._connection.execute("BEGIN IMMEDIATE")
         for job in batch:
             transaction = Transaction(self._connection, now_ms)
@@ -160,10 +157,12 @@ class Writer:
                 self._connection.execute("ROLLBACK")
                 raise _Raised from exc
             job.topics = transaction.topics
-        self._connection.execute("COMMIT")
+            events += transaction.events
+        self._commit_with(events)
 
     def _run_apart(self, batch: list[_Job], now_ms: int) -> None:
         """Once more, each behind a savepoint, so that the one that raises takes back its own rows alone."""
+        events: list[tuple[Any, ...]] = []
         execute = self._connection.execute
         execute("BEGIN IMMEDIATE")
         for job in batch:
@@ -172,11 +171,19 @@ class Writer:
             try:
                 job.result = outcome.Value(job.function(transaction))
                 job.topics = transaction.topics
+                events += transaction.events
             except Exception as exc:
                 execute("ROLLBACK TO job")
                 job.result, job.topics = outcome.Error(exc), set()
             execute("RELEASE job")
-        execute("COMMIT")
+        self._commit_with(events)
+
+    def _commit_with(self, events: list[tuple[Any, ...]]) -> None:
+        if events:
+            self._connection.executemany(
+                "INSERT INTO events (at_ms, kind, actor, agent, data) VALUES (?, ?, ?, ?, ?)", events
+            )
+        self._connection.execute("COMMIT")
 
     def _deliver(self, batch: list[_Job]) -> None:
         if self._failure is not None:

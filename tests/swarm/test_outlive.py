@@ -192,3 +192,38 @@ def test_a_harness_that_dies_in_its_turn_is_started_again_and_the_message_comes_
         assert done["agent"] == "iris"
         crash = daemon.wait_message(client, "container_crash: iris", recipient="hm1nd")
         assert crash["sender"] == "system"
+
+
+def test_a_paused_agent_takes_no_turn_until_it_is_started() -> None:
+    with open_swarm() as daemon:
+        client = daemon.start()
+        spawn(
+            client,
+            "iris",
+            [WELCOME, {"from": "operator", "do": [{"tool": "send", "args": {"to": "operator", "body": "back"}}]}],
+        )
+        daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris")
+        client.call("pause", agent="iris")
+        client.call("send", to="iris", body="are you there?")
+        # hm1nd gets mail later and works on it: time in which iris would have begun.
+        client.call("send", to="hm1nd", body="and you?")
+        after = daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "hm1nd")["seq"]
+        turns = [e for e in client.stream("events", after=0) if e["kind"] == "turn_started" and e["agent"] == "iris"]
+        assert len(turns) == 1
+        client.call("start", agent="iris")
+        daemon.events(client, lambda e: e["kind"] == "turn_started" and e["agent"] == "iris", after=after - 1)
+        daemon.wait_message(client, "back")
+
+
+def test_a_killed_agent_stays_down_until_it_is_started() -> None:
+    with open_swarm() as daemon:
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME])
+        daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris")
+        pid = pid_of(daemon, "iris")
+        client.call("kill", agent="iris")
+        wait_gone(pid)
+        daemon.wait_live(lambda agent: agent["name"] == "iris" and agent["state"] == "down")
+        seq = daemon.events(client, lambda e: e["kind"] == "agent_ended" and e["agent"] == "iris")["seq"]
+        client.call("start", agent="iris")
+        daemon.events(client, lambda e: e["kind"] == "agent_started" and e["agent"] == "iris", after=seq)

@@ -82,6 +82,22 @@ def test_a_session_that_began_is_not_lost(name: str) -> None:
     assert not replay(name)[0].session_lost
 
 
+def test_an_error_in_the_middle_of_a_session_does_not_make_it_lost() -> None:
+    report = Report()
+    report.read_stdout(b'{"type":"system","subtype":"init","session_id":"s"}')
+    report.read_stdout(b'{"type":"result","is_error":true,"errors":["No conversation found with session ID: s"]}')
+    assert not report.session_lost
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome"), [(401, "waiting"), (429, "waiting"), (502, "waiting"), (400, "failed"), (None, "failed")]
+)
+def test_an_error_without_a_word_is_judged_by_its_status(status: int | None, outcome: str) -> None:
+    report = Report()
+    report.read_stdout(json.dumps({"type": "result", "is_error": True, "api_error_status": status}).encode())
+    assert report.ending(1).outcome == outcome
+
+
 def test_a_program_that_ends_before_its_result_has_failed_with_its_last_words() -> None:
     report = Report()
     report.read_stdout(b'{"type":"system","subtype":"init","session_id":"s"}')

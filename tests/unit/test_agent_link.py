@@ -24,8 +24,8 @@ async def running(link: HostLink) -> AsyncIterator[trio.Nursery]:
         nursery.cancel_scope.cancel()
 
 
-def a_link(folder: Path, **options: float) -> HostLink:
-    return HostLink(str(folder / "harness.sock"), **options)
+def a_link(folder: Path, orphan_grace_s: float = 600.0) -> HostLink:
+    return HostLink(str(folder / "harness.sock"), orphan_grace_s=orphan_grace_s)
 
 
 async def run_to_its_end(link: HostLink) -> None:

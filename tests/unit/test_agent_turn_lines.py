@@ -42,6 +42,10 @@ def test_all_lines_come_out_in_order_and_numbered(texts: list[str]) -> None:
     assert [first for first, _ in batches] == list(range(0, len(texts), LINES_PER_REQUEST))
 
 
+def test_a_long_turn_goes_in_several_requests() -> None:
+    assert [len(batch) for _, batch in drained(filled(["x"] * 150))] == [64, 64, 22]
+
+
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=80))
 def test_a_full_buffer_drops_its_middle_and_says_how_much(sizes: list[int]) -> None:
     texts = [f"{n}:" + "x" * size for n, size in enumerate(sizes)]
@@ -52,6 +56,7 @@ def test_a_full_buffer_drops_its_middle_and_says_how_much(sizes: list[int]) -> N
     assert len(kept) + sum(told.values()) == len(texts)
     assert max(numbered) == len(texts) - 1
     assert 0 in numbered
+    assert sum(len(encode(text)) for text in kept.values()) <= 400
 
 
 def test_lines_that_come_after_a_drop_keep_their_numbers() -> None:

@@ -3,7 +3,7 @@
 CREATE TABLE agents (
   name          TEXT PRIMARY KEY,
   role          TEXT NOT NULL CHECK (role IN ('agent', 'manager')),
-  wanted        TEXT NOT NULL CHECK (wanted IN ('up', 'down')),
+  wanted        TEXT NOT NULL CHECK (wanted IN ('up', 'paused', 'down')),
   page_port     INTEGER NOT NULL UNIQUE,
   deployed_sha  TEXT,                        -- NULL until its repositories exist
   settings      TEXT,                        -- agent.toml and CLAUDE.md of deployed_sha, parsed; written with it

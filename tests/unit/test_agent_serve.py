@@ -1,0 +1,321 @@
+"""The whole harness as the host starts it, with a rehearsal as its program and the test as its host."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from hive_agent.claude import own_command
+from tests.harness_host import HarnessConnection, HarnessHost, a_lease, open_host
+from tests.scripted_tools import ScriptedTools
+
+PATIENCE_S = 20.0
+Harnesses = Any
+
+
+class Harness:
+    def __init__(self, folder: Path, *arguments: str, module: str = "hive_agent", fd: int | None = None) -> None:
+        main = Path(own_command()[-1]).parents[1] / module / "__main__.py"
+        arguments = (*arguments, "--life-fd", str(fd)) if fd is not None else arguments
+        self._said = folder / "stderr"
+        with self._said.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", str(main), "serve", "--run", str(folder), "--state", str(folder), *arguments],
+                env={"HOME": str(folder), "PATH": "/usr/bin:/bin"},
+                stderr=stderr,
+                pass_fds=() if fd is None else (fd,),
+            )
+
+    async def ended(self) -> tuple[int, str]:
+        """The exit code and what it said on stderr."""
+        await wait_end(self.process.pid)
+        return self.process.wait(), self._said.read_text()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    running: list[Harness] = []
+
+    def start(*arguments: str, **options: Any) -> Harness:
+        running.append(Harness(tmp_path, "--sandbox", "bwrap", *arguments, **options))
+        return running[-1]
+
+    with ScriptedTools(tmp_path / "mcp.sock"):
+        yield start
+        for harness in running:
+            harness.close()
+
+
+def follow(*steps: dict[str, Any]) -> str:
+    return f"```rehearsal\n{json.dumps([{'do': list(steps)}])}\n```"
+
+
+async def welcomed(host: HarnessHost) -> HarnessConnection:
+    connection = await host.accept()
+    await connection.welcome()
+    return connection
+
+
+async def wait_end(pid: int, limit_s: float = PATIENCE_S) -> None:
+    """Wait until a process, which need not be a child, has ended. Raises trio.TooSlowError."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        with trio.fail_after(limit_s):
+            await trio.lowlevel.wait_readable(pidfd)
+    finally:
+        os.close(pidfd)
+
+
+class Gate:
+    """A program stops here until the test lets it on; what it wrote on its way in is what `reached` returns."""
+
+    def __init__(self, folder: Path) -> None:
+        self._in, self._out = folder / "gate-in", folder / "gate-out"
+        os.mkfifo(self._in)
+        os.mkfifo(self._out)
+        self.step = {"run": f"echo $$ > {self._in}; read _ < {self._out}"}
+
+    async def reached(self) -> int:
+        """Wait for the program; returns the process id of its shell."""
+        with trio.fail_after(PATIENCE_S):
+            return int(await trio.to_thread.run_sync(self._in.read_text, abandon_on_cancel=True))
+
+    async def open(self) -> None:
+        with trio.fail_after(PATIENCE_S):
+            await trio.to_thread.run_sync(self._out.write_text, "\n", abandon_on_cancel=True)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path)
+
+
+async def test_a_turn_is_run_streamed_and_acked_and_the_next_goes_on_in_its_session(
+    start: Harnesses, tmp_path: Path
+) -> None:
+    async with open_host(tmp_path) as host:
+        harness = start()
+        connection = await welcomed(host)
+        lines, ack = await connection.take_turn(a_lease(1, prompt=follow({"say": "first"})))
+        assert [json.loads(line)["type"] for line in lines] == ["system", "assistant", "result"]
+        assert (ack["turn"], ack["fence"], ack["outcome"], ack["error"]) == (1, "fence-1", "done", None)
+        assert ack["usage"]["num_turns"] == 1
+        lines, again = await connection.take_turn(a_lease(2, session=ack["session"], prompt=follow({"say": "second"})))
+        assert again["session"] == ack["session"]
+        assert json.loads(lines[-1])["result"] == "second"
+        await connection.give({"stop": True})
+        assert await harness.ended() == (0, "")
+
+
+async def test_a_lost_session_is_replaced_in_the_same_turn(start: Harnesses, tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host:
+        start()
+        connection = await welcomed(host)
+        lost = "0bad5e55-0000-4000-8000-000000000000"
+        lines, ack = await connection.take_turn(a_lease(session=lost, prompt=follow({"say": "anew"})))
+    told = [json.loads(line) for line in lines]
+    assert {"type": "hive", "subtype": "session_lost", "session": lost} in told
+    assert told[-1]["result"] == "anew"
+    assert ack["outcome"] == "done"
+    assert ack["session"] not in (None, lost)
+
+
+async def test_a_program_that_crashes_has_failed_with_its_last_words(start: Harnesses, tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host:
+        start()
+        connection = await welcomed(host)
+        _, ack = await connection.take_turn(a_lease(prompt=follow({"exit": 7})))
+        assert (ack["outcome"], ack["error"]) == ("failed", "the program ended with exit code 7 before its result")
+        _, ack = await connection.take_turn(a_lease(2, prompt=follow({"say": "the next one is not harmed"})))
+        assert ack["outcome"] == "done"
+
+
+async def test_what_the_program_says_on_stderr_is_a_line_of_the_stream(start: Harnesses, tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nprintf trouble >&2\nprintf 'not json'\nexit 1\n")
+    program.chmod(0o755)
+    async with open_host(tmp_path) as host:
+        start("--claude", str(program))
+        lines, ack = await (await welcomed(host)).take_turn(a_lease(program="claude"))
+    assert {json.loads(line)["subtype"] for line in lines} == {"stderr", "malformed"}
+    assert (ack["outcome"], ack["error"]) == ("failed", "trouble")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--claude", "/nowhere/claude"]])
+async def test_a_missing_program_is_not_the_turns_fault(start: Harnesses, tmp_path: Path, arguments: list[str]) -> None:
+    async with open_host(tmp_path) as host:
+        start(*arguments)
+        _, ack = await (await welcomed(host)).take_turn(a_lease(program="claude"))
+    assert ack["outcome"] == "waiting"
+    assert "cannot start" in ack["error"]
+
+
+async def test_nothing_that_a_turn_started_outlives_it(start: Harnesses, tmp_path: Path) -> None:
+    # A session of its own, and its parent gone: the way a program's shell tools leave processes behind.
+    leave = {"run": "setsid sh -c 'echo $$ > left; exec sleep 600' >/dev/null 2>&1 & while ! test -s left; do :; done"}
+    async with open_host(tmp_path) as host:
+        start()
+        connection = await welcomed(host)
+        _, ack = await connection.take_turn(a_lease(prompt=follow(leave)))
+        assert ack["outcome"] == "done"
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "left").read_text()), 0)
+
+
+async def test_a_child_that_holds_the_pipes_does_not_hold_the_turn(start: Harnesses, tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nsleep 600 &\nexit 3\n")
+    program.chmod(0o755)
+    async with open_host(tmp_path) as host:
+        start("--claude", str(program))
+        begin = time.monotonic()
+        _, ack = await (await welcomed(host)).take_turn(a_lease(program="claude"))
+    assert ack["outcome"] == "failed"
+    assert time.monotonic() - begin < 10
+
+
+async def test_sigterm_while_waiting_ends_at_once(start: Harnesses, tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host:
+        harness = start()
+        await (await welcomed(host)).expect("lease")
+        harness.process.terminate()
+        assert await harness.ended() == (0, "")
+
+
+async def test_sigterm_in_a_turn_ends_after_its_ack(start: Harnesses, tmp_path: Path, gate: Gate) -> None:
+    async with open_host(tmp_path) as host:
+        harness = start()
+        connection = await welcomed(host)
+        await connection.give(a_lease(prompt=follow(gate.step, {"say": "finished"})))
+        await gate.reached()
+        harness.process.terminate()
+        await gate.open()
+        lines, ack = await connection.rest_of_turn()
+        assert json.loads(lines[-1])["result"] == "finished"
+        assert ack["outcome"] == "done"
+        assert await harness.ended() == (0, "")
+
+
+async def test_an_ack_that_says_stop_ends_the_harness(start: Harnesses, tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host:
+        harness = start()
+        connection = await welcomed(host)
+        await connection.give(a_lease(prompt=follow({"say": "x"})))
+        await connection.rest_of_turn(stop=True)
+        assert await harness.ended() == (0, "")
+
+
+async def test_a_host_killed_in_a_turn_is_succeeded_by_one_that_gets_all_of_it(
+    start: Harnesses, tmp_path: Path, gate: Gate
+) -> None:
+    start()
+    async with open_host(tmp_path) as host:
+        connection = await welcomed(host)
+        await connection.give(a_lease(7, prompt=follow({"say": "one"}, gate.step, {"say": "two"})))
+        await gate.reached()
+    await gate.open()
+    async with open_host(tmp_path) as host:
+        connection = await host.accept()
+        hello = await connection.welcome()
+        assert (hello["turn"], hello["fence"]) == (7, "fence-7")
+        lines, ack = await connection.rest_of_turn()
+    said = [json.loads(line) for line in lines]
+    assert [event["type"] for event in said] == ["system", "assistant", "assistant", "user", "assistant", "result"]
+    assert (ack["turn"], ack["fence"], ack["outcome"]) == (7, "fence-7", "done")
+
+
+async def test_an_orphan_finishes_its_turn_and_ends(start: Harnesses, tmp_path: Path, gate: Gate) -> None:
+    harness = start("--orphan-grace", "0.1")
+    async with open_host(tmp_path) as host:
+        connection = await welcomed(host)
+        await connection.give(a_lease(prompt=follow(gate.step, {"run": "echo > ended"})))
+        await gate.reached()
+    with pytest.raises(trio.TooSlowError):
+        await wait_end(harness.process.pid, limit_s=0.5)
+    await gate.open()
+    assert (await harness.ended())[0] == 0
+    assert (tmp_path / "ended").exists()
+
+
+async def test_the_end_of_the_life_pipe_ends_harness_and_program_at_once(
+    start: Harnesses, tmp_path: Path, gate: Gate
+) -> None:
+    life, ours = os.pipe()
+    async with open_host(tmp_path) as host:
+        harness = start(fd=life)
+        os.close(life)
+        connection = await welcomed(host)
+        await connection.give(a_lease(prompt=follow(gate.step)))
+        program = await gate.reached()
+        os.close(ours)
+        assert (await harness.ended())[0] == 0
+        await wait_end(program)
+
+
+async def test_a_second_harness_ends_with_3_and_says_why(start: Harnesses, tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host:
+        harness = start()
+        connection = await host.accept()
+        await connection.refuse(await connection.expect("hello"), "conflict", "another harness is connected")
+        assert await harness.ended() == (3, "cannot serve this agent: another harness is connected\n")
+
+
+async def test_the_managers_harness_serves_nobody_else(start: Harnesses, tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host:
+        harness = start(module="hive_mind")
+        await (await host.accept()).welcome("iris", "agent")
+        assert await harness.ended() == (4, "cannot serve iris as manager: the host says its role is agent\n")
+
+
+async def test_the_managers_harness_serves_the_manager(start: Harnesses, tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host:
+        harness = start(module="hive_mind")
+        connection = await host.accept()
+        await connection.welcome("hm1nd", "manager")
+        await connection.give({"stop": True})
+        assert await harness.ended() == (0, "")
+
+
+async def test_a_refused_lease_is_asked_again(start: Harnesses, tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host:
+        harness = start()
+        connection = await welcomed(host)
+        await connection.refuse(await connection.expect("lease"), "conflict", "a turn runs")
+        await connection.give({"stop": True})
+        code, said = await harness.ended()
+    assert code == 0
+    assert "cannot lease a message: a turn runs" in said
+
+
+def test_wrong_arguments_get_the_usage() -> None:
+    done = subprocess.run([*own_command(), "sing"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "usage: hive-agent serve" in done.stderr
+
+
+def test_the_signal_of_an_interrupted_terminal_is_polite_too(start: Harnesses, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with open_host(tmp_path) as host:
+            harness = start()
+            await (await welcomed(host)).expect("lease")
+            harness.process.send_signal(signal.SIGINT)
+            assert await harness.ended() == (0, "")
+
+    trio.run(main)

@@ -1,0 +1,171 @@
+"""What the operator's forms do, with the script and without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx2
+import pytest
+import trio
+
+from dashboard.forms import DRAINED_BYTES, FORM_LIMIT_BYTES
+from hive_core.protocol.words import BODY_LIMIT_BYTES, MANAGER, AgentName
+from tests.hives import PATIENCE_S, Services
+from tests.unit.test_dashboard_hive import OURS, browse, gate_open, hive_of, served
+
+SCRIPT = {**OURS, "Accept": "application/json"}
+
+
+async def post(client: httpx2.AsyncClient, path: str, **fields: str) -> Any:
+    """What the script's fetch gets."""
+    answer = await client.post(path, headers=SCRIPT, data=fields)
+    return answer.status_code, answer.json()
+
+
+async def ask_for_argus(hive: Services) -> tuple[int, str]:
+    answer = await hive.gate.request_spawn(MANAGER, AgentName("argus"), "You watch.", "two eyes")
+    return answer["approval"], (await hive.approvals.get(answer["approval"])).digest
+
+
+async def test_a_message_is_sent_as_the_operator(hive: Services) -> None:
+    async with browse(hive_of(hive)) as client:
+        status, said = await post(client, "/messages", to="iris", body="  hello\r\nthere  ", sender="hm1nd")
+    assert (status, said) == (200, {"ok": True, "said": "message 1 is on its way to iris"})
+    sent = await hive.broker.message(1)
+    assert sent is not None
+    assert (sent["sender"], sent["recipient"], sent["body"]) == ("operator", "iris", "  hello\nthere  ")
+
+
+async def test_a_reply_names_its_message(hive: Services) -> None:
+    first = await hive.say("iris", "operator", "which one?")
+    async with browse(hive_of(hive)) as client:
+        await post(client, "/messages", to="iris", body="that one", in_reply_to=str(first))
+        status, _ = await post(client, "/messages", to="iris", body="that one", in_reply_to="99")
+    sent = await hive.broker.message(2)
+    assert sent is not None
+    assert (sent["in_reply_to"], status) == (first, 404)
+
+
+async def test_a_plain_form_goes_back_to_one_of_our_pages_and_nowhere_else(hive: Services) -> None:
+    async with browse(hive_of(hive)) as client:
+        for back, goes in (
+            ("/", "/"),
+            ("/agents/iris", "/agents/iris"),
+            ("//evil.example", "/"),
+            ("https://evil.example/", "/"),
+            ("/agents/iris\r\nSet-Cookie: a=b", "/"),
+            ("/agents/../sign-out", "/"),
+        ):
+            answer = await client.post("/messages", headers=OURS, data={"to": "iris", "body": "x", "back": back})
+            assert (answer.status_code, answer.headers["location"]) == (303, goes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "word"),
+    [
+        ({"to": "nobody", "body": "x"}, 404, "no agent has that name"),
+        ({"to": "..", "body": "x"}, 400, "agent's name"),
+        ({"to": "operator", "body": "x"}, 400, "reserved"),
+        ({"body": "x"}, 400, "agent's name"),
+        ({"to": "iris"}, 400, "must be a string"),
+        ({"to": "iris", "body": "   "}, 400, "it is empty"),
+        ({"to": "iris", "body": "a\0b"}, 400, "NUL"),
+        ({"to": "iris", "body": "x" * (BODY_LIMIT_BYTES + 1)}, 400, "the limit is 65,536"),
+        ({"to": "iris", "body": "x", "in_reply_to": "-1"}, 400, "positive whole number"),
+        ({"to": "iris", "body": "x", "in_reply_to": "9" * 30}, 400, "positive whole number"),
+    ],
+)
+async def test_a_form_that_cannot_be_taken_says_why(
+    hive: Services, fields: dict[str, str], status: int, word: str
+) -> None:
+    async with browse(hive_of(hive)) as client:
+        answered, said = await post(client, "/messages", **fields)
+        assert (answered, word in said["error"]["message"]) == (status, True), said
+        page = await client.post("/messages", headers=OURS, data=fields)
+        assert (page.status_code, page.headers["content-type"]) == (status, "text/html; charset=utf-8")
+    assert await hive.value("SELECT count(*) FROM messages") == 0
+
+
+@pytest.mark.parametrize("size", [FORM_LIMIT_BYTES + 1, DRAINED_BYTES])
+async def test_a_body_over_the_limit_is_refused_with_the_limit(hive: Services, size: int) -> None:
+    async with browse(hive_of(hive)) as client:
+        headers = {**SCRIPT, "Content-Type": "application/x-www-form-urlencoded"}
+        answer = await client.post("/messages", headers=headers, content=b"x" * size)
+    assert (answer.status_code, "131,072" in answer.json()["error"]["message"]) == (413, True)
+
+
+async def test_a_body_that_does_not_end_is_answered_and_the_connection_closed(hive: Services) -> None:
+    async with served(hive_of(hive)) as browser, await trio.open_tcp_stream("127.0.0.1", browser.port) as peer:
+        kind = "application/x-www-form-urlencoded"
+        headers = {**browser.headers, "Origin": f"http://{browser.headers['Host']}", "Content-Type": kind}
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        await peer.send_all(f"POST /messages HTTP/1.1\r\n{head}Content-Length: 99999999\r\n\r\n".encode())
+        with trio.fail_after(PATIENCE_S):
+            await peer.send_all(b"x" * (DRAINED_BYTES + 100_000))
+            got = b""
+            while data := await peer.receive_some():
+                got += data
+    assert got.startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "status"),
+    [
+        ("text/plain", b"to=iris&body=x", 415),
+        ("multipart/form-data; boundary=x", b"--x--", 415),
+        ("application/json", b'{"to": "iris", "body": "x"}', 415),
+        ("application/x-www-form-urlencoded", b"\xff\xfe", 400),
+        ("application/x-www-form-urlencoded", b"to=iris&body=%ff", 400),
+        ("application/x-www-form-urlencoded", b"&".join([b"a=b"] * 100), 400),
+    ],
+)
+async def test_a_body_of_another_kind_is_refused(hive: Services, kind: str, body: bytes, status: int) -> None:
+    async with browse(hive_of(hive)) as client:
+        answer = await client.post("/messages", headers={**SCRIPT, "Content-Type": kind}, content=body)
+    assert answer.status_code == status, answer.text
+
+
+@pytest.mark.filterwarnings("ignore:GitDB is deprecated")
+async def test_approve_makes_the_agent_and_says_so(hive: Services) -> None:
+    number, digest = await ask_for_argus(hive)
+    ours = hive_of(hive)
+    async with browse(ours) as client, gate_open(ours):
+        assert await post(client, f"/approvals/{number}/approve", digest=digest) == (
+            200,
+            {"ok": True, "said": "approved: spawn argus"},
+        )
+        # A second click, or another tab, gets the same answer and does nothing more.
+        status, _ = await post(client, f"/approvals/{number}/approve", digest=digest)
+        assert status == 200
+    assert (await hive.kinds()).count("agent_created") == 4  # argus and the three that were there
+    assert (await hive.agents.get("argus")).settings is not None
+
+
+async def test_approve_of_something_else_than_was_shown_is_refused(hive: Services) -> None:
+    number, digest = await ask_for_argus(hive)
+    ours = hive_of(hive)
+    async with browse(ours) as client, gate_open(ours):
+        for stale in ("0" * 64, digest[:-1], ""):
+            status, said = await post(client, f"/approvals/{number}/approve", digest=stale)
+            assert (status, said["error"]["code"]) == (409, "conflict")
+            status, said = await post(client, f"/approvals/{number}/deny", digest=stale, reason="no")
+            assert (status, said["error"]["code"]) == (409, "conflict")
+    assert (await hive.approvals.get(number)).state == "pending"
+
+
+async def test_deny_tells_the_reason_to_whoever_asked(hive: Services) -> None:
+    number, digest = await ask_for_argus(hive)
+    async with browse(hive_of(hive)) as client:
+        status, said = await post(client, f"/approvals/{number}/deny", digest=digest, reason="")
+        assert (status, "reason" in said["error"]["message"]) == (400, True)
+        await post(client, f"/approvals/{number}/deny", digest=digest, reason="not today")
+        status, _ = await post(client, f"/approvals/{number}/approve", digest=digest)
+        assert status == 409
+    assert "not today" in (await hive.broker.messages("hm1nd"))[-1]["body"]
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x", "99", "9" * 40, "١"])
+async def test_an_approval_that_is_not_there_is_said_to_be_missing(hive: Services, number: str) -> None:
+    async with browse(hive_of(hive)) as client:
+        status, _ = await post(client, f"/approvals/{number}/approve", digest="x")
+    assert status in (400, 404)

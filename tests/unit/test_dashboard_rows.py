@@ -1,0 +1,277 @@
+"""What an agent wrote is shown, never obeyed: every row against a corpus of hostile text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dashboard.diff import compare, read_diff
+from dashboard.rows import Rows
+from dashboard.terminal import read_line
+from dashboard.visible import SHOWN_CHARACTERS, visible
+from hive_core.agents import Agent, Live
+from hive_core.approvals import Approval
+from hive_core.protocol.words import AgentName
+from tests.hives import Services
+from tests.unit.test_dashboard_hive import hive_of
+
+CORPUS = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "</textarea></pre></details><script src=//evil.example></script>",
+    "<!-- --><![CDATA[<svg onload=alert(1)>]]>",
+    "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "javascript:alert(1)",
+    "{{ 7*7 }}{% raw %}{%- endraw %}",
+    "</template><iframe srcdoc='<script>alert(1)</script>'>",
+    "<style>*{display:none}</style><base href=//evil.example>",
+    "\u202egnp.exe\u202c \u2066hidden\u2069 a\u200bb\ufeff \U000e0041\U000e0042",
+    "\x1b[2J\x1b]0;title\x07\x00\x08\r overwritten",
+    "half a pair \ud83d",
+]
+
+
+class Shape(HTMLParser):
+    """The elements of a fragment with the names of their attributes, the marks of hidden characters left out."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, ...]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if ("class", "mark") not in attrs:
+            self.elements.append((tag, *sorted(name for name, _ in attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def message(body: str) -> dict[str, Any]:
+    return {
+        "id": 7,
+        "sender": "iris",
+        "recipient": "hm1nd",
+        "in_reply_to": 3,
+        "sent_at_ms": 1_700_000_000_000,
+        "state": "queued",
+        "attempts": 2,
+        "turn_id": None,
+        "body": body,
+    }
+
+
+def approval(text: str, kind: str = "spawn", state: str = "pending") -> Approval:
+    payload: dict[str, Any] = {"files": {"CLAUDE.md": text, "agent.toml": text}}
+    if kind == "apply_commit":
+        payload = {"sha": "a" * 40, "base": "b" * 40, "diff": f"@@ -1,2 +1,2 @@\n-{text}\n+{text}\n same\n"}
+    return Approval(
+        5,
+        kind,
+        AgentName("argus"),
+        AgentName("hm1nd"),
+        text,
+        payload,
+        "d" * 64,
+        state,
+        text,
+        1_700_000_000_000,
+        1,
+        "operator",
+    )
+
+
+def turn(text: str) -> dict[str, Any]:
+    times = {"started_at_ms": 1_700_000_000_000, "ended_at_ms": 1_700_000_002_000}
+    return {"id": 4, "state": "failed", **times, "error": text, "usage": {"input_tokens": text}, "lines": 1}
+
+
+def said(*blocks: dict[str, Any], speaker: str = "assistant") -> str:
+    return json.dumps({"type": speaker, "message": {"content": list(blocks)}})
+
+
+def stream_lines(text: str) -> list[str]:
+    """One line of each kind that a program's stream can hold, with `text` wherever there is text."""
+    tools: list[dict[str, Any]] = [
+        {"command": f"echo {text}"},
+        {"file_path": text, "old_string": f"{text}\nold", "new_string": f"{text}\nnew"},
+        {"file_path": text, "content": text},
+        {"file_path": text},
+        {"pattern": text},
+        {"to": text, "body": text},
+        {text: text},
+    ]
+    return [
+        text,
+        json.dumps([text]),
+        said({"type": "text", "text": text}),
+        said({"type": "thinking", "thinking": f"{text}\nmore"}),
+        said({"type": text}),
+        *(said({"type": "tool_use", "name": f"mcp__{text}", "input": given}) for given in tools),
+        said({"type": "tool_result", "content": f"{text}\nmore"}, speaker="user"),
+        said({"type": "tool_result", "is_error": True, "content": [{"text": text}, text, 3]}, speaker="user"),
+        json.dumps({"type": "user", "message": {"content": text}}),
+        json.dumps({"type": "system", "subtype": "init", "model": text, "session_id": text, "tools": [text]}),
+        json.dumps({"type": "system", "subtype": text, "more": text}),
+        json.dumps({"type": "result", "is_error": True, "result": text, "api_error_status": text}),
+        json.dumps({"type": "rate_limit_event", "rate_limit_info": {"status": text}}),
+        json.dumps({"type": "hive", "subtype": "stderr", "text": text}),
+        json.dumps({"type": "hive", "subtype": "malformed", "text": f"{text}\n{text}", "error": text}),
+        json.dumps({"type": text}),
+    ]
+
+
+def every_row(services: Services, text: str) -> list[str]:
+    """Every kind of row there is, with `text` in every place that an agent can fill."""
+    hive = hive_of(services)
+    rows = Rows(hive)
+    settings = {"program": text, "model": text, "effort": text, "tools": [text]}
+    agent = Agent(AgentName("iris"), "agent", "down", 8100, text, settings, None, 1_700_000_000_000, 3)
+    services.agents._live["iris"] = Live("tool", text, 1_700_000_000_000, "none")
+    kinds = [(kind, state) for kind in ("spawn", "apply_commit") for state in ("approved", "done", "failed", "denied")]
+    return [
+        *(rows.agent(agent, alone) for alone in (False, True)),
+        rows.message(message(text)),
+        *(rows.approval(approval(text, kind)) for kind in ("spawn", "apply_commit")),
+        *(rows.decision(approval(text, kind, state)) for kind, state in kinds),
+        rows.turn(turn(text), [{"id": 9, "line": text}]),
+        *(rows.line({"id": n, "line": line}) for n, line in enumerate(stream_lines(text))),
+    ]
+
+
+@pytest.mark.parametrize("text", CORPUS)
+async def test_hostile_text_adds_no_element_and_no_attribute_to_any_row(hive: Services, text: str) -> None:
+    for hostile, plain in zip(every_row(hive, text), every_row(hive, "plain"), strict=True):
+        shape = Shape(hostile)
+        assert shape.elements == Shape(plain).elements
+        hostile.encode()  # a lone surrogate would end the page here
+        assert not set(shape.text) & set("\x00\x07\x08\r\x1b\u200b\u202e\u202c\u2066\u2069\ufeff\U000e0041\ud83d")
+
+
+async def test_a_whole_row_keeps_its_ids_and_hooks(hive: Services) -> None:
+    rows = Rows(hive_of(hive))
+    assert rows.message(message("hi")).startswith(
+        '<li class="message" id="message-7" data-message="7" data-from="iris"'
+    )
+    assert 'id="approval-5"' in rows.approval(approval("hi"))
+    assert f'name="digest" value="{"d" * 64}"' in rows.approval(approval("hi"))
+    assert 'id="decision-5"' in rows.decision(approval("hi", state="done"))
+
+
+def test_hidden_characters_are_shown_for_what_they_are() -> None:
+    assert visible("a\u202eb") == 'a<span class="mark">⟨U+202E⟩</span>b'
+    assert visible("\x1b[31m") == '<span class="mark">⟨U+001B⟩</span>[31m'
+    assert visible("tab\tand\nnewline, ❤️ and é and 漢字 and עברית") == "tab\tand\nnewline, ❤️ and é and 漢字 and עברית"
+
+
+@given(st.text(st.characters(categories=["Cc", "Cf", "Co", "Cs", "Zl", "Zp"]), min_size=1))
+def test_no_control_or_format_character_is_shown_as_itself(text: str) -> None:
+    shown = Shape(visible(text)).text
+    assert not [character for character in shown if character in text and character not in "\t\n"]
+
+
+def test_long_text_is_cut_and_says_how_much_is_missing() -> None:
+    shown = visible("é" * (SHOWN_CHARACTERS + 1_234))
+    assert shown.endswith('<span class="more">… 1,234 more characters</span>')
+    assert visible("x" * (SHOWN_CHARACTERS + 1), None) == "x" * (SHOWN_CHARACTERS + 1)
+
+
+async def test_what_is_to_be_approved_is_never_cut(hive: Services) -> None:
+    text = "\n".join(f"line {n}" for n in range(5_000)) + "\nthe end of it"
+    for kind in ("spawn", "apply_commit"):
+        card = Rows(hive_of(hive)).approval(approval(text, kind))
+        assert card.count("the end of it") >= 2
+        assert "more characters" not in card.replace(str(visible(approval(text).reason, None)), "")
+
+
+def test_a_line_of_a_diff_is_what_the_hunk_says_not_what_it_looks_like() -> None:
+    head = "diff --git a/x b/x\n--- a/x\n+++ b/x\n"
+    diff = f"{head}@@ -1,3 +1,3 @@ f\n--- a/y\n+++ b/y\n @@ -1 +1 @@\n same\n@@ -9 +9 @@\n-a\n+b\n"
+    assert [line.kind for line in read_diff(diff)] == (
+        ["meta", "meta", "meta", "hunk", "del", "add", "same", "same", "hunk", "del", "add"]
+    )
+    assert [line.kind for line in compare("a\nb\n", "a\nc\n")] == ["hunk", "same", "del", "add"]
+    assert [line.kind for line in compare("same", "same")] == ["same"]
+
+
+KEYS = [
+    *("type", "subtype", "message", "content", "text", "thinking", "name", "input", "is_error", "usage", "tools"),
+    *("model", "command", "body", "to", "file_path", "old_string", "new_string", "duration_ms", "result"),
+]
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "type",
+                    "subtype",
+                    "message",
+                    "content",
+                    "text",
+                    "thinking",
+                    "name",
+                    "input",
+                    "is_error",
+                    "usage",
+                    "tools",
+                    "model",
+                    "command",
+                    "body",
+                    "to",
+                ]
+            ),
+            inner
+            | st.sampled_from(["assistant", "user", "system", "result", "init", "text", "tool_use", "tool_result"]),
+            max_size=6,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@given(junk | st.dictionaries(st.just("type"), st.sampled_from(["assistant", "result", "hive"]), min_size=1))
+def test_a_line_of_any_shape_is_read_into_at_least_one_part(event: object) -> None:
+    assert read_line(json.dumps(event))
+
+
+@pytest.mark.parametrize("line", ["", "{", "[" * 60_000, "1" * 60_000, '{"type":"assistant"}', "null", "\x00"])
+def test_a_line_that_is_not_understood_is_shown_as_it_came(line: str) -> None:
+    (part,) = read_line(line)
+    assert (part.kind, part.text) == ("raw", line)
+
+
+def test_the_lines_of_a_turn_read_as_a_person_would_tell_them() -> None:
+    shell, edit, send = (
+        read_line(said({"type": "tool_use", "name": name, "input": given}))[0]
+        for name, given in (
+            ("Bash", {"command": "ls -l"}),
+            ("Edit", {"file_path": "/state/a.py", "old_string": "a", "new_string": "b"}),
+            ("mcp__hive__send", {"to": "iris", "body": "hello"}),
+        )
+    )
+    assert (shell.title, shell.short) == ("Bash", "ls -l")
+    assert (edit.short, [line.kind for line in edit.diff]) == ("/state/a.py", ["hunk", "del", "add"])
+    assert (send.title, send.short, send.text) == ("hive · send", "→ iris", "hello")
+    usage = {"input_tokens": 1_200, "cache_read_input_tokens": 800, "output_tokens": 50}
+    (end,) = read_line(json.dumps({"type": "result", "duration_ms": 1_500, "usage": usage, "num_turns": 3}))
+    assert (end.title, end.short) == ("turn done", "1.5 s · 2,000 in / 50 out · 3 steps")
+    (note,) = read_line(json.dumps({"type": "hive", "subtype": "lines_dropped", "count": 12}))
+    assert (note.kind, note.title, note.short) == ("note", "lines dropped", '{"count": 12}')
+
+
+async def test_an_agent_without_a_sandbox_is_red_wherever_it_is_shown(hive: Services) -> None:
+    iris = await hive.agents.get("iris")
+    assert "bare" not in Rows(hive_of(hive)).agent(iris)
+    assert 'class="agent bare"' in Rows(hive_of(hive, sandbox="none")).agent(iris)
+    hive.agents.observe("iris", "idle", sandbox="none")
+    assert 'class="agent bare"' in Rows(hive_of(hive)).agent(replace(iris, queued=2))
