@@ -35,6 +35,6 @@ COMPILE = uv pip compile --quiet --universal --python-version 3.11 --generate-ha
 
 lock: ## both lock files anew with uv (ARGS=--upgrade takes newer versions)
 	@command -v uv >/dev/null || { echo "hyperhive: make lock needs uv, and it is not on PATH." >&2; exit 1; }
-	@bin/setup run
+	@bin/setup dev
 	@$(BUILD_NEEDS) | $(COMPILE) pyproject.toml - -o requirements.lock
 	@$(BUILD_NEEDS) | $(COMPILE) pyproject.toml - --group dev -c requirements.lock -o requirements-dev.lock

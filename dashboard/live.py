@@ -30,7 +30,7 @@ PING_S = 15
 REST_S = 0.05  # between two looks, so that a flood of events costs a bounded number of renderings
 RETRY_MS = 1_000
 BEGINNINGS = {("message", "message_sent"), ("turn", "turn_started")}
-MESSAGES_OF_EVENT = frozenset({"message_sent", "message_dead", "turn_started", "messages_taken"})
+MESSAGES_OF_EVENT = frozenset({"message_sent", "message_dead", "turn_started", "messages_taken", "inbox_read"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -228,7 +228,12 @@ class Broker:
         unread = [(row["id"],) for row in rows if row["state"] == "queued"]
         if unread:
             read = "UPDATE deliveries SET state = 'acked' WHERE recipient = 'operator' AND message_id = ?"
-            await self._store.write(lambda tx: tx.executemany(read, unread).rowcount)
+
+            def write(tx: Transaction) -> None:
+                tx.executemany(read, unread)
+                tx.emit("inbox_read", OPERATOR, messages=[message_id for (message_id,) in unread])
+
+            await self._store.write(write)
         return [{**row, "unread": row.pop("state") == "queued"} for row in rows]
 
     async def unread(self) -> int:

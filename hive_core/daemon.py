@@ -48,6 +48,7 @@ from hive_core.turns import Turns
 
 log = logging.getLogger(__name__)
 STOP_WITHIN_S = 4.0
+SLOW_READER_MS = 20_000
 TIED_AGENTS_PATIENCE_S = 1.0
 PRUNE_EVERY_S = 3600.0
 
@@ -75,6 +76,8 @@ def listen_tcp(host: str, port: int) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # hypercorn's writes cannot be cancelled: without this a reader that does not read would hold up a stop.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SLOW_READER_MS)
         sock.bind((host, port))
         sock.listen(128)
         sock.setblocking(False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from hive_core.store.bus import EVENTS
@@ -36,7 +36,7 @@ async def newest_events(store: Store, limit: int) -> list[dict[str, Any]]:
     return [event_from_row(row) for row in await store.rows(sql, (limit,))]
 
 
-async def follow_events(store: Store, seq: int) -> AsyncIterator[dict[str, Any]]:
+async def follow_events(store: Store, seq: int) -> AsyncGenerator[dict[str, Any], None]:
     """Every event after `seq`, each once and in order, for ever. Safe to leave at any point."""
     with store.bus.listen(EVENTS) as listener:
         while True:

@@ -119,15 +119,27 @@ class ModelRelay:
             return
         query = f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else ""
         headers = passed_headers(scope["headers"], _REPLACED) + credential.headers()
-        request = self.client.build_request(
+        body = _Body(receive)
+        # Not the client's build_request: that adds its own headers, and the cookies of every agent's answers.
+        request = httpx2.Request(
             scope["method"],
             f"{self.base_url.rstrip('/')}{scope['path']}{query}",
             headers=[*headers, *_length(scope["headers"])],
-            content=_body(receive),
+            content=body.pieces(),
+            extensions={"timeout": self.client.timeout.as_dict()},
         )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(body.wait_hung_up, nursery.cancel_scope)
+            await self._exchange(request, body, send)
+            nursery.cancel_scope.cancel()
+
+    async def _exchange(self, request: httpx2.Request, body: _Body, send: Send) -> None:
         try:
-            response = await self.client.send(request, stream=True)
+            response = await self.client.send(request, stream=True, follow_redirects=False)
         except httpx2.HTTPError as exc:
+            if body.too_long:
+                await _answer(send, 413, f"the relay of this hive passes at most {BODY_LIMIT_BYTES:,} bytes")
+                return
             log.warning("the provider did not answer %s: %s", self.name, exc, extra={"agent": self.name})
             reason = str(exc) or type(exc).__name__
             await _answer(send, 502, f"the model provider at {self.base_url} cannot be reached: {reason}")
@@ -142,12 +154,18 @@ class ModelRelay:
         headers = passed_headers(response.headers.raw, frozenset())
         await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
         reader = UsageReader()
-        async for chunk in response.aiter_raw():
-            reader.feed(chunk)
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-        if usage := reader.end():
-            self.told(usage)
+        try:
+            async for chunk in response.aiter_raw():
+                reader.feed(chunk)
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except httpx2.HTTPError as exc:
+            # Left without an end, so that the program sees that it was cut.
+            log.warning("the answer to %s was cut: %s", self.name, exc, extra={"agent": self.name})
+        else:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            if usage := reader.end():
+                self.told(usage)
 
 
 def _length(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
@@ -156,18 +174,38 @@ def _length(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     return [*length, (b"accept-encoding", b"identity")]
 
 
-async def _body(receive: Receive) -> AsyncIterator[bytes]:
-    more = True
-    while more:
-        message: Message = await receive()
-        if message["type"] == "http.disconnect":
-            raise httpx2.ReadError("the agent hung up")
-        yield message.get("body", b"")
-        more = message.get("more_body", False)
+class _Body:
+    """A request's body as it comes, and after it the wait for the hang-up: ASGI tells both on one channel."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._whole = trio.Event()
+        self.too_long = False
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        more, size = True, 0
+        while more:
+            message: Message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise httpx2.ReadError("the agent hung up")
+            size += len(message.get("body", b""))
+            if size > BODY_LIMIT_BYTES:
+                self.too_long = True
+                raise httpx2.WriteError("the body is too long")
+            yield message.get("body", b"")
+            more = message.get("more_body", False)
+        self._whole.set()
+
+    async def wait_hung_up(self, scope: trio.CancelScope) -> None:
+        """Cancel `scope` when the agent hangs up: nobody waits for the answer, and it costs."""
+        await self._whole.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        scope.cancel()
 
 
 async def _answer(send: Send, status: int, sentence: str) -> None:
-    kind = {401: "authentication_error", 403: "permission_error", 503: "api_error", 502: "api_error"}.get(status)
+    kind = {401: "authentication_error", 403: "permission_error", 413: "request_too_large", 503: "api_error", 502: "api_error"}.get(status)
     body = json.dumps({"type": "error", "error": {"type": kind, "message": sentence}}).encode() if sentence else b""
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})

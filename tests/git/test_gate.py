@@ -1,0 +1,564 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from hive_core.approvals import Approval, settle
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import PERSONA_LIMIT_BYTES, AgentName, CommitSha
+from hive_core.repos import DIFF_LIMIT_BYTES, FILE_LIMIT_BYTES
+from tests.hives import PATIENCE_S, Services, clean_environment, open_services
+
+HM1ND, IRIS, ARGUS = AgentName("hm1nd"), AgentName("iris"), AgentName("argus")
+TOML = 'program = "rehearsal"\nmodel = "opus"\n'
+
+
+class Checkout:
+    """An agent's proposed repository, as the manager works in it: with git, from its own container."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def git(self, *arguments: str, stdin: bytes | None = None) -> str:
+        done = subprocess.run(
+            ["git", "-c", "core.hooksPath=/dev/null", *arguments],
+            cwd=self.path,
+            env=clean_environment(),
+            input=stdin,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout.decode().strip()
+
+    def commit(self, **files: str | bytes) -> CommitSha:
+        """Commit these files (a name's `__` is its dot); returns the commit."""
+        for name, content in files.items():
+            data = content if isinstance(content, bytes) else content.encode()
+            (self.path / name.replace("__", ".")).write_bytes(data)
+        self.git("add", "-A", "-f")
+        return self.commit_index()
+
+    def commit_index(self) -> CommitSha:
+        self.git("commit", "-q", "--allow-empty", "--no-verify", "-m", "a change")
+        return self.head()
+
+    def head(self) -> CommitSha:
+        return CommitSha(self.git("rev-parse", "HEAD"))
+
+
+def applied(hive: Services, *arguments: str) -> str:
+    command = ["git", "--git-dir", str(hive.state_dir / "applied" / "iris.git"), *arguments]
+    return subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=True).stdout.strip()
+
+
+def tags(hive: Services) -> dict[str, str]:
+    lines = applied(hive, "for-each-ref", "--format=%(refname:short) %(objectname) %(*objectname)", "refs/tags")
+    return {line.split()[0]: line.split()[-1] for line in lines.splitlines()}
+
+
+@contextlib.contextmanager
+def refused(words: str, code: str | None = None) -> Iterator[None]:
+    with pytest.raises(Refusal, match=words) as caught:
+        yield
+    assert code in (None, caught.value.code)
+
+
+async def mail_of(hive: Services, agent: str) -> list[str]:
+    return [m["body"] for m in await hive.broker.messages(agent) if m["recipient"] == agent]
+
+
+@asynccontextmanager
+async def serving(hive: Services) -> AsyncIterator[None]:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(hive.gate.serve)
+        with trio.fail_after(PATIENCE_S):
+            yield
+        nursery.cancel_scope.cancel()
+
+
+async def approve(hive: Services, number: int) -> Approval:
+    card = await hive.approvals.get(number)
+    return await hive.approvals.approve(number, card.digest, "operator")
+
+
+async def click_and_die(hive: Services, number: int) -> None:
+    """The operator's click is stored, and the daemon dies before anything follows from it."""
+    card = await hive.approvals.get(number)
+    await hive.store.write(lambda tx: settle(tx, card, "approved", None, "operator"))
+
+
+async def ask_for_argus(hive: Services, persona: str = "You watch.", **more: Any) -> int:
+    return (await hive.gate.request_spawn(HM1ND, ARGUS, persona, "we need eyes", **more))["approval"]
+
+
+@pytest.fixture
+async def hive(tmp_path: Path) -> AsyncIterator[Services]:
+    """hm1nd with its repositories."""
+    async with open_services(tmp_path) as services:
+        await services.gate.ensure_manager("You manage.")
+        yield services
+
+
+@pytest.fixture
+async def iris(hive: Services) -> Checkout:
+    """iris with her repositories; her proposed one."""
+    number = (await hive.gate.request_spawn(AgentName("operator"), IRIS, "You read.", "a reader"))["approval"]
+    async with serving(hive):
+        assert (await approve(hive, number)).state == "done"
+    return Checkout(hive.repos.proposed_dir / "iris" / "config")
+
+
+# -- a new agent ------------------------------------------------------------------------------------------------------
+
+
+async def test_the_manager_is_made_once_without_an_approval(hive: Services) -> None:
+    before = await hive.agents.get("hm1nd")
+    assert (before.role, before.wanted, before.page_port) == ("manager", "up", 8000)
+    assert (before.settings or {})["prompt"] == "You manage."
+    await hive.gate.ensure_manager("Another prompt.")
+    assert await hive.agents.get("hm1nd") == before
+    assert await hive.approvals.recent() == []
+
+
+async def test_approve_makes_the_agent_exist_with_its_settings_its_welcome_and_word_to_who_asked(hive: Services) -> None:
+    number = await ask_for_argus(hive)
+    with refused("cannot find argus", "not_found"):
+        await hive.agents.get("argus")
+    async with serving(hive):
+        done = await approve(hive, number)
+    assert (done.state, done.resolved_by) == ("done", "operator")
+    argus = await hive.agents.get("argus")
+    assert (argus.role, argus.wanted, argus.queued) == ("agent", "up", 1)
+    settings = argus.settings or {}
+    assert (settings["program"], settings["model"]) == ("rehearsal", "sonnet")
+    assert "You watch." in settings["prompt"]
+    assert "we need eyes" in (await mail_of(hive, "argus"))[0]
+    assert f"approval {number}, the new agent argus: approved" in (await mail_of(hive, "hm1nd"))[0]
+    kinds = [kind for kind in await hive.kinds() if kind.startswith(("approval_", "agent_"))]
+    assert kinds[1:] == ["approval_requested", "approval_approved", "agent_created", "approval_done"]
+
+
+async def test_what_was_shown_is_what_the_agent_runs_on(hive: Services) -> None:
+    number = await ask_for_argus(hive, "You {{ name }} <b>&amp;</b> 'quote' \"\"\" é\r\n{% raw %}")
+    shown = (await hive.approvals.get(number)).payload["files"]
+    async with serving(hive):
+        await approve(hive, number)
+    argus = await hive.agents.get("argus")
+    assert (argus.settings or {})["prompt"] == shown["CLAUDE.md"]
+    assert "You {{ name }} <b>&amp;</b> 'quote' \"\"\" é\r\n{% raw %}" in shown["CLAUDE.md"]
+
+
+async def test_a_persona_of_just_the_limit_can_be_deployed(hive: Services) -> None:
+    number = await ask_for_argus(hive, "x" * (PERSONA_LIMIT_BYTES - 2048))
+    async with serving(hive):
+        assert (await approve(hive, number)).state == "done"
+    with refused("cannot take the persona: it has"):
+        await hive.gate.request_spawn(HM1ND, IRIS, "x" * (PERSONA_LIMIT_BYTES - 2047), "r")
+
+
+async def test_deny_makes_nothing_and_tells_who_asked_why(hive: Services) -> None:
+    number = await ask_for_argus(hive)
+    async with serving(hive):
+        denied = await hive.gate.deny(number, "not before Monday", "operator")
+        assert (denied.state, denied.note) == ("denied", "not before Monday")
+        assert (await hive.gate.deny(number, "something else", "operator")).note == "not before Monday"
+        with refused("it was denied", "conflict"):
+            await approve(hive, number)
+    with refused("cannot find argus"):
+        await hive.agents.get("argus")
+    assert not (hive.state_dir / "applied" / "argus.git").exists()
+    assert len(told := await mail_of(hive, "hm1nd")) == 1
+    assert "denied. The reason: not before Monday" in told[0]
+
+
+async def test_deny_needs_a_reason(hive: Services) -> None:
+    number = await ask_for_argus(hive)
+    for reason in ("", " ", None, "x" * 5000, "\ud800"):
+        with refused("cannot take the reason", "usage"):
+            await hive.gate.deny(number, reason, "operator")
+    assert (await hive.approvals.get(number)).state == "pending"
+
+
+async def test_two_denies_at_once_are_one(hive: Services) -> None:
+    number = await ask_for_argus(hive)
+    async with trio.open_nursery() as nursery:
+        for reason in ("one", "two"):
+            nursery.start_soon(hive.gate.deny, number, reason, "operator")
+    assert len(await mail_of(hive, "hm1nd")) == 1
+
+
+async def test_the_same_request_twice_is_one_card_and_another_for_the_same_name_is_refused(hive: Services) -> None:
+    number = await ask_for_argus(hive)
+    assert await ask_for_argus(hive) == number
+    with refused(f"approval {number} asks for it already"):
+        await ask_for_argus(hive, "You watch something else.")
+    assert [card.id for card in await hive.approvals.pending()] == [number]
+    await hive.gate.deny(number, "no", "operator")
+    assert await ask_for_argus(hive) != number
+
+
+async def test_an_agent_that_exists_is_not_asked_for_again(hive: Services, iris: Checkout) -> None:
+    with refused("an agent of that name exists"):
+        await hive.gate.request_spawn(HM1ND, IRIS, "p", "r")
+    with refused("an agent of that name exists"):
+        await hive.gate.request_spawn(HM1ND, HM1ND, "p", "r")
+
+
+async def test_a_click_on_something_else_than_what_is_there_is_refused(hive: Services) -> None:
+    number = await ask_for_argus(hive)
+    stale = (await hive.approvals.get(number)).digest
+    await hive.sql("UPDATE approvals SET digest = 'moved'")
+    for digest in (stale, "", "f" * 64):
+        with refused("not what you were shown", "conflict"):
+            await hive.approvals.approve(number, digest, "operator")
+    assert (await hive.approvals.get(number)).state == "pending"
+
+
+async def test_two_clicks_at_once_have_one_effect_and_one_end(hive: Services) -> None:
+    number = await ask_for_argus(hive)
+    ends: list[str] = []
+
+    async def click() -> None:
+        ends.append((await approve(hive, number)).state)
+
+    async with serving(hive), trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(click)
+    assert ends == ["done"] * 5
+    kinds = await hive.kinds()
+    assert [kinds.count(kind) for kind in ("approval_approved", "approval_done")] == [1, 1]
+    assert len(await mail_of(hive, "argus")) == 1
+
+
+async def test_a_click_and_a_deny_at_once_have_one_end(hive: Services) -> None:
+    number = await ask_for_argus(hive)
+    ends: list[str] = []
+
+    async def end(call: Any, *arguments: Any) -> None:
+        try:
+            ends.append((await call(*arguments)).state)
+        except Refusal as refusal:
+            ends.append(refusal.code)
+
+    async with serving(hive), trio.open_nursery() as nursery:
+        nursery.start_soon(end, approve, hive, number)
+        nursery.start_soon(end, hive.gate.deny, number, "no", "operator")
+    assert sorted(ends) in (["conflict", "done"], ["conflict", "denied"])
+    state = (await hive.approvals.get(number)).state
+    assert state in ends
+    assert len(await mail_of(hive, "hm1nd")) == 1
+
+
+async def test_a_daemon_that_died_after_the_click_finishes_it_when_it_starts_again(tmp_path: Path) -> None:
+    async with open_services(tmp_path) as hive:
+        await hive.gate.ensure_manager("You manage.")
+        number = await ask_for_argus(hive)
+        await click_and_die(hive, number)
+    async with open_services(tmp_path) as hive, serving(hive):
+        assert (await approve(hive, number)).state == "done"
+        assert (await hive.agents.get("argus")).queued == 1
+
+
+async def test_a_daemon_that_died_with_half_a_repository_finishes_it_when_it_starts_again(tmp_path: Path) -> None:
+    async with open_services(tmp_path) as hive:
+        await hive.gate.ensure_manager("You manage.")
+        number = await ask_for_argus(hive)
+        await click_and_die(hive, number)
+        # What is there when the daemon is killed in the middle: the one repository whole, of the other a part.
+        await hive.repos.create(ARGUS, (await hive.approvals.get(number)).payload["files"])
+        (tmp_path / "proposed" / "argus" / "config").rename(tmp_path / "proposed" / "argus" / ".new")
+        (tmp_path / "applied" / ".argus.new").mkdir()
+    async with open_services(tmp_path) as hive, serving(hive):
+        assert (await approve(hive, number)).state == "done"
+        assert Checkout(tmp_path / "proposed" / "argus" / "config").head() == (await hive.agents.get("argus")).deployed_sha
+
+
+async def test_a_name_whose_first_try_failed_gets_what_the_second_card_showed(tmp_path: Path) -> None:
+    async with open_services(tmp_path, ports=range(8100, 8101)) as hive, serving(hive):
+        await hive.gate.ensure_manager("You manage.")
+        await hive.gate.request_spawn(HM1ND, IRIS, "You read.", "r")
+        await approve(hive, 1)
+        failed = await approve(hive, await ask_for_argus(hive, "You are harmless."))
+        assert (failed.state, "ports" in (failed.note or "")) == ("failed", True)
+        assert "failed. The reason: cannot create argus" in (await mail_of(hive, "hm1nd"))[-1]
+    async with open_services(tmp_path) as hive, serving(hive):
+        assert (await approve(hive, await ask_for_argus(hive, "You watch."))).state == "done"
+        argus = await hive.agents.get("argus")
+        assert "You watch." in (argus.settings or {})["prompt"]
+        checkout = Checkout(tmp_path / "proposed" / "argus" / "config")
+        assert checkout.head() == argus.deployed_sha
+        assert "You watch." in (checkout.path / "CLAUDE.md").read_text()
+
+
+async def test_a_repository_that_cannot_be_made_fails_the_approval_and_not_the_daemon(hive: Services) -> None:
+    (hive.state_dir / "applied" / "argus.git").write_text("in the way")
+    number = await ask_for_argus(hive)
+    async with serving(hive):
+        failed = await approve(hive, number)
+        assert failed.state == "failed"
+        assert failed.note
+        await hive.gate.request_spawn(HM1ND, IRIS, "You read.", "r")
+        assert (await approve(hive, number + 1)).state == "done"
+
+
+# -- a change ---------------------------------------------------------------------------------------------------------
+
+
+async def ask_for(hive: Services, sha: str, **more: Any) -> int:
+    return (await hive.gate.request_apply_commit(HM1ND, IRIS, CommitSha(sha), "a better model", **more))["approval"]
+
+
+async def test_the_first_configuration_is_tagged_from_the_start(hive: Services, iris: Checkout) -> None:
+    first = (await hive.agents.get("iris")).deployed_sha
+    assert tags(hive) == {"deployed/0": first}
+    assert iris.head() == first
+    assert iris.git("status", "--porcelain") == ""
+    assert applied(hive, "fsck", "--strict") == ""
+
+
+async def test_approve_applies_exactly_the_commit_that_was_shown(hive: Services, iris: Checkout) -> None:
+    first, sha = iris.head(), iris.commit(agent__toml=TOML)
+    number = await ask_for(hive, sha)
+    card = await hive.approvals.get(number)
+    assert (card.payload["sha"], card.payload["base"]) == (sha, first)
+    assert "\n-model = \"sonnet\"\n+model = \"opus\"" in card.payload["diff"]
+    later = iris.commit(CLAUDE__md="Obey me.\n")
+    iris.git("branch", "-f", sha)  # a branch that is named like the commit
+    assert (await hive.agents.get("iris")).deployed_sha == first
+    async with serving(hive):
+        assert (await approve(hive, number)).state == "done"
+    agent = await hive.agents.get("iris")
+    assert agent.deployed_sha == sha != later
+    assert (agent.settings or {})["model"] == "opus"
+    assert "Obey me." not in (agent.settings or {})["prompt"]
+    assert tags(hive) == {"deployed/0": first, f"proposal/{number}": sha, f"deployed/{number}": sha}
+    assert applied(hive, "rev-parse", "main") == sha
+    assert f"commit {sha} for iris: approved" in (await mail_of(hive, "hm1nd"))[-1]
+
+
+async def test_rewriting_the_repository_after_the_request_changes_nothing(hive: Services, iris: Checkout) -> None:
+    sha = iris.commit(agent__toml=TOML)
+    number = await ask_for(hive, sha)
+    iris.git("reset", "-q", "--hard", "HEAD~1")
+    iris.git("reflog", "expire", "--expire=now", "--all")
+    iris.git("gc", "-q", "--prune=now")
+    async with serving(hive):
+        assert (await approve(hive, number)).state == "done"
+    assert (await hive.agents.get("iris")).deployed_sha == sha
+
+
+async def test_a_denied_change_is_tagged_with_the_reason_and_changes_nothing(hive: Services, iris: Checkout) -> None:
+    first, sha = iris.head(), iris.commit(agent__toml=TOML)
+    number = await ask_for(hive, sha)
+    await hive.gate.deny(number, "# too dear\nask again", "operator")
+    assert tags(hive) == {"deployed/0": first, f"proposal/{number}": sha, f"denied/{number}": sha}
+    assert "# too dear\nask again" in applied(hive, "for-each-ref", "--format=%(contents)", f"refs/tags/denied/{number}")
+    assert (await hive.agents.get("iris")).deployed_sha == first
+    assert "too dear" in (await mail_of(hive, "hm1nd"))[-1]
+    again = await ask_for(hive, sha)
+    assert again != number
+    async with serving(hive):
+        assert (await approve(hive, again)).state == "done"
+
+
+async def test_the_same_commit_asked_for_twice_is_one_card(hive: Services, iris: Checkout) -> None:
+    sha = iris.commit(agent__toml=TOML)
+    number = await ask_for(hive, sha)
+    assert await ask_for(hive, sha) == number
+    assert len(await hive.approvals.pending()) == 1
+
+
+async def test_a_request_sent_again_gets_the_first_answer_even_after_its_end(hive: Services, iris: Checkout) -> None:
+    sha = iris.commit(agent__toml=TOML)
+    number = await ask_for(hive, sha, key="toolu_1")
+    async with serving(hive):
+        await approve(hive, number)
+    assert await ask_for(hive, sha, key="toolu_1") == number
+    assert await hive.approvals.pending() == []
+
+
+async def test_a_change_whose_base_has_moved_fails_with_the_reason(hive: Services, iris: Checkout) -> None:
+    first = iris.head()
+    one = await ask_for(hive, iris.commit(agent__toml=TOML))
+    iris.git("reset", "-q", "--hard", first)
+    sha = iris.commit(CLAUDE__md="Read slowly.\n")
+    other = await ask_for(hive, sha)
+    async with serving(hive):
+        assert (await approve(hive, one)).state == "done"
+        failed = await approve(hive, other)
+    assert failed.state == "failed"
+    assert f"not {first[:12]}" in (failed.note or "")
+    assert "failed. The reason: cannot apply" in (await mail_of(hive, "hm1nd"))[-1]
+    assert (await hive.agents.get("iris")).deployed_sha == (await hive.approvals.get(one)).payload["sha"]
+    assert f"deployed/{other}" not in tags(hive)
+
+
+async def test_an_older_configuration_does_not_come_back(hive: Services, iris: Checkout) -> None:
+    first = iris.head()
+    async with serving(hive):
+        await approve(hive, await ask_for(hive, iris.commit(agent__toml=TOML)))
+    with refused("it is not based on"):
+        await ask_for(hive, first)
+    iris.git("checkout", "-q", "--orphan", "other")
+    with refused("it is not based on"):
+        await ask_for(hive, iris.commit())
+
+
+async def test_what_the_agent_runs_already_is_refused(hive: Services, iris: Checkout) -> None:
+    with refused("it is what iris runs already"):
+        await ask_for(hive, iris.head())
+
+
+async def test_a_change_whose_daemon_died_after_the_click_is_finished(tmp_path: Path) -> None:
+    for half_done in (False, True):
+        state = tmp_path / str(half_done)
+        state.mkdir()
+        async with open_services(state) as hive, serving(hive):
+            await hive.gate.ensure_manager("You manage.")
+            await hive.gate.request_spawn(HM1ND, IRIS, "You read.", "r")
+            await approve(hive, 1)
+            iris = Checkout(state / "proposed" / "iris" / "config")
+            first, sha = iris.head(), iris.commit(agent__toml=TOML)
+            number = await ask_for(hive, sha)
+        async with open_services(state) as hive:
+            await click_and_die(hive, number)
+            if half_done:
+                await hive.repos.deploy(IRIS, number, sha, first)
+        async with open_services(state) as hive, serving(hive):
+            assert (await approve(hive, number)).state == "done"
+            assert (await hive.agents.get("iris")).deployed_sha == sha
+            assert tags(hive)[f"deployed/{number}"] == sha
+
+
+async def test_a_lock_that_a_killed_git_left_fails_the_approval_and_not_the_daemon(hive: Services, iris: Checkout) -> None:
+    number = await ask_for(hive, iris.commit(agent__toml=TOML))
+    (hive.state_dir / "applied" / "iris.git" / "refs" / "heads" / "main.lock").touch()
+    async with serving(hive):
+        failed = await approve(hive, number)
+        assert failed.state == "failed"
+        assert "main.lock" in (failed.note or "")
+        assert (await approve(hive, await ask_for_argus(hive))).state == "done"
+
+
+async def test_a_change_of_an_unknown_agent_is_refused(hive: Services) -> None:
+    with refused("cannot find argus", "not_found"):
+        await hive.gate.request_apply_commit(HM1ND, ARGUS, CommitSha("0" * 40), "r")
+
+
+async def test_a_commit_that_is_not_there_is_refused_with_the_way_out(hive: Services, iris: Checkout) -> None:
+    with refused("cannot fetch 0000.*commit it first"):
+        await ask_for(hive, "0" * 40)
+    assert await hive.approvals.pending() == []
+
+
+# -- what a commit may hold -------------------------------------------------------------------------------------------
+
+
+def a_link(checkout: Checkout) -> CommitSha:
+    (checkout.path / "CLAUDE.md").unlink()
+    (checkout.path / "CLAUDE.md").symlink_to("/etc/passwd")
+    return checkout.commit()
+
+
+def a_submodule(checkout: Checkout) -> CommitSha:
+    checkout.git("update-index", "--cacheinfo", f"160000,{checkout.head()},CLAUDE.md")
+    return checkout.commit_index()
+
+
+def a_folder(checkout: Checkout) -> CommitSha:
+    (checkout.path / "CLAUDE.md").unlink()
+    (checkout.path / "CLAUDE.md").mkdir()
+    (checkout.path / "CLAUDE.md" / "x").touch()
+    return checkout.commit()
+
+
+def an_executable(checkout: Checkout) -> CommitSha:
+    checkout.git("update-index", "--chmod=+x", "CLAUDE.md")
+    return checkout.commit_index()
+
+
+def a_missing_file(checkout: Checkout) -> CommitSha:
+    (checkout.path / "CLAUDE.md").unlink()
+    return checkout.commit()
+
+
+def a_tag_object(checkout: Checkout) -> CommitSha:
+    checkout.commit(agent__toml=TOML)
+    checkout.git("tag", "-a", "-m", "a tag", "v1")
+    return CommitSha(checkout.git("rev-parse", "v1"))
+
+
+def a_tree(checkout: Checkout) -> CommitSha:
+    return CommitSha(checkout.git("rev-parse", "HEAD^{tree}"))
+
+
+def a_strange_name(checkout: Checkout) -> CommitSha:
+    Path(os.fsdecode(os.fsencode(checkout.path) + b"/\xff\n\x1b[31m")).touch()
+    return checkout.commit()
+
+
+DEPLOYABLE = {
+    "link": (a_link, "CLAUDE.md must be a regular file that is not executable"),
+    "submodule": (a_submodule, "CLAUDE.md must be a regular file that is not executable"),
+    "folder": (a_folder, "CLAUDE.md must be a regular file that is not executable"),
+    "executable": (an_executable, "CLAUDE.md must be a regular file that is not executable"),
+    "missing": (a_missing_file, "CLAUDE.md is missing"),
+    "extra": (lambda checkout: checkout.commit(agent__nix="{ }"), "it holds 'agent.nix'"),
+    "attributes": (lambda checkout: checkout.commit(__gitattributes="* diff=x"), "it holds '.gitattributes'"),
+    "strange": (a_strange_name, "it holds"),
+    "huge": (lambda checkout: checkout.commit(CLAUDE__md="x" * (FILE_LIMIT_BYTES + 1)), "CLAUDE.md is over the limit"),
+    "long prompt": (lambda checkout: checkout.commit(CLAUDE__md="x" * (PERSONA_LIMIT_BYTES + 1)), "the CLAUDE.md: it has"),
+    "empty prompt": (lambda checkout: checkout.commit(CLAUDE__md="\n"), "CLAUDE.md: it is empty"),
+    "binary prompt": (lambda checkout: checkout.commit(CLAUDE__md=b"\xff\xfe"), "CLAUDE.md: it is not UTF-8"),
+    "NUL": (lambda checkout: checkout.commit(CLAUDE__md="a\0b"), "NUL"),
+    "bad toml": (lambda checkout: checkout.commit(agent__toml="model ="), r"cannot read agent\.toml"),
+    "binary toml": (lambda checkout: checkout.commit(agent__toml=b"\xff"), r"agent\.toml: it is not UTF-8"),
+    "deep toml": (lambda checkout: checkout.commit(agent__toml="a = " + "[" * 30_000), r"cannot read agent\.toml"),
+    "long number": (lambda checkout: checkout.commit(agent__toml="a = " + "9" * 5_000), r"cannot read agent\.toml"),
+    "unknown key": (lambda checkout: checkout.commit(agent__toml=TOML + "sudo = true\n"), "sudo: unknown key"),
+    "bad value": (lambda checkout: checkout.commit(agent__toml='program = "sh"\n'), "program: "),
+    "bad tool": (lambda checkout: checkout.commit(agent__toml='tools = ["--x"]\n'), r"tools\.0: "),
+    "tag": (a_tag_object, "is not a commit"),
+    "tree": (a_tree, "is not a commit"),
+}
+
+
+@pytest.mark.parametrize("case", DEPLOYABLE)
+async def test_a_commit_that_holds_anything_else_is_refused_by_name_and_leaves_no_approval(
+    hive: Services, iris: Checkout, case: str
+) -> None:
+    make, words = DEPLOYABLE[case]
+    sha = make(iris)  # type: ignore[operator]
+    before = await hive.kinds()
+    with refused(words):
+        await ask_for(hive, sha)
+    assert await hive.approvals.pending() == []
+    assert await hive.kinds() == before
+    assert list(tags(hive)) == ["deployed/0"]
+
+
+async def test_a_diff_that_is_too_long_to_read_is_refused_with_the_limit(
+    hive: Services, iris: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert DIFF_LIMIT_BYTES >= 2 * FILE_LIMIT_BYTES
+    monkeypatch.setattr("hive_core.repos.DIFF_LIMIT_BYTES", 100)
+    with refused("its diff is over 100 bytes; split it"):
+        await ask_for(hive, iris.commit(CLAUDE__md="Read slowly.\n" * 20))
+
+
+async def test_the_diff_shows_every_line_that_changes(hive: Services, iris: Checkout) -> None:
+    text = "".join(f"line {n}\n" for n in range(500))
+    sha = iris.commit(CLAUDE__md=text, agent__toml=TOML)
+    diff = (await hive.approvals.get(await ask_for(hive, sha))).payload["diff"]
+    assert all(f"\n+line {n}\n" in f"{diff}\n" for n in range(500))
+    assert '+model = "opus"' in diff

@@ -1,0 +1,176 @@
+"""Parts of a hive, opened for a test: the real store and services, and a peer that speaks JSON lines to a real socket."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+import trio_asyncio
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from hive_core.agents import Agents, set_deployed
+from hive_core.approvals import Approvals
+from hive_core.broker import Broker
+from hive_core.procedures.gate import Gate
+from hive_core.protocol.words import AgentName, parse_agent_name, parse_body
+from hive_core.repos import Repos
+from hive_core.sockets.unix import listen_unix, serve_unix
+from hive_core.store.door import Store, open_store
+from hive_core.store.writer import Transaction
+from hive_core.turns import Turns
+
+SETTINGS = {"program": "rehearsal", "model": "sonnet", "tools": ["Bash"], "prompt": "You are a test."}
+# Long enough for a machine under load, short enough that a test that hangs says so.
+PATIENCE_S = 20.0
+
+
+@dataclass
+class Services:
+    state_dir: Path
+    store: Store
+    broker: Broker
+    turns: Turns
+    agents: Agents
+    approvals: Approvals
+    repos: Repos
+    gate: Gate
+
+    async def add_agents(self, *names: str) -> None:
+        """Make agents as rows alone, without repositories."""
+
+        def write(tx: Transaction) -> None:
+            for name in names:
+                self.agents.create(tx, parse_agent_name(name), "operator")
+                set_deployed(tx, name, "0" * 40, SETTINGS)
+
+        await self.store.write(write)
+
+    async def say(self, sender: str, recipient: str, body: str, **more: Any) -> int:
+        """Send a message; returns its id."""
+        answer = await self.broker.send(AgentName(sender), AgentName(recipient), parse_body(body), **more)
+        message: int = answer["message"]
+        return message
+
+    async def sql(self, statement: str, *parameters: Any) -> None:
+        await self.store.write(lambda tx: tx.execute(statement, parameters).rowcount)
+
+    async def value(self, query: str, *parameters: Any) -> Any:
+        row = await self.store.row(query, parameters)
+        return None if row is None else row[0]
+
+    async def kinds(self) -> list[str]:
+        """The kinds of all events, oldest first."""
+        return [row["kind"] for row in await self.store.rows("SELECT kind FROM events ORDER BY seq")]
+
+
+@asynccontextmanager
+async def open_services(state_dir: Path, ports: range = range(8100, 9000), **bounds: int) -> AsyncIterator[Services]:
+    """Everything of a hive that needs no agent and no socket, in `state_dir`."""
+    templates = Environment(
+        loader=PackageLoader("hive_core"), undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True
+    )
+    async with trio_asyncio.open_loop(), open_store(state_dir / "hive.sqlite") as store:
+        agents = Agents(store, manager_port=8000, agent_ports=ports)
+        approvals, repos = Approvals(store), Repos(state_dir)
+        gate = Gate(store, agents, approvals, repos, templates, default_program="rehearsal", default_model="sonnet")
+        yield Services(state_dir, store, Broker(store), Turns(store, **bounds), agents, approvals, repos, gate)
+
+
+def run_in_hive(test: Callable[[Services], Awaitable[None]], *names: str, **bounds: int) -> None:
+    """One example of a property test: a hive of its own, with these agents."""
+
+    async def main() -> None:
+        with tempfile.TemporaryDirectory() as folder, trio.fail_after(PATIENCE_S):
+            async with open_services(Path(folder), **bounds) as services:
+                await services.add_agents(*names)
+                await test(services)
+
+    trio.run(main)
+
+
+@asynccontextmanager
+async def serve(path: Path, handler: Callable[[trio.SocketStream], Awaitable[None]]) -> AsyncIterator[Path]:
+    """Serve a handler on a real unix socket for as long as the block runs."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve_unix, listen_unix(path), handler)
+        yield path
+        nursery.cancel_scope.cancel()
+
+
+class Peer:
+    """The other side of a socket: sends bytes as it likes, reads JSON lines."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+        self._buffer = bytearray()
+
+    async def send(self, obj: object) -> None:
+        await self.send_bytes(json.dumps(obj).encode() + b"\n")
+
+    async def send_bytes(self, data: bytes) -> None:
+        await self.stream.send_all(data)
+
+    async def read(self) -> Any:
+        """The next object; EndOfChannel after a hang-up."""
+        with trio.fail_after(PATIENCE_S):
+            while b"\n" not in self._buffer:
+                data = await self.stream.receive_some()
+                if not data:
+                    raise trio.EndOfChannel
+                self._buffer += data
+        line, _, rest = bytes(self._buffer).partition(b"\n")
+        self._buffer = bytearray(rest)
+        return json.loads(line)
+
+    async def ask(self, obj: object) -> Any:
+        await self.send(obj)
+        return await self.read()
+
+    async def wait_hung_up(self) -> None:
+        with trio.fail_after(PATIENCE_S), contextlib.suppress(trio.BrokenResourceError):
+            while await self.stream.receive_some():
+                pass
+
+
+@asynccontextmanager
+async def connect(path: Path) -> AsyncIterator[Peer]:
+    stream = await trio.open_unix_socket(path)
+    async with stream:
+        yield Peer(stream)
+
+
+async def wait_until(store: Store, condition: Callable[[], Awaitable[Any]], *topics: str) -> Any:
+    """Return the first true value of `condition`, looked at again after each publication of `topics`."""
+    with trio.fail_after(PATIENCE_S), store.bus.listen(*topics or ("events",)) as listener:
+        while not (found := await condition()):
+            await listener.wait()
+        return found
+
+
+@contextmanager
+def second_look(path: Path) -> Iterator[sqlite3.Connection]:
+    """The database as somebody else sees it: what is not on disk is not there."""
+    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def clean_environment() -> dict[str, str]:
+    """An environment in which git sees nobody's settings."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    identity = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in _WHO.items()}
+    return {**kept, **identity, "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "HOME": os.devnull}
+
+
+_WHO = {"NAME": "the manager", "EMAIL": "hm1nd@localhost"}

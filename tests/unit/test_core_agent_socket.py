@@ -1,0 +1,357 @@
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hive_core.protocol.lines import LINE_LIMIT_BYTES
+from hive_core.protocol.words import AgentName
+from hive_core.sockets.agent import AgentDesk, serve_agent
+from tests.hives import Peer, Services, connect, run_in_hive, serve
+
+IRIS = AgentName("iris")
+INITIALIZE = {
+    "jsonrpc": "2.0",
+    "id": 0,
+    "method": "initialize",
+    "params": {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}},
+}
+INITIALIZED = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+EVERYBODYS = {"send", "recv", "whoami", "list_agents"}
+MANAGERS = {"request_spawn", "request_apply_commit", "kill"}
+
+
+class Program(Peer):
+    """An MCP client as small as one can be."""
+
+    number = 0
+
+    async def greet(self) -> Any:
+        answer = await self.ask(INITIALIZE)
+        await self.send(INITIALIZED)
+        return answer["result"]
+
+    async def request(self, method: str, **params: Any) -> Any:
+        await self.begin(method, **params)
+        answer = await self.read()
+        assert answer["id"] == self.number, answer
+        return answer
+
+    async def begin(self, method: str, **params: Any) -> None:
+        self.number += 1
+        await self.send({"jsonrpc": "2.0", "id": self.number, "method": method, "params": params})
+
+    async def call(self, tool: str, key: str | None = None, **arguments: Any) -> Any:
+        """What the tool answered."""
+        result = await self.result(tool, key, **arguments)
+        assert not result.get("isError"), result
+        return result["structuredContent"]
+
+    async def result(self, tool: str, key: object = None, **arguments: Any) -> Any:
+        meta = {} if key is None else {"_meta": {"claudecode/toolUseId": key}}
+        return (await self.request("tools/call", name=tool, arguments=arguments, **meta))["result"]
+
+    async def refusal(self, tool: str, **arguments: Any) -> str:
+        """The sentence with which the call is refused; the connection goes on."""
+        result = await self.result(tool, **arguments)
+        assert result["isError"], result
+        assert (await self.call("whoami"))["name"]
+        text: str = result["content"][0]["text"]
+        return text
+
+
+def desk_for(hive: Services, name: str, killed: list[tuple[str, str]] | None = None) -> AgentDesk:
+    async def kill(agent: AgentName, actor: AgentName) -> None:
+        await hive.agents.want(agent, "down", actor)
+        if killed is not None:
+            killed.append((agent, actor))
+
+    return AgentDesk(AgentName(name), hive.broker, hive.agents, hive.gate, kill)
+
+
+@asynccontextmanager
+async def program(door: Path) -> AsyncIterator[Program]:
+    async with connect(door) as peer:
+        client = Program(peer.stream)
+        await client.greet()
+        yield client
+
+
+@pytest.fixture
+async def door(hive: Services, tmp_path: Path) -> AsyncIterator[Path]:
+    """iris's mcp.sock."""
+    async with serve(tmp_path / "iris.sock", partial(serve_agent, desk_for(hive, "iris"))) as path:
+        yield path
+
+
+@pytest.fixture
+async def managers_door(hive: Services, tmp_path: Path) -> AsyncIterator[Path]:
+    async with serve(tmp_path / "hm1nd.sock", partial(serve_agent, desk_for(hive, "hm1nd"))) as path:
+        yield path
+
+
+async def begin_turn(hive: Services, agent: str = "iris") -> None:
+    await hive.say("operator", agent, "begin")
+    await hive.broker.lease(AgentName(agent))
+
+
+async def test_an_agent_has_its_tools_and_the_manager_has_more(door: Path, managers_door: Path) -> None:
+    for path, names in ((door, EVERYBODYS), (managers_door, EVERYBODYS | MANAGERS)):
+        async with program(path) as client:
+            tools = (await client.request("tools/list"))["result"]["tools"]
+            assert {tool["name"] for tool in tools} == names
+            assert all(tool["inputSchema"]["additionalProperties"] is False for tool in tools)
+            assert all(tool["description"] for tool in tools)
+
+
+async def test_the_server_says_who_it_is(door: Path) -> None:
+    async with connect(door) as peer:
+        result = await Program(peer.stream).greet()
+    assert result["serverInfo"]["name"] == "hyperhive"
+    assert "tools" in result["capabilities"]
+
+
+async def test_the_sender_is_the_socket(hive: Services, door: Path) -> None:
+    async with program(door) as client:
+        assert await client.call("whoami") == {"name": "iris", "role": "agent"}
+        sent = await client.call("send", to="damocles", body="hello")
+        assert "unknown key" in await client.refusal("send", to="damocles", body="hello", sender="hm1nd")
+    assert (await hive.broker.message(sent["message"]) or {})["sender"] == "iris"
+
+
+async def test_what_a_tool_answered_is_also_there_as_text(door: Path) -> None:
+    async with program(door) as client:
+        result = await client.result("whoami")
+        assert json.loads(result["content"][0]["text"]) == result["structuredContent"]
+
+
+async def test_an_agent_cannot_call_what_only_the_manager_has(hive: Services, door: Path) -> None:
+    async with program(door) as client:
+        for tool in MANAGERS:
+            assert "the tools are send, recv" in await client.refusal(tool, agent="damocles")
+    assert (await hive.agents.get("damocles")).wanted == "up"
+    assert await hive.approvals.pending() == []
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "cause"),
+    [
+        ("fly", {}, "the tools are send, recv"),
+        ("send", {"to": "iris"}, "body: "),
+        ("send", {"to": "..", "body": "hi"}, "cannot use '..'"),
+        ("send", {"to": "a/b", "body": "hi"}, "cannot use 'a/b'"),
+        ("send", {"to": "a" * 300, "body": "hi"}, "characters"),
+        ("send", {"to": "argus", "body": "hi"}, "cannot send to argus"),
+        ("send", {"to": "system", "body": "hi"}, "reserved"),
+        ("send", {"to": "damocles", "body": "x" * 65_537}, "limit is 65,536"),
+        ("send", {"to": "damocles", "body": "  "}, "empty"),
+        ("send", {"to": "damocles", "body": "a\0b"}, "NUL"),
+        ("send", {"to": "damocles", "body": 7}, "body: "),
+        ("send", {"to": "damocles", "body": "hi", "in_reply_to": 77}, "message 77"),
+        ("send", {"to": "damocles", "body": "hi", "in_reply_to": 0}, "in_reply_to"),
+        ("send", {"to": "damocles", "body": "hi", "in_reply_to": 2**63}, "in_reply_to"),
+        ("send", {"to": "damocles", "body": "hi", "in_reply_to": 10**300}, "in_reply_to"),
+        ("recv", {"wait_seconds": -1}, "wait_seconds"),
+        ("recv", {"wait_seconds": 181}, "wait_seconds"),
+        ("recv", {"max": 0}, "max"),
+        ("recv", {"max": 33}, "max"),
+        ("recv", {}, "no turn runs"),
+        ("whoami", {"name": "iris"}, "unknown key"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+async def test_a_call_that_cannot_be_is_an_error_of_the_tool_with_its_cause(
+    hive: Services, door: Path, tool: str, arguments: dict[str, Any], cause: str
+) -> None:
+    async with program(door) as client:
+        assert cause in await client.refusal(tool, **arguments)
+    assert await hive.value("SELECT count(*) FROM messages") == 0
+
+
+async def test_a_call_with_the_same_tool_use_id_counts_once_on_any_connection(hive: Services, door: Path) -> None:
+    async with program(door) as client:
+        first = await client.call("send", "toolu_1", to="damocles", body="hello")
+        assert await client.call("send", "toolu_1", to="damocles", body="hello") == first
+    async with program(door) as client:
+        assert await client.call("send", "toolu_1", to="damocles", body="hello") == first
+        assert await client.call("send", "toolu_2", to="damocles", body="hello") != first
+    assert await hive.value("SELECT count(*) FROM messages") == 2
+
+
+@pytest.mark.parametrize("key", ["", "x" * 201, 7, None, ["a"], {"a": 1}])
+async def test_a_tool_use_id_that_is_none_is_ignored(hive: Services, door: Path, key: object) -> None:
+    async with program(door) as client:
+        for _ in range(2):
+            result = await client.result("send", key, to="damocles", body="hello")
+            assert not result.get("isError"), result
+    assert await hive.value("SELECT count(*) FROM messages") == 2
+
+
+async def test_the_same_spawn_asked_for_twice_with_one_id_is_one_card(hive: Services, managers_door: Path) -> None:
+    async with program(managers_door) as client:
+        wish = {"name": "argus", "persona": "You watch.", "reason": "eyes"}
+        first = await client.call("request_spawn", "toolu_1", **wish)
+        assert await client.call("request_spawn", "toolu_1", **wish) == first
+        assert await client.call("request_spawn", "toolu_2", **wish) == first
+        assert "approval 1 asks for it already" in await client.refusal("request_spawn", **{**wish, "persona": "Other."})
+        assert "an agent of that name exists" in await client.refusal("request_spawn", **{**wish, "name": "iris"})
+        assert "reserved" in await client.refusal("request_spawn", **{**wish, "name": "operator"})
+    assert [(card.agent, card.requested_by) for card in await hive.approvals.pending()] == [("argus", "hm1nd")]
+
+
+async def test_the_manager_ends_an_agent_and_is_the_one_who_did(hive: Services, tmp_path: Path) -> None:
+    killed: list[tuple[str, str]] = []
+    async with serve(tmp_path / "k.sock", partial(serve_agent, desk_for(hive, "hm1nd", killed))) as path, program(path) as client:
+        assert await client.call("kill", agent="iris") == {"killed": "iris"}
+        assert "argus" in await client.refusal("kill", agent="argus")
+    assert killed == [("iris", "hm1nd")]
+
+
+async def test_mail_is_received_in_a_turn_and_waited_for(hive: Services, door: Path) -> None:
+    await begin_turn(hive)
+    async with program(door) as client:
+        assert (await client.call("recv"))["messages"] == []
+        await client.begin("tools/call", name="recv", arguments={"wait_seconds": 100})
+        await trio.testing.wait_all_tasks_blocked()
+        await hive.say("hm1nd", "iris", "hello")
+        got = (await client.read())["result"]["structuredContent"]
+        assert [(m["body"], m["sender"]) for m in got["messages"]] == [("hello", "hm1nd")]
+
+
+async def test_other_calls_are_answered_while_one_waits(hive: Services, door: Path) -> None:
+    await begin_turn(hive)
+    async with program(door) as client:
+        await client.begin("tools/call", name="recv", arguments={"wait_seconds": 100})
+        await trio.testing.wait_all_tasks_blocked()
+        assert (await client.call("whoami"))["name"] == "iris"
+
+
+async def test_a_recv_whose_client_hung_up_takes_no_mail(hive: Services, door: Path) -> None:
+    await begin_turn(hive)
+    async with program(door) as client:
+        await client.begin("tools/call", name="recv", arguments={"wait_seconds": 100})
+        await trio.testing.wait_all_tasks_blocked()
+    await trio.testing.wait_all_tasks_blocked()
+    message = await hive.say("hm1nd", "iris", "hello")
+    await trio.testing.wait_all_tasks_blocked()
+    assert await hive.value("SELECT state FROM deliveries WHERE message_id = ?", message) == "queued"
+
+
+async def test_a_recv_that_was_cancelled_takes_no_mail(hive: Services, door: Path) -> None:
+    await begin_turn(hive)
+    async with program(door) as client:
+        await client.begin("tools/call", name="recv", arguments={"wait_seconds": 100})
+        await trio.testing.wait_all_tasks_blocked()
+        await client.send(
+            {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": client.number}}
+        )
+        await trio.testing.wait_all_tasks_blocked()
+        message = await hive.say("hm1nd", "iris", "hello")
+        await trio.testing.wait_all_tasks_blocked()
+        assert await hive.value("SELECT state FROM deliveries WHERE message_id = ?", message) == "queued"
+        await client.begin("tools/call", name="whoami", arguments={})
+        while (await client.read()).get("id") != client.number:
+            pass
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"junk\n", -32700),
+        (b"\xff\xfe\n", -32700),
+        (b"[]\n", -32700),
+        (b"7\n", -32700),
+        (b"null\n", -32700),
+        (b"{}\n", -32700),
+        (b'{"jsonrpc":"2.0","id":1}\n', -32700),
+        (b"[" * 100_000 + b"\n", -32700),
+        (b"x" * (LINE_LIMIT_BYTES + 1) + b"\n", -32600),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+async def test_a_junk_line_is_answered_with_an_error_and_the_connection_survives(
+    door: Path, data: bytes, code: int
+) -> None:
+    async with program(door) as client:
+        await client.send_bytes(data)
+        answer = await client.read()
+        assert (answer["jsonrpc"], answer["id"], answer["error"]["code"]) == ("2.0", None, code)
+        assert len(answer["error"]["message"]) < 500
+        assert (await client.call("whoami"))["name"] == "iris"
+
+
+@pytest.mark.parametrize("method", ["fly", "resources/list", "prompts/get"])
+async def test_an_unknown_method_is_an_error_of_the_protocol_and_the_connection_survives(door: Path, method: str) -> None:
+    async with program(door) as client:
+        assert "error" in await client.request(method)
+        assert (await client.call("whoami"))["name"] == "iris"
+
+
+async def test_half_a_line_and_a_hang_up_does_nothing(hive: Services, door: Path) -> None:
+    call = {"name": "send", "arguments": {"to": "damocles", "body": "hi"}}
+    line = json.dumps({"jsonrpc": "2.0", "id": 9, "method": "tools/call", "params": call}).encode()
+    async with program(door) as client:
+        await client.send_bytes(line)
+    async with program(door) as client:
+        assert (await client.call("whoami"))["name"] == "iris"
+    assert await hive.value("SELECT count(*) FROM messages") == 0
+
+
+async def test_a_character_split_across_two_writes_arrives_whole(hive: Services, door: Path) -> None:
+    call = {"name": "send", "arguments": {"to": "damocles", "body": "é😀"}}
+    message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": call}
+    line = json.dumps(message, ensure_ascii=False).encode() + b"\n"
+    cut = line.index("😀".encode()) + 1
+    async with program(door) as client:
+        await client.send_bytes(line[:cut])
+        await trio.testing.wait_all_tasks_blocked()
+        await client.send_bytes(line[cut:])
+        await client.read()
+    assert (await hive.broker.messages())[0]["body"] == "é😀"
+
+
+JUNK = st.one_of(
+    st.binary(max_size=60),
+    st.dictionaries(
+        st.sampled_from(["jsonrpc", "id", "method", "params", "result", "error"]),
+        st.sampled_from(["2.0", "tools/call", "tools/list", "initialize", "ping"])
+        | st.none()
+        | st.integers()
+        | st.booleans()
+        | st.text(max_size=5)
+        | st.fixed_dictionaries({"name": st.sampled_from(["whoami", "fly", ""]), "arguments": st.just({}) | st.none()}),
+        max_size=6,
+    ).map(lambda obj: json.dumps(obj).encode()),
+)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(JUNK, max_size=15), st.booleans())
+def test_after_any_junk_the_next_call_is_answered(junk: list[bytes], greeted: bool) -> None:
+    async def check(hive: Services) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            handler = partial(serve_agent, desk_for(hive, "iris"))
+            async with serve(Path(folder) / "mcp.sock", handler) as door:
+                async with connect(door) as peer:
+                    client = Program(peer.stream)
+                    if greeted:
+                        await client.greet()
+                    async with trio.open_nursery() as nursery:
+                        lines = b"".join(line.replace(b"\n", b" ") + b"\n" for line in junk)
+                        nursery.start_soon(client.send_bytes, lines + b'{"jsonrpc":"2.0","id":"last","method":"ping"}\n')
+                        while (await client.read()).get("id") != "last":
+                            pass
+                async with program(door) as client:
+                    assert (await client.call("whoami"))["name"] == "iris"
+
+    run_in_hive(check, "iris")

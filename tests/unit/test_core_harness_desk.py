@@ -1,0 +1,470 @@
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hive_core.protocol.harness import (
+    LINES_PER_REQUEST,
+    PROTOCOL_VERSION,
+    REQUEST_LIMIT_BYTES,
+    STREAM_LINE_LIMIT_BYTES,
+)
+from hive_core.protocol.words import AgentName
+from hive_core.sockets.harness import HarnessDesk, activity
+from tests.hives import PATIENCE_S, SETTINGS, Peer, Services, connect, run_in_hive, serve
+
+HELLO = {"id": 1, "op": "hello", "version": PROTOCOL_VERSION, "instance": "one"}
+LEASE = {"id": 2, "op": "lease"}
+
+
+def desk_for(hive: Services, name: str = "iris") -> HarnessDesk:
+    return HarnessDesk(AgentName(name), "agent", hive.broker, hive.turns, hive.agents, lambda: "api_key")
+
+
+@pytest.fixture
+async def desk(hive: Services) -> HarnessDesk:
+    return desk_for(hive)
+
+
+@pytest.fixture
+async def door(desk: HarnessDesk, tmp_path: Path) -> AsyncIterator[Path]:
+    async with serve(tmp_path / "harness.sock", desk.serve) as path:
+        yield path
+
+
+@asynccontextmanager
+async def greeted(door: Path, **more: Any) -> AsyncIterator[Peer]:
+    """A harness that has said hello."""
+    async with connect(door) as peer:
+        answer = await peer.ask({**HELLO, **more})
+        assert answer["ok"], answer
+        yield peer
+
+
+async def wait_free(desk: HarnessDesk) -> None:
+    """Return once the desk has seen the hang-up of the harness before."""
+    with trio.fail_after(PATIENCE_S):
+        while desk.instance is not None:
+            await trio.testing.wait_all_tasks_blocked()
+
+
+# -- hello ------------------------------------------------------------------------------------------------------------
+
+
+async def test_hello_is_answered_with_the_version_and_who_the_agent_is(desk: HarnessDesk, door: Path) -> None:
+    async with connect(door) as peer:
+        answer = await peer.ask(HELLO)
+    assert answer == {"id": 1, "ok": True, "version": PROTOCOL_VERSION, "agent": "iris", "role": "agent"}
+    assert desk.said_hello.is_set()
+
+
+@pytest.mark.parametrize("version", [None, 0, PROTOCOL_VERSION + 1, "1", 1.5, [], {"a": 1}, "x" * 1000])
+async def test_a_harness_of_another_version_is_refused_with_both_versions_and_the_way_out(
+    desk: HarnessDesk, door: Path, version: object
+) -> None:
+    async with connect(door) as peer:
+        error = (await peer.ask({**HELLO, "version": version}))["error"]
+        assert error["code"] == "refused"
+        assert f"this host {PROTOCOL_VERSION}; restart the agent" in error["message"]
+        assert len(error["message"]) < 300
+        assert desk.instance is None
+        assert (await peer.ask(HELLO))["ok"]
+
+
+@pytest.mark.parametrize("instance", [None, "", "x" * 65, 7, ["one"]])
+async def test_a_hello_needs_an_instance(door: Path, instance: object) -> None:
+    async with connect(door) as peer:
+        assert "1 to 64 characters" in (await peer.ask({**HELLO, "instance": instance}))["error"]["message"]
+
+
+@pytest.mark.parametrize("op", ["lease", "lines", "ack"])
+async def test_nothing_is_done_before_hello(hive: Services, door: Path, op: str) -> None:
+    await hive.say("hm1nd", "iris", "hello")
+    async with connect(door) as peer:
+        answer = await peer.ask({"id": 5, "op": op})
+    assert (answer["id"], answer["error"]["code"]) == (5, "usage")
+    assert await hive.value("SELECT count(*) FROM turns") == 0
+
+
+async def test_a_second_harness_is_refused_and_the_one_that_is_connected_is_named(
+    desk: HarnessDesk, door: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with greeted(door) as first:
+        async with connect(door) as second:
+            error = (await second.ask({**HELLO, "instance": "two"}))["error"]
+            assert error["code"] == "conflict"
+            assert "one is connected" in error["message"]
+            assert (await second.ask(LEASE))["error"]["code"] == "usage"
+        assert desk.instance == "one"
+        assert (await first.ask({**HELLO, "id": 9}))["ok"]
+    await wait_free(desk)
+    async with greeted(door, instance="two"):
+        assert desk.instance == "two"
+
+
+async def test_a_harness_that_comes_back_before_its_hang_up_was_seen_takes_its_place_over(
+    hive: Services, desk: HarnessDesk, door: Path
+) -> None:
+    async with greeted(door) as old, greeted(door) as new:
+        await old.stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        async with connect(door) as other:
+            assert (await other.ask({**HELLO, "instance": "two"}))["error"]["code"] == "conflict"
+        message = await hive.say("hm1nd", "iris", "hello")
+        assert (await new.ask(LEASE))["message"]["id"] == message
+
+
+async def test_the_place_that_was_taken_over_gets_no_mail(hive: Services, door: Path) -> None:
+    async with greeted(door) as old:
+        await old.send(LEASE)
+        await trio.testing.wait_all_tasks_blocked()
+        async with greeted(door) as new:
+            assert (await old.read()).get("turn") is None
+            await new.send(LEASE)
+            await trio.testing.wait_all_tasks_blocked()
+            message = await hive.say("hm1nd", "iris", "hello")
+            assert (await new.read())["message"]["id"] == message
+
+
+# -- lease, lines, ack ------------------------------------------------------------------------------------------------
+
+
+async def test_a_turn_walks_from_lease_over_lines_to_ack(hive: Services, door: Path) -> None:
+    message = await hive.say("hm1nd", "iris", "do it")
+    async with greeted(door) as peer:
+        lease = await peer.ask(LEASE)
+        assert (lease["id"], lease["ok"], lease["waiting"], lease["session"]) == (2, True, 0, None)
+        assert lease["message"].items() >= {"id": message, "sender": "hm1nd", "body": "do it", "attempt": 1}.items()
+        assert (lease["settings"], lease["credential"]) == (SETTINGS, "api_key")
+        assert hive.agents.live("iris").state == "thinking"
+        tool = {"type": "assistant", "message": {"content": [{"type": "tool_use", "name": "Bash"}]}}
+        lines = {"id": 3, "op": "lines", "turn": lease["turn"], "first": 0, "lines": [json.dumps(tool), "not json"]}
+        assert await peer.ask(lines) == {"id": 3, "ok": True, "kept": 2}
+        live = hive.agents.live("iris")
+        assert (live.state, live.detail) == ("tool", "Bash")
+        ack = {"id": 4, "op": "ack", "turn": lease["turn"], "fence": lease["fence"], "outcome": "done"}
+        assert await peer.ask({**ack, "session": "s-1", "usage": {"output_tokens": 3}}) == {
+            "id": 4,
+            "ok": True,
+            "counted": True,
+            "stop": False,
+        }
+        assert hive.agents.live("iris").state == "idle"
+        assert await peer.ask({**ack, "id": 5}) == {"id": 5, "ok": True, "counted": False, "stop": False}
+        await hive.say("hm1nd", "iris", "again")
+        assert (await peer.ask(LEASE))["session"] == "s-1"
+    assert [turn["usage"] for turn in await hive.turns.recent("iris")] == [None, {"output_tokens": 3}]
+
+
+async def test_a_lease_waits_for_mail(hive: Services, door: Path) -> None:
+    async with greeted(door) as peer:
+        await peer.send(LEASE)
+        await trio.testing.wait_all_tasks_blocked()
+        await hive.say("hm1nd", "iris", "hello")
+        assert (await peer.read())["message"]["body"] == "hello"
+
+
+async def test_settings_that_were_deployed_meanwhile_come_with_the_next_lease(hive: Services, door: Path) -> None:
+    async with greeted(door) as peer:
+        await peer.send(LEASE)
+        await trio.testing.wait_all_tasks_blocked()
+        await hive.sql("UPDATE agents SET settings = ? WHERE name = 'iris'", json.dumps({**SETTINGS, "model": "opus"}))
+        await hive.say("hm1nd", "iris", "hello")
+        assert (await peer.read())["settings"]["model"] == "opus"
+
+
+async def test_a_hang_up_while_a_lease_waits_frees_the_agent_for_the_next_hello(
+    hive: Services, desk: HarnessDesk, door: Path
+) -> None:
+    async with greeted(door) as peer:
+        await peer.send(LEASE)
+        await trio.testing.wait_all_tasks_blocked()
+    await wait_free(desk)
+    message = await hive.say("hm1nd", "iris", "hello")
+    async with greeted(door, instance="two") as peer:
+        got = (await peer.ask(LEASE))["message"]
+        assert (got["id"], got["attempt"]) == (message, 1)
+
+
+async def test_a_hang_up_behind_many_requests_frees_the_agent_too(desk: HarnessDesk, door: Path) -> None:
+    async with greeted(door) as peer:
+        for number in range(100):
+            await peer.send({"id": number, "op": "lease"})
+        await wait_free(desk)
+
+
+async def test_a_turn_that_its_harness_left_is_lost_and_its_message_comes_again(
+    hive: Services, desk: HarnessDesk, door: Path
+) -> None:
+    await hive.say("hm1nd", "iris", "hello")
+    async with greeted(door) as peer:
+        first = await peer.ask(LEASE)
+    await wait_free(desk)
+    async with greeted(door, instance="two") as peer:
+        again = await peer.ask(LEASE)
+        assert (again["message"]["id"], again["message"]["attempt"]) == (first["message"]["id"], 2)
+        late = {"id": 3, "op": "ack", "turn": first["turn"], "fence": first["fence"], "outcome": "done"}
+        assert (await peer.ask(late))["counted"] is False
+
+
+async def test_a_harness_that_comes_back_with_its_turn_goes_on_with_it(
+    hive: Services, desk: HarnessDesk, door: Path
+) -> None:
+    await hive.say("hm1nd", "iris", "hello")
+    async with greeted(door) as peer:
+        lease = await peer.ask(LEASE)
+    await wait_free(desk)
+    async with greeted(door, turn=lease["turn"], fence=lease["fence"]) as peer:
+        assert hive.agents.live("iris").state == "thinking"
+        ack = {"id": 3, "op": "ack", "turn": lease["turn"], "fence": lease["fence"], "outcome": "done"}
+        assert (await peer.ask(ack))["counted"] is True
+
+
+async def test_a_stop_ends_a_lease_that_waits_and_is_told_with_the_ack(
+    hive: Services, desk: HarnessDesk, door: Path
+) -> None:
+    async with greeted(door) as peer:
+        await peer.send(LEASE)
+        await trio.testing.wait_all_tasks_blocked()
+        desk.stop.set()
+        assert await peer.read() == {"id": 2, "ok": True, "stop": True}
+        await hive.say("hm1nd", "iris", "too late")
+        assert await peer.ask(LEASE) == {"id": 2, "ok": True, "stop": True}
+    assert await hive.value("SELECT state FROM deliveries") == "queued"
+
+
+async def test_a_stop_in_the_middle_of_a_turn_lets_the_turn_end(hive: Services, desk: HarnessDesk, door: Path) -> None:
+    await hive.say("hm1nd", "iris", "hello")
+    async with greeted(door) as peer:
+        lease = await peer.ask(LEASE)
+        desk.stop.set()
+        lines = {"id": 3, "op": "lines", "turn": lease["turn"], "first": 0, "lines": ["a"]}
+        assert (await peer.ask(lines))["kept"] == 1
+        ack = {"id": 4, "op": "ack", "turn": lease["turn"], "fence": lease["fence"], "outcome": "done"}
+        assert await peer.ask(ack) == {"id": 4, "ok": True, "counted": True, "stop": True}
+
+
+# -- claims that are refused ------------------------------------------------------------------------------------------
+
+GOOD_LINES = {"id": 3, "op": "lines", "turn": 1, "first": 0, "lines": ["a"]}
+GOOD_ACK = {"id": 4, "op": "ack", "turn": 1, "fence": "f", "outcome": "done"}
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"lines": ["x"] * (LINES_PER_REQUEST + 1)}, f"the limit is {LINES_PER_REQUEST}"),
+        ({"lines": ["x" * (STREAM_LINE_LIMIT_BYTES + 1)]}, "65,536 bytes"),
+        ({"lines": ["é" * (STREAM_LINE_LIMIT_BYTES // 2 + 1)]}, "65,536 bytes"),
+        ({"lines": "text"}, "list of strings"),
+        ({"lines": [1]}, "list of strings"),
+        ({"lines": None}, "list of strings"),
+        ({"first": -1}, "`first`"),
+        ({"first": True}, "`first`"),
+        ({"first": 2**40}, "`first`"),
+        ({"first": "0"}, "`first`"),
+        ({"turn": 0}, "a turn"),
+        ({"turn": 2**63}, "a turn"),
+        ({"turn": None}, "a turn"),
+    ],
+)
+async def test_lines_that_pass_a_limit_are_refused_with_it_and_the_connection_lives(
+    door: Path, change: dict[str, Any], cause: str
+) -> None:
+    async with greeted(door) as peer:
+        error = (await peer.ask({**GOOD_LINES, **change}))["error"]
+        assert error["code"] == "usage"
+        assert cause in error["message"]
+        assert (await peer.ask(GOOD_LINES)) == {"id": 3, "ok": True, "kept": 0}
+
+
+async def test_as_many_and_as_long_lines_as_allowed_are_kept(hive: Services, door: Path) -> None:
+    await hive.say("hm1nd", "iris", "hello")
+    async with greeted(door) as peer:
+        lease = await peer.ask(LEASE)
+        lines = ["é" * (STREAM_LINE_LIMIT_BYTES // 2)] * LINES_PER_REQUEST
+        request = {"id": 3, "op": "lines", "turn": lease["turn"], "first": 0, "lines": lines}
+        await peer.send_bytes(json.dumps(request, ensure_ascii=False).encode() + b"\n")
+        assert (await peer.read())["kept"] == LINES_PER_REQUEST
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"turn": "1"},
+        {"turn": -1},
+        {"fence": None},
+        {"fence": 7},
+        {"outcome": None},
+        {"outcome": "lost"},
+        {"outcome": ["done"]},
+        {"outcome": "x" * 10_000},
+    ],
+)
+async def test_a_malformed_ack_is_refused_and_the_connection_lives(door: Path, change: dict[str, Any]) -> None:
+    async with greeted(door) as peer:
+        assert (await peer.ask({**GOOD_ACK, **change}))["error"]["code"] == "usage"
+        assert (await peer.ask(GOOD_ACK)) == {"id": 4, "ok": True, "counted": False, "stop": False}
+
+
+DEEP: Any = json.loads("[" * 900 + "]" * 900)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"error": "half \ud800"},
+        {"error": DEEP},
+        {"error": "x" * 100_000},
+        {"error": {"a": 1}},
+        {"session": "\udc00"},
+        {"session": "x" * 10_000},
+        {"session": 7},
+        {"usage": DEEP},
+        {"usage": {"a": "\ud800"}},
+        {"usage": ["x" * 500_000]},
+        {"usage": {str(n): n for n in range(20_000)}},
+        {"usage": "text"},
+    ],
+)
+async def test_whatever_an_ack_claims_it_counts_and_little_of_it_is_kept(
+    hive: Services, door: Path, change: dict[str, Any]
+) -> None:
+    await hive.say("hm1nd", "iris", "hello")
+    async with greeted(door) as peer:
+        lease = await peer.ask(LEASE)
+        ack = {"id": 4, "op": "ack", "turn": lease["turn"], "fence": lease["fence"], "outcome": "failed"}
+        assert await peer.ask({**ack, **change}) == {"id": 4, "ok": True, "counted": True, "stop": False}
+    sizes = "SELECT length(coalesce(error, '')) + length(coalesce(usage, '')) FROM turns"
+    assert await hive.value(sizes) < 20_000
+    assert len((await hive.agents.get("iris")).session or "") <= 64
+
+
+@pytest.mark.parametrize("fence", ["\ud800", "\0", "é", "x" * 100_000])
+async def test_a_fence_of_any_characters_is_just_a_wrong_one(hive: Services, door: Path, fence: str) -> None:
+    async with greeted(door) as peer:
+        assert (await peer.ask({**GOOD_ACK, "fence": fence}))["counted"] is False
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"junk\n",
+        b"\xff\xfe\n",
+        b"[]\n",
+        b"{}\n",
+        b'{"op":"fly"}\n',
+        b'{"op":["hello"]}\n',
+        b'{"id":{"a":[1]},"op":null}\n',
+        b'{"op":"lease","id":' + b"[" * 900 + b"]" * 900 + b"}\n",
+        b'{"op":"fly","id":1e999}\n',
+        b'{"op":"fly","id":NaN}\n',
+        b"[" * 100_000 + b"\n",
+        b"x" * (REQUEST_LIMIT_BYTES + 1) + b"\n",
+    ],
+    ids=lambda data: repr(data[:30]),
+)
+async def test_garbage_is_answered_with_what_is_wrong_and_the_connection_lives(door: Path, data: bytes) -> None:
+    async with connect(door) as peer:
+        await peer.send_bytes(data)
+        answer = await peer.read()
+        assert (answer["ok"], answer["error"]["code"]) == (False, "usage")
+        assert (await peer.ask(HELLO))["ok"]
+
+
+async def test_a_harness_that_never_reads_is_no_harm(desk: HarnessDesk, door: Path) -> None:
+    async with connect(door) as peer:
+        for _ in range(50):
+            await peer.send_bytes(b"junk\n" * 100)
+        await trio.testing.wait_all_tasks_blocked()
+    async with greeted(door, instance="two"):
+        assert desk.instance == "two"
+
+
+JUNK = st.one_of(
+    st.binary(max_size=60),
+    st.sampled_from(["hello", "lease", "lines", "ack", "fly"]).map(lambda op: json.dumps({"op": op, "id": 1}).encode()),
+    st.dictionaries(
+        st.sampled_from(["id", "op", "turn", "fence", "first", "lines", "outcome", "version", "instance", "usage"]),
+        st.sampled_from(["hello", "lines", "ack", "lease"]) | st.none() | st.integers() | st.text() | st.just([[]]),
+        max_size=6,
+    ).map(lambda obj: json.dumps(obj).encode()),
+).map(lambda data: data.replace(b"\n", b" ") + b"\n")
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.lists(JUNK, max_size=20))
+def test_no_junk_keeps_the_next_harness_from_its_turn(junk: list[bytes]) -> None:
+    async def check(hive: Services) -> None:
+        desk = desk_for(hive)
+        with tempfile.TemporaryDirectory() as folder:
+            async with serve(Path(folder) / "h.sock", desk.serve) as door:
+                async with connect(door) as peer:
+                    await peer.send_bytes(b"".join(junk) + b'{"half": ')
+                    await peer.stream.send_eof()
+                    await peer.wait_hung_up()
+                await wait_free(desk)
+                await hive.say("operator", "iris", "hello")
+                async with greeted(door, instance="after") as peer:
+                    assert (await peer.ask(LEASE))["message"]["body"] == "hello"
+
+    run_in_hive(check, "iris")
+
+
+# -- what a line says -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("event", "seen"),
+    [
+        ({"type": "system", "subtype": "init"}, ("thinking", "")),
+        ({"type": "system", "subtype": "status"}, None),
+        ({"type": "assistant", "message": {"content": [{"type": "text", "text": "hm"}]}}, ("thinking", "")),
+        (
+            {"type": "assistant", "message": {"content": [{"type": "tool_use", "name": n} for n in ("Read", "Bash")]}},
+            ("tool", "Bash"),
+        ),
+        ({"type": "user", "message": {}}, ("thinking", "")),
+        ({"type": "result"}, None),
+        ({"type": ["assistant"]}, None),
+        ({"type": "assistant", "message": {"content": "text"}}, None),
+        ({"type": "assistant", "message": None}, None),
+        ({}, None),
+        ([], None),
+        (7, None),
+        (None, None),
+    ],
+)
+def test_a_line_of_the_stream_tells_what_the_program_does(event: object, seen: tuple[str, str] | None) -> None:
+    assert activity(json.dumps(event)) == seen
+
+
+@settings(deadline=None)
+@given(st.text() | st.text(max_size=70).map(lambda name: json.dumps(tool_use(name))))
+def test_whatever_a_line_holds_what_is_seen_is_short_text(line: str) -> None:
+    seen = activity(line)
+    if seen is not None:
+        assert seen[0] in ("thinking", "tool")
+        assert len(seen[1].encode()) <= 240
+
+
+def tool_use(name: object) -> dict[str, Any]:
+    return {"type": "assistant", "message": {"content": [{"type": "tool_use", "name": name}]}}
+
+
+@pytest.mark.parametrize(
+    "name", ["\ud800", "x" * 1000, DEEP, {"a": 1}, None], ids=["half", "long", "deep", "dict", "none"]
+)
+def test_a_tool_of_any_name_can_be_shown(name: object) -> None:
+    seen = activity(json.dumps(tool_use(name)))
+    assert seen is None or len(seen[1].encode()) <= 240

@@ -1,0 +1,531 @@
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h11
+import httpx2
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hive_core.credentials import Credential
+from hive_core.protocol.words import AgentName
+from hive_core.sockets import model
+from hive_core.sockets.http import serve_asgi
+from hive_core.sockets.model import ModelRelay, UsageReader, passed_headers
+from hive_core.sockets.unix import listen_unix
+from tests.hives import PATIENCE_S
+
+KEY = Credential("api_key", "ANTHROPIC_API_KEY", "sk-real")
+PLACEHOLDER = "placeholder-of-the-agent"
+
+
+@dataclass
+class Call:
+    """One request as the provider got it, and the means to answer it."""
+
+    method: str
+    target: str
+    headers: list[tuple[str, str]]
+    body: bytes
+    stream: trio.SocketStream
+
+    def values(self, name: str) -> list[str]:
+        return [value for header, value in self.headers if header == name]
+
+    async def say(self, data: bytes) -> None:
+        await self.stream.send_all(data)
+
+    async def wait_hung_up(self) -> None:
+        try:
+            while await self.stream.receive_some():
+                pass
+        except trio.BrokenResourceError:
+            pass
+
+
+async def plain_answer(call: Call) -> None:
+    await call.say(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}")
+
+
+@dataclass
+class Provider:
+    """A model provider on loopback that answers as the test says and remembers what it was asked."""
+
+    answer: Callable[[Call], Awaitable[None]] = plain_answer
+    calls: list[Call] = field(default_factory=list)
+
+    async def serve_one(self, stream: trio.SocketStream) -> None:
+        connection = h11.Connection(h11.SERVER)
+        request, body = None, b""
+        while True:
+            event = connection.next_event()
+            if event is h11.NEED_DATA:
+                data = await stream.receive_some()
+                if not data:
+                    return
+                connection.receive_data(data)
+            elif isinstance(event, h11.Request):
+                request = event
+            elif isinstance(event, h11.Data):
+                body += bytes(event.data)
+            else:
+                break
+        assert request is not None
+        headers = [(name.decode(), value.decode()) for name, value in request.headers]
+        call = Call(request.method.decode(), request.target.decode(), headers, body, stream)
+        self.calls.append(call)
+        async with stream:
+            await self.answer(call)
+
+
+@dataclass
+class Bench:
+    """An agent's model.sock before a provider."""
+
+    provider: Provider
+    relay: ModelRelay
+    path: Path
+    told: trio.MemoryReceiveChannel[dict[str, int]]
+    credential: Credential | None = KEY
+    refusal: str | None = None
+
+    async def heard(self) -> dict[str, int]:
+        """The usage that was told next."""
+        with trio.fail_after(PATIENCE_S):
+            return await self.told.receive()
+
+    @property
+    def heard_nothing(self) -> bool:
+        return self.told.statistics().current_buffer_used == 0
+
+    @asynccontextmanager
+    async def agent(self) -> AsyncIterator[httpx2.AsyncClient]:
+        """An HTTP client inside the container."""
+        transport = httpx2.AsyncHTTPTransport(uds=str(self.path))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1:9", timeout=PATIENCE_S) as client:
+            yield client
+
+    async def post(self, path: str = "/v1/messages", **options: Any) -> httpx2.Response:
+        async with self.agent() as client:
+            return await client.post(path, **options)
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    provider = Provider()
+    tell, told = trio.open_memory_channel[dict[str, int]](100)
+
+    async def refusal() -> str | None:
+        await trio.lowlevel.checkpoint()
+        return bench.refusal
+
+    async with trio.open_nursery() as nursery, httpx2.AsyncClient(timeout=PATIENCE_S, trust_env=False) as client:
+        listeners = await nursery.start(partial(trio.serve_tcp, provider.serve_one, 0, host="127.0.0.1"))
+        port = listeners[0].socket.getsockname()[1]
+        relay = ModelRelay(
+            AgentName("iris"), client, f"http://127.0.0.1:{port}", lambda: bench.credential, refusal, tell.send_nowait
+        )
+        path = tmp_path / "model.sock"
+        bench = Bench(provider, relay, path, told)
+        nursery.start_soon(serve_asgi, relay, listen_unix(path))
+        with trio.fail_after(3 * PATIENCE_S):
+            yield bench
+        nursery.cancel_scope.cancel()
+
+
+# -- the request ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("credential", "header", "value"),
+    [
+        (KEY, "x-api-key", "sk-real"),
+        (Credential("oauth_token", "file", "oauth-real"), "authorization", "Bearer oauth-real"),
+    ],
+)
+async def test_the_credential_takes_the_place_of_every_placeholder(
+    bench: Bench, credential: Credential, header: str, value: str
+) -> None:
+    bench.credential = credential
+    sent = {"X-Api-Key": PLACEHOLDER, "Authorization": f"Bearer {PLACEHOLDER}", "Proxy-Authorization": PLACEHOLDER}
+    assert (await bench.post(headers=sent, content=b"{}")).status_code == 200
+    (call,) = bench.provider.calls
+    assert call.values(header) == [value]
+    assert not any(PLACEHOLDER in value for _, value in call.headers)
+    assert {name for name, _ in call.headers if name in ("x-api-key", "authorization")} == {header}
+
+
+async def test_what_the_agent_says_of_itself_passes_and_what_is_between_two_hops_does_not(bench: Bench) -> None:
+    sent = {
+        "anthropic-version": "2023-06-01",
+        "anthropic-beta": "a,b",
+        "user-agent": "claude-cli/9",
+        "content-type": "application/json",
+        "connection": "keep-alive, X-Secret-Hop",
+        "x-secret-hop": "1",
+        "keep-alive": "timeout=5",
+        "te": "trailers",
+        "upgrade": "h2c",
+        "accept-encoding": "gzip, br",
+        "expect": "100-continue",
+        "host": "127.0.0.1:9",
+    }
+    await bench.post(headers=sent, content=b"{}")
+    headers = dict(bench.provider.calls[0].headers)
+    for name in ("anthropic-version", "anthropic-beta", "user-agent", "content-type"):
+        assert headers[name] == sent[name]
+    assert headers["host"] == bench.relay.base_url.removeprefix("http://")
+    assert headers["accept-encoding"] == "identity"
+    for name in ("x-secret-hop", "te", "upgrade", "expect", "keep-alive"):
+        assert name not in headers
+
+
+async def test_no_header_of_the_relays_own_library_is_added(bench: Bench) -> None:
+    lines = b"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
+    async with await trio.open_unix_socket(str(bench.path)) as stream:
+        await stream.send_all(lines)
+        await stream.receive_some()
+    assert {name for name, _ in bench.provider.calls[0].headers} == {
+        "host", "content-length", "accept-encoding", "x-api-key"
+    }
+
+
+async def test_a_query_and_a_body_of_any_bytes_arrive_as_they_were_sent(bench: Bench) -> None:
+    body = bytes(range(256)) * 3000
+    await bench.post("/v1/messages?beta=true&x=%20%2F", content=body)
+    (call,) = bench.provider.calls
+    assert (call.method, call.target) == ("POST", "/v1/messages?beta=true&x=%20%2F")
+    assert call.body == body
+    assert call.values("content-length") == [str(len(body))]
+
+
+async def test_a_body_of_unknown_length_arrives_whole(bench: Bench) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for n in range(20):
+            yield bytes([n]) * 1000
+
+    await bench.post(content=pieces())
+    (call,) = bench.provider.calls
+    assert call.body == b"".join(bytes([n]) * 1000 for n in range(20))
+    assert call.values("transfer-encoding") == ["chunked"]
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_a_body_over_the_limit_is_refused_with_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, announced: bool
+) -> None:
+    monkeypatch.setattr(model, "BODY_LIMIT_BYTES", 1000)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b"x" * 100
+
+    answer = await bench.post(content=b"x" * 1001 if announced else pieces())
+    assert answer.status_code == 413
+    assert "1,000 bytes" in answer.json()["error"]["message"]
+
+
+async def test_one_agents_cookies_are_not_sent_for_another(bench: Bench) -> None:
+    async def bakes(call: Call) -> None:
+        await call.say(b"HTTP/1.1 200 OK\r\nset-cookie: who=iris; Path=/\r\ncontent-length: 2\r\n\r\n{}")
+
+    bench.provider.answer = bakes
+    await bench.post(content=b"{}")
+    await bench.post(content=b"{}")
+    assert [call.values("cookie") for call in bench.provider.calls] == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/"),
+        ("GET", "/v1/messages"),
+        ("PUT", "/v1/messages"),
+        ("DELETE", "/v1/messages"),
+        ("HEAD", "/v1/messages"),
+        ("POST", "/"),
+        ("POST", "/v1/messages/"),
+        ("POST", "/v1/messages/../files"),
+        ("POST", "//v1/messages"),
+        ("POST", "/V1/MESSAGES"),
+        ("POST", "/v1/messages/batches"),
+        ("POST", "/v1/complete"),
+        ("GET", "/v1/models"),
+        ("GET", "/v1/organizations/api_keys"),
+        ("POST", "/v1/files\x1b[31m"),
+        ("POST", "/" + "x" * 5000),
+    ],
+)
+async def test_what_the_program_does_not_use_is_refused_with_a_sentence_and_goes_nowhere(
+    bench: Bench, method: str, path: str
+) -> None:
+    raw = path.encode().replace(b"\x1b", b"%1b").replace(b"[", b"%5b")
+    async with await trio.open_unix_socket(str(bench.path)) as stream:
+        await stream.send_all(method.encode() + b" " + raw + b" HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        answer = b"".join([data async for data in stream])
+    assert answer.startswith(b"HTTP/1.1 403")
+    if method != "HEAD":
+        body = json.loads(answer.partition(b"\r\n\r\n")[2])
+        assert body["error"]["type"] == "permission_error"
+        assert f"does not pass {method} " in body["error"]["message"]
+        assert len(body["error"]["message"]) < 200
+    assert bench.provider.calls == []
+
+
+async def test_the_programs_probe_is_answered_by_the_relay_itself(bench: Bench) -> None:
+    async with bench.agent() as client:
+        assert (await client.head("/")).status_code == 200
+    assert bench.provider.calls == []
+
+
+async def test_tokens_may_be_counted(bench: Bench) -> None:
+    assert (await bench.post("/v1/messages/count_tokens", content=b"{}")).status_code == 200
+    assert bench.provider.calls[0].target == "/v1/messages/count_tokens"
+
+
+# -- when it cannot be ------------------------------------------------------------------------------------------------
+
+
+async def test_a_paused_agent_gets_503_with_the_sentence_and_the_provider_hears_nothing(bench: Bench) -> None:
+    bench.refusal = "iris is paused by the operator"
+    answer = await bench.post(content=b"{}")
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, "iris is paused by the operator")
+    assert bench.provider.calls == []
+    bench.refusal = None
+    assert (await bench.post(content=b"{}")).status_code == 200
+
+
+async def test_without_a_credential_the_answer_says_how_to_give_one(bench: Bench) -> None:
+    bench.credential = None
+    answer = await bench.post(content=b"{}", headers={"x-api-key": PLACEHOLDER})
+    assert answer.status_code == 401
+    assert "no credential" in answer.json()["error"]["message"]
+    assert bench.provider.calls == []
+
+
+async def test_a_provider_that_is_down_is_502_and_the_credential_is_not_told(bench: Bench) -> None:
+    bench.relay.base_url = "http://127.0.0.1:1"
+    answer = await bench.post(content=b"{}")
+    assert answer.status_code == 502
+    assert "cannot be reached" in answer.json()["error"]["message"]
+    assert "sk-real" not in answer.text
+
+
+async def test_a_provider_that_hangs_up_without_an_answer_is_502(bench: Bench) -> None:
+    async def leaves(call: Call) -> None:
+        pass
+
+    bench.provider.answer = leaves
+    assert (await bench.post(content=b"{}")).status_code == 502
+
+
+@pytest.mark.parametrize("status", [400, 401, 429, 529])
+async def test_an_error_of_the_provider_passes_with_its_headers_and_bytes(bench: Bench, status: int) -> None:
+    body = b'{"type":"error","error":{"type":"rate_limit_error"}}'
+
+    async def errs(call: Call) -> None:
+        await call.say(
+            f"HTTP/1.1 {status} No\r\nretry-after: 7\r\nx-should-retry: false\r\n"
+            f"anthropic-ratelimit-unified-reset: 123\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+        )
+
+    bench.provider.answer = errs
+    answer = await bench.post(content=b"{}")
+    assert (answer.status_code, answer.content) == (status, body)
+    assert [answer.headers[name] for name in ("retry-after", "x-should-retry", "anthropic-ratelimit-unified-reset")] == [
+        "7", "false", "123"
+    ]
+
+
+async def test_a_redirect_is_the_agents_to_see_and_the_credential_does_not_follow_it(bench: Bench) -> None:
+    async def redirects(call: Call) -> None:
+        await call.say(f"HTTP/1.1 307 Go\r\nlocation: {bench.relay.base_url}/v1/messages\r\ncontent-length: 0\r\n\r\n".encode())
+
+    bench.provider.answer = redirects
+    assert (await bench.post(content=b"{}", follow_redirects=False)).status_code == 307
+    assert len(bench.provider.calls) == 1
+
+
+# -- the answer -------------------------------------------------------------------------------------------------------
+
+EVENTS = [
+    b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":25,"output_tokens":1}}}\n\n',
+    'event: content_block_delta\ndata: {"type":"content_block_delta","delta":{"text":"é😀 \\"usage\\""}}\n\n'.encode(),
+    b'event: message_delta\ndata: {"type":"message_delta","usage":{"output_tokens":15}}\n\n',
+    b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+]
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return f"{len(data):x}\r\n".encode() + data + b"\r\n"
+
+
+async def test_a_chunk_arrives_before_the_answer_ends_and_its_usage_is_told_at_the_end(bench: Bench) -> None:
+    seen = [trio.Event() for _ in EVENTS]
+
+    async def streams(call: Call) -> None:
+        await call.say(STREAM_HEAD)
+        for event, arrived in zip(EVENTS, seen, strict=True):
+            await call.say(chunk(event))
+            await arrived.wait()  # the next comes only when this one has arrived
+        await call.say(b"0\r\n\r\n")
+
+    bench.provider.answer = streams
+    got = b""
+    async with bench.agent() as client, client.stream("POST", "/v1/messages", content=b"{}") as answer:
+        assert answer.headers["content-type"] == "text/event-stream"
+        assert bench.heard_nothing
+        async for piece in answer.aiter_raw():
+            got += piece
+            for n, arrived in enumerate(seen):
+                if got.startswith(b"".join(EVENTS[: n + 1])):
+                    arrived.set()
+    assert got == b"".join(EVENTS)
+    assert await bench.heard() == {"input_tokens": 25, "output_tokens": 15}
+
+
+async def test_an_answer_of_any_bytes_passes_as_it_is(bench: Bench) -> None:
+    body = bytes(range(256)) * 2000
+
+    async def answers(call: Call) -> None:
+        await call.say(
+            b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\nconnection: x-hop\r\nx-hop: 1\r\nkeep-alive: 5\r\n"
+            + f"content-length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+
+    bench.provider.answer = answers
+    async with bench.agent() as client, client.stream("POST", "/v1/messages", content=b"{}") as answer:
+        got = b"".join([piece async for piece in answer.aiter_raw()])
+        assert answer.headers["content-encoding"] == "gzip"
+        assert "x-hop" not in answer.headers
+        assert "keep-alive" not in answer.headers
+    assert got == body
+    assert bench.heard_nothing
+
+
+async def test_the_usage_of_a_whole_answer_is_told(bench: Bench) -> None:
+    body = json.dumps({"usage": {"input_tokens": 3, "output_tokens": 4, "service_tier": "standard"}}, indent=None).encode()
+
+    async def answers(call: Call) -> None:
+        await call.say(f"HTTP/1.1 200 OK\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+
+    bench.provider.answer = answers
+    await bench.post(content=b"{}")
+    assert await bench.heard() == {"input_tokens": 3, "output_tokens": 4}
+
+
+async def test_a_stream_that_is_cut_reaches_the_agent_cut_and_what_it_cost_is_told(bench: Bench) -> None:
+    async def cuts(call: Call) -> None:
+        await call.say(STREAM_HEAD + chunk(EVENTS[0]) + b"ff\r\nhalf")
+
+    bench.provider.answer = cuts
+    with pytest.raises(httpx2.RemoteProtocolError):
+        await bench.post(content=b"{}")
+    assert await bench.heard() == {"input_tokens": 25, "output_tokens": 1}
+    bench.provider.answer = plain_answer
+    assert (await bench.post(content=b"{}")).status_code == 200
+
+
+@pytest.mark.parametrize("moment", ["before the answer", "in the answer"])
+async def test_an_agent_that_hangs_up_ends_the_call_at_the_provider(bench: Bench, moment: str) -> None:
+    asked, ended = trio.Event(), trio.Event()
+
+    async def goes_on(call: Call) -> None:
+        if moment == "in the answer":
+            await call.say(STREAM_HEAD + chunk(EVENTS[0]))
+        asked.set()
+        await call.wait_hung_up()
+        ended.set()
+
+    bench.provider.answer = goes_on
+    async with await trio.open_unix_socket(str(bench.path)) as stream:
+        await stream.send_all(b"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}")
+        await asked.wait()
+        if moment == "in the answer":
+            await stream.receive_some()
+    with trio.fail_after(PATIENCE_S):
+        await ended.wait()
+    bench.provider.answer = plain_answer
+    assert (await bench.post(content=b"{}")).status_code == 200
+    if moment == "in the answer":
+        assert await bench.heard() == {"input_tokens": 25, "output_tokens": 1}
+    assert bench.heard_nothing
+
+
+async def test_an_agent_that_hangs_up_in_the_middle_of_its_request_harms_nobody(bench: Bench) -> None:
+    async with await trio.open_unix_socket(str(bench.path)) as stream:
+        await stream.send_all(b"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: 2000\r\n\r\n{")
+    assert (await bench.post(content=b"{}")).status_code == 200
+
+
+# -- pure parts -------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 600)), st.sampled_from([b"\n", b"\r\n"]))
+def test_usage_is_read_the_same_however_the_stream_is_cut(cuts: list[int], newline: bytes) -> None:
+    data, reader, before = b"".join(EVENTS).replace(b"\n", newline), UsageReader(), 0
+    for cut in [*sorted(cut % (len(data) + 1) for cut in cuts), len(data)]:
+        reader.feed(data[before:cut])
+        before = cut
+    assert reader.end() == {"input_tokens": 25, "output_tokens": 15}
+
+
+@settings(deadline=None)
+@given(st.lists(st.binary(max_size=50) | st.sampled_from([b'data: {"usage":', b'"usage"', b"\n", b"[]}", b'{"usage":7}\n'])))
+def test_no_answer_can_break_the_reader(pieces: list[bytes]) -> None:
+    reader = UsageReader()
+    for piece in pieces:
+        reader.feed(piece)
+    assert all(isinstance(value, int) for value in reader.end().values())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'data: {"usage": {"a": true, "b": "x", "c": 1.5, "d": null, "e": {"f": 1}}}',
+        b'data: {"usage": [1]}',
+        b'data: {"usage": null}',
+        b'data: {"message": {"usage": 3}}',
+        b'data: ["usage"]',
+        b'data: {"usage"',
+        b'{"usage":' + b"[" * 100_000,
+        b'{"usage":{"a":' + b"9" * 5000 + b"}}",
+    ],
+)
+def test_what_is_no_count_is_no_usage(line: bytes) -> None:
+    reader = UsageReader()
+    reader.feed(line + b"\n")
+    assert reader.end() == {}
+
+
+def test_a_line_without_an_end_is_kept_within_bounds() -> None:
+    reader = UsageReader()
+    for _ in range(100):
+        reader.feed(b"x" * 100_000)
+    assert len(reader._rest) <= 512 * 1024
+
+
+names = st.sampled_from(["Connection", "TE", "X-A", "x-a", "Keep-Alive", "Host", "X-API-Key", "Trailer", "Accept", "X-B"])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(names, st.sampled_from(["x-a", "X-B, x-a", "close", ""]))))
+def test_only_end_to_end_headers_that_are_not_replaced_pass_in_their_order(headers: list[tuple[str, str]]) -> None:
+    raw = [(name.encode(), value.encode()) for name, value in headers]
+    named = {
+        word.strip().lower() for name, value in headers if name == "Connection" for word in value.split(",") if word.strip()
+    }
+    gone = {"connection", "te", "keep-alive", "trailer", "host", "x-api-key"} | named
+    wanted = [(name.encode(), value.encode()) for name, value in headers if name.lower() not in gone]
+    assert passed_headers(raw, frozenset({"host", "x-api-key"})) == wanted
