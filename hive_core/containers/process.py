@@ -157,7 +157,9 @@ class ProcessDriver:
     def last_words(self, name: AgentName, limit: int = 600) -> str:
         """The end of what the harness printed, for whoever asks why it ended."""
         try:
-            return (self._logs / f"{name}.log").read_bytes()[-limit:].decode("utf-8", "replace").strip()
+            with (self._logs / f"{name}.log").open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - limit))
+                return log.read(limit).decode("utf-8", "replace").strip()
         except OSError:
             return ""
 
@@ -226,7 +228,7 @@ def _is_below(path: str, parents: Sequence[str] | set[str]) -> bool:
 
 def _status_value(path: Path, key: str) -> int | None:
     """One value of bwrap's status file, which holds a JSON object a line."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         for line in path.read_text().splitlines():
             value = json.loads(line).get(key)
             if isinstance(value, int):

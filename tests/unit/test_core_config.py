@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from hive_core.agents import pick_port
+from hive_core.config import Config, load_config
+from hive_core.credentials import Credential, find_credential, how_to_give_one
+from hive_core.logs import JournalFormatter, JsonFormatter
+from hive_core.protocol.refusal import Refusal
+from hive_core.settings import DEFAULT_TOOLS, parse_agent_toml
+from hive_core.systemd import notify
+from tests.needs import ROOT
+
+# -- the daemon's configuration ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The configuration file that counts; not there until it is written."""
+    path = tmp_path / "config.toml"
+    monkeypatch.setattr("hive_core.config.config_files", lambda: [str(tmp_path / "first"), str(path)])
+    return path
+
+
+def test_a_flag_wins_over_a_variable_and_a_variable_over_the_file(file: Path) -> None:
+    assert load_config({}, {}).dashboard_port == 7000
+    file.write_text("dashboard_port = 7001\ndefault_model = 'opus'\n")
+    assert load_config({}, {}).dashboard_port == 7001
+    assert load_config({}, {"HIVE_DASHBOARD_PORT": "7002"}).dashboard_port == 7002
+    config = load_config({"dashboard_port": "7003"}, {"HIVE_DASHBOARD_PORT": "7002"})
+    assert (config.dashboard_port, config.default_model) == (7003, "opus")
+
+
+def test_the_first_file_that_exists_counts_alone(file: Path) -> None:
+    file.write_text("dashboard_port = 7001\n")
+    (file.parent / "first").write_text("default_model = 'opus'\n")
+    config = load_config({}, {})
+    assert (config.dashboard_port, config.default_model) == (7000, "opus")
+
+
+def test_every_setting_can_be_given_as_a_variable(file: Path, tmp_path: Path) -> None:
+    given = {"state_dir": str(tmp_path / "s"), "end_agents_with_daemon": "true", "orphan_grace_s": "1.5", "log_format": "json"}
+    config = load_config({}, {f"HIVE_{name.upper()}": value for name, value in given.items()})
+    assert (config.state_dir, config.end_agents_with_daemon, config.orphan_grace_s) == (tmp_path / "s", True, 1.5)
+    assert config.database == tmp_path / "s" / "hive.sqlite"
+
+
+@pytest.mark.parametrize("variable", ["HIVE_REQUIRE", "HIVE_LONG", "HIVE_TEST_ACCOUNT", "HIVE_CLAUDE", "PATH", "HIVES"])
+def test_a_variable_that_is_no_setting_of_the_daemon_is_left_alone(file: Path, variable: str) -> None:
+    assert load_config({}, {variable: "x"}).dashboard_port == 7000
+
+
+def refusal(flags: dict[str, object], environment: dict[str, str]) -> str:
+    with pytest.raises(Refusal) as caught:
+        load_config(flags, environment)
+    assert caught.value.code == "usage"
+    return caught.value.message
+
+
+def test_an_unknown_setting_is_refused_by_name_and_place(file: Path) -> None:
+    assert "cannot use the environment: there is no setting HIVE_DASHBORD_PORT" in refusal({}, {"HIVE_DASHBORD_PORT": "1"})
+    assert "cannot use the flags: there is no setting port; the settings are state_dir" in refusal({"port": 1}, {})
+    file.write_text("[dashboard]\nport = 1\n")
+    said = refusal({}, {})
+    assert f"cannot use {file}: there is no setting dashboard" in said
+    assert "dashboard_port" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dashboard_port", "x"),
+        ("dashboard_port", "-1"),
+        ("dashboard_port", "65536"),
+        ("agent_ports", "8100"),
+        ("agent_ports", "9000-8100"),
+        ("agent_ports", "0-10"),
+        ("agent_ports", "1-70000"),
+        ("agent_ports", "²-9"),
+        ("provider_base_url", "ftp://x"),
+        ("provider_base_url", "https://"),
+        ("default_program", "sh"),
+        ("default_model", "a b"),
+        ("default_model", 'a"\nx = 1'),
+        ("default_model", "opus\n"),
+        ("log_format", "xml"),
+        ("log_level", "loud"),
+        ("orphan_grace_s", "0"),
+        ("drain_s", "-1"),
+        ("unsafe_no_sandbox", "perhaps"),
+    ],
+)
+def test_a_bad_value_is_refused_with_the_name_of_its_setting(file: Path, name: str, value: str) -> None:
+    assert f"cannot use the configuration: {name}: " in refusal({}, {f"HIVE_{name.upper()}": value})
+
+
+@pytest.mark.parametrize("text", ["dashboard_port = ", "dashboard_port = 1\ndashboard_port = 2\n", "\ud800"])
+def test_a_file_that_cannot_be_read_is_named(file: Path, text: str) -> None:
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert f"cannot read {file}: " in refusal({}, {})
+
+
+def test_a_runtime_directory_too_long_for_sockets_is_refused(file: Path) -> None:
+    assert "set runtime_dir to a shorter path" in refusal({"runtime_dir": "/" + "x" * 90}, {})
+
+
+def test_relative_paths_become_absolute(file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/you")
+    config = load_config({"state_dir": "here", "claude": "~/bin/claude"}, {})
+    assert (config.state_dir, config.claude) == (tmp_path / "here", Path("/home/you/bin/claude"))
+
+
+def test_the_ports_of_agents_are_a_range_with_both_ends() -> None:
+    assert Config(agent_ports="8100-8102").agent_port_range == range(8100, 8103)
+
+
+# -- ports ------------------------------------------------------------------------------------------------------------
+
+
+@hypothesis_settings(deadline=None)
+@given(st.text(max_size=10), st.sets(st.integers(0, 9)))
+def test_a_port_is_the_names_own_or_the_next_that_is_free(name: str, taken: set[int]) -> None:
+    ports = range(8100, 8110)
+    used = {8100 + n for n in taken}
+    first = pick_port(name, ports, ())
+    if len(used) == len(ports):
+        with pytest.raises(Refusal, match="all 10 page ports are allocated; widen agent_ports"):
+            pick_port(name, ports, used)
+    else:
+        port = pick_port(name, ports, used)
+        assert port in ports
+        assert port not in used
+        between = [8100 + (first - 8100 + step) % 10 for step in range((port - first) % 10)]
+        assert set(between) <= used
+
+
+def test_a_names_port_is_the_same_on_every_machine() -> None:
+    assert pick_port("iris", range(8100, 9000), ()) == pick_port("iris", range(8100, 9000), (8999,))
+    assert len({pick_port(f"agent-{n}", range(8100, 9000), ()) for n in range(50)}) > 40
+
+
+# -- agent.toml -------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_agent_toml_is_the_defaults() -> None:
+    settings = parse_agent_toml(b"")
+    assert (settings.program, settings.model, settings.tools) == ("claude", "sonnet", DEFAULT_TOOLS)
+    assert not {"SendMessage", "Task", "WebFetch", "WebSearch", "CronCreate"} & set(settings.tools)
+
+
+@pytest.mark.parametrize(
+    "model", ["sonnet", "claude-opus-4-1-20250805", "opus[1m]", "us.anthropic.claude:0", "a" * 80]
+)
+def test_a_models_name_passes(model: str) -> None:
+    assert parse_agent_toml(f'model = "{model}"'.encode()).model == model
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"model = 'opus\\n'", "model"),
+        (b'model = "opus\\n"', "model: "),
+        (b'model = "--dangerously"', "model: "),
+        (b'model = "a b"', "model: "),
+        (b'model = ""', "model: "),
+        (b'model = "' + b"a" * 81 + b'"', "model: "),
+        (b'program = "bash"', "program: "),
+        (b'effort = "maximal"', "effort: "),
+        (b'tools = "Bash"', "tools: "),
+        (b'tools = ["Bash", "-x"]', "tools.1: "),
+        (b'tools = ["Bash(rm:*)"]', "tools.0: "),
+        (b"tools = [" + b'"A",' * 65 + b"]", "tools: "),
+        (b'[hooks]\nx = "y"', "hooks: unknown key"),
+        (b'description = "' + b"x" * 201 + b'"', "description: "),
+        (b"model = ", "cannot read agent.toml"),
+        (b"\xff", "not UTF-8"),
+        (b"a = " + b"[" * 10_000, "nested too deep"),
+        (b"a = " + b"9" * 5_000, "cannot read agent.toml"),
+        (b"a = 0000-00-00", "cannot read agent.toml"),
+    ],
+)
+def test_what_agent_toml_may_not_say_is_refused_by_name(text: bytes, words: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        parse_agent_toml(text)
+    assert words in caught.value.message
+    assert len(caught.value.message) < 400
+
+
+@hypothesis_settings(deadline=None)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_settings_or_a_refusal(data: bytes) -> None:
+    try:
+        assert parse_agent_toml(data).tools
+    except Refusal as exc:
+        assert "agent.toml" in exc.message
+
+
+# -- the credential ---------------------------------------------------------------------------------------------------
+
+
+def test_a_credential_is_taken_from_the_environment_then_systemd_then_the_state_directory(tmp_path: Path) -> None:
+    state, systemd = tmp_path / "state", tmp_path / "systemd"
+    environment = {"CREDENTIALS_DIRECTORY": str(systemd)}
+    assert find_credential(state, environment) is None
+    (state / "credentials").mkdir(parents=True)
+    (state / "credentials" / "claude-oauth-token").write_text("from-state\n")
+    assert find_credential(state, environment) == Credential(
+        "oauth_token", f"{state}/credentials/claude-oauth-token", "from-state"
+    )
+    (state / "credentials" / "anthropic-api-key").write_text("key-from-state\n")
+    assert (find_credential(state, environment) or KEY).secret == "key-from-state"
+    systemd.mkdir()
+    (systemd / "claude-oauth-token").write_text("from-systemd")
+    assert (find_credential(state, environment) or KEY).secret == "from-systemd"
+    environment["CLAUDE_CODE_OAUTH_TOKEN"] = "from-variable"
+    assert (find_credential(state, environment) or KEY).secret == "from-variable"
+    environment["ANTHROPIC_API_KEY"] = "key-from-variable"
+    found = find_credential(state, environment)
+    assert found is not None
+    assert (found.kind, found.source, found.secret) == ("api_key", "ANTHROPIC_API_KEY", "key-from-variable")
+
+
+KEY = Credential("api_key", "ANTHROPIC_API_KEY", "sk-canary")
+
+
+def test_an_empty_or_unreadable_credential_is_none(tmp_path: Path) -> None:
+    (tmp_path / "credentials").mkdir()
+    (tmp_path / "credentials" / "anthropic-api-key").write_text(" \n")
+    (tmp_path / "credentials" / "claude-oauth-token").write_bytes(b"\xff\xfe")
+    assert find_credential(tmp_path, {"ANTHROPIC_API_KEY": " "}) is None
+
+
+def test_a_credential_does_not_show_its_secret() -> None:
+    assert "canary" not in f"{KEY!r} {KEY!s} {[KEY]}"
+    assert KEY.headers() == [(b"x-api-key", b"sk-canary")]
+    assert Credential("oauth_token", "x", "t").headers() == [(b"authorization", b"Bearer t")]
+
+
+def test_whoever_has_none_is_told_every_way_in_one_line(tmp_path: Path) -> None:
+    said = how_to_give_one(tmp_path)
+    assert "\n" not in said
+    for way in ("ANTHROPIC_API_KEY", "claude setup-token", f"{tmp_path}/credentials/anthropic-api-key"):
+        assert way in said
+
+
+# -- logs -------------------------------------------------------------------------------------------------------------
+
+
+def record(message: str, level: int = logging.INFO, **extra: object) -> logging.LogRecord:
+    return logging.getLogger("hive").makeRecord("hive", level, "f", 1, message, (), None, extra=extra or None)
+
+
+@hypothesis_settings(deadline=None)
+@given(st.text())
+def test_a_log_entry_is_one_json_object_on_one_line(message: str) -> None:
+    line = JsonFormatter().format(record(message))
+    assert "\n" not in line
+    assert json.loads(line)["message"] == message
+
+
+def test_a_log_entry_says_which_agent_and_what_happened() -> None:
+    try:
+        raise ValueError("broken\nin two")
+    except ValueError:
+        entry = record("failed", logging.ERROR, agent="iris")
+        entry.exc_info = sys.exc_info()
+    line = JsonFormatter().format(entry)
+    parsed = json.loads(line)
+    assert (parsed["level"], parsed["agent"], parsed["logger"]) == ("error", "iris", "hive")
+    assert "ValueError: broken" in parsed["trace"]
+    assert "\n" not in line
+
+
+def test_journald_is_given_the_priority_and_one_entry_for_many_lines() -> None:
+    formatter = JournalFormatter("%(name)s: %(message)s")
+    assert formatter.format(record("a\n<0>b", logging.WARNING)) == "<4>hive: a\n  <0>b"
+    assert formatter.format(record("a", logging.ERROR)).startswith("<3>")
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_the_chosen_format_is_what_comes_out_on_stderr(log_format: str) -> None:
+    program = (
+        "import logging, sys; from hive_core.logs import set_up_logs; set_up_logs(sys.argv[1], 'info');"
+        "log = logging.getLogger('hive'); log.debug('no'); log.info('half \\ud800'); log.warning('two\\nlines')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("JOURNAL_STREAM", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program, log_format], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    if log_format == "json":
+        assert [json.loads(line)["level"] for line in lines] == ["info", "warning"]
+    else:
+        assert "INFO    hive: half" in lines[0]
+
+
+# -- systemd ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_the_service_manager_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
+    address = f"@{tmp_path}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address.replace("@", "\0"))
+        manager.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        notify("READY=1")
+        assert manager.recv(100) == b"READY=1"
+
+
+@pytest.mark.parametrize("address", ["", "relative", "/nowhere/notify", "@gone", "vsock:1:2"])
+def test_a_service_manager_that_does_not_listen_is_no_trouble(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    notify("READY=1")

@@ -1,0 +1,163 @@
+"""What the process driver asks bwrap for; what bwrap makes of it is in tests/sandbox."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hive_core.containers.process import AgentDirs, ProcessDriver, _is_below, _status_value, _SYSTEM_PATHS
+from hive_core.protocol.words import AgentName
+
+IRIS, HM1ND = AgentName("iris"), AgentName("hm1nd")
+WITH_TWO = {"--bind", "--ro-bind", "--ro-bind-try", "--symlink"}
+WITH_ONE = {"--uid", "--gid", "--hostname", "--cap-drop", "--json-status-fd", "--tmpfs", "--proc", "--dev", "--chdir"}
+
+
+def driver_in(state: Path, sandbox: str = "bwrap", claude: Path | None = None, life_fd: int | None = None) -> ProcessDriver:
+    return ProcessDriver(state, sandbox=sandbox, claude=claude, orphan_grace_s=600, life_fd=life_fd)
+
+
+def dirs_in(state: Path, manager: bool = False) -> AgentDirs:
+    own = state / "agents" / "iris"
+    return AgentDirs(own / "run", own / "state", own / "claude", state / "proposed" if manager else None)
+
+
+def options(argv: list[str]) -> Iterator[tuple[str, ...]]:
+    """bwrap's options, each with its arguments."""
+    words = iter(argv[1:])
+    for word in words:
+        count = 2 if word in WITH_TWO else 1 if word in WITH_ONE else 0
+        yield (word, *(next(words) for _ in range(count)))
+
+
+@pytest.mark.parametrize("manager", [False, True])
+def test_every_namespace_is_the_agents_own_and_no_capability_is_left(tmp_path: Path, manager: bool) -> None:
+    argv = driver_in(tmp_path)._bwrap(dirs_in(tmp_path, manager), 7)
+    asked = list(options(argv))
+    assert argv[0] == "bwrap"
+    assert asked[-1] == ("--",)
+    assert {("--unshare-all",), ("--unshare-user",), ("--new-session",), ("--cap-drop", "ALL")} <= set(asked)
+    assert ("--json-status-fd", "7") in asked
+    known = WITH_ONE | WITH_TWO | {"--unshare-all", "--unshare-user", "--new-session", "--"}
+    assert {option[0] for option in asked} <= known
+    assert not any(word.startswith(("--share", "--dev-bind", "--cap-add", "--die-with-parent")) for word in argv)
+
+
+@pytest.mark.parametrize("manager", [False, True])
+def test_only_the_agents_own_directories_can_be_written(tmp_path: Path, manager: bool) -> None:
+    dirs = dirs_in(tmp_path, manager)
+    binds = {option[1:] for option in options(driver_in(tmp_path)._bwrap(dirs, 7)) if option[0] == "--bind"}
+    own = {(str(dirs.run), "/run/hive"), (str(dirs.state), "/state"), (str(dirs.claude), "/root/.claude")}
+    assert binds == own | ({(str(tmp_path / "proposed"), "/agents")} if manager else set())
+
+
+def test_nothing_of_the_host_is_seen_but_the_system_and_the_program(tmp_path: Path) -> None:
+    claude = tmp_path / "bin" / "claude"
+    claude.parent.mkdir()
+    claude.touch()
+    argv = driver_in(tmp_path, claude=claude)._bwrap(dirs_in(tmp_path), 7)
+    seen = [option[1] for option in options(argv) if option[0].startswith("--ro-bind")]
+    assert str(claude) in seen
+    for path in seen:
+        private = [str(tmp_path), "/", "/root", "/home", "/etc", "/var", "/run", "/tmp", os.getcwd(), str(Path.home())]
+        assert path not in private
+        assert path in (*_SYSTEM_PATHS, str(claude)) or path.startswith(("/etc/", sys.prefix, sys.base_prefix)) or (
+            Path(path).name in ("hive_core", "hive_agent", "hive_mind") or _is_below(sys.executable, {path})
+        )
+    for secret in ("credentials", "hive.sqlite", "applied", ".ssh", "passwd", "shadow"):
+        assert not any(secret in path for path in seen)
+
+
+def test_the_environment_is_built_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-canary")
+    monkeypatch.setenv("LD_PRELOAD", "/canary.so")
+    monkeypatch.setenv("PYTHONSTARTUP", "/canary.py")
+    for sandbox in ("bwrap", "none"):
+        environment = driver_in(tmp_path, sandbox)._environment(dirs_in(tmp_path))
+        assert set(environment) == {"PATH", "LANG", "PYTHONPATH", "HOME"}
+        assert "canary" not in str(environment)
+
+
+def test_the_manager_runs_its_own_program_and_sees_the_configurations(tmp_path: Path) -> None:
+    driver = driver_in(tmp_path, life_fd=9, claude=tmp_path / "claude")
+    manager, agent = driver._command(HM1ND, dirs_in(tmp_path, True)), driver._command(IRIS, dirs_in(tmp_path))
+    assert "hive_mind.cli" in manager
+    assert "hive_agent.cli" in agent
+    assert manager[manager.index("--configs") + 1] == "/agents"
+    assert "--configs" not in agent
+    assert agent[agent.index("--run") + 1] == "/run/hive"
+    assert agent[agent.index("--life-fd") + 1] == "9"
+    assert agent[agent.index("--sandbox") + 1] == "bwrap"
+
+
+def test_without_a_sandbox_the_program_is_told_where_its_directories_really_are(tmp_path: Path) -> None:
+    dirs = dirs_in(tmp_path, True)
+    command = driver_in(tmp_path, "none")._command(HM1ND, dirs)
+    told = {command[n]: command[n + 1] for n in range(len(command) - 1)}
+    assert (told["--run"], told["--state"], told["--configs"]) == (str(dirs.run), str(dirs.state), str(dirs.proposed))
+    assert told["--sandbox"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{"child-pid": 12}\n{"exit-code": 3}\n', 3),
+        ('{"child-pid": 12}\n', None),
+        ("", None),
+        ("junk", None),
+        ("[]\n", None),
+        ('{"exit-code": "3"}\n', None),
+        ('{"child-pid": 12}\n{"exit-', None),
+    ],
+)
+def test_an_exit_code_is_read_from_whatever_the_status_file_holds(tmp_path: Path, text: str, value: int | None) -> None:
+    (tmp_path / "status").write_text(text)
+    assert _status_value(tmp_path / "status", "exit-code") == value
+
+
+def test_no_status_file_is_no_exit_code(tmp_path: Path) -> None:
+    assert _status_value(tmp_path / "none", "exit-code") is None
+
+
+@pytest.mark.parametrize("identity", [None, "", "junk", "[]", "{}", '{"pid": "x"}', '{"pid": 1}', '{"pid": -5, "started": 1}'])
+def test_a_process_file_that_names_no_agent_of_ours_finds_none(tmp_path: Path, identity: str | None) -> None:
+    (tmp_path / "processes").mkdir()
+    if identity is not None:
+        (tmp_path / "processes" / "iris.json").write_text(identity)
+    assert driver_in(tmp_path).find(IRIS) is None
+
+
+def test_a_pid_that_was_given_to_another_process_is_not_adopted(tmp_path: Path) -> None:
+    (tmp_path / "processes").mkdir()
+    identity = {"pid": os.getpid(), "started": 1, "sandbox": "bwrap"}
+    (tmp_path / "processes" / "iris.json").write_text(json.dumps(identity))
+    assert driver_in(tmp_path).find(IRIS) is None
+
+
+def test_an_exit_that_was_missed_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "processes").mkdir()
+    (tmp_path / "processes" / "iris.json").write_text('{"pid": 1, "started": 2}')
+    (tmp_path / "processes" / "iris.status").write_text('{"child-pid": 12}\n{"exit-code": 3}\n')
+    driver = driver_in(tmp_path)
+    missed = driver.missed_exit(IRIS)
+    assert missed is not None
+    assert missed.code == 3
+    assert driver.missed_exit(IRIS) is None
+
+
+def test_last_words_are_the_end_of_the_log_however_long_it_is(tmp_path: Path) -> None:
+    driver = driver_in(tmp_path)
+    assert driver.last_words(IRIS) == ""
+    (tmp_path / "processes").mkdir()
+    with (tmp_path / "processes" / "iris.log").open("wb") as log:
+        log.truncate(50_000_000_000)  # sparse: reading it whole would end the daemon
+        log.seek(0, os.SEEK_END)
+        log.write("é the end\xff\n".encode("latin-1"))
+    words = driver.last_words(IRIS, 20)
+    assert words.endswith("the end�")
+    assert len(words) <= 20
