@@ -153,7 +153,9 @@ class Broker:
         with self._store.bus.listen(mail(agent)) as listener:
             while True:
                 last = trio.current_time() >= deadline
-                answer = await self._store.write(partial(_recv, agent=agent, limit=limit, key=key, last=last, turn=turn))
+                answer = await self._store.write(
+                    partial(_recv, agent=agent, limit=limit, key=key, last=last, turn=turn)
+                )
                 if isinstance(answer, dict):
                     return answer
                 turn = answer

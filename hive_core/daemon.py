@@ -19,9 +19,9 @@ from types import ModuleType
 import httpx2
 import trio
 import trio_asyncio
-from dashboard.app import build_app
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from dashboard.app import build_app
 from hive_core.agents import Agent, Agents
 from hive_core.approvals import Approvals
 from hive_core.broker import Broker

@@ -91,7 +91,11 @@ async def _in_thread(function: Callable[..., T], name: AgentName, *arguments: An
 
 def _reason(exc: Exception) -> str:
     """What git said, as one short line."""
-    said = str(exc.stderr).strip().removeprefix("stderr: ").strip("'\n ") if isinstance(exc, git.CommandError) else str(exc)
+    said = (
+        str(exc.stderr).strip().removeprefix("stderr: ").strip("'\n ")
+        if isinstance(exc, git.CommandError)
+        else str(exc)
+    )
     lines = [line for line in said.splitlines() if line.strip()] or ["no reason given"]
     fatal = [line for line in lines if line.startswith(("fatal:", "error:"))]
     return (fatal or lines)[0][:300]
@@ -182,7 +186,9 @@ class Repos:
             return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
         except OSError as exc:
             where = f"/agents/{name} of the manager"
-            raise Refusal("refused", f"cannot create {name}: {where} is no directory ({exc.strerror}); remove it") from exc
+            raise Refusal(
+                "refused", f"cannot create {name}: {where} is no directory ({exc.strerror}); remove it"
+            ) from exc
         finally:
             os.close(top)
 
@@ -221,7 +227,9 @@ class Repos:
         source = self._proposed / name / "config"
         for folder in (source.parent, source, source / ".git"):
             if folder.is_symlink() or not folder.is_dir():
-                raise Refusal("refused", f"cannot fetch from /agents/{name}/config: {folder.name} is no directory of its own")
+                raise Refusal(
+                    "refused", f"cannot fetch from /agents/{name}/config: {folder.name} is no directory of its own"
+                )
         with self._open(name) as repo:
             # The pin keeps the objects until the approval is resolved, whatever happens to the source.
             pin = f"refs/proposed/{sha}"

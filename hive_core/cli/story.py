@@ -14,7 +14,7 @@ ENDING = "iris runs on haiku now"
 DENIED_ENDING = "I reviewed the login module"
 
 _MODEL_CHANGE = (
-    "cd \"$HIVE_CONFIGS/iris/config\" && sed -i 's/^model = .*/model = \"haiku\"/' agent.toml"
+    'cd "$HIVE_CONFIGS/iris/config" && sed -i \'s/^model = .*/model = "haiku"/\' agent.toml'
     " && git commit --quiet --all --message 'Run iris on haiku: reviews are small' && git rev-parse HEAD"
 )
 

@@ -82,7 +82,10 @@ class Gate:
             if tx.execute("SELECT 1 FROM agents WHERE name = ?", (name,)).fetchone():
                 raise Refusal("refused", f"cannot ask for {name}: an agent of that name exists")
             digest = digest_of("spawn", name, payload)
-            sql = "SELECT id FROM approvals WHERE kind = 'spawn' AND agent = ? AND state IN ('pending', 'approved') AND digest != ?"
+            sql = """
+                SELECT id FROM approvals
+                WHERE kind = 'spawn' AND agent = ? AND state IN ('pending', 'approved') AND digest != ?
+            """
             if row := tx.execute(sql, (name, digest)).fetchone():
                 raise Refusal("refused", f"cannot ask for {name}: approval {row['id']} asks for it already and waits")
             return {"approval": put_request(tx, "spawn", name, requested_by, reason, payload)}

@@ -21,7 +21,15 @@ from hive_core.hive import Hive
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import OPERATOR, parse_agent_name, parse_body, parse_commit_sha, parse_id, parse_text, shown
+from hive_core.protocol.words import (
+    OPERATOR,
+    parse_agent_name,
+    parse_body,
+    parse_commit_sha,
+    parse_id,
+    parse_text,
+    shown,
+)
 from hive_core.sockets.unix import Lines
 from hive_core.store.bus import EVENTS
 from hive_core.version import __version__

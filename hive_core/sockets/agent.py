@@ -44,7 +44,9 @@ class _Arguments(BaseModel):
 class SendArguments(_Arguments):
     to: Annotated[str, Field(description="an agent's name, or operator")]
     body: Annotated[str, Field(description="what to say, at most 64 KiB")]
-    in_reply_to: Annotated[int | None, Field(gt=0, lt=2**63, description="the number of the message this answers")] = None
+    in_reply_to: Annotated[int | None, Field(gt=0, lt=2**63, description="the number of the message this answers")] = (
+        None
+    )
 
 
 class RecvArguments(_Arguments):

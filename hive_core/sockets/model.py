@@ -205,7 +205,13 @@ class _Body:
 
 
 async def _answer(send: Send, status: int, sentence: str) -> None:
-    kind = {401: "authentication_error", 403: "permission_error", 413: "request_too_large", 503: "api_error", 502: "api_error"}.get(status)
+    kind = {
+        401: "authentication_error",
+        403: "permission_error",
+        413: "request_too_large",
+        503: "api_error",
+        502: "api_error",
+    }.get(status)
     body = json.dumps({"type": "error", "error": {"type": kind, "message": sentence}}).encode() if sentence else b""
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -70,7 +70,7 @@ class Lines:
         self._ready: deque[bytes | Refusal] = deque()
 
     async def next(self) -> dict[str, Any] | Refusal | None:
-        """The next object, the Refusal of a bad line, or None when the other side has hung up (half a line is dropped)."""
+        """The next object, the Refusal of a bad line, or None at a hang-up (half a line is dropped)."""
         while True:
             while not self._ready:
                 data = await self._stream.receive_some(RECEIVE_BYTES)

@@ -91,6 +91,10 @@ def _open_writer(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def _read_only_uri(path: Path) -> str:
+    return f"{path.absolute().as_uri()}?mode=ro"
+
+
 @asynccontextmanager
 async def open_store(path: Path, bus: Bus | None = None) -> AsyncIterator[Store]:
     """Open (or make) the database at `path`. Raises StoreError with the way out when it cannot be used."""
@@ -100,7 +104,7 @@ async def open_store(path: Path, bus: Bus | None = None) -> AsyncIterator[Store]
     readers: list[aiosqlite.Connection] = []
     try:
         for _ in range(READERS):
-            reader = aiosqlite.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+            reader = aiosqlite.connect(_read_only_uri(path), uri=True)
             reader = await aio_as_trio(reader.__aenter__)()
             reader.row_factory = sqlite3.Row
             readers.append(reader)

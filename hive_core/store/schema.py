@@ -48,5 +48,6 @@ def migrate(connection: sqlite3.Connection, path: str) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     for number, sql in migrations()[version:]:
         connection.executescript(
-            f"BEGIN IMMEDIATE; {sql}\n; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number}; COMMIT;"
+            f"BEGIN IMMEDIATE; {sql}\n;"
+            f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number}; COMMIT;"
         )

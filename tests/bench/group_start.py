@@ -78,7 +78,8 @@ def daemon_ready() -> dict[str, Any]:
             rows = [(n, f"old message {n} ".ljust(200, "x")) for n in range(1, OLD_MESSAGES + 1)]
             db.executemany("INSERT INTO messages (id, sender, body, sent_at_ms) VALUES (?, 'operator', ?, 1)", rows)
             db.executemany(
-                "INSERT INTO deliveries (message_id, recipient, state, available_at_ms) VALUES (?, 'hm1nd', 'acked', 1)",
+                "INSERT INTO deliveries (message_id, recipient, state, available_at_ms)"
+                " VALUES (?, 'hm1nd', 'acked', 1)",
                 [(n,) for n, _ in rows],
             )
         for _ in range(ROUNDS):

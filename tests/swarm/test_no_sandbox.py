@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from tests.daemons import open_daemon
 
 
 @pytest.fixture
-def path_without_bwrap(tmp_path: Path) -> Iterator[str]:
+def path_without_bwrap(tmp_path: Path) -> str:
     """A PATH that leads to git and the usual tools, not to bwrap."""
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -24,7 +23,7 @@ def path_without_bwrap(tmp_path: Path) -> Iterator[str]:
         found = shutil.which(name)
         assert found, name
         (folder / name).symlink_to(found)
-    yield str(folder)
+    return str(folder)
 
 
 def test_the_demo_plays_without_a_sandbox(path_without_bwrap: str, tmp_path: Path) -> None:
