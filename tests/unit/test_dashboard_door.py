@@ -10,8 +10,8 @@ from starlette.datastructures import Headers
 
 from dashboard.door import Address, check_source
 from hive_core.protocol.refusal import Refusal
+from tests.dashboards import HOST, ORIGIN, OURS, browse, hive_of, signed_in
 from tests.hives import Services
-from tests.unit.test_dashboard_hive import HOST, ORIGIN, OURS, browse, hive_of, signed_in
 
 READS = ["/", "/agents/iris", "/live", "/agents/iris/live", "/agents/nobody", "/nowhere"]
 WRITES = ["/messages", "/approvals/1/approve", "/approvals/1/deny", "/sign-out"]

@@ -10,8 +10,8 @@ import trio
 
 from dashboard.forms import DRAINED_BYTES, FORM_LIMIT_BYTES
 from hive_core.protocol.words import BODY_LIMIT_BYTES, MANAGER, AgentName
+from tests.dashboards import OURS, browse, gate_open, hive_of, served
 from tests.hives import PATIENCE_S, Services
-from tests.unit.test_dashboard_hive import OURS, browse, gate_open, hive_of, served
 
 SCRIPT = {**OURS, "Accept": "application/json"}
 

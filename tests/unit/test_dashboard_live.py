@@ -17,8 +17,8 @@ from hive_core.procedures.gate import Gate
 from hive_core.protocol.words import MANAGER, AgentName
 from hive_core.sockets.http import serve_asgi
 from hive_core.store.writer import Transaction
+from tests.dashboards import hive_of, served, signed_in
 from tests.hives import PATIENCE_S, Services
-from tests.unit.test_dashboard_hive import hive_of, served, signed_in
 
 IRIS = AgentName("iris")
 

@@ -9,8 +9,8 @@ import pytest
 from dashboard.rows import ASSETS, asset_url
 from hive_core.credentials import Credential
 from hive_core.protocol.words import MANAGER, AgentName
+from tests.dashboards import browse, hive_of, signed_in
 from tests.hives import Services
-from tests.unit.test_dashboard_hive import browse, hive_of, signed_in
 
 
 async def test_the_dashboard_shows_agents_calls_and_flow_with_the_number_it_is_true_for(hive: Services) -> None:

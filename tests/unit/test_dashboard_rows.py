@@ -18,8 +18,8 @@ from dashboard.visible import SHOWN_CHARACTERS, visible
 from hive_core.agents import Agent, Live
 from hive_core.approvals import Approval
 from hive_core.protocol.words import AgentName
+from tests.dashboards import hive_of
 from tests.hives import Services
-from tests.unit.test_dashboard_hive import hive_of
 
 CORPUS = [
     "<script>alert(1)</script>",

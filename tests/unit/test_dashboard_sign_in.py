@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tests.dashboards import OURS, browse, hive_of
 from tests.hives import Services
-from tests.unit.test_dashboard_hive import OURS, browse, hive_of
 
 
 async def test_a_link_signs_in_once(hive: Services) -> None:
