@@ -7,7 +7,6 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import h11
@@ -185,8 +184,3 @@ async def served(hive: Hive, cookie: dict[str, str] | None = None) -> AsyncItera
         nursery.start_soon(partial(serve_asgi, build_app(hive), sock, stopping=hive.stopping))
         yield Browser(port, cookie)
         hive.stopping.set()
-
-
-async def test_a_hive_for_tests_serves_its_front_page(hive: Services, tmp_path: Path) -> None:
-    async with browse(hive_of(hive)) as client:
-        assert "SW4RM" in (await client.get("/")).text

@@ -110,11 +110,15 @@ _VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]]
 
 def _parse(words: list[str]) -> Namespace:
     """The arguments of one call. Only the parser of its own verb is built: a start has 100 ms for everything."""
-    from argparse import ArgumentParser, RawDescriptionHelpFormatter
+    from argparse import ArgumentParser, HelpFormatter, RawDescriptionHelpFormatter
+
+    def formatter(prog: str) -> HelpFormatter:
+        # A width of our own: looking for the terminal's imports shutil, and with it three kinds of compression.
+        return RawDescriptionHelpFormatter(prog, width=100)
 
     if words and words[0] in _VERBS:
         run, help_text, arguments = _VERBS[words[0]]
-        parser = ArgumentParser(prog=f"hive {words[0]}", description=help_text)
+        parser = ArgumentParser(prog=f"hive {words[0]}", description=help_text, formatter_class=formatter)
         for names, options in arguments:
             parser.add_argument(*names, **options)
         parser.set_defaults(run=run, verb=words[0])
@@ -126,7 +130,7 @@ def _parse(words: list[str]) -> Namespace:
             usage="hive [--json] [VERB …]",
             description="Run a swarm of coding agents on a machine of your own.\nWithout a verb: what waits for you.",
             epilog=f"verbs (`hive VERB --help` says more):\n{listed}",
-            formatter_class=RawDescriptionHelpFormatter,
+            formatter_class=formatter,
         )
         parser.add_argument("--version", action="store_true", help="print the version")
         parser.set_defaults(run="_status")

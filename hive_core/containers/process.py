@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +70,14 @@ class Running:
 
     def kill(self) -> None:
         """End the whole agent at once: its first process takes every other of its pid namespace along."""
-        inner = _status_value(self._status, "child-pid")
-        for pid in (inner, self.pid):
-            if pid is not None and (pid == self.pid or _parent(pid) == self.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        # bwrap tells its child's pid a moment after that was born, so the children are looked up; stopped first, so
+        # that none is born meanwhile.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGSTOP)
+            _wait_stopped(self.pid)
+        for pid in (*_children(self.pid), self.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if self.sandbox == "none":
             # No pid namespace: the harness's own group is all that can be named.
             with contextlib.suppress(ProcessLookupError):
@@ -255,6 +259,19 @@ def _parent(pid: int) -> int | None:
         return int(_stat_fields(pid)[1])
     except OSError:
         return None
+
+
+def _children(pid: int) -> list[int]:
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and _parent(int(entry)) == pid]
+
+
+def _wait_stopped(pid: int) -> None:
+    """A stop counts once the process has left what it was doing in the kernel: some microseconds."""
+    with contextlib.suppress(OSError):
+        for _ in range(1000):
+            if _stat_fields(pid)[0] in "TtZX":
+                return
+            time.sleep(0.0001)
 
 
 def sandbox_trouble() -> str | None:
