@@ -15,7 +15,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.settings import Word, describe
 
 # Variables of ours that are not settings of the daemon.
-_OTHER_VARIABLES = ("HIVE_REQUIRE", "HIVE_LONG", "HIVE_TEST_", "HIVE_CLAUDE")
+_OTHER_VARIABLES = ("HIVE_REQUIRE", "HIVE_LONG", "HIVE_TEST_")
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 

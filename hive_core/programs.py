@@ -16,7 +16,7 @@ def find_claude(chosen: Path | None = None) -> Path | None:
     if chosen is not None:
         return chosen if os.access(chosen, os.X_OK) else None
     home = os.path.expanduser("~")
-    candidates = [os.environ.get("HIVE_CLAUDE"), shutil.which("claude")]
+    candidates = [shutil.which("claude")]
     for prefix in (
         os.getcwd() + "/.npm",
         "/usr/local/lib",

@@ -112,6 +112,7 @@ class AdminDesk:
             "credential": hive.credential.source if hive.credential else None,
             "credential_missing": None if hive.credential else missing,
             "claude": str(hive.claude) if hive.claude else None,
+            "claude_chosen": str(hive.config.claude) if hive.config.claude else None,
             "sandbox": hive.sandbox,
             "sandbox_trouble": hive.sandbox_trouble,
             "unsafe": hive.unsafe,

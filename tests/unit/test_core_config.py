@@ -56,7 +56,7 @@ def test_every_setting_can_be_given_as_a_variable(file: Path, tmp_path: Path) ->
     assert config.database == tmp_path / "s" / "hive.sqlite"
 
 
-@pytest.mark.parametrize("variable", ["HIVE_REQUIRE", "HIVE_LONG", "HIVE_TEST_ACCOUNT", "HIVE_CLAUDE", "PATH", "HIVES"])
+@pytest.mark.parametrize("variable", ["HIVE_REQUIRE", "HIVE_LONG", "HIVE_TEST_ACCOUNT", "PATH", "HIVES"])
 def test_a_variable_that_is_no_setting_of_the_daemon_is_left_alone(file: Path, variable: str) -> None:
     assert load_config({}, {variable: "x"}).dashboard_port == 7000
 
