@@ -89,6 +89,8 @@ def findings(status: dict[str, Any]) -> list[str]:
         lines.append(show.paint(f"sandbox: {status['sandbox_trouble']}", "amber"))
     if status["claude"]:
         lines.append(f"claude: {status['claude']}")
+    elif status["claude_chosen"]:
+        lines.append(show.paint(f"claude: {status['claude_chosen']} is not an executable; change the setting", "amber"))
     else:
         lines.append(
             show.paint(
