@@ -1,4 +1,4 @@
-"""Parts of a hive, opened for a test: the real store and services, and a peer that speaks JSON lines to a real socket."""
+"""Parts of a hive, opened for a test: the real store and services, and a peer that speaks to a real socket."""
 
 from __future__ import annotations
 

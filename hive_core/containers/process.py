@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,7 +193,9 @@ class ProcessDriver:
         return environment
 
     def _bwrap(self, dirs: AgentDirs, status_fd: int) -> list[str]:
-        argv = ["bwrap", "--unshare-all", "--unshare-user", "--uid", "0", "--gid", "0", "--hostname", "hive"]
+        # Found on the daemon's own PATH, as sandbox_trouble does: the harness's is built from nothing.
+        bwrap = shutil.which("bwrap") or "bwrap"
+        argv = [bwrap, "--unshare-all", "--unshare-user", "--uid", "0", "--gid", "0", "--hostname", "hive"]
         argv += ["--cap-drop", "ALL", "--new-session", "--json-status-fd", str(status_fd)]
         argv += ["--tmpfs", "/", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", _HOME]
         for path in _SYSTEM_PATHS:

@@ -130,7 +130,9 @@ async def test_the_manager_is_made_once_without_an_approval(hive: Services) -> N
     assert await hive.approvals.recent() == []
 
 
-async def test_approve_makes_the_agent_exist_with_its_settings_its_welcome_and_word_to_who_asked(hive: Services) -> None:
+async def test_approve_makes_the_agent_exist_with_its_settings_its_welcome_and_word_to_who_asked(
+    hive: Services,
+) -> None:
     number = await ask_for_argus(hive)
     with refused("cannot find argus", "not_found"):
         await hive.agents.get("argus")
@@ -149,13 +151,13 @@ async def test_approve_makes_the_agent_exist_with_its_settings_its_welcome_and_w
 
 
 async def test_what_was_shown_is_what_the_agent_runs_on(hive: Services) -> None:
-    number = await ask_for_argus(hive, "You {{ name }} <b>&amp;</b> 'quote' \"\"\" é\r\n{% raw %}")
+    number = await ask_for_argus(hive, 'You {{ name }} <b>&amp;</b> \'quote\' """ é\r\n{% raw %}')
     shown = (await hive.approvals.get(number)).payload["files"]
     async with serving(hive):
         await approve(hive, number)
     argus = await hive.agents.get("argus")
     assert (argus.settings or {})["prompt"] == shown["CLAUDE.md"]
-    assert "You {{ name }} <b>&amp;</b> 'quote' \"\"\" é\r\n{% raw %}" in shown["CLAUDE.md"]
+    assert 'You {{ name }} <b>&amp;</b> \'quote\' """ é\r\n{% raw %}' in shown["CLAUDE.md"]
 
 
 async def test_a_persona_of_just_the_limit_can_be_deployed(hive: Services) -> None:
@@ -280,7 +282,9 @@ async def test_a_daemon_that_died_with_half_a_repository_finishes_it_when_it_sta
         (tmp_path / "applied" / ".argus.new").mkdir()
     async with open_services(tmp_path) as hive, serving(hive):
         assert (await approve(hive, number)).state == "done"
-        assert Checkout(tmp_path / "proposed" / "argus" / "config").head() == (await hive.agents.get("argus")).deployed_sha
+        assert (
+            Checkout(tmp_path / "proposed" / "argus" / "config").head() == (await hive.agents.get("argus")).deployed_sha
+        )
 
 
 async def test_a_name_whose_first_try_failed_gets_what_the_second_card_showed(tmp_path: Path) -> None:
@@ -331,7 +335,7 @@ async def test_approve_applies_exactly_the_commit_that_was_shown(hive: Services,
     number = await ask_for(hive, sha)
     card = await hive.approvals.get(number)
     assert (card.payload["sha"], card.payload["base"]) == (sha, first)
-    assert "\n-model = \"sonnet\"\n+model = \"opus\"" in card.payload["diff"]
+    assert '\n-model = "sonnet"\n+model = "opus"' in card.payload["diff"]
     later = iris.commit(CLAUDE__md="Obey me.\n")
     iris.git("branch", "-f", sha)  # a branch that is named like the commit
     assert (await hive.agents.get("iris")).deployed_sha == first
@@ -362,7 +366,9 @@ async def test_a_denied_change_is_tagged_with_the_reason_and_changes_nothing(hiv
     number = await ask_for(hive, sha)
     await hive.gate.deny(number, "# too dear\nask again", "operator")
     assert tags(hive) == {"deployed/0": first, f"proposal/{number}": sha, f"denied/{number}": sha}
-    assert "# too dear\nask again" in applied(hive, "for-each-ref", "--format=%(contents)", f"refs/tags/denied/{number}")
+    assert "# too dear\nask again" in applied(
+        hive, "for-each-ref", "--format=%(contents)", f"refs/tags/denied/{number}"
+    )
     assert (await hive.agents.get("iris")).deployed_sha == first
     assert "too dear" in (await mail_of(hive, "hm1nd"))[-1]
     again = await ask_for(hive, sha)
@@ -440,7 +446,9 @@ async def test_a_change_whose_daemon_died_after_the_click_is_finished(tmp_path: 
             assert tags(hive)[f"deployed/{number}"] == sha
 
 
-async def test_a_lock_that_a_killed_git_left_fails_the_approval_and_not_the_daemon(hive: Services, iris: Checkout) -> None:
+async def test_a_lock_that_a_killed_git_left_fails_the_approval_and_not_the_daemon(
+    hive: Services, iris: Checkout
+) -> None:
     number = await ask_for(hive, iris.commit(agent__toml=TOML))
     (hive.state_dir / "applied" / "iris.git" / "refs" / "heads" / "main.lock").touch()
     async with serving(hive):
@@ -517,7 +525,10 @@ DEPLOYABLE = {
     "attributes": (lambda checkout: checkout.commit(__gitattributes="* diff=x"), "it holds '.gitattributes'"),
     "strange": (a_strange_name, "it holds"),
     "huge": (lambda checkout: checkout.commit(CLAUDE__md="x" * (FILE_LIMIT_BYTES + 1)), "CLAUDE.md is over the limit"),
-    "long prompt": (lambda checkout: checkout.commit(CLAUDE__md="x" * (PERSONA_LIMIT_BYTES + 1)), "the CLAUDE.md: it has"),
+    "long prompt": (
+        lambda checkout: checkout.commit(CLAUDE__md="x" * (PERSONA_LIMIT_BYTES + 1)),
+        "the CLAUDE.md: it has",
+    ),
     "empty prompt": (lambda checkout: checkout.commit(CLAUDE__md="\n"), "CLAUDE.md: it is empty"),
     "binary prompt": (lambda checkout: checkout.commit(CLAUDE__md=b"\xff\xfe"), "CLAUDE.md: it is not UTF-8"),
     "NUL": (lambda checkout: checkout.commit(CLAUDE__md="a\0b"), "NUL"),

@@ -7,7 +7,6 @@ import shutil
 import stat
 import subprocess
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,32 @@ from tests.hives import PATIENCE_S, Services, clean_environment, open_services
 
 HM1ND, IRIS, OPERATOR = AgentName("hm1nd"), AgentName("iris"), AgentName("operator")
 FILES = {"agent.toml": 'program = "rehearsal"\n', "CLAUDE.md": "You read.\n"}
-HOOKS = """
-applypatch-msg pre-applypatch post-applypatch pre-commit pre-merge-commit prepare-commit-msg commit-msg post-commit
-pre-rebase post-checkout post-merge pre-push pre-receive update proc-receive post-receive post-update
-reference-transaction push-to-checkout pre-auto-gc post-rewrite fsmonitor-watchman post-index-change post-upload-pack
-""".split()
+HOOKS = [
+    "applypatch-msg",
+    "pre-applypatch",
+    "post-applypatch",
+    "pre-commit",
+    "pre-merge-commit",
+    "prepare-commit-msg",
+    "commit-msg",
+    "post-commit",
+    "pre-rebase",
+    "post-checkout",
+    "post-merge",
+    "pre-push",
+    "pre-receive",
+    "update",
+    "proc-receive",
+    "post-receive",
+    "post-update",
+    "reference-transaction",
+    "push-to-checkout",
+    "pre-auto-gc",
+    "post-rewrite",
+    "fsmonitor-watchman",
+    "post-index-change",
+    "post-upload-pack",
+]
 
 
 class Planted:
@@ -42,10 +62,15 @@ class Planted:
     def fired(self) -> bool:
         return self.marker.exists()
 
-    def git(self, *arguments: str, check: bool = True) -> str:
+    def git(self, *arguments: str, check: bool = True, said: str = "") -> str:
         """Plain git, as a careless daemon would run it."""
         done = subprocess.run(
-            ["git", *arguments], cwd=self.path, env=clean_environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL
+            ["git", *arguments],
+            cwd=self.path,
+            env=clean_environment(),
+            capture_output=True,
+            text=True,
+            input=said,
         )
         assert done.returncode == 0 or not check, done.stderr
         return done.stdout.strip()
@@ -153,7 +178,9 @@ def promisor(repo: Planted) -> None:
         for rest in (repo.dot_git / "objects" / "pack").iterdir():
             rest.unlink()
         with moved.open("rb") as stream:
-            subprocess.run(["git", "unpack-objects", "-q"], cwd=repo.path, stdin=stream, env=clean_environment(), check=True)
+            subprocess.run(
+                ["git", "unpack-objects", "-q"], cwd=repo.path, stdin=stream, env=clean_environment(), check=True
+            )
     (repo.dot_git / "objects" / blob[:2] / blob[2:]).unlink()
     repo.config(
         core__repositoryFormatVersion="1",
@@ -277,7 +304,8 @@ async def test_no_trap_of_another_place_is_brought_along(
     trap = Planted(tmp_path / "none", tmp_path)
     plant_hooks(trap, tmp_path / "template")
     plant_hooks(trap, tmp_path / "hooks")
-    settings = f"[core]\n\thooksPath = {tmp_path}/hooks\n\tfsmonitor = {trap.trap}\n[init]\n\ttemplateDir = {tmp_path}/template\n"
+    settings = f"[core]\n\thooksPath = {tmp_path}/hooks\n\tfsmonitor = {trap.trap}\n"
+    settings += f"[init]\n\ttemplateDir = {tmp_path}/template\n"
     (tmp_path / ".gitconfig").write_text(settings)
     (tmp_path / ".config" / "git").mkdir(parents=True)
     (tmp_path / ".config" / "git" / "config").write_text(settings)
@@ -401,9 +429,7 @@ async def test_a_repository_that_is_broken_is_refused_with_what_git_said(hive: S
 async def test_an_object_that_git_would_not_check_out_safely_is_refused(hive: Services, iris: Planted) -> None:
     """fsck on arrival: a tree with `.git` in it."""
     blob = iris.git("rev-parse", "HEAD:CLAUDE.md")
-    tree = subprocess.run(
-        ["git", "mktree"], cwd=iris.path, input=f"100644 blob {blob}\t.git\n".encode(), env=clean_environment(), capture_output=True, check=True
-    ).stdout.decode().strip()
+    tree = iris.git("mktree", said=f"100644 blob {blob}\t.git\n")
     sha = iris.git("commit-tree", tree, "-p", "HEAD", "-m", "x")
     with pytest.raises(Refusal, match="cannot fetch"):
         await hive.gate.request_apply_commit(OPERATOR, IRIS, CommitSha(sha), "r")

@@ -16,7 +16,9 @@ def _no_unclaimed_error_logs(request: pytest.FixtureRequest, caplog: pytest.LogC
     """An error in the log is a failure, unless the test expected it and cleared it away."""
     yield
     if request.path.name.startswith("test_core_"):
-        errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+        # caplog.records would be those of the teardown alone.
+        records = [record for when in ("setup", "call", "teardown") for record in caplog.get_records(when)]
+        errors = [record.getMessage() for record in records if record.levelno >= logging.ERROR]
         assert not errors, "the log holds errors that the test did not expect"
 
 

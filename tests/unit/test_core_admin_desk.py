@@ -330,7 +330,9 @@ async def test_a_line_of_just_the_limit_is_read(peer: Peer) -> None:
     assert (await peer.read())["ok"]
 
 
-async def test_half_a_line_and_a_hang_up_does_nothing_and_harms_nobody(hive: Services, house: Hive, tmp_path: Path) -> None:
+async def test_half_a_line_and_a_hang_up_does_nothing_and_harms_nobody(
+    hive: Services, house: Hive, tmp_path: Path
+) -> None:
     async with serve(tmp_path / "host.sock", AdminDesk(house).serve) as door:
         whole_line = json.dumps(request("send", to="iris", body="hello")).encode()
         for cut in (1, len(whole_line) // 2, len(whole_line)):
@@ -352,26 +354,60 @@ async def test_a_character_split_across_two_writes_arrives_whole(peer: Peer) -> 
 
 
 async def test_requests_sent_in_one_breath_are_answered_in_order(peer: Peer) -> None:
-    await peer.send_bytes(b"".join(json.dumps(request("send", to="iris", body=str(n))).encode() + b"\n" for n in range(50)))
+    await peer.send_bytes(
+        b"".join(json.dumps(request("send", to="iris", body=str(n))).encode() + b"\n" for n in range(50))
+    )
     assert [(await peer.read())["result"]["message"] for _ in range(50)] == list(range(1, 51))
 
 
 async def test_one_who_never_reads_holds_up_only_himself(hive: Services, house: Hive, tmp_path: Path) -> None:
     await hive.store.write(lambda tx: [put_message(tx, HM1ND, IRIS, parse_body("x" * 60_000)) for _ in range(50)])
-    async with serve(tmp_path / "host.sock", AdminDesk(house).serve) as door, connect(door) as deaf, connect(door) as peer:
+    async with (
+        serve(tmp_path / "host.sock", AdminDesk(house).serve) as door,
+        connect(door) as deaf,
+        connect(door) as peer,
+    ):
         for _ in range(20):
             await deaf.send(request("messages", limit=1000))
         await trio.testing.wait_all_tasks_blocked()
         assert len((await ask(peer, "list"))["agents"]) == 3
 
 
-VERBS = "status list send messages message inbox request_spawn pending show approve deny start events fly".split()
+VERBS = [
+    "status",
+    "list",
+    "send",
+    "messages",
+    "message",
+    "inbox",
+    "request_spawn",
+    "pending",
+    "show",
+    "approve",
+    "deny",
+    "start",
+    "events",
+    "fly",
+]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(["iris", "argus"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-ARGUMENTS = "to body in_reply_to key agent limit message persona reason approval digest after".split()
+ARGUMENTS = [
+    "to",
+    "body",
+    "in_reply_to",
+    "key",
+    "agent",
+    "limit",
+    "message",
+    "persona",
+    "reason",
+    "approval",
+    "digest",
+    "after",
+]
 JUNK = st.one_of(
     st.binary(max_size=80),
     VALUES.map(lambda value: json.dumps(value).encode()),
@@ -387,13 +423,17 @@ JUNK = st.one_of(
 @given(st.lists(JUNK, max_size=15), st.integers(1, 200))
 def test_after_any_junk_the_next_request_is_answered(junk: list[bytes], chunk: int) -> None:
     async def check(hive: Services) -> None:
-        data = b"".join(line.replace(b"\n", b" ") + b"\n" for line in junk)
+        lines = [*(line.replace(b"\n", b" ") for line in junk), json.dumps(request("dashboard")).encode()]
         with tempfile.TemporaryDirectory() as folder:
-            async with serve(Path(folder) / "host.sock", AdminDesk(whole(hive)).serve) as door, connect(door) as peer:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(send_in_chunks, peer, data + json.dumps(request("dashboard")).encode() + b"\n", chunk)
-                    while "url" not in ((await peer.read()).get("result") or {}):
-                        pass
+            door = Path(folder) / "host.sock"
+            async with (
+                serve(door, AdminDesk(whole(hive)).serve),
+                connect(door) as peer,
+                trio.open_nursery() as nursery,
+            ):
+                nursery.start_soon(send_in_chunks, peer, b"".join(line + b"\n" for line in lines), chunk)
+                while "url" not in ((await peer.read()).get("result") or {}):
+                    pass
 
     run_in_hive(check, "hm1nd", "iris")
 

@@ -203,7 +203,9 @@ async def test_the_same_spawn_asked_for_twice_with_one_id_is_one_card(hive: Serv
         first = await client.call("request_spawn", "toolu_1", **wish)
         assert await client.call("request_spawn", "toolu_1", **wish) == first
         assert await client.call("request_spawn", "toolu_2", **wish) == first
-        assert "approval 1 asks for it already" in await client.refusal("request_spawn", **{**wish, "persona": "Other."})
+        assert "approval 1 asks for it already" in await client.refusal(
+            "request_spawn", **{**wish, "persona": "Other."}
+        )
         assert "an agent of that name exists" in await client.refusal("request_spawn", **{**wish, "name": "iris"})
         assert "reserved" in await client.refusal("request_spawn", **{**wish, "name": "operator"})
     assert [(card.agent, card.requested_by) for card in await hive.approvals.pending()] == [("argus", "hm1nd")]
@@ -211,7 +213,10 @@ async def test_the_same_spawn_asked_for_twice_with_one_id_is_one_card(hive: Serv
 
 async def test_the_manager_ends_an_agent_and_is_the_one_who_did(hive: Services, tmp_path: Path) -> None:
     killed: list[tuple[str, str]] = []
-    async with serve(tmp_path / "k.sock", partial(serve_agent, desk_for(hive, "hm1nd", killed))) as path, program(path) as client:
+    async with (
+        serve(tmp_path / "k.sock", partial(serve_agent, desk_for(hive, "hm1nd", killed))) as path,
+        program(path) as client,
+    ):
         assert await client.call("kill", agent="iris") == {"killed": "iris"}
         assert "argus" in await client.refusal("kill", agent="argus")
     assert killed == [("iris", "hm1nd")]
@@ -291,7 +296,9 @@ async def test_a_junk_line_is_answered_with_an_error_and_the_connection_survives
 
 
 @pytest.mark.parametrize("method", ["fly", "resources/list", "prompts/get"])
-async def test_an_unknown_method_is_an_error_of_the_protocol_and_the_connection_survives(door: Path, method: str) -> None:
+async def test_an_unknown_method_is_an_error_of_the_protocol_and_the_connection_survives(
+    door: Path, method: str
+) -> None:
     async with program(door) as client:
         assert "error" in await client.request(method)
         assert (await client.call("whoami"))["name"] == "iris"
@@ -348,7 +355,9 @@ def test_after_any_junk_the_next_call_is_answered(junk: list[bytes], greeted: bo
                         await client.greet()
                     async with trio.open_nursery() as nursery:
                         lines = b"".join(line.replace(b"\n", b" ") + b"\n" for line in junk)
-                        nursery.start_soon(client.send_bytes, lines + b'{"jsonrpc":"2.0","id":"last","method":"ping"}\n')
+                        nursery.start_soon(
+                            client.send_bytes, lines + b'{"jsonrpc":"2.0","id":"last","method":"ping"}\n'
+                        )
                         while (await client.read()).get("id") != "last":
                             pass
                 async with program(door) as client:

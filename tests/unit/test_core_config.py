@@ -50,7 +50,12 @@ def test_the_first_file_that_exists_counts_alone(file: Path) -> None:
 
 
 def test_every_setting_can_be_given_as_a_variable(file: Path, tmp_path: Path) -> None:
-    given = {"state_dir": str(tmp_path / "s"), "end_agents_with_daemon": "true", "orphan_grace_s": "1.5", "log_format": "json"}
+    given = {
+        "state_dir": str(tmp_path / "s"),
+        "end_agents_with_daemon": "true",
+        "orphan_grace_s": "1.5",
+        "log_format": "json",
+    }
     config = load_config({}, {f"HIVE_{name.upper()}": value for name, value in given.items()})
     assert (config.state_dir, config.end_agents_with_daemon, config.orphan_grace_s) == (tmp_path / "s", True, 1.5)
     assert config.database == tmp_path / "s" / "hive.sqlite"
@@ -69,7 +74,9 @@ def refusal(flags: dict[str, object], environment: dict[str, str]) -> str:
 
 
 def test_an_unknown_setting_is_refused_by_name_and_place(file: Path) -> None:
-    assert "cannot use the environment: there is no setting HIVE_DASHBORD_PORT" in refusal({}, {"HIVE_DASHBORD_PORT": "1"})
+    assert "cannot use the environment: there is no setting HIVE_DASHBORD_PORT" in refusal(
+        {}, {"HIVE_DASHBORD_PORT": "1"}
+    )
     assert "cannot use the flags: there is no setting port; the settings are state_dir" in refusal({"port": 1}, {})
     file.write_text("[dashboard]\nport = 1\n")
     said = refusal({}, {})
@@ -160,9 +167,7 @@ def test_an_empty_agent_toml_is_the_defaults() -> None:
     assert not {"SendMessage", "Task", "WebFetch", "WebSearch", "CronCreate"} & set(settings.tools)
 
 
-@pytest.mark.parametrize(
-    "model", ["sonnet", "claude-opus-4-1-20250805", "opus[1m]", "us.anthropic.claude:0", "a" * 80]
-)
+@pytest.mark.parametrize("model", ["sonnet", "claude-opus-4-1-20250805", "opus[1m]", "us.anthropic.claude:0", "a" * 80])
 def test_a_models_name_passes(model: str) -> None:
     assert parse_agent_toml(f'model = "{model}"'.encode()).model == model
 

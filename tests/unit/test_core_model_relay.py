@@ -194,7 +194,10 @@ async def test_no_header_of_the_relays_own_library_is_added(bench: Bench) -> Non
         await stream.send_all(lines)
         await stream.receive_some()
     assert {name for name, _ in bench.provider.calls[0].headers} == {
-        "host", "content-length", "accept-encoding", "x-api-key"
+        "host",
+        "content-length",
+        "accept-encoding",
+        "x-api-key",
     }
 
 
@@ -334,20 +337,23 @@ async def test_an_error_of_the_provider_passes_with_its_headers_and_bytes(bench:
     async def errs(call: Call) -> None:
         await call.say(
             f"HTTP/1.1 {status} No\r\nretry-after: 7\r\nx-should-retry: false\r\n"
-            f"anthropic-ratelimit-unified-reset: 123\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+            f"anthropic-ratelimit-unified-reset: 123\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+            + body
         )
 
     bench.provider.answer = errs
     answer = await bench.post(content=b"{}")
     assert (answer.status_code, answer.content) == (status, body)
-    assert [answer.headers[name] for name in ("retry-after", "x-should-retry", "anthropic-ratelimit-unified-reset")] == [
-        "7", "false", "123"
-    ]
+    assert [
+        answer.headers[name] for name in ("retry-after", "x-should-retry", "anthropic-ratelimit-unified-reset")
+    ] == ["7", "false", "123"]
 
 
 async def test_a_redirect_is_the_agents_to_see_and_the_credential_does_not_follow_it(bench: Bench) -> None:
     async def redirects(call: Call) -> None:
-        await call.say(f"HTTP/1.1 307 Go\r\nlocation: {bench.relay.base_url}/v1/messages\r\ncontent-length: 0\r\n\r\n".encode())
+        await call.say(
+            f"HTTP/1.1 307 Go\r\nlocation: {bench.relay.base_url}/v1/messages\r\ncontent-length: 0\r\n\r\n".encode()
+        )
 
     bench.provider.answer = redirects
     assert (await bench.post(content=b"{}", follow_redirects=False)).status_code == 307
@@ -357,7 +363,8 @@ async def test_a_redirect_is_the_agents_to_see_and_the_credential_does_not_follo
 # -- the answer -------------------------------------------------------------------------------------------------------
 
 EVENTS = [
-    b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":25,"output_tokens":1}}}\n\n',
+    b"event: message_start\n"
+    b'data: {"type":"message_start","message":{"usage":{"input_tokens":25,"output_tokens":1}}}\n\n',
     'event: content_block_delta\ndata: {"type":"content_block_delta","delta":{"text":"é😀 \\"usage\\""}}\n\n'.encode(),
     b'event: message_delta\ndata: {"type":"message_delta","usage":{"output_tokens":15}}\n\n',
     b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
@@ -414,7 +421,9 @@ async def test_an_answer_of_any_bytes_passes_as_it_is(bench: Bench) -> None:
 
 
 async def test_the_usage_of_a_whole_answer_is_told(bench: Bench) -> None:
-    body = json.dumps({"usage": {"input_tokens": 3, "output_tokens": 4, "service_tier": "standard"}}, indent=None).encode()
+    body = json.dumps(
+        {"usage": {"input_tokens": 3, "output_tokens": 4, "service_tier": "standard"}}, indent=None
+    ).encode()
 
     async def answers(call: Call) -> None:
         await call.say(f"HTTP/1.1 200 OK\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
@@ -482,7 +491,11 @@ def test_usage_is_read_the_same_however_the_stream_is_cut(cuts: list[int], newli
 
 
 @settings(deadline=None)
-@given(st.lists(st.binary(max_size=50) | st.sampled_from([b'data: {"usage":', b'"usage"', b"\n", b"[]}", b'{"usage":7}\n'])))
+@given(
+    st.lists(
+        st.binary(max_size=50) | st.sampled_from([b'data: {"usage":', b'"usage"', b"\n", b"[]}", b'{"usage":7}\n'])
+    )
+)
 def test_no_answer_can_break_the_reader(pieces: list[bytes]) -> None:
     reader = UsageReader()
     for piece in pieces:
@@ -516,7 +529,9 @@ def test_a_line_without_an_end_is_kept_within_bounds() -> None:
     assert len(reader._rest) <= 512 * 1024
 
 
-names = st.sampled_from(["Connection", "TE", "X-A", "x-a", "Keep-Alive", "Host", "X-API-Key", "Trailer", "Accept", "X-B"])
+names = st.sampled_from(
+    ["Connection", "TE", "X-A", "x-a", "Keep-Alive", "Host", "X-API-Key", "Trailer", "Accept", "X-B"]
+)
 
 
 @settings(deadline=None)
@@ -524,7 +539,11 @@ names = st.sampled_from(["Connection", "TE", "X-A", "x-a", "Keep-Alive", "Host",
 def test_only_end_to_end_headers_that_are_not_replaced_pass_in_their_order(headers: list[tuple[str, str]]) -> None:
     raw = [(name.encode(), value.encode()) for name, value in headers]
     named = {
-        word.strip().lower() for name, value in headers if name == "Connection" for word in value.split(",") if word.strip()
+        word.strip().lower()
+        for name, value in headers
+        if name == "Connection"
+        for word in value.split(",")
+        if word.strip()
     }
     gone = {"connection", "te", "keep-alive", "trailer", "host", "x-api-key"} | named
     wanted = [(name.encode(), value.encode()) for name, value in headers if name.lower() not in gone]

@@ -181,11 +181,10 @@ async def test_many_writes_that_wait_together_share_one_commit(tmp_path: Path) -
             seen.append(len(kinds_on_disk(path)))
             super().publish(topics)
 
-    async with opened(path, CountingBus()) as store, trio.open_nursery() as nursery:
-        async with held_writer(store, nursery):
-            for number in range(100):
-                nursery.start_soon(store.write, note(str(number)))
-            await trio.testing.wait_all_tasks_blocked()
+    async with opened(path, CountingBus()) as store, trio.open_nursery() as nursery, held_writer(store, nursery):
+        for number in range(100):
+            nursery.start_soon(store.write, note(str(number)))
+        await trio.testing.wait_all_tasks_blocked()
     assert seen == [0, 100]
 
 
@@ -260,11 +259,14 @@ async def test_what_is_queued_when_the_store_closes_is_stored_and_answered(tmp_p
         await store.write(note("last"))
         answered.append("last")
 
-    async with trio_asyncio.open_loop(), trio.open_nursery() as nursery:
-        async with open_store(path) as store:
-            async with held_writer(store, nursery):
-                nursery.start_soon(write, store)
-                await trio.testing.wait_all_tasks_blocked()
+    async with (
+        trio_asyncio.open_loop(),
+        trio.open_nursery() as nursery,
+        open_store(path) as store,
+        held_writer(store, nursery),
+    ):
+        nursery.start_soon(write, store)
+        await trio.testing.wait_all_tasks_blocked()
     assert answered == kinds_on_disk(path) == ["last"]
     with pytest.raises(StoreError, match="closed"):
         await store.write(note("too late"))
