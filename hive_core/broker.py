@@ -276,10 +276,10 @@ def settle(turn_state: str, attempts: int) -> tuple[str, int, float]:
             return "acked", attempts, 0.0
         case "waiting":
             return "queued", attempts - 1, WAITING_S
-        case "lost":
-            return "queued", attempts, 0.0
         case _ if attempts >= TRIES:
             return "dead", attempts, 0.0
+        case "lost" if attempts == 1:
+            return "queued", attempts, 0.0
         case _:
             return "queued", attempts, BACKOFF_S * 2 ** (attempts - 1)
 

@@ -30,7 +30,7 @@ class Config(BaseModel):
     dashboard_port: Port = 7000
     manager_port: Port = 8000
     agent_ports: str = "8100-8999"
-    provider_base_url: Annotated[str, Field(pattern=r"^https?://[^\s/]+")] = "https://api.anthropic.com"
+    provider_base_url: Annotated[str, Field(pattern=r"^https?://[^\s/@]+(/\S*)?$")] = "https://api.anthropic.com"
     claude: Path | None = None  # the agent program; None looks on PATH, npm's and ~/.local/bin
     manager_prompt: Path | None = None  # the first CLAUDE.md of hm1nd, in the place of ours
     default_program: Literal["claude", "rehearsal"] = "claude"

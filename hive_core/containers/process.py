@@ -196,7 +196,7 @@ class ProcessDriver:
         # Found on the daemon's own PATH, as sandbox_trouble does: the harness's is built from nothing.
         bwrap = shutil.which("bwrap") or "bwrap"
         argv = [bwrap, "--unshare-all", "--unshare-user", "--uid", "0", "--gid", "0", "--hostname", "hive"]
-        argv += ["--cap-drop", "ALL", "--new-session", "--json-status-fd", str(status_fd)]
+        argv += ["--disable-userns", "--cap-drop", "ALL", "--new-session", "--json-status-fd", str(status_fd)]
         argv += ["--tmpfs", "/", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", _HOME]
         for path in _SYSTEM_PATHS:
             # A link (/bin → usr/bin) stays a link; a directory is bound.
@@ -279,7 +279,8 @@ def _wait_stopped(pid: int) -> None:
 
 def sandbox_trouble() -> str | None:
     """None when bwrap works here, found by running it; else one sentence that names the fix."""
-    probe = ["bwrap", "--unshare-all", "--unshare-user", "--uid", "0", "--gid", "0", "--ro-bind", "/", "/", "true"]
+    probe = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "0", "--gid", "0"]
+    probe += ["--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "true"]
     try:
         done = subprocess.run(probe, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10)
     except FileNotFoundError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 
+import trio
 from jinja2 import Environment
 
 from hive_core.agents import Agents, set_deployed
@@ -31,6 +32,7 @@ from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
 log = logging.getLogger(__name__)
+BACKSTOP_S = 5.0  # a lost wake-up costs an approval this long
 
 
 class Gate:
@@ -138,7 +140,8 @@ class Gate:
             while True:
                 for approval in await self._approvals.approved():
                     await self._carry_out(approval)
-                await listener.wait()
+                with trio.move_on_after(BACKSTOP_S):
+                    await listener.wait()
 
     async def _carry_out(self, approval: Approval) -> None:
         try:

@@ -213,6 +213,8 @@ async def test_two_leases_that_wait_at_once_get_one_turn_between_them(hive: Serv
         ("waiting", 1, ("queued", 0, WAITING_S)),
         ("waiting", TRIES, ("queued", TRIES - 1, WAITING_S)),
         ("lost", 1, ("queued", 1, 0.0)),
+        ("lost", 2, ("queued", 2, 4.0)),
+        ("lost", 5, ("dead", 5, 0.0)),
     ],
 )
 def test_what_becomes_of_a_message_follows_from_how_its_turn_ended(

@@ -43,9 +43,15 @@ def test_every_namespace_is_the_agents_own_and_no_capability_is_left(tmp_path: P
     asked = list(options(argv))
     assert Path(argv[0]).name == "bwrap"
     assert asked[-1] == ("--",)
-    assert {("--unshare-all",), ("--unshare-user",), ("--new-session",), ("--cap-drop", "ALL")} <= set(asked)
+    assert {
+        ("--unshare-all",),
+        ("--unshare-user",),
+        ("--disable-userns",),
+        ("--new-session",),
+        ("--cap-drop", "ALL"),
+    } <= set(asked)
     assert ("--json-status-fd", "7") in asked
-    known = WITH_ONE | WITH_TWO | {"--unshare-all", "--unshare-user", "--new-session", "--"}
+    known = WITH_ONE | WITH_TWO | {"--unshare-all", "--unshare-user", "--disable-userns", "--new-session", "--"}
     assert {option[0] for option in asked} <= known
     assert not any(word.startswith(("--share", "--dev-bind", "--cap-add", "--die-with-parent")) for word in argv)
 
