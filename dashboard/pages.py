@@ -12,7 +12,6 @@ from dashboard.door import COOKIE
 from dashboard.live import Position, live_response
 from dashboard.rows import ASSETS, Rows, asset_bytes, asset_hash, render
 from hive_core.agents import Agent
-from hive_core.credentials import how_to_give_one
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_agent_name
@@ -120,7 +119,7 @@ class Pages:
 
     def _lacks_credential(self, agents: list[Agent]) -> str:
         needed = any((agent.settings or {}).get("program") == "claude" for agent in agents)
-        return how_to_give_one(self._hive.config.state_dir) if needed and self._hive.credential is None else ""
+        return self._hive.credential_missing if needed and self._hive.credential is None else ""
 
 
 def _after(request: Request) -> str:

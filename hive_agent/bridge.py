@@ -25,7 +25,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-LINE_LIMIT_BYTES = 10 * 1024 * 1024
+LINE_LIMIT_BYTES = 1024 * 1024  # the host's own: here the answer can still carry the request's id
 BACKLOG_BYTES = 1024 * 1024  # a side that takes its bytes slower than this stops the reading of the other
 READ_BYTES = 256 * 1024
 RETRY_FIRST_S = 0.05

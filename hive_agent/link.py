@@ -126,12 +126,15 @@ class HostLink:
         return request.answer
 
     async def run(self) -> None:
-        """Keep a connection to the host; return when none answered for the grace and no program runs.
+        """Keep a connection to the host; return when none answered for the grace and no program runs, or for twice it.
 
         Raises Unwelcome.
         """
         retry_s = RETRY_FIRST_S
-        while self._busy or trio.current_time() - self._lost_at < self._grace_s:
+        while (away_s := trio.current_time() - self._lost_at) < self._grace_s or (
+            # A turn is finished first; one that waits for the host itself would wait for ever.
+            self._busy and away_s < 2 * self._grace_s
+        ):
             if await self._converse():
                 retry_s = RETRY_FIRST_S
                 self._lost_at = trio.current_time()

@@ -11,24 +11,22 @@ from typing import Any
 
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, SYSTEM, AgentName
-from hive_core.store.bus import mail, stream
+from hive_core.store.bus import WANTED, mail, stream
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
-# Topics of the bus: what is wanted of some agent changed; what is seen of some agent changed.
-WANTED = "wanted"
-LIVE = "live"
+LIVE = "live"  # the bus topic: what is seen of some agent changed
 
 
 @dataclass(frozen=True, slots=True)
 class Live:
     """What an agent is doing as far as the host can see.
 
-    state   down, starting, idle, waiting (the provider's fault or a missing login), thinking, tool, stopping, crashed
+    state   down, starting, idle, paused, thinking, tool, stopping, crashed, or waiting: for the provider or a login
     detail  which tool; why it is down or waits; why its last turn failed
     """
 
-    state: str = "down"
+    state: str = "starting"
     detail: str = ""
     since_ms: int = field(default_factory=lambda: int(time.time() * 1000))
     sandbox: str = "bwrap"
@@ -59,14 +57,15 @@ def pick_port(name: str, ports: range, taken: Iterable[int]) -> int:
 
 
 class Agents:
-    def __init__(self, store: Store, *, manager_port: int, agent_ports: range) -> None:
+    def __init__(self, store: Store, *, manager_port: int, agent_ports: range, sandbox: str = "bwrap") -> None:
         self._store = store
         self._manager_port = manager_port
         self._ports = agent_ports
+        self._sandbox = sandbox
         self._live: dict[str, Live] = {}
 
     def live(self, name: str) -> Live:
-        return self._live.get(name) or Live()
+        return self._live.get(name) or Live(sandbox=self._sandbox)
 
     def observe(self, name: str, state: str, detail: str = "", sandbox: str | None = None) -> None:
         """Note what is seen of an agent; who watches is woken. The same again changes nothing."""
@@ -109,6 +108,13 @@ class Agents:
             tx.wake(mail(name))
 
         await self._store.write(write)
+        if wanted != "down" and self.live(name).state in ("idle", "waiting", "paused"):
+            await self.observe_rest(name)
+
+    async def observe_rest(self, name: str, state: str = "idle", detail: str = "") -> None:
+        """Note that an agent is between turns: `state`, or paused where that is wanted."""
+        paused = await self.paused(name)
+        self.observe(name, "paused" if paused else state, "" if paused else detail)
 
     async def all(self) -> list[Agent]:
         """Every agent, the manager first, then by name."""

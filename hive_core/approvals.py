@@ -13,11 +13,9 @@ from typing import Any
 
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
-from hive_core.store.bus import EVENTS
+from hive_core.store.bus import APPROVED, EVENTS
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
-
-APPROVED = "approved"  # the bus topic: an approval waits to be carried out
 
 
 @dataclass(frozen=True, slots=True)

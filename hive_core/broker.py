@@ -27,6 +27,7 @@ TRIES = 5
 BACKOFF_S = 2.0  # doubled with each try
 WAITING_S = 30.0  # how long a message rests when the turn could not run for a reason that is not its own
 RECV_LIMIT = 32
+RECV_BYTES = 128 * 1024  # of bodies in one answer, but one message always: programs cut long answers of tools
 RECV_WAIT_LIMIT_S = 180.0
 TOOL_CALL_KEPT_S = 7 * 24 * 3600
 
@@ -265,8 +266,17 @@ def end_turn(tx: Transaction, agent: str, turn_id: int, state: str, error: str |
         )
         if new_state == "dead":
             tx.emit("message_dead", SYSTEM, agent, message=row["message_id"], attempts=attempts, error=error)
+            _tell_sender(tx, agent, row["message_id"], attempts, error)
     tx.emit("turn_ended", agent, agent, turn=turn_id, state=state, error=error)
     tx.wake(mail(agent))
+
+
+def _tell_sender(tx: Transaction, agent: str, message_id: int, attempts: int, error: str | None) -> None:
+    """Whoever sent a message that is dead now reads so; the hive itself needs no letter."""
+    sender = tx.execute("SELECT sender FROM messages WHERE id = ?", (message_id,)).fetchone()["sender"]
+    if sender != SYSTEM:
+        text = f"message_dead: your message {message_id} to {agent} was given up after {attempts} tries. {error or ''}"
+        put_message(tx, SYSTEM, sender, MessageBody(text.strip()), message_id)
 
 
 def settle(turn_state: str, attempts: int) -> tuple[str, int, float]:
@@ -288,7 +298,7 @@ def _lease_first(tx: Transaction, agent: str) -> tuple[Turn, dict[str, Any]] | f
     """Begin a turn with the first message that is due, or say in how many seconds one will be (inf: unknown)."""
     if row := tx.execute("SELECT id FROM turns WHERE agent = ? AND state = 'running'", (agent,)).fetchone():
         raise Refusal("conflict", f"cannot lease: turn {row['id']} of {agent} still runs; ack it first")
-    paused = tx.execute("SELECT 1 FROM agents WHERE name = ? AND wanted = 'paused'", (agent,)).fetchone()
+    paused = tx.execute("SELECT 1 FROM agents WHERE name = ? AND wanted != 'up'", (agent,)).fetchone()
     if paused:
         return float("inf")
     due = _take(tx, agent, 1)
@@ -316,7 +326,7 @@ def _recv(
         raise Refusal("refused", "cannot receive: no turn runs; messages are taken in a turn")
 
     def take() -> dict[str, Any]:
-        due = _take(tx, agent, limit)
+        due = _within(_take(tx, agent, limit), RECV_BYTES)
         _mark_leased(tx, agent, running["id"], due)
         if due:
             tx.emit("messages_taken", agent, agent, turn=running["id"], messages=[row["id"] for row in due])
@@ -337,6 +347,16 @@ def _take(tx: Transaction, agent: str, limit: int) -> list[sqlite3.Row]:
         WHERE d.recipient = ? AND d.state = 'queued' AND d.available_at_ms <= ? ORDER BY d.message_id LIMIT ?
     """
     return tx.execute(sql, (agent, tx.now_ms, limit)).fetchall()
+
+
+def _within(rows: list[sqlite3.Row], limit_bytes: int) -> list[sqlite3.Row]:
+    """The first rows whose bodies together stay within the limit; one at least."""
+    size = 0
+    for count, row in enumerate(rows):
+        size += len(row["body"].encode())
+        if count and size > limit_bytes:
+            return rows[:count]
+    return rows
 
 
 def _mark_leased(tx: Transaction, agent: str, turn_id: int, due: list[sqlite3.Row]) -> None:

@@ -27,7 +27,7 @@ from hive_core.approvals import Approvals
 from hive_core.broker import Broker
 from hive_core.config import Config
 from hive_core.containers.process import AgentDirs, ProcessDriver, sandbox_trouble
-from hive_core.credentials import find_credential
+from hive_core.credentials import Credential, find_credential, how_to_give_one
 from hive_core.hive import Hive
 from hive_core.procedures.gate import Gate
 from hive_core.procedures.reconcile import Desk, Reconciler
@@ -56,6 +56,9 @@ PRUNE_EVERY_S = 3600.0
 def take_lock(folder: Path) -> int:
     """Hold a directory for this process; the lock goes with it. Raises Refusal naming who holds it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise Refusal("refused", f"cannot use {folder}: it must belong to you, and nobody else may write in it")
     descriptor = os.open(folder / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,6 +102,15 @@ def listen_dashboard(config: Config) -> socket.socket:
         ) from None
 
 
+def look_for_credential(config: Config) -> tuple[Credential | None, str]:
+    """The credential, or why there is none: a hive without one still starts, and says so."""
+    try:
+        credential = find_credential(config.state_dir)
+    except Refusal as refusal:
+        return None, refusal.message
+    return credential, "" if credential else how_to_give_one(config.state_dir)
+
+
 def _templates() -> Environment:
     return Environment(
         loader=PackageLoader("hive_core"),
@@ -128,7 +140,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             stack.callback(os.close, take_lock(folder))
         await stack.enter_async_context(trio_asyncio.open_loop())
         store = await stack.enter_async_context(open_store(config.database))
-        agents = Agents(store, manager_port=config.manager_port, agent_ports=config.agent_port_range)
+        agents = Agents(store, manager_port=config.manager_port, agent_ports=config.agent_port_range, sandbox=sandbox)
         approvals, repos = Approvals(store), Repos(config.state_dir)
         claude = find_claude(config.claude)
         gate = Gate(
@@ -148,6 +160,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             life_fd=life_fd,
         )
         rooms = _Rooms(config, repos)
+        credential, missing = look_for_credential(config)
         hive = Hive(
             config=config,
             store=store,
@@ -158,14 +171,20 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             gate=gate,
             reconciler=Reconciler(store, agents, driver, rooms.dirs, rooms.may_run, rooms.serve),
             sign_ins=SignIns(store),
-            credential=find_credential(config.state_dir),
+            credential=credential,
+            credential_missing=missing,
             claude=claude,
             sandbox=sandbox,
             sandbox_trouble=trouble,
         )
         rooms.hive = hive
         rooms.client = await stack.enter_async_context(
-            httpx2.AsyncClient(timeout=httpx2.Timeout(30.0, read=600.0), follow_redirects=False, trust_env=True)
+            httpx2.AsyncClient(
+                limits=httpx2.Limits(max_connections=None),
+                timeout=httpx2.Timeout(30.0, read=600.0),
+                follow_redirects=False,
+                trust_env=True,
+            )
         )
         await gate.ensure_manager(manager_prompt(config))
         yield hive
@@ -220,10 +239,15 @@ class _Rooms:
             partial(hive.agents.paused, name),
             partial(_note_usage, name),
         )
+        with contextlib.ExitStack() as opened:
+            harness_sock, mcp_sock, model_sock = (
+                opened.enter_context(listen_unix(run / f"{name}.sock")) for name in ("harness", "mcp", "model")
+            )
+            opened.pop_all()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve_unix, listen_unix(run / "harness.sock"), harness.serve)
-            nursery.start_soon(serve_unix, listen_unix(run / "mcp.sock"), partial(agent_socket.serve_agent, tools))
-            nursery.start_soon(partial(serve_asgi, relay, listen_unix(run / "model.sock")))
+            nursery.start_soon(serve_unix, harness_sock, harness.serve)
+            nursery.start_soon(serve_unix, mcp_sock, partial(agent_socket.serve_agent, tools))
+            nursery.start_soon(serve_asgi, relay, model_sock)
             self._serve_page(agent, nursery)
             task_status.started(harness)
 
@@ -269,10 +293,10 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(hive.store.wait_failed)
         nursery.start_soon(hive.gate.serve)
         nursery.start_soon(_serve_pruning, hive)
+        nursery.start_soon(hive.reconciler.serve)
         task_status.started()
         notify("READY=1")
         log.info("ready: %s, state in %s", hive.dashboard_url(), config.state_dir)
-        nursery.start_soon(hive.reconciler.serve)
         await hive.stopping.wait()
         notify("STOPPING=1")
         if config.end_agents_with_daemon:
@@ -292,25 +316,34 @@ async def _serve_pruning(hive: Hive) -> None:
 
 async def run_daemon(config: Config, life_fd: int | None = None) -> None:
     """Serve until SIGTERM, SIGINT or the end of the pipe `life_fd`; then stop within 5 s and interrupt no turn."""
-    # The write end stays open until this process ends, whichever way: agents watch the other.
-    agents_life_fd, _ = os.pipe() if config.end_agents_with_daemon else (None, None)
+    # Ours stays open until this process ends, whichever way: agents watch theirs. A pipe could be opened again
+    # through /proc, and its watchers kept waiting by one of them; a socket cannot.
+    theirs, ours = socket.socketpair()
+    agents_life_fd = theirs.fileno() if config.end_agents_with_daemon else None
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with open_hive(config, agents_life_fd) as hive, trio.open_nursery() as nursery:
             nursery.start_soon(_stop_on_signal, signals, hive)
+            nursery.start_soon(_insist, hive)
             if life_fd is not None:
                 nursery.start_soon(_stop_on_end_of, life_fd, hive)
             await serve_hive(hive)
             nursery.cancel_scope.cancel()
+    ours.close()
 
 
 async def _stop_on_signal(signals: AsyncIterator[int], hive: Hive) -> None:
     async for number in signals:
         log.info("stopping on %s", signal.Signals(number).name)
         hive.stopping.set()
-        await trio.sleep(STOP_WITHIN_S)
-        log.error("did not stop within %.0f s; ending all the same", STOP_WITHIN_S)
-        sys.stderr.flush()
-        os._exit(1)
+
+
+async def _insist(hive: Hive) -> None:
+    """A stop takes at most so long, whoever does not read or answer."""
+    await hive.stopping.wait()
+    await trio.sleep(STOP_WITHIN_S)
+    log.error("did not stop within %.0f s; ending all the same", STOP_WITHIN_S)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 async def _stop_on_end_of(life_fd: int, hive: Hive) -> None:

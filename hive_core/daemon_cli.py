@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 
 from hive_core.protocol.refusal import EXIT_CODES, Refusal
@@ -47,9 +48,13 @@ def main(argv: list[str] | None = None) -> int:
     flags = vars(_parser().parse_args(argv))
     del flags["verb"]
     life_fd = flags.pop("life_fd", None)
+    os.umask(0o077)
     # A caller's git environment would point our own repositories elsewhere.
     for variable in [name for name in os.environ if name.startswith("GIT_")]:
         del os.environ[variable]
+    if shutil.which("git") is None:
+        print("hive-core: git is not installed, and every agent's configuration is a git repository", file=sys.stderr)
+        return 1
     from hive_core.config import load_config
     from hive_core.logs import set_up_logs
     from hive_core.store.schema import StoreError

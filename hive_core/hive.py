@@ -36,6 +36,7 @@ class Hive:
     claude: Path | None  # the agent program, where it was found
     sandbox: str  # "bwrap" or "none"
     sandbox_trouble: str | None  # why bwrap does not work here and what would mend it
+    credential_missing: str = ""  # why there is no credential, and how to give one; empty when there is
     dashboard_port: int = 0  # the port that is really bound; 0 until it is
     page_ports: dict[str, int] = field(default_factory=dict)  # agent → the port its page is really served on
     stopping: trio.Event = field(default_factory=trio.Event)

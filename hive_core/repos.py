@@ -110,6 +110,8 @@ class Repos:
     def __init__(self, state_dir: Path) -> None:
         self._applied = state_dir / "applied"
         self._proposed = state_dir / "proposed"
+        # A hostile repository can make git wait for its whole time: not on every thread that others need.
+        self._fetching = trio.Semaphore(2)
 
     @property
     def proposed_dir(self) -> Path:
@@ -125,7 +127,8 @@ class Repos:
 
     async def fetch(self, name: AgentName, sha: CommitSha) -> Proposal:
         """Take one commit from the proposed repository and check it. Raises Refusal when it cannot be deployed."""
-        return await _in_thread(self._fetch, name, sha)
+        async with self._fetching:
+            return await _in_thread(self._fetch, name, sha)
 
     async def read(self, name: AgentName, sha: CommitSha) -> dict[str, Any]:
         """The harness settings that a commit of the applied repository holds."""

@@ -17,6 +17,7 @@ from dashboard.app import build_app
 from hive_core.agents import Agent
 from hive_core.config import Config
 from hive_core.containers.process import AgentDirs, ProcessDriver
+from hive_core.credentials import how_to_give_one
 from hive_core.hive import Hive
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.protocol.words import AgentName
@@ -56,7 +57,14 @@ def hive_of(services: Services, **changes: Any) -> Hive:
         gate=services.gate,
         reconciler=Reconciler(services.store, services.agents, driver, dirs, may_run, _never),
         sign_ins=SignIns(services.store),
-        **{"credential": None, "claude": None, "sandbox": "bwrap", "sandbox_trouble": None, **changes},
+        **{
+            "credential": None,
+            "credential_missing": how_to_give_one(folder),
+            "claude": None,
+            "sandbox": "bwrap",
+            "sandbox_trouble": None,
+            **changes,
+        },
     )
 
 

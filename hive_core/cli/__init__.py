@@ -22,10 +22,18 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Exit codes: 0 ok, 1 failed, 2 usage, 3 not found or not running, 4 refused."""
     words = sys.argv[1:] if argv is None else argv
-    # `hive --json list` means `hive list --json`.
-    if len(words) > 1 and words[0] == "--json":
-        words = [words[1], "--json", *words[2:]]
-    arguments = _parse(words)
+    # --json may stand anywhere before a --.
+    end = words.index("--") if "--" in words else len(words)
+    as_json = "--json" in words[:end]
+    words = [word for word in words[:end] if word != "--json"] + words[end:]
+    try:
+        arguments = _parse(words)
+    except SystemExit as exit_:
+        if as_json and exit_.code:
+            error = Refusal("usage", "these words are not understood; standard error says why")
+            print(json.dumps({"ok": False, "error": error.to_wire()}))
+        raise
+    arguments.json = as_json
     try:
         run: Callable[[Namespace], int | None] = globals()[arguments.run]
         return run(arguments) or 0
@@ -38,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         # The reader went away (`hive events | head`): that is its right.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as exc:
+        print(f"hive: cannot go on: {exc}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -154,7 +165,7 @@ def _status(arguments: Namespace) -> None:
     if arguments.version:
         from hive_core.version import __version__
 
-        print(__version__)
+        _emit(arguments, {"version": __version__}, __version__)
         return
     from hive_core.cli import show
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # What `socket` is made of: `socket` itself imports selectors, two of the 38 ms that a client takes.
 import _socket as socket
+import os
 
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.lines import LineSplitter, decode, encode
@@ -15,6 +16,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
+
+def _check_owner(folder: str) -> None:
+    """Whoever owns the directory can put a socket of their own there: only root and ourselves are believed."""
+    try:
+        owner = os.stat(folder).st_uid
+    except OSError:
+        return
+    if os.geteuid() not in (0, owner) and owner != 0:
+        raise Refusal("refused", f"cannot trust {folder}: it belongs to uid {owner}, neither to you nor to root")
+
+
 # An answer may hold a thousand messages of 64 KiB.
 ANSWER_LIMIT_BYTES = 256 * 1024 * 1024
 
@@ -24,6 +36,7 @@ class Client:
 
     def __init__(self, runtime: str | None = None) -> None:
         path = host_socket(runtime or runtime_dir())
+        _check_owner(os.path.dirname(path))
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.connect(path)

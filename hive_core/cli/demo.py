@@ -36,7 +36,7 @@ def demo(*, once: bool, deny: bool, as_json: bool) -> int:
     daemon: subprocess.Popen[bytes] | None = None
     try:
         stage.say(f"starting a hive in {folder}")
-        daemon = start_daemon(_flags(folder, alive), folder / "daemon.log", _environment(), pass_fds=[alive])
+        daemon = _start(folder, alive)
         result = stage.play()
         result["seconds"] = round(time.monotonic() - began, 2)
         if as_json:
@@ -61,14 +61,26 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _flags(folder: Path, alive: int) -> list[str]:
+def _start(folder: Path, alive: int) -> subprocess.Popen[bytes]:
+    """The daemon, on the usual ports if they are free now and when it takes them."""
+    usual = _free(7000) and _free(8000)
+    for port in (7000, 0) if usual else (0,):
+        try:
+            return start_daemon(_flags(folder, alive, port), folder / "daemon.log", _environment(), pass_fds=[alive])
+        except Refusal:
+            if port == 0:
+                raise
+    raise AssertionError("the last port is 0")
+
+
+def _flags(folder: Path, alive: int, port: int) -> list[str]:
     (folder / "hm1nd.md").write_text(story.HM1ND)
     values = {
         "state-dir": folder / "state",
         "runtime-dir": folder / "run",
         "default-program": "rehearsal",
         "manager-prompt": folder / "hm1nd.md",
-        "dashboard-port": 7000 if _free(7000) and _free(8000) else 0,
+        "dashboard-port": port,
         "life-fd": alive,
     }
     return ["--end-agents-with-daemon", *(word for key, value in values.items() for word in (f"--{key}", str(value)))]

@@ -16,8 +16,8 @@ from typing import Any
 
 from hive_core.cli import show
 from hive_core.cli.client import Client
-from hive_core.protocol.paths import default_state_dir, runtime_dir
-from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.paths import runtime_dir, state_dir
+from hive_core.protocol.refusal import EXIT_CODES, Refusal
 
 READY_WITHIN_S = 60.0
 
@@ -26,7 +26,14 @@ def start_daemon(
     flags: list[str], log: Path, environment: dict[str, str] | None = None, **popen: Any
 ) -> subprocess.Popen[bytes]:
     """Start `hive-core serve` and return once it says that it is ready. Raises Refusal with its own last words."""
-    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        log.touch(mode=0o600)
+    except OSError as exc:
+        raise Refusal(
+            "failed",
+            f"cannot write in {log.parent}: {exc.strerror}; set state_dir (HIVE_STATE_DIR) to a folder of yours",
+        ) from None
     with tempfile.TemporaryDirectory(prefix="hive-") as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear:
         ear.bind(f"{folder}/notify")
         with log.open("ab") as output:
@@ -40,17 +47,35 @@ def start_daemon(
                 start_new_session=True,
                 **popen,
             )
-        exited = os.pidfd_open(process.pid)
         try:
-            ready, _, _ = select.select([ear.fileno(), exited], [], [], READY_WITHIN_S)
-        finally:
-            os.close(exited)
-        if ear.fileno() not in ready:
+            ready = _wait_ready(process, ear)
+        except BaseException:
             process.kill()
-            code = process.wait()
-            words = log.read_bytes()[begin:].decode("utf-8", "replace").strip() or f"it ended with code {code}"
-            raise Refusal("failed", f"cannot start the hive: {words[-2000:]}")
+            process.wait()
+            raise
+        if not ready:
+            process.kill()
+            raise _last_words(process.wait(), log.read_bytes()[begin:].decode("utf-8", "replace").strip())
     return process
+
+
+def _wait_ready(process: subprocess.Popen[bytes], ear: socket.socket) -> bool:
+    """Whether the daemon said READY, rather than ended or kept silent for too long."""
+    exited = os.pidfd_open(process.pid)
+    try:
+        ready, _, _ = select.select([ear.fileno(), exited], [], [], READY_WITHIN_S)
+    finally:
+        os.close(exited)
+    return ear.fileno() in ready
+
+
+def _last_words(code: int, log: str) -> Refusal:
+    """Why the daemon did not start: its own sentence, or the end of what it printed."""
+    kind = next((name for name, exit_code in EXIT_CODES.items() if exit_code == code), "failed")
+    last = log.splitlines()[-1] if log else f"it ended with code {code}"
+    if last.startswith("hive-core: "):
+        return Refusal(kind, last.removeprefix("hive-core: "))
+    return Refusal(kind, f"cannot start the hive: {log[-2000:] or last}")
 
 
 def up(*, as_json: bool, unsafe_no_sandbox: bool) -> int:
@@ -61,9 +86,16 @@ def up(*, as_json: bool, unsafe_no_sandbox: bool) -> int:
     except Refusal as refusal:
         if refusal.code != "not_running":
             raise
-        state_dir = Path(os.environ.get("HIVE_STATE_DIR") or default_state_dir())
-        start_daemon(["--unsafe-no-sandbox"] if unsafe_no_sandbox else [], state_dir / "daemon.log")
-        client, started = Client(), True
+        flags = ["--unsafe-no-sandbox"] if unsafe_no_sandbox else []
+        try:
+            start_daemon(flags, Path(state_dir()) / "daemon.log")
+            client, started = Client(), True
+        except Refusal as refused:
+            # Somebody else's `hive up` may have been quicker.
+            try:
+                client = Client()
+            except Refusal:
+                raise refused from None
     status = client.call("status")
     link = client.call("dashboard")["url"]
     if as_json:

@@ -30,6 +30,11 @@ log = logging.getLogger(__name__)
 
 # What a program needs of the host to run, read-only, where it exists.
 _SYSTEM_PATHS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/run/current-system/sw")
+# Settings of the whole kernel, which go by the uid alone: under a root daemon the sandbox's 0 is the host's.
+_PROC_OF_THE_HOST = tuple(
+    f"/proc/{name}"
+    for name in ("sys", "sysrq-trigger", "irq", "bus", "acpi", "fs", "scsi", "pressure", "driver", "mtrr")
+)
 _ETC_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/ssl/certs", "/etc/localtime")
 _HOME = "/root"
 _PACKAGES = ("hive_core", "hive_agent", "hive_mind")
@@ -66,8 +71,19 @@ class Running:
         if self._process is not None:
             self._process.wait()
         os.close(self._pidfd)
+        self._end_inside()
         code = _status_value(self._status, "exit-code")
         return Exit(code if code is not None or self._process is None else self._process.returncode)
+
+    def _end_inside(self) -> None:
+        """When bwrap itself was killed, what it watched runs on, without anybody: end that too."""
+        inner = _status_value(self._status, "child-pid")
+        if inner is None or _status_value(self._status, "exit-code") is not None:
+            return
+        with contextlib.suppress(OSError):
+            # The pid may be another's by now: only a harness in a sandbox is run like this.
+            if b"\0serve\0--run\0/run/hive\0" in Path(f"/proc/{inner}/cmdline").read_bytes():
+                os.kill(inner, signal.SIGKILL)
 
     def kill(self) -> None:
         """End the whole agent at once: its first process takes every other of its pid namespace along."""
@@ -128,9 +144,19 @@ class ProcessDriver:
                     start_new_session=True,
                 )
             )
-        identity = {"pid": process.pid, "started": _start_time(process.pid), "sandbox": self._sandbox}
-        (self._logs / f"{name}.json").write_text(json.dumps(identity))
-        return Running(process.pid, process, status, self._sandbox)
+        try:
+            self._remember(name, process.pid)
+            return Running(process.pid, process, status, self._sandbox)
+        except BaseException:
+            # One that nobody knows of would be started a second time.
+            process.kill()
+            raise
+
+    def _remember(self, name: AgentName, pid: int) -> None:
+        identity = {"pid": pid, "started": _start_time(pid), "boot": _boot_id(), "sandbox": self._sandbox}
+        fresh = self._logs / f".{name}.json"
+        fresh.write_text(json.dumps(identity))
+        fresh.rename(self._logs / f"{name}.json")
 
     def find(self, name: AgentName) -> Running | None:
         """The agent that an earlier daemon left running, or None."""
@@ -140,7 +166,7 @@ class ProcessDriver:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         started = _start_time(pid)
-        if started is None or started != identity.get("started"):
+        if started is None or (started, _boot_id()) != (identity.get("started"), identity.get("boot")):
             return None
         try:
             return Running(pid, None, self._logs / f"{name}.status", str(identity.get("sandbox")))
@@ -197,7 +223,11 @@ class ProcessDriver:
         bwrap = shutil.which("bwrap") or "bwrap"
         argv = [bwrap, "--unshare-all", "--unshare-user", "--uid", "0", "--gid", "0", "--hostname", "hive"]
         argv += ["--disable-userns", "--cap-drop", "ALL", "--new-session", "--json-status-fd", str(status_fd)]
-        argv += ["--tmpfs", "/", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", _HOME]
+        # The harness is process 1: when it ends, the kernel ends everything else in its pid namespace.
+        argv += ["--as-pid-1", "--tmpfs", "/", "--proc", "/proc"]
+        for path in _PROC_OF_THE_HOST:
+            argv += ["--ro-bind-try", path, path]
+        argv += ["--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", _HOME]
         for path in _SYSTEM_PATHS:
             # A link (/bin → usr/bin) stays a link; a directory is bound.
             if os.path.islink(path):
@@ -206,9 +236,14 @@ class ProcessDriver:
                 argv += ["--ro-bind", path, path]
         for path in _ETC_FILES:
             argv += ["--ro-bind-try", path, path]
-        for path in sorted(self._program_paths()):
+        bound = self._program_paths()
+        for path in sorted(bound):
             argv += ["--ro-bind", path, path]
-        argv += ["--bind", str(dirs.run), "/run/hive", "--bind", str(dirs.state), "/state"]
+        for path, target in _links_of(sys.executable):
+            if not _is_below(path, {*_SYSTEM_PATHS, *bound}):
+                argv += ["--symlink", target, path]
+        # Its sockets can be connected to, not replaced.
+        argv += ["--ro-bind", str(dirs.run), "/run/hive", "--bind", str(dirs.state), "/state"]
         argv += ["--bind", str(dirs.claude), f"{_HOME}/.claude"]
         if dirs.proposed is not None:
             argv += ["--bind", str(dirs.proposed), "/agents"]
@@ -229,6 +264,16 @@ def _package_parents() -> list[str]:
     return [str(Path(__file__).resolve().parents[2])]
 
 
+def _links_of(path: str) -> list[tuple[str, str]]:
+    """Every link on the way from a path to its file: (where it stands, what it says)."""
+    links: list[tuple[str, str]] = []
+    while os.path.islink(path) and len(links) < 40:
+        target = os.readlink(path)
+        links.append((path, target))
+        path = os.path.normpath(os.path.join(os.path.dirname(path), target))
+    return links
+
+
 def _is_below(path: str, parents: Sequence[str] | set[str]) -> bool:
     return any(path == parent or path.startswith(parent.rstrip("/") + "/") for parent in parents)
 
@@ -246,6 +291,11 @@ def _status_value(path: Path, key: str) -> int | None:
 def _stat_fields(pid: int) -> list[str]:
     # The command's name is in parentheses and may hold spaces: count from behind it.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def _boot_id() -> str:
+    """Names this boot of the kernel: pids and start times begin anew with each."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _start_time(pid: int) -> int | None:

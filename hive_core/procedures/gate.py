@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 
-import trio
 from jinja2 import Environment
 
 from hive_core.agents import Agents, set_deployed
-from hive_core.approvals import APPROVED, Approval, Approvals, digest_of, put_request, settle
+from hive_core.approvals import Approval, Approvals, digest_of, put_request, settle
 from hive_core.broker import first_answer, once, put_message
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
@@ -28,11 +27,12 @@ from hive_core.protocol.words import (
     parse_text,
 )
 from hive_core.repos import Repos
+from hive_core.store.bus import APPROVED
 from hive_core.store.door import Store
+from hive_core.store.schema import StoreError
 from hive_core.store.writer import Transaction
 
 log = logging.getLogger(__name__)
-BACKSTOP_S = 5.0  # a lost wake-up costs an approval this long
 
 
 class Gate:
@@ -56,6 +56,16 @@ class Gate:
 
     async def ensure_manager(self, prompt: str) -> None:
         """Create hm1nd if it is missing: the one agent that needs no approval, since it asks for all others."""
+        known = await self._store.row("SELECT 1 FROM agents WHERE name = ?", (MANAGER,))
+        try:
+            await self._create_manager(prompt)
+        except (Refusal, OSError) as exc:
+            if known is None:
+                raise
+            # It can write in its own proposed repository, and so break it: that must not keep the others down.
+            log.error("the repositories of %s are not as they should be: %s", MANAGER, exc)
+
+    async def _create_manager(self, prompt: str) -> None:
         sha = await self._repos.create(MANAGER, self._files(MANAGER, "manages this hive", prompt))
         settings = await self._repos.read(MANAGER, sha)
 
@@ -103,7 +113,7 @@ class Gate:
         """
         reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
         await self._agents.get(name)
-        tool = "request_apply_commit"
+        tool = f"request_apply_commit {name} {sha}"
         answer = await self._store.write(lambda tx: first_answer(tx, requested_by, key, tool))
         if answer is None:
             proposal = await self._repos.fetch(name, sha)
@@ -140,8 +150,7 @@ class Gate:
             while True:
                 for approval in await self._approvals.approved():
                     await self._carry_out(approval)
-                with trio.move_on_after(BACKSTOP_S):
-                    await listener.wait()
+                await listener.wait()
 
     async def _carry_out(self, approval: Approval) -> None:
         try:
@@ -149,8 +158,11 @@ class Gate:
                 await self._spawn(approval)
             else:
                 await self._apply(approval)
-        except (Refusal, OSError) as exc:
-            reason = str(exc)
+        except StoreError:
+            raise
+        except Exception as exc:
+            # Whatever a repository does to the libraries that read it ends this approval, not the daemon.
+            reason = str(exc) if isinstance(exc, Refusal | OSError) else f"{type(exc).__name__}: {exc}"
             log.warning("approval %d of %s failed: %s", approval.id, approval.agent, reason)
 
             def fail(tx: Transaction) -> None:

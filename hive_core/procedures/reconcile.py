@@ -9,11 +9,12 @@ from typing import Protocol
 
 import trio
 
-from hive_core.agents import WANTED, Agent, Agents
+from hive_core.agents import Agent, Agents
 from hive_core.broker import put_message
 from hive_core.containers.process import AgentDirs, Exit, ProcessDriver, Running
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, SYSTEM, AgentName, parse_body
+from hive_core.store.bus import WANTED
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
@@ -40,6 +41,17 @@ class Supervised:
     running: Running | None = None
     changed: trio.Event = field(default_factory=trio.Event)
     ended: trio.Event = field(default_factory=trio.Event)
+    looked: trio.Event = field(default_factory=trio.Event)  # whether one of an earlier daemon runs is known
+    beginning: trio.Lock = field(default_factory=trio.Lock)  # held while it is started: an end waits for it
+
+    def begin(self, running: Running) -> None:
+        self.running, self.ended = running, trio.Event()
+
+    async def now_running(self) -> Running | None:
+        """What runs, also when it was just being looked for or started."""
+        await self.looked.wait()
+        async with self.beginning:
+            return self.running
 
 
 class Reconciler:
@@ -66,26 +78,35 @@ class Reconciler:
         self._serve = serve
         self._supervised: dict[AgentName, Supervised] = {}
         self._draining = False
+        self._serving = False
+        self._complete = trio.Event()  # every agent is supervised
 
-    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def serve(self) -> None:
         """Keep what is wanted true, until cancelled. Cancelling it ends no agent."""
+        self._serving = True
         async with trio.open_nursery() as nursery:
             with self._store.bus.listen(WANTED) as listener:
-                started = False
                 while True:
                     for agent in await self._agents.all():
                         if agent.settings is None:
                             continue
                         if agent.name not in self._supervised:
-                            desk: Desk = await nursery.start(self._serve, agent)
-                            supervised = Supervised(agent.name, desk, self._dirs(agent.name))
-                            self._supervised[agent.name] = supervised
-                            nursery.start_soon(self._supervise, supervised)
-                        self._supervised[agent.name].changed.set()
-                    if not started:
-                        task_status.started()
-                        started = True
+                            await self._take_on(agent, nursery)
+                        if agent.name in self._supervised:
+                            self._supervised[agent.name].changed.set()
+                    self._complete.set()
                     await listener.wait()
+
+    async def _take_on(self, agent: Agent, nursery: trio.Nursery) -> None:
+        """Open an agent's sockets and begin to supervise it; when they cannot be opened, that is its own trouble."""
+        try:
+            desk: Desk = await nursery.start(self._serve, agent)
+        except (Refusal, OSError) as exc:
+            self._agents.observe(agent.name, "crashed", str(exc))
+            log.error("cannot serve %s: %s", agent.name, exc, extra={"agent": agent.name})
+            return
+        supervised = self._supervised[agent.name] = Supervised(agent.name, desk, self._dirs(agent.name))
+        nursery.start_soon(self._supervise, supervised)
 
     async def kill(self, name: AgentName, actor: AgentName) -> None:
         """End an agent now and keep it down. Raises Refusal for the manager itself and for unknown names."""
@@ -93,8 +114,8 @@ class Reconciler:
             raise Refusal("refused", f"cannot kill {name}: the manager does not end itself; ask the operator")
         await self._agents.want(name, "down", actor)
         supervised = self._supervised.get(name)
-        if supervised is not None and supervised.running is not None:
-            supervised.running.kill()
+        if supervised is not None and (running := await supervised.now_running()) is not None:
+            running.kill()
             await supervised.ended.wait()
 
     def running(self) -> list[AgentName]:
@@ -105,13 +126,17 @@ class Reconciler:
         """End every agent: at its turn's edge, or by force after `patience_s`. Returns how each one ended."""
         self._draining = True
         ends: dict[str, str] = {}
+        if self._serving:
+            # A daemon that has just begun may not have looked for the agents of the one before.
+            await self._complete.wait()
         async with trio.open_nursery() as nursery:
             for supervised in self._supervised.values():
-                if supervised.running is not None:
-                    nursery.start_soon(self._drain_one, supervised, patience_s, ends)
+                nursery.start_soon(self._drain_one, supervised, patience_s, ends)
         return ends
 
     async def _drain_one(self, supervised: Supervised, patience_s: float, ends: dict[str, str]) -> None:
+        if await supervised.now_running() is None:
+            return
         self._agents.observe(supervised.name, "stopping", "finishes its turn")
         supervised.desk.stop.set()
         with trio.move_on_after(patience_s) as scope:
@@ -152,27 +177,36 @@ class Reconciler:
         """Go on with an agent that outlived the daemon before, or tell how it ended meanwhile."""
         name = supervised.name
         if running := self._driver.find(name):
+            supervised.begin(running)
+            supervised.looked.set()
             log.info("adopted %s (pid %d)", name, running.pid, extra={"agent": name})
             await self._store.write(lambda tx: tx.emit("agent_adopted", SYSTEM, name, pid=running.pid))
             self._agents.observe(name, "starting", "waits for its hello", sandbox=self._driver.sandbox)
+            if (await self._agents.get(name)).wanted == "down":
+                running.kill()
             await self._watch(supervised, running)
-        elif missed := self._driver.missed_exit(name):
+            return
+        supervised.looked.set()
+        if missed := self._driver.missed_exit(name):
             await self._tell_end(name, missed, "while the daemon was away")
 
     async def _run(self, supervised: Supervised) -> None:
         name = supervised.name
-        self._agents.observe(name, "starting", sandbox=self._driver.sandbox)
-        try:
-            running = await self._driver.start(name, supervised.dirs)
-        except OSError as exc:
-            self._agents.observe(name, "crashed", f"cannot be started: {exc}")
-            log.error("cannot start %s: %s", name, exc, extra={"agent": name})
-            return
+        async with supervised.beginning:
+            if self._draining or (await self._agents.get(name)).wanted == "down":
+                return
+            self._agents.observe(name, "starting", sandbox=self._driver.sandbox)
+            try:
+                running = await self._driver.start(name, supervised.dirs)
+            except OSError as exc:
+                self._agents.observe(name, "crashed", f"cannot be started: {exc}")
+                log.error("cannot start %s: %s", name, exc, extra={"agent": name})
+                return
+            supervised.begin(running)
         await self._store.write(lambda tx: tx.emit("agent_started", SYSTEM, name, pid=running.pid))
         await self._watch(supervised, running)
 
     async def _watch(self, supervised: Supervised, running: Running) -> None:
-        supervised.running, supervised.ended = running, trio.Event()
         exit_ = await running.wait()
         supervised.running = None
         self._driver.forget(supervised.name)

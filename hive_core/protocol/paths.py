@@ -20,7 +20,9 @@ def default_state_dir() -> str:
 def default_runtime_dir() -> str:
     if os.geteuid() == 0:
         return "/run/hyperhive"
-    return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/hyperhive-{os.geteuid()}", "hyperhive")
+    if folder := os.environ.get("XDG_RUNTIME_DIR"):
+        return os.path.join(folder, "hyperhive")
+    return f"/tmp/hyperhive-{os.geteuid()}"
 
 
 def config_files() -> list[str]:
@@ -30,20 +32,29 @@ def config_files() -> list[str]:
 
 
 def runtime_dir() -> str:
-    """The runtime directory as a client finds it: HIVE_RUNTIME_DIR, the configuration file, the default."""
-    if chosen := os.environ.get("HIVE_RUNTIME_DIR"):
-        return chosen
-    for path in config_files():
+    """The runtime directory as a client finds it."""
+    return _chosen("runtime_dir") or default_runtime_dir()
+
+
+def state_dir() -> str:
+    """The state directory as `hive up` finds it."""
+    return _chosen("state_dir") or default_state_dir()
+
+
+def _chosen(key: str) -> str | None:
+    """A setting as the daemon would read it, without its libraries: HIVE_KEY, the configuration file, or None."""
+    chosen = os.environ.get(f"HIVE_{key.upper()}")
+    for path in [] if chosen else config_files():
         if os.path.exists(path):
             import tomllib
 
             try:
                 with open(path, "rb") as file:
-                    chosen = tomllib.load(file).get("runtime_dir")
+                    chosen = tomllib.load(file).get(key)
             except (OSError, ValueError) as exc:
-                raise Refusal("usage", f"cannot read {path}: {exc}") from None
-            return str(chosen) if chosen else default_runtime_dir()
-    return default_runtime_dir()
+                raise Refusal("usage", f"cannot read {path}: {getattr(exc, 'strerror', None) or exc}") from None
+            break
+    return os.path.abspath(os.path.expanduser(str(chosen))) if chosen else None
 
 
 def host_socket(runtime: str) -> str:

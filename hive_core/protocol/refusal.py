@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 # The exit code `hive` ends with for each code of a refusal. Anything else is 1: it failed.
-EXIT_CODES = {"usage": 2, "not_found": 3, "not_running": 3, "refused": 4}
+EXIT_CODES = {"usage": 2, "not_found": 3, "not_running": 3, "refused": 4, "conflict": 4}
 
 
 class Refusal(Exception):

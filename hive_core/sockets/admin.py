@@ -14,8 +14,7 @@ from typing import Any
 
 import trio
 
-from hive_core.agents import LIVE, WANTED
-from hive_core.credentials import how_to_give_one
+from hive_core.agents import LIVE
 from hive_core.events import follow_events, newest_events
 from hive_core.hive import Hive
 from hive_core.protocol.admin import PROTOCOL_VERSION
@@ -31,12 +30,13 @@ from hive_core.protocol.words import (
     shown,
 )
 from hive_core.sockets.unix import Lines
-from hive_core.store.bus import EVENTS
+from hive_core.store.bus import EVENTS, WANTED
 from hive_core.version import __version__
 
 Args = dict[str, Any]
 Tell = Callable[[Any], Awaitable[None]]  # sends one answer of a verb that goes on
 LIMIT_MOST = 1000
+TELL_WITHIN_S = 2.0  # whoever asked for the end and does not read must not hold it up
 KEY_LIMIT_BYTES = 200
 PATIENCE_MOST_S = 24 * 3600.0
 
@@ -103,14 +103,13 @@ class AdminDesk:
 
     async def _status(self, _: Args) -> Any:
         hive = self._hive
-        missing = how_to_give_one(hive.config.state_dir)
         approvals = await hive.approvals.pending()
         return {
             "version": __version__,
             "state_dir": str(hive.config.state_dir),
             "dashboard": hive.dashboard_url(),
             "credential": hive.credential.source if hive.credential else None,
-            "credential_missing": None if hive.credential else missing,
+            "credential_missing": hive.credential_missing or None,
             "claude": str(hive.claude) if hive.claude else None,
             "claude_chosen": str(hive.config.claude) if hive.config.claude else None,
             "sandbox": hive.sandbox,
@@ -249,9 +248,10 @@ class AdminDesk:
             nursery.start_soon(drain)
             with suppress(trio.BrokenResourceError), hive.store.bus.listen(EVENTS) as listener:
                 while not done.is_set():
-                    await tell({"waiting": hive.reconciler.running()})
+                    with trio.move_on_after(TELL_WITHIN_S):
+                        await tell({"waiting": hive.reconciler.running()})
                     await listener.wait()
-        with suppress(trio.BrokenResourceError):
+        with suppress(trio.BrokenResourceError), trio.move_on_after(TELL_WITHIN_S):
             await tell({"ends": ends[0]})
         hive.stopping.set()
 

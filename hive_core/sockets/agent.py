@@ -6,6 +6,7 @@ often a bridge sends it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -233,10 +234,19 @@ async def _hand_over(line: bytes | Refusal, to_server: Any) -> dict[str, Any] | 
         message = types.jsonrpc_message_adapter.validate_json(line, by_name=False)
     except (ValidationError, ValueError) as exc:
         reason = describe(exc) if isinstance(exc, ValidationError) else str(exc)
-        return _rpc_error(-32700, f"cannot read the line as JSON-RPC: {reason[:300]}")
+        return _rpc_error(-32700, f"cannot read the line as JSON-RPC: {reason[:300]}", _id_in(line))
     await to_server.send(SessionMessage(message))
     return None
 
 
-def _rpc_error(code: int, message: str) -> dict[str, Any]:
-    return {"jsonrpc": "2.0", "id": None, "error": {"code": code, "message": message}}
+def _id_in(line: bytes) -> int | str | None:
+    """The id of a request that is no good, so that its caller need not wait for ever."""
+    try:
+        number = json.loads(line).get("id")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return number if isinstance(number, int | str) and not isinstance(number, bool) else None
+
+
+def _rpc_error(code: int, message: str, number: int | str | None = None) -> dict[str, Any]:
+    return {"jsonrpc": "2.0", "id": number, "error": {"code": code, "message": message}}

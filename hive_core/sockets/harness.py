@@ -143,7 +143,10 @@ class _Session:
         lost = await desk.broker.close_lost_turns(desk.name, alive)
         for turn_id in lost:
             log.warning("turn %d of %s was lost with its harness", turn_id, desk.name, extra={"agent": desk.name})
-        desk.agents.observe(desk.name, "thinking" if alive and not lost else "idle")
+        if alive and not lost:
+            desk.agents.observe(desk.name, "thinking")
+        else:
+            await desk.agents.observe_rest(desk.name)
         desk.said_hello.set()
         return {"version": PROTOCOL_VERSION, "agent": desk.name, "role": desk.role}
 
@@ -219,7 +222,7 @@ class _Session:
         )
         # What kept a turn from ending well stays in view until the next one begins.
         state = "waiting" if request.get("outcome") == "waiting" else "idle"
-        desk.agents.observe(desk.name, state, str(error)[:200] if error else "")
+        await desk.agents.observe_rest(desk.name, state, _printable(error, 200) if isinstance(error, str) else "")
         return {"counted": counted, "stop": desk.stop.is_set()}
 
 

@@ -22,6 +22,8 @@ from hive_core.protocol.words import AgentName
 log = logging.getLogger(__name__)
 
 ALLOWED = frozenset({("HEAD", "/"), ("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens")})
+CALLS_LIMIT = 16  # of one agent at a time
+PIECE_WITHIN_S = 60.0  # how long a body may pause
 BODY_LIMIT_BYTES = 64 * 1024 * 1024
 # RFC 9110 7.6.1, and what the relay sets itself.
 _HOP_BY_HOP = frozenset(
@@ -98,8 +100,12 @@ class ModelRelay:
     credential: Callable[[], Credential | None]
     refusal: Callable[[], Awaitable[str | None]]
     told: Callable[[dict[str, int]], None]
+    under_way: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await send({"type": "websocket.close"})
+            return
         method, path = scope["method"], scope["path"]
         if (method, path) not in ALLOWED:
             await _answer(send, 403, f"the relay of this hive does not pass {method} {ascii(path)[:80]}")
@@ -107,8 +113,14 @@ class ModelRelay:
             await _answer(send, 503, sentence)
         elif method == "HEAD":
             await _answer(send, 200, "")
+        elif self.under_way >= CALLS_LIMIT:
+            await _answer(send, 429, f"{CALLS_LIMIT} calls of {self.name} are under way, which is the limit")
         else:
-            await self._pass_on(scope, receive, send)
+            self.under_way += 1
+            try:
+                await self._pass_on(scope, receive, send)
+            finally:
+                self.under_way -= 1
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         credential = self.credential()
@@ -141,7 +153,8 @@ class ModelRelay:
                 await _answer(send, 413, f"the relay of this hive passes at most {BODY_LIMIT_BYTES:,} bytes")
                 return
             log.warning("the provider did not answer %s: %s", self.name, exc, extra={"agent": self.name})
-            reason = str(exc) or type(exc).__name__
+            # Only what the network says: a complaint about the request would quote its headers, the credential's too.
+            reason = str(exc) if isinstance(exc, httpx2.ConnectError) else type(exc).__name__
             await _answer(send, 502, f"the model provider at {self.base_url} cannot be reached: {reason}")
             return
         try:
@@ -169,7 +182,8 @@ class ModelRelay:
 
 
 def _length(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    length = [(name, value) for name, value in headers if name == b"content-length"]
+    chunked = any(name == b"transfer-encoding" for name, _ in headers)
+    length = [] if chunked else [(name, value) for name, value in headers if name == b"content-length"]
     # Plain text, so that usage can be read along.
     return [*length, (b"accept-encoding", b"identity")]
 
@@ -185,8 +199,9 @@ class _Body:
     async def pieces(self) -> AsyncIterator[bytes]:
         more, size = True, 0
         while more:
-            message: Message = await self._receive()
-            if message["type"] == "http.disconnect":
+            with trio.move_on_after(PIECE_WITHIN_S) as pause:
+                message: Message = await self._receive()
+            if pause.cancelled_caught or message["type"] == "http.disconnect":
                 raise httpx2.ReadError("the agent hung up")
             size += len(message.get("body", b""))
             if size > BODY_LIMIT_BYTES:
@@ -209,6 +224,7 @@ async def _answer(send: Send, status: int, sentence: str) -> None:
         401: "authentication_error",
         403: "permission_error",
         413: "request_too_large",
+        429: "rate_limit_error",
         503: "api_error",
         502: "api_error",
     }.get(status)

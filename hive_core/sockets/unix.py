@@ -17,6 +17,7 @@ from hive_core.protocol.lines import LINE_LIMIT_BYTES, LineSplitter, decode, enc
 from hive_core.protocol.refusal import Refusal
 
 log = logging.getLogger(__name__)
+CONNECTIONS_LIMIT = 128
 RECEIVE_BYTES = 64 * 1024
 
 
@@ -44,10 +45,19 @@ def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
 
 
 async def serve_unix(sock: socket.socket, handler: Callable[[trio.SocketStream], Awaitable[None]]) -> None:
-    """Hand each connection to `handler`, until cancelled. A handler that fails ends its own connection alone."""
+    """Hand each connection to `handler`, until cancelled. A handler that fails ends its own connection alone.
+
+    Connections over CONNECTIONS_LIMIT are closed at once: one client must not take every descriptor.
+    """
+    limit = trio.CapacityLimiter(CONNECTIONS_LIMIT)
 
     async def guarded(stream: trio.SocketStream) -> None:
         async with stream:
+            try:
+                limit.acquire_on_behalf_of_nowait(stream)
+            except trio.WouldBlock:
+                log.warning("a connection on %s over the limit of %d was closed", path, CONNECTIONS_LIMIT)
+                return
             try:
                 # A hang-up comes out of a handler's nursery in a group.
                 try:
@@ -56,6 +66,8 @@ async def serve_unix(sock: socket.socket, handler: Callable[[trio.SocketStream],
                     pass
             except Exception:
                 log.exception("a connection on %s failed", path)
+            finally:
+                limit.release_on_behalf_of(stream)
 
     path = sock.getsockname()
     await trio.serve_listeners(guarded, [trio.SocketListener(trio.socket.from_stdlib_socket(sock))])

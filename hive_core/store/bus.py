@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import trio
 
 EVENTS = "events"
+WANTED = "wanted"  # what is wanted of some agent changed
+APPROVED = "approved"  # an approval waits to be carried out
 
 
 def mail(agent: str) -> str:

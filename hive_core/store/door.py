@@ -17,7 +17,7 @@ import aiosqlite
 import trio
 from trio_asyncio import aio_as_trio
 
-from hive_core.store.bus import EVENTS, Bus, mail
+from hive_core.store.bus import APPROVED, EVENTS, WANTED, Bus, mail
 from hive_core.store.schema import StoreError, check_ours, migrate
 from hive_core.store.writer import Writer
 
@@ -61,7 +61,7 @@ class Store:
             await trio.sleep(every_s)
             if (seq := await self.last_seq()) != seen:
                 seen = seq
-                self.bus.publish([EVENTS])
+                self.bus.publish([EVENTS, WANTED, APPROVED])
             waiting = await self.rows("SELECT DISTINCT recipient FROM deliveries WHERE state = 'queued'")
             self.bus.publish(mail(row["recipient"]) for row in waiting)
 

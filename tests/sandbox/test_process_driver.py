@@ -161,14 +161,14 @@ def test_bubblewrap_that_fails_is_told_with_its_reason_and_a_fix(
 
 
 async def test_an_agent_writes_its_own_directories_and_finds_what_it_wrote(tmp_path: Path) -> None:
-    code, said = await run(tmp_path, "pwd; touch /run/hive/a /state/b ~/.claude/c ~/d /tmp/e && echo $HOME")
+    code, said = await run(tmp_path, "pwd; touch /state/b ~/.claude/c ~/d /tmp/e && echo $HOME")
     assert (code, said.split()) == (0, ["/state", "/root"])
     dirs = dirs_in(tmp_path)
-    assert [(dirs.run / "a").exists(), (dirs.state / "b").exists(), (dirs.claude / "c").exists()] == [True] * 3
+    assert [(dirs.state / "b").exists(), (dirs.claude / "c").exists()] == [True] * 2
     assert not Path("/root/d").exists()
-    code, said = await run(tmp_path, "ls /run/hive /state ~/.claude ~ /tmp")
+    code, said = await run(tmp_path, "ls /state ~/.claude ~ /tmp")
     assert code == 0
-    assert {"a", "b", "c"} <= set(said.split())
+    assert {"b", "c"} <= set(said.split())
     assert not {"d", "e"} & set(said.split())
 
 
@@ -398,3 +398,27 @@ async def test_an_agent_that_watches_the_life_pipe_ends_with_its_daemon(tmp_path
     pid = start_and_die(tmp_path, "cat <&LIFE; exit 5", "life")
     await wait_gone([pid])
     assert driver_in(tmp_path, "").missed_exit(IRIS) == Exit(5)
+
+
+async def test_its_sockets_can_be_connected_to_and_not_replaced(tmp_path: Path) -> None:
+    code, said = await run(tmp_path, "touch /run/hive/a || rm -r /run/hive")
+    assert code != 0
+    assert "Read-only file system" in said
+
+
+async def test_no_setting_of_the_kernel_can_be_opened_for_writing(tmp_path: Path) -> None:
+    look = (
+        "find /proc -maxdepth 4 -path '/proc/[0-9]*' -prune -o -path /proc/self -prune"
+        " -o -path /proc/thread-self -prune -o -type f -print 2>/dev/null"
+        " | while read f; do (: >> $f) 2>/dev/null && echo OPEN $f; done; echo looked"
+    )
+    code, said = await run(tmp_path, look)
+    assert code == 0
+    assert said.split() == ["looked"]
+
+
+async def test_when_the_harness_ends_the_kernel_ends_all_that_it_started(tmp_path: Path) -> None:
+    code, _ = await run(tmp_path, "setsid sleep 4567 & exit 3")
+    assert code == 3
+    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"sleep\x004567" in p.read_bytes()]
+    assert left == []

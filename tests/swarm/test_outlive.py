@@ -7,6 +7,7 @@ import json
 import os
 import select
 import signal
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,67 @@ def test_a_killed_agent_stays_down_until_it_is_started() -> None:
         seq = daemon.events(client, lambda e: e["kind"] == "agent_ended" and e["agent"] == "iris")["seq"]
         client.call("start", agent="iris")
         daemon.events(client, lambda e: e["kind"] == "agent_started" and e["agent"] == "iris", after=seq)
+
+
+def test_down_right_after_a_restart_ends_the_agents_of_the_daemon_before() -> None:
+    with open_swarm() as daemon:
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME])
+        daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris")
+        pids = [pid_of(daemon, name) for name in ("iris", "hm1nd")]
+        daemon.kill()
+        steps = list(daemon.start().stream("down"))
+        assert set(steps[-1]["ends"]) == {"hm1nd", "iris"}
+        for pid in pids:
+            wait_gone(pid)
+
+
+def test_an_agent_that_was_to_be_down_is_ended_when_it_is_found_running() -> None:
+    with open_swarm() as daemon:
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME])
+        daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris")
+        pid = pid_of(daemon, "iris")
+        daemon.kill()
+        with contextlib.closing(sqlite3.connect(daemon.state / "hive.sqlite")) as db, db:
+            db.execute("UPDATE agents SET wanted = 'down' WHERE name = 'iris'")
+        daemon.start()
+        wait_gone(pid)
+
+
+def test_killing_bwrap_itself_ends_what_it_watched() -> None:
+    with open_swarm() as daemon:
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME])
+        seq = daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris")["seq"]
+        status = daemon.state / "processes" / "iris.status"
+        inner = json.loads(status.read_text().splitlines()[0])["child-pid"]
+        os.kill(pid_of(daemon, "iris"), signal.SIGKILL)
+        wait_gone(inner)
+        daemon.events(client, lambda e: e["kind"] == "agent_started" and e["agent"] == "iris", after=seq)
+
+
+def test_one_agents_broken_directory_keeps_no_other_agent_down() -> None:
+    with open_swarm() as daemon:
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME])
+        daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris")
+        list(client.stream("down"))
+        daemon.process.wait(WITHIN_S)
+        place = daemon.runtime / "agents" / "iris" / "mcp.sock"
+        place.unlink()
+        place.mkdir()
+        daemon.start()
+        daemon.wait_live(lambda agent: agent["name"] == "hm1nd" and agent["state"] == "idle")
+        broken = daemon.wait_live(lambda agent: agent["name"] == "iris" and agent["state"] == "crashed")
+        assert "something that is not a socket is there" in broken["detail"]
+
+
+def test_a_manager_that_breaks_its_own_repository_keeps_nobody_down() -> None:
+    with open_swarm() as daemon:
+        daemon.start()
+        daemon.stop()
+        proposed = daemon.state / "proposed" / "hm1nd"
+        proposed.rename(daemon.folder / "moved")
+        proposed.symlink_to("/nonexistent")
+        assert [agent["name"] for agent in daemon.start().call("list")["agents"]] == ["hm1nd"]

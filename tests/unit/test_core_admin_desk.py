@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hive_core.approvals import put_request
 from hive_core.broker import put_message
 from hive_core.config import Config
-from hive_core.credentials import Credential
+from hive_core.credentials import Credential, how_to_give_one
 from hive_core.hive import Hive
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
@@ -58,6 +58,7 @@ def whole(services: Services, credential: Credential | None = None) -> Hive:
         reconciler=reconciler,
         sign_ins=SignIns(services.store),
         credential=credential,
+        credential_missing="" if credential else how_to_give_one(services.state_dir),
         claude=None,
         sandbox="none",
         sandbox_trouble="bubblewrap is not installed",

@@ -240,11 +240,20 @@ def test_a_credential_is_taken_from_the_environment_then_systemd_then_the_state_
 KEY = Credential("api_key", "ANTHROPIC_API_KEY", "sk-canary")
 
 
-def test_an_empty_or_unreadable_credential_is_none(tmp_path: Path) -> None:
+def test_an_empty_credential_is_none(tmp_path: Path) -> None:
     (tmp_path / "credentials").mkdir()
     (tmp_path / "credentials" / "anthropic-api-key").write_text(" \n")
-    (tmp_path / "credentials" / "claude-oauth-token").write_bytes(b"\xff\xfe")
     assert find_credential(tmp_path, {"ANTHROPIC_API_KEY": " "}) is None
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe", b"sk-canary\nsecond line", b"sk-canary\0", b"sk canary"])
+def test_a_credential_that_cannot_be_one_is_refused_by_its_place_and_never_shown(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "credentials").mkdir()
+    (tmp_path / "credentials" / "claude-oauth-token").write_bytes(data)
+    with pytest.raises(Refusal) as refused:
+        find_credential(tmp_path, {})
+    assert f"{tmp_path}/credentials/claude-oauth-token" in refused.value.message
+    assert "canary" not in refused.value.message
 
 
 def test_a_credential_does_not_show_its_secret() -> None:

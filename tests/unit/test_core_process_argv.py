@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from hive_core.containers.process import _SYSTEM_PATHS, AgentDirs, ProcessDriver, _is_below, _status_value
+from hive_core.containers.process import (
+    _PROC_OF_THE_HOST,
+    _SYSTEM_PATHS,
+    AgentDirs,
+    ProcessDriver,
+    _is_below,
+    _status_value,
+)
 from hive_core.protocol.words import AgentName
 
 IRIS, HM1ND = AgentName("iris"), AgentName("hm1nd")
@@ -51,7 +58,11 @@ def test_every_namespace_is_the_agents_own_and_no_capability_is_left(tmp_path: P
         ("--cap-drop", "ALL"),
     } <= set(asked)
     assert ("--json-status-fd", "7") in asked
-    known = WITH_ONE | WITH_TWO | {"--unshare-all", "--unshare-user", "--disable-userns", "--new-session", "--"}
+    known = (
+        WITH_ONE
+        | WITH_TWO
+        | {"--unshare-all", "--unshare-user", "--disable-userns", "--as-pid-1", "--new-session", "--"}
+    )
     assert {option[0] for option in asked} <= known
     assert not any(word.startswith(("--share", "--dev-bind", "--cap-add", "--die-with-parent")) for word in argv)
 
@@ -60,7 +71,7 @@ def test_every_namespace_is_the_agents_own_and_no_capability_is_left(tmp_path: P
 def test_only_the_agents_own_directories_can_be_written(tmp_path: Path, manager: bool) -> None:
     dirs = dirs_in(tmp_path, manager)
     binds = {option[1:] for option in options(driver_in(tmp_path)._bwrap(dirs, 7)) if option[0] == "--bind"}
-    own = {(str(dirs.run), "/run/hive"), (str(dirs.state), "/state"), (str(dirs.claude), "/root/.claude")}
+    own = {(str(dirs.state), "/state"), (str(dirs.claude), "/root/.claude")}
     assert binds == own | ({(str(tmp_path / "proposed"), "/agents")} if manager else set())
 
 
@@ -71,6 +82,7 @@ def test_nothing_of_the_host_is_seen_but_the_system_and_the_program(tmp_path: Pa
     argv = driver_in(tmp_path, claude=claude)._bwrap(dirs_in(tmp_path), 7)
     seen = [option[1] for option in options(argv) if option[0].startswith("--ro-bind")]
     assert str(claude) in seen
+    seen = [path for path in seen if path not in (*_PROC_OF_THE_HOST, str(dirs_in(tmp_path).run))]
     for path in seen:
         private = [str(tmp_path), "/", "/root", "/home", "/etc", "/var", "/run", "/tmp", os.getcwd(), str(Path.home())]
         assert path not in private

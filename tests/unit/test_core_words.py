@@ -197,4 +197,4 @@ def test_a_malformed_refusal_becomes_one_with_a_sentence(wire: object) -> None:
 
 
 def test_the_exit_codes_are_those_the_manual_promises() -> None:
-    assert EXIT_CODES == {"usage": 2, "not_found": 3, "not_running": 3, "refused": 4}
+    assert EXIT_CODES == {"usage": 2, "not_found": 3, "not_running": 3, "refused": 4, "conflict": 4}

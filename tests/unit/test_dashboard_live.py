@@ -54,7 +54,7 @@ async def test_what_is_changed_by_a_turn_is_told_as_it_happens(hive: Services) -
     async with served(hive_of(hive)) as browser:
         after = await hive.store.last_seq()
         async with browser.stream(f"/live?after={after}") as stream:
-            assert 'data-state="down"' in (await stream.until("agent-iris"))[-1].data["html"]
+            assert 'data-state="starting"' in (await stream.until("agent-iris"))[-1].data["html"]
             hive.agents.observe("iris", "tool", "Bash")
             assert 'data-state="tool"' in (await stream.until("agent-iris"))[-1].data["html"]
             turn, _ = await hive.broker.lease(IRIS)
