@@ -25,7 +25,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-LINE_LIMIT_BYTES = 1024 * 1024  # the host's own: here the answer can still carry the request's id
+LINE_LIMIT_BYTES = 10 * 1024 * 1024
+REQUEST_LIMIT_BYTES = 1024 * 1024  # the host's own: a refusal from here can still carry the request's id
 BACKLOG_BYTES = 1024 * 1024  # a side that takes its bytes slower than this stops the reading of the other
 READ_BYTES = 256 * 1024
 RETRY_FIRST_S = 0.05
@@ -39,12 +40,13 @@ AWAY, GREETING, READY = "away", "greeting", "ready"
 class TooLong:
     """A line over the limit; `id` is the JSON text of its request's id where that could be seen, `null` otherwise."""
 
-    def __init__(self, head: bytes, tail: bytes) -> None:
+    def __init__(self, head: bytes, tail: bytes, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
         found = _ID.findall(tail) or _ID.findall(head)
         self.id = found[-1].decode() if found else "null"
 
     def as_error(self) -> bytes:
-        message = f"cannot pass the line on: it is longer than the limit of {LINE_LIMIT_BYTES:,} bytes"
+        message = f"cannot pass the line on: it is longer than the limit of {self.limit_bytes:,} bytes"
         error = json.dumps({"code": -32600, "message": message})
         return f'{{"jsonrpc":"2.0","id":{self.id},"error":{error}}}\n'.encode()
 
@@ -52,7 +54,8 @@ class TooLong:
 class Lines:
     """Bytes in, whole lines out, newline included. Of a line over the limit only its two ends are kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit_bytes: int = LINE_LIMIT_BYTES) -> None:
+        self._limit_bytes = limit_bytes
         self._rest = bytearray()
         self._head = b""
 
@@ -64,13 +67,13 @@ class Lines:
 
     def _keep(self, piece: bytes) -> None:
         self._rest += piece
-        if self._head or len(self._rest) > LINE_LIMIT_BYTES:
+        if self._head or len(self._rest) > self._limit_bytes:
             self._head = self._head or bytes(self._rest[:KEPT_OF_LONG_LINE_BYTES])
             del self._rest[:-KEPT_OF_LONG_LINE_BYTES]
 
     def _end(self, piece: bytes) -> bytes | TooLong:
         self._keep(piece)
-        line = TooLong(self._head, bytes(self._rest)) if self._head else bytes(self._rest) + b"\n"
+        line = TooLong(self._head, bytes(self._rest), self._limit_bytes) if self._head else bytes(self._rest) + b"\n"
         self._rest.clear()
         self._head = b""
         return line
@@ -89,7 +92,7 @@ class Bridge:
         self._retry_s = RETRY_FIRST_S
         self._to_host = bytearray()
         self._to_program = bytearray()
-        self._program_lines = Lines()
+        self._program_lines = Lines(REQUEST_LIMIT_BYTES)
         self._host_lines = Lines()
         self._initialize = b""
         self._initialize_id: object = None

@@ -20,6 +20,7 @@ from hive_core.protocol.refusal import Refusal
 RETRY_FIRST_S = 0.1
 RETRY_LAST_S = 2.0
 HELLO_LIMIT_S = 15.0
+TURN_GRACE_S = 600.0  # how much longer than an idle harness one waits whose program runs
 GRACE_WHEN_STOPPING_S = 10.0
 READ_BYTES = 64 * 1024
 
@@ -126,14 +127,14 @@ class HostLink:
         return request.answer
 
     async def run(self) -> None:
-        """Keep a connection to the host; return when none answered for the grace and no program runs, or for twice it.
+        """Keep a connection to the host; return when none answered for the grace, or for 600 s more while a program runs.
 
         Raises Unwelcome.
         """
         retry_s = RETRY_FIRST_S
         while (away_s := trio.current_time() - self._lost_at) < self._grace_s or (
             # A turn is finished first; one that waits for the host itself would wait for ever.
-            self._busy and away_s < 2 * self._grace_s
+            self._busy and away_s < self._grace_s + TURN_GRACE_S
         ):
             if await self._converse():
                 retry_s = RETRY_FIRST_S

@@ -165,7 +165,7 @@ async def test_an_agent_writes_its_own_directories_and_finds_what_it_wrote(tmp_p
     assert (code, said.split()) == (0, ["/state", "/root"])
     dirs = dirs_in(tmp_path)
     assert [(dirs.state / "b").exists(), (dirs.claude / "c").exists()] == [True] * 2
-    assert not Path("/root/d").exists()
+    assert not Path("~/d").expanduser().exists()
     code, said = await run(tmp_path, "ls /state ~/.claude ~ /tmp")
     assert code == 0
     assert {"b", "c"} <= set(said.split())

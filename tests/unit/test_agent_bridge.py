@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive_agent.bridge import LINE_LIMIT_BYTES, Lines, TooLong
+from hive_agent.bridge import LINE_LIMIT_BYTES, REQUEST_LIMIT_BYTES, Lines, TooLong
 from hive_agent.claude import own_command
 
 PATIENCE_S = 10.0
@@ -285,11 +285,11 @@ def test_a_line_over_the_limit_is_refused_by_its_id_and_the_next_one_passes(
     host: Host, program: Program, number: int | str
 ) -> None:
     connection = shake_hands(host, program)
-    huge = {"jsonrpc": "2.0", "method": "tools/call", "params": {"text": "x" * LINE_LIMIT_BYTES}, "id": number}
+    huge = {"jsonrpc": "2.0", "method": "tools/call", "params": {"text": "x" * REQUEST_LIMIT_BYTES}, "id": number}
     program.write(huge, call(6))
     refused = program.read()
     assert refused["id"] == number
-    assert "10,485,760 bytes" in refused["error"]["message"]
+    assert "1,048,576 bytes" in refused["error"]["message"]
     assert connection.read() == call(6)
 
 
