@@ -127,7 +127,7 @@ class HostLink:
         return request.answer
 
     async def run(self) -> None:
-        """Keep a connection to the host; return when none answered for the grace, or for 600 s more while a program runs.
+        """Keep a connection to the host; return when none answered for the grace, or 600 s more while a turn runs.
 
         Raises Unwelcome.
         """

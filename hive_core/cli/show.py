@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
+from hive_core.protocol.visible import named
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -18,8 +20,8 @@ def paint(text: str, colour: str) -> str:
 
 
 def safe(text: str) -> str:
-    """Text without control, direction and zero-width characters; newlines and tabs stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else f"⟨U+{ord(c):04X}⟩" for c in text)
+    """Text whose control, direction, zero-width and blank characters are named; newlines and tabs stay."""
+    return named(text)
 
 
 def ago(at_ms: int) -> str:

@@ -82,6 +82,7 @@ class Tool:
     arguments: type[_Arguments]
     call: Callable[[Any, Key], Awaitable[Result]]
     read_only: bool = False
+    destructive: bool = False
 
     def to_mcp(self) -> types.Tool:
         return types.Tool(
@@ -89,7 +90,10 @@ class Tool:
             description=self.description,
             input_schema=self.arguments.model_json_schema(),
             annotations=types.ToolAnnotations(
-                read_only_hint=self.read_only, idempotent_hint=True, destructive_hint=False, open_world_hint=False
+                read_only_hint=self.read_only,
+                idempotent_hint=True,
+                destructive_hint=self.destructive,
+                open_world_hint=False,
             ),
         )
 
@@ -126,7 +130,11 @@ class AgentDesk:
                     self._apply,
                 ),
                 Tool(
-                    "kill", "Stop an agent now. It stays down until the operator starts it.", KillArguments, self._stop
+                    "kill",
+                    "Stop an agent now. It stays down until the operator starts it.",
+                    KillArguments,
+                    self._stop,
+                    destructive=True,
                 ),
             ]
         self.tools = {tool.name: tool for tool in tools}

@@ -1,0 +1,19 @@
+"""Characters that hide, and their names: whoever approves must see what is there, on a page and in a terminal alike."""
+
+from __future__ import annotations
+
+import re
+
+# Control characters but tab and newline, bidi and other format characters, zero widths, blank letters, selectors that
+# can carry hidden text, tags, private use and lone surrogates (json gives us those). U+FE0F stays: emoji end with it.
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u115f\u1160\u17b4\u17b5"
+    "\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ud800-\udfff\ue000-\uf8ff\ufe00-\ufe0e\ufeff"
+    "\uffa0\ufff0-\ufffb\U000110bd\U000110cd\U00013430-\U0001345f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e0fff\U000f0000-\U0010ffff]"
+)
+
+
+def named(text: str) -> str:
+    """The text with each hidden character written as ⟨U+202E⟩."""
+    return HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
