@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import httpx2
@@ -168,9 +169,10 @@ class ModelRelay:
         await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
         reader = UsageReader()
         try:
-            async for chunk in response.aiter_raw():
-                reader.feed(chunk)
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            async with aclosing(response.aiter_raw()) as chunks:
+                async for chunk in chunks:
+                    reader.feed(chunk)
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except httpx2.HTTPError as exc:
             # Left without an end, so that the program sees that it was cut.
             log.warning("the answer to %s was cut: %s", self.name, exc, extra={"agent": self.name})

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import h11
@@ -548,3 +550,80 @@ def test_only_end_to_end_headers_that_are_not_replaced_pass_in_their_order(heade
     gone = {"connection", "te", "keep-alive", "trailer", "host", "x-api-key"} | named
     wanted = [(name.encode(), value.encode()) for name, value in headers if name.lower() not in gone]
     assert passed_headers(raw, frozenset({"host", "x-api-key"})) == wanted
+
+
+# -- junk, and limits -------------------------------------------------------------------------------------------------
+
+GOOD = b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nx-api-key: placeholder\r\nContent-Length: 2\r\n\r\n{}"
+
+
+def junk(random: Random) -> bytes:
+    """Bytes of any kind, or a good request with some of its bytes changed, dropped or said twice."""
+    if random.random() < 0.3:
+        return random.randbytes(random.randrange(1, 2000))
+    data = bytearray(GOOD)
+    for _ in range(random.randrange(1, 6)):
+        at = random.randrange(len(data))
+        match random.randrange(3):
+            case 0:
+                data[at] = random.randrange(256)
+            case 1:
+                del data[at : at + random.randrange(1, 12)]
+            case _:
+                data[at:at] = data[: random.randrange(len(data))]
+    return bytes(data)
+
+
+# The library's own inner stream is left to the garbage collector when an answer is not read to its end; the connection
+# is closed all the same.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <async_generator object PoolByteStream")
+@pytest.mark.parametrize("seed", range(8))
+async def test_generated_junk_reaches_no_other_place_and_the_next_request_is_answered(bench: Bench, seed: int) -> None:
+    random = Random(seed)
+    for _ in range(12):
+        async with await trio.open_unix_socket(str(bench.path)) as stream:
+            try:
+                await stream.send_all(junk(random))
+                await stream.send_eof()
+                while await stream.receive_some():
+                    pass
+            except trio.BrokenResourceError:
+                pass
+    assert {call.target.partition("?")[0] for call in bench.provider.calls} <= {
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+    }
+    assert all(call.values("x-api-key") == ["sk-real"] for call in bench.provider.calls)
+    async with bench.agent() as client:
+        assert (await client.head("/")).status_code == 200
+    gc.collect()  # what is left is warned of here, not in another test
+
+
+async def test_one_agents_calls_at_a_time_are_limited_and_the_refusal_names_the_limit(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "CALLS_LIMIT", 1)
+    arrived, go_on = trio.Event(), trio.Event()
+
+    async def held(call: Call) -> None:
+        arrived.set()
+        await go_on.wait()
+        await plain_answer(call)
+
+    bench.provider.answer = held
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.post)
+        await arrived.wait()
+        refused = await bench.post()
+        assert refused.status_code == 429
+        assert "1 calls of iris" in refused.json()["error"]["message"]
+        go_on.set()
+    bench.provider.answer = plain_answer
+    assert (await bench.post()).status_code == 200
+
+
+async def test_a_credential_that_is_no_header_is_never_quoted(bench: Bench) -> None:
+    bench.credential = Credential("api_key", "x", "sk-canary\nsecond")
+    answer = await bench.post()
+    assert answer.status_code == 502
+    assert "canary" not in answer.text
