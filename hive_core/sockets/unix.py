@@ -29,12 +29,9 @@ def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
         path.unlink()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        # The directory is 0700 already; the umask closes the moment between bind and chmod all the same.
-        before = os.umask(0o177)
-        try:
-            sock.bind(str(path))
-        finally:
-            os.umask(before)
+        # The directory is 0700 and the daemon's umask 077. To set another one here, even for a moment, would reach
+        # the directories that other threads make just then.
+        sock.bind(str(path))
         path.chmod(mode)
         sock.listen(128)
         sock.setblocking(False)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -78,3 +79,14 @@ def test_a_socket_does_not_replace_what_is_not_a_socket(tmp_path: Path) -> None:
         with pytest.raises(Refusal, match="not a socket"):
             listen_unix(path)
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_listening_changes_no_umask_since_other_threads_make_directories_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(mask: int) -> int:
+        raise AssertionError(f"umask {mask:o} would reach every thread")
+
+    monkeypatch.setattr(os, "umask", refuse)
+    with listen_unix(tmp_path / "x.sock"):
+        assert (tmp_path / "x.sock").stat().st_mode & 0o777 == 0o600
