@@ -4,11 +4,16 @@ The sandbox has a pid namespace of its own, so ending its first process ends the
 --die-with-parent is not used: it watches the *thread* that forked it. An agent that must end with the daemon watches
 a pipe instead; one that may outlive it is found again by the pid and start time in its process file, and its exit
 code is in bwrap's status file even when nobody watched.
+
+The status file is locked before an agent is started, and the agent holds that lock by the descriptor it was started
+with. So there is never a second copy, and one whose daemon was killed before it could write the process file is found
+as the process that holds the lock. The holder is bwrap outside the sandbox: nothing inside has the descriptor.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -21,6 +26,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import trio
 
@@ -58,11 +64,11 @@ class Exit:
 class Running:
     """An agent that runs, whether this daemon started it or an earlier one."""
 
-    def __init__(self, pid: int, process: subprocess.Popen[bytes] | None, status: Path, sandbox: str) -> None:
+    def __init__(self, pid: int, process: subprocess.Popen[bytes] | None, status: Path, state: Path) -> None:
         self.pid = pid
-        self.sandbox = sandbox
         self._process = process
         self._status = status
+        self._state = state
         self._pidfd = os.pidfd_open(pid)
 
     async def wait(self) -> Exit:
@@ -71,19 +77,9 @@ class Running:
         if self._process is not None:
             self._process.wait()
         os.close(self._pidfd)
-        self._end_inside()
+        _end_inside(self._status, self._state)
         code = _status_value(self._status, "exit-code")
         return Exit(code if code is not None or self._process is None else self._process.returncode)
-
-    def _end_inside(self) -> None:
-        """When bwrap itself was killed, what it watched runs on, without anybody: end that too."""
-        inner = _status_value(self._status, "child-pid")
-        if inner is None or _status_value(self._status, "exit-code") is not None:
-            return
-        with contextlib.suppress(OSError):
-            # The pid may be another's by now: only a harness in a sandbox is run like this.
-            if b"\0serve\0--run\0/run/hive\0" in Path(f"/proc/{inner}/cmdline").read_bytes():
-                os.kill(inner, signal.SIGKILL)
 
     def kill(self) -> None:
         """End the whole agent at once: its first process takes every other of its pid namespace along."""
@@ -95,10 +91,9 @@ class Running:
         for pid in (*_children(self.pid), self.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        if self.sandbox == "none":
-            # No pid namespace: the harness's own group is all that can be named.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+        # Without a sandbox there is no pid namespace: the harness's own group is all that can be named.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 class ProcessDriver:
@@ -121,14 +116,15 @@ class ProcessDriver:
         return self._sandbox
 
     async def start(self, name: AgentName, dirs: AgentDirs) -> Running:
-        """Start the agent's harness. Raises OSError when the program cannot be run."""
+        """Start the agent's harness. Raises OSError when the program cannot be run, or the agent runs already."""
         self._logs.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in (dirs.state, dirs.claude):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = self._logs / f"{name}.status"
         command = self._command(name, dirs)
-        with (self._logs / f"{name}.log").open("ab") as output, status.open("wb") as status_file:
-            keep = [status_file.fileno()] if self._sandbox == "bwrap" else []
+        with (self._logs / f"{name}.log").open("ab") as output, status.open("ab") as status_file:
+            _claim(status_file)
+            keep = [status_file.fileno()]
             keep += [self._life_fd] if self._life_fd is not None else []
             if self._sandbox == "bwrap":
                 command = [*self._bwrap(dirs, status_file.fileno()), *command]
@@ -144,22 +140,39 @@ class ProcessDriver:
                     start_new_session=True,
                 )
             )
+        running = Running(process.pid, process, status, dirs.state)
         try:
             self._remember(name, process.pid)
-            return Running(process.pid, process, status, self._sandbox)
         except BaseException:
-            # One that nobody knows of would be started a second time.
-            process.kill()
+            # Whoever asked is told that it does not run.
+            running.kill()
+            with trio.CancelScope(shield=True):
+                await running.wait()
             raise
+        return running
 
     def _remember(self, name: AgentName, pid: int) -> None:
-        identity = {"pid": pid, "started": _start_time(pid), "boot": _boot_id(), "sandbox": self._sandbox}
+        identity = {"pid": pid, "started": _start_time(pid), "boot": _boot_id()}
         fresh = self._logs / f".{name}.json"
         fresh.write_text(json.dumps(identity))
         fresh.rename(self._logs / f"{name}.json")
 
-    def find(self, name: AgentName) -> Running | None:
+    def find(self, name: AgentName, dirs: AgentDirs) -> Running | None:
         """The agent that an earlier daemon left running, or None."""
+        status = self._logs / f"{name}.status"
+        pid = self._remembered(name)
+        if pid is None and (pid := _lock_holder(status)) is not None:
+            # What could not be written makes it no less ours: the next daemon finds it by the lock again.
+            with contextlib.suppress(OSError):
+                self._remember(name, pid)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                return Running(pid, None, status, dirs.state)
+        _end_inside(status, dirs.state)
+        return None
+
+    def _remembered(self, name: AgentName) -> int | None:
+        """The pid in the process file, when it still is the agent's."""
         try:
             identity = json.loads((self._logs / f"{name}.json").read_text())
             pid = int(identity["pid"])
@@ -168,10 +181,7 @@ class ProcessDriver:
         started = _start_time(pid)
         if started is None or (started, _boot_id()) != (identity.get("started"), identity.get("boot")):
             return None
-        try:
-            return Running(pid, None, self._logs / f"{name}.status", str(identity.get("sandbox")))
-        except ProcessLookupError:
-            return None
+        return pid
 
     def missed_exit(self, name: AgentName) -> Exit | None:
         """How the agent ended while no daemon watched, told once; None when there is nothing to tell."""
@@ -288,6 +298,55 @@ def _status_value(path: Path, key: str) -> int | None:
     return None
 
 
+def _claim(status: BinaryIO) -> None:
+    """Lock an agent's status file and empty it: what is started with it holds the lock for as long as it lives."""
+    try:
+        fcntl.flock(status, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        raise BlockingIOError(exc.errno, "it runs already, and holds its status file", status.name) from None
+    status.truncate(0)
+
+
+def _lock_holder(status: Path) -> int | None:
+    """The agent that holds its status file locked, or None. All processes are looked at only when somebody does."""
+    try:
+        with status.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+    except BlockingIOError:
+        pass
+    except OSError:
+        return None
+    path = os.path.realpath(status)
+    holders = [pid for pid in _pids() if _holds_lock(pid, path)]
+    # What an agent has just forked has its descriptors too, for a moment. What the daemon before had just forked does
+    # not count: it had that daemon's own lock as well, and while somebody has that no other daemon begins.
+    return next((pid for pid in holders if _parent(pid) not in holders), None)
+
+
+def _holds_lock(pid: int, path: str) -> bool:
+    """Whether a process has a file open by a descriptor that locks it; whoever just reads the file has no lock."""
+    with contextlib.suppress(OSError):
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if os.readlink(f"/proc/{pid}/fd/{number}") == path:
+                    locks = Path(f"/proc/{pid}/fdinfo/{number}").read_text()
+                    if "FLOCK  ADVISORY  WRITE" in locks:
+                        return True
+    return False
+
+
+def _end_inside(status: Path, state: Path) -> None:
+    """When bwrap itself was killed, what it watched runs on, without anybody: end that too."""
+    inner = _status_value(status, "child-pid")
+    if inner is None or _status_value(status, "exit-code") is not None:
+        return
+    with contextlib.suppress(OSError):
+        # The pid may be another's by now: only what is in this agent's sandbox has this directory there.
+        if os.path.samefile(f"/proc/{inner}/root/state", state):
+            os.kill(inner, signal.SIGKILL)
+
+
 def _stat_fields(pid: int) -> list[str]:
     # The command's name is in parentheses and may hold spaces: count from behind it.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -314,8 +373,12 @@ def _parent(pid: int) -> int | None:
         return None
 
 
+def _pids() -> list[int]:
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+
+
 def _children(pid: int) -> list[int]:
-    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and _parent(int(entry)) == pid]
+    return [child for child in _pids() if _parent(child) == pid]
 
 
 def _wait_stopped(pid: int) -> None:

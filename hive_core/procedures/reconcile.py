@@ -10,9 +10,10 @@ from typing import Protocol
 import trio
 
 from hive_core.agents import Agent, Agents
-from hive_core.broker import put_message
 from hive_core.containers.process import AgentDirs, Exit, ProcessDriver, Running
+from hive_core.post import put_message
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.visible import quoted
 from hive_core.protocol.words import MANAGER, SYSTEM, AgentName, parse_body
 from hive_core.store.bus import WANTED
 from hive_core.store.door import Store
@@ -27,8 +28,10 @@ STEADY_S = 30.0  # an agent that ran this long starts with the shortest backoff 
 class Desk(Protocol):
     """What the reconciler needs to know of an agent's harness."""
 
-    stop: trio.Event
     said_hello: trio.Event
+
+    def ask_to_stop(self) -> None:
+        """Let the harness end at its turn's edge."""
 
 
 @dataclass
@@ -132,13 +135,24 @@ class Reconciler:
         async with trio.open_nursery() as nursery:
             for supervised in self._supervised.values():
                 nursery.start_soon(self._drain_one, supervised, patience_s, ends)
+        for agent in await self._agents.all():
+            if agent.name not in self._supervised:
+                await self._end_unserved(agent.name, ends)
         return ends
+
+    async def _end_unserved(self, name: AgentName, ends: dict[str, str]) -> None:
+        """End what an earlier daemon left of an agent whose sockets this one could not open."""
+        if running := self._driver.find(name, self._dirs(name)):
+            running.kill()
+            await running.wait()
+            self._driver.forget(name)
+            ends[name] = "killed"
 
     async def _drain_one(self, supervised: Supervised, patience_s: float, ends: dict[str, str]) -> None:
         if await supervised.now_running() is None:
             return
         self._agents.observe(supervised.name, "stopping", "finishes its turn")
-        supervised.desk.stop.set()
+        supervised.desk.ask_to_stop()
         with trio.move_on_after(patience_s) as scope:
             await supervised.ended.wait()
         if scope.cancelled_caught and supervised.running is not None:
@@ -176,11 +190,11 @@ class Reconciler:
     async def _adopt(self, supervised: Supervised) -> None:
         """Go on with an agent that outlived the daemon before, or tell how it ended meanwhile."""
         name = supervised.name
-        if running := self._driver.find(name):
+        if running := self._driver.find(name, supervised.dirs):
             supervised.begin(running)
             supervised.looked.set()
             log.info("adopted %s (pid %d)", name, running.pid, extra={"agent": name})
-            await self._store.write(lambda tx: tx.emit("agent_adopted", SYSTEM, name, pid=running.pid))
+            await self._store.insist(lambda tx: tx.emit("agent_adopted", SYSTEM, name, pid=running.pid))
             self._agents.observe(name, "starting", "waits for its hello", sandbox=self._driver.sandbox)
             if (await self._agents.get(name)).wanted == "down":
                 running.kill()
@@ -203,7 +217,7 @@ class Reconciler:
                 log.error("cannot start %s: %s", name, exc, extra={"agent": name})
                 return
             supervised.begin(running)
-        await self._store.write(lambda tx: tx.emit("agent_started", SYSTEM, name, pid=running.pid))
+        await self._store.insist(lambda tx: tx.emit("agent_started", SYSTEM, name, pid=running.pid))
         await self._watch(supervised, running)
 
     async def _watch(self, supervised: Supervised, running: Running) -> None:
@@ -222,9 +236,9 @@ class Reconciler:
         def write(tx: Transaction) -> None:
             tx.emit("agent_ended", SYSTEM, name, code=exit_.code, expected=expected, when=when)
             if not expected and name != MANAGER:
-                text = f"container_crash: {name} {detail}. Its last words: {self._driver.last_words(name)!r}"
+                text = f"container_crash: {name} {detail}. Its last words: {quoted(self._driver.last_words(name))}"
                 put_message(tx, SYSTEM, MANAGER, parse_body(text))
 
-        await self._store.write(write)
+        await self._store.insist(write)
         if not expected:
             log.warning("%s %s", name, detail, extra={"agent": name})

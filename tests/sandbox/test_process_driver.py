@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -19,9 +20,20 @@ import trio
 from hive_core.containers.process import AgentDirs, Exit, ProcessDriver, Running, sandbox_trouble
 from hive_core.protocol.words import AgentName
 from tests.needs import ROOT
+from tests.processes import children_of, pids_naming
 
 IRIS = AgentName("iris")
 PATIENCE_S = 20.0
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
+    """Many agents here outlive who started them; those of a test that failed are ended by pid."""
+    yield
+    for pid in pids_naming(str(tmp_path)):
+        for each in (*children_of(pid), pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
 
 
 class ShellDriver(ProcessDriver):
@@ -53,18 +65,6 @@ async def run(folder: Path, script: str, manager: bool = False, sandbox: str = "
         running = await driver.start(IRIS, dirs_in(folder, manager))
         code = (await running.wait()).code
     return code, driver.last_words(IRIS, 100_000)
-
-
-def pids_of(folder: Path) -> list[int]:
-    """The processes of the host that were started for agents of this folder: bwrap's command line names it."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and str(folder).encode() in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return [pid for pid in found if pid != os.getpid()]
 
 
 def namespace_mates(running: Running) -> list[int]:
@@ -340,7 +340,7 @@ async def test_kill_in_the_very_moment_of_the_start_leaves_nothing(tmp_path: Pat
         running.kill()
         with trio.fail_after(PATIENCE_S):
             await running.wait()
-    left = pids_of(tmp_path)
+    left = pids_naming(str(tmp_path))
     try:
         await wait_gone(left)
     except trio.TooSlowError:
@@ -356,13 +356,13 @@ async def test_an_agent_outlives_its_daemon_and_the_next_one_adopts_it_and_reads
     go = make_fifo(tmp_path, "go")
     pid = start_and_die(tmp_path, "read word < /state/go; exit 7")
     driver = driver_in(tmp_path, "")
-    running = driver.find(IRIS)
+    running = driver.find(IRIS, dirs_in(tmp_path))
     assert running is not None
-    assert (running.pid, running.sandbox) == (pid, "bwrap")
+    assert running.pid == pid
     with trio.fail_after(PATIENCE_S):
         await trio.to_thread.run_sync(go.write_text, "go\n")
         assert await running.wait() == Exit(7)
-    assert driver.find(IRIS) is None
+    assert driver.find(IRIS, dirs_in(tmp_path)) is None
     driver.forget(IRIS)
     assert driver.missed_exit(IRIS) is None
 
@@ -371,7 +371,7 @@ async def test_an_adopted_agent_can_be_killed_whole(tmp_path: Path) -> None:
     ready = make_fifo(tmp_path, "ready")
     start_and_die(tmp_path, "setsid sleep 1000 & echo > /state/ready; sleep 1000")
     await read_fifo(ready)
-    running = driver_in(tmp_path, "").find(IRIS)
+    running = driver_in(tmp_path, "").find(IRIS, dirs_in(tmp_path))
     assert running is not None
     mates = namespace_mates(running)
     running.kill()
@@ -389,7 +389,7 @@ async def test_an_exit_that_nobody_watched_is_told_once(tmp_path: Path) -> None:
         await trio.lowlevel.wait_readable(descriptor)
     os.close(descriptor)
     driver = driver_in(tmp_path, "")
-    assert driver.find(IRIS) is None
+    assert driver.find(IRIS, dirs_in(tmp_path)) is None
     assert driver.missed_exit(IRIS) == Exit(9)
     assert driver.missed_exit(IRIS) is None
 
@@ -398,6 +398,155 @@ async def test_an_agent_that_watches_the_life_pipe_ends_with_its_daemon(tmp_path
     pid = start_and_die(tmp_path, "cat <&LIFE; exit 5", "life")
     await wait_gone([pid])
     assert driver_in(tmp_path, "").missed_exit(IRIS) == Exit(5)
+
+
+# Kills its own process at the Nth step that shows from outside of the program, counted from the start of the agent.
+STARTER_THAT_IS_KILLED = """
+import os, signal, sys, trio
+from pathlib import Path
+from tests.sandbox.test_process_driver import IRIS, dirs_in, driver_in
+
+STEPS = ("open", "os.mkdir", "os.rename", "fcntl.flock", "subprocess.Popen")
+folder, script, sandbox, left = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+
+def count(event, arguments):
+    global left
+    if event in STEPS:
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+driver, dirs = driver_in(folder, script, sandbox), dirs_in(folder)
+sys.addaudithook(count)
+trio.run(driver.start, IRIS, dirs)
+left = 1
+print("started", flush=True)
+"""
+
+
+@pytest.mark.parametrize("sandbox", ["bwrap", "none"])
+async def test_at_whatever_step_of_a_start_a_daemon_is_killed_the_next_one_finds_what_it_started(
+    tmp_path: Path, sandbox: str
+) -> None:
+    ready = make_fifo(tmp_path, "ready")
+    where = "/state" if sandbox == "bwrap" else str(ready.parent)
+    script = f"echo > {where}/ready; sleep 1000"
+    driver, dirs = driver_in(tmp_path, script, sandbox), dirs_in(tmp_path)
+    never_started = not_remembered = step = 0
+    while True:
+        starter = await trio.run_process(
+            [sys.executable, "-c", STARTER_THAT_IS_KILLED, str(tmp_path), script, sandbox, str(step)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_stdout=True,
+            check=False,
+        )
+        not_remembered += not (tmp_path / "processes" / "iris.json").exists()
+        running = driver.find(IRIS, dirs)
+        if running is None:
+            never_started += 1
+            assert pids_naming(str(tmp_path)) == [], f"killed at step {step}, it left an agent that nobody finds"
+        else:
+            await read_fifo(ready)
+            with pytest.raises(BlockingIOError, match="runs already"):
+                await driver.start(IRIS, dirs)
+            running.kill()
+            with trio.fail_after(PATIENCE_S):
+                await running.wait()
+            driver.forget(IRIS)
+            await wait_gone(pids_naming(str(tmp_path)))
+        if starter.returncode == 0:
+            break
+        step += 1
+    # There are steps before the agent runs, and steps between that and its process file.
+    assert 0 < never_started < not_remembered
+
+
+async def test_whoever_only_reads_the_status_file_is_not_taken_for_the_agent(tmp_path: Path) -> None:
+    go = make_fifo(tmp_path, "go")
+    pid = start_and_die(tmp_path, "read word < /state/go")
+    (tmp_path / "processes" / "iris.json").unlink()
+    with (tmp_path / "processes" / "iris.status").open():
+        driver, dirs = driver_in(tmp_path, ""), dirs_in(tmp_path)
+        running = driver.find(IRIS, dirs)
+        assert running is not None
+        assert running.pid == pid
+        with trio.fail_after(PATIENCE_S):
+            await trio.to_thread.run_sync(go.write_text, "go\n")
+            await running.wait()
+        driver.forget(IRIS)
+        assert driver.find(IRIS, dirs) is None
+
+
+async def test_nothing_that_an_agent_does_inside_hides_it_from_the_next_daemon(tmp_path: Path) -> None:
+    ready = make_fifo(tmp_path, "ready")
+    let_go = (
+        "import contextlib, fcntl, os\n"
+        "for number in range(1024):\n"
+        "    with contextlib.suppress(OSError): fcntl.flock(number, fcntl.LOCK_UN)\n"
+        "os.closerange(0, 1024)\n"
+        "open('/state/ready', 'w').write('ready')\n"
+        "import time; time.sleep(1000)\n"
+    )
+    dirs = dirs_in(tmp_path)
+    (dirs.run / "let_go.py").write_text(let_go)
+    pid = start_and_die(tmp_path, f"exec {sys.executable} /run/hive/let_go.py")
+    await read_fifo(ready)
+    (tmp_path / "processes" / "iris.json").unlink()
+    running = driver_in(tmp_path, "").find(IRIS, dirs)
+    assert running is not None
+    assert running.pid == pid
+    running.kill()
+    with trio.fail_after(PATIENCE_S):
+        await running.wait()
+
+
+@pytest.mark.parametrize("sandbox", ["bwrap", "none"])
+async def test_it_is_the_agent_that_is_found_by_its_lock_and_not_what_it_started(tmp_path: Path, sandbox: str) -> None:
+    async with started(tmp_path, "sleep 1000 & echo > STATE/ready; wait", sandbox) as (driver, running):
+        (tmp_path / "processes" / "iris.json").unlink()
+        found = driver.find(IRIS, dirs_in(tmp_path))
+        assert found is not None
+        assert found.pid == running.pid
+        found.kill()
+        with trio.fail_after(PATIENCE_S):
+            await found.wait()
+            await running.wait()
+
+
+async def test_an_agent_whose_process_file_cannot_be_written_is_ended_again(tmp_path: Path) -> None:
+    (tmp_path / "processes" / ".iris.json").mkdir(parents=True)
+    driver, dirs = driver_in(tmp_path, "sleep 1000"), dirs_in(tmp_path)
+    with pytest.raises(IsADirectoryError):
+        await driver.start(IRIS, dirs)
+    await wait_gone(pids_naming(str(tmp_path)))
+    assert driver.find(IRIS, dirs) is None
+
+
+async def test_what_bwrap_watched_is_ended_also_when_nobody_saw_bwrap_die(tmp_path: Path) -> None:
+    ready = make_fifo(tmp_path, "ready")
+    pid = start_and_die(tmp_path, "echo > /state/ready; sleep 1000")
+    await read_fifo(ready)
+    inside = children_of(pid)
+    assert inside
+    os.kill(pid, signal.SIGKILL)
+    await wait_gone([pid])
+    assert driver_in(tmp_path, "").find(IRIS, dirs_in(tmp_path)) is None
+    await wait_gone(inside)
+
+
+async def test_a_stranger_that_has_the_pid_of_an_agent_that_is_gone_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "processes").mkdir()
+    stranger = await trio.lowlevel.open_process(
+        ["/bin/sh", "-c", "read word", "hive_agent.cli", "serve", "--run", "/run/hive", "--state", "/state"],
+        stdin=subprocess.PIPE,
+    )
+    (tmp_path / "processes" / "iris.status").write_text(json.dumps({"child-pid": stranger.pid}) + "\n")
+    (dirs := dirs_in(tmp_path)).state.mkdir(parents=True)
+    assert driver_in(tmp_path, "").find(IRIS, dirs) is None
+    assert stranger.stdin is not None
+    await stranger.stdin.send_all(b"go\n")
+    with trio.fail_after(PATIENCE_S):
+        assert await stranger.wait() == 0
 
 
 async def test_its_sockets_can_be_connected_to_and_not_replaced(tmp_path: Path) -> None:

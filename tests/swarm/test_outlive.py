@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hive_core.cli.client import Client
+from hive_core.protocol.refusal import Refusal
 from tests.daemons import WITHIN_S, Daemon, open_daemon
+from tests.processes import children_of, pids_naming, wait_gone
 
 
 def persona(rules: list[dict[str, Any]]) -> str:
@@ -29,15 +33,16 @@ def pid_of(daemon: Daemon, name: str) -> int:
     return int(json.loads((daemon.state / "processes" / f"{name}.json").read_text())["pid"])
 
 
-def wait_gone(pid: int) -> None:
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        assert select.select([descriptor], [], [], WITHIN_S)[0], f"process {pid} lives on"
-    finally:
-        os.close(descriptor)
+def copies_of(daemon: Daemon, name: str) -> list[int]:
+    """The agent as the host sees it, once for each copy that runs: bwrap, or without a sandbox the harness."""
+    place = str(daemon.state / "agents" / name / "state")
+    return [pid for pid in pids_naming(place) if leads_session(pid)]
+
+
+def leads_session(pid: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        return os.getsid(pid) == pid
+    return False
 
 
 WELCOME = {"from": "system", "match": "Welcome", "do": []}
@@ -54,19 +59,16 @@ GATED = {
 
 
 @contextlib.contextmanager
-def open_swarm(*flags: str) -> Any:
-    with open_daemon("--default-program=rehearsal", *flags) as daemon:
+def open_swarm(*flags: str, **environment: str) -> Iterator[Daemon]:
+    with open_daemon("--default-program=rehearsal", *flags, **environment) as daemon:
         try:
             yield daemon
         finally:
-            # These agents may outlive their daemon: what is left is ended by pid.
-            for path in (daemon.state / "processes").glob("*.json"):
-                with contextlib.suppress(ProcessLookupError, ValueError, KeyError):
-                    os.kill(json.loads(path.read_text())["pid"], signal.SIGKILL)
-            for path in (daemon.state / "processes").glob("*.status"):
-                for line in path.read_text().splitlines():
-                    with contextlib.suppress(ProcessLookupError, ValueError, KeyError):
-                        os.kill(json.loads(line)["child-pid"], signal.SIGKILL)
+            # These agents may outlive their daemon: what is left is ended by pid, and with bwrap what it watched.
+            for pid in pids_naming(str(daemon.state / "agents")):
+                for each in (*children_of(pid), pid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(each, signal.SIGKILL)
 
 
 def test_a_turn_goes_on_while_the_daemon_is_killed_and_counts_once() -> None:
@@ -134,8 +136,7 @@ def test_an_orphan_ends_by_itself_when_no_daemon_comes_back() -> None:
         daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris")
         pids = [pid_of(daemon, name) for name in ("iris", "hm1nd")]
         daemon.kill()
-        for pid in pids:
-            wait_gone(pid)
+        wait_gone(*pids)
 
 
 def test_agents_tied_to_the_daemon_end_with_it_even_when_it_is_killed() -> None:
@@ -145,8 +146,7 @@ def test_agents_tied_to_the_daemon_end_with_it_even_when_it_is_killed() -> None:
         daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris")
         pids = [pid_of(daemon, name) for name in ("iris", "hm1nd")]
         daemon.kill()
-        for pid in pids:
-            wait_gone(pid)
+        wait_gone(*pids)
 
 
 def test_nothing_survives_down_and_a_turn_is_finished_first() -> None:
@@ -161,8 +161,7 @@ def test_nothing_survives_down_and_a_turn_is_finished_first() -> None:
         steps = list(other.stream("down"))
         assert steps[-1]["ends"]["iris"] == "finished"
         assert daemon.process.wait(WITHIN_S) == 0
-        for pid in pids:
-            wait_gone(pid)
+        wait_gone(*pids)
 
 
 def test_down_ends_by_force_what_does_not_end_in_time() -> None:
@@ -239,8 +238,7 @@ def test_down_right_after_a_restart_ends_the_agents_of_the_daemon_before() -> No
         daemon.kill()
         steps = list(daemon.start().stream("down"))
         assert set(steps[-1]["ends"]) == {"hm1nd", "iris"}
-        for pid in pids:
-            wait_gone(pid)
+        wait_gone(*pids)
 
 
 def test_an_agent_that_was_to_be_down_is_ended_when_it_is_found_running() -> None:
@@ -268,6 +266,58 @@ def test_killing_bwrap_itself_ends_what_it_watched() -> None:
         daemon.events(client, lambda e: e["kind"] == "agent_started" and e["agent"] == "iris", after=seq)
 
 
+# The daemon reads this as it starts. Once somebody has made the file `armed`, it is killed by what it does next to the
+# agent's process file: the agent runs by then, and nothing tells of it.
+STRIKE = """
+import os, signal, sys
+
+ARMED = os.path.join(os.path.dirname(__file__), "armed")
+
+def strike(event, arguments):
+    if event == {event!r} and {file!r} in [os.path.basename(str(argument)) for argument in arguments[:2]]:
+        if os.path.exists(ARMED):
+            os.remove(ARMED)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(strike)
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("--unsafe-no-sandbox",)], ids=["bwrap", "none"])
+@pytest.mark.parametrize(
+    ("event", "file"), [("open", ".iris.json"), ("os.rename", "iris.json")], ids=["not written", "not renamed"]
+)
+def test_an_agent_whose_daemon_was_killed_before_it_noted_the_start_is_adopted_and_ends_with_down(
+    tmp_path: Path, flags: tuple[str, ...], event: str, file: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(STRIKE.format(event=event, file=file))
+    with open_swarm(*flags, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}") as daemon:
+        client = daemon.start()
+        say = {"from": "operator", "do": [{"tool": "send", "args": {"to": "operator", "body": "it is me"}}]}
+        spawn(client, "iris", [WELCOME, say])
+        daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris")
+        client.call("kill", agent="iris")
+        seq = daemon.events(client, lambda e: e["kind"] == "agent_ended" and e["agent"] == "iris")["seq"]
+        (tmp_path / "armed").touch()
+        with contextlib.suppress(Refusal, OSError):
+            client.call("start", agent="iris")
+        assert daemon.process.wait(WITHIN_S) == -signal.SIGKILL
+        assert not (daemon.state / "processes" / "iris.json").exists()
+        (orphan,) = copies_of(daemon, "iris")
+        client = daemon.start()
+        known = ("agent_adopted", "agent_started")
+        seen = daemon.events(client, lambda e: e["kind"] in known and e["agent"] == "iris", after=seq)
+        assert copies_of(daemon, "iris") == [orphan]
+        assert (seen["kind"], seen["data"]["pid"]) == ("agent_adopted", orphan)
+        client.call("send", to="iris", body="who is there?")
+        daemon.wait_message(client, "it is me")
+        inside = children_of(orphan)
+        steps = list(client.stream("down"))
+        assert steps[-1]["ends"]["iris"] == "finished"
+        wait_gone(orphan, *inside)
+        assert copies_of(daemon, "iris") == []
+
+
 def test_one_agents_broken_directory_keeps_no_other_agent_down() -> None:
     with open_swarm() as daemon:
         client = daemon.start()
@@ -282,6 +332,22 @@ def test_one_agents_broken_directory_keeps_no_other_agent_down() -> None:
         daemon.wait_live(lambda agent: agent["name"] == "hm1nd" and agent["state"] == "idle")
         broken = daemon.wait_live(lambda agent: agent["name"] == "iris" and agent["state"] == "crashed")
         assert "something that is not a socket is there" in broken["detail"]
+
+
+def test_down_ends_also_an_agent_whose_sockets_cannot_be_opened_any_more() -> None:
+    with open_swarm() as daemon:
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME])
+        daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris")
+        pid = pid_of(daemon, "iris")
+        daemon.kill()
+        place = daemon.runtime / "agents" / "iris" / "mcp.sock"
+        place.unlink()
+        place.mkdir()
+        client = daemon.start()
+        daemon.wait_live(lambda agent: agent["name"] == "iris" and agent["state"] == "crashed")
+        assert list(client.stream("down"))[-1]["ends"]["iris"] == "killed"
+        wait_gone(pid)
 
 
 def test_a_manager_that_breaks_its_own_repository_keeps_nobody_down() -> None:

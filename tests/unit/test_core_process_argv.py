@@ -153,14 +153,14 @@ def test_a_process_file_that_names_no_agent_of_ours_finds_none(tmp_path: Path, i
     (tmp_path / "processes").mkdir()
     if identity is not None:
         (tmp_path / "processes" / "iris.json").write_text(identity)
-    assert driver_in(tmp_path).find(IRIS) is None
+    assert driver_in(tmp_path).find(IRIS, dirs_in(tmp_path)) is None
 
 
 def test_a_pid_that_was_given_to_another_process_is_not_adopted(tmp_path: Path) -> None:
     (tmp_path / "processes").mkdir()
     identity = {"pid": os.getpid(), "started": 1, "sandbox": "bwrap"}
     (tmp_path / "processes" / "iris.json").write_text(json.dumps(identity))
-    assert driver_in(tmp_path).find(IRIS) is None
+    assert driver_in(tmp_path).find(IRIS, dirs_in(tmp_path)) is None
 
 
 def test_an_exit_that_was_missed_is_told_once(tmp_path: Path) -> None:

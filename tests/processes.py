@@ -1,0 +1,39 @@
+"""Processes of the host, as a test finds and awaits them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+from pathlib import Path
+
+PATIENCE_S = 60.0
+
+
+def pids_naming(text: str) -> list[int]:
+    """The processes, apart from this one, whose command line holds a text."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and text.encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def children_of(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def wait_gone(*pids: int) -> None:
+    """Return when none of them runs."""
+    for pid in pids:
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            assert select.select([descriptor], [], [], PATIENCE_S)[0], f"process {pid} lives on"
+        finally:
+            os.close(descriptor)
