@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 USAGE = """\
 usage: hive-agent serve [--run DIR] [--state DIR] [--claude PATH] …   take turns for the agent whose sockets are in DIR
        hive-agent mcp --socket PATH                                   bridge stdio to the hive's tools
@@ -22,17 +26,31 @@ def main(argv: list[str] | None = None, role: str = "") -> int:
         case ["mcp", *rest]:
             from hive_agent.bridge import main as bridge
 
-            return bridge(rest)
+            return _run(bridge, rest)
         case ["rehearse", *rest]:
             from hive_agent.rehearse import main as rehearse
 
-            return rehearse(rest)
+            return _run(rehearse, rest)
         case ["-h" | "--help"]:
             print(USAGE, end="")
             return 0
         case _:
             print(USAGE, end="", file=sys.stderr)
             return 2
+
+
+def _run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Run a command that lives on its standard input, and say in one line what the system refuses it."""
+    if sys.stdin is None:
+        print("hive-agent: cannot run: standard input is closed; leave it open", file=sys.stderr)
+        return 1
+    try:
+        return command(arguments)
+    except OSError as exc:
+        from hive_core.protocol.paths import explain
+
+        print(f"hive-agent: cannot go on: {explain(exc)}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -4,24 +4,75 @@ from __future__ import annotations
 
 import argparse
 import os
+import stat
 import sys
 
 import trio
 
 from hive_agent.claude import Seat
 from hive_agent.serve import SeatMaker, serve
+from hive_core.protocol.paths import SOCKET_PATH_LIMIT_BYTES, explain
+from hive_core.protocol.visible import named
+from hive_core.protocol.words import shown
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(
+            2, f"{self.prog}: cannot read the arguments: {named(message)[:300]}; `{self.prog} --help` says more\n"
+        )
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number of seconds, such as 600")
+    return seconds
+
+
+def _life_fd(text: str) -> int:
+    """A file, or nothing at all, would never say that it is over."""
+    try:
+        number = int(text)
+        mode = os.fstat(number).st_mode
+    except (ValueError, OverflowError, OSError):
+        mode = 0
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not the number of a pipe or socket that is open here")
+    return number
+
+
+def _run_dir(text: str) -> str:
+    excess = len(os.fsencode(os.path.join(text, "harness.sock"))) - SOCKET_PATH_LIMIT_BYTES
+    if excess > 0:
+        raise argparse.ArgumentTypeError(
+            f"its sockets' paths would have {excess} bytes more than the {SOCKET_PATH_LIMIT_BYTES} that they may have; "
+            "give a shorter one"
+        )
+    return text
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hive-agent serve",
         description="Take turns for one agent: lease a message from the host, run its program, report, again.",
         epilog="Exit codes: 0 told to stop, or no host answered for the grace; 3 another harness serves the agent; "
         "4 host and harness do not fit together.",
     )
-    parser.add_argument("--run", default="/run/hive", metavar="DIR", help="holds harness.sock, mcp.sock and model.sock")
+    parser.add_argument(
+        "--run", type=_run_dir, default="/run/hive", metavar="DIR", help="holds harness.sock, mcp.sock and model.sock"
+    )
     parser.add_argument("--state", default="/state", metavar="DIR", help="the program's working directory")
     parser.add_argument(
         "--configs", default="/agents", metavar="DIR", help="every agent's configuration, the manager's"
@@ -35,10 +86,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="what is around this process: only inside a sandbox the program acts without asking",
     )
     parser.add_argument(
-        "--life-fd", type=int, metavar="N", help="a pipe's read end: when it is closed everything ends at once"
+        "--life-fd", type=_life_fd, metavar="N", help="a pipe's read end: when it is closed everything ends at once"
     )
     parser.add_argument(
-        "--orphan-grace", type=float, default=600.0, metavar="S", help="end when no host answered for so many seconds"
+        "--orphan-grace",
+        type=_seconds,
+        default=600.0,
+        metavar="S",
+        help="end when no host answered for so many seconds",
     )
     return parser
 
@@ -70,7 +125,7 @@ def main(argv: list[str], role: str = "") -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as exc:
-        print(f"hive-agent: cannot go on: {exc}", file=sys.stderr)
+        print(f"hive-agent: cannot go on: {explain(exc)}", file=sys.stderr)
         return 1
 
 

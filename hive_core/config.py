@@ -3,49 +3,90 @@
 from __future__ import annotations
 
 import os
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from hive_core.protocol.paths import check_socket_room, config_files, default_runtime_dir, default_state_dir
+from hive_core.limits import Limits
+from hive_core.protocol.paths import (
+    PATH_FORM,
+    absolute,
+    cannot_use,
+    check_socket_room,
+    config_files,
+    default_runtime_dir,
+    default_state_dir,
+    read_config,
+)
 from hive_core.protocol.refusal import Refusal
-from hive_core.settings import Word, describe
+from hive_core.protocol.visible import named
+from hive_core.settings import Word
 
 # Variables of ours that are not settings of the daemon.
 _OTHER_VARIABLES = ("HIVE_REQUIRE", "HIVE_LONG", "HIVE_TEST_")
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a text may be, for a sentence that begins with "it must be". Of a number or a choice its type says it."""
+
+    sentence: str
+
+
 Port = Annotated[int, Field(ge=0, le=65535)]
+Host = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9._:%-]{1,253}\z"),  # an empty one would be every network of the machine
+    Allowed("an address or a name of this machine, such as 127.0.0.1"),
+]
+Ports = Annotated[str, Field(max_length=11), Allowed("FIRST-LAST, two port numbers from 1 to 65535, such as 8100-8999")]
+Url = Annotated[
+    str,
+    Field(pattern=r"^https?://[^\s/@]+(/\S*)?\z"),
+    Allowed("an http:// or https:// address without a user name and spaces"),
+]
+Model = Annotated[Word, Allowed("a model's name: 1 to 80 of A-Z, a-z, 0-9 and ._:[]-, and the first a letter or digit")]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+DRAIN_MOST_S = 24 * 3600  # the daemon waits no longer for whoever asks it to: PATIENCE_MOST_S in sockets/admin.py
 
 
-class Config(BaseModel):
+class Config(Limits):
     """Every setting, with its default. Times are in seconds. Port 0 means any free one (the demo and the tests)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     state_dir: Path = Field(default_factory=lambda: Path(default_state_dir()))
     runtime_dir: Path = Field(default_factory=lambda: Path(default_runtime_dir()))
-    dashboard_host: str = "127.0.0.1"
+    dashboard_host: Host = "127.0.0.1"
     dashboard_port: Port = 7000
     manager_port: Port = 8000
-    agent_ports: str = "8100-8999"
-    provider_base_url: Annotated[str, Field(pattern=r"^https?://[^\s/@]+(/\S*)?$")] = "https://api.anthropic.com"
+    agent_ports: Ports = "8100-8999"
+    provider_base_url: Url = "https://api.anthropic.com"
     claude: Path | None = None  # the agent program; None looks on PATH, npm's and ~/.local/bin
     manager_prompt: Path | None = None  # the first CLAUDE.md of hm1nd, in the place of ours
     default_program: Literal["claude", "rehearsal"] = "claude"
-    default_model: Word = "sonnet"
+    default_model: Model = "sonnet"
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    orphan_grace_s: Annotated[float, Field(gt=0)] = 600.0
-    drain_s: Annotated[float, Field(gt=0)] = 30.0  # how long `hive down` waits for turns to end
+    orphan_grace_s: Seconds = 600.0
+    drain_s: Annotated[Seconds, Field(le=DRAIN_MOST_S)] = 30.0  # how long `hive down` waits for turns to end
     end_agents_with_daemon: bool = False
     unsafe_no_sandbox: bool = False
 
-    @field_validator("state_dir", "runtime_dir", "claude", "manager_prompt")
+    @field_validator("state_dir", "runtime_dir", "claude", "manager_prompt", mode="before")
     @classmethod
-    def _absolute(cls, path: Path | None) -> Path | None:
-        return path.expanduser().absolute() if path is not None else None
+    def _absolute(cls, raw: object) -> str | None:
+        return None if raw is None else absolute(str(raw) if isinstance(raw, Path) else raw)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, raw: object, info: ValidationInfo) -> object:
+        if isinstance(raw, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("true is no number")
+        return raw
 
     @field_validator("agent_ports")
     @classmethod
@@ -64,38 +105,77 @@ class Config(BaseModel):
     def database(self) -> Path:
         return self.state_dir / "hive.sqlite"
 
+    @property
+    def bodies_dir(self) -> Path:
+        return self.state_dir / "bodies"
 
-def _from_file(environment: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+
+def _from_file() -> tuple[str, dict[str, Any]]:
     for path in config_files():
         if os.path.exists(path):
-            try:
-                return path, tomllib.loads(Path(path).read_text("utf-8"))
-            except (OSError, ValueError) as exc:
-                raise Refusal("usage", f"cannot read {path}: {exc}") from None
+            return path, read_config(path)
     return "the configuration file", {}
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Our variables. An empty one is none, as it is for the clients."""
     found = {}
     for variable, value in environment.items():
-        if variable.startswith("HIVE_") and not variable.startswith(_OTHER_VARIABLES):
+        if value and variable.startswith("HIVE_") and not variable.startswith(_OTHER_VARIABLES):
             found[variable.removeprefix("HIVE_").lower()] = value
     return found
 
 
+def _allowed(key: str) -> str:
+    """What a setting may be, as its type has it."""
+    field = Config.model_fields[key]
+    for mark in field.metadata:
+        if isinstance(mark, Allowed):
+            return mark.sentence
+    if field.annotation is bool:
+        return "true or false"
+    if get_origin(field.annotation) is Literal:
+        *others, last = get_args(field.annotation)
+        return f"{', '.join(others)} or {last}"
+    if field.annotation in (int, float):
+        noun = "a whole number" if field.annotation is int else "a number"
+        return " ".join([noun + (" of seconds" if key.endswith("_s") else ""), *_bounds(field.metadata)])
+    return PATH_FORM
+
+
+def _bounds(marks: Sequence[object]) -> Iterator[str]:
+    bound = {name: getattr(mark, name) for mark in marks for name in ("ge", "gt", "le", "lt") if hasattr(mark, name)}
+    if "ge" in bound:
+        yield f"from {bound['ge']}"
+    if "gt" in bound:
+        yield f"above {bound['gt']}"
+    if "le" in bound:
+        yield f"to {bound['le']}" if "ge" in bound else f"and at most {bound['le']}"
+    if "lt" in bound:
+        yield f"and below {bound['lt']}"
+
+
 def load_config(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Config:
-    """The configuration that counts. Raises Refusal("usage") naming the key and where it stands."""
-    path, from_file = _from_file(environment)
+    """The configuration that counts. Raises Refusal("usage") naming the key, what it may be and where it stands."""
+    path, from_file = _from_file()
     from_environment = _from_environment(environment)
     for where, values in ((path, from_file), ("the environment", from_environment), ("the flags", flags)):
         unknown = sorted(set(values) - set(Config.model_fields))
         if unknown:
-            shown = f"HIVE_{unknown[0].upper()}" if where == "the environment" else unknown[0]
+            key = f"HIVE_{unknown[0].upper()}" if where == "the environment" else unknown[0]
             known = ", ".join(Config.model_fields)
-            raise Refusal("usage", f"cannot use {where}: there is no setting {shown}; the settings are {known}")
+            raise Refusal(
+                "usage", f"cannot use {where}: there is no setting {named(key)[:60]}; the settings are {known}"
+            )
+    given = {**from_file, **from_environment, **flags}
     try:
-        config = Config.model_validate({**from_file, **from_environment, **flags})
+        config = Config.model_validate(given)
     except ValidationError as exc:
-        raise Refusal("usage", f"cannot use the configuration: {describe(exc)}") from None
+        key = str(exc.errors(include_url=False, include_context=False)[0]["loc"][0])
+        if key in flags:
+            place = f"--{key.replace('_', '-')}"
+        else:
+            place = f"HIVE_{key.upper()}" if key in from_environment else f"it in {path}"
+        raise cannot_use(given[key], key, _allowed(key), place) from None
     check_socket_room(str(config.runtime_dir))
     return config

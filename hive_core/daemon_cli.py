@@ -5,13 +5,43 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import stat
 import sys
 
+from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import EXIT_CODES, Refusal
+from hive_core.protocol.words import shown
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the list of all flags is for those who ask for it."""
+
+    def error(self, message: str) -> NoReturn:
+        from hive_core.protocol.visible import named
+
+        raise Refusal("usage", f"cannot read the arguments: {named(message)[:300]}; `hive-core serve --help` says more")
+
+
+def _life_fd(text: str) -> int:
+    """The descriptor whose other end is the life of whoever starts us: a file would never say that it is over."""
+    try:
+        number = int(text)
+        mode = os.fstat(number).st_mode
+    except (ValueError, OverflowError, OSError):
+        mode = 0
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not the number of a pipe or socket that is open here")
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    from hive_core.limits import Limits
+
+    parser = _Parser(
         prog="hive-core",
         description="The hyperhive daemon.",
         epilog="Every flag is also HIVE_<NAME> and a key of config.toml.",
@@ -38,14 +68,20 @@ def _parser() -> argparse.ArgumentParser:
         ("drain-s", "how long `hive down` waits for turns to end (30)"),
     ):
         serve.add_argument(f"--{flag}", metavar="…", help=help_text)
-    serve.add_argument("--life-fd", type=int, metavar="FD", help="stop when this inherited pipe is closed")
+    for name, field in Limits.model_fields.items():
+        told = f"{field.description} ({field.default:,})"
+        serve.add_argument(f"--{name.replace('_', '-')}", metavar="…", help=told)
+    serve.add_argument("--life-fd", type=_life_fd, metavar="FD", help="stop when this inherited pipe is closed")
     serve.add_argument("--end-agents-with-daemon", action="store_true", help="agents end when the daemon does")
     serve.add_argument("--unsafe-no-sandbox", action="store_true", help="run real programs without a sandbox")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    flags = vars(_parser().parse_args(argv))
+    try:
+        flags = vars(_parser().parse_args(argv))
+    except Refusal as refusal:
+        return _explain(refusal)
     del flags["verb"]
     life_fd = flags.pop("life_fd", None)
     os.umask(0o077)
@@ -53,13 +89,18 @@ def main(argv: list[str] | None = None) -> int:
     for variable in [name for name in os.environ if name.startswith("GIT_")]:
         del os.environ[variable]
     if shutil.which("git") is None:
-        print("hive-core: git is not installed, and every agent's configuration is a git repository", file=sys.stderr)
-        return 1
+        return _explain(
+            Refusal(
+                "failed",
+                "cannot start: git is not installed, and every agent's configuration is a git repository; install git",
+            )
+        )
     from hive_core.config import load_config
     from hive_core.logs import set_up_logs
     from hive_core.store.schema import StoreError
 
     try:
+        _check_current_directory()
         config = load_config(flags)
         set_up_logs(config.log_format, config.log_level)
         from hive_core.daemon import run
@@ -78,10 +119,20 @@ def _explain(exc: BaseException) -> int:
 
     while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
         exc = exc.exceptions[0]
-    if isinstance(exc, Refusal | StoreError | OSError):
+    if isinstance(exc, OSError):
+        exc = Refusal("failed", f"cannot go on: {explain(exc)}")
+    if isinstance(exc, Refusal | StoreError):
         print(f"hive-core: {exc}", file=sys.stderr)
         return EXIT_CODES.get(exc.code, 1) if isinstance(exc, Refusal) else 1
     raise exc
+
+
+def _check_current_directory() -> None:
+    """Many a library asks for it, and says no more than that there is no such file."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise Refusal("failed", "cannot start: the current directory was deleted; `cd` to another") from None
 
 
 if __name__ == "__main__":

@@ -8,12 +8,19 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.visible import named
+from hive_core.protocol.words import NAME_LIMIT
 
 # The agent program's own tools that are on unless agent.toml lists others. Messaging, scheduling, sub-agents and the
 # web are the hive's to give, so they are not here.
 DEFAULT_TOOLS = ["Bash", "Read", "Edit", "Write", "Glob", "Grep"]
 
+Recipient = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*\z", max_length=NAME_LIMIT)]
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:\[\]-]*\z", max_length=80)]
+
+
+# What the host enforces of the settings, whatever goes on in the container.
+POLICY = {"recipients", "pair_rate_per_hour"}
 
 
 class AgentSettings(BaseModel):
@@ -24,13 +31,42 @@ class AgentSettings(BaseModel):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     tools: Annotated[list[Word], Field(max_length=64)] = DEFAULT_TOOLS
     description: Annotated[str, StringConstraints(max_length=200)] = ""
+    recipients: Annotated[list[Recipient], Field(max_length=200)] | None = None  # whom it may write to; None: everybody
+    pair_rate_per_hour: Annotated[int, Field(ge=1, le=100_000)] | None = None  # to one recipient; None: the hive's
+
+
+# pydantic's kind of error → what we say; its own words speak of inputs, strings and instances.
+_SENTENCES = {
+    "extra_forbidden": "unknown key",
+    "missing": "it is missing",
+    "string_type": "text is needed",
+    "string_unicode": "text in UTF-8 is needed",
+    "string_pattern_mismatch": "some of its characters, or their order, are not allowed",
+    "string_too_long": "it is longer than {max_length} characters",
+    "literal_error": "{expected} is needed",
+    "list_type": "a list is needed",
+    "too_long": "it holds more than {max_length} entries",
+    "int_type": "a whole number is needed",
+    "int_parsing": "a whole number is needed",
+    "int_parsing_size": "a whole number is needed, and this one is too large",
+    "int_from_float": "a whole number is needed",
+    "float_type": "a number is needed",
+    "float_parsing": "a number is needed",
+    "finite_number": "a finite number is needed",
+    "greater_than": "more than {gt} is needed",
+    "greater_than_equal": "at least {ge} is needed",
+    "less_than": "less than {lt} is needed",
+    "less_than_equal": "at most {le} is allowed",
+    "model_type": "an object is needed",
+}
 
 
 def describe(error: ValidationError) -> str:
     """A pydantic error as one readable clause."""
     first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the file"
-    what = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
+    where = named(".".join(str(part) for part in first["loc"]))[:60] or "the file"
+    sentence = _SENTENCES.get(first["type"])
+    what = sentence.format_map(first.get("ctx", {})) if sentence else first["msg"]
     return f"{where}: {what}"
 
 

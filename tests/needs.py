@@ -127,7 +127,65 @@ def _account() -> str | None:
     return f"it spends money, so it has to be asked for (HIVE_TEST_ACCOUNT=1 with {' or '.join(ACCOUNT_KEYS)})"
 
 
-PROBES = {"git": _git, "bwrap": _bwrap, "claude": _claude, "chromium": _chromium, "account": _account}
+def _nixos() -> str | None:
+    if not Path("/etc/NIXOS").exists():
+        return "this is not NixOS (there is no /etc/NIXOS)"
+    ok, said = _output("nixos-version")
+    return None if ok else f"this looks like NixOS, and nixos-version does not run: {said}"
+
+
+def _nixpkgs() -> str | None:
+    given = os.environ.get("HIVE_TEST_NIXPKGS")
+    if not given:
+        return "no nixpkgs is given (HIVE_TEST_NIXPKGS=/path/to/nixpkgs, on a machine with nix)"
+    if not (Path(given) / "pkgs" / "top-level").is_dir():
+        return f"HIVE_TEST_NIXPKGS is {given}, and that is no nixpkgs (it has no pkgs/top-level)"
+    if not shutil.which("nix-instantiate"):
+        return "nix is not installed"
+    ok, said = _output("nix-instantiate", "--eval", "--expr", f"(import {Path(given).resolve()}/lib).version")
+    return (
+        None
+        if ok
+        else f"nix cannot read the nixpkgs in {given}: {said.splitlines()[-1] if said else 'it says nothing'}"
+    )
+
+
+def _strace() -> str | None:
+    ok, said = _output("strace", "-f", "-o", "/dev/null", "true")
+    return None if ok else f"strace does not trace: {said} (apt-get install strace; a container needs leave to trace)"
+
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def _cgroup2() -> str | None:
+    if _output("stat", "-f", "-c", "%T", CGROUPS) != (True, "cgroup2fs"):
+        return f"{CGROUPS} is not cgroup v2 (start the machine with systemd.unified_cgroup_hierarchy=1)"
+    ours = next((line[3:] for line in _setting("/proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
+    here = CGROUPS / ours.lstrip("/")
+    lacking = {"memory", "cpu"} - set(_setting(str(here / "cgroup.controllers")).split())
+    if lacking:
+        return f"{here} is not given {' and '.join(sorted(lacking))} (systemd-run --user --scope -p Delegate=yes …)"
+    trial = here / f"hive-test-{os.getpid()}"
+    try:
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as exc:
+        return f"no group can be made in {here}: {exc.strerror} (systemd-run --user --scope -p Delegate=yes …)"
+    return None
+
+
+PROBES = {
+    "git": _git,
+    "bwrap": _bwrap,
+    "claude": _claude,
+    "chromium": _chromium,
+    "nixos": _nixos,
+    "nixpkgs": _nixpkgs,
+    "cgroup2": _cgroup2,
+    "strace": _strace,
+    "account": _account,
+}
 
 
 def missing(need: str) -> str | None:

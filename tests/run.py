@@ -14,7 +14,7 @@ import tempfile
 import time
 import tomllib
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -50,6 +50,12 @@ class Counts:
 
 def load_groups(table: Path) -> list[Group]:
     return [Group(**entry) for entry in tomllib.loads(table.read_text())["group"]]
+
+
+def load_homes(table: Path) -> dict[str, str]:
+    """Where groups have to run, and what each such place is."""
+    homes: dict[str, str] = tomllib.loads(table.read_text())["homes"]
+    return homes
 
 
 def read_counts(report: Path) -> Counts:
@@ -126,7 +132,7 @@ def choose(groups: Sequence[Group], names: Sequence[str]) -> list[Group]:
     return [group for group in groups if not names or group.name in names]
 
 
-def run(groups: Sequence[Group], root: Path, require: str = "") -> int:
+def run(groups: Sequence[Group], root: Path, require: str = "", homes: Mapping[str, str] | None = None) -> int:
     reasons = {group.name: [why for need in group.needs if (why := needs.missing(need))] for group in groups}
     can_run = [group for group in groups if not reasons[group.name]]
     left_out = [group for group in groups if reasons[group.name]]
@@ -142,7 +148,8 @@ def run(groups: Sequence[Group], root: Path, require: str = "") -> int:
         ran.append((group, counts))
     print()
     for group in left_out:
-        print(f"left out: {group.name}: {'; '.join(reasons[group.name])}")
+        home = (homes or {}).get(group.home, group.home)
+        print(f"left out: {group.name} (home: {home}): {'; '.join(reasons[group.name])}")
     found = problems(ran, left_out, require)
     for problem in found:
         print(f"not well: {problem}")
@@ -158,9 +165,10 @@ def main(names: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _stop)
     # Who starts us in the background may have had SIGINT ignored, and pytest would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    groups = load_groups(needs.ROOT / "tests" / "groups.toml")
+    table = needs.ROOT / "tests" / "groups.toml"
+    groups, homes = load_groups(table), load_homes(table)
     try:
-        return run(choose(groups, names), needs.ROOT, os.environ.get("HIVE_REQUIRE", ""))
+        return run(choose(groups, names), needs.ROOT, os.environ.get("HIVE_REQUIRE", ""), homes)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 

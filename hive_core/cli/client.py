@@ -8,7 +8,7 @@ import os
 
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.lines import LineSplitter, decode, encode
-from hive_core.protocol.paths import host_socket, runtime_dir
+from hive_core.protocol.paths import check_socket_room, explain, host_socket, runtime_dir
 from hive_core.protocol.refusal import Refusal
 
 TYPE_CHECKING = False
@@ -27,6 +27,10 @@ def _check_owner(folder: str) -> None:
         raise Refusal("refused", f"cannot trust {folder}: it belongs to uid {owner}, neither to you nor to root")
 
 
+def _hung_up() -> Refusal:
+    return Refusal("not_running", "cannot go on: the daemon hung up; look at its log, then `hive up`")
+
+
 # An answer may hold a thousand messages of 64 KiB.
 ANSWER_LIMIT_BYTES = 256 * 1024 * 1024
 
@@ -35,7 +39,8 @@ class Client:
     """One connection to the daemon. Raises Refusal("not_running") when none answers."""
 
     def __init__(self, runtime: str | None = None) -> None:
-        path = host_socket(runtime or runtime_dir())
+        runtime = runtime or runtime_dir()
+        path = host_socket(runtime)
         _check_owner(os.path.dirname(path))
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -47,7 +52,10 @@ class Client:
         except PermissionError:
             raise Refusal("refused", f"cannot reach the hive: {path} is not yours to open; ask who runs it") from None
         except OSError as exc:
-            raise Refusal("not_running", f"cannot reach the hive on {path}: {exc.strerror or exc}") from None
+            if not exc.errno:  # Python's own, and it says no more than that a path is too long
+                check_socket_room(runtime)
+            why = explain(exc, "runtime_dir (HIVE_RUNTIME_DIR)")
+            raise Refusal("not_running", f"cannot reach the hive on {path}: {why}") from None
         self._splitter = LineSplitter(ANSWER_LIMIT_BYTES)
         self._ready: list[bytes] = []
 
@@ -61,7 +69,10 @@ class Client:
     def stream(self, verb: str, **args: Any) -> Iterator[Any]:
         """The results of a verb that goes on, as they come."""
         given = {key: value for key, value in args.items() if value is not None}
-        self._socket.sendall(encode({"v": PROTOCOL_VERSION, "verb": verb, "args": given}))
+        try:
+            self._socket.sendall(encode({"v": PROTOCOL_VERSION, "verb": verb, "args": given}))
+        except (BrokenPipeError, ConnectionResetError):
+            raise _hung_up() from None
         while True:
             answer = decode(self._line())
             if not answer.get("ok"):
@@ -84,9 +95,12 @@ class Client:
 
     def _line(self) -> bytes:
         while not self._ready:
-            data = self._socket.recv(1 << 16)
+            try:
+                data = self._socket.recv(1 << 16)
+            except ConnectionResetError:
+                raise _hung_up() from None
             if not data:
-                raise Refusal("not_running", "cannot go on: the daemon hung up; look at its log, then `hive up`")
+                raise _hung_up()
             for line in self._splitter.feed(data):
                 if isinstance(line, Refusal):
                     raise line

@@ -19,6 +19,7 @@ from typing import Any
 from hive_core.cli import show, story
 from hive_core.cli.client import Client
 from hive_core.cli.up import start_daemon
+from hive_core.protocol.paths import check_socket_room
 from hive_core.protocol.refusal import Refusal
 
 ONCE_WITHIN_S = 180.0
@@ -35,6 +36,7 @@ def demo(*, once: bool, deny: bool, as_json: bool) -> int:
     stage = _Stage(folder, once=once, deny=deny, quiet=as_json)
     daemon: subprocess.Popen[bytes] | None = None
     try:
+        _check_room(folder)
         stage.say(f"starting a hive in {folder}")
         daemon = _start(folder, alive)
         result = stage.play()
@@ -49,9 +51,20 @@ def demo(*, once: bool, deny: bool, as_json: bool) -> int:
     finally:
         os.close(ours)
         if daemon is not None:
-            stage.say("ending the demo and all its agents")
+            with contextlib.suppress(OSError):  # the reader may have gone away
+                stage.say("ending the demo and all its agents")
             _end(daemon)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_room(folder: Path) -> None:
+    try:
+        check_socket_room(str(folder / "run"))
+    except Refusal:
+        # The settings that it speaks of are not the demo's to take.
+        raise Refusal(
+            "usage", f"cannot play in {folder}: the path is too long for sockets; set TMPDIR to a shorter one"
+        ) from None
 
 
 def _environment() -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from hive_core.cli import show
 from hive_core.cli.client import Client
-from hive_core.protocol.paths import runtime_dir, state_dir
+from hive_core.protocol.paths import explain, runtime_dir, state_dir
 from hive_core.protocol.refusal import EXIT_CODES, Refusal
 
 READY_WITHIN_S = 60.0
@@ -29,24 +29,30 @@ def start_daemon(
     try:
         log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         log.touch(mode=0o600)
+        output = log.open("ab")
     except OSError as exc:
-        raise Refusal(
-            "failed",
-            f"cannot write in {log.parent}: {exc.strerror}; set state_dir (HIVE_STATE_DIR) to a folder of yours",
-        ) from None
-    with tempfile.TemporaryDirectory(prefix="hive-") as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear:
-        ear.bind(f"{folder}/notify")
-        with log.open("ab") as output:
-            begin = output.tell()
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "hive_core", "serve", *flags],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**(os.environ if environment is None else environment), "NOTIFY_SOCKET": f"{folder}/notify"},
-                start_new_session=True,
-                **popen,
-            )
+        why = explain(exc, "state_dir (HIVE_STATE_DIR)")
+        raise Refusal("failed", f"cannot write the daemon's log {log}: {why}") from None
+    with (
+        output,
+        tempfile.TemporaryDirectory(prefix="hive-") as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear,
+    ):
+        try:
+            ear.bind(f"{folder}/notify")
+        except OSError as exc:
+            why = explain(exc, "TMPDIR")
+            raise Refusal("failed", f"cannot listen for the daemon's start in {folder}: {why}") from None
+        begin = output.tell()
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "hive_core", "serve", *flags],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**(os.environ if environment is None else environment), "NOTIFY_SOCKET": f"{folder}/notify"},
+            start_new_session=True,
+            **popen,
+        )
         try:
             ready = _wait_ready(process, ear)
         except BaseException:

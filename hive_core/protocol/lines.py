@@ -29,6 +29,7 @@ class LineSplitter:
         self.limit_bytes = limit_bytes
         self._rest = bytearray()
         self._dropping = False
+        self._taken = 0  # bytes of the unfinished line, those that were dropped included
 
     def feed(self, data: bytes) -> Iterator[bytes | Refusal]:
         start = 0
@@ -41,6 +42,7 @@ class LineSplitter:
             else:
                 yield bytes(self._rest)
             self._rest.clear()
+            self._taken = 0
         self._keep(data[start:])
 
     @property
@@ -48,7 +50,20 @@ class LineSplitter:
         """Whether a hang-up now would cut a line in half."""
         return self._dropping or bool(self._rest)
 
+    def end(self) -> Refusal | None:
+        """Call it at a hang-up: the Refusal of a line that it cut in half, once."""
+        if not self.unfinished:
+            return None
+        refusal = Refusal(
+            "usage",
+            f"cannot read the line: its newline is missing after {self._taken:,} bytes; end each line with a newline",
+        )
+        self._rest.clear()
+        self._dropping, self._taken = False, 0
+        return refusal
+
     def _keep(self, piece: bytes) -> None:
+        self._taken += len(piece)
         if self._dropping or len(self._rest) + len(piece) > self.limit_bytes:
             self._dropping = True
             self._rest.clear()

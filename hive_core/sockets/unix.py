@@ -79,12 +79,12 @@ class Lines:
         self._ready: deque[bytes | Refusal] = deque()
 
     async def next(self) -> dict[str, Any] | Refusal | None:
-        """The next object, the Refusal of a bad line, or None at a hang-up (half a line is dropped)."""
+        """The next object, the Refusal of a bad line or of one that a hang-up cut in half, or None after the last."""
         while True:
             while not self._ready:
                 data = await self._stream.receive_some(RECEIVE_BYTES)
                 if not data:
-                    return None
+                    return self._splitter.end()
                 self._ready.extend(self._splitter.feed(bytes(data)))
             line = self._ready.popleft()
             if isinstance(line, Refusal):

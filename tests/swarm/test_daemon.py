@@ -135,6 +135,56 @@ def test_the_command_line_ends_with_the_code_of_what_happened(words: list[str], 
         assert "Traceback" not in done.stderr
 
 
+def shell(runtime: Path, line: str) -> subprocess.CompletedProcess[str]:
+    """A line of bash in which `hive` is the command; its code is that of the first `hive`."""
+    line = f'hive() {{ {sys.executable} -m hive_core.cli "$@"; }}; {line}; exit ${{PIPESTATUS[0]}}'
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    env = {**kept, "HIVE_RUNTIME_DIR": str(runtime)}
+    return subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "hive list | true",
+        "hive list | head -1",
+        "hive events --json | head -1",
+        "hive list >&-",
+        "hive list >&- 2>&- <&-",
+        "PYTHONIOENCODING=ascii hive send hm1nd café; PYTHONIOENCODING=ascii hive",
+    ],
+)
+def test_streams_that_take_nothing_more_or_not_everything_are_no_trouble(standing: Path, line: str) -> None:
+    done = shell(standing, line)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_message_on_a_closed_standard_input_is_an_empty_one(standing: Path) -> None:
+    done = shell(standing, "hive send hm1nd <&-")
+    assert (done.returncode, done.stderr) == (2, "hive: cannot take the message: it is empty\n")
+
+
+def test_a_file_in_the_place_of_a_directory_is_named_and_nothing_else_is_made() -> None:
+    with open_daemon() as daemon:
+        daemon.runtime.write_text("precious")
+        with pytest.raises(Refusal, match="a file stands where a directory is needed; move it away, or set"):
+            daemon.start()
+        assert daemon.runtime.read_text() == "precious"
+        assert not (daemon.state / "hive.sqlite").exists()
+
+
+def test_after_a_prompt_that_was_no_good_the_next_start_is_well() -> None:
+    with open_daemon() as daemon:
+        prompt = daemon.folder / "prompt"
+        prompt.write_text("x" * 100_000)
+        good = daemon._flags
+        daemon._flags = (*good, f"--manager-prompt={prompt}")
+        with pytest.raises(Refusal, match="it has 100,000 bytes and the limit is 49,152"):
+            daemon.start()
+        daemon._flags = good
+        assert [agent["name"] for agent in daemon.start().call("list")["agents"]] == ["hm1nd"]
+
+
 def test_without_a_daemon_the_command_line_says_how_to_start_one(tmp_path: Path) -> None:
     done = hive(tmp_path, "list")
     assert done.returncode == 3

@@ -18,7 +18,9 @@ from hive_core.config import Config, load_config
 from hive_core.credentials import Credential, find_credential, how_to_give_one
 from hive_core.logs import JournalFormatter, JsonFormatter
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import shown
 from hive_core.settings import DEFAULT_TOOLS, parse_agent_toml
+from hive_core.sockets.admin import PATIENCE_MOST_S
 from hive_core.systemd import notify
 from tests.needs import ROOT
 
@@ -77,39 +79,117 @@ def test_an_unknown_setting_is_refused_by_name_and_place(file: Path) -> None:
     assert "cannot use the environment: there is no setting HIVE_DASHBORD_PORT" in refusal(
         {}, {"HIVE_DASHBORD_PORT": "1"}
     )
-    assert "cannot use the flags: there is no setting port; the settings are state_dir" in refusal({"port": 1}, {})
+    said = refusal({"port": 1}, {})
+    assert "cannot use the flags: there is no setting port; the settings are " in said
+    assert "state_dir, runtime_dir, dashboard_host" in said
     file.write_text("[dashboard]\nport = 1\n")
     said = refusal({}, {})
     assert f"cannot use {file}: there is no setting dashboard" in said
     assert "dashboard_port" in said
 
 
+PORT = "it must be a whole number from 0 to 65535"
+PORTS = "it must be FIRST-LAST, two port numbers from 1 to 65535, such as 8100-8999"
+ADDRESS = "it must be an http:// or https:// address without a user name and spaces"
+HOST = "it must be an address or a name of this machine, such as 127.0.0.1"
+MODEL = "it must be a model's name: 1 to 80 of A-Z, a-z, 0-9 and ._:[]-, and the first a letter or digit"
+PATH = "it must be a path: not empty, without NUL, and with the name of a user where it begins with ~"
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "allowed"),
     [
-        ("dashboard_port", "x"),
-        ("dashboard_port", "-1"),
-        ("dashboard_port", "65536"),
-        ("agent_ports", "8100"),
-        ("agent_ports", "9000-8100"),
-        ("agent_ports", "0-10"),
-        ("agent_ports", "1-70000"),
-        ("agent_ports", "²-9"),
-        ("provider_base_url", "ftp://x"),
-        ("provider_base_url", "https://"),
-        ("default_program", "sh"),
-        ("default_model", "a b"),
-        ("default_model", 'a"\nx = 1'),
-        ("default_model", "opus\n"),
-        ("log_format", "xml"),
-        ("log_level", "loud"),
-        ("orphan_grace_s", "0"),
-        ("drain_s", "-1"),
-        ("unsafe_no_sandbox", "perhaps"),
+        ("dashboard_port", "x", PORT),
+        ("dashboard_port", "-1", PORT),
+        ("dashboard_port", "65536", PORT),
+        ("dashboard_port", "1.5", PORT),
+        ("dashboard_port", "9" * 5000, PORT),
+        ("manager_port", "\udcff", PORT),
+        ("agent_ports", "8100", PORTS),
+        ("agent_ports", "9000-8100", PORTS),
+        ("agent_ports", "0-10", PORTS),
+        ("agent_ports", "1-70000", PORTS),
+        ("agent_ports", "²-9", PORTS),
+        ("agent_ports", "1-" + "9" * 5000, PORTS),
+        ("dashboard_host", "two words", HOST),
+        ("dashboard_host", "[::1]", HOST),
+        ("dashboard_host", "x" * 254, HOST),
+        ("provider_base_url", "ftp://x", ADDRESS),
+        ("provider_base_url", "https://", ADDRESS),
+        ("provider_base_url", "https://x\n", ADDRESS),
+        ("default_program", "sh", "it must be claude or rehearsal"),
+        ("default_model", "a b", MODEL),
+        ("default_model", 'a"\nx = 1', MODEL),
+        ("default_model", "opus\n", MODEL),
+        ("log_format", "xml", "it must be text or json"),
+        ("log_level", "loud", "it must be debug, info, warning or error"),
+        ("log_level", "\x1b[31m", "it must be debug, info, warning or error"),
+        ("log_level", "\udcff", "it must be debug, info, warning or error"),
+        ("orphan_grace_s", "0", "it must be a number of seconds above 0"),
+        ("orphan_grace_s", "nan", "it must be a number of seconds above 0"),
+        ("orphan_grace_s", "inf", "it must be a number of seconds above 0"),
+        ("orphan_grace_s", "soon", "it must be a number of seconds above 0"),
+        ("drain_s", "-1", "it must be a number of seconds above 0 and at most 86400"),
+        ("drain_s", "86401", "it must be a number of seconds above 0 and at most 86400"),
+        ("backoff_s", "14401", "it must be a number of seconds above 0 and at most 14400"),
+        ("provider_rest_s", "86400", "it must be a number of seconds above 0 and at most 14400"),
+        ("unsafe_no_sandbox", "perhaps", "it must be true or false"),
+        ("claude", "~no-such-user/claude", PATH),
+    ],
+    ids=lambda value: ascii(value)[:30],
+)
+def test_a_bad_value_is_refused_with_its_setting_what_is_allowed_and_its_place(
+    file: Path, name: str, value: str, allowed: str
+) -> None:
+    variable = f"HIVE_{name.upper()}"
+    assert refusal({}, {variable: value}) == f"cannot use {shown(value)} as {name}: {allowed}; change {variable}"
+    flag = f"--{name.replace('_', '-')}"
+    assert refusal({name: value}, {}) == f"cannot use {shown(value)} as {name}: {allowed}; change {flag}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("dashboard_port = '7000x'", f"cannot use '7000x' as dashboard_port: {PORT}; change it in "),
+        ("dashboard_port = [1]", f"cannot use [1] as dashboard_port: {PORT}; change it in "),
+        ("dashboard_port = true", f"cannot use True as dashboard_port: {PORT}; change it in "),
+        ("log_level = 1", "cannot use 1 as log_level: it must be debug, info, warning or error; change it in "),
+        ("state_dir = 7", f"cannot use 7 as state_dir: {PATH}; change it in "),
+        ("state_dir = ''", f"cannot use '' as state_dir: {PATH}; change it in "),
+        ('state_dir = "/a\\u0000b"', f"cannot use '/a\\x00b' as state_dir: {PATH}; change it in "),
+        ("dashboard_host = ''", f"cannot use '' as dashboard_host: {HOST}; change it in "),
+        ("[claude]\na = 1", f"cannot use {{'a': 1}} as claude: {PATH}; change it in "),
     ],
 )
-def test_a_bad_value_is_refused_with_the_name_of_its_setting(file: Path, name: str, value: str) -> None:
-    assert f"cannot use the configuration: {name}: " in refusal({}, {f"HIVE_{name.upper()}": value})
+def test_a_bad_value_of_the_file_is_refused_with_the_files_name(file: Path, text: str, said: str) -> None:
+    file.write_text(text)
+    assert refusal({}, {}) == f"{said}{file}"
+
+
+@pytest.mark.parametrize("name", Config.model_fields)
+def test_of_every_setting_there_is_a_sentence_that_says_what_it_may_be(file: Path, name: str) -> None:
+    file.write_text(f"{name} = [[]]\n")
+    said = refusal({}, {})
+    assert said.startswith(f"cannot use [[]] as {name}: it must be ")
+    assert ("path" in said) == (name in ("state_dir", "runtime_dir", "claude", "manager_prompt"))
+
+
+def test_an_empty_variable_is_none_as_for_the_clients(file: Path) -> None:
+    """An empty host would be every network of the machine, an empty directory the current one."""
+    given = {f"HIVE_{name.upper()}": "" for name in ("dashboard_host", "dashboard_port", "state_dir", "runtime_dir")}
+    assert load_config({}, given) == load_config({}, {})
+    assert f"cannot use '' as dashboard_host: {HOST}; change --dashboard-host" in refusal({"dashboard_host": ""}, {})
+
+
+def test_an_unknown_variable_is_shown_and_not_sent_to_the_terminal(file: Path) -> None:
+    said = refusal({}, {"HIVE_\x1b[31m" + "x" * 1000: "1"})
+    assert "there is no setting HIVE_⟨U+001B⟩[31M" in said
+    assert len(said) < 1000
+
+
+def test_a_drain_that_the_daemon_would_refuse_is_refused_at_its_start(file: Path) -> None:
+    assert load_config({"drain_s": str(PATIENCE_MOST_S)}, {}).drain_s == PATIENCE_MOST_S
+    assert f"at most {PATIENCE_MOST_S:.0f}" in refusal({"drain_s": str(PATIENCE_MOST_S + 1)}, {})
 
 
 @pytest.mark.parametrize("text", ["dashboard_port = ", "dashboard_port = 1\ndashboard_port = 2\n", "\ud800"])
@@ -201,6 +281,24 @@ def test_what_agent_toml_may_not_say_is_refused_by_name(text: bytes, words: str)
         parse_agent_toml(text)
     assert words in caught.value.message
     assert len(caught.value.message) < 400
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model = 7", "model: text is needed"),
+        ("model = 'a b'", "model: some of its characters, or their order, are not allowed"),
+        (f"model = '{'a' * 81}'", "model: it is longer than 80 characters"),
+        ("program = 'bash'", "program: 'claude' or 'rehearsal' is needed"),
+        ("tools = 'Bash'", "tools: a list is needed"),
+        ("tools = [" + '"A",' * 65 + "]", "tools: it holds more than 64 entries"),
+        ("description = true", "description: text is needed"),
+    ],
+)
+def test_what_is_wrong_with_a_setting_of_an_agent_is_said_in_plain_words(text: str, said: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        parse_agent_toml(text.encode())
+    assert caught.value.message == f"cannot use agent.toml: {said}"
 
 
 @hypothesis_settings(deadline=None)

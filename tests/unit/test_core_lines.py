@@ -82,6 +82,25 @@ def test_an_over_long_line_is_unfinished_until_its_newline() -> None:
     assert not splitter.unfinished
 
 
+def test_a_line_that_ends_without_its_newline_is_refused_once_with_its_size_and_the_way_out() -> None:
+    for data in (b'{"a":', b"x" * 100):  # also one of which nothing is kept, because it is too long
+        splitter = LineSplitter(LIMIT)
+        list(splitter.feed(b"whole\n" + data))
+        refusal = splitter.end()
+        assert isinstance(refusal, Refusal)
+        assert refusal.code == "usage"
+        assert f"its newline is missing after {len(data):,} bytes" in refusal.message
+        assert "end each line with a newline" in refusal.message
+        assert splitter.end() is None
+
+
+def test_the_end_after_a_whole_line_is_no_error() -> None:
+    splitter = LineSplitter(LIMIT)
+    assert splitter.end() is None
+    list(splitter.feed(b"whole\n"))
+    assert splitter.end() is None
+
+
 @settings(deadline=None)
 @given(st.dictionaries(st.text(), json_values, max_size=4))
 def test_what_is_encoded_is_one_line_that_decodes_to_the_same(obj: dict[str, object]) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from hive_core.daemon import take_lock
+from hive_core.lock import take_lock
 from hive_core.protocol.refusal import Refusal
 from tests.needs import ROOT
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from hive_core.daemon import take_lock
+from hive_core.lock import take_lock
 lock = take_lock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import needs
-from tests.run import Counts, Group, choose, load_groups, problems, run, run_group
+from tests.run import Counts, Group, choose, load_groups, load_homes, problems, run, run_group
 
 EVERY_OUTCOME = """
 import pytest
@@ -95,9 +95,10 @@ def test_a_group_is_left_out_with_the_reason_and_the_way_to_get_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_group(tmp_path, "plain", "def test_a(): pass")
-    assert run([group("plain"), group("paid", ["account"])], tmp_path) == 0
+    homes = {"ci": "the first machine"}
+    assert run([group("plain"), group("paid", ["account"])], tmp_path, homes=homes) == 0
     said = capfd.readouterr().out
-    assert "left out: paid: it spends money" in said
+    assert "left out: paid (home: the first machine): it spends money" in said
     assert "HIVE_TEST_ACCOUNT=1" in said
     assert "[1/1] plain" in said
 
@@ -129,6 +130,50 @@ def test_groups_are_chosen_by_name_in_the_order_of_the_table() -> None:
         choose(table, ["d"])
 
 
-def test_every_need_of_the_table_can_be_tried() -> None:
-    table = load_groups(needs.ROOT / "tests" / "groups.toml")
-    assert {need for entry in table for need in entry.needs} == set(needs.PROBES)
+TABLE = needs.ROOT / "tests" / "groups.toml"
+
+
+def test_every_need_of_the_table_can_be_tried_and_what_no_group_needs_yet_is_a_home() -> None:
+    needed = {need for entry in load_groups(TABLE) for need in entry.needs}
+    assert needed <= set(needs.PROBES)
+    assert set(needs.PROBES) - needed <= set(load_homes(TABLE))
+
+
+def test_the_homes_are_ci_and_the_four_hosts_that_groups_wait_for() -> None:
+    assert list(load_homes(TABLE)) == ["ci", "nixos", "nixpkgs", "cgroup2", "account"]
+
+
+def test_a_group_lives_in_ci_or_waits_for_one_host_that_it_needs() -> None:
+    homes = load_homes(TABLE)
+    for entry in load_groups(TABLE):
+        assert entry.home in homes, entry.name
+        assert set(entry.needs) & set(homes) == ({entry.home} - {"ci"}), entry.name
+
+
+def test_every_group_of_the_table_has_tests() -> None:
+    for entry in load_groups(TABLE):
+        assert all(list((needs.ROOT / path).rglob("test_*.py")) for path in entry.paths), entry.name
+
+
+@pytest.mark.parametrize("home", ["nixos", "nixpkgs", "cgroup2", "account"])
+def test_a_host_that_is_missing_is_told_in_one_line(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HIVE_TEST_ACCOUNT", "HIVE_TEST_NIXPKGS"):
+        monkeypatch.delenv(name, raising=False)
+    why = needs.missing(home)
+    assert why is None or ("\n" not in why and why)
+
+
+def test_a_nixpkgs_is_given_by_its_path_and_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HIVE_TEST_NIXPKGS", raising=False)
+    assert "HIVE_TEST_NIXPKGS=/path/to/nixpkgs" in (needs.missing("nixpkgs") or "")
+    monkeypatch.setenv("HIVE_TEST_NIXPKGS", str(tmp_path))
+    assert f"HIVE_TEST_NIXPKGS is {tmp_path}, and that is no nixpkgs" in (needs.missing("nixpkgs") or "")
+
+
+def test_the_try_of_cgroup_v2_leaves_nothing_behind() -> None:
+    def left() -> list[Path]:
+        return list(Path("/sys/fs/cgroup").glob("**/hive-test-*"))
+
+    before = left()
+    needs.missing("cgroup2")
+    assert left() == before

@@ -1,0 +1,216 @@
+"""`hive` with words, variables and surroundings that cannot be: one line, no trace, the right exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hive_core.cli.client import Client
+from hive_core.protocol.refusal import Refusal
+from tests.needs import ROOT
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder short enough for the sockets of a daemon below it, which tmp_path may not be."""
+    with tempfile.TemporaryDirectory(prefix="hive-t-") as folder:
+        yield Path(folder)
+
+
+def hive(folder: Path, *words: str | bytes, **more: object) -> subprocess.CompletedProcess[str]:
+    """`hive`, with directories in `folder`; `env` adds to the environment."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HIVE_")}
+    added = more.pop("env", {})
+    assert isinstance(added, dict)
+    environment = {
+        **kept,
+        "XDG_CONFIG_HOME": str(folder / "config"),
+        "HIVE_STATE_DIR": str(folder / "s"),
+        "HIVE_RUNTIME_DIR": str(folder / "r"),
+        "PYTHONPATH": str(ROOT),
+        **added,
+    }
+    options: dict[str, object] = {"capture_output": True, "text": True, "timeout": 60, **more}
+    command = [sys.executable, "-P", "-m", "hive_core.cli", *words]
+    return subprocess.run(command, env=environment, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def the_one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
+    assert done.returncode == code, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("hive: cannot ")
+    assert "Errno" not in line
+    assert "\x1b" not in line
+    assert len(line) < 500
+    return line
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (["frob"], "there is no verb 'frob'; the verbs are up, demo, list"),
+        (["fr\x1b[31mob"], r"there is no verb 'fr\x1b[31mob'"),
+        (["x" * 10_000], "(10002 characters)"),
+        (["list", "more"], "unrecognized arguments: more; `hive list --help` says more"),
+        (["list", "\x1b[31m"], "unrecognized arguments: ⟨U+001B⟩[31m"),
+        (["send"], "cannot send to nobody: name an agent"),
+        (["show", "one"], "argument approval: 'one' is not a whole number"),
+        (["show", "9" * 5000], "(5002 characters) is not a whole number"),
+        (["show", "1.5"], "'1.5' is not a whole number"),
+        (["inbox", "--limit", "many"], "argument --limit: 'many' is not a whole number"),
+        (["down", "--patience", "nan"], "argument --patience: 'nan' is not a number of seconds, such as 30"),
+        (["down", "--patience", "inf"], "'inf' is not a number of seconds"),
+        (["down", "--patience", "-1"], "'-1' is not a number of seconds"),
+        (["down", "--patience", "soon"], "'soon' is not a number of seconds"),
+        (["down", "--patience"], "argument --patience: expected one argument"),
+        (["send", "iris", b"caf\xe9"], "argument 3 is not UTF-8"),
+    ],
+    ids=lambda value: b" ".join(map(os.fsencode, value))[:24].decode("ascii", "replace") if type(value) is list else "",
+)
+def test_words_that_cannot_be_are_one_line_and_one_object(tmp_path: Path, words: list[str | bytes], cause: str) -> None:
+    said = the_one_line(hive(tmp_path, *words), 2)
+    assert cause in said
+    done = hive(tmp_path, "--json", *words)
+    assert json.loads(done.stdout)["error"] == {"code": "usage", "message": said.removeprefix("hive: ")}
+
+
+def test_help_and_version_still_go_to_standard_output(tmp_path: Path) -> None:
+    for words in (["--help"], ["down", "--help"], ["--version"]):
+        done = hive(tmp_path, *words)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout
+
+
+# -- where the hive is ------------------------------------------------------------------------------------------------
+
+
+def test_a_runtime_directory_too_long_for_sockets_is_told_by_every_verb(tmp_path: Path) -> None:
+    long = {"HIVE_RUNTIME_DIR": f"{tmp_path}/{'x' * 120}"}
+    for words in ([], ["list"], ["send", "iris", "hi"], ["down"], ["up"]):
+        said = the_one_line(hive(tmp_path, *words, env=long), 2)
+        assert "a socket's path may have 107 bytes" in said
+        assert "set runtime_dir to a shorter path" in said
+
+
+def test_a_runtime_directory_that_is_a_file_is_told_as_such(short: Path) -> None:
+    (short / "file").touch()
+    env = {"HIVE_RUNTIME_DIR": str(short / "file")}
+    said = the_one_line(hive(short, "list", env=env), 3)
+    assert "a file stands where a directory is needed; move it away, or set runtime_dir (HIVE_RUNTIME_DIR)" in said
+    assert "a file stands where a directory is needed" in the_one_line(hive(short, "up", env=env), 4)
+
+
+@pytest.mark.parametrize(
+    ("folder", "cause"),
+    [
+        ("file", "a file stands where a directory is needed; move it away, or set state_dir (HIVE_STATE_DIR)"),
+        ("file/deeper", "a file stands where a directory is needed"),
+        ("/proc/hive", "there is no such file or directory"),
+        ("/sys/hive", "permission is denied"),
+    ],
+)
+def test_up_with_a_state_directory_that_cannot_be_says_why(tmp_path: Path, folder: str, cause: str) -> None:
+    (tmp_path / "file").touch()
+    said = the_one_line(hive(tmp_path, "up", env={"HIVE_STATE_DIR": str(tmp_path / folder)}), 1)
+    assert cause in said
+    assert "(HIVE_STATE_DIR)" in said
+
+
+def test_up_with_a_directory_in_the_place_of_its_log_says_why(tmp_path: Path) -> None:
+    (tmp_path / "s" / "daemon.log").mkdir(parents=True)
+    assert "a directory stands where a file is needed" in the_one_line(hive(tmp_path, "up"), 1)
+
+
+def test_up_in_a_temporary_folder_too_long_for_sockets_names_the_variable(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 120)
+    folder.mkdir()
+    said = the_one_line(hive(tmp_path, "up", env={"TMPDIR": str(folder)}), 1)
+    assert "its name is too long; set TMPDIR to a shorter one" in said
+    assert list(folder.iterdir()) == []
+
+
+def test_a_demo_in_a_temporary_folder_too_long_for_sockets_names_the_variable(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 60)
+    folder.mkdir()
+    done = hive(tmp_path, "demo", "--once", "--json", env={"TMPDIR": str(folder)})
+    assert done.returncode == 2
+    assert "is too long for sockets; set TMPDIR to a shorter one" in json.loads(done.stdout)["error"]["message"]
+    assert list(folder.iterdir()) == []
+
+
+def test_up_passes_on_what_the_daemon_finds_wrong_with_a_setting(tmp_path: Path) -> None:
+    said = the_one_line(hive(tmp_path, "up", env={"HIVE_DASHBOARD_PORT": "\x1b[31mred"}), 2)
+    assert r"cannot use '\x1b[31mred' as dashboard_port: it must be a whole number from 0 to 65535" in said
+    assert said.endswith("; change HIVE_DASHBOARD_PORT")
+
+
+# -- a daemon that hangs up -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_daemon_that_hangs_up_is_not_running_whatever_the_kernel_calls_it(tmp_path: Path, reads: bool) -> None:
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(tmp_path / "host.sock"))
+        door.listen()
+        client = Client(str(tmp_path))
+        connection, _ = door.accept()
+        if reads:
+            hang_up = threading.Thread(target=lambda: (connection.recv(1), connection.close()))
+            hang_up.start()  # with bytes unread, so that the client gets a reset
+        else:
+            connection.close()
+        with pytest.raises(Refusal, match="the daemon hung up; look at its log, then `hive up`") as caught:
+            client.call("list")
+        assert caught.value.code == "not_running"
+        client.close()
+        if reads:
+            hang_up.join()
+
+
+# -- streams ----------------------------------------------------------------------------------------------------------
+
+
+def shell(folder: Path, line: str) -> subprocess.CompletedProcess[str]:
+    """A line of bash in which `hive` stands for the command; its code is that of `hive`."""
+    command = f"{sys.executable} -P -m hive_core.cli"
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    env = {**kept, "XDG_CONFIG_HOME": str(folder), "HIVE_RUNTIME_DIR": str(folder), "PYTHONPATH": str(ROOT)}
+    line = f'hive() {{ {command} "$@"; }}; {line}; exit ${{PIPESTATUS[0]}}'
+    return subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", "down --help"])
+def test_a_reader_that_goes_away_is_no_trouble(tmp_path: Path, words: str) -> None:
+    done = shell(tmp_path, f"hive {words} | true")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_full_disk_behind_standard_output_is_one_line(tmp_path: Path) -> None:
+    for words in ("--version", "--help"):
+        done = shell(tmp_path, f"hive {words} > /dev/full")
+        assert (done.returncode, done.stderr) == (1, "hive: cannot go on: no space is left; make room\n")
+
+
+def test_closed_streams_are_no_trouble(tmp_path: Path) -> None:
+    for line, code in (("hive --version >&-", 0), ("hive list >&-", 3), ("hive list 2>&-", 3), ("hive list <&-", 3)):
+        done = shell(tmp_path, line)
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_message_on_standard_input_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    done = shell(tmp_path, r"printf 'caf\xe9' > m; hive send iris < m".replace(" m", f" {tmp_path}/m"))
+    assert done.stderr == "hive: cannot send the message: byte 3 is not UTF-8; give it as UTF-8\n"
+    assert done.returncode == 2
