@@ -85,7 +85,7 @@ async def _attempt(
         argv=[*executable, *flags(seat, lease["settings"], session)],
         env=environment(seat, lease["credential"]),
         cwd=seat.state_dir,
-        prompt=wake_prompt(lease["message"], lease["waiting"]).encode("utf-8", "replace"),
+        prompt=wake_prompt(lease["message"], lease["waiting"], lease["refused"]).encode("utf-8", "replace"),
     )
     try:
         exit_code = await run_program(

@@ -90,23 +90,23 @@ class HostLink:
         self._asking = trio.Lock()
         self._last_id = 0
         self._current: _Request | None = None
-        self._turn: tuple[int, str] | None = None
+        self._fences: tuple[str, ...] = ()
         self._busy = False
         self._lost_at = trio.current_time()
         self.agent = ""
         self.role = ""
         self.welcomed = trio.Event()
 
-    def begin_turn(self, turn: int, fence: str) -> None:
-        """Every hello names this turn from now on, and the link does not give up while its program runs."""
-        self._turn = (turn, fence)
+    def hold(self, *fences: str) -> None:
+        """Every hello names these from now on: the fence of the turn that runs, and of one that is asked for."""
+        self._fences = fences
+
+    def begin_turn(self) -> None:
+        """The link does not give up while the program of a turn runs."""
         self._busy = True
 
     def program_ended(self) -> None:
         self._busy = False
-
-    def end_turn(self) -> None:
-        self._turn = None
 
     def hurry(self) -> None:
         """Stopping: wait for a host that is away only a little."""
@@ -160,8 +160,7 @@ class HostLink:
         return welcome
 
     async def _hello(self, stream: trio.SocketStream, answers: _Answers) -> None:
-        turn, fence = self._turn or (None, None)
-        form = {"op": "hello", "version": PROTOCOL_VERSION, "instance": self._instance, "turn": turn, "fence": fence}
+        form = {"op": "hello", "version": PROTOCOL_VERSION, "instance": self._instance, "fences": self._fences}
         with trio.move_on_after(HELLO_LIMIT_S) as limit:
             await stream.send_all(encode({"id": 0, **form}))
             answer = await answers.next()

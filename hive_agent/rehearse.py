@@ -119,6 +119,7 @@ class Rehearsal:
             self._say("This is a rehearsal: it only follows a script for messages of the hive.")
             return None
         self._words |= {"sender": wake.sender, "body": wake.body, "message_id": wake.message_id}
+        self._words |= {"refused": wake.refused, "body_bytes": wake.body_bytes or len(wake.body.encode())}
         steps = steps_for(find_rules(self._prompt), wake)
         if steps is None:
             self._explain(wake)

@@ -10,6 +10,7 @@ A turn that began is finished, whatever becomes of the host: only the sandbox's 
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from hive_agent.descendants import adopt_orphans
 from hive_agent.link import EXIT_DONE, HostLink, Unwelcome
 from hive_agent.loopback import serve_loopback
 from hive_agent.turn_lines import TurnLines
+from hive_core.protocol.harness import RENEW_EVERY_S
 from hive_core.protocol.refusal import Refusal
 
 TYPE_CHECKING = False
@@ -72,23 +74,25 @@ async def serve(run_dir: str, make_seat: SeatMaker, *, role: str, life_fd: int |
 
 async def take_turns(link: HostLink, seat: Callable[[], Seat], stop: Stop) -> None:
     """Return at the edge of a turn, when the host or a signal asks for it."""
-    while not stop.wished:
-        lease: Lease | None = None
-        with stop.cuts_wait():
-            lease = await next_lease(link)
+    lease: Lease | None = None
+    while lease is not None or not stop.wished:
+        if lease is None:
+            with stop.cuts_wait():
+                lease = await next_lease(link)
         if lease is None:
             return
-        link.begin_turn(lease["turn"], lease["fence"])
+        link.begin_turn()
         ack = await take_turn(link, seat(), lease)
-        stop.wished = await acknowledge(link, ack) or stop.wished
-        link.end_turn()
+        lease = await acknowledge(link, ack, stop)
 
 
 async def next_lease(link: HostLink) -> Lease | None:
     """Wait for the next message. None when the host wants this harness to stop."""
+    fence = new_fence()
+    link.hold(fence)
     while True:
         try:
-            answer = await link.request({"op": "lease"})
+            answer = await link.request({"op": "lease", "fence": fence})
         except Refusal as refusal:
             print(f"cannot lease a message: {refusal.message}", file=sys.stderr)
             await trio.sleep(REFUSED_REST_S)
@@ -99,38 +103,68 @@ async def next_lease(link: HostLink) -> Lease | None:
 async def take_turn(link: HostLink, seat: Seat, lease: Lease) -> Ack:
     """Run one turn to its end, and return what the host is to know of it once all its lines are there."""
     lines = TurnLines()
+    ending = Ending("cancelled", lease["session"], "the host has taken this turn away")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(ship_lines, link, lease["turn"], lines)
-        ending = await run_turn(seat, lease, lines.add)
+        with trio.CancelScope() as program:
+            nursery.start_soon(ship_lines, link, lease["turn"], lines, program)
+            ending = await run_turn(seat, lease, lines.add)
         link.program_ended()
         lines.close()
     return as_ack(lease, ending)
 
 
-async def ship_lines(link: HostLink, turn: int, lines: TurnLines) -> None:
-    """Hand a turn's lines to the host until they are closed and gone."""
-    while batch := await lines.take():
+async def ship_lines(link: HostLink, turn: int, lines: TurnLines, program: trio.CancelScope) -> None:
+    """Hand a turn's lines to the host until they are closed and gone; with none, say that this harness lives.
+
+    Cancels `program` when the host says that the turn is not this harness's any more.
+    """
+    while True:
+        batch: tuple[int, list[str]] | None = (0, [])
+        with trio.move_on_after(RENEW_EVERY_S):
+            batch = await lines.take()
+        if batch is None:
+            return
         first, texts = batch
         try:
-            await link.request({"op": "lines", "turn": turn, "first": first, "lines": texts})
+            answer = await link.request({"op": "lines", "turn": turn, "first": first, "lines": texts})
         except Refusal as refusal:
             print(f"cannot store lines of turn {turn}: {refusal.message}", file=sys.stderr)
+        else:
+            if answer.get("running") is False:
+                program.cancel()
 
 
-async def acknowledge(link: HostLink, ack: Ack) -> bool:
-    """Tell the host how a turn ended. Returns whether it wants this harness to stop now."""
-    try:
-        answer = await link.request({"op": "ack", **ack})
-    except Refusal as refusal:
-        print(f"cannot end turn {ack['turn']}: {refusal.message}", file=sys.stderr)
-        return False
-    return bool(answer.get("stop"))
+async def acknowledge(link: HostLink, ack: Ack, stop: Stop) -> Lease | None:
+    """Tell the host how a turn ended. Returns the next one, where the host has begun it with the same commit."""
+    if not stop.wished:
+        ack["next"] = fence = new_fence()
+        link.hold(ack["fence"], fence)
+    while True:
+        try:
+            answer = await link.request({"op": "ack", **ack})
+            break
+        except Refusal as refusal:
+            print(f"cannot end turn {ack['turn']}: {refusal.message}", file=sys.stderr)
+            if refusal.code != "unavailable":
+                return None
+        # The host cannot write it down just now. Unless it does, the turn would be done twice.
+        await trio.sleep(REFUSED_REST_S)
+    stop.wished = stop.wished or bool(answer.get("stop"))
+    lease = cast("Lease | None", answer.get("lease"))
+    link.hold(*([lease["fence"]] if lease else []))
+    return lease
+
+
+def new_fence() -> str:
+    """Names a turn before the host knows of it, so that asking for it again cannot begin a second one."""
+    return secrets.token_hex(8)
 
 
 def as_ack(lease: Lease, ending: Ending) -> Ack:
     return {
         "turn": lease["turn"],
         "fence": lease["fence"],
+        "next": None,
         "outcome": ending.outcome,
         "session": ending.session,
         "error": ending.error,

@@ -22,21 +22,35 @@ _REPLY = (
     'with to="{sender}" and in_reply_to={id}: it alone reaches others, your final text is only shown on your page.\n'
 )
 _NO_REPLY = (
-    "\nThis comes from the hive itself and needs no answer. Only the tool `send` reaches others, your final text is "
-    "only shown on your page.\n"
+    "\nThis comes from the hive itself and needs no answer; what stands in quotation marks there, others wrote. Only "
+    "the tool `send` reaches others, your final text is only shown on your page.\n"
 )
 _HEADER = re.compile(
     rf"\A{re.escape(_FIRST)}from: (?P<sender>\S+)\nmessage: (?P<id>\d+)\n"
     r"(?:in_reply_to: (?P<in_reply_to>\d+)\n)?(?:delivered again \(attempt (?P<attempt>\d+)\)[^\n]*\n)?"
-    rf"waiting: (?P<waiting>\d+)[^\n]*\n{re.escape(_LAST_OF_HEADER)}"
+    r"waiting: (?P<waiting>\d+)[^\n]*\n(?:refused: (?P<refused>\d+)[^\n]*\n)?"
+    rf"(?:size: (?P<body_bytes>\d+) bytes[^\n]*\n)?{re.escape(_LAST_OF_HEADER)}"
 )
 
 
 class Wake:
-    """What a wake prompt says."""
+    """What a wake prompt says.
+
+    body        whole, or its beginning
+    body_bytes  of the whole, when only its beginning is there; None otherwise
+    refused     how many messages the agent's full inbox has not taken
+    """
 
     def __init__(
-        self, sender: str, message_id: int, body: str, in_reply_to: int | None, attempt: int, waiting: int
+        self,
+        sender: str,
+        message_id: int,
+        body: str,
+        in_reply_to: int | None,
+        attempt: int,
+        waiting: int,
+        refused: int = 0,
+        body_bytes: int | None = None,
     ) -> None:
         self.sender = sender
         self.message_id = message_id
@@ -44,11 +58,13 @@ class Wake:
         self.in_reply_to = in_reply_to
         self.attempt = attempt
         self.waiting = waiting
+        self.refused = refused
+        self.body_bytes = body_bytes
 
 
-def wake_prompt(message: LeasedMessage, waiting: int) -> str:
-    """The prompt for a turn that begins with `message` while `waiting` more wait."""
-    sender, number = message["sender"], message["id"]
+def wake_prompt(message: LeasedMessage, waiting: int, refused: int = 0) -> str:
+    """The prompt for a turn that begins with `message` while `waiting` more wait and `refused` could not."""
+    sender, number, body_bytes = message["sender"], message["id"], message.get("body_bytes")
     header = [f"from: {sender}", f"message: {number}"]
     if message["in_reply_to"] is not None:
         header.append(f"in_reply_to: {message['in_reply_to']}")
@@ -57,6 +73,14 @@ def wake_prompt(message: LeasedMessage, waiting: int) -> str:
             f"delivered again (attempt {message['attempt']}): a turn with it did not end well; see what is done already"
         )
     header.append(f"waiting: {waiting}" + (" more, which `recv` fetches" if waiting else ""))
+    if refused:
+        header.append(f"refused: {refused} messages to you so far, because your inbox was full; their senders know")
+    if body_bytes is not None:
+        here = len(message["body"].encode("utf-8", "replace"))
+        header.append(
+            f"size: {body_bytes} bytes, of which the first {here} stand here; `read_body` with id={number} and "
+            f"offset={here} reads on"
+        )
     ending = _NO_REPLY if sender == "system" else _REPLY.format(sender=sender, id=number)
     return _FIRST + "\n".join(header) + "\n" + _LAST_OF_HEADER + quoted(message["body"]) + ending
 
@@ -76,7 +100,7 @@ def parse_wake(prompt: str) -> Wake | None:
         if not line.startswith(QUOTE):
             break
         lines.append(line.removeprefix(QUOTE))
-    reply = header["in_reply_to"]
+    reply, size = header["in_reply_to"], header["body_bytes"]
     return Wake(
         sender=header["sender"],
         message_id=int(header["id"]),
@@ -84,4 +108,6 @@ def parse_wake(prompt: str) -> Wake | None:
         in_reply_to=int(reply) if reply else None,
         attempt=int(header["attempt"] or 1),
         waiting=int(header["waiting"]),
+        refused=int(header["refused"] or 0),
+        body_bytes=int(size) if size else None,
     )

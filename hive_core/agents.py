@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import MANAGER, SYSTEM, AgentName
+from hive_core.protocol.words import MANAGER, SYSTEM, AgentName, parse_text
 from hive_core.store.bus import WANTED, mail, stream
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
 LIVE = "live"  # the bus topic: what is seen of some agent changed
+STATUS_LIMIT = 200  # characters
+STATUS_LIMIT_BYTES = 4 * STATUS_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,10 @@ class Agent:
     session: str | None
     created_at_ms: int
     queued: int  # messages that wait for it
+    refused: int  # messages that its full inbox did not take, ever
+    held: int = 0  # messages to it that wait for the operator
+    dead: int = 0  # messages to it that were given up
+    status: str | None = None  # what it says that it is about
 
 
 def pick_port(name: str, ports: range, taken: Iterable[int]) -> int:
@@ -111,6 +117,23 @@ class Agents:
         if wanted != "down" and self.live(name).state in ("idle", "waiting", "paused"):
             await self.observe_rest(name)
 
+    async def set_status(self, name: AgentName, given_text: object) -> dict[str, str]:
+        """What an agent says that it is about, until it says otherwise; an empty text takes that back."""
+        status = None
+        if not isinstance(given_text, str) or given_text.strip():
+            status = parse_text(given_text, "status", STATUS_LIMIT_BYTES).strip()
+        if status is not None and len(status) > STATUS_LIMIT:
+            size = f"it has {len(status)} characters and the limit is {STATUS_LIMIT}"
+            raise Refusal("usage", f"cannot take the status: {size}")
+
+        def write(tx: Transaction) -> None:
+            sql = "UPDATE agents SET status = ?, status_at_ms = ? WHERE name = ? AND status IS NOT ?"
+            if tx.execute(sql, (status, tx.now_ms, name, status)).rowcount:
+                tx.emit("agent_status", name, name, status=status)
+
+        await self._store.write(write)
+        return {"status": status or ""}
+
     async def observe_rest(self, name: str, state: str = "idle", detail: str = "") -> None:
         """Note that an agent is between turns: `state`, or paused where that is wanted."""
         paused = await self.paused(name)
@@ -134,8 +157,15 @@ class Agents:
 
     async def _select(self, where: str, parameters: tuple[Any, ...] = ()) -> list[Agent]:
         sql = f"""
-            SELECT *, (SELECT count(*) FROM deliveries WHERE recipient = name AND state = 'queued') AS queued
-            FROM agents {where} ORDER BY role = 'agent', name
+            SELECT agents.*, coalesce(held.n, 0) AS held, coalesce(dead.n, 0) AS dead,
+                   (SELECT count(*) FROM deliveries INDEXED BY deliveries_queued
+                    WHERE recipient = name AND state = 'queued') AS queued
+            FROM agents
+            LEFT JOIN (SELECT recipient, count(*) AS n FROM deliveries WHERE state = 'held' GROUP BY recipient) held
+                   ON held.recipient = name
+            LEFT JOIN (SELECT recipient, count(*) AS n FROM deliveries WHERE state = 'dead' GROUP BY recipient) dead
+                   ON dead.recipient = name
+            {where} ORDER BY role = 'agent', name
         """
         return [
             Agent(
@@ -148,15 +178,20 @@ class Agents:
                 session=row["session"],
                 created_at_ms=row["created_at_ms"],
                 queued=row["queued"],
+                refused=row["refused"],
+                status=row["status"],
+                held=row["held"],
+                dead=row["dead"],
             )
             for row in await self._store.rows(sql, parameters)
         ]
 
 
 def set_deployed(tx: Transaction, name: str, sha: str, settings: dict[str, Any]) -> None:
-    """What the agent runs on from its next turn: a commit, and its contents as the harness gets them."""
+    """What the agent runs on from its next turn: a commit, and its contents as `Repos.read` gives them."""
+    policy = json.dumps(settings.get("policy", {}))
+    harness = json.dumps({key: value for key, value in settings.items() if key != "policy"}, ensure_ascii=False)
     tx.execute(
-        "UPDATE agents SET deployed_sha = ?, settings = ? WHERE name = ?",
-        (sha, json.dumps(settings, ensure_ascii=False), name),
+        "UPDATE agents SET deployed_sha = ?, settings = ?, policy = ? WHERE name = ?", (sha, harness, policy, name)
     )
     tx.emit("settings_deployed", SYSTEM, name, sha=sha)

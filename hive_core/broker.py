@@ -1,34 +1,48 @@
-"""Messages: one row each, with a delivery for its recipient; leases and acks by turns.
+"""Messages and the turns that take them: leases with a fence, acks, what comes back and what is given up.
 
 The promise: when `send` has answered, the message is on disk; it is handed to a turn at least once, and a turn that
 did not end well puts it back. An agent runs one turn at a time, and the turn's fence proves who speaks for it.
+
+    held ── released ──▶ queued ── leased by a turn ──▶ acked
+      │                    ▲  └──── failed, after a rest ─┤
+      └── dropped          └──────── requeued ── dead ◀──┘ after `tries`
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import random
 import secrets
 import sqlite3
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import outcome
 import trio
 
+from hive_core.bodies import Bodies, is_large, piece
+from hive_core.limits import REST_LIMIT_S, Limits
+from hive_core.post import AT_ONCE, Cause, Letter, post, put_message
 from hive_core.protocol.harness import OUTCOMES
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.visible import quoted
 from hive_core.protocol.words import OPERATOR, SYSTEM, AgentName, MessageBody
-from hive_core.store.bus import mail
+from hive_core.store.bus import RESTING, mail
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
-TRIES = 5
-BACKOFF_S = 2.0  # doubled with each try
-WAITING_S = 30.0  # how long a message rests when the turn could not run for a reason that is not its own
+log = logging.getLogger(__name__)
+
 RECV_LIMIT = 32
 RECV_BYTES = 128 * 1024  # of bodies in one answer, but one message always: programs cut long answers of tools
 RECV_WAIT_LIMIT_S = 180.0
+REST_MOST_S = 3600.0  # where doubling ends
+# No rest is longer, the half by chance included: what is due later than that was put back before the clock was set
+# back, and is due now.
+FAR_MS = REST_LIMIT_S * 1500
 TOOL_CALL_KEPT_S = 7 * 24 * 3600
 
 
@@ -40,39 +54,38 @@ class Turn:
     fence: str
 
 
-def put_message(
-    tx: Transaction, sender: AgentName, recipient: AgentName, body: MessageBody, in_reply_to: int | None = None
-) -> int:
-    """Store one message and its delivery, with the event that tells of it. Returns the message's id.
+class Lease(NamedTuple):
+    """What a turn begins with."""
 
-    Raises Refusal("not_found") when nobody has that name, or there is no message to reply to.
-    """
-    if in_reply_to is not None and not _may_reply(tx, sender, in_reply_to):
-        raise Refusal("not_found", f"cannot reply to message {in_reply_to}: you neither sent nor received it")
-    cursor = tx.execute(
-        "INSERT INTO messages (sender, body, in_reply_to, sent_at_ms)"
-        " SELECT ?, ?, ?, ? WHERE ?5 = 'operator' OR EXISTS (SELECT 1 FROM agents WHERE name = ?5)",
-        (sender, body, in_reply_to, tx.now_ms, recipient),
-    )
-    if cursor.rowcount == 0:
-        raise Refusal("not_found", f"cannot send to {recipient}: no agent has that name; `hive list` shows them")
-    message_id = cursor.lastrowid
-    assert message_id is not None
-    tx.execute(
-        "INSERT INTO deliveries (message_id, recipient, state, available_at_ms) VALUES (?, ?, 'queued', ?)",
-        (message_id, recipient, tx.now_ms),
-    )
-    tx.emit("message_sent", sender, recipient, message=message_id)
-    tx.wake(mail(recipient))
-    return message_id
+    turn: Turn
+    message: dict[str, Any]  # protocol.harness.LeasedMessage
+    waiting: int  # how many more messages wait
+    refused: int  # how many the agent's full inbox did not take, ever
+    settings: dict[str, Any] | None
+    session: str | None
 
 
-def _may_reply(tx: Transaction, sender: AgentName, message_id: int) -> bool:
-    sql = """
-        SELECT 1 FROM messages JOIN deliveries ON message_id = id
-        WHERE id = :id AND (:sender IN ('operator', 'system') OR sender = :sender OR recipient = :sender)
-    """
-    return tx.execute(sql, {"id": message_id, "sender": sender}).fetchone() is not None
+@dataclass(frozen=True, slots=True)
+class Acked:
+    """What an ack did. counted False: the turn was not running any more, and nothing has changed."""
+
+    counted: bool
+    paused: bool = False
+    lease: Lease | None = None  # the next turn, where one was asked for and a message was due
+
+
+class Found(NamedTuple):
+    """The turns of an agent whose harness says hello."""
+
+    alive: int | None  # the turn that it holds
+    lost: list[int]
+
+
+class _Ending(NamedTuple):
+    outcome: str
+    error: str | None = None
+    usage: object = None
+    session: str | None = None
 
 
 def first_answer(tx: Transaction, agent: AgentName, key: str | None, tool: str) -> dict[str, Any] | None:
@@ -109,59 +122,57 @@ def once(
 
 
 class Broker:
-    def __init__(self, store: Store) -> None:
+    """chance: for the jitter of rests; given by a test that wants the same again. Without `bodies` all stand inline."""
+
+    def __init__(
+        self,
+        store: Store,
+        limits: Limits | None = None,
+        chance: random.Random | None = None,
+        bodies: Bodies | None = None,
+    ) -> None:
         self._store = store
+        self._bodies = bodies
+        self.limits = limits or Limits()
+        self._chance = chance or random.Random()
+        self._heard: dict[int, tuple[AgentName, float]] = {}  # running turn → its agent, when its harness last spoke
+        self._post_all = self._post  # one object, so that the sends of a batch find each other
+
+    # -- sending ------------------------------------------------------------------------------------------------------
 
     async def send(
         self,
         sender: AgentName,
-        recipient: AgentName,
+        recipients: AgentName | Sequence[AgentName],
         body: MessageBody,
         in_reply_to: int | None = None,
         key: str | None = None,
     ) -> dict[str, Any]:
-        """Send one message; `{"message": id}` once it is on disk. A repeated `key` gets the first answer."""
+        """Send one message; `{"message": id}` once it is on disk, with `held` for whom it waits for the operator.
 
-        def write(tx: Transaction) -> dict[str, Any]:
-            return once(
-                tx, sender, key, "send", lambda: {"message": put_message(tx, sender, recipient, body, in_reply_to)}
-            )
+        A repeated `key` gets the first answer. Raises Refusal, and then nobody got it.
+        """
+        to = (recipients,) if isinstance(recipients, str) else tuple(recipients)
+        letter = Letter(sender, to, body, in_reply_to, key)
+        if self._bodies is None or not is_large(body):
+            return await self._store.write_together(self._post_all, letter)
+        async with self._bodies.kept(body) as kept:
+            letter = replace(letter, body=kept.beginning, file=kept.file)
+            return await self._store.write_together(self._post_all, letter)
 
-        return await self._store.write(write)
+    def _post(self, tx: Transaction, letters: list[Letter]) -> list[outcome.Outcome[dict[str, Any]]]:
+        return post(tx, letters, self.limits)
 
-    async def lease(self, agent: AgentName) -> tuple[Turn, dict[str, Any]]:
-        """Wait for a message of `agent`, begin a turn with it: (turn, message with `waiting`).
+    # -- turns --------------------------------------------------------------------------------------------------------
+
+    async def lease(self, agent: AgentName, fence: str | None = None) -> Lease:
+        """Wait for a message of `agent` and begin a turn with it; asked again with its `fence`, the same turn.
 
         Cancelling it may leave a begun turn behind; the harness's next hello closes that as lost.
         Raises Refusal("conflict") while another turn of the agent runs.
         """
-        with self._store.bus.listen(mail(agent)) as listener:
-            while True:
-                found = await self._store.write(lambda tx: _lease_first(tx, agent))
-                if isinstance(found, tuple):
-                    return found
-                with trio.move_on_after(found):
-                    await listener.wait()
-
-    async def recv(self, agent: AgentName, limit: int, wait_s: float, key: str | None = None) -> dict[str, Any]:
-        """Lease up to `limit` more messages under the turn that runs; wait up to `wait_s` for the first.
-
-        Returns {"messages": [...], "waiting": n}. Raises Refusal("refused") outside a turn, and when the turn ends
-        while this waits: what comes then belongs to the next turn.
-        """
-        deadline = trio.current_time() + wait_s
-        turn: int | None = None
-        with self._store.bus.listen(mail(agent)) as listener:
-            while True:
-                last = trio.current_time() >= deadline
-                answer = await self._store.write(
-                    partial(_recv, agent=agent, limit=limit, key=key, last=last, turn=turn)
-                )
-                if isinstance(answer, dict):
-                    return answer
-                turn = answer
-                with trio.move_on_at(deadline):
-                    await listener.wait()
+        asked = fence or secrets.token_hex(8)
+        return self._note(agent, await self._store.write_when(mail(agent), lambda tx: _lease(tx, agent, asked)))
 
     async def ack(
         self,
@@ -171,70 +182,277 @@ class Broker:
         error: str | None = None,
         usage: object = None,
         session: str | None = None,
-    ) -> bool:
-        """End a turn: `done` acks what it leased, `failed` puts it back with backoff, `waiting` without a try.
+        next_fence: str | None = None,
+    ) -> Acked:
+        """End a turn: `done` and `cancelled` ack what it leased, `failed` puts it back, `waiting` without a try.
 
-        Returns False, and changes nothing, when the turn is not running any more (its fence is old).
+        With `next_fence` the same transaction begins the next turn, if a message is due. The same ack again gets the
+        same answer; the ack of a turn that was taken away counts for nothing.
         """
         if outcome not in OUTCOMES:
             raise Refusal("usage", f"cannot end the turn: its outcome must be one of {', '.join(sorted(OUTCOMES))}")
+        ending = _Ending(outcome, error, usage, session)
+        acked = await self._store.write(lambda tx: self._ack(tx, agent, turn, ending, next_fence))
+        if acked.counted:
+            self._heard.pop(turn.id, None)
+        if acked.lease is not None:
+            self._note(agent, acked.lease)
+        return acked
+
+    def _ack(self, tx: Transaction, agent: AgentName, turn: Turn, ending: _Ending, next_fence: str | None) -> Acked:
+        sql = "SELECT state, wanted FROM turns JOIN agents ON name = agent WHERE id = ? AND agent = ? AND fence = ?"
+        row = tx.execute(sql, (turn.id, agent, turn.fence)).fetchone()
+        if row is None or row["state"] not in ("running", ending.outcome):
+            return Acked(False)
+        if row["state"] == "running":
+            if ending.session:
+                tx.execute("UPDATE agents SET session = ? WHERE name = ?", (ending.session, agent))
+            self.end_turn(tx, agent, turn.id, ending)
+        try:
+            lease = _lease(tx, agent, next_fence) if next_fence else None
+        except Refusal:
+            lease = None  # an old ack, sent again: another turn runs by now
+        return Acked(True, row["wanted"] == "paused", lease)
+
+    async def recv(self, agent: AgentName, limit: int, wait_s: float, key: str | None = None) -> dict[str, Any]:
+        """Lease up to `limit` more messages under the turn that runs; wait up to `wait_s` for the first.
+
+        Returns {"messages": [...], "waiting": n}. Raises Refusal("refused") outside a turn, and when the turn ends
+        while this waits: what comes then belongs to the next turn.
+        """
+        # The wait may end just when a commit has taken some: asked again with the key, they are the same.
+        take = _Take(agent, limit, key or f"recv-{secrets.token_hex(8)}")
+        with trio.move_on_after(wait_s):
+            if wait_s > 0:
+                return await self._store.write_when(mail(agent), take)
+        taken = await self._store.write(partial(take, last=True))
+        assert taken is not None
+        return taken
+
+    async def cancel_turn(self, agent: AgentName, actor: AgentName) -> int:
+        """End the running turn for good: its messages are acked as cancelled. Its number; Refusal when none runs.
+
+        The harness learns of it with its next word and ends the program; what it says of the turn counts no more.
+        """
+
+        def write(tx: Transaction) -> int:
+            row = tx.execute("SELECT id FROM turns WHERE agent = ? AND state = 'running'", (agent,)).fetchone()
+            if row is None:
+                raise Refusal("not_found", f"cannot cancel: no turn of {agent} runs")
+            self.end_turn(tx, agent, row["id"], _Ending("cancelled", f"cancelled by {actor}"))
+            return int(row["id"])
+
+        turn_id = await self._store.write(write)
+        self._heard.pop(turn_id, None)
+        return turn_id
+
+    async def close_lost_turns(self, agent: AgentName, fences: Sequence[str] = ()) -> Found:
+        """What a harness finds that says hello: its own turn by one of its `fences`; any other is closed as lost."""
+
+        def write(tx: Transaction) -> Found:
+            rows = tx.execute("SELECT id, fence FROM turns WHERE agent = ? AND state = 'running'", (agent,)).fetchall()
+            lost = [int(row["id"]) for row in rows if row["fence"] not in fences]
+            for turn_id in lost:
+                self.end_turn(tx, agent, turn_id, _Ending("lost", "its harness went away"))
+            return Found(next((int(row["id"]) for row in rows if row["fence"] in fences), None), lost)
+
+        found = await self._store.write(write)
+        for turn_id in found.lost:
+            self._heard.pop(turn_id, None)
+        if found.alive is not None:
+            self._heard[found.alive] = (agent, trio.current_time())
+        return found
+
+    def renew(self, agent: AgentName, turn_id: int) -> bool:
+        """Note that the harness of a turn lives. False when no such turn of `agent` runs any more."""
+        if self._heard.get(turn_id, ("", 0.0))[0] != agent:
+            return False
+        self._heard[turn_id] = (agent, trio.current_time())
+        return True
+
+    async def serve_leases(self) -> None:
+        """Take turns away from harnesses that are silent for too long, until cancelled.
+
+        A turn that nobody was heard of yet gets the same time from its first sight on: one of the daemon before, or
+        one that was begun for a harness that had just left.
+        """
+        while True:
+            for row in await self._store.rows("SELECT id, agent FROM turns WHERE state = 'running'"):
+                self._heard.setdefault(row["id"], (row["agent"], trio.current_time()))
+            now, silence_s = trio.current_time(), self.limits.lease_silence_s
+            silent = [turn_id for turn_id, (_, heard) in self._heard.items() if now - heard >= silence_s]
+            for turn_id in silent:
+                await self._lose(turn_id, self._heard.pop(turn_id)[0])
+            await trio.sleep(silence_s / 4)
+
+    async def _lose(self, turn_id: int, agent: AgentName) -> None:
+        silence_s = self.limits.lease_silence_s
 
         def write(tx: Transaction) -> bool:
-            sql = "SELECT 1 FROM turns WHERE id = ? AND agent = ? AND fence = ? AND state = 'running'"
-            if tx.execute(sql, (turn.id, agent, turn.fence)).fetchone() is None:
+            if tx.execute("SELECT 1 FROM turns WHERE id = ? AND state = 'running'", (turn_id,)).fetchone() is None:
                 return False
-            if session:
-                tx.execute("UPDATE agents SET session = ? WHERE name = ?", (session, agent))
-            end_turn(tx, agent, turn.id, outcome, error, usage)
+            self.end_turn(tx, agent, turn_id, _Ending("lost", f"its harness was silent for {silence_s:.0f} s"))
             return True
 
+        if await self._store.insist(write):
+            log.warning("turn %d of %s was taken away: its harness is silent", turn_id, agent, extra={"agent": agent})
+
+    def _note(self, agent: AgentName, lease: Lease) -> Lease:
+        self._heard[lease.turn.id] = (agent, trio.current_time())
+        return lease
+
+    def end_turn(self, tx: Transaction, agent: str, turn_id: int, ending: _Ending) -> None:
+        """Close a running turn and settle every message it leased, by one rule for all ways to end."""
+        usage = json.dumps(ending.usage) if ending.usage is not None else None
+        tx.execute(
+            "UPDATE turns SET state = ?, ended_at_ms = ?, error = ?, usage = ? WHERE id = ?",
+            (ending.outcome, tx.now_ms, ending.error, usage, turn_id),
+        )
+        dead = []
+        for row in tx.execute(_LEASED, (turn_id,)).fetchall():
+            end = settle(ending.outcome, row["failures"], self.limits, self._chance.random())
+            settled_at = None if end.state == "queued" else tx.now_ms
+            due_at = tx.now_ms + int(end.rest_s * 1000) if end.rest_s else AT_ONCE
+            note = {"cancelled": "cancelled", "done": None}.get(ending.outcome, ending.error)
+            tx.execute(
+                "UPDATE deliveries SET state = ?, failures = ?, available_at_ms = ?, settled_at_ms = ?, note = ?"
+                " WHERE message_id = ? AND recipient = ?",
+                (end.state, end.failures, due_at, settled_at, note, row["message_id"], agent),
+            )
+            if end.rest_s > 0:
+                tx.wake(RESTING)
+            if end.state == "dead":
+                dead.append((row["message_id"], end.failures))
+        tx.emit("turn_ended", agent, agent, turn=turn_id, state=ending.outcome, error=ending.error)
+        for message_id, failures in dead:
+            tx.emit("message_dead", SYSTEM, agent, about=message_id, message=message_id, attempts=failures)
+            self._tell_sender(tx, agent, message_id, failures, ending.error)
+        tx.wake(mail(agent))
+
+    def _tell_sender(self, tx: Transaction, agent: str, message_id: int, failures: int, error: str | None) -> None:
+        """Whoever sent a message that is dead now reads so; the hive itself needs no letter."""
+        sql = "SELECT sender, chain_id, hops FROM messages WHERE id = ?"
+        row = tx.execute(sql, (message_id,)).fetchone()
+        if row["sender"] != SYSTEM:
+            text = f"message_dead: your message {message_id} to {agent} was given up after {failures} failed turns."
+            cause = Cause("system", None, row["chain_id"], row["hops"] + 1)
+            body = MessageBody(f"{text} The last one ended with {quoted(error)}" if error else text)
+            put_message(tx, SYSTEM, row["sender"], body, message_id, cause, self.limits)
+
+    # -- what the operator does to messages ---------------------------------------------------------------------------
+
+    async def aside(self, state: str, limit: int = 50) -> list[dict[str, Any]]:
+        """The oldest messages that are `dead` or `held`, each with its recipient and why."""
+        # The state stands in the text: an index of held or dead ones alone is taken for no other query.
+        assert state in ("dead", "held")
+        sql = f"""
+            SELECT m.id, d.sender, d.recipient, m.body, m.body_bytes, m.sent_at_ms, d.attempts, d.failures, d.held,
+                   d.note, d.settled_at_ms, m.chain_id, m.hops
+            FROM deliveries d JOIN messages m ON m.id = d.message_id WHERE d.state = '{state}'
+            ORDER BY d.message_id LIMIT ?
+        """
+        return [dict(row) for row in await self._store.rows(sql, (limit,))]
+
+    async def requeue(self, message_id: int, actor: AgentName) -> list[str]:
+        """Give a dead message all its tries again. Returns its recipients; Refusal when it is dead for nobody."""
+        return await self._move(message_id, actor, ("dead",), "requeue")
+
+    async def release(self, message_id: int, actor: AgentName) -> list[str]:
+        """Let a held message go; the chain begins anew with it. Returns its recipients; Refusal when none holds it."""
+        return await self._move(message_id, actor, ("held",), "release")
+
+    async def drop(self, message_id: int, actor: AgentName) -> list[str]:
+        """Put a dead or held message away. Returns whom it will not reach; Refusal when there is none."""
+        return await self._move(message_id, actor, ("dead", "held"), "drop")
+
+    async def _move(self, message_id: int, actor: AgentName, states: tuple[str, ...], verb: str) -> list[str]:
+        state, event = {
+            "requeue": ("queued", "message_requeued"),
+            "release": ("queued", "message_released"),
+            "drop": ("dropped", "message_dropped"),
+        }[verb]
+
+        def write(tx: Transaction) -> list[str]:
+            sql = "SELECT recipient FROM deliveries WHERE message_id = ? AND state IN (SELECT value FROM json_each(?))"
+            names = [row[0] for row in tx.execute(sql, (message_id, json.dumps(states))).fetchall()]
+            if not names:
+                raise Refusal("not_found", f"cannot {verb} message {message_id}: it is not {' or '.join(states)}")
+            tx.executemany(
+                "UPDATE deliveries SET state = ?, failures = 0, available_at_ms = ?, settled_at_ms = ?"
+                " WHERE message_id = ? AND recipient = ?",
+                [(state, AT_ONCE, tx.now_ms if state == "dropped" else None, message_id, name) for name in names],
+            )
+            if verb == "release":
+                tx.execute("UPDATE messages SET chain_id = id, hops = 0 WHERE id = ?", (message_id,))
+            for name in names:
+                tx.emit(event, actor, name, about=message_id, message=message_id)
+                tx.wake(mail(name))
+            return names
+
         return await self._store.write(write)
 
-    async def close_lost_turns(self, agent: AgentName, alive: Turn | None) -> list[int]:
-        """Close the running turn of `agent` as lost unless it is `alive`; its messages go back. Returns its id."""
-
-        def write(tx: Transaction) -> list[int]:
-            rows = tx.execute("SELECT id, fence FROM turns WHERE agent = ? AND state = 'running'", (agent,)).fetchall()
-            lost = [row["id"] for row in rows if alive != Turn(row["id"], row["fence"])]
-            for turn_id in lost:
-                end_turn(tx, agent, turn_id, "lost", "its harness went away", None)
-            return lost
-
-        return await self._store.write(write)
+    # -- reading ------------------------------------------------------------------------------------------------------
 
     async def messages(
         self, agent: str | None = None, limit: int = 50, before: int | None = None
     ) -> list[dict[str, Any]]:
-        """The newest messages (to or from `agent`), newest last, with the state of each delivery."""
+        """The newest messages (to or from `agent`), newest last, one for each recipient with its state."""
         sql = """
             SELECT * FROM (
-              SELECT m.id, m.sender, d.recipient, m.body, m.in_reply_to, m.sent_at_ms, d.state, d.attempts, d.turn_id
+              SELECT m.id, m.sender, d.recipient, m.body, m.body_bytes, m.in_reply_to, m.cause, m.cause_id,
+                     m.sent_at_ms, d.state, d.attempts, d.held, d.note, d.turn_id
               FROM messages m JOIN deliveries d ON d.message_id = m.id
               WHERE m.id < :before AND (:agent IS NULL OR m.sender = :agent OR d.recipient = :agent)
-              ORDER BY m.id DESC LIMIT :limit
-            ) ORDER BY id
+              ORDER BY m.id DESC, d.recipient DESC LIMIT :limit
+            ) ORDER BY id, recipient
         """
         rows = await self._store.rows(sql, {"agent": agent, "limit": limit, "before": before or 2**62})
         return [dict(row) for row in rows]
 
+    async def read_body(self, message_id: int, offset: int = 0, reader: AgentName | None = None) -> dict[str, Any]:
+        """Some of a body from byte `offset`: {"body", "next_offset", "bytes"}; next_offset None at its end.
+
+        `reader` may have sent it, or have been handed it; None is the operator, who reads all. Raises Refusal.
+        """
+        sql = """
+            SELECT body, body_bytes, body_sha256 FROM messages m WHERE id = :id AND (
+                :reader IS NULL OR sender = :reader OR EXISTS (
+                    SELECT 1 FROM deliveries WHERE message_id = m.id AND recipient = :reader AND attempts > 0))
+        """
+        row = await self._store.row(sql, {"id": message_id, "reader": reader})
+        if row is None:
+            why = "there is no such message" if reader is None else "you neither sent nor received it"
+            raise Refusal("not_found", f"cannot read message {message_id}: {why}")
+        body = row["body"]
+        if row["body_sha256"]:
+            assert self._bodies is not None, "a database with large bodies was opened without them"
+            body = await self._bodies.whole(row["body_sha256"])
+        some = piece(body.encode(), offset)
+        return {"body": some.body, "next_offset": some.next_offset, "bytes": row["body_bytes"]}
+
     async def message(self, message_id: int) -> dict[str, Any] | None:
+        """One message, with the delivery of its first recipient."""
         found = await self.messages(before=min(message_id, 2**62) + 1, limit=1)
         return found[0] if found and found[0]["id"] == message_id else None
 
     async def inbox(self, limit: int = 50) -> list[dict[str, Any]]:
         """The newest messages to the operator, each `unread` until this has returned it once."""
         sql = """
-            SELECT m.id, m.sender, m.body, m.in_reply_to, m.sent_at_ms, d.state FROM deliveries d
-            JOIN messages m ON m.id = d.message_id WHERE d.recipient = 'operator' ORDER BY d.message_id DESC LIMIT ?
+            SELECT m.id, m.sender, m.body, m.body_bytes, m.in_reply_to, m.sent_at_ms, d.state FROM deliveries d
+            JOIN messages m ON m.id = d.message_id
+            WHERE d.recipient = 'operator' AND d.state IN ('queued', 'acked') ORDER BY d.message_id DESC LIMIT ?
         """
         rows = [dict(row) for row in reversed(await self._store.rows(sql, (limit,)))]
-        unread = [(row["id"],) for row in rows if row["state"] == "queued"]
+        unread = [row["id"] for row in rows if row["state"] == "queued"]
         if unread:
-            read = "UPDATE deliveries SET state = 'acked' WHERE recipient = 'operator' AND message_id = ?"
+            read = (
+                "UPDATE deliveries SET state = 'acked', settled_at_ms = ? WHERE recipient = 'operator'"
+                " AND state = 'queued' AND message_id = ?"
+            )
 
             def write(tx: Transaction) -> None:
-                tx.executemany(read, unread)
-                tx.emit("inbox_read", OPERATOR, messages=[message_id for (message_id,) in unread])
+                tx.executemany(read, [(tx.now_ms, message_id) for message_id in unread])
+                tx.emit("inbox_read", OPERATOR, messages=unread)
 
             await self._store.write(write)
         return [{**row, "unread": row.pop("state") == "queued"} for row in rows]
@@ -242,111 +460,138 @@ class Broker:
     async def unread(self) -> int:
         """How many messages to the operator `inbox` has not returned yet."""
         row = await self._store.row(
-            "SELECT count(*) AS n FROM deliveries WHERE recipient = 'operator' AND state = 'queued'"
+            "SELECT count(*) AS n FROM deliveries INDEXED BY deliveries_queued"
+            " WHERE recipient = 'operator' AND state = 'queued'"
         )
         return int(row["n"]) if row else 0
 
+    async def sweep_bodies(self) -> None:
+        """Remove the files of large bodies that no message refers to any more."""
+        if self._bodies is not None:
+            await self._bodies.sweep()
+
     async def forget_old_tool_calls(self) -> None:
         sql = "DELETE FROM tool_calls WHERE at_ms < ?"
-        await self._store.write(lambda tx: tx.execute(sql, (tx.now_ms - TOOL_CALL_KEPT_S * 1000,)).rowcount)
+        await self._store.insist(lambda tx: tx.execute(sql, (tx.now_ms - TOOL_CALL_KEPT_S * 1000,)).rowcount)
 
 
-def end_turn(tx: Transaction, agent: str, turn_id: int, state: str, error: str | None, usage: object) -> None:
-    """Close a running turn and settle every message it leased, by one rule for all ways to end."""
-    tx.execute(
-        "UPDATE turns SET state = ?, ended_at_ms = ?, error = ?, usage = ? WHERE id = ?",
-        (state, tx.now_ms, error, json.dumps(usage) if usage is not None else None, turn_id),
-    )
-    sql = "SELECT message_id, attempts FROM deliveries WHERE turn_id = ? AND state = 'leased'"
-    for row in tx.execute(sql, (turn_id,)).fetchall():
-        new_state, attempts, rest_s = settle(state, row["attempts"])
-        tx.execute(
-            "UPDATE deliveries SET state = ?, attempts = ?, available_at_ms = ? WHERE message_id = ? AND recipient = ?",
-            (new_state, attempts, tx.now_ms + int(rest_s * 1000), row["message_id"], agent),
-        )
-        if new_state == "dead":
-            tx.emit("message_dead", SYSTEM, agent, message=row["message_id"], attempts=attempts, error=error)
-            _tell_sender(tx, agent, row["message_id"], attempts, error)
-    tx.emit("turn_ended", agent, agent, turn=turn_id, state=state, error=error)
-    tx.wake(mail(agent))
+class Settled(NamedTuple):
+    state: str
+    failures: int
+    rest_s: float
 
 
-def _tell_sender(tx: Transaction, agent: str, message_id: int, attempts: int, error: str | None) -> None:
-    """Whoever sent a message that is dead now reads so; the hive itself needs no letter."""
-    sender = tx.execute("SELECT sender FROM messages WHERE id = ?", (message_id,)).fetchone()["sender"]
-    if sender != SYSTEM:
-        text = f"message_dead: your message {message_id} to {agent} was given up after {attempts} tries. {error or ''}"
-        put_message(tx, SYSTEM, sender, MessageBody(text.strip()), message_id)
-
-
-def settle(turn_state: str, attempts: int) -> tuple[str, int, float]:
-    """What becomes of a delivery when its turn ends: (state, tries counted, seconds until the next)."""
+def settle(turn_state: str, failures: int, limits: Limits, chance: float) -> Settled:
+    """What becomes of a delivery when its turn ends. `chance`, 0 to 1, spreads the rests by half of each."""
     match turn_state:
-        case "done":
-            return "acked", attempts, 0.0
+        case "done" | "cancelled":
+            return Settled("acked", failures, 0.0)
         case "waiting":
-            return "queued", attempts - 1, WAITING_S
-        case _ if attempts >= TRIES:
-            return "dead", attempts, 0.0
-        case "lost" if attempts == 1:
-            return "queued", attempts, 0.0
+            return Settled("queued", failures, limits.provider_rest_s * (0.5 + chance))
+        case _ if failures + 1 >= limits.tries:
+            return Settled("dead", failures + 1, 0.0)
+        case "lost" if failures == 0:
+            return Settled("queued", 1, 0.0)
         case _:
-            return "queued", attempts, BACKOFF_S * 2 ** (attempts - 1)
+            rest_s = min(limits.backoff_s * 2 ** min(failures, 30), max(limits.backoff_s, REST_MOST_S))
+            return Settled("queued", failures + 1, rest_s * (0.5 + chance))
 
 
-def _lease_first(tx: Transaction, agent: str) -> tuple[Turn, dict[str, Any]] | float:
-    """Begin a turn with the first message that is due, or say in how many seconds one will be (inf: unknown)."""
-    if row := tx.execute("SELECT id FROM turns WHERE agent = ? AND state = 'running'", (agent,)).fetchone():
-        raise Refusal("conflict", f"cannot lease: turn {row['id']} of {agent} still runs; ack it first")
-    paused = tx.execute("SELECT 1 FROM agents WHERE name = ? AND wanted != 'up'", (agent,)).fetchone()
-    if paused:
-        return float("inf")
-    due = _take(tx, agent, 1)
+_LEASED = """
+    SELECT d.message_id, d.failures FROM leases l JOIN turns t ON t.id = l.turn_id
+    JOIN deliveries d ON d.message_id = l.message_id AND d.recipient = t.agent
+    WHERE l.turn_id = ? AND d.state = 'leased'
+"""
+_SEAT = """
+    SELECT wanted, settings, session, refused, t.id AS turn_id, t.fence, t.message_id
+    FROM agents LEFT JOIN turns t ON t.agent = name AND t.state = 'running' WHERE name = ?
+"""
+
+
+def _lease(tx: Transaction, agent: AgentName, fence: str) -> Lease | None:
+    """Begin a turn with the first message that is due, or find the one that this fence began already."""
+    seat = tx.execute(_SEAT, (agent,)).fetchone()
+    if seat is None:
+        return None
+    if seat["turn_id"] is not None:
+        if seat["fence"] != fence:
+            raise Refusal("conflict", f"cannot lease: turn {seat['turn_id']} of {agent} still runs; ack it first")
+        (message,) = tx.execute(_ONE_MAIL, (agent, seat["message_id"])).fetchall()
+        return _as_lease(tx, agent, seat, Turn(seat["turn_id"], fence), message, message["attempts"])
+    due = _due(tx, agent, 1) if seat["wanted"] == "up" else []
     if not due:
-        sql = "SELECT min(available_at_ms) AS at FROM deliveries WHERE recipient = ? AND state = 'queued'"
-        at = tx.execute(sql, (agent,)).fetchone()["at"]
-        return float("inf") if at is None else max(0.0, (at - tx.now_ms) / 1000)
-    fence = secrets.token_hex(8)
+        return None
+    (first,) = due
     cursor = tx.execute(
-        "INSERT INTO turns (agent, fence, state, started_at_ms) VALUES (?, ?, 'running', ?)", (agent, fence, tx.now_ms)
+        "INSERT INTO turns (agent, fence, state, message_id, chain_id, hops, started_at_ms)"
+        " VALUES (?, ?, 'running', ?, ?, ?, ?)",
+        (agent, fence, first["id"], first["chain_id"], first["hops"], tx.now_ms),
     )
     assert cursor.lastrowid is not None
     turn = Turn(cursor.lastrowid, fence)
     _mark_leased(tx, agent, turn.id, due)
-    tx.emit("turn_started", agent, agent, turn=turn.id, message=due[0]["id"])
-    return turn, {**_for_agent(due[0]), "waiting": _waiting(tx, agent)}
+    tx.emit("turn_started", agent, agent, turn=turn.id, message=first["id"])
+    return _as_lease(tx, agent, seat, turn, first, first["attempts"] + 1)
 
 
-def _recv(
-    tx: Transaction, agent: AgentName, limit: int, key: str | None, last: bool, turn: int | None
-) -> dict[str, Any] | int:
-    """Take what is due under the turn that runs; its number when there is nothing yet and the caller can wait."""
-    running = tx.execute("SELECT id FROM turns WHERE agent = ? AND state = 'running'", (agent,)).fetchone()
-    if running is None or turn not in (None, running["id"]):
-        raise Refusal("refused", "cannot receive: no turn runs; messages are taken in a turn")
+def _as_lease(tx: Transaction, agent: str, seat: sqlite3.Row, turn: Turn, message: sqlite3.Row, attempt: int) -> Lease:
+    settings = json.loads(seat["settings"]) if seat["settings"] else None
+    shown = _for_agent(message, attempt)
+    return Lease(turn, shown, _waiting(tx, agent), seat["refused"], settings, seat["session"])
 
-    def take() -> dict[str, Any]:
-        due = _within(_take(tx, agent, limit), RECV_BYTES)
-        _mark_leased(tx, agent, running["id"], due)
+
+@dataclass(slots=True)
+class _Take:
+    """One `recv` as the transactions that wake it see it: it belongs to the turn it was first asked in."""
+
+    agent: AgentName
+    limit: int
+    key: str
+    turn: int | None = field(default=None, init=False)
+
+    def __call__(self, tx: Transaction, last: bool = False) -> dict[str, Any] | None:
+        sql = "SELECT id FROM turns WHERE agent = ? AND state = 'running'"
+        running = tx.execute(sql, (self.agent,)).fetchone()
+        if running is None or self.turn not in (None, running["id"]):
+            raise Refusal("refused", "cannot receive: no turn runs; messages are taken in a turn")
+        turn = self.turn = int(running["id"])
+        known = first_answer(tx, self.agent, self.key, "recv")
+        due = [] if known else _within(_due(tx, self.agent, self.limit), RECV_BYTES)
+        if known or not (due or last):
+            return known
+        return once(tx, self.agent, self.key, "recv", lambda: self._lease_more(tx, turn, due))
+
+    def _lease_more(self, tx: Transaction, turn: int, due: list[sqlite3.Row]) -> dict[str, Any]:
         if due:
-            tx.emit("messages_taken", agent, agent, turn=running["id"], messages=[row["id"] for row in due])
-        return {"messages": [_for_agent(row) for row in due], "waiting": _waiting(tx, agent)}
+            _mark_leased(tx, self.agent, turn, due)
+            deepest = max(due, key=lambda row: row["hops"])
+            tx.execute(
+                "UPDATE turns SET chain_id = ?, hops = ? WHERE id = ? AND hops < ?",
+                (deepest["chain_id"], deepest["hops"], turn, deepest["hops"]),
+            )
+            tx.emit("messages_taken", self.agent, self.agent, turn=turn, messages=[row["id"] for row in due])
+        shown = [_for_agent(row, row["attempts"] + 1) for row in due]
+        return {"messages": shown, "waiting": _waiting(tx, self.agent)}
 
-    known = (
-        key is not None and tx.execute("SELECT 1 FROM tool_calls WHERE agent = ? AND key = ?", (agent, key)).fetchone()
-    )
-    if not (known or last or _take(tx, agent, 1)):
-        return int(running["id"])
-    return once(tx, agent, key, "recv", take)
+
+_MAIL = """
+    SELECT m.id, m.sender, m.body, m.body_bytes, m.body_sha256, m.in_reply_to, m.cause, m.cause_id, m.chain_id, m.hops,
+           m.sent_at_ms, d.attempts
+    FROM deliveries d{index} JOIN messages m ON m.id = d.message_id
+"""
 
 
-def _take(tx: Transaction, agent: str, limit: int) -> list[sqlite3.Row]:
-    sql = """
-        SELECT m.id, m.sender, m.body, m.in_reply_to, m.sent_at_ms, d.attempts + 1 AS attempt
-        FROM deliveries d JOIN messages m ON m.id = d.message_id
-        WHERE d.recipient = ? AND d.state = 'queued' AND d.available_at_ms <= ? ORDER BY d.message_id LIMIT ?
-    """
-    return tx.execute(sql, (agent, tx.now_ms, limit)).fetchall()
+_ONE_MAIL = f"{_MAIL.format(index='')} WHERE d.recipient = ? AND d.message_id = ?"
+_DUE_MAIL = f"""
+    {_MAIL.format(index=" INDEXED BY deliveries_queued")}
+    WHERE d.recipient = :agent AND d.state = 'queued'
+      AND (d.attempts = 0 OR d.available_at_ms <= :now OR d.available_at_ms > :now + {FAR_MS})
+    ORDER BY d.message_id LIMIT :limit
+"""
+
+
+def _due(tx: Transaction, agent: str, limit: int) -> list[sqlite3.Row]:
+    return tx.execute(_DUE_MAIL, {"agent": agent, "now": tx.now_ms, "limit": limit}).fetchall()
 
 
 def _within(rows: list[sqlite3.Row], limit_bytes: int) -> list[sqlite3.Row]:
@@ -361,16 +606,43 @@ def _within(rows: list[sqlite3.Row], limit_bytes: int) -> list[sqlite3.Row]:
 
 def _mark_leased(tx: Transaction, agent: str, turn_id: int, due: list[sqlite3.Row]) -> None:
     tx.executemany(
-        "UPDATE deliveries SET state = 'leased', attempts = attempts + 1, turn_id = ? "
-        "WHERE message_id = ? AND recipient = ?",
+        "UPDATE deliveries SET state = 'leased', attempts = attempts + 1, turn_id = ?"
+        " WHERE message_id = ? AND recipient = ?",
         [(turn_id, row["id"], agent) for row in due],
     )
+    leases = [(turn_id, row["id"], row["attempts"] + 1, tx.now_ms) for row in due]
+    tx.insert("leases", ("turn_id", "message_id", "attempt", "at_ms"), leases)
 
 
 def _waiting(tx: Transaction, agent: str) -> int:
-    sql = "SELECT count(*) AS n FROM deliveries WHERE recipient = ? AND state = 'queued'"
+    sql = "SELECT count(*) AS n FROM deliveries INDEXED BY deliveries_queued WHERE recipient = ? AND state = 'queued'"
     return int(tx.execute(sql, (agent,)).fetchone()["n"])
 
 
-def _for_agent(row: sqlite3.Row) -> dict[str, Any]:
-    return {key: row[key] for key in ("id", "sender", "body", "in_reply_to", "sent_at_ms", "attempt")}
+def _for_agent(row: sqlite3.Row, attempt: int) -> dict[str, Any]:
+    """A message as the agent sees it; a body that goes on elsewhere says so by its size."""
+    keys = ("id", "sender", "body", "in_reply_to", "sent_at_ms", "cause", "cause_id")
+    more = {"body_bytes": row["body_bytes"]} if row["body_sha256"] else {}
+    return {**{key: row[key] for key in keys}, "attempt": attempt, **more}
+
+
+class Rests:
+    """The messages that rest, for the hive's clock: each recipient is woken when one of its own is due again."""
+
+    topic = RESTING
+
+    def next_after(self, tx: Transaction) -> int | None:
+        sql = """
+            SELECT min(available_at_ms) FROM deliveries
+            WHERE state = 'queued' AND attempts > 0 AND available_at_ms > ?
+        """
+        at: int | None = tx.execute(sql, (tx.now_ms,)).fetchone()[0]
+        return at
+
+    def fire(self, tx: Transaction) -> None:
+        sql = """
+            SELECT DISTINCT recipient FROM deliveries
+            WHERE state = 'queued' AND attempts > 0 AND (available_at_ms <= :now OR available_at_ms > :now + :far)
+        """
+        for row in tx.execute(sql, {"now": tx.now_ms, "far": FAR_MS}).fetchall():
+            tx.wake(mail(row["recipient"]))

@@ -26,7 +26,7 @@ from gitdb.exc import ODBError
 
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import PERSONA_LIMIT_BYTES, AgentName, CommitSha, parse_text
-from hive_core.settings import AgentSettings, parse_agent_toml
+from hive_core.settings import POLICY, AgentSettings, parse_agent_toml
 
 # The files a commit may hold today; anything else in one is refused by name.
 FILES = ("CLAUDE.md", "agent.toml")
@@ -76,9 +76,9 @@ class Proposal:
 
 
 def harness_settings(settings: AgentSettings, prompt: str) -> dict[str, Any]:
-    """What travels to the harness with a lease: protocol.harness.Settings."""
-    chosen = settings.model_dump(exclude={"description"}, exclude_none=True)
-    return {**chosen, "prompt": prompt}
+    """What travels to the harness with a lease: protocol.harness.Settings. The policy is the host's to enforce."""
+    chosen = settings.model_dump(exclude={"description", *POLICY}, exclude_none=True)
+    return {**chosen, "prompt": prompt, "policy": settings.model_dump(include=POLICY, exclude_none=True)}
 
 
 async def _in_thread(function: Callable[..., T], name: AgentName, *arguments: Any) -> T:

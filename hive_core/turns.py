@@ -13,6 +13,7 @@ from hive_core.store.writer import Transaction
 LINES_PER_TURN = 2_000
 LINES_PER_AGENT = 20_000
 LINE_KEPT_S = 14 * 24 * 3600
+BOUND_EVERY = 500  # lines of one turn between two looks at the bounds of its agent
 
 
 class Turns:
@@ -39,12 +40,14 @@ class Turns:
             if not rows:
                 return int(row["lines"])
             arrived = first + len(lines)
+            if tx.short:
+                rows = []  # counted, not kept: the last space is for the mail
             tx.executemany("INSERT INTO turn_lines (agent, turn_id, n, at_ms, line) VALUES (?, ?, ?, ?, ?)", rows)
             tx.execute("UPDATE turns SET lines = ? WHERE id = ?", (arrived, turn_id))
             if arrived > self._lines_per_turn:
-                tx.execute(
-                    "DELETE FROM turn_lines WHERE turn_id = ? AND n < ?", (turn_id, arrived - self._lines_per_turn)
-                )
+                _drop_lines(tx, "turn_id = ? AND n < ?", turn_id, arrived - self._lines_per_turn)
+            if first == 0 or arrived // BOUND_EVERY > row["lines"] // BOUND_EVERY:
+                self._bound(tx, agent)
             tx.wake(stream(agent))
             return arrived
 
@@ -66,6 +69,11 @@ class Turns:
         """
         return [dict(row) for row in await self._store.rows(sql, (agent, limit))]
 
+    async def lines_gone(self, agent: str) -> int:
+        """The id of the last line of an agent that is not kept any more; 0 when all are."""
+        row = await self._store.row("SELECT lines_gone FROM agents WHERE name = ?", (agent,))
+        return int(row["lines_gone"]) if row else 0
+
     async def recent(self, agent: str, limit: int = 20) -> list[dict[str, Any]]:
         """The newest turns of an agent, newest first; `usage` as the program told it, None when it did not."""
         sql = """
@@ -79,12 +87,24 @@ class Turns:
         """Drop lines that are too old, and those over each agent's bound."""
 
         def write(tx: Transaction) -> None:
-            tx.execute("DELETE FROM turn_lines WHERE at_ms < ?", (tx.now_ms - LINE_KEPT_S * 1000,))
+            _drop_lines(tx, "at_ms < ?", tx.now_ms - LINE_KEPT_S * 1000)
             for row in tx.execute("SELECT name FROM agents").fetchall():
-                tx.execute(
-                    "DELETE FROM turn_lines WHERE agent = :agent AND id <= coalesce(("
-                    "SELECT id FROM turn_lines WHERE agent = :agent ORDER BY id DESC LIMIT 1 OFFSET :bound), 0)",
-                    {"agent": row["name"], "bound": self._lines_per_agent},
-                )
+                self._bound(tx, row["name"])
 
-        await self._store.write(write)
+        await self._store.insist(write)
+
+    def _bound(self, tx: Transaction, agent: str) -> None:
+        """Keep the newest lines of an agent. Holds but for the lines since the last look."""
+        sql = "SELECT id FROM turn_lines WHERE agent = ? ORDER BY id DESC LIMIT 1 OFFSET ?"
+        if over := tx.execute(sql, (agent, self._lines_per_agent)).fetchone():
+            _drop_lines(tx, "agent = ? AND id <= ?", agent, over["id"])
+
+
+def _drop_lines(tx: Transaction, where: str, *values: object) -> None:
+    """Drop lines, and note where each agent's gap ends: who has seen less has to be told everything anew."""
+    gone = tx.execute(f"SELECT agent, max(id) FROM turn_lines WHERE {where} GROUP BY agent", values).fetchall()
+    if gone:
+        tx.executemany(
+            "UPDATE agents SET lines_gone = max(lines_gone, ?2) WHERE name = ?1", [tuple(row) for row in gone]
+        )
+        tx.execute(f"DELETE FROM turn_lines WHERE {where}", values)

@@ -58,9 +58,11 @@ class HarnessConnection:
         await self.answer(hello, version=PROTOCOL_VERSION, agent=agent, role=role)
         return hello
 
-    async def give(self, lease: dict[str, Any]) -> None:
-        """Answer the lease that the harness asks for next."""
-        await self.answer(await self.expect("lease"), **lease)
+    async def give(self, lease: dict[str, Any]) -> str:
+        """Answer the lease that the harness asks for next; returns the fence that it chose."""
+        request = await self.expect("lease")
+        await self.answer(request, **{**lease, "fence": request["fence"]})
+        return str(request["fence"])
 
     async def take_turn(self, lease: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         """Give a turn, take its lines, and return them with the ack, which is answered."""
@@ -69,14 +71,19 @@ class HarnessConnection:
 
     async def rest_of_turn(self, stop: bool = False) -> tuple[list[str], dict[str, Any]]:
         """Take all that comes until the ack, which is answered: the lines and the ack."""
+        lines, ack = await self.lines_and_ack()
+        await self.answer(ack, counted=True, stop=stop)
+        return lines, ack
+
+    async def lines_and_ack(self, running: bool = True) -> tuple[list[str], dict[str, Any]]:
+        """Take all that comes until the ack, which is not answered: the lines and the ack."""
         lines: list[str] = []
         while (request := await self.next()) is not None and request["op"] == "lines":
-            assert request["first"] == len(lines)
+            assert not request["lines"] or request["first"] == len(lines)
             lines += request["lines"]
-            await self.answer(request, kept=len(lines))
+            await self.answer(request, kept=len(lines), running=running)
         assert request is not None
         assert request["op"] == "ack", request
-        await self.answer(request, counted=True, stop=stop)
         return lines, request
 
 
@@ -122,14 +129,17 @@ def a_lease(turn: int = 1, body: str = "hello", *, sender: str = "operator", **c
         "body": body,
         "sent_at_ms": 1_800_000_000_000,
         "in_reply_to": None,
+        "cause": "operator" if sender == "operator" else "turn",
+        "cause_id": None,
         "attempt": attempt,
     }
     settings = {"program": "rehearsal", "model": "sonnet", "tools": ["Bash", "Read"], "prompt": "", **changes}
     return {
         "turn": turn,
-        "fence": f"fence-{turn}",
+        "fence": "",  # the harness chooses it
         "message": message,
         "waiting": 0,
+        "refused": 0,
         "settings": settings,
         "session": session,
         "credential": "api_key",

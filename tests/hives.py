@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import sqlite3
 import tempfile
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -19,11 +22,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hive_core.agents import Agents, set_deployed
 from hive_core.approvals import Approvals
+from hive_core.bodies import Bodies
 from hive_core.broker import Broker
+from hive_core.limits import Limits
+from hive_core.loose_ends import LooseEnds
 from hive_core.procedures.gate import Gate
 from hive_core.protocol.words import AgentName, parse_agent_name, parse_body
+from hive_core.questions import Questions
+from hive_core.reminders import Reminders
 from hive_core.repos import Repos
+from hive_core.schedules import Schedules
 from hive_core.sockets.unix import listen_unix, serve_unix
+from hive_core.store.bus import mail
 from hive_core.store.door import Store, open_store
 from hive_core.store.writer import Transaction
 from hive_core.turns import Turns
@@ -31,6 +41,16 @@ from hive_core.turns import Turns
 SETTINGS = {"program": "rehearsal", "model": "sonnet", "tools": ["Bash"], "prompt": "You are a test."}
 # Long enough for a machine under load, short enough that a test that hangs says so.
 PATIENCE_S = 20.0
+
+
+@dataclass
+class Clock:
+    """The wall clock of a store, which a test can set."""
+
+    ahead_s: float = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead_s
 
 
 @dataclass
@@ -43,6 +63,13 @@ class Services:
     approvals: Approvals
     repos: Repos
     gate: Gate
+    clock: Clock
+
+    def __post_init__(self) -> None:
+        limits = self.broker.limits
+        self.questions, self.reminders = Questions(self.store, limits), Reminders(self.store, limits)
+        self.schedules = Schedules(self.store, limits)
+        self.loose_ends = LooseEnds(self.store, self.questions, self.reminders, self.schedules)
 
     async def add_agents(self, *names: str) -> None:
         """Make agents as rows alone, without repositories."""
@@ -67,22 +94,45 @@ class Services:
         row = await self.store.row(query, parameters)
         return None if row is None else row[0]
 
+    async def let_time_pass(self, seconds: float = 24 * 3600.0) -> None:
+        """Set the clock forward, and wake who waits as the hive's clock does."""
+        self.clock.ahead_s += seconds
+
+        def write(tx: Transaction) -> None:
+            sql = "SELECT DISTINCT recipient FROM deliveries WHERE state = 'queued' AND available_at_ms <= ?"
+            for row in tx.execute(sql, (tx.now_ms,)).fetchall():
+                tx.wake(mail(row[0]))
+            for timer in (self.questions, self.reminders, self.schedules):
+                timer.fire(tx)
+
+        await self.store.write(write)
+
+    async def states(self, agent: str = "iris") -> dict[int, str]:
+        """What has become of each message to `agent`."""
+        sql = "SELECT message_id, state FROM deliveries WHERE recipient = ? ORDER BY message_id"
+        return {row[0]: row[1] for row in await self.store.rows(sql, (agent,))}
+
     async def kinds(self) -> list[str]:
         """The kinds of all events, oldest first."""
         return [row["kind"] for row in await self.store.rows("SELECT kind FROM events ORDER BY seq")]
 
 
 @asynccontextmanager
-async def open_services(state_dir: Path, ports: range = range(8100, 9000), **bounds: int) -> AsyncIterator[Services]:
+async def open_services(
+    state_dir: Path, ports: range = range(8100, 9000), limits: Limits | None = None, **bounds: int
+) -> AsyncIterator[Services]:
     """Everything of a hive that needs no agent and no socket, in `state_dir`."""
     templates = Environment(
         loader=PackageLoader("hive_core"), undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True
     )
-    async with trio_asyncio.open_loop(), open_store(state_dir / "hive.sqlite") as store:
+    clock = Clock()
+    async with trio_asyncio.open_loop(), open_store(state_dir / "hive.sqlite", clock=clock) as store:
         agents = Agents(store, manager_port=8000, agent_ports=ports)
         approvals, repos = Approvals(store), Repos(state_dir)
         gate = Gate(store, agents, approvals, repos, templates, default_program="rehearsal", default_model="sonnet")
-        yield Services(state_dir, store, Broker(store), Turns(store, **bounds), agents, approvals, repos, gate)
+        bodies = Bodies(state_dir / "bodies", store, clock)
+        broker, turns = Broker(store, limits, random.Random(0), bodies), Turns(store, **bounds)
+        yield Services(state_dir, store, broker, turns, agents, approvals, repos, gate, clock)
 
 
 def run_in_hive(test: Callable[[Services], Awaitable[None]], *names: str, **bounds: int) -> None:
@@ -154,6 +204,23 @@ async def wait_until(store: Store, condition: Callable[[], Awaitable[Any]], *top
         while not (found := await condition()):
             await listener.wait()
         return found
+
+
+@asynccontextmanager
+async def held_writer(store: Store, nursery: trio.Nursery) -> AsyncIterator[None]:
+    """Keep the writer's thread busy, so that what is written meanwhile makes one batch."""
+    begun, let_go = threading.Event(), threading.Event()
+
+    def hold(_: Transaction) -> None:
+        begun.set()
+        assert let_go.wait(PATIENCE_S)
+
+    nursery.start_soon(store.write, hold)
+    await trio.to_thread.run_sync(begun.wait)
+    try:
+        yield
+    finally:
+        let_go.set()
 
 
 @contextmanager

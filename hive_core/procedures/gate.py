@@ -12,10 +12,12 @@ from jinja2 import Environment
 
 from hive_core.agents import Agents, set_deployed
 from hive_core.approvals import Approval, Approvals, digest_of, put_request, settle
-from hive_core.broker import first_answer, once, put_message
+from hive_core.broker import first_answer, once
+from hive_core.post import no_room, put_message
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.visible import quoted
 from hive_core.protocol.words import (
-    BODY_LIMIT_BYTES,
+    INLINE_LIMIT_BYTES,
     MANAGER,
     NOTE_LIMIT_BYTES,
     OPERATOR,
@@ -100,6 +102,8 @@ class Gate:
             """
             if row := tx.execute(sql, (name, digest)).fetchone():
                 raise Refusal("refused", f"cannot ask for {name}: approval {row['id']} asks for it already and waits")
+            if tx.short:
+                raise no_room(f"ask for {name}")
             return {"approval": put_request(tx, "spawn", name, requested_by, reason, payload)}
 
         return await self._store.write(lambda tx: once(tx, requested_by, key, "request_spawn", lambda: ask(tx)))
@@ -120,6 +124,8 @@ class Gate:
             payload = {"sha": proposal.sha, "base": proposal.base, "diff": proposal.diff}
 
             def ask(tx: Transaction) -> dict[str, int]:
+                if tx.short:
+                    raise no_room(f"ask for a commit of {name}")
                 return {"approval": put_request(tx, "apply_commit", name, requested_by, reason, payload)}
 
             answer = await self._store.write(lambda tx: once(tx, requested_by, key, tool, lambda: ask(tx)))
@@ -167,15 +173,16 @@ class Gate:
 
             def fail(tx: Transaction) -> None:
                 settle(tx, approval, "failed", reason, SYSTEM)
-                _tell(tx, approval, "failed", reason)
+                # What failed is told in words of libraries, which quote what agents wrote.
+                _tell(tx, approval, "failed", quoted(reason))
 
-            await self._store.write(fail)
+            await self._store.insist(fail)
 
     async def _spawn(self, approval: Approval) -> None:
         # What an earlier try left behind under this name began with other files than the card shows.
         sha = await self._repos.create(approval.agent, approval.payload["files"], replace=True)
         settings = await self._repos.read(approval.agent, sha)
-        welcome = self._templates.get_template("welcome.j2").render(approval=approval)
+        welcome = self._templates.get_template("welcome.j2").render(approval=approval, reason=quoted(approval.reason))
 
         def write(tx: Transaction) -> None:
             self._agents.create(tx, approval.agent, approval.requested_by)
@@ -184,7 +191,7 @@ class Gate:
             settle(tx, approval, "done", None, SYSTEM)
             _tell(tx, approval, "approved", None)
 
-        await self._store.write(write)
+        await self._store.insist(write)
 
     async def _apply(self, approval: Approval) -> None:
         sha, base = CommitSha(approval.payload["sha"]), CommitSha(approval.payload["base"])
@@ -196,7 +203,7 @@ class Gate:
             settle(tx, approval, "done", None, SYSTEM)
             _tell(tx, approval, "approved", None)
 
-        await self._store.write(write)
+        await self._store.insist(write)
 
     def _files(self, name: AgentName, description: str, prompt: str) -> dict[str, str]:
         toml = self._templates.get_template("agent.toml.j2").render(**self._defaults, description=description)
@@ -214,4 +221,4 @@ def _tell(tx: Transaction, approval: Approval, end: str, reason: str | None) -> 
     text = f"approval_resolved: approval {approval.id}, {what}: {end}."
     if reason:
         text += f" The reason: {reason}"
-    put_message(tx, SYSTEM, approval.requested_by, parse_body(text[: BODY_LIMIT_BYTES // 4]))
+    put_message(tx, SYSTEM, approval.requested_by, parse_body(text[: INLINE_LIMIT_BYTES // 4]))

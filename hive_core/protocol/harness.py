@@ -3,10 +3,14 @@
 JSON lines, one request at a time, answered in order: `{"id": n, "op": …}` gets `{"id": n, "ok": true, …}` or
 `{"id": n, "ok": false, "error": {…}}`. What a harness says is a claim: it can lose only its own agent's mail.
 
-    hello  version, instance, turn, life        → version, agent, role
-    lease                                       → turn, or stop: true
-    lines  turn, first, lines                   → kept
-    ack    turn, fence, outcome, …              → counted, stop
+    hello  version, instance, fences            → version, agent, role
+    lease  fence                                → turn, or stop: true
+    lines  turn, first, lines                   → kept, running
+    ack    turn, fence, outcome, next, …        → counted, stop, and lease where the next turn began with it
+
+The harness chooses the fence of each turn, so a request that is asked again after a lost connection finds the turn that
+the first one began. `lines` without lines, every RENEW_EVERY_S, says that the harness of a quiet turn lives; `running`
+false in its answer says that the turn was taken away or cancelled, and its program has to end.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Literal, NotRequired, TypedDict
 
-    Outcome = Literal["done", "failed", "waiting"]
+    Outcome = Literal["done", "failed", "waiting", "cancelled"]
 
     class Settings(TypedDict):
         """What the deployed commit says about the agent; it travels with each lease, so a change needs no restart."""
@@ -32,13 +36,17 @@ if TYPE_CHECKING:
         body: str
         sent_at_ms: int
         in_reply_to: int | None
+        cause: str  # operator, turn, reminder, schedule or system: what set it off
+        cause_id: int | None
         attempt: int  # 1 on the first delivery
+        body_bytes: NotRequired[int]  # of a body that goes on: `read_body` has the rest
 
     class Lease(TypedDict):
         turn: int
         fence: str
         message: LeasedMessage
         waiting: int  # how many more messages wait
+        refused: int  # how many messages the agent's full inbox did not take, ever
         settings: Settings
         session: str | None  # the program's session to go on with
         credential: str  # the kind of placeholder the program needs: "api_key" or "oauth_token"
@@ -47,15 +55,18 @@ if TYPE_CHECKING:
         turn: int
         fence: str
         outcome: Outcome
+        next: str | None  # the fence of the turn to begin with the same commit; None: begin none
         session: str | None
         error: str | None
         usage: dict[str, Any] | None
 
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 LINES_PER_REQUEST = 64
 STREAM_LINE_LIMIT_BYTES = 64 * 1024
 # A whole request of `lines`: each line is JSON, whose quotes take a backslash more inside a string.
 REQUEST_LIMIT_BYTES = 2 * LINES_PER_REQUEST * STREAM_LINE_LIMIT_BYTES
 # `waiting` in an ack: the turn could not run for a reason that is not its own (no login, an overloaded provider).
-OUTCOMES = frozenset({"done", "failed", "waiting"})
+OUTCOMES = frozenset({"done", "failed", "waiting", "cancelled"})
+RENEW_EVERY_S = 10.0
+FENCE_LIMIT = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 # Control characters but tab and newline, bidi and other format characters, zero widths, blank letters, selectors that
@@ -17,3 +18,8 @@ HIDDEN = re.compile(
 def named(text: str) -> str:
     """The text with each hidden character written as ⟨U+202E⟩."""
     return HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
+
+
+def quoted(text: str) -> str:
+    """The text as one line in quotation marks, which nothing in it can end: for somebody's words within ours."""
+    return json.dumps(named(text), ensure_ascii=False)

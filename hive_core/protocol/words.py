@@ -19,10 +19,13 @@ else:
 MANAGER = AgentName("hm1nd")
 OPERATOR = AgentName("operator")
 SYSTEM = AgentName("system")
+EVERYONE = AgentName("*")
 RESERVED = frozenset({OPERATOR, SYSTEM, "all", "manager"})
 
 NAME_LIMIT = 30
-BODY_LIMIT_BYTES = 64 * 1024
+RECIPIENTS_LIMIT = 1000
+BODY_LIMIT_BYTES = 512 * 1024
+INLINE_LIMIT_BYTES = 64 * 1024  # a larger body is kept as a file
 NOTE_LIMIT_BYTES = 4 * 1024
 PERSONA_LIMIT_BYTES = 48 * 1024
 
@@ -55,6 +58,17 @@ def parse_agent_name(raw: object) -> AgentName:
 def parse_recipient(raw: object) -> AgentName:
     """An address to send to: an agent's name, or `operator`. Whether it exists is the broker's to say."""
     return OPERATOR if raw == OPERATOR else parse_agent_name(raw)
+
+
+def parse_recipients(raw: object) -> tuple[AgentName, ...]:
+    """One address, `*` for everyone, or a list of addresses. Raises Refusal("usage")."""
+    if raw == EVERYONE:
+        return (EVERYONE,)
+    if not isinstance(raw, list):
+        return (parse_recipient(raw),)
+    if not 0 < len(raw) <= RECIPIENTS_LIMIT:
+        raise Refusal("usage", f"cannot send to {len(raw)} recipients: give 1 to {RECIPIENTS_LIMIT} in a list")
+    return tuple(parse_recipient(one) for one in raw)
 
 
 def parse_commit_sha(raw: object) -> CommitSha:
@@ -90,3 +104,16 @@ def parse_id(raw: object, what: str) -> int:
     if isinstance(raw, bool) or not isinstance(raw, int) or not 0 < raw < 2**63:
         raise Refusal("usage", f"cannot use {shown(raw)} as the number of {what}: give a positive whole number")
     return raw
+
+
+def parse_instant(raw: object, what: str) -> int:
+    """An instant as ISO 8601 has it, in ms since 1970; without a zone it is in UTC, without a time it is midnight."""
+    from datetime import UTC, datetime  # every client imports this file, and few need this
+
+    try:
+        at = datetime.fromisoformat(raw) if isinstance(raw, str) else None
+        if at is not None:
+            return int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
+    except (ValueError, OverflowError):
+        pass
+    raise Refusal("usage", f"cannot use {shown(raw)} as {what}: give an instant such as 2026-01-31T08:30:00+01:00")

@@ -11,8 +11,9 @@ from typing import Any
 import trio
 
 from hive_core.agents import Agents
-from hive_core.broker import Broker, Turn
+from hive_core.broker import Broker, Lease, Turn
 from hive_core.protocol.harness import (
+    FENCE_LIMIT,
     LINES_PER_REQUEST,
     PROTOCOL_VERSION,
     REQUEST_LIMIT_BYTES,
@@ -24,6 +25,7 @@ from hive_core.sockets.unix import Lines
 from hive_core.turns import Turns
 
 log = logging.getLogger(__name__)
+FENCES_LIMIT = 2  # the turn that runs, and one that is asked for
 READ_AHEAD = 16  # requests that may lie behind the one that is answered
 ERROR_LIMIT = 2000
 USAGE_LIMIT_BYTES = 16 * 1024
@@ -41,8 +43,14 @@ class HarnessDesk:
     credential_kind: Callable[[], str]
     instance: str | None = None
     session: _Session | None = None
-    stop: trio.Event = field(default_factory=trio.Event)
+    stops: bool = False  # the harness is to end at its turn's edge
     said_hello: trio.Event = field(default_factory=trio.Event)
+
+    def ask_to_stop(self) -> None:
+        """Let no turn begin any more, and tell the harness so with its next answer."""
+        self.stops = True
+        if self.session is not None:
+            self.session.end_wait()
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """Answer one connection until it hangs up."""
@@ -89,6 +97,10 @@ class _Session:
     def leave(self) -> None:
         """Lease no more: the harness has hung up, or connected again."""
         self._left = True
+        self.end_wait()
+
+    def end_wait(self) -> None:
+        """Cut a lease that waits."""
         if self._lease_scope is not None:
             self._lease_scope.cancel()
 
@@ -113,7 +125,7 @@ class _Session:
             case "lease" | "lines" | "ack" if not self._welcome:
                 raise Refusal("usage", "cannot do anything before hello")
             case "lease":
-                return await self._lease()
+                return await self._lease(_fence(request.get("fence")))
             case "lines":
                 return await self._lines(request)
             case "ack":
@@ -135,56 +147,44 @@ class _Session:
         if desk.instance not in (None, instance):
             log.warning("a second harness of %s was refused", desk.name, extra={"agent": desk.name})
             raise Refusal("conflict", f"cannot take a second harness for {desk.name}: {desk.instance} is connected")
-        turn, fence = request.get("turn"), request.get("fence")
-        alive = Turn(turn, fence) if isinstance(turn, int) and isinstance(fence, str) else None
+        fences = request.get("fences")
+        if not isinstance(fences, list) or len(fences) > FENCES_LIMIT:
+            raise Refusal("usage", f"cannot say hello: `fences` must be a list of at most {FENCES_LIMIT}")
         if desk.session is not None and desk.session is not self:
             desk.session.leave()  # the same harness, whose hang-up was not seen yet
         desk.session, desk.instance = self, instance
-        lost = await desk.broker.close_lost_turns(desk.name, alive)
-        for turn_id in lost:
+        found = await desk.broker.close_lost_turns(desk.name, [_fence(fence) for fence in fences])
+        for turn_id in found.lost:
             log.warning("turn %d of %s was lost with its harness", turn_id, desk.name, extra={"agent": desk.name})
-        if alive and not lost:
+        if found.alive is not None:
             desk.agents.observe(desk.name, "thinking")
         else:
             await desk.agents.observe_rest(desk.name)
         desk.said_hello.set()
         return {"version": PROTOCOL_VERSION, "agent": desk.name, "role": desk.role}
 
-    async def _lease(self) -> dict[str, Any]:
+    async def _lease(self, fence: str) -> dict[str, Any]:
         desk = self._desk
-        leased: list[tuple[Turn, dict[str, Any]]] = []
-
-        async def lease(scope: trio.CancelScope) -> None:
-            leased.append(await desk.broker.lease(desk.name))
-            scope.cancel()
-
-        async def until(event: trio.Event, scope: trio.CancelScope) -> None:
-            await event.wait()
-            scope.cancel()
-
-        async with trio.open_nursery() as nursery:
-            self._lease_scope = nursery.cancel_scope
-            nursery.start_soon(until, desk.stop, nursery.cancel_scope)
-            if not desk.stop.is_set() and not self._left:
-                nursery.start_soon(lease, nursery.cancel_scope)
-            else:
-                nursery.cancel_scope.cancel()
+        lease: Lease | None = None
+        with trio.CancelScope() as self._lease_scope:
+            if not desk.stops and not self._left:
+                lease = await desk.broker.lease(desk.name, fence)
         self._lease_scope = None
-        if not leased and self._left:
+        if lease is None and self._left:
             raise Refusal("conflict", "cannot lease: this harness has hung up or connected again")
-        if not leased:
-            return {"stop": True}
-        turn, message = leased[0]
-        agent = await desk.agents.get(desk.name)
+        return {"stop": True} if lease is None else self._as_form(lease)
+
+    def _as_form(self, lease: Lease) -> dict[str, Any]:
+        desk = self._desk
         desk.agents.observe(desk.name, "thinking")
-        waiting = message.pop("waiting")
         return {
-            "turn": turn.id,
-            "fence": turn.fence,
-            "message": message,
-            "waiting": waiting,
-            "settings": agent.settings,
-            "session": agent.session,
+            "turn": lease.turn.id,
+            "fence": lease.turn.fence,
+            "message": lease.message,
+            "waiting": lease.waiting,
+            "refused": lease.refused,
+            "settings": lease.settings,
+            "session": lease.session,
             "credential": desk.credential_kind(),
         }
 
@@ -203,27 +203,41 @@ class _Session:
         for line in clean:
             if seen := activity(line):
                 desk.agents.observe(desk.name, *seen)
-        return {"kept": await desk.turns.add_lines(desk.name, turn_id, first, clean)}
+        kept = await desk.turns.add_lines(desk.name, turn_id, first, clean) if clean else 0
+        return {"kept": kept, "running": desk.broker.renew(desk.name, turn_id)}
 
     async def _ack(self, request: dict[str, Any]) -> dict[str, Any]:
         desk = self._desk
-        turn_id, fence = parse_id(request.get("turn"), "a turn"), request.get("fence")
-        if not isinstance(fence, str):
-            raise Refusal("usage", "cannot ack without the fence of the lease")
-        fence = _printable(fence, 64)
+        turn_id, fence = parse_id(request.get("turn"), "a turn"), _fence(request.get("fence"))
+        next_fence = None if request.get("next") is None else _fence(request["next"])
         session, error = request.get("session"), request.get("error")
-        counted = await desk.broker.ack(
+        stops = desk.stops or self._left
+        # Whoever acks lives: while the disk takes no ack, the turn must not be lost for silence.
+        desk.broker.renew(desk.name, turn_id)
+        acked = await desk.broker.ack(
             desk.name,
             Turn(turn_id, fence),
             str(request.get("outcome")),
             error=_printable(error, ERROR_LIMIT) if isinstance(error, str) and error else None,
             usage=_bounded_usage(request.get("usage")),
             session=session if isinstance(session, str) and session.isascii() and len(session) <= 64 else None,
+            next_fence=None if stops else next_fence,
         )
+        answer = {"counted": acked.counted, "stop": desk.stops}
+        if acked.lease is not None:
+            return {**answer, "lease": self._as_form(acked.lease)}
         # What kept a turn from ending well stays in view until the next one begins.
         state = "waiting" if request.get("outcome") == "waiting" else "idle"
-        await desk.agents.observe_rest(desk.name, state, _printable(error, 200) if isinstance(error, str) else "")
-        return {"counted": counted, "stop": desk.stop.is_set()}
+        detail = _printable(error, 200) if isinstance(error, str) else ""
+        desk.agents.observe(desk.name, *(("paused", "") if acked.paused else (state, detail)))
+        return answer
+
+
+def _fence(raw: object) -> str:
+    """What a harness chose to know its turn by."""
+    if not isinstance(raw, str) or not raw.isascii() or not raw.isprintable() or not 0 < len(raw) <= FENCE_LIMIT:
+        raise Refusal("usage", f"cannot use the fence: give 1 to {FENCE_LIMIT} visible ASCII characters")
+    return raw
 
 
 def _number(request: dict[str, Any]) -> int | None:

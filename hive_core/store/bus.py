@@ -13,6 +13,7 @@ import trio
 
 EVENTS = "events"
 WANTED = "wanted"  # what is wanted of some agent changed
+RESTING = "resting"  # a message rests until an instant
 APPROVED = "approved"  # an approval waits to be carried out
 
 

@@ -6,30 +6,38 @@ open the file read-only through aiosqlite on trio-asyncio, so this must run insi
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiosqlite
 import trio
 from trio_asyncio import aio_as_trio
 
+from hive_core.store.ballast import Ballast
 from hive_core.store.bus import APPROVED, EVENTS, WANTED, Bus, mail
-from hive_core.store.schema import StoreError, check_ours, migrate
-from hive_core.store.writer import Writer
+from hive_core.store.schema import StoreBusy, StoreError, cannot_open, check_ours, migrate
+from hive_core.store.writer import Transaction, Writer
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 Parameters = Sequence[Any] | Mapping[str, Any]
 READERS = 2
 BACKSTOP_S = 2.0
+BUSY_REST_S = 1.0
 
 
 class Store:
     def __init__(self, writer: Writer, readers: list[aiosqlite.Connection], bus: Bus) -> None:
         self.bus = bus
         self.write = writer.write
+        self.write_together = writer.write_together
+        self.write_when = writer.write_when
         self.wait_failed = writer.wait_failed
         self._free_send, self._free_receive = trio.open_memory_channel[aiosqlite.Connection](len(readers))
         for reader in readers:
@@ -54,6 +62,15 @@ class Store:
         assert row is not None
         return int(row["seq"])
 
+    async def insist(self, function: Callable[[Transaction], T]) -> T:
+        """As `write`, for what nobody would ask again: while the disk takes nothing, wait and try again."""
+        while True:
+            try:
+                return await self.write(function)
+            except StoreBusy as busy:
+                log.warning("%s", busy)
+                await trio.sleep(BUSY_REST_S)
+
     async def serve_backstop(self, every_s: float = BACKSTOP_S) -> None:
         """Look again for everybody who waits, from time to time: a lost wake-up costs seconds, not a message."""
         seen = await self.last_seq()
@@ -62,8 +79,12 @@ class Store:
             if (seq := await self.last_seq()) != seen:
                 seen = seq
                 self.bus.publish([EVENTS, WANTED, APPROVED])
-            waiting = await self.rows("SELECT DISTINCT recipient FROM deliveries WHERE state = 'queued'")
-            self.bus.publish(mail(row["recipient"]) for row in waiting)
+            await self.insist(_wake_recipients)
+
+
+def _wake_recipients(tx: Transaction) -> None:
+    for row in tx.execute("SELECT DISTINCT recipient FROM deliveries WHERE state = 'queued'").fetchall():
+        tx.wake(mail(row["recipient"]))
 
 
 def _open_writer(path: Path) -> sqlite3.Connection:
@@ -73,7 +94,7 @@ def _open_writer(path: Path) -> sqlite3.Connection:
         path.chmod(0o600)
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     except (sqlite3.Error, OSError) as exc:
-        raise StoreError(f"cannot open {path}: {exc}") from exc
+        raise cannot_open(path, exc) from exc
     try:
         connection.row_factory = sqlite3.Row
         check_ours(connection, str(path))
@@ -86,7 +107,7 @@ def _open_writer(path: Path) -> sqlite3.Connection:
     except BaseException as exc:
         connection.close()
         if isinstance(exc, sqlite3.Error):
-            raise StoreError(f"cannot open {path}: {exc}") from exc
+            raise cannot_open(path, exc) from exc
         raise
     return connection
 
@@ -96,11 +117,18 @@ def _read_only_uri(path: Path) -> str:
 
 
 @asynccontextmanager
-async def open_store(path: Path, bus: Bus | None = None) -> AsyncIterator[Store]:
-    """Open (or make) the database at `path`. Raises StoreError with the way out when it cannot be used."""
+async def open_store(
+    path: Path, bus: Bus | None = None, clock: Callable[[], float] = time.time, ballast: bool = False
+) -> AsyncIterator[Store]:
+    """Open (or make) the database at `path`. Raises StoreError with the way out when it cannot be used.
+
+    ballast: keep a file beside it whose space is given back when the disk is full.
+    """
     bus = bus or Bus()
+    # Before anything is written: where a full disk stopped the daemon before, this makes the room to start again.
+    reserve = await trio.to_thread.run_sync(Ballast, path.with_suffix(".ballast")) if ballast else None
     connection = await trio.to_thread.run_sync(_open_writer, path)
-    writer = Writer(connection, bus)
+    writer = Writer(connection, bus, clock, reserve)
     readers: list[aiosqlite.Connection] = []
     try:
         for _ in range(READERS):

@@ -3,6 +3,10 @@
 All that is queued when the thread looks goes into one transaction, without a timer: a lone write commits at once, and
 under load one fdatasync serves many. Each caller is answered only after the commit that holds its rows. Standard
 library's sqlite3 because the hand-over of an async wrapper costs more than the write.
+
+Two kinds of write go further. `write_together` gives one function all that a batch brings for it, so that what many
+do alike costs the statements of one. `write_when` waits inside: it is run again by the transaction that wakes its
+topic, and so shares that one's commit.
 """
 
 from __future__ import annotations
@@ -12,95 +16,299 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import outcome
 import trio
 
+from hive_core.store.ballast import Ballast
 from hive_core.store.bus import EVENTS, Bus
-from hive_core.store.schema import StoreError
+from hive_core.store.schema import StoreBusy, StoreError
 
 T = TypeVar("T")
+I = TypeVar("I")  # noqa: E741
 BATCH_LIMIT = 512
+PARAMETERS_LIMIT = 30_000  # sqlite takes 32,766 in one statement
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_EVENT = ("at_ms", "kind", "actor", "agent", "message_id", "data")
 
 
 class Transaction:
     """What a write function gets: the connection, and the ways to tell of the change.
 
     A function that raises leaves nothing behind, neither rows nor events, and disturbs no other in its batch.
+
+    short   the disk is full, and what is written now lives on the last reserve: refuse what only fills it further
     """
 
-    def __init__(self, connection: sqlite3.Connection, now_ms: int) -> None:
+    def __init__(self, connection: sqlite3.Connection, now_ms: int, short: bool = False) -> None:
         self.now_ms = now_ms
+        self.short = short
         self.execute = connection.execute
         self.executemany = connection.executemany
         self.topics: set[str] = set()
-        self.events: list[tuple[int, str, str, str | None, str]] = []
+        self.events: list[tuple[int, str, str, str | None, int | None, str]] = []
 
-    def emit(self, kind: str, actor: str, agent: str | None = None, **data: Any) -> None:
-        """Add to the event log: stored with the rest of the batch in one statement, broadcast after the commit."""
+    def insert(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Insert many rows by one statement: each one that runs hands the interpreter's lock over and back."""
+        rows = list(rows)
+        most = PARAMETERS_LIMIT // len(columns)
+        for some in (rows[at : at + most] for at in range(0, len(rows), most)):
+            values = ", ".join([f"({', '.join('?' * len(columns))})"] * len(some))
+            self.execute(
+                f"INSERT INTO {table} ({', '.join(columns)}) VALUES {values}", [value for row in some for value in row]
+            )
+
+    def emit(self, kind: str, actor: str, agent: str | None = None, about: int | None = None, **data: Any) -> None:
+        """Add to the event log: stored with the rest of the batch in one statement, broadcast after the commit.
+
+        about: the message whose life this belongs to, for what its row and its leases do not tell.
+        """
         self.topics.add(EVENTS)
-        self.events.append((self.now_ms, kind, actor, agent, _to_json(data)))
+        self.events.append((self.now_ms, kind, actor, agent, about, _to_json(data)))
 
     def wake(self, topic: str) -> None:
-        """Publish `topic` after the commit."""
+        """Publish `topic` after the commit, and run who waits for it inside this transaction."""
         self.topics.add(topic)
 
 
-class _Job:
-    __slots__ = ("function", "result", "task", "topics")
+_NOTHING: outcome.Outcome[Any] = outcome.Value(None)
 
-    def __init__(self, function: Callable[[Transaction], Any], task: trio.lowlevel.Task) -> None:
+
+class Job:
+    """One caller's write. What it brings for a function of many is its `item`."""
+
+    __slots__ = ("function", "item", "result", "task", "topic")
+
+    def __init__(
+        self, function: Callable[..., Any], task: trio.lowlevel.Task, item: Any = None, topic: str | None = None
+    ) -> None:
         self.function = function
         self.task: trio.lowlevel.Task | None = task  # None when the caller was cancelled
-        self.result: outcome.Outcome[Any]
-        self.topics: set[str] = set()
+        self.item = item
+        self.topic = topic  # what it waits for while it has no result
+        self.result: outcome.Outcome[Any] = _NOTHING
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has to run again when its topic is woken."""
+        return self.topic is not None and isinstance(self.result, outcome.Value) and self.result.value is None
 
 
 class _Raised(Exception):
     """A function of a batch raised; the batch is rolled back and runs again."""
 
 
-class Writer:
-    def __init__(self, connection: sqlite3.Connection, bus: Bus, clock: Callable[[], float] = time.time) -> None:
+class Batches:
+    """Commits one batch of jobs after another, on a connection of its own. It never waits, and knows of no thread."""
+
+    def __init__(
+        self, connection: sqlite3.Connection, clock: Callable[[], float], ballast: Ballast | None = None
+    ) -> None:
         self._connection = connection
-        self._bus = bus
+        self._ballast = ballast
         self._clock = clock
-        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._token = trio.lowlevel.current_trio_token()
-        self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
+        self._parked: dict[str, list[Job]] = {}  # jobs that wait, by topic
+        self.failure: BaseException | None = None  # why nothing can be written any more
+
+    def commit(self, batch: list[Job]) -> tuple[list[Job], set[str]]:
+        """Commit a batch; who can be answered now, and what to publish."""
+        for job in batch:
+            if job.topic is not None:
+                self._parked.setdefault(job.topic, []).append(job)
+        try:
+            if self.failure is not None:
+                raise StoreError("cannot write: the store is closed") from self.failure
+            now_ms = int(self._clock() * 1000)
+            try:
+                run, topics = self._run_together(batch, now_ms)
+            except sqlite3.Error as exc:
+                if not _is_full(exc) or self._ballast is None or not self._ballast.free():
+                    raise
+                self._roll_back()
+                run, topics = self._run_together(batch, now_ms)
+        except Exception as exc:
+            self._roll_back()
+            run, topics = batch, set()
+            if _passes(exc):
+                error: Exception = StoreBusy(f"cannot write now: {_why(exc)}; nothing of this was stored, try again")
+            else:
+                self.failure = self.failure or exc
+                run = list({*batch, *(job for jobs in self._parked.values() for job in jobs)})
+                error = exc if isinstance(exc, StoreError) else StoreError(f"cannot write: {exc}")
+            for job in run:
+                job.result = outcome.Error(error)
+        self._forget_answered(run)
+        return [job for job in run if not job.waits], topics
+
+    def _roll_back(self) -> None:
+        if self._connection.in_transaction:
+            self._connection.execute("ROLLBACK")
+
+    def _run_together(self, batch: list[Job], now_ms: int) -> tuple[list[Job], set[str]]:
+        if self._ballast is not None:
+            self._ballast.check()
+        try:
+            return self._run_batch(batch, now_ms, apart=False)
+        except _Raised:
+            # Once more, each behind a savepoint, so that the one that raises takes back its own rows alone.
+            return self._run_batch(batch, now_ms, apart=True)
+
+    def _transaction(self, now_ms: int) -> Transaction:
+        return Transaction(self._connection, now_ms, self._ballast is not None and self._ballast.short)
+
+    def _forget_answered(self, run: list[Job]) -> None:
+        """Of the topics that were looked at, keep who still waits and has not left."""
+        for topic in {job.topic for job in run if job.topic is not None}:
+            waiting = [job for job in self._parked.pop(topic, []) if job.waits and job.task is not None]
+            if waiting:
+                self._parked[topic] = waiting
+
+    def _run_batch(self, batch: list[Job], now_ms: int, apart: bool) -> tuple[list[Job], set[str]]:
+        """Run and commit a batch and whom it wakes. All that ran, each once, and every topic.
+
+        Together is the usual case: nobody raises, and savepoints would be a third of the statements.
+        """
+        events: list[tuple[Any, ...]] = []
+        topics: set[str] = set()
+        run: dict[Job, None] = {}
+        steps = _steps(batch)
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            while steps:
+                woken: set[str] = set()
+                for step in steps:
+                    transaction = self._run_step(step, now_ms, apart)
+                    events += transaction.events
+                    woken |= transaction.topics
+                    run.update(dict.fromkeys(step))
+                topics |= woken
+                steps = [[job] for topic in sorted(woken & self._parked.keys()) for job in self._waiting(topic)]
+            if events:
+                self._transaction(now_ms).insert("events", _EVENT, events)
+            self._connection.execute("COMMIT")
+        except BaseException:
+            # Nothing of it happened: who waits for a topic waits on.
+            for job in run:
+                job.result = _NOTHING
+            raise
+        return list(run), topics
+
+    def _waiting(self, topic: str) -> list[Job]:
+        return [job for job in self._parked[topic] if job.waits and job.task is not None]
+
+    def _run_step(self, step: list[Job], now_ms: int, apart: bool) -> Transaction:
+        """Run one function for its jobs; what it told is empty if it raised."""
+        execute = self._connection.execute
+        if apart:
+            execute("SAVEPOINT job")
+        transaction = self._transaction(now_ms)
+        try:
+            results = _call(step, transaction)
+        except Exception as exc:
+            if _of_the_disk(exc):
+                raise
+            if not apart:
+                execute("ROLLBACK")
+                raise _Raised from exc
+            execute("ROLLBACK TO job")
+            transaction = self._transaction(now_ms)
+            results = [outcome.Error(exc) for _ in step]
+        if apart:
+            execute("RELEASE job")
+        for job, result in zip(step, results, strict=True):
+            job.result = result
+        return transaction
+
+
+class Writes:
+    """The three ways to write, for whatever it is that takes jobs, commits them and hands the answers back."""
+
+    def __init__(self, batches: Batches, bus: Bus) -> None:
+        self._batches = batches
+        self._bus = bus
         self._finished = trio.Event()
-        self._failure: BaseException | None = None
         self._failed = trio.Event()
-        self._thread.start()
+
+    def _take(self, job: Job) -> None:
+        """Queue a job for the next batch. Its task sleeps until `_deliver`."""
+        raise NotImplementedError
 
     async def write(self, function: Callable[[Transaction], T]) -> T:
         """Run `function` on the writer's thread inside a transaction; return after its commit.
 
         What the function raises is raised here, and then nothing of it is stored. It may run twice (the first time
         is rolled back), so it must have no effect but on the database. When this call is cancelled the
-        function may or may not have been committed, whole. Raises StoreError once a commit has failed: after a
-        failed fsync nothing that the file says can be trusted until it is opened anew.
+        function may or may not have been committed, whole. Raises StoreBusy when the disk is full or lets nobody
+        write just now: nothing is stored, and a later write may succeed. Raises StoreError once a sync has failed:
+        after that nothing that the file says can be trusted until it is opened anew.
         """
+        result: T = await self._result_of(Job(function, trio.lowlevel.current_task()))
+        return result
+
+    async def write_together(
+        self, function: Callable[[Transaction, list[I]], Sequence[outcome.Outcome[T]]], item: I
+    ) -> T:
+        """As `write`, but `function` runs once for all the items of a batch and says what becomes of each."""
+        result: T = await self._result_of(Job(function, trio.lowlevel.current_task(), item))
+        return result
+
+    async def write_when(self, topic: str, function: Callable[[Transaction], T | None]) -> T:
+        """As `write`; while `function` returns None it runs again in each transaction that wakes `topic`.
+
+        It sees the rows of that transaction and is committed with it. A call that is cancelled runs no more.
+        """
+        result: T = await self._result_of(Job(function, trio.lowlevel.current_task(), topic=topic))
+        return result
+
+    async def _result_of(self, job: Job) -> Any:
         await trio.lowlevel.checkpoint_if_cancelled()
-        if self._failure is not None or self._finished.is_set():
-            raise StoreError("cannot write: the store is closed") from self._failure
-        job = _Job(function, trio.lowlevel.current_task())
-        self._queue.put(job)
+        if self._batches.failure is not None or self._finished.is_set():
+            raise StoreError("cannot write: the store is closed") from self._batches.failure
+        self._take(job)
 
         def abort(_: object) -> trio.lowlevel.Abort:
             job.task = None
             return trio.lowlevel.Abort.SUCCEEDED
 
-        result: T = await trio.lowlevel.wait_task_rescheduled(abort)
-        return result
+        return await trio.lowlevel.wait_task_rescheduled(abort)
 
     async def wait_failed(self) -> None:
         """Return never, or raise StoreError when the disk has refused a commit."""
         await self._failed.wait()
-        raise StoreError(f"cannot go on: the disk refused a commit ({self._failure})") from self._failure
+        raise StoreError(
+            f"cannot go on: the disk refused a commit ({self._batches.failure})"
+        ) from self._batches.failure
+
+    def _deliver(self, answered: list[Job], topics: set[str]) -> None:
+        if self._batches.failure is not None:
+            self._failed.set()
+        self._bus.publish(topics)
+        for job in answered:
+            if job.task is not None:
+                task, job.task = job.task, None
+                trio.lowlevel.reschedule(task, job.result)
+
+
+class Writer(Writes):
+    """The writer of the daemon: jobs go to a thread by a queue, and answers come back to trio."""
+
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        bus: Bus,
+        clock: Callable[[], float] = time.time,
+        ballast: Ballast | None = None,
+    ) -> None:
+        super().__init__(Batches(connection, clock, ballast), bus)
+        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._token = trio.lowlevel.current_trio_token()
+        self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
+        self._thread.start()
+
+    def _take(self, job: Job) -> None:
+        self._queue.put(job)
 
     async def aclose(self) -> None:
         """Commit what is queued and end the thread."""
@@ -112,7 +320,7 @@ class Writer:
     def _run(self) -> None:
         last = False
         while not last:
-            batch: list[_Job] = []
+            batch: list[Job] = []
             item = self._queue.get()
             while True:
                 if item is None:
@@ -126,69 +334,65 @@ class Writer:
                 except queue.Empty:
                     break
             if batch:
-                self._commit(batch)
-                self._token.run_sync_soon(self._deliver, batch)
+                answered, topics = self._batches.commit(batch)
+                self._token.run_sync_soon(self._deliver, answered, topics)
         self._token.run_sync_soon(self._finished.set)
 
-    def _commit(self, batch: list[_Job]) -> None:
-        try:
-            if self._failure is not None:
-                raise StoreError("cannot write: the store is closed") from self._failure
-            now_ms = int(self._clock() * 1000)
-            try:
-                self._run_together(batch, now_ms)
-            except _Raised:
-                self._run_apart(batch, now_ms)
-        except Exception as exc:
-            self._failure = self._failure or exc
-            for job in batch:
-                job.topics = set()
-                job.result = outcome.Error(exc if isinstance(exc, StoreError) else StoreError(f"cannot write: {exc}"))
 
-    def _run_together(self, batch: list[_Job], now_ms: int) -> None:
-        """The usual case: nobody raises, and savepoints would be a third of the statements."""
-        events: list[tuple[Any, ...]] = []
-        self._connection.execute("BEGIN IMMEDIATE")
-        for job in batch:
-            transaction = Transaction(self._connection, now_ms)
-            try:
-                job.result = outcome.Value(job.function(transaction))
-            except Exception as exc:
-                self._connection.execute("ROLLBACK")
-                raise _Raised from exc
-            job.topics = transaction.topics
-            events += transaction.events
-        self._commit_with(events)
+def _of_the_disk(exc: Exception) -> bool:
+    """Whether sqlite speaks of the file and not of the statement: then it is everybody's trouble."""
+    code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
+    return code in (
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_CANTOPEN,
+    )
 
-    def _run_apart(self, batch: list[_Job], now_ms: int) -> None:
-        """Once more, each behind a savepoint, so that the one that raises takes back its own rows alone."""
-        events: list[tuple[Any, ...]] = []
-        execute = self._connection.execute
-        execute("BEGIN IMMEDIATE")
-        for job in batch:
-            execute("SAVEPOINT job")
-            transaction = Transaction(self._connection, now_ms)
-            try:
-                job.result = outcome.Value(job.function(transaction))
-                job.topics = transaction.topics
-                events += transaction.events
-            except Exception as exc:
-                execute("ROLLBACK TO job")
-                job.result, job.topics = outcome.Error(exc), set()
-            execute("RELEASE job")
-        self._commit_with(events)
 
-    def _commit_with(self, events: list[tuple[Any, ...]]) -> None:
-        if events:
-            self._connection.executemany(
-                "INSERT INTO events (at_ms, kind, actor, agent, data) VALUES (?, ?, ?, ?, ?)", events
-            )
-        self._connection.execute("COMMIT")
+def _passes(exc: Exception) -> bool:
+    """Whether the next write may do better. Not after a failed sync: what the file holds then, nobody knows."""
+    code = getattr(exc, "sqlite_errorcode", 0)
+    return code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE) or code & 0xFF in (
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_BUSY,
+    )
 
-    def _deliver(self, batch: list[_Job]) -> None:
-        if self._failure is not None:
-            self._failed.set()
-        self._bus.publish(set().union(*(job.topics for job in batch)))
-        for job in batch:
-            if job.task is not None:
-                trio.lowlevel.reschedule(job.task, job.result)
+
+def _is_full(exc: sqlite3.Error) -> bool:
+    """The index of the log, which sqlite maps into memory, says by its own name that it cannot grow."""
+    return exc.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+
+
+def _why(exc: Exception) -> str:
+    """What the disk has against a write that may go through later, with the way out."""
+    code = getattr(exc, "sqlite_errorcode", 0)
+    if isinstance(exc, sqlite3.Error) and _is_full(exc):
+        return "no space is left on the disk of the hive's state_dir; make room there"
+    if code & 0xFF == sqlite3.SQLITE_BUSY:
+        return "another program has the hive's database locked; end that program"
+    return f"the disk of the hive's state_dir takes no writes ({exc}); see whether it is read-only"
+
+
+def _steps(batch: list[Job]) -> list[list[Job]]:
+    """The batch in its order, but the jobs of one function of many stand together."""
+    steps: list[list[Job]] = []
+    together: dict[Callable[..., Any], list[Job]] = {}
+    for job in batch:
+        if job.item is None:
+            steps.append([job])
+        elif job.function in together:
+            together[job.function].append(job)
+        else:
+            steps.append(together.setdefault(job.function, [job]))
+    return steps
+
+
+def _call(step: list[Job], transaction: Transaction) -> Sequence[outcome.Outcome[Any]]:
+    if step[0].item is None:
+        return [outcome.Value(step[0].function(transaction))]
+    return step[0].function(transaction, [job.item for job in step])  # type: ignore[no-any-return]

@@ -294,7 +294,7 @@ async def test_a_name_whose_first_try_failed_gets_what_the_second_card_showed(tm
         await approve(hive, 1)
         failed = await approve(hive, await ask_for_argus(hive, "You are harmless."))
         assert (failed.state, "ports" in (failed.note or "")) == ("failed", True)
-        assert "failed. The reason: cannot create argus" in (await mail_of(hive, "hm1nd"))[-1]
+        assert 'failed. The reason: "cannot create argus' in (await mail_of(hive, "hm1nd"))[-1]
     async with open_services(tmp_path) as hive, serving(hive):
         assert (await approve(hive, await ask_for_argus(hive, "You watch."))).state == "done"
         argus = await hive.agents.get("argus")
@@ -404,7 +404,7 @@ async def test_a_change_whose_base_has_moved_fails_with_the_reason(hive: Service
         failed = await approve(hive, other)
     assert failed.state == "failed"
     assert f"not {first[:12]}" in (failed.note or "")
-    assert "failed. The reason: cannot apply" in (await mail_of(hive, "hm1nd"))[-1]
+    assert 'failed. The reason: "cannot apply' in (await mail_of(hive, "hm1nd"))[-1]
     assert (await hive.agents.get("iris")).deployed_sha == (await hive.approvals.get(one)).payload["sha"]
     assert f"deployed/{other}" not in tags(hive)
 

@@ -12,6 +12,7 @@ import trio
 from hive_agent.link import EXIT_CONFLICT, EXIT_MISMATCH, HostLink, Unwelcome
 from hive_agent.serve import ship_lines
 from hive_agent.turn_lines import TurnLines
+from hive_core.protocol.harness import PROTOCOL_VERSION
 from hive_core.protocol.refusal import Refusal
 from tests.harness_host import open_host
 
@@ -33,11 +34,11 @@ async def run_to_its_end(link: HostLink) -> None:
         await link.run()
 
 
-async def test_hello_tells_version_instance_and_that_no_turn_runs(tmp_path: Path) -> None:
+async def test_hello_tells_version_instance_and_that_no_turn_is_held(tmp_path: Path) -> None:
     async with open_host(tmp_path) as host, running(link := a_link(tmp_path)):
         hello = await (await host.accept()).welcome("iris")
         await link.welcomed.wait()
-    assert (hello["version"], hello["turn"], hello["fence"]) == (1, None, None)
+    assert (hello["version"], hello["fences"]) == (PROTOCOL_VERSION, [])
     assert len(hello["instance"]) == 32
     assert (link.agent, link.role) == ("iris", "agent")
 
@@ -64,7 +65,7 @@ async def test_a_request_without_an_answer_is_asked_of_the_next_host(tmp_path: P
         async with open_host(tmp_path) as host:
             connection = await host.accept()
             first = await connection.welcome()
-            link.begin_turn(5, "fence")
+            link.hold("fence", "next")
 
             @nursery.start_soon
             async def ask() -> None:
@@ -74,7 +75,7 @@ async def test_a_request_without_an_answer_is_asked_of_the_next_host(tmp_path: P
         async with open_host(tmp_path) as host:
             connection = await host.accept()
             hello = await connection.welcome()
-            assert (hello["turn"], hello["fence"], hello["instance"]) == (5, "fence", first["instance"])
+            assert (hello["fences"], hello["instance"]) == (["fence", "next"], first["instance"])
             again = await connection.expect("ack")
             assert again == request
             await connection.answer(again, counted=True)
@@ -86,10 +87,10 @@ async def test_a_host_that_dies_in_a_quiet_turn_is_replaced_without_being_asked(
         async with open_host(tmp_path) as host:
             connection = await host.accept()
             await connection.welcome()
-            link.begin_turn(8, "fence")
+            link.hold("fence")
         async with open_host(tmp_path) as host:
             hello = await (await host.accept()).welcome()
-    assert hello["turn"] == 8
+    assert hello["fences"] == ["fence"]
 
 
 async def test_lines_that_were_not_kept_are_sent_again_with_their_numbers(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ async def test_lines_that_were_not_kept_are_sent_again_with_their_numbers(tmp_pa
         async with open_host(tmp_path) as host:
             connection = await host.accept()
             await connection.welcome()
-            nursery.start_soon(ship_lines, link, 3, lines)
+            nursery.start_soon(ship_lines, link, 3, lines, trio.CancelScope())
             lines.add("one")
             request = await connection.expect("lines")
             await connection.answer(request, kept=1)
@@ -115,6 +116,26 @@ async def test_lines_that_were_not_kept_are_sent_again_with_their_numbers(tmp_pa
             last = await connection.expect("lines")
             assert (last["first"], last["lines"]) == (2, ["three"])
             await connection.answer(last, kept=3)
+
+
+async def test_a_quiet_turn_says_that_it_lives_and_one_that_was_taken_away_ends_its_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hive_agent.serve.RENEW_EVERY_S", 0.01)
+    program = trio.CancelScope()
+    async with open_host(tmp_path) as host, running(link := a_link(tmp_path)), trio.open_nursery() as nursery:
+        lines = TurnLines()
+        connection = await host.accept()
+        await connection.welcome()
+        nursery.start_soon(ship_lines, link, 3, lines, program)
+        for alive in (True, True, False):
+            assert not program.cancel_called
+            renewal = await connection.expect("lines")
+            assert (renewal["turn"], renewal["lines"]) == (3, [])
+            await connection.answer(renewal, kept=0, running=alive)
+        await connection.answer(await connection.expect("lines"), kept=0, running=False)
+        assert program.cancel_called
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_refused_request_raises_what_the_host_said(tmp_path: Path) -> None:
@@ -160,8 +181,8 @@ async def test_a_second_harness_is_told_so_and_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("welcome", "said"),
     [
-        ({"version": 2, "agent": "iris", "role": "agent"}, "version 2"),
-        ({"version": 1, "agent": "iris", "role": "agent"}, "as manager"),
+        ({"version": PROTOCOL_VERSION + 1, "agent": "iris", "role": "agent"}, f"version {PROTOCOL_VERSION + 1}"),
+        ({"version": PROTOCOL_VERSION, "agent": "iris", "role": "agent"}, "as manager"),
     ],
 )
 async def test_a_host_that_does_not_fit_ends_the_harness(tmp_path: Path, welcome: dict[str, object], said: str) -> None:
@@ -192,7 +213,7 @@ async def test_without_a_host_the_link_gives_up_after_the_grace(tmp_path: Path) 
 
 async def test_a_program_that_runs_keeps_the_link_past_the_grace(tmp_path: Path) -> None:
     link = a_link(tmp_path, orphan_grace_s=0.01)
-    link.begin_turn(1, "fence")
+    link.begin_turn()
     with trio.move_on_after(0.5) as limit:
         await link.run()
     assert limit.cancelled_caught

@@ -113,9 +113,10 @@ async def test_a_turn_is_run_streamed_and_acked_and_the_next_goes_on_in_its_sess
     async with open_host(tmp_path) as host:
         harness = start()
         connection = await welcomed(host)
-        lines, ack = await connection.take_turn(a_lease(1, prompt=follow({"say": "first"})))
+        fence = await connection.give(a_lease(1, prompt=follow({"say": "first"})))
+        lines, ack = await connection.rest_of_turn()
         assert [json.loads(line)["type"] for line in lines] == ["system", "assistant", "result"]
-        assert (ack["turn"], ack["fence"], ack["outcome"], ack["error"]) == (1, "fence-1", "done", None)
+        assert (ack["turn"], ack["fence"], ack["outcome"], ack["error"]) == (1, fence, "done", None)
         assert ack["usage"]["num_turns"] == 1
         lines, again = await connection.take_turn(a_lease(2, session=ack["session"], prompt=follow({"say": "second"})))
         assert again["session"] == ack["session"]
@@ -228,17 +229,17 @@ async def test_a_host_killed_in_a_turn_is_succeeded_by_one_that_gets_all_of_it(
     start()
     async with open_host(tmp_path) as host:
         connection = await welcomed(host)
-        await connection.give(a_lease(7, prompt=follow({"say": "one"}, gate.step, {"say": "two"})))
+        fence = await connection.give(a_lease(7, prompt=follow({"say": "one"}, gate.step, {"say": "two"})))
         await gate.reached()
     await gate.open()
     async with open_host(tmp_path) as host:
         connection = await host.accept()
         hello = await connection.welcome()
-        assert (hello["turn"], hello["fence"]) == (7, "fence-7")
+        assert hello["fences"] == [fence]
         lines, ack = await connection.rest_of_turn()
     said = [json.loads(line) for line in lines]
     assert [event["type"] for event in said] == ["system", "assistant", "assistant", "user", "assistant", "result"]
-    assert (ack["turn"], ack["fence"], ack["outcome"]) == (7, "fence-7", "done")
+    assert (ack["turn"], ack["fence"], ack["outcome"]) == (7, fence, "done")
 
 
 async def test_an_orphan_finishes_its_turn_and_ends(start: Harnesses, tmp_path: Path, gate: Gate) -> None:
@@ -291,6 +292,80 @@ async def test_the_managers_harness_serves_the_manager(start: Harnesses, tmp_pat
         await connection.welcome("hm1nd", "manager")
         await connection.give({"stop": True})
         assert await harness.ended() == (0, "")
+
+
+async def test_an_ack_that_brings_the_next_lease_saves_asking_for_it(start: Harnesses, tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host:
+        harness = start()
+        connection = await welcomed(host)
+        fence = await connection.give(a_lease(1, prompt=follow({"say": "first"})))
+        lines, ack = await connection.lines_and_ack()
+        assert (json.loads(lines[-1])["result"], ack["fence"]) == ("first", fence)
+        assert ack["next"] not in (None, ack["fence"])
+        second = {**a_lease(2, prompt=follow({"say": "second"})), "fence": ack["next"]}
+        await connection.answer(ack, counted=True, stop=False, lease=second)
+        lines, last = await connection.lines_and_ack()
+        assert (json.loads(lines[-1])["result"], last["fence"]) == ("second", ack["next"])
+        await connection.answer(last, counted=True, stop=True)
+        assert await harness.ended() == (0, "")
+
+
+async def test_an_ack_that_the_host_cannot_write_down_is_sent_again_until_it_can(
+    start: Harnesses, tmp_path: Path
+) -> None:
+    """Were it given up, the turn would be done twice."""
+    async with open_host(tmp_path) as host:
+        harness = start()
+        connection = await welcomed(host)
+        await connection.give(a_lease(prompt=follow({"say": "done once"})))
+        _, first = await connection.lines_and_ack()
+        await connection.refuse(first, "unavailable", "no space is left")
+        again = await connection.expect("ack")
+        assert {**again, "id": first["id"]} == first
+        await connection.answer(again, counted=True, stop=True)
+        code, said = await harness.ended()
+    assert code == 0
+    assert "cannot end turn 1: no space is left" in said
+
+
+async def test_an_ack_that_is_refused_for_good_is_not_sent_again(start: Harnesses, tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host:
+        harness = start()
+        connection = await welcomed(host)
+        await connection.give(a_lease(prompt=follow({"say": "whatever"})))
+        _, ack = await connection.lines_and_ack()
+        await connection.refuse(ack, "usage", "there is no such turn")
+        await connection.give({"stop": True})
+        code, said = await harness.ended()
+    assert code == 0
+    assert "cannot end turn 1: there is no such turn" in said
+
+
+async def test_a_harness_that_waits_for_the_answer_of_its_ack_holds_both_fences(
+    start: Harnesses, tmp_path: Path
+) -> None:
+    start()
+    async with open_host(tmp_path) as host:
+        connection = await welcomed(host)
+        fence = await connection.give(a_lease(7, prompt=follow({"say": "one"})))
+        _, ack = await connection.lines_and_ack()
+    async with open_host(tmp_path) as host:
+        connection = await host.accept()
+        assert (await connection.welcome())["fences"] == [fence, ack["next"]]
+        assert await connection.expect("ack") == ack
+
+
+async def test_a_turn_that_was_taken_away_ends_its_program_and_is_acked_as_cancelled(
+    start: Harnesses, tmp_path: Path, gate: Gate
+) -> None:
+    async with open_host(tmp_path) as host:
+        start()
+        connection = await welcomed(host)
+        await connection.give(a_lease(prompt=follow({"say": "one"}, gate.step)))
+        program = await gate.reached()
+        _, ack = await connection.lines_and_ack(running=False)
+        assert (ack["outcome"], ack["error"]) == ("cancelled", "the host has taken this turn away")
+        await wait_end(program)
 
 
 async def test_a_refused_lease_is_asked_again(start: Harnesses, tmp_path: Path) -> None:

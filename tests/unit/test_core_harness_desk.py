@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hive_core.protocol.harness import (
+    FENCE_LIMIT,
     LINES_PER_REQUEST,
     PROTOCOL_VERSION,
     REQUEST_LIMIT_BYTES,
@@ -23,8 +25,8 @@ from hive_core.protocol.words import AgentName
 from hive_core.sockets.harness import HarnessDesk, activity
 from tests.hives import PATIENCE_S, SETTINGS, Peer, Services, connect, run_in_hive, serve
 
-HELLO = {"id": 1, "op": "hello", "version": PROTOCOL_VERSION, "instance": "one"}
-LEASE = {"id": 2, "op": "lease"}
+HELLO = {"id": 1, "op": "hello", "version": PROTOCOL_VERSION, "instance": "one", "fences": []}
+LEASE = {"id": 2, "op": "lease", "fence": "f-1"}
 
 
 def desk_for(hive: Services, name: str = "iris") -> HarnessDesk:
@@ -149,7 +151,7 @@ async def test_a_turn_walks_from_lease_over_lines_to_ack(hive: Services, door: P
         assert hive.agents.live("iris").state == "thinking"
         tool = {"type": "assistant", "message": {"content": [{"type": "tool_use", "name": "Bash"}]}}
         lines = {"id": 3, "op": "lines", "turn": lease["turn"], "first": 0, "lines": [json.dumps(tool), "not json"]}
-        assert await peer.ask(lines) == {"id": 3, "ok": True, "kept": 2}
+        assert await peer.ask(lines) == {"id": 3, "ok": True, "kept": 2, "running": True}
         live = hive.agents.live("iris")
         assert (live.state, live.detail) == ("tool", "Bash")
         ack = {"id": 4, "op": "ack", "turn": lease["turn"], "fence": lease["fence"], "outcome": "done"}
@@ -160,7 +162,10 @@ async def test_a_turn_walks_from_lease_over_lines_to_ack(hive: Services, door: P
             "stop": False,
         }
         assert hive.agents.live("iris").state == "idle"
-        assert await peer.ask({**ack, "id": 5}) == {"id": 5, "ok": True, "counted": False, "stop": False}
+        assert await peer.ask({**ack, "id": 5}) == {"id": 5, "ok": True, "counted": True, "stop": False}
+        other = {**ack, "id": 6, "outcome": "failed"}
+        assert await peer.ask(other) == {"id": 6, "ok": True, "counted": False, "stop": False}
+        assert await peer.ask(lines) == {"id": 3, "ok": True, "kept": 0, "running": False}
         await hive.say("hm1nd", "iris", "again")
         assert (await peer.ask(LEASE))["session"] == "s-1"
     assert [turn["usage"] for turn in await hive.turns.recent("iris")] == [None, {"output_tokens": 3}]
@@ -198,8 +203,9 @@ async def test_a_hang_up_while_a_lease_waits_frees_the_agent_for_the_next_hello(
 
 async def test_a_hang_up_behind_many_requests_frees_the_agent_too(desk: HarnessDesk, door: Path) -> None:
     async with greeted(door) as peer:
-        for number in range(100):
-            await peer.send({"id": number, "op": "lease"})
+        with contextlib.suppress(trio.BrokenResourceError):  # the host hangs up first when it has seen enough
+            for number in range(100):
+                await peer.send({**LEASE, "id": number})
         await wait_free(desk)
 
 
@@ -224,7 +230,7 @@ async def test_a_harness_that_comes_back_with_its_turn_goes_on_with_it(
     async with greeted(door) as peer:
         lease = await peer.ask(LEASE)
     await wait_free(desk)
-    async with greeted(door, turn=lease["turn"], fence=lease["fence"]) as peer:
+    async with greeted(door, fences=["another", lease["fence"]]) as peer:
         assert hive.agents.live("iris").state == "thinking"
         ack = {"id": 3, "op": "ack", "turn": lease["turn"], "fence": lease["fence"], "outcome": "done"}
         assert (await peer.ask(ack))["counted"] is True
@@ -236,7 +242,7 @@ async def test_a_stop_ends_a_lease_that_waits_and_is_told_with_the_ack(
     async with greeted(door) as peer:
         await peer.send(LEASE)
         await trio.testing.wait_all_tasks_blocked()
-        desk.stop.set()
+        desk.ask_to_stop()
         assert await peer.read() == {"id": 2, "ok": True, "stop": True}
         await hive.say("hm1nd", "iris", "too late")
         assert await peer.ask(LEASE) == {"id": 2, "ok": True, "stop": True}
@@ -247,11 +253,70 @@ async def test_a_stop_in_the_middle_of_a_turn_lets_the_turn_end(hive: Services, 
     await hive.say("hm1nd", "iris", "hello")
     async with greeted(door) as peer:
         lease = await peer.ask(LEASE)
-        desk.stop.set()
+        desk.ask_to_stop()
         lines = {"id": 3, "op": "lines", "turn": lease["turn"], "first": 0, "lines": ["a"]}
         assert (await peer.ask(lines))["kept"] == 1
         ack = {"id": 4, "op": "ack", "turn": lease["turn"], "fence": lease["fence"], "outcome": "done"}
         assert await peer.ask(ack) == {"id": 4, "ok": True, "counted": True, "stop": True}
+
+
+async def test_a_lease_asked_again_after_a_lost_connection_is_the_same_turn(
+    hive: Services, desk: HarnessDesk, door: Path
+) -> None:
+    await hive.say("hm1nd", "iris", "hello")
+    async with greeted(door) as peer:
+        first = await peer.ask(LEASE)
+    await wait_free(desk)
+    async with greeted(door, fences=[LEASE["fence"]]) as peer:
+        assert await peer.ask(LEASE) == first
+        assert (await peer.ask({**LEASE, "fence": "f-2"}))["error"]["code"] == "conflict"
+
+
+async def test_an_ack_that_names_a_fence_brings_the_next_lease(hive: Services, door: Path) -> None:
+    for n in range(2):
+        await hive.say("hm1nd", "iris", str(n))
+    async with greeted(door) as peer:
+        lease = await peer.ask(LEASE)
+        ack = {"id": 4, "op": "ack", "turn": lease["turn"], "fence": "f-1", "outcome": "done", "next": "f-2"}
+        answer = await peer.ask(ack)
+        assert (answer["counted"], answer["stop"]) == (True, False)
+        assert (answer["lease"]["fence"], answer["lease"]["message"]["body"]) == ("f-2", "1")
+        assert (answer["lease"]["settings"], answer["lease"]["credential"]) == (SETTINGS, "api_key")
+        assert await peer.ask(ack) == answer
+        assert hive.agents.live("iris").state == "thinking"
+        last = {**ack, "turn": answer["lease"]["turn"], "fence": "f-2", "next": "f-3"}
+        assert await peer.ask(last) == {"id": 4, "ok": True, "counted": True, "stop": False}
+        assert hive.agents.live("iris").state == "idle"
+
+
+async def test_an_ack_brings_no_lease_to_a_harness_that_shall_stop(
+    hive: Services, desk: HarnessDesk, door: Path
+) -> None:
+    for n in range(2):
+        await hive.say("hm1nd", "iris", str(n))
+    async with greeted(door) as peer:
+        lease = await peer.ask(LEASE)
+        desk.ask_to_stop()
+        ack = {"id": 4, "op": "ack", "turn": lease["turn"], "fence": "f-1", "outcome": "done", "next": "f-2"}
+        assert await peer.ask(ack) == {"id": 4, "ok": True, "counted": True, "stop": True}
+    assert await hive.states() == {1: "acked", 2: "queued"}
+
+
+async def test_a_harness_hears_that_its_turn_was_cancelled_and_renews_no_other_agents(
+    hive: Services, door: Path
+) -> None:
+    await hive.say("hm1nd", "iris", "hello")
+    await hive.say("hm1nd", "damocles", "hello")
+    other = (await hive.broker.lease(AgentName("damocles"))).turn
+    async with greeted(door) as peer:
+        lease = await peer.ask(LEASE)
+        quiet = {"id": 3, "op": "lines", "turn": lease["turn"], "first": 0, "lines": []}
+        assert (await peer.ask(quiet))["running"] is True
+        assert (await peer.ask({**quiet, "turn": other.id}))["running"] is False
+        await hive.broker.cancel_turn(AgentName("iris"), AgentName("operator"))
+        assert (await peer.ask(quiet))["running"] is False
+        ack = {"id": 4, "op": "ack", "turn": lease["turn"], "fence": "f-1", "outcome": "done"}
+        assert (await peer.ask(ack))["counted"] is False
 
 
 # -- claims that are refused ------------------------------------------------------------------------------------------
@@ -285,7 +350,7 @@ async def test_lines_that_pass_a_limit_are_refused_with_it_and_the_connection_li
         error = (await peer.ask({**GOOD_LINES, **change}))["error"]
         assert error["code"] == "usage"
         assert cause in error["message"]
-        assert (await peer.ask(GOOD_LINES)) == {"id": 3, "ok": True, "kept": 0}
+        assert (await peer.ask(GOOD_LINES)) == {"id": 3, "ok": True, "kept": 0, "running": False}
 
 
 async def test_as_many_and_as_long_lines_as_allowed_are_kept(hive: Services, door: Path) -> None:
@@ -350,10 +415,26 @@ async def test_whatever_an_ack_claims_it_counts_and_little_of_it_is_kept(
     assert len((await hive.agents.get("iris")).session or "") <= 64
 
 
-@pytest.mark.parametrize("fence", ["\ud800", "\0", "é", "x" * 100_000])
-async def test_a_fence_of_any_characters_is_just_a_wrong_one(hive: Services, door: Path, fence: str) -> None:
+@pytest.mark.parametrize("fence", ["\ud800", "\0", "é", "", "x" * (FENCE_LIMIT + 1), "x" * 100_000, 7, ["f"]])
+async def test_a_fence_is_a_short_word_of_visible_characters(hive: Services, door: Path, fence: object) -> None:
+    await hive.say("hm1nd", "iris", "hello")
     async with greeted(door) as peer:
-        assert (await peer.ask({**GOOD_ACK, "fence": fence}))["counted"] is False
+        for request in (
+            {**HELLO, "fences": [fence]},
+            {**LEASE, "fence": fence},
+            {**GOOD_ACK, "fence": fence},
+            {**GOOD_ACK, "next": fence},
+        ):
+            error = (await peer.ask(request))["error"]
+            assert (error["code"], "cannot use the fence" in error["message"]) == ("usage", True)
+    assert await hive.value("SELECT count(*) FROM turns") == 0
+
+
+@pytest.mark.parametrize("fences", [None, "f-1", {"f-1": 1}, ["a", "b", "c"]])
+async def test_a_hello_names_at_most_two_fences_in_a_list(door: Path, fences: object) -> None:
+    async with connect(door) as peer:
+        assert "a list of at most 2" in (await peer.ask({**HELLO, "fences": fences}))["error"]["message"]
+        assert (await peer.ask(HELLO))["ok"]
 
 
 @pytest.mark.parametrize(
@@ -395,7 +476,9 @@ JUNK = st.one_of(
     st.binary(max_size=60),
     st.sampled_from(["hello", "lease", "lines", "ack", "fly"]).map(lambda op: json.dumps({"op": op, "id": 1}).encode()),
     st.dictionaries(
-        st.sampled_from(["id", "op", "turn", "fence", "first", "lines", "outcome", "version", "instance", "usage"]),
+        st.sampled_from(
+            ["id", "op", "turn", "fence", "fences", "next", "first", "lines", "outcome", "version", "instance", "usage"]
+        ),
         st.sampled_from(["hello", "lines", "ack", "lease"]) | st.none() | st.integers() | st.text() | st.just([[]]),
         max_size=6,
     ).map(lambda obj: json.dumps(obj).encode()),
@@ -419,6 +502,32 @@ def test_no_junk_keeps_the_next_harness_from_its_turn(junk: list[bytes]) -> None
                     assert (await peer.ask(LEASE))["message"]["body"] == "hello"
 
     run_in_hive(check, "iris")
+
+
+async def test_half_a_line_of_a_harness_that_still_reads_is_answered_with_its_cause_then_the_end(
+    desk: HarnessDesk, door: Path
+) -> None:
+    async with greeted(door) as peer:
+        await peer.send_bytes(b'{"id": 2, "op"')
+        await peer.stream.send_eof()
+        answer = await peer.read()
+        assert (answer["id"], answer["ok"], answer["error"]["code"]) == (None, False, "usage")
+        assert "its newline is missing after 14 bytes" in answer["error"]["message"]
+        with pytest.raises(trio.EndOfChannel):
+            await peer.read()
+    await wait_free(desk)
+
+
+async def test_half_a_line_of_a_harness_that_is_gone_frees_the_agent_and_logs_nothing(
+    desk: HarnessDesk, door: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for lingers in (True, False):
+        async with greeted(door) as peer:
+            if not lingers:  # a reset instead of an end
+                await peer.send(LEASE)
+            await peer.send_bytes(b'{"id": 2, "op"')
+        await wait_free(desk)
+    assert caplog.messages == []
 
 
 # -- what a line says -------------------------------------------------------------------------------------------------

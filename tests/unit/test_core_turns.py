@@ -57,7 +57,7 @@ async def test_a_turn_that_is_anothers_or_has_ended_or_never_was_takes_no_line(h
     turn, other = await begin(hive), await begin(hive, "damocles")
     assert await hive.turns.add_lines(IRIS, other, 0, ["forged"]) == 0
     assert await hive.turns.add_lines(IRIS, 99, 0, ["forged"]) == 0
-    await hive.broker.close_lost_turns(IRIS, None)
+    await hive.broker.close_lost_turns(IRIS)
     assert await hive.turns.add_lines(IRIS, turn, 0, ["late"]) == 0
     assert await kept(hive) == []
     assert await kept(hive, "damocles") == []
@@ -75,12 +75,20 @@ async def test_of_an_agent_the_newest_lines_are_kept_and_another_agents_are_left
     for number in range(3):
         turn = await begin(hive)
         await hive.turns.add_lines(IRIS, turn, 0, [f"{number}.{n}" for n in range(PER_TURN)])
-        await hive.broker.close_lost_turns(IRIS, None)
+        await hive.broker.close_lost_turns(IRIS)
     other = await begin(hive, "damocles")
     await hive.turns.add_lines(AgentName("damocles"), other, 0, ["mine"])
     await hive.turns.prune()
     assert await kept(hive) == [f"1.{n}" for n in range(5, 10)] + [f"2.{n}" for n in range(10)]
     assert await kept(hive, "damocles") == ["mine"]
+
+
+async def test_an_agent_that_prints_on_keeps_its_bound_without_any_pruning(hive: Services) -> None:
+    for number in range(4):
+        turn = await begin(hive)
+        await hive.turns.add_lines(IRIS, turn, 0, [f"{number}.{n}" for n in range(PER_TURN)])
+        await hive.broker.close_lost_turns(IRIS)
+    assert await kept(hive) == [f"2.{n}" for n in range(5, 10)] + [f"3.{n}" for n in range(10)]
 
 
 async def test_old_lines_are_dropped_whoever_printed_them(hive: Services) -> None:
@@ -93,7 +101,7 @@ async def test_old_lines_are_dropped_whoever_printed_them(hive: Services) -> Non
 
 async def test_recent_turns_tell_how_they_ended(hive: Services) -> None:
     await begin(hive)
-    await hive.broker.close_lost_turns(IRIS, None)
+    await hive.broker.close_lost_turns(IRIS)
     await begin(hive)
     newest, before = await hive.turns.recent("iris")
     assert (newest["state"], newest["ended_at_ms"]) == ("running", None)

@@ -1,0 +1,44 @@
+"""The defaults that keep a swarm quiet at night and stop a runaway one. Each is a key of the configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Seconds = Annotated[float, Field(gt=0, lt=2**31, allow_inf_nan=False)]
+# What is due later than any rest can be was put back before the clock was set back; so a rest has to have an end.
+REST_LIMIT_S = 4 * 3600
+Rest = Annotated[float, Field(gt=0, le=REST_LIMIT_S, allow_inf_nan=False)]
+
+
+class Limits(BaseModel):
+    """docs/defaults.md is made from this table; a test holds the two equal."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tries: Annotated[Count, Field(description="failed turns before a message is dead")] = 5
+    backoff_s: Annotated[
+        Rest, Field(description="rest after the first failed turn, doubled with each, ± half by chance")
+    ] = 2.0
+    provider_rest_s: Annotated[Rest, Field(description="rest of a message when the provider or the login was away")] = (
+        30.0
+    )
+    lease_silence_s: Annotated[
+        Seconds, Field(description="how long a harness may be silent before its turn is lost")
+    ] = 60.0
+    hops: Annotated[
+        Count, Field(description="turns that one cause may set off in a chain before the next message is held")
+    ] = 24
+    pair_rate_per_hour: Annotated[
+        Count, Field(description="messages of one agent to one recipient before they are held")
+    ] = 60
+    inbox_depth: Annotated[Count, Field(description="messages that wait for one agent before more are refused")] = 1_000
+    held_depth: Annotated[Count, Field(description="held messages of one agent before more are refused")] = 100
+    fan_out: Annotated[Count, Field(description="recipients of one message")] = 200
+    body_quota_bytes: Annotated[Count, Field(description="kept files of large bodies, for each sender")] = (
+        256 * 1024 * 1024
+    )
+    question_ttl_s: Annotated[Seconds, Field(description="how long a question waits for its answer")] = 6 * 3600.0
+    kept_s: Annotated[Seconds, Field(description="how long an acked message is kept")] = 30 * 24 * 3600.0

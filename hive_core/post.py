@@ -1,0 +1,322 @@
+"""How a message is taken in: who may write to whom, how often, how much, and what it was caused by.
+
+One statement asks for each kind of fact, one inserts each kind of row, however many letters a commit holds. Between
+the two `_judge` decides from plain values. Sender, cause and time are the host's word, never the letter's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from outcome import Error, Outcome, Value
+
+from hive_core.limits import Limits
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import EVERYONE, OPERATOR, SYSTEM, AgentName, MessageBody
+from hive_core.store.bus import mail
+from hive_core.store.writer import Transaction
+
+HOUR_MS = 3_600_000
+AT_ONCE = 0  # a message that need not rest is due by any clock, also one that was set back since
+# fmt: off
+_MESSAGE = ("id", "sender", "body", "body_bytes", "body_sha256", "in_reply_to", "thread_id",
+            "cause", "cause_id", "chain_id", "hops", "client_id", "sent_at_ms")
+_DELIVERY = ("message_id", "recipient", "sender", "state", "held", "sent_at_ms", "available_at_ms")
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """What set a message off. chain_id None: this message begins the chain."""
+
+    kind: str  # operator, turn, reminder, schedule or system
+    id: int | None = None
+    chain_id: int | None = None
+    hops: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A message that wants to be sent."""
+
+    sender: AgentName
+    recipients: tuple[AgentName, ...]  # (EVERYONE,): every agent the sender may write to, but itself
+    body: MessageBody  # whole, or the beginning of what `file` keeps
+    in_reply_to: int | None = None
+    client_id: str | None = None  # the same again is the same message
+    cause: Cause | None = None  # None: the operator, the hive, or the sender's turn
+    file: tuple[str, int] | None = None  # (sha256, bytes) of a body that is too large to stand inline
+
+
+@dataclass(slots=True)
+class _Agent:
+    allowed: frozenset[str] | None  # None: everybody
+    rate: int
+    waiting: int
+    held: int
+    refused: int
+    kept_bytes: int
+    turn: Cause
+
+
+@dataclass(slots=True)
+class _Facts:
+    agents: dict[str, _Agent] = field(default_factory=dict)
+    sent: Counter[tuple[str, str]] = field(default_factory=Counter)  # messages of a pair within the last hour
+    replied: dict[int, tuple[int, set[str]]] = field(default_factory=dict)  # id → its thread, who sent or got it
+    answers: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # by sender and client id
+
+
+def post(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> list[Outcome[dict[str, Any]]]:
+    """Store what may be sent. For each letter `{"message": id}`, with `"held": {recipient: why}`, or its Refusal.
+
+    A refused letter leaves nothing but a count with each recipient whose inbox was full.
+    """
+    facts = _look_up(tx, letters, limits)
+    (next_id,) = tx.execute("SELECT coalesce(max(seq), 0) + 1 FROM sqlite_sequence WHERE name = 'messages'").fetchone()
+    messages: list[tuple[Any, ...]] = []
+    deliveries: list[tuple[Any, ...]] = []
+    results: list[Outcome[dict[str, Any]]] = []
+    for letter in letters:
+        key = (letter.sender, letter.client_id or "")
+        if letter.client_id is not None and key in facts.answers:
+            results.append(Value(dict(facts.answers[key])))
+            continue
+        try:
+            if tx.short and letter.sender != SYSTEM:
+                raise no_room()
+            recipients, cause = _judge(letter, facts, limits)
+            held = _held(letter, recipients, cause, facts, limits)
+        except Refusal as refusal:
+            if isinstance(refusal, InboxFull):
+                _count_refused(tx, letter.sender, refusal.full, facts)
+            results.append(Error(refusal))
+            continue
+        number, next_id = next_id, next_id + 1
+        body_sha256, body_bytes = letter.file or (None, len(letter.body.encode()))
+        thread_id = None if letter.in_reply_to is None else facts.replied[letter.in_reply_to][0]
+        body = (letter.body, body_bytes, body_sha256)
+        caused = (cause.kind, cause.id, cause.chain_id or number, cause.hops)
+        messages.append(
+            (number, letter.sender, *body, letter.in_reply_to, thread_id, *caused, letter.client_id, tx.now_ms)
+        )
+        for name in recipients:
+            state = "held" if name in held else "queued"
+            deliveries.append((number, name, letter.sender, state, held.get(name), tx.now_ms, AT_ONCE))
+            if name not in held:
+                tx.wake(mail(name))
+            _note_sent(letter, name, name in held, facts)
+        answer: dict[str, Any] = {"message": number, **({"held": held} if held else {})}
+        tx.emit("message_sent", letter.sender, recipients[0] if len(recipients) == 1 else None, **answer)
+        facts.replied[number] = (thread_id or number, {letter.sender, *recipients})
+        if letter.client_id is not None:
+            facts.answers[key] = answer
+        if letter.file is not None and letter.sender in facts.agents:
+            facts.agents[letter.sender].kept_bytes += body_bytes
+        results.append(Value(answer))
+    tx.insert("messages", _MESSAGE, messages)
+    tx.insert("deliveries", _DELIVERY, deliveries)
+    return results
+
+
+def no_room(deed: str = "send") -> Refusal:
+    """For what would only fill a disk further on which a transaction is `short`."""
+    return Refusal(
+        "unavailable",
+        f"cannot {deed}: no space is left on the disk of the hive's state_dir; make room there, and it goes on by itself. "
+        "What was sent before can still be read, acked and dropped",
+    )
+
+
+class InboxFull(Refusal):
+    def __init__(self, full: Sequence[str], depth: int) -> None:
+        super().__init__(
+            "refused",
+            f"cannot send to {', '.join(full)}: {depth:,} messages wait there already, which is the limit "
+            "(inbox_depth); send again when some are read",
+        )
+        self.full = full
+
+
+def _judge(letter: Letter, facts: _Facts, limits: Limits) -> tuple[tuple[AgentName, ...], Cause]:
+    """To whom a letter goes, and its cause. Raises Refusal, which names all the recipients that stand in the way."""
+    sender, replied = facts.agents.get(letter.sender), facts.replied.get(letter.in_reply_to or 0)
+    free = letter.sender in (OPERATOR, SYSTEM)
+    if letter.in_reply_to is not None and (replied is None or not (free or letter.sender in replied[1])):
+        raise Refusal("not_found", f"cannot reply to message {letter.in_reply_to}: you neither sent nor received it")
+    allowed = None if sender is None else sender.allowed
+    recipients = tuple(dict.fromkeys(letter.recipients))
+    if recipients == (EVERYONE,):
+        every = (AgentName(name) for name in facts.agents if name != letter.sender)
+        recipients = tuple(name for name in every if allowed is None or name in allowed)
+        if not recipients:
+            raise Refusal("not_found", "cannot send to everyone: there is nobody else you may write to")
+    if len(recipients) > limits.fan_out:
+        raise Refusal(
+            "usage", f"cannot send to {len(recipients)} recipients at once: the limit is {limits.fan_out} (fan_out)"
+        )
+    if unknown := [name for name in recipients if name not in facts.agents and name != OPERATOR]:
+        raise Refusal(
+            "not_found", f"cannot send to {', '.join(unknown)}: no agent has that name; `hive list` shows them"
+        )
+    if barred := [name for name in recipients if allowed is not None and name not in allowed]:
+        raise Refusal(
+            "refused",
+            f"cannot send to {', '.join(barred)}: the settings of {letter.sender} allow only "
+            f"{', '.join(sorted(allowed or ())) or 'nobody'} (recipients in agent.toml); ask hm1nd for a change",
+        )
+    if letter.sender != SYSTEM:
+        full = [n for n in recipients if n in facts.agents and facts.agents[n].waiting >= limits.inbox_depth]
+        if full:
+            raise InboxFull(full, limits.inbox_depth)
+    if letter.file is not None and sender is not None and sender.kept_bytes + letter.file[1] > limits.body_quota_bytes:
+        raise Refusal(
+            "refused",
+            f"cannot send {letter.file[1]:,} bytes: large messages of {letter.sender} take {sender.kept_bytes:,} bytes "
+            f"already and the limit is {limits.body_quota_bytes:,} (body_quota_bytes); send less, or wait until old "
+            "messages are gone",
+        )
+    return recipients, letter.cause or _cause_of(letter.sender, sender)
+
+
+def _cause_of(name: AgentName, sender: _Agent | None) -> Cause:
+    """An agent's cause is its turn, or its last one: what runs on behind a turn belongs to the same chain."""
+    if sender is None:
+        return Cause("operator" if name == OPERATOR else "system")
+    return sender.turn
+
+
+def _held(letter: Letter, recipients: Iterable[str], cause: Cause, facts: _Facts, limits: Limits) -> dict[str, str]:
+    """For whom the operator has to release it, and why. Raises Refusal when too much of the sender is held already."""
+    sender = facts.agents.get(letter.sender)
+    if cause.hops > limits.hops:
+        held = dict.fromkeys(recipients, "hops")
+    elif sender is not None:
+        held = {name: "rate" for name in recipients if facts.sent[letter.sender, name] >= sender.rate}
+    else:
+        held = {}
+    if held and sender is not None and sender.held + len(held) > limits.held_depth:
+        raise Refusal(
+            "refused",
+            f"cannot send to {', '.join(held)}: {sender.held} messages of {letter.sender} are held for the operator "
+            f"already and the limit is {limits.held_depth} (held_depth); wait until some are released or dropped",
+        )
+    return held
+
+
+def _note_sent(letter: Letter, recipient: str, held: bool, facts: _Facts) -> None:
+    """What the next letter of the same commit has to know."""
+    if held and letter.sender in facts.agents:
+        facts.agents[letter.sender].held += 1
+    if not held and recipient in facts.agents:
+        facts.agents[recipient].waiting += 1
+    facts.sent[letter.sender, recipient] += 1
+
+
+def _count_refused(tx: Transaction, sender: str, full: Iterable[str], facts: _Facts) -> None:
+    """Each counts, but a flood leaves few events: with the first, the tenth, the hundredth …"""
+    for name in full:
+        facts.agents[name].refused += 1
+        refused = facts.agents[name].refused
+        tx.execute("UPDATE agents SET refused = ? WHERE name = ?", (refused, name))
+        if str(refused).strip("0") == "1":
+            tx.emit("inbox_full", sender, name, refused=refused)
+
+
+def _look_up(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> _Facts:
+    facts = _Facts()
+    names = {letter.sender for letter in letters} | {name for letter in letters for name in letter.recipients}
+    if EVERYONE in names:
+        found = tx.execute(_AGENTS)
+    else:
+        found = tx.execute(f"{_AGENTS} WHERE name IN (SELECT value FROM json_each(?))", (json.dumps(sorted(names)),))
+    for row in found.fetchall():
+        policy = json.loads(row["policy"])
+        hops = row["hops"] + 1 if row["turn_id"] else 0
+        facts.agents[row["name"]] = _Agent(
+            allowed=frozenset(policy["recipients"]) if policy.get("recipients") is not None else None,
+            rate=policy.get("pair_rate_per_hour") or limits.pair_rate_per_hour,
+            waiting=row["waiting"],
+            held=row["held"],
+            refused=row["refused"],
+            kept_bytes=0,
+            turn=Cause("turn", row["turn_id"], row["chain_id"], hops),
+        )
+    _look_up_pairs(tx, letters, facts)
+    if replies := {letter.in_reply_to for letter in letters if letter.in_reply_to is not None}:
+        for row in tx.execute(_REPLIED, (json.dumps(sorted(replies)),)).fetchall():
+            people = {row["sender"], *json.loads(row["recipients"])}
+            facts.replied[row["id"]] = (row["thread_id"] or row["id"], people)
+    if keys := [(letter.sender, letter.client_id) for letter in letters if letter.client_id is not None]:
+        for row in tx.execute(_FIRST, (json.dumps(keys),)).fetchall():
+            held = json.loads(row["held"])
+            facts.answers[row["sender"], row["client_id"]] = {"message": row["id"], **({"held": held} if held else {})}
+    for sender in {letter.sender for letter in letters if letter.file is not None} & facts.agents.keys():
+        facts.agents[sender].kept_bytes = tx.execute(_KEPT, (sender,)).fetchone()[0]
+    return facts
+
+
+def _look_up_pairs(tx: Transaction, letters: Sequence[Letter], facts: _Facts) -> None:
+    pairs: list[tuple[str, str]] = []
+    most = 0  # more than the highest rate need not be counted
+    for letter in letters:
+        if (sender := facts.agents.get(letter.sender)) is not None:
+            recipients = facts.agents if letter.recipients == (EVERYONE,) else letter.recipients
+            pairs += [(letter.sender, name) for name in recipients]
+            most = max(most, sender.rate)
+    if pairs:
+        since = tx.now_ms - HOUR_MS
+        given = {"pairs": json.dumps(sorted(set(pairs))), "since": since, "now": tx.now_ms, "most": most}
+        facts.sent.update({(row[0], row[1]): row[2] for row in tx.execute(_PAIRS, given).fetchall()})
+
+
+# The newest turn is the one that runs, if any does.
+_AGENTS = """
+    SELECT name, policy, t.id AS turn_id, t.chain_id, coalesce(t.hops, 0) AS hops,
+           (SELECT count(*) FROM deliveries INDEXED BY deliveries_queued
+            WHERE recipient = name AND state = 'queued') AS waiting,
+           (SELECT count(*) FROM deliveries INDEXED BY deliveries_held
+            WHERE sender = name AND state = 'held') AS held, refused
+    FROM agents LEFT JOIN turns t ON t.id = (SELECT id FROM turns WHERE agent = name ORDER BY id DESC LIMIT 1)
+"""
+# A clock that was set back leaves messages of the future, which must not count as recent.
+_PAIRS = """
+    SELECT value ->> 0, value ->> 1, (
+        SELECT count(*) FROM (
+            SELECT 1 FROM deliveries
+            WHERE sender = value ->> 0 AND recipient = value ->> 1 AND sent_at_ms > :since AND sent_at_ms <= :now
+            LIMIT :most
+        )
+    ) FROM json_each(:pairs)
+"""
+_REPLIED = """
+    SELECT id, thread_id, sender,
+           (SELECT json_group_array(recipient) FROM deliveries WHERE message_id = id) AS recipients
+    FROM messages WHERE id IN (SELECT value FROM json_each(?))
+"""
+_FIRST = """
+    SELECT m.sender, m.client_id, m.id, (
+        SELECT json_group_object(recipient, held) FROM deliveries WHERE message_id = m.id AND held IS NOT NULL
+    ) AS held
+    FROM json_each(?) k JOIN messages m ON m.sender = k.value ->> 0 AND m.client_id = k.value ->> 1
+"""
+_KEPT = "SELECT coalesce(sum(body_bytes), 0) FROM messages WHERE body_sha256 IS NOT NULL AND sender = ?"
+
+
+def put_message(
+    tx: Transaction,
+    sender: AgentName,
+    recipient: AgentName,
+    body: MessageBody,
+    in_reply_to: int | None = None,
+    cause: Cause | None = None,
+    limits: Limits | None = None,
+) -> int:
+    """Store one message as a part of another change. Returns its number; raises the Refusal of `post`."""
+    letter = Letter(sender, (recipient,), body, in_reply_to, cause=cause)
+    answer = post(tx, [letter], limits or Limits())[0].unwrap()
+    return int(answer["message"])

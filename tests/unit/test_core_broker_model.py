@@ -1,0 +1,271 @@
+"""The broker against a model in plain dicts: whatever happens in whatever order, both tell the same story."""
+
+from __future__ import annotations
+
+import queue
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import outcome
+import pytest
+import trio
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from hive_core.broker import Acked, Lease, Turn
+from hive_core.limits import Limits
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import EVERYONE, OPERATOR, SYSTEM, AgentName, parse_body
+from tests.hives import PATIENCE_S, Services, open_services
+
+T = TypeVar("T")
+IRIS, DAMOCLES = AgentName("iris"), AgentName("damocles")
+NAMES = (IRIS, DAMOCLES)
+# Long rests, so that only the rule of time ends them.
+LIMITS = Limits(tries=2, pair_rate_per_hour=4, hops=10**6, backoff_s=600, provider_rest_s=600)
+MOVES = {"requeue": (("dead",), "queued"), "release": (("held",), "queued"), "drop": (("dead", "held"), "dropped")}
+
+
+class Model:
+    """box[agent][message] = [state, failures, rests]; the numbers of messages are their order."""
+
+    def __init__(self) -> None:
+        self.box: dict[str, dict[int, list[Any]]] = {IRIS: {}, DAMOCLES: {}}
+        self.sender: dict[int, str] = {}
+        self.recent: Counter[tuple[str, str]] = Counter()
+
+    def send(self, sender: str, recipients: list[str]) -> dict[str, str]:
+        self.sender[number := len(self.sender) + 1] = sender
+        self.recent.update((sender, name) for name in recipients)
+        held = {n: "rate" for n in recipients if sender in NAMES and self.recent[sender, n] > LIMITS.pair_rate_per_hour}
+        for name in self.box.keys() & set(recipients):
+            self.box[name][number] = ["held" if name in held else "queued", 0, False]
+        return held
+
+    def due(self, agent: str) -> list[int]:
+        return [n for n, (state, _, rests) in self.box[agent].items() if state == "queued" and not rests]
+
+    def end(self, agent: str, how: str) -> None:
+        for number, entry in list(self.box[agent].items()):
+            if entry[0] == "leased":
+                entry[1] += how in ("failed", "lost")
+                dead = how in ("failed", "lost") and entry[1] >= LIMITS.tries
+                entry[0] = "acked" if how in ("done", "cancelled") else "dead" if dead else "queued"
+                entry[2] = entry[0] == "queued" and (how, entry[1]) != ("lost", 1)
+                if dead and self.sender[number] != SYSTEM:
+                    self.send(SYSTEM, [self.sender[number]])
+
+
+class LivingHive:
+    """A hive in a thread of its own, so that a test can go on in steps."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=trio.run, args=(self._live,))
+        self._thread.start()
+        self._token, self._calls = self._results.get(timeout=PATIENCE_S)
+        self.do(lambda hive: hive.add_agents(*NAMES))
+
+    async def _live(self) -> None:
+        send, receive = trio.open_memory_channel[Callable[[Services], Awaitable[Any]] | None](1)
+        self._results.put((trio.lowlevel.current_trio_token(), send))
+        again = True
+        while again:
+            again = False
+            async with open_services(Path(self._folder.name), limits=LIMITS) as hive:
+                async for call in receive:
+                    if call is None:
+                        again = True
+                        break
+                    with trio.move_on_after(PATIENCE_S):
+                        self._results.put(await outcome.acapture(call, hive))
+
+    def do(self, call: Callable[[Services], Awaitable[T]]) -> T:
+        trio.from_thread.run_sync(self._calls.send_nowait, call, trio_token=self._token)
+        result: T = self._results.get(timeout=PATIENCE_S).unwrap()
+        return result
+
+    def restart(self) -> None:
+        trio.from_thread.run_sync(self._calls.send_nowait, None, trio_token=self._token)
+
+    def close(self) -> None:
+        trio.from_thread.run_sync(self._calls.close, trio_token=self._token)
+        self._thread.join(PATIENCE_S)
+        self._folder.cleanup()
+
+
+AGENTS = st.sampled_from(NAMES)
+OUTCOMES = st.sampled_from(["done", "failed", "waiting", "cancelled"])
+NUMBERS = st.integers(1, 12)
+
+
+class Story(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hive, self.model = LivingHive(), Model()
+        self.turns: dict[str, Lease | None] = {IRIS: None, DAMOCLES: None}
+        self.ended: list[tuple[AgentName, Turn, str]] = []
+        self.answers: dict[tuple[str, str], Any] = {}
+        self.fences = 0
+        self.ahead_s = 0.0
+
+    def teardown(self) -> None:
+        self.hive.close()
+
+    def new_fence(self) -> str:
+        self.fences += 1
+        return f"f-{self.fences}"
+
+    def begun(self, agent: AgentName, fence: str, lease: Lease | None) -> None:
+        """Check a turn that has begun, and note it in the model."""
+        due = self.model.due(agent)
+        assert (lease and lease.message["id"]) == (due[0] if due else None)
+        if lease is not None:
+            assert (lease.turn.fence, lease.waiting) == (fence, self.queued(agent) - 1)
+            self.model.box[agent][due[0]][0] = "leased"
+        self.turns[agent] = lease
+
+    def queued(self, agent: AgentName) -> int:
+        return [state for state, _, _ in self.model.box[agent].values()].count("queued")
+
+    def end(self, agent: AgentName, lease: Lease, how: str) -> None:
+        self.model.end(agent, how)
+        self.turns[agent] = None
+        self.ended.append((agent, lease.turn, how))
+
+    @rule(
+        sender=st.sampled_from([OPERATOR, *NAMES]),
+        to=st.sampled_from([[IRIS], [DAMOCLES], [IRIS, OPERATOR, DAMOCLES], [OPERATOR], [EVERYONE]]),
+        key=st.none() | st.sampled_from(["k1", "k2"]),
+    )
+    def send(self, sender: AgentName, to: list[AgentName], key: str | None) -> None:
+        answer = self.hive.do(lambda hive: hive.broker.send(sender, to, parse_body("hello"), key=key))
+        if (known := self.answers.get((sender, key or ""))) is None:
+            held = self.model.send(sender, [n for n in NAMES if n != sender] if to == [EVERYONE] else [*to])
+            known = {"message": len(self.model.sender), **({"held": held} if held else {})}
+        assert answer == known
+        if key is not None:
+            self.answers[sender, key] = answer
+
+    @rule(agent=AGENTS)
+    def lease(self, agent: AgentName) -> None:
+        fence, turn = self.new_fence(), self.turns[agent]
+        if turn is not None:
+            with pytest.raises(Refusal, match=f"turn {turn.turn.id} of {agent} still runs"):
+                self.hive.do(lambda hive: hive.broker.lease(agent, fence))
+            again = self.hive.do(lambda hive: hive.broker.lease(agent, turn.turn.fence))
+            assert again == turn._replace(waiting=self.queued(agent))
+        else:
+            if not self.model.due(agent):
+                self.send(OPERATOR, [agent], None)
+            self.begun(agent, fence, self.hive.do(lambda hive: hive.broker.lease(agent, fence)))
+
+    @rule(agent=AGENTS, most=st.integers(1, 3))
+    def recv(self, agent: AgentName, most: int) -> None:
+        if self.turns[agent] is None:
+            with pytest.raises(Refusal, match="no turn runs"):
+                self.hive.do(lambda hive: hive.broker.recv(agent, most, 0))
+            return
+        got = self.hive.do(lambda hive: hive.broker.recv(agent, most, 0))
+        due = self.model.due(agent)[:most]
+        for number in due:
+            self.model.box[agent][number][0] = "leased"
+        assert ([m["id"] for m in got["messages"]], got["waiting"]) == (due, self.queued(agent))
+
+    @rule(agent=AGENTS, how=OUTCOMES, goes_on=st.booleans(), twice=st.booleans())
+    def ack(self, agent: AgentName, how: str, goes_on: bool, twice: bool) -> None:
+        if self.turns[agent] is None:
+            self.lease(agent)
+        lease = self.turns[agent]
+        assert lease is not None
+        fence = self.new_fence() if goes_on else None
+
+        async def ack(hive: Services) -> Acked:
+            return await hive.broker.ack(agent, lease.turn, how, next_fence=fence)
+
+        acked = self.hive.do(ack)
+        assert acked.counted
+        self.end(agent, lease, how)
+        if fence is not None:
+            self.begun(agent, fence, acked.lease)
+        if twice and (acked.lease is not None or fence is None):
+            assert self.hive.do(ack) == acked
+
+    @precondition(lambda self: self.ended)
+    @rule(data=st.data(), how=OUTCOMES)
+    def late_ack(self, data: st.DataObject, how: str) -> None:
+        agent, turn, ended = data.draw(st.sampled_from(self.ended))
+        assert self.hive.do(lambda hive: hive.broker.ack(agent, turn, how)) == Acked(how == ended)
+
+    @rule(agent=AGENTS)
+    def cancel(self, agent: AgentName) -> None:
+        if (lease := self.turns[agent]) is None:
+            with pytest.raises(Refusal, match="no turn of"):
+                self.hive.do(lambda hive: hive.broker.cancel_turn(agent, OPERATOR))
+        else:
+            assert self.hive.do(lambda hive: hive.broker.cancel_turn(agent, OPERATOR)) == lease.turn.id
+            self.end(agent, lease, "cancelled")
+
+    @rule(agent=AGENTS, knows=st.booleans())
+    def hello(self, agent: AgentName, knows: bool) -> None:
+        lease = self.turns[agent]
+        fences = [lease.turn.fence] if lease and knows else ["unknown"]
+        found = self.hive.do(lambda hive: hive.broker.close_lost_turns(agent, fences))
+        if lease is None:
+            assert found == (None, [])
+        elif knows:
+            assert found == (lease.turn.id, [])
+        else:
+            assert found == (None, [lease.turn.id])
+            self.end(agent, lease, "lost")
+
+    @rule()
+    def time_passes(self) -> None:
+        self.hive.do(lambda hive: hive.let_time_pass())
+        self.ahead_s += 24 * 3600
+        self.model.recent.clear()
+        for box in self.model.box.values():
+            for entry in box.values():
+                entry[2] = False
+
+    @rule()
+    def restart(self) -> None:
+        self.hive.restart()
+
+        async def set_clock(hive: Services) -> None:
+            hive.clock.ahead_s = self.ahead_s
+
+        self.hive.do(set_clock)
+
+    @rule(verb=st.sampled_from(sorted(MOVES)), number=NUMBERS)
+    def move(self, verb: str, number: int) -> None:
+        states, to = MOVES[verb]
+        box = self.model.box
+        names = [name for name in sorted(box) if number in box[name] and box[name][number][0] in states]
+        if not names:
+            with pytest.raises(Refusal, match=f"cannot {verb} message {number}"):
+                self.hive.do(lambda hive: getattr(hive.broker, verb)(number, OPERATOR))
+            return
+        assert sorted(self.hive.do(lambda hive: getattr(hive.broker, verb)(number, OPERATOR))) == names
+        for name in names:
+            box[name][number] = [to, 0, False]
+
+    @invariant()
+    def both_tell_the_same(self) -> None:
+        sql = (
+            "SELECT recipient, message_id, state, failures FROM deliveries WHERE recipient != 'operator' ORDER BY 1, 2"
+        )
+        told = [tuple(row) for row in self.hive.do(lambda hive: hive.store.rows(sql))]
+        known = self.model.box.items()
+        assert told == sorted((name, number, *entry[:2]) for name, box in known for number, entry in box.items())
+
+
+def test_the_broker_does_what_a_plain_model_does() -> None:
+    few = settings(max_examples=40, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
+    run_state_machine_as_test(Story, settings=few)  # type: ignore[no-untyped-call]
