@@ -1,0 +1,139 @@
+"""Reminders: what an agent asks to be told again at an instant. A firing is a message of the hive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from outcome import Error
+
+from hive_core.broker import once
+from hive_core.limits import Limits
+from hive_core.post import Cause, Letter, post
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.visible import quoted
+from hive_core.protocol.words import NOTE_LIMIT_BYTES, SYSTEM, AgentName, MessageBody, parse_instant, parse_text, shown
+from hive_core.questions import instant
+from hive_core.store.door import Store
+from hive_core.store.writer import Transaction
+
+OPEN_LIMIT = 50  # reminders of one agent that wait
+AHEAD_MOST_S = 366 * 24 * 3600.0
+SAME_CHAIN_S = 3600.0  # a reminder due sooner is a hop of the turn that set it, so that a loop of them is held
+TOPIC = "reminders"
+BATCH = 100  # that fire in one transaction
+
+
+class When:
+    """At an instant, or after so many seconds: one of the two. Raises Refusal("usage")."""
+
+    def __init__(self, at: object = None, after_s: object = None) -> None:
+        if (at is None) == (after_s is None):
+            raise Refusal("usage", "cannot remind: give one of `at` and `after_s`")
+        self._at_ms, self._after_ms = None if at is None else parse_instant(at, "at"), 0
+        if after_s is None:
+            return
+        if isinstance(after_s, bool) or not isinstance(after_s, int | float) or not 1 <= after_s <= AHEAD_MOST_S:
+            raise Refusal("usage", f"cannot remind after {shown(after_s)} s: after_s is 1 to {AHEAD_MOST_S:.0f}")
+        self._after_ms = int(after_s * 1000)
+
+    def due_at_ms(self, now_ms: int) -> int:
+        """The instant. Raises Refusal("usage") for one that is past or too far ahead."""
+        due_at_ms = self._at_ms if self._at_ms is not None else now_ms + self._after_ms
+        if due_at_ms <= now_ms:
+            raise Refusal("usage", f"cannot remind at {_instant(due_at_ms)}: it is {_instant(now_ms)} already")
+        if due_at_ms - now_ms > AHEAD_MOST_S * 1000:
+            days = AHEAD_MOST_S / 86_400
+            raise Refusal("usage", f"cannot remind at {_instant(due_at_ms)}: the limit is {days:.0f} days ahead")
+        return due_at_ms
+
+
+def _instant(at_ms: int) -> str:
+    return instant(max(0, at_ms))
+
+
+class Reminders:
+    """Also a Timer of the hive's clock."""
+
+    topic = TOPIC
+
+    def __init__(self, store: Store, limits: Limits | None = None) -> None:
+        self._store = store
+        self._limits = limits or Limits()
+
+    async def remind(self, agent: AgentName, when: When, given_body: object, key: str | None = None) -> dict[str, Any]:
+        """Set a reminder: {"reminder", "at_ms"}. A repeated `key` gets the first answer. Raises Refusal."""
+        body = parse_text(given_body, "body", NOTE_LIMIT_BYTES)
+
+        def set_it(tx: Transaction) -> dict[str, Any]:
+            (mine,) = tx.execute(
+                "SELECT count(*) FROM reminders WHERE agent = ? AND state = 'open'", (agent,)
+            ).fetchone()
+            if mine >= OPEN_LIMIT:
+                raise Refusal(
+                    "refused", f"cannot remind: {mine} reminders of yours wait, which is the limit; cancel some"
+                )
+            due_at_ms = when.due_at_ms(tx.now_ms)
+            # The newest turn is the one that runs, if any does.
+            sql = "SELECT chain_id, hops FROM turns WHERE agent = ? ORDER BY id DESC LIMIT 1"
+            turn = tx.execute(sql, (agent,)).fetchone()
+            soon = turn is not None and due_at_ms - tx.now_ms <= SAME_CHAIN_S * 1000
+            chain_id, hops = (turn["chain_id"], turn["hops"] + 1) if soon else (None, 0)
+            cursor = tx.execute(
+                "INSERT INTO reminders (agent, body, set_at_ms, due_at_ms, chain_id, hops, state)"
+                " VALUES (?, ?, ?, ?, ?, ?, 'open')",
+                (agent, body, tx.now_ms, due_at_ms, chain_id, hops),
+            )
+            tx.emit("reminder_set", agent, agent, reminder=cursor.lastrowid, at_ms=due_at_ms)
+            tx.wake(TOPIC)
+            return {"reminder": cursor.lastrowid, "at_ms": due_at_ms}
+
+        return await self._store.write(lambda tx: once(tx, agent, key, "remind", lambda: set_it(tx)))
+
+    async def cancel(self, agent: AgentName, reminder_id: int) -> dict[str, Any]:
+        """Cancel a reminder; again is fine. Raises Refusal when it is not the agent's or has fired."""
+
+        def write(tx: Transaction) -> dict[str, Any]:
+            sql = "SELECT state, settled_at_ms FROM reminders WHERE id = ? AND agent = ?"
+            row = tx.execute(sql, (reminder_id, agent)).fetchone()
+            if row is None:
+                raise Refusal("not_found", f"cannot cancel reminder {reminder_id}: you did not set it")
+            if row["state"] == "fired":
+                fired = instant(row["settled_at_ms"])
+                raise Refusal("conflict", f"cannot cancel reminder {reminder_id}: it has fired at {fired}")
+            if row["state"] == "open":
+                sql = "UPDATE reminders SET state = 'cancelled', settled_at_ms = ? WHERE id = ?"
+                tx.execute(sql, (tx.now_ms, reminder_id))
+                tx.emit("reminder_cancelled", agent, agent, reminder=reminder_id)
+            return {"reminder": reminder_id}
+
+        return await self._store.write(write)
+
+    def fire(self, tx: Transaction) -> None:
+        """Send what is due, late ones too: an agent that counts on being told again is told."""
+        sql = "SELECT * FROM reminders WHERE state = 'open' AND due_at_ms <= ? ORDER BY due_at_ms, id LIMIT ?"
+        rows = tx.execute(sql, (tx.now_ms, BATCH)).fetchall()
+        letters = []
+        for row in rows:
+            text = f"reminder {row['id']}, which you set at {_instant(row['set_at_ms'])}: {quoted(row['body'])}"
+            cause = Cause("reminder", row["id"], row["chain_id"], row["hops"])
+            letters.append(Letter(SYSTEM, (row["agent"],), MessageBody(text), cause=cause))
+        results = post(tx, letters, self._limits) if letters else []
+        for row, result in zip(rows, results, strict=True):
+            message_id = None if isinstance(result, Error) else result.unwrap()["message"]
+            tx.execute(
+                "UPDATE reminders SET state = 'fired', settled_at_ms = ?, message_id = ? WHERE id = ?",
+                (tx.now_ms, message_id, row["id"]),
+            )
+            tx.emit("reminder_fired", SYSTEM, row["agent"], reminder=row["id"], message=message_id)
+
+    def next_after(self, tx: Transaction) -> int | None:
+        at: int | None = tx.execute("SELECT min(due_at_ms) FROM reminders WHERE state = 'open'").fetchone()[0]
+        return at
+
+    async def open_of(self, agent: str) -> list[dict[str, Any]]:
+        """The reminders of an agent that wait, the next one first: {reminder, at_ms, body}."""
+        sql = """
+            SELECT id AS reminder, due_at_ms AS at_ms, body FROM reminders
+            WHERE agent = ? AND state = 'open' ORDER BY due_at_ms, id
+        """
+        return [dict(row) for row in await self._store.rows(sql, (agent,))]
