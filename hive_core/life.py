@@ -1,0 +1,158 @@
+"""The life of one message, told from its rows: `hive explain`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hive_core.protocol.refusal import Refusal
+from hive_core.store.door import Store
+
+Row = Mapping[str, Any]
+
+HELD = {
+    "hops": "too many turns lay between it and what its chain began with (hops)",
+    "rate": "its sender had written to {recipient} too often within an hour (pair_rate_per_hour)",
+}
+ENDS = {
+    "done": "acked: turn {turn} ended well",
+    "cancelled": "acked as cancelled: turn {turn} was {error}",
+    "failed": "turn {turn} failed: {error}",
+    "lost": "turn {turn} was lost: {error}",
+    "waiting": "turn {turn} could not run, which is no try: {error}",
+}
+TOLD = {
+    "message_released": ("released", "released by {actor}; the chain begins anew with it"),
+    "message_requeued": ("requeued", "put back by {actor}, with all its tries"),
+    "message_dropped": ("dropped", "dropped by {actor}"),
+    "message_dead": ("dead", "dead after {attempts} failed turns; it waits for `hive requeue` or `hive drop`"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One line of a life."""
+
+    at_ms: int
+    what: str  # sent, held, released, queued, leased, acked, cancelled, failed, lost, waiting, dead, requeued, dropped
+    text: str
+    turn: int | None = None
+
+
+async def life_of(store: Store, message_id: int) -> dict[str, Any]:
+    """`{"message", "sent", "deliveries": [{"recipient", "state", "attempts", "failures", "life"}]}`.
+
+    Raises Refusal("not_found").
+    """
+    row = await store.row(_MESSAGE, (message_id,))
+    if row is None:
+        raise Refusal(
+            "not_found",
+            f"cannot explain message {message_id}: there was none, or it is gone; what is acked is kept for a while "
+            "(kept_s)",
+        )
+    message = dict(row)
+    of_message = "SELECT * FROM deliveries WHERE message_id = ? ORDER BY recipient"
+    deliveries = [dict(row) for row in await store.rows(of_message, (message_id,))]
+    leases = [dict(row) for row in await store.rows(_LEASES, (message_id,))]
+    about = "SELECT * FROM events WHERE message_id = ? ORDER BY seq"
+    events = [dict(row) for row in await store.rows(about, (message_id,))]
+    return {
+        "message": message,
+        "sent": asdict(tell_sending(message)),
+        "deliveries": [
+            {
+                **{key: delivery[key] for key in ("recipient", "state", "attempts", "failures")},
+                "life": [asdict(moment) for moment in tell_life(message, delivery, leases, events)],
+            }
+            for delivery in deliveries
+        ],
+    }
+
+
+_MESSAGE = """
+    SELECT m.id, m.sender, m.in_reply_to, coalesce(m.thread_id, m.id) AS thread, m.cause, m.cause_id, m.chain_id,
+           m.hops, m.client_id, m.body_bytes, m.sent_at_ms, t.agent AS turn_of, t.message_id AS turn_message
+    FROM messages m LEFT JOIN turns t ON m.cause = 'turn' AND t.id = m.cause_id WHERE m.id = ?
+"""
+_LEASES = """
+    SELECT l.turn_id, l.attempt, l.at_ms, t.agent, t.state, t.ended_at_ms, t.error
+    FROM leases l JOIN turns t ON t.id = l.turn_id WHERE l.message_id = ? ORDER BY l.at_ms, l.turn_id
+"""
+
+
+def tell_sending(message: Row) -> Moment:
+    """Who sent it, in which turn, and what that was caused by."""
+    number = message["cause_id"]
+    why = {
+        "operator": "",
+        "turn": f" in turn {number}" if number else " outside any turn",
+        "reminder": f", reminder {number}",
+        "schedule": f", schedule {number}",
+        "system": "",
+    }[message["cause"]]
+    if message["cause"] == "turn" and message["turn_message"]:
+        why += f", which message {message['turn_message']} began"
+    parts = [f"sent by {message['sender']}{why}"]
+    if message["in_reply_to"]:
+        parts.append(f"an answer to message {message['in_reply_to']}")
+    if message["hops"]:
+        turns = "turn" if message["hops"] == 1 else "turns"
+        parts.append(f"{message['hops']} {turns} after message {message['chain_id']}, with which its chain began")
+    return Moment(message["sent_at_ms"], "sent", "; ".join(parts), number if message["cause"] == "turn" else None)
+
+
+def tell_life(message: Row, delivery: Row, leases: Iterable[Row], events: Iterable[Row]) -> list[Moment]:
+    """What became of a message for one recipient, oldest first. Leases and events of others are passed over."""
+    name = delivery["recipient"]
+    begun = Moment(message["sent_at_ms"], "queued", f"queued for {name}")
+    if delivery["held"]:
+        why = HELD[delivery["held"]].format(recipient=name, hops=message["hops"])
+        begun = Moment(message["sent_at_ms"], "held", f"held for the operator: {why}")
+    moments = []
+    for lease in leases:
+        if lease["agent"] == name:
+            moments += _turn(lease)
+    moments += [_event(event) for event in events if event["agent"] == name and event["kind"] in TOLD]
+    moments.sort(key=lambda moment: (moment.at_ms, _ORDER.get(moment.what, 1)))
+    return [begun, *moments, *_now(delivery, moments)]
+
+
+# Of one instant: who releases a message wakes the turn that leases it, and a turn's end is what kills one.
+_ORDER = {"released": 0, "requeued": 0, "dropped": 0, "dead": 2}
+
+
+def _turn(lease: Row) -> list[Moment]:
+    turn, again = lease["turn_id"], "" if lease["attempt"] == 1 else f", for the {_ordinal(lease['attempt'])} time"
+    taken = Moment(lease["at_ms"], "leased", f"leased by turn {turn} of {lease['agent']}{again}", turn)
+    if lease["ended_at_ms"] is None:
+        return [taken]
+    what: str = "acked" if lease["state"] == "done" else lease["state"]
+    text = ENDS[lease["state"]].format(turn=turn, error=lease["error"] or "it gave no reason")
+    return [taken, Moment(lease["ended_at_ms"], what, text, turn)]
+
+
+def _event(event: Row) -> Moment:
+    what, text = TOLD[event["kind"]]
+    data = json.loads(event["data"])
+    return Moment(event["at_ms"], what, text.format(actor=event["actor"], attempts=data.get("attempts", "its")))
+
+
+def _now(delivery: Row, moments: Sequence[Moment]) -> list[Moment]:
+    """Where it stands, as far as neither a turn nor an event has told it."""
+    told, state = {moment.what for moment in moments}, delivery["state"]
+    due, settled = delivery["available_at_ms"], delivery["settled_at_ms"]
+    if state == "queued":
+        return [Moment(due, "queued", "put back; due again")] if moments and due > moments[-1].at_ms else []
+    if settled is None or state in told or "cancelled" in told:
+        return []
+    if state == "acked" and delivery["recipient"] == "operator":
+        return [Moment(settled, "acked", "read by the operator")]
+    return [Moment(settled, state, state + (f": {delivery['note']}" if delivery["note"] else ""))]
+
+
+def _ordinal(number: int) -> str:
+    ending = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"

@@ -1,0 +1,210 @@
+"""What is kept, what goes, and what must never go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hive_core.archive import Archive, Query
+from hive_core.limits import Limits
+from hive_core.protocol.words import OPERATOR, AgentName, parse_body
+from tests.hives import Services
+from tests.unit.test_core_archive import deliver, keep_file
+
+IRIS, DAMOCLES, HM1ND = AgentName("iris"), AgentName("damocles"), AgentName("hm1nd")
+DAY_S = 86_400
+
+
+def archive_of(hive: Services, kept_s: float = 30.0 * DAY_S) -> Archive:
+    return Archive(hive.store, Limits(kept_s=kept_s), hive.state_dir / "bodies")
+
+
+async def age(hive: Services, days: float) -> None:
+    """Make everything that many days older."""
+    ms = int(days * DAY_S * 1000)
+    await hive.sql("UPDATE messages SET sent_at_ms = sent_at_ms - ?", ms)
+    await hive.sql("UPDATE message_blocks SET first_at_ms = first_at_ms - ?", ms)
+    await hive.sql(
+        "UPDATE deliveries SET sent_at_ms = sent_at_ms - ?1, settled_at_ms = settled_at_ms - ?1,"
+        " available_at_ms = available_at_ms - ?1",
+        ms,
+    )
+
+
+async def ids(hive: Services) -> list[int]:
+    return [row["id"] for row in await hive.store.rows("SELECT id FROM messages ORDER BY id")]
+
+
+async def forget(hive: Services, **more: Any) -> int:
+    archive = archive_of(hive, **more)
+    await archive.search(Query("word"))  # what is not indexed yet is not forgotten either
+    return await archive.forget_old()
+
+
+async def test_what_was_acked_long_ago_goes_with_all_that_hangs_on_it(hive: Services) -> None:
+    await hive.say("operator", "iris", "word old")
+    await deliver(hive, IRIS)
+    await archive_of(hive).search(Query("word"))
+    await age(hive, 31)
+    await hive.say("operator", "iris", "word new")
+    await deliver(hive, IRIS)
+    assert await forget(hive) == 1
+    assert await ids(hive) == [2]
+    for table in ("deliveries", "leases"):
+        assert await hive.value(f"SELECT group_concat(message_id) FROM {table}") == "2"
+    answer = await archive_of(hive).search(Query("word"))
+    assert [message["id"] for message in answer["messages"]] == [2]
+    (left,) = await hive.store.rows("SELECT rowid FROM message_words WHERE message_words MATCH 'word'")
+    assert left["rowid"] == 2
+    await hive.sql("INSERT INTO message_words (message_words) VALUES ('integrity-check')")
+    assert "messages_forgotten" in await hive.kinds()
+    assert await hive.value("PRAGMA foreign_key_check") is None
+
+
+async def test_thirty_days_are_thirty_days(hive: Services) -> None:
+    await hive.say("operator", "iris", "word")
+    await deliver(hive, IRIS)
+    await age(hive, 29.99)
+    assert await forget(hive) == 0
+    await age(hive, 0.02)
+    assert await forget(hive) == 1
+
+
+async def test_the_time_counts_from_the_ack_and_not_from_the_send(hive: Services) -> None:
+    await hive.say("operator", "iris", "word")
+    await age(hive, 100)
+    await deliver(hive, IRIS)
+    assert await forget(hive) == 0
+
+
+async def fail_to_death(hive: Services) -> None:
+    lease = await hive.broker.lease(IRIS)
+    await hive.broker.ack(IRIS, lease.turn, "failed")
+    await hive.sql("UPDATE deliveries SET state = 'dead', settled_at_ms = available_at_ms WHERE recipient = 'iris'")
+
+
+async def hold(hive: Services) -> None:
+    await hive.sql("UPDATE deliveries SET state = 'held', held = 'rate'")
+
+
+async def lease(hive: Services) -> None:
+    await hive.broker.lease(IRIS)
+
+
+async def nothing(hive: Services) -> None:
+    pass
+
+
+@pytest.mark.parametrize("become", [nothing, lease, hold, fail_to_death], ids=["queued", "leased", "held", "dead"])
+async def test_what_is_not_settled_stays_however_old(hive: Services, become: Callable[[Services], Any]) -> None:
+    await hive.say("operator", "iris", "word")
+    await become(hive)
+    await age(hive, 1000)
+    assert await forget(hive) == 0
+    assert await ids(hive) == [1]
+
+
+async def test_what_was_dropped_goes_as_what_was_acked(hive: Services) -> None:
+    await hive.say("operator", "iris", "word")
+    await hold(hive)
+    await hive.broker.drop(1, OPERATOR)
+    await age(hive, 31)
+    assert await forget(hive) == 1
+
+
+async def test_a_message_stays_as_long_as_one_of_its_recipients_has_not_read_it(hive: Services) -> None:
+    await hive.broker.send(OPERATOR, (IRIS, DAMOCLES), parse_body("word"))
+    await deliver(hive, IRIS)
+    await age(hive, 31)
+    assert await forget(hive) == 0
+    assert await hive.value("SELECT count(*) FROM deliveries") == 2
+    await deliver(hive, DAMOCLES)
+    assert await forget(hive) == 0
+    await age(hive, 31)
+    assert await forget(hive) == 1
+
+
+async def test_an_answer_outlives_what_it_answers(hive: Services) -> None:
+    await hive.say("operator", "iris", "word")
+    await deliver(hive, IRIS)
+    await age(hive, 31)
+    answer = await hive.say("iris", "operator", "word back", in_reply_to=1)
+    assert await forget(hive) == 1
+    thread = await archive_of(hive).thread(answer)
+    assert [message["id"] for message in thread["messages"]] == [answer]
+    assert await hive.say("operator", "iris", "and again", in_reply_to=answer) == answer + 1
+    assert len((await archive_of(hive).thread(1))["messages"]) == 2
+
+
+async def test_a_large_body_leaves_the_index_whole(hive: Services) -> None:
+    text = "word " * 30_000 + "needle"
+    await hive.say("operator", "iris", text[:4096])
+    await hive.sql("UPDATE messages SET body_sha256 = ?, body_bytes = ?, id = 1", keep_file(hive, text), len(text))
+    await deliver(hive, IRIS)
+    await age(hive, 31)
+    assert await forget(hive) == 1
+    assert await hive.store.rows("SELECT rowid FROM message_words WHERE message_words MATCH 'needle'") == []
+
+
+async def test_a_large_body_whose_file_was_lost_meanwhile_goes_too(hive: Services) -> None:
+    digest = keep_file(hive, "word needle")
+    await hive.say("operator", "iris", "word")
+    await hive.sql("UPDATE messages SET body_sha256 = ?", digest)
+    await deliver(hive, IRIS)
+    archive = archive_of(hive)
+    assert len((await archive.search(Query("needle")))["messages"]) == 1
+    Path(hive.state_dir / "bodies" / digest[:2] / digest).unlink()
+    await age(hive, 31)
+    assert await forget(hive) == 1
+    assert (await archive.search(Query("needle")))["messages"] == []
+
+
+async def test_many_go_in_small_transactions_and_the_next_time_finds_nothing(
+    hive: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hive_core.archive.FORGET_BATCH", 10)
+    for _ in range(35):
+        await hive.say("operator", "operator", "word")
+    await hive.broker.inbox(limit=50)
+    await hive.say("operator", "iris", "word that waits")
+    await age(hive, 31)
+    assert await forget(hive) == 35
+    assert (await hive.kinds()).count("messages_forgotten") == 4
+    assert await ids(hive) == [36]
+    assert await forget(hive) == 0
+    assert await hive.value("SELECT count(*) FROM message_blocks") == 1
+
+
+async def test_a_message_that_an_open_question_was_put_with_stays(hive: Services) -> None:
+    await hive.say("iris", "operator", "word?")
+    await hive.broker.inbox()
+    await open_question(hive, 1)
+    await age(hive, 31)
+    assert await forget(hive) == 0
+    await hive.sql("UPDATE questions SET state = 'expired', settled_at_ms = 0")
+    assert await forget(hive) == 1
+
+
+async def open_question(hive: Services, message_id: int) -> None:
+    await hive.sql(
+        "INSERT INTO questions (asker, answerer, text, options, multi, free_text, message_id, state, asked_at_ms,"
+        " expires_at_ms) VALUES ('iris', 'operator', 'word?', '[]', 0, 1, ?, 'open', 0, 0)",
+        message_id,
+    )
+
+
+async def test_approvals_events_and_turns_stay(hive: Services) -> None:
+    await hive.gate.request_spawn(HM1ND, AgentName("argus"), "You watch.", "two eyes")
+    await hive.say("operator", "iris", "word")
+    await deliver(hive, IRIS)
+    await age(hive, 1000)
+    await hive.sql("UPDATE approvals SET requested_at_ms = 0")
+    await hive.sql("UPDATE events SET at_ms = 0")
+    before = await hive.kinds()
+    assert await forget(hive) == 1
+    assert (await hive.kinds())[: len(before)] == before
+    assert await hive.value("SELECT count(*) FROM approvals") == 1
+    assert await hive.value("SELECT count(*) FROM turns") == 1
