@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from urllib.parse import parse_qsl
 
@@ -15,12 +16,15 @@ from dashboard.door import COOKIE
 from hive_core.approvals import Approval
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import OPERATOR, parse_agent_name, parse_body, parse_id, shown
+from hive_core.protocol.words import OPERATOR, AgentName, parse_agent_name, parse_body, parse_id, shown
+from hive_core.questions import parse_answer
 
 FORM_LIMIT_BYTES = 128 * 1024
 # What is read and dropped of a body over the limit: a browser that still sends would not see the answer.
 DRAINED_BYTES = 4 * 1024 * 1024
 FIELDS_LIMIT = 16
+
+Mover = Callable[[int, AgentName], Awaitable[list[str]]]
 
 
 async def read_form(request: Request) -> dict[str, str]:
@@ -63,6 +67,21 @@ class Forms:
         sent = await self._hive.broker.send(OPERATOR, recipient, body, in_reply_to)
         return yes(request, form.get("back", "/"), f"message {sent['message']} is on its way to {recipient}")
 
+    async def release(self, request: Request) -> Response:
+        return await self._move(request, self._hive.broker.release, "message {} is on its way to {}")
+
+    async def requeue(self, request: Request) -> Response:
+        return await self._move(request, self._hive.broker.requeue, "message {} goes to {} again")
+
+    async def drop(self, request: Request) -> Response:
+        return await self._move(request, self._hive.broker.drop, "message {} is dropped: {} will not get it")
+
+    async def _move(self, request: Request, move: Mover, said: str) -> Response:
+        message_id = number(request.path_params["id"], "a message")
+        await read_form(request)
+        names = await move(message_id, OPERATOR)
+        return yes(request, "/", said.format(message_id, ", ".join(names)))
+
     async def approve(self, request: Request) -> Response:
         approval_id = number(request.path_params["id"], "an approval")
         form = await read_form(request)
@@ -79,6 +98,15 @@ class Forms:
             raise Refusal("conflict", f"cannot deny {approval_id}: it is not what you were shown; look at it again")
         approval = await self._hive.gate.deny(approval_id, form.get("reason"), OPERATOR)
         return yes(request, "/", f"denied: {_what(approval)}")
+
+    async def answer(self, request: Request) -> Response:
+        """The operator's answer: `choice-N` for each option that was chosen, by its place, and `text`."""
+        question = await self._hive.questions.get(number(request.path_params["id"], "a question"))
+        form = await read_form(request)
+        choices = [option for place, option in enumerate(question.options, 1) if form.get(f"choice-{place}")]
+        answer = parse_answer(choices, form.get("text", "").strip() or None)
+        await self._hive.questions.answer(OPERATOR, question.id, answer)
+        return yes(request, "/", f"question {question.id} of {question.asker} is answered")
 
     async def sign_out(self, request: Request) -> Response:
         await self._hive.sign_ins.sign_out(request.scope["hive_cookie"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import trio
@@ -19,9 +19,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from dashboard.rows import Rows
 from hive_core.agents import LIVE
-from hive_core.events import events_after
+from hive_core.events import events_after, first_kept
+from hive_core.flow import messages_of_turns, these_messages
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import OPERATOR
+from hive_core.questions import Question
 from hive_core.store.bus import EVENTS, Listener, stream
 
 REPLAY_LIMIT = 1_000  # events or lines; a page further behind loads itself again
@@ -30,7 +33,8 @@ PING_S = 15
 REST_S = 0.05  # between two looks, so that a flood of events costs a bounded number of renderings
 RETRY_MS = 1_000
 BEGINNINGS = {("message", "message_sent"), ("turn", "turn_started")}
-MESSAGES_OF_EVENT = frozenset({"message_sent", "message_dead", "turn_started", "messages_taken", "inbox_read"})
+MOVED = frozenset({"message_released", "message_requeued", "message_dropped"})
+MESSAGES_OF_EVENT = MOVED | {"message_sent", "message_dead", "turn_started", "messages_taken", "inbox_read"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ class Fragment(NamedTuple):
 class Touched(NamedTuple):
     """A thing that events were about: what to render, and the number of the first of those events."""
 
-    kind: str  # message, turn, settled (what a turn that ended did to its messages), approval, agent
+    kind: str  # message, aside (its card), turn, settled (what its end did to its messages), approval, agent
     id: Any
     seq: int
     new: bool  # made by one of those events
@@ -94,10 +98,26 @@ def _things(event: dict[str, Any]) -> list[tuple[str, Any]]:
     if event["kind"] == "turn_ended":
         things.append(("settled", data.get("turn")))
     if event["kind"] in MESSAGES_OF_EVENT:
-        things += [("message", id_) for id_ in (data.get("messages") or [data.get("message")])]
+        things += [("message", id_) for id_ in (data.get("messages") or [data["message"]])]
+    if event["kind"] in MOVED | {"message_dead"} or (event["kind"] == "message_sent" and data.get("held")):
+        things.append(("aside", data["message"]))
+    if event["kind"].startswith("question_"):
+        things.append(("question", data["question"]))
+    if event["kind"] in MOVED:
+        things.append(("question_of", data["message"]))
     if event["kind"].startswith("approval_"):
         things.append(("approval", data.get("approval")))
     return things
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the rows of one batch are made from."""
+
+    messages: dict[int, dict[str, Any]] = field(default_factory=dict)
+    flow: set[int] = field(default_factory=set)  # those of them that a page may still hold
+    leased: dict[int, list[int]] = field(default_factory=dict)  # turn → its messages
+    turns: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 class Feed:
@@ -132,7 +152,7 @@ class Feed:
         lines = await self._lines(at)
         events = await events_after(self._hive.store, at.seq, REPLAY_LIMIT + 1)
         last = await self._hive.store.last_seq()
-        if len(events) > REPLAY_LIMIT or len(lines) > REPLAY_LIMIT or at.seq > last:
+        if len(events) > REPLAY_LIMIT or len(lines) > REPLAY_LIMIT or at.seq > last or await self._has_gap(at):
             return None
         frames = [fragment.frame(None) for fragment in await self._agent_rows()]
         told = touched_by(events)
@@ -148,6 +168,14 @@ class Feed:
                 Fragment(f"line-{line['id']}", self._rows.line(line), f"turn-{line['turn']}-lines").frame(end)
             )
         return end, frames
+
+    async def _has_gap(self, at: Position) -> bool:
+        """Whether some of what came after a position is not kept any more. Asked after that was read."""
+        if at.seq + 1 < await first_kept(self._hive.store):
+            return True
+        return (
+            at.line is not None and self._agent is not None and at.line < await self._hive.turns.lines_gone(self._agent)
+        )
 
     async def _lines(self, at: Position) -> list[dict[str, Any]]:
         if self._agent is None or at.line is None:
@@ -168,27 +196,35 @@ class Feed:
     async def _render(self, told: list[Touched]) -> list[list[Fragment]]:
         """The fragments of each thing, in the same order."""
         kinds = {thing.kind for thing in told}
-        messages: dict[int, dict[str, Any]] = {}
-        turns: dict[int, dict[str, Any]] = {}
-        if kinds & {"message", "settled"}:
-            newest = await self._hive.broker.messages(self._agent, limit=FLOW_LIMIT)
-            messages = {message["id"]: message for message in newest}
+        seen = _Seen()
+        if "settled" in kinds:
+            seen.leased = await messages_of_turns(self._hive.store, (it.id for it in told if it.kind == "settled"))
+        numbers = {it.id for it in told if it.kind == "message"}.union(*seen.leased.values())
+        seen.flow = set(sorted(numbers)[-FLOW_LIMIT:])
+        if numbers := seen.flow | {it.id for it in told if it.kind == "aside"}:
+            seen.messages = await these_messages(self._hive.store, numbers, self._agent)
         if self._agent is not None and "turn" in kinds:
-            turns = {turn["id"]: turn for turn in await self._hive.turns.recent(self._agent)}
-        return [await self._fragments(thing, messages, turns) for thing in told]
+            seen.turns = {turn["id"]: turn for turn in await self._hive.turns.recent(self._agent)}
+        return [await self._fragments(thing, seen) for thing in told]
 
-    async def _fragments(
-        self, thing: Touched, messages: dict[int, dict[str, Any]], turns: dict[int, dict[str, Any]]
-    ) -> list[Fragment]:
+    async def _fragments(self, thing: Touched, seen: _Seen) -> list[Fragment]:
         match thing.kind:
-            case "message" if thing.id in messages:
-                return [self._message(messages[thing.id], thing.new)]
+            case "message" if thing.id in seen.flow and thing.id in seen.messages:
+                return [self._message(seen.messages[thing.id], thing.new)]
             case "settled":
-                return [self._message(row, False) for row in messages.values() if row["turn_id"] == thing.id]
-            case "turn" if thing.id in turns:
-                return self._turn(turns[thing.id], thing.new)
+                numbers = [number for number in seen.leased.get(thing.id, []) if number in seen.flow]
+                return [self._message(seen.messages[number], False) for number in numbers if number in seen.messages]
+            case "aside" if self._agent is None:
+                message = seen.messages.get(thing.id)
+                return [Fragment(f"aside-{thing.id}", self._rows.aside(message) if message else "", "aside")]
+            case "turn" if thing.id in seen.turns:
+                return self._turn(seen.turns[thing.id], thing.new)
             case "approval" if self._agent is None:
                 return await self._approval(thing.id)
+            case "question" if self._agent is None:
+                return await self._question(await self._hive.questions.get(thing.id))
+            case "question_of" if self._agent is None:
+                return await self._question(await self._hive.questions.put_with(thing.id))
             case "agent" if self._agent is None:
                 return [Fragment(f"to-{thing.id}", self._rows.recipient(thing.id), "recipients")]
         return []
@@ -199,6 +235,13 @@ class Feed:
     def _turn(self, turn: dict[str, Any], new: bool) -> list[Fragment]:
         head = Fragment(f"turn-{turn['id']}-head", self._rows.turn_head(turn))
         return [Fragment(f"turn-{turn['id']}", self._rows.turn(turn, []), "turns", once=True), head] if new else [head]
+
+    async def _question(self, question: Question | None) -> list[Fragment]:
+        """A card while the operator may answer it."""
+        if question is None or question.answerer != OPERATOR:
+            return []
+        waits = await self._hive.questions.reaches(question)
+        return [Fragment(f"question-{question.id}", self._rows.question(question) if waits else "", "pending")]
 
     async def _approval(self, approval_id: int) -> list[Fragment]:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlencode
 
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -12,14 +13,18 @@ from dashboard.door import COOKIE
 from dashboard.live import Position, live_response
 from dashboard.rows import ASSETS, Rows, asset_bytes, asset_hash, render
 from hive_core.agents import Agent
+from hive_core.archive import parse_query
+from hive_core.flow import messages_aside, newest_messages
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import AgentName, parse_agent_name
+from hive_core.protocol.words import OPERATOR, AgentName, parse_agent_name, parse_id
 from hive_core.sign_ins import SIGN_IN_VALID_S
 
 MESSAGES_SHOWN = 100
+ASIDE_SHOWN = 50
 LINES_SHOWN = 300
 TURNS_SHOWN = 12
+SEARCHED = ("text", "sender", "thread", "after", "before", "cursor")
 
 
 class Pages:
@@ -62,6 +67,38 @@ class Pages:
         answer.set_cookie(COOKIE, cookie, max_age=SIGN_IN_VALID_S, path="/", httponly=True, samesite="strict")
         return answer
 
+    async def search(self, request: Request) -> Response:
+        """What was found, and the same box to go on from. A search that makes no sense says why, on this page."""
+        asked = {key: value for key in SEARCHED if (value := request.query_params.get(key, "").strip())}
+        answer: dict[str, Any] = {"messages": [], "next_cursor": None}
+        trouble = ""
+        try:
+            numbers: dict[str, Any] = {key: _number(asked[key]) for key in ("thread", "cursor") if key in asked}
+            if asked:
+                answer = await self._hive.archive.search(parse_query({**asked, **numbers}))
+        except Refusal as refusal:
+            trouble = refusal.message
+        more = urlencode({**asked, "cursor": answer["next_cursor"]}) if answer["next_cursor"] else ""
+        return self._page(
+            "search.html",
+            [],
+            asked={key: asked.get(key, "") for key in SEARCHED},
+            searched=bool(asked) and not trouble,
+            answer={"unindexed": 0, **answer},
+            more=more and f"/search?{more}",
+            trouble=trouble,
+        )
+
+    async def thread(self, request: Request) -> Response:
+        number, after = request.path_params["id"], request.query_params.get("after", "0")
+        if not (after.isascii() and after.isdigit()) or len(after) > 18:
+            after = "0"
+        try:
+            found = await self._hive.archive.thread(_number(number), int(after))
+        except Refusal as refusal:
+            raise Refusal("not_found", refusal.message) from None
+        return self._page("thread.html", [], thread=found)
+
     async def asset(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name not in ASSETS:
@@ -83,24 +120,27 @@ class Pages:
             live="/live",
             after=position,
             pending=await hive.approvals.pending(),
+            questions=await hive.questions.open_to(OPERATOR),
             decided=await hive.approvals.recent(),
-            messages=await hive.broker.messages(limit=MESSAGES_SHOWN),
+            aside=await messages_aside(hive.store, ASIDE_SHOWN),
+            messages=await newest_messages(hive.store, None, MESSAGES_SHOWN),
         )
 
     async def _agent_page(self, name: AgentName) -> Response:
         hive = self._hive
         agent = await hive.agents.get(name)
         seq = await hive.store.last_seq()
+        gone = await hive.turns.lines_gone(name)
         lines = await hive.turns.newest_lines(name, LINES_SHOWN)
         turns = await hive.turns.recent(name, TURNS_SHOWN)
         return self._page(
             "agent.html",
             [agent],
             live=f"/agents/{name}/live",
-            after=Position(seq, lines[-1]["id"] if lines else 0),
+            after=Position(seq, lines[-1]["id"] if lines else gone),
             agent=agent,
             turns=[(turn, [line for line in lines if line["turn"] == turn["id"]]) for turn in reversed(turns)],
-            messages=await hive.broker.messages(name, MESSAGES_SHOWN),
+            messages=await newest_messages(hive.store, name, MESSAGES_SHOWN),
         )
 
     def _page(self, template: str, agents: list[Agent], **values: Any) -> Response:
@@ -125,6 +165,11 @@ class Pages:
 def _after(request: Request) -> str:
     """Where the browser's own memory of the stream, when it comes back, wins over the page's."""
     return request.headers.get("last-event-id") or request.query_params.get("after", "")
+
+
+def _number(text: str) -> int:
+    """A message's number as an address has it."""
+    return parse_id(int(text) if text.isascii() and text.isdigit() and len(text) < 20 else text, "a message")
 
 
 def _existing_name(request: Request) -> AgentName:

@@ -17,8 +17,12 @@ from dashboard.visible import plain, visible
 from hive_core.agents import Agent
 from hive_core.approvals import Approval
 from hive_core.hive import Hive
+from hive_core.protocol.held import WHY_HELD
 from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM
+from hive_core.questions import Question
 
+NAMES_SHOWN = 6
+REASONS_SHOWN = 6
 VOICES: dict[str, str] = {OPERATOR: "by-operator", SYSTEM: "by-system", MANAGER: "by-manager"}
 ASSETS = {"style.css": "text/css", "live.js": "text/javascript", "favicon.svg": "image/svg+xml"}
 
@@ -46,6 +50,12 @@ def clock(at_ms: int) -> Markup:
     )
 
 
+def day(at_ms: int) -> Markup:
+    """An instant that may be long ago, in UTC."""
+    at = datetime.fromtimestamp(at_ms / 1000, UTC)
+    return Markup('<time datetime="{}">{} UTC</time>').format(f"{at:%Y-%m-%dT%H:%M:%SZ}", f"{at:%Y-%m-%d %H:%M:%S}")
+
+
 def measure(text: str) -> str:
     """How much there is to read, so that what lies below the fold is not missed."""
     lines = len(text.removesuffix("\n").split("\n"))
@@ -55,6 +65,11 @@ def measure(text: str) -> str:
 def voice(name: str) -> str:
     """The class that colours a name: who speaks is seen before it is read."""
     return VOICES.get(name, "by-agent")
+
+
+def state_word(state: str) -> str:
+    """What a delivery's state is called in a chip."""
+    return "in turn" if state == "leased" else state
 
 
 @cache
@@ -68,8 +83,9 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(visible=visible, clock=clock, measure=measure, read_diff=read_diff, tokens=tokens)
-    environment.globals.update(asset=asset_url, voice=voice)
+    environment.filters.update(visible=visible, clock=clock, day=day)
+    environment.filters.update(measure=measure, read_diff=read_diff, tokens=tokens)
+    environment.globals.update(asset=asset_url, voice=voice, state_word=state_word)
     return environment
 
 
@@ -89,10 +105,42 @@ class Rows:
         return render("rows/agent.html", agent=agent, live=live, hive=self._hive, alone=alone)
 
     def message(self, message: dict[str, Any]) -> Markup:
-        return render("rows/message.html", message=message)
+        rest_bytes = message["body_bytes"] - len(message["body"].encode("utf-8", "replace"))
+        return render("rows/message.html", message=message, rest_bytes=rest_bytes, **self._cause(message))
+
+    def aside(self, message: dict[str, Any]) -> Markup:
+        """The card of a message that is held or dead for somebody; empty when it is neither."""
+        held = [one for one in message["deliveries"] if one["state"] == "held"]
+        dead = [one for one in message["deliveries"] if one["state"] == "dead"]
+        if not held and not dead:
+            return Markup("")
+        reasons = sorted({WHY_HELD.get(one["held"], one["held"]) for one in held})
+        reasons += [
+            f"{one['recipient']}, after {_turns(one['failures'])}: {one['note'] or 'no reason'}" for one in dead
+        ]
+        return render(
+            "rows/aside.html",
+            message=message,
+            held=held,
+            dead=dead,
+            names=_some([one["recipient"] for one in held + dead]),
+            reasons=reasons[:REASONS_SHOWN],
+            **self._cause(message),
+        )
+
+    def _cause(self, message: dict[str, Any]) -> dict[str, str]:
+        """What set a message off, and where that is shown. The operator and the hive speak for themselves."""
+        if message["cause"] in (OPERATOR, SYSTEM) or message["cause_id"] is None:
+            return {"cause": "", "cause_link": ""}
+        of_turn = message["cause"] == "turn" and message["sender"] not in (OPERATOR, SYSTEM)
+        link = f"{self._hive.page_url(message['sender'])}#turn-{message['cause_id']}" if of_turn else ""
+        return {"cause": f"{message['cause']} {message['cause_id']}", "cause_link": link}
 
     def approval(self, approval: Approval) -> Markup:
         return render("rows/approval.html", approval=approval)
+
+    def question(self, question: Question) -> Markup:
+        return render("rows/question.html", question=question)
 
     def decision(self, approval: Approval) -> Markup:
         return render("rows/decision.html", approval=approval)
@@ -108,3 +156,12 @@ class Rows:
 
     def line(self, line: dict[str, Any]) -> Markup:
         return render("rows/line.html", line=line, parts=read_line(line["line"]))
+
+
+def _turns(failures: int) -> str:
+    return f"{failures} failed turn{'' if failures == 1 else 's'}"
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

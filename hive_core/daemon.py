@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import logging
 import os
 import signal
@@ -24,17 +24,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from dashboard.app import build_app
 from hive_core.agents import Agent, Agents
 from hive_core.approvals import Approvals
-from hive_core.broker import Broker
+from hive_core.bodies import Bodies
+from hive_core.broker import Broker, Rests
 from hive_core.config import Config
 from hive_core.containers.process import AgentDirs, ProcessDriver, sandbox_trouble
 from hive_core.credentials import Credential, find_credential, how_to_give_one
 from hive_core.hive import Hive
+from hive_core.lock import take_lock
+from hive_core.procedures.clock import Timer, serve_clock
 from hive_core.procedures.gate import Gate
 from hive_core.procedures.reconcile import Desk, Reconciler
 from hive_core.programs import find_claude
-from hive_core.protocol.paths import host_socket
+from hive_core.protocol.paths import explain, host_socket
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import MANAGER, AgentName
+from hive_core.protocol.words import MANAGER, PERSONA_LIMIT_BYTES, AgentName, parse_text
 from hive_core.repos import Repos
 from hive_core.sign_ins import SignIns
 from hive_core.sockets.admin import AdminDesk
@@ -43,6 +46,7 @@ from hive_core.sockets.http import serve_asgi
 from hive_core.sockets.model import ModelRelay
 from hive_core.sockets.unix import listen_unix, serve_unix
 from hive_core.store.door import open_store
+from hive_core.store.schema import StoreBusy
 from hive_core.systemd import notify
 from hive_core.turns import Turns
 
@@ -53,28 +57,8 @@ TIED_AGENTS_PATIENCE_S = 1.0
 PRUNE_EVERY_S = 3600.0
 
 
-def take_lock(folder: Path) -> int:
-    """Hold a directory for this process; the lock goes with it. Raises Refusal naming who holds it."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise Refusal("refused", f"cannot use {folder}: it must belong to you, and nobody else may write in it")
-    descriptor = os.open(folder / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
-        os.close(descriptor)
-        raise Refusal(
-            "conflict", f"cannot use {folder}: a daemon (pid {holder}) runs on it; `hive down` ends it"
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-    return descriptor
-
-
 def listen_tcp(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises OSError when the port is busy."""
+    """A listening socket. Raises OSError when the port is busy or the host is not this machine."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
@@ -95,11 +79,8 @@ def listen_dashboard(config: Config) -> socket.socket:
         return listen_tcp(config.dashboard_host, config.dashboard_port)
     except OSError as exc:
         where = f"{config.dashboard_host}:{config.dashboard_port}"
-        raise Refusal(
-            "refused",
-            f"cannot serve the dashboard on {where}: {exc.strerror or exc}; "
-            "stop what uses the port, or set dashboard_port",
-        ) from None
+        setting = "dashboard_port" if exc.errno in (errno.EADDRINUSE, errno.EACCES) else "dashboard_host"
+        raise Refusal("refused", f"cannot serve the dashboard on {where}: {explain(exc, setting)}") from None
 
 
 def look_for_credential(config: Config) -> tuple[Credential | None, str]:
@@ -122,12 +103,21 @@ def _templates() -> Environment:
 
 
 def manager_prompt(config: Config) -> str:
-    """hm1nd's first CLAUDE.md."""
-    if config.manager_prompt is not None:
-        return config.manager_prompt.read_text("utf-8")
-    return (
-        Environment(loader=PackageLoader("hive_mind"), undefined=StrictUndefined).get_template("CLAUDE.md.j2").render()
-    )
+    """hm1nd's first CLAUDE.md. Raises Refusal when the one that was chosen cannot be read."""
+    path = config.manager_prompt
+    if path is None:
+        templates = Environment(loader=PackageLoader("hive_mind"), undefined=StrictUndefined)
+        return templates.get_template("CLAUDE.md.j2").render()
+    try:
+        # Checked before it is committed: with one that is no good in hm1nd's repository no start would come through.
+        return parse_text(path.read_text("utf-8"), f"manager_prompt {path}", PERSONA_LIMIT_BYTES)
+    except Refusal as refusal:
+        raise Refusal("usage", f"{refusal.message}; mend it, or set manager_prompt to another") from None
+    except OSError as exc:
+        why = explain(exc, "manager_prompt")
+    except UnicodeDecodeError as exc:
+        why = f"byte {exc.start} is not UTF-8; save it as UTF-8, or set manager_prompt to another"
+    raise Refusal("usage", f"cannot use {path} as manager_prompt: {why}")
 
 
 @asynccontextmanager
@@ -139,7 +129,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
         for folder in (config.state_dir, config.runtime_dir):
             stack.callback(os.close, take_lock(folder))
         await stack.enter_async_context(trio_asyncio.open_loop())
-        store = await stack.enter_async_context(open_store(config.database))
+        store = await stack.enter_async_context(open_store(config.database, ballast=True))
         agents = Agents(store, manager_port=config.manager_port, agent_ports=config.agent_port_range, sandbox=sandbox)
         approvals, repos = Approvals(store), Repos(config.state_dir)
         claude = find_claude(config.claude)
@@ -164,7 +154,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
         hive = Hive(
             config=config,
             store=store,
-            broker=Broker(store),
+            broker=Broker(store, config, bodies=Bodies(config.state_dir / "bodies", store)),
             turns=Turns(store),
             agents=agents,
             approvals=approvals,
@@ -230,7 +220,9 @@ class _Rooms:
         hive, name, run = self.hive, agent.name, self.run_dir(agent.name)
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
         harness = HarnessDesk(name, agent.role, hive.broker, hive.turns, hive.agents, self._credential_kind)
-        tools = agent_socket.AgentDesk(name, hive.broker, hive.agents, hive.gate, hive.reconciler.kill)
+        tools = agent_socket.AgentDesk(
+            name, hive.broker, hive.agents, hive.gate, hive.reconciler.kill, hive.archive, hive.loose_ends
+        )
         relay = ModelRelay(
             name,
             self.client,
@@ -286,12 +278,16 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
     page = listen_dashboard(config)
     hive.dashboard_port = page.getsockname()[1]
     admin = listen_unix(Path(host_socket(str(config.runtime_dir))), 0o660)
+    timers: list[Timer] = [Rests(), hive.questions, hive.reminders, hive.schedules]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(serve_unix, admin, AdminDesk(hive).serve)
         nursery.start_soon(partial(serve_asgi, build_app(hive), page, stopping=hive.stopping))
         nursery.start_soon(hive.store.serve_backstop)
         nursery.start_soon(hive.store.wait_failed)
         nursery.start_soon(hive.gate.serve)
+        nursery.start_soon(hive.broker.serve_leases)
+        nursery.start_soon(hive.archive.serve_index)
+        nursery.start_soon(serve_clock, hive.store, timers)
         nursery.start_soon(_serve_pruning, hive)
         nursery.start_soon(hive.reconciler.serve)
         task_status.started()
@@ -309,8 +305,13 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
 
 async def _serve_pruning(hive: Hive) -> None:
     while True:
-        await hive.turns.prune()
-        await hive.broker.forget_old_tool_calls()
+        try:
+            await hive.turns.prune()
+            await hive.broker.forget_old_tool_calls()
+            await hive.archive.forget_old()
+            await hive.broker.sweep_bodies()
+        except StoreBusy as busy:  # a full disk, say: what is old can go an hour later
+            log.warning("cannot forget what is old: %s", busy.message)
         await trio.sleep(PRUNE_EVERY_S)
 
 

@@ -36,6 +36,13 @@ async def newest_events(store: Store, limit: int) -> list[dict[str, Any]]:
     return [event_from_row(row) for row in await store.rows(sql, (limit,))]
 
 
+async def first_kept(store: Store) -> int:
+    """The number of the oldest event that is kept; 0 when there is none."""
+    row = await store.row("SELECT coalesce(min(seq), 0) AS seq FROM events")
+    assert row is not None
+    return int(row["seq"])
+
+
 async def follow_events(store: Store, seq: int) -> AsyncGenerator[dict[str, Any], None]:
     """Every event after `seq`, each once and in order, for ever. Safe to leave at any point."""
     with store.bus.listen(EVENTS) as listener:

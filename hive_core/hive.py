@@ -9,11 +9,16 @@ import trio
 
 from hive_core.agents import Agents
 from hive_core.approvals import Approvals
+from hive_core.archive import Archive
 from hive_core.broker import Broker
 from hive_core.config import Config
 from hive_core.credentials import Credential
+from hive_core.loose_ends import LooseEnds
 from hive_core.procedures.gate import Gate
 from hive_core.procedures.reconcile import Reconciler
+from hive_core.questions import Questions
+from hive_core.reminders import Reminders
+from hive_core.schedules import Schedules
 from hive_core.sign_ins import SignIns
 from hive_core.store.door import Store
 from hive_core.turns import Turns
@@ -40,6 +45,18 @@ class Hive:
     dashboard_port: int = 0  # the port that is really bound; 0 until it is
     page_ports: dict[str, int] = field(default_factory=dict)  # agent → the port its page is really served on
     stopping: trio.Event = field(default_factory=trio.Event)
+    archive: Archive = field(init=False)
+    questions: Questions = field(init=False)
+    reminders: Reminders = field(init=False)
+    schedules: Schedules = field(init=False)
+    loose_ends: LooseEnds = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.archive = Archive(self.store, self.config, self.config.bodies_dir)
+        limits = self.broker.limits
+        self.questions, self.reminders = Questions(self.store, limits), Reminders(self.store, limits)
+        self.schedules = Schedules(self.store, limits)
+        self.loose_ends = LooseEnds(self.store, self.questions, self.reminders, self.schedules)
 
     @property
     def unsafe(self) -> bool:

@@ -53,7 +53,8 @@ function swap({ target, html, list, place, once }) {
 
 function count() {
   for (const badge of all("[data-counts]")) {
-    badge.textContent = document.getElementById(badge.dataset.counts).children.length;
+    const lists = badge.dataset.counts.split(" ").map((id) => document.getElementById(id));
+    badge.textContent = lists.reduce((sum, list) => sum + list.children.length, 0);
     if ("title" in badge.dataset) {
       document.title = document.title.replace(/^(\(\d+\) )?/, badge.textContent === "0" ? "" : `(${badge.textContent}) `);
     }

@@ -10,13 +10,15 @@ import json
 import os
 import sys
 
+from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import EXIT_CODES, Refusal
+from hive_core.protocol.words import shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, NoReturn
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,31 +28,84 @@ def main(argv: list[str] | None = None) -> int:
     end = words.index("--") if "--" in words else len(words)
     as_json = "--json" in words[:end]
     words = [word for word in words[:end] if word != "--json"] + words[end:]
+    _prepare_streams()
     try:
-        arguments = _parse(words)
-    except SystemExit as exit_:
-        if as_json and exit_.code:
-            error = Refusal("usage", "these words are not understood; standard error says why")
-            print(json.dumps({"ok": False, "error": error.to_wire()}))
-        raise
-    arguments.json = as_json
-    try:
-        run: Callable[[Namespace], int | None] = globals()[arguments.run]
-        return run(arguments) or 0
-    except Refusal as refusal:
-        if arguments.json:
-            print(json.dumps({"ok": False, "error": refusal.to_wire()}))
-        print(f"hive: {refusal.message}", file=sys.stderr)
-        return EXIT_CODES.get(refusal.code, 1)
+        try:
+            return _run(words, as_json)
+        except Refusal as refusal:
+            return _refuse(refusal, as_json)
+        finally:
+            sys.stdout.flush()  # here, and not when the interpreter ends: its complaint would be a trace
     except BrokenPipeError:
         # The reader went away (`hive events | head`): that is its right.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except OSError as exc:
-        print(f"hive: cannot go on: {exc}", file=sys.stderr)
-        return 1
+        _drop_output()
+        return _refuse(Refusal("failed", f"cannot go on: {explain(exc)}"), False)
     except KeyboardInterrupt:
         return 130
+
+
+def _run(words: list[str], as_json: bool) -> int:
+    for position, word in enumerate(words, 1):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise Refusal(
+                "usage", f"cannot read the words: argument {position} is not UTF-8; give it as UTF-8"
+            ) from None
+    arguments = _parse(words)
+    arguments.json = as_json
+    run: Callable[[Namespace], int | None] = globals()[arguments.run]
+    try:
+        return run(arguments) or 0
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise Refusal("failed", f"cannot go on: {explain(exc)}") from None
+
+
+def _refuse(refusal: Refusal, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"ok": False, "error": refusal.to_wire()}))
+    print(f"hive: {refusal.message}", file=sys.stderr)
+    return EXIT_CODES.get(refusal.code, 1)
+
+
+def _prepare_streams() -> None:
+    """Have all three, and let none of them refuse a character that its encoding lacks."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it stays open as long as we run
+        elif mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _whole(text: str) -> int:
+    from argparse import ArgumentTypeError
+
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{shown(text)} is not a whole number") from None
+
+
+def _seconds(text: str) -> float:
+    from argparse import ArgumentTypeError
+
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ArgumentTypeError(f"{shown(text)} is not a number of seconds, such as 30")
+    return seconds
 
 
 # verb → (what runs it, its help, its arguments)
@@ -75,28 +130,123 @@ _VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]]
     ),
     "send": (
         "_send",
-        "send a message to an agent",
+        "send a message to agents",
         [
-            (("agent",), {}),
+            (("agent",), {"nargs": "?", "metavar": "AGENT[,AGENT…]", "help": "to whom; * for everyone"}),
             (("body",), {"nargs": "?", "help": "what to say; from standard input when absent"}),
-            (("--in-reply-to",), {"type": int, "metavar": "ID"}),
+            (("--to",), {"action": "append", "metavar": "AGENT", "help": "instead, once for each recipient"}),
+            (("--in-reply-to",), {"type": _whole, "metavar": "ID"}),
         ],
     ),
-    "inbox": ("_inbox", "messages to you", [(("--limit",), {"type": int, "default": 20})]),
+    "read": ("_read", "a message's body, whole however large", [(("message",), {"type": _whole, "metavar": "ID"})]),
+    "inbox": ("_inbox", "messages to you", [(("--limit",), {"type": _whole, "default": 20})]),
+    "dead": (
+        "_aside",
+        "messages that were given up after too many failed turns",
+        [(("--limit",), {"type": _whole, "default": 50})],
+    ),
+    "held": (
+        "_aside",
+        "messages that wait for you: a chain too long, or too many of one pair",
+        [(("--limit",), {"type": _whole, "default": 50})],
+    ),
+    "requeue": (
+        "_move",
+        "give a dead message all its tries again",
+        [(("message",), {"type": _whole, "metavar": "ID"})],
+    ),
+    "release": ("_move", "let a held message go", [(("message",), {"type": _whole, "metavar": "ID"})]),
+    "drop": ("_move", "put a dead or held message away", [(("message",), {"type": _whole, "metavar": "ID"})]),
+    "cancel": ("_cancel", "end an agent's turn for good, its messages with it", [(("agent",), {})]),
+    "search": (
+        "_search",
+        "find messages by their words",
+        [
+            (("text",), {"nargs": "*", "help": "words that must all be there; wor* is the beginning of one"}),
+            (("--sender",), {"metavar": "NAME"}),
+            (("--thread",), {"type": _whole, "metavar": "ID"}),
+            (("--after",), {"metavar": "INSTANT", "help": "sent then or later: 2026-01-31, or 2026-01-31T08:30"}),
+            (("--before",), {"metavar": "INSTANT"}),
+            (("--limit",), {"type": _whole, "default": 20}),
+            (("--cursor",), {"type": _whole, "metavar": "ID", "help": "only messages before this one"}),
+        ],
+    ),
+    "thread": (
+        "_thread",
+        "the messages of one thread, in order",
+        [
+            (("message",), {"type": _whole, "help": "any message of it"}),
+            (("--after",), {"type": _whole, "metavar": "ID", "help": "only those after this one"}),
+        ],
+    ),
+    "explain": (
+        "_explain",
+        "the life of a message: who sent it and why, who had it, how it ended",
+        [(("what",), {"nargs": "?", "choices": ["message"]}), (("message",), {"type": _whole, "metavar": "ID"})],
+    ),
+    "backup": (
+        "_backup",
+        "write the whole hive into one file, while it runs",
+        [
+            (("file",), {"help": "a tar file; - writes to standard output"}),
+            (("--with-credentials",), {"action": "store_true", "help": "put the keys of the model provider in, too"}),
+        ],
+    ),
+    "restore": (
+        "_restore",
+        "bring a hive back from a backup, into an empty state directory",
+        [
+            (("file",), {}),
+            (("--check",), {"action": "store_true", "help": "look whether it is whole, and write nothing"}),
+            (("--paused",), {"action": "store_true", "help": "let no agent run before `hive start`"}),
+        ],
+    ),
+    "questions": ("_questions", "questions to you", [(("--limit",), {"type": _whole, "default": 50})]),
+    "answer": (
+        "_answer",
+        "answer a question",
+        [
+            (("question",), {"type": _whole, "metavar": "ID"}),
+            (("text",), {"nargs": "?", "help": "where the question takes text"}),
+            (("--choice",), {"action": "append", "metavar": "OPTION", "help": "an option, or its number"}),
+        ],
+    ),
+    "schedule": (
+        "_schedule",
+        "send a message by a clock",
+        [
+            (("what",), {"choices": ["add", "list", "pause", "resume", "run", "rm"]}),
+            (
+                ("words",),
+                {"nargs": "*", "metavar": "AGENT BODY | ID", "help": "add: to whom and what; else its number"},
+            ),
+            (("--cron",), {"metavar": "FIELDS", "help": "five fields, such as '0 7 * * 1-5'"}),
+            (
+                ("--tz",),
+                {"metavar": "ZONE", "help": "whose clocks --cron reads, such as Europe/Berlin; UTC when absent"},
+            ),
+            (("--every",), {"type": _seconds, "metavar": "SECONDS", "help": "instead: once in so many"}),
+        ],
+    ),
+    "loose-ends": (
+        "_loose_ends",
+        "what waits on you, and what you wait for",
+        [(("agent",), {"nargs": "?", "help": "of this agent instead"})],
+    ),
     "pending": ("_pending", "what waits for your approval", []),
-    "show": ("_show", "one approval, whole", [(("approval",), {"type": int})]),
+    "show": ("_show", "one approval, whole", [(("approval",), {"type": _whole})]),
     "approve": (
         "_approve",
         "approve exactly what `hive show` shows",
         [
-            (("approval",), {"type": int}),
+            (("approval",), {"type": _whole}),
             (("--digest",), {"help": "approve only if it is still this; `hive show --json` gives it"}),
         ],
     ),
     "deny": (
         "_deny",
         "deny, with a reason that the requester reads",
-        [(("approval",), {"type": int}), (("reason",), {})],
+        [(("approval",), {"type": _whole}), (("reason",), {})],
     ),
     "start": ("_want", "start an agent that was killed or paused", [(("agent",), {})]),
     "pause": ("_want", "let an agent take no turn and reach no model until it is started", [(("agent",), {})]),
@@ -106,15 +256,15 @@ _VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]]
         "what people did and what changed",
         [
             (("--follow",), {"action": "store_true", "help": "go on until Ctrl-C"}),
-            (("--after",), {"type": int, "metavar": "SEQ", "help": "only events after this number"}),
-            (("--limit",), {"type": int, "default": 50}),
+            (("--after",), {"type": _whole, "metavar": "SEQ", "help": "only events after this number"}),
+            (("--limit",), {"type": _whole, "default": 50}),
         ],
     ),
     "dashboard": ("_dashboard", "print a link that signs one browser in", []),
     "down": (
         "_down",
         "let every agent finish its turn, then end them and the daemon",
-        [(("--patience",), {"type": float, "metavar": "SECONDS", "help": "end agents by force after this long"})],
+        [(("--patience",), {"type": _seconds, "metavar": "SECONDS", "help": "end agents by force after this long"})],
     ),
 }
 
@@ -123,20 +273,29 @@ def _parse(words: list[str]) -> Namespace:
     """The arguments of one call. Only the parser of its own verb is built: a start has 100 ms for everything."""
     from argparse import ArgumentParser, HelpFormatter, RawDescriptionHelpFormatter
 
+    class Parser(ArgumentParser):
+        """Says what is wrong in one line."""
+
+        def error(self, message: str) -> NoReturn:
+            from hive_core.protocol.visible import named
+
+            more = f"`{self.prog} --help` says more"
+            raise Refusal("usage", f"cannot run `{self.prog}`: {named(message)[:300]}; {more}")
+
     def formatter(prog: str) -> HelpFormatter:
         # A width of our own: looking for the terminal's imports shutil, and with it three kinds of compression.
         return RawDescriptionHelpFormatter(prog, width=100)
 
     if words and words[0] in _VERBS:
         run, help_text, arguments = _VERBS[words[0]]
-        parser = ArgumentParser(prog=f"hive {words[0]}", description=help_text, formatter_class=formatter)
+        parser = Parser(prog=f"hive {words[0]}", description=help_text, formatter_class=formatter)
         for names, options in arguments:
             parser.add_argument(*names, **options)
         parser.set_defaults(run=run, verb=words[0])
         words = words[1:]
     else:
         listed = "\n".join(f"  {name:10} {verb[1]}" for name, verb in _VERBS.items())
-        parser = ArgumentParser(
+        parser = Parser(
             prog="hive",
             usage="hive [--json] [VERB …]",
             description="Run a swarm of coding agents on a machine of your own.\nWithout a verb: what waits for you.",
@@ -146,9 +305,13 @@ def _parse(words: list[str]) -> Namespace:
         parser.add_argument("--version", action="store_true", help="print the version")
         parser.set_defaults(run="_status")
         if words and not words[0].startswith("-"):
-            parser.error(f"there is no verb {words[0]!r}; the verbs are {', '.join(_VERBS)}")
+            parser.error(f"there is no verb {shown(words[0])}; the verbs are {', '.join(_VERBS)}")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser.parse_args(words)
+    # Options may stand between the words of these.
+    return (parser.parse_intermixed_args if parser.prog in _INTERMIXED else parser.parse_args)(words)
+
+
+_INTERMIXED = ("hive schedule", "hive answer")
 
 
 def _emit(arguments: Namespace, result: Any, text: str) -> None:
@@ -185,9 +348,62 @@ def _list(arguments: Namespace) -> None:
 
 
 def _send(arguments: Namespace) -> None:
-    body = sys.stdin.read() if arguments.body is None else arguments.body
-    result = _client().call("send", to=arguments.agent, body=body, in_reply_to=arguments.in_reply_to)
-    _emit(arguments, result, f"sent as message {result['message']}")
+    to, body = arguments.agent, arguments.body
+    if arguments.to:
+        if body is not None:
+            raise Refusal("usage", "cannot send: give the recipients before the body or with --to, not both")
+        to, body = ",".join(arguments.to), to
+    if to is None:
+        raise Refusal("usage", "cannot send to nobody: name an agent, several with commas, or * for everyone")
+    if body is None:
+        try:
+            body = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as exc:
+            why = f"byte {exc.start} is not UTF-8; give it as UTF-8"
+            raise Refusal("usage", f"cannot send the message: {why}") from None
+    # The shell, and not we, would make one word of a list; the daemon takes one name, or a list.
+    recipients = to.split(",") if "," in to else to
+    result = _client().call("send", to=recipients, body=body, in_reply_to=arguments.in_reply_to)
+    text = f"sent as message {result['message']}"
+    if held := result.get("held"):
+        from hive_core.protocol.held import say_held
+
+        text += f"; {say_held(result['message'], held)}"
+    _emit(arguments, result, text)
+
+
+def _read(arguments: Namespace) -> None:
+    from hive_core.cli import show
+
+    client, body, offset = _client(), "", 0
+    while offset is not None:
+        result = client.call("read", message=arguments.message, offset=offset)
+        body, offset = body + result["body"], result["next_offset"]
+    _emit(arguments, {"message": arguments.message, "body": body, "bytes": result["bytes"]}, show.safe(body))
+
+
+def _aside(arguments: Namespace) -> None:
+    from hive_core.cli import show
+
+    result = _client().call(arguments.verb, limit=arguments.limit)
+    lines = [show.aside(arguments.verb, row) for row in result["messages"]]
+    _emit(arguments, result, "\n".join(lines) or f"nothing is {arguments.verb}")
+
+
+def _move(arguments: Namespace) -> None:
+    result = _client().call(arguments.verb, message=arguments.message)
+    number, names = result["message"], ", ".join(result["recipients"])
+    text = {
+        "requeue": f"message {number} goes to {names} again, with all its tries",
+        "release": f"message {number} is on its way to {names}",
+        "drop": f"message {number} is dropped: {names} will not get it",
+    }[arguments.verb]
+    _emit(arguments, result, text)
+
+
+def _cancel(arguments: Namespace) -> None:
+    result = _client().call("cancel", agent=arguments.agent)
+    _emit(arguments, result, f"turn {result['turn']} of {result['agent']} is cancelled, and its messages with it")
 
 
 def _inbox(arguments: Namespace) -> None:
@@ -195,6 +411,98 @@ def _inbox(arguments: Namespace) -> None:
 
     result = _client().call("inbox", limit=arguments.limit)
     _emit(arguments, result, "\n".join(map(show.message, result["messages"])) or "no messages")
+
+
+def _search(arguments: Namespace) -> None:
+    from hive_core.cli import show
+
+    # A word that the shell took the quotes from is a phrase again.
+    text = " ".join(f'"{word}"' if " " in word and '"' not in word else word for word in arguments.text)
+    given = {key: getattr(arguments, key) for key in ("sender", "thread", "after", "before", "limit", "cursor")}
+    result = _client().call("search", text=text, **given)
+    lines = [show.found(row) for row in result["messages"]] or ["nothing was found"]
+    if result["next_cursor"]:
+        lines.append(f"more: add --cursor {result['next_cursor']}")
+    if result.get("unindexed"):
+        lines.append(f"{result['unindexed']} messages were not searched yet; ask again in a while")
+    _emit(arguments, result, "\n".join(lines))
+
+
+def _thread(arguments: Namespace) -> None:
+    from hive_core.cli import show
+
+    result = _client().call("thread", message=arguments.message, after=arguments.after)
+    _emit(arguments, result, show.thread(result))
+
+
+def _explain(arguments: Namespace) -> None:
+    from hive_core.cli import show
+
+    result = _client().call("explain", message=arguments.message)
+    _emit(arguments, result, show.life(result))
+
+
+def _backup(arguments: Namespace) -> int:
+    from hive_core.cli.backup import backup
+
+    return backup(arguments.file, with_credentials=arguments.with_credentials, as_json=arguments.json)
+
+
+def _restore(arguments: Namespace) -> int:
+    from hive_core.cli.backup import restore
+
+    return restore(arguments.file, check=arguments.check, paused=arguments.paused, as_json=arguments.json)
+
+
+def _questions(arguments: Namespace) -> None:
+    from hive_core.cli import show
+
+    result = _client().call("questions", limit=arguments.limit)
+    _emit(arguments, result, "\n".join(map(show.question, result["questions"])) or "no question waits for you")
+
+
+def _answer(arguments: Namespace) -> None:
+    result = _client().call("answer", question=arguments.question, text=arguments.text, choices=arguments.choice)
+    _emit(arguments, result, f"question {result['question']} is answered, with message {result['message']}")
+
+
+def _schedule(arguments: Namespace) -> None:
+    from hive_core.cli import show
+
+    what, words = arguments.what, arguments.words
+    needs = {"add": 2, "list": 0}.get(what, 1)
+    if len(words) != needs:
+        form = {"add": "AGENT BODY with --cron or --every", "list": "nothing"}.get(what, "the number of a schedule")
+        raise Refusal("usage", f"cannot run `hive schedule {what}`: it takes {form}")
+    if what == "add":
+        given = {"cron": arguments.cron, "zone": arguments.tz, "every_s": arguments.every}
+        result = _client().call("schedule", agent=words[0], body=words[1], **given)
+        _emit(arguments, result, f"schedule {result['schedule']}: first at {show.day(result['next_at_ms'])}")
+        return
+    if what == "list":
+        result = _client().call("schedules")
+        _emit(arguments, result, "\n".join(map(show.schedule, result["schedules"])) or "there is no schedule")
+        return
+    if not words[0].isdecimal():
+        raise Refusal(
+            "usage", f"cannot use {shown(words[0])} as the number of a schedule: `hive schedule list` shows them"
+        )
+    verb = {"rm": "remove"}.get(what, what)
+    result = _client().call(f"schedule_{verb}", schedule=int(words[0]))
+    text = {
+        "pause": "is paused",
+        "resume": f"goes on, next at {show.day(result.get('next_at_ms') or 0)}",
+        "run": f"was sent as message {result.get('message')}",
+        "rm": "is gone",
+    }[what]
+    _emit(arguments, result, f"schedule {result['schedule']} {text}")
+
+
+def _loose_ends(arguments: Namespace) -> None:
+    from hive_core.cli import show
+
+    result = _client().call("loose_ends", agent=arguments.agent)
+    _emit(arguments, result, show.loose_ends(result, arguments.agent or "you"))
 
 
 def _pending(arguments: Namespace) -> None:

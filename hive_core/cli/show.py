@@ -49,7 +49,7 @@ def agents(result: dict[str, Any]) -> str:
             agent["name"],
             agent["state"] + (f" ({safe(agent['detail'])[:60]})" if agent["detail"] else ""),
             ago(agent["since_ms"]),
-            str(agent["queued"]),
+            _waiting(agent),
             f"{agent['program']} · {agent['model']}",
             "no sandbox" if agent["sandbox"] == "none" else agent["sandbox"],
             agent["page"],
@@ -57,9 +57,37 @@ def agents(result: dict[str, Any]) -> str:
         for agent in result["agents"]
     ]
     text = table(rows, ["agent", "state", "since", "queued", "program", "sandbox", "page"])
+    for agent in result["agents"]:
+        if agent["status"]:
+            text += f"\n{paint(agent['name'], 'bold')}: {safe(agent['status'])}"
     if result["unsafe"]:
         text = paint("! agents run without a sandbox (--unsafe-no-sandbox)", "red") + "\n" + text
     return text
+
+
+def _waiting(agent: dict[str, Any]) -> str:
+    """How many messages wait for an agent, and what is wrong with its mail."""
+    parts = [str(agent["queued"])]
+    parts += [f"{agent[state]} {state}" for state in ("held", "dead") if agent[state]]
+    if agent["inbox_full"] or agent["refused"]:
+        parts.append(f"{'inbox full, ' if agent['inbox_full'] else ''}{agent['refused']} refused")
+    return " · ".join(parts)
+
+
+def aside(state: str, row: dict[str, Any]) -> str:
+    """A dead or a held message to one recipient: why, and what it says."""
+    from hive_core.protocol.held import WHY_HELD
+
+    who = paint(f"{row['sender']} → {row['recipient']}", "bold")
+    if state == "held":
+        why = f"held {ago(row['sent_at_ms'])} ago: {WHY_HELD.get(row['held'], row['held'])}"
+    else:
+        failed = f"{row['failures']} failed turn{'' if row['failures'] == 1 else 's'}"
+        note = f": {safe(row['note'])}" if row["note"] else ""
+        why = f"dead {ago(row['settled_at_ms'] or row['sent_at_ms'])} ago after {failed}{note}"
+    first = safe(row["body"]).strip().partition("\n")[0]
+    said = first if len(first) <= 100 else f"{first[:99]}…"
+    return f"{paint(str(row['id']), 'red' if state == 'dead' else 'amber')} {who} {' '.join(why.split())}\n    {said}"
 
 
 def message(row: dict[str, Any]) -> str:
@@ -68,6 +96,100 @@ def message(row: dict[str, Any]) -> str:
     mark = paint("new ", "amber") if row.get("unread") else ""
     head = f"{mark}{paint(str(row['id']), 'dim')} {clock(row['sent_at_ms'])} {paint(row['sender'] + to, 'bold')}{reply}"
     return head + "\n" + "\n".join(f"    {line}" for line in safe(row["body"]).splitlines())
+
+
+def found(row: dict[str, Any]) -> str:
+    """One message that a search found."""
+    to = ", ".join(row["recipients"])
+    where = "" if row["thread"] == row["id"] else f" (thread {row['thread']})"
+    head = f"{paint(str(row['id']), 'dim')} {day(row['sent_at_ms'])} {paint(row['sender'] + ' → ' + to, 'bold')}{where}"
+    return f"{head}\n    {safe(row['snippet'])}"
+
+
+def day(at_ms: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at_ms / 1000))
+
+
+def thread(result: dict[str, Any]) -> str:
+    blocks = []
+    for row in result["messages"]:
+        to = ", ".join(f"{one['recipient']} ({one['state']})" for one in row["recipients"])
+        reply = f" (answers {row['in_reply_to']})" if row["in_reply_to"] else ""
+        head = f"{paint(str(row['id']), 'dim')} {day(row['sent_at_ms'])} {paint(row['sender'], 'bold')} → {to}{reply}"
+        blocks.append("\n".join([head, *(f"    {line}" for line in safe(row["body"]).splitlines())]))
+    if result["next_after"]:
+        blocks.append(f"it goes on: `hive thread {result['thread']} --after {result['next_after']}`")
+    return "\n".join(blocks)
+
+
+_MOMENT_COLOURS = {"held": "amber", "dead": "red", "failed": "red", "lost": "red", "acked": "green", "dropped": "dim"}
+
+
+def life(result: dict[str, Any]) -> str:
+    """The life of a message, each recipient's by itself."""
+    sent = result["sent"]
+    lines = [f"{day(sent['at_ms'])}  {paint('message ' + str(result['message']['id']), 'bold')}: {safe(sent['text'])}"]
+    for delivery in result["deliveries"]:
+        lines.append(f"{paint('→ ' + delivery['recipient'], 'bold')}: {delivery['state']}")
+        for moment in delivery["life"]:
+            colour = _MOMENT_COLOURS.get(moment["what"])
+            text = safe(moment["text"]).replace("\n", " ")
+            lines.append(f"  {day(moment['at_ms'])}  {paint(text, colour) if colour else text}")
+    return "\n".join(lines)
+
+
+def question(row: dict[str, Any]) -> str:
+    """A question to the operator: its words, its options by number, and until when it waits."""
+    head = (
+        f"{paint('? ' + str(row['id']), 'amber')} {paint(row['asker'], 'bold')} asks, until {day(row['expires_at_ms'])}"
+    )
+    lines = [head, *(f"    {line}" for line in safe(row["text"]).splitlines())]
+    lines += [f"    {number}. {safe(option)}" for number, option in enumerate(row["options"], 1)]
+    choice = f"--choice N{' (again for more)' if row['multi'] else ''}"
+    how = {(True, False): choice, (True, True): f"{choice}, or TEXT"}.get(
+        (bool(row["options"]), row["free_text"]), "TEXT"
+    )
+    return "\n".join([*lines, paint(f"    hive answer {row['id']} {how}", "dim")])
+
+
+def schedule(row: dict[str, Any]) -> str:
+    rhythm = f"{row['cron']} {row['zone']}" if row["cron"] else f"every {row['every_s']:g} s"
+    if row["state"] == "on":
+        state = f"next at {day(row['next_at_ms'])}"
+    else:
+        state = paint(f"paused{': ' + safe(row['note']) if row['note'] else ''}", "amber")
+    return f"{row['schedule']} {paint(row['agent'], 'bold')} {rhythm} · {state}\n    {_first_line(row['body'])}"
+
+
+def _first_line(text: str) -> str:
+    first = safe(text).strip().partition("\n")[0]
+    return first if len(first) <= 100 else f"{first[:99]}…"
+
+
+def loose_ends(result: dict[str, Any], who: str) -> str:
+    """What waits on somebody and what they wait for, a line for each."""
+    on, waits_for = result["waits_on_you"], result["you_wait_for"]
+    lines = [f"question {row['question']} of {row['asker']}: {_first_line(row['text'])}" for row in on["questions"]]
+    lines += [f"approval {row['approval']}: {row['kind']} {row['agent']}" for row in on.get("approvals", [])]
+    lines += [f"{on['unread']} unread"] if on["unread"] else []
+    for state in ("held", "dead"):
+        lines += [f"message {row['message']} {row['sender']} → {row['recipient']} is {state}" for row in on[state]]
+    then = [
+        f"question {row['question']} to {row['answerer']}: {_first_line(row['text'])}" for row in waits_for["questions"]
+    ]
+    then += [f"approval {row['approval']}: {row['kind']} {row['agent']}" for row in waits_for.get("approvals", [])]
+    then += [
+        f"reminder {row['reminder']} at {day(row['at_ms'])}: {_first_line(row['body'])}"
+        for row in waits_for["reminders"]
+    ]
+    then += [
+        f"schedule {row['schedule']} at {day(row['next_at_ms'])} for {row['agent']}"
+        for row in waits_for.get("schedules", [])
+    ]
+    waits, verb = ("you wait", "you") if who == "you" else (f"{who} waits", who)
+    blocks = [[f"waits on {verb}:", *lines]] if lines else [[f"nothing waits on {verb}"]]
+    blocks += [[f"{waits} for:", *then]] if then else []
+    return "\n".join("\n  ".join(block) for block in blocks)
 
 
 def approval_line(row: dict[str, Any]) -> str:
@@ -105,8 +227,15 @@ def status(result: dict[str, Any]) -> str:
     if result["unsafe"]:
         lines.append(paint("! agents run without a sandbox (--unsafe-no-sandbox)", "red"))
     lines += [approval_line(row) for row in result["pending"]]
+    lines += [question(row) for row in result["questions"]]
     if result["unread"]:
         lines.append(f"{result['unread']} unread: `hive inbox`")
-    if not result["pending"] and not result["unread"]:
+    if result["held"]:
+        lines.append(paint(f"{result['held']} held: `hive held`", "amber"))
+    if result["dead"]:
+        lines.append(paint(f"{result['dead']} dead: `hive dead`", "red"))
+    for name, refused in result["refused"].items():
+        lines.append(paint(f"inbox full: {name} did not get {refused} message{'' if refused == 1 else 's'}", "red"))
+    if not any(result[key] for key in ("pending", "questions", "unread", "held", "dead")):
         lines.append("nothing waits for you")
     return "\n".join(lines)

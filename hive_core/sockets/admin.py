@@ -15,20 +15,27 @@ from typing import Any
 import trio
 
 from hive_core.agents import LIVE
+from hive_core.archive import parse_query
 from hive_core.events import follow_events, newest_events
+from hive_core.flow import count_aside
 from hive_core.hive import Hive
+from hive_core.life import life_of
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
     OPERATOR,
+    AgentName,
     parse_agent_name,
     parse_body,
     parse_commit_sha,
     parse_id,
+    parse_recipients,
     parse_text,
     shown,
 )
+from hive_core.questions import parse_answer
+from hive_core.schedules import parse_plan
 from hive_core.sockets.unix import Lines
 from hive_core.store.bus import EVENTS, WANTED
 from hive_core.version import __version__
@@ -51,7 +58,26 @@ class AdminDesk:
             "send": (self._send, {"to", "body", "in_reply_to", "key"}),
             "messages": (self._messages, {"agent", "limit"}),
             "message": (self._message, {"message"}),
+            "read": (self._read, {"message", "offset"}),
             "inbox": (self._inbox, {"limit"}),
+            "dead": (partial(self._aside, "dead"), {"limit"}),
+            "held": (partial(self._aside, "held"), {"limit"}),
+            "requeue": (partial(self._move, "requeue"), {"message"}),
+            "release": (partial(self._move, "release"), {"message"}),
+            "drop": (partial(self._move, "drop"), {"message"}),
+            "cancel": (self._cancel, {"agent"}),
+            "search": (self._search, {"text", "sender", "thread", "after", "before", "limit", "cursor"}),
+            "thread": (self._thread, {"message", "after"}),
+            "explain": (self._explain, {"message"}),
+            "questions": (self._questions, {"limit"}),
+            "answer": (self._answer_question, {"question", "choices", "text", "key"}),
+            "schedule": (self._schedule, {"agent", "body", "cron", "zone", "every_s", "key"}),
+            "schedules": (self._schedules, set()),
+            "schedule_pause": (partial(self._schedule_move, "pause"), {"schedule"}),
+            "schedule_resume": (partial(self._schedule_move, "resume"), {"schedule"}),
+            "schedule_remove": (partial(self._schedule_move, "remove"), {"schedule"}),
+            "schedule_run": (self._schedule_run, {"schedule", "key"}),
+            "loose_ends": (self._loose_ends, {"agent"}),
             "request_spawn": (self._request_spawn, {"agent", "persona", "reason"}),
             "request_apply_commit": (self._request_apply_commit, {"agent", "sha", "reason"}),
             "pending": (self._pending, set()),
@@ -117,6 +143,9 @@ class AdminDesk:
             "unsafe": hive.unsafe,
             "pending": [{"id": a.id, "kind": a.kind, "agent": a.agent, "reason": a.reason} for a in approvals],
             "unread": await hive.broker.unread(),
+            "questions": [one.to_wire() for one in await hive.questions.open_to(OPERATOR)],
+            **await count_aside(hive.store),
+            "refused": {agent.name: agent.refused for agent in await hive.agents.all() if agent.refused},
         }
 
     async def _list(self, _: Args) -> Any:
@@ -134,10 +163,15 @@ class AdminDesk:
                     "since_ms": live.since_ms,
                     "sandbox": live.sandbox,
                     "queued": agent.queued,
+                    "held": agent.held,
+                    "dead": agent.dead,
+                    "refused": agent.refused,
+                    "inbox_full": agent.queued >= hive.broker.limits.inbox_depth,
                     "program": settings.get("program"),
                     "model": settings.get("model"),
                     "deployed_sha": agent.deployed_sha,
                     "page": hive.page_url(agent.name),
+                    "status": agent.status,
                 }
             )
         return {"agents": agents, "unsafe": hive.unsafe}
@@ -155,7 +189,7 @@ class AdminDesk:
             key = parse_text(key, "key", KEY_LIMIT_BYTES)
         return await self._hive.broker.send(
             OPERATOR,
-            parse_agent_name(args.get("to")),
+            _recipients(args.get("to")),
             parse_body(args.get("body")),
             None if in_reply_to is None else parse_id(in_reply_to, "a message"),
             key,
@@ -170,6 +204,64 @@ class AdminDesk:
         if (found := await self._hive.broker.message(message_id)) is None:
             raise Refusal("not_found", f"cannot find message {message_id}")
         return found
+
+    async def _read(self, args: Args) -> Any:
+        message_id, offset = parse_id(args.get("message"), "a message"), args.get("offset", 0)
+        if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset < 2**62:
+            raise Refusal("usage", f"cannot use {shown(offset)} as the offset: give a number of bytes from 0")
+        return await self._hive.broker.read_body(message_id, offset)
+
+    async def _aside(self, state: str, args: Args) -> Any:
+        return {"messages": await self._hive.broker.aside(state, _limit(args))}
+
+    async def _move(self, verb: str, args: Args) -> Any:
+        broker, message_id = self._hive.broker, parse_id(args.get("message"), "a message")
+        move = {"requeue": broker.requeue, "release": broker.release, "drop": broker.drop}[verb]
+        return {"message": message_id, "recipients": await move(message_id, OPERATOR)}
+
+    async def _cancel(self, args: Args) -> Any:
+        name = parse_agent_name(args.get("agent"))
+        await self._hive.agents.get(name)
+        return {"agent": name, "turn": await self._hive.broker.cancel_turn(name, OPERATOR)}
+
+    async def _search(self, args: Args) -> Any:
+        return await self._hive.archive.search(parse_query(args))
+
+    async def _thread(self, args: Args) -> Any:
+        after = 0 if args.get("after") is None else parse_id(args["after"], "a message")
+        return await self._hive.archive.thread(parse_id(args.get("message"), "a message"), after)
+
+    async def _explain(self, args: Args) -> Any:
+        return await life_of(self._hive.store, parse_id(args.get("message"), "a message"))
+
+    async def _questions(self, args: Args) -> Any:
+        waiting = await self._hive.questions.open_to(OPERATOR, _limit(args))
+        return {"questions": [question.to_wire() for question in waiting]}
+
+    async def _answer_question(self, args: Args) -> Any:
+        question_id = parse_id(args.get("question"), "a question")
+        answer = parse_answer(args.get("choices"), args.get("text"))
+        return await self._hive.questions.answer(OPERATOR, question_id, answer, _key(args))
+
+    async def _schedule(self, args: Args) -> Any:
+        plan = parse_plan(*(args.get(key) for key in ("agent", "body", "cron", "zone", "every_s")))
+        return await self._hive.schedules.add(plan, _key(args))
+
+    async def _schedules(self, _: Args) -> Any:
+        return {"schedules": await self._hive.schedules.all()}
+
+    async def _schedule_move(self, verb: str, args: Args) -> Any:
+        schedules, schedule_id = self._hive.schedules, parse_id(args.get("schedule"), "a schedule")
+        move = {"pause": schedules.pause, "resume": schedules.resume, "remove": schedules.remove}[verb]
+        return await move(schedule_id)
+
+    async def _schedule_run(self, args: Args) -> Any:
+        return await self._hive.schedules.run(parse_id(args.get("schedule"), "a schedule"), _key(args))
+
+    async def _loose_ends(self, args: Args) -> Any:
+        if args.get("agent") is None:
+            return await self._hive.loose_ends.of(OPERATOR)
+        return await self._hive.loose_ends.of((await self._hive.agents.get(parse_agent_name(args["agent"]))).name)
 
     async def _request_spawn(self, args: Args) -> Any:
         name = parse_agent_name(args.get("agent"))
@@ -263,6 +355,18 @@ def _checked(verb: str, args: object, keys: set[str]) -> Args:
         takes = ", ".join(sorted(keys)) or "none"
         raise Refusal("usage", f"cannot do {verb}: it has no argument {shown(unknown[0])}; it takes {takes}")
     return args
+
+
+def _recipients(raw: object) -> tuple[AgentName, ...]:
+    recipients = parse_recipients(raw)
+    if OPERATOR in recipients:
+        raise Refusal("usage", "cannot send to operator: the name is reserved for you; name agents, or * for everyone")
+    return recipients
+
+
+def _key(args: Args) -> str | None:
+    """What a client that asks again gives both times."""
+    return None if args.get("key") is None else parse_text(args["key"], "key", KEY_LIMIT_BYTES)
 
 
 def _limit(args: Args) -> int:

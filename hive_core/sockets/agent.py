@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import anyio
 import mcp_types as types
@@ -19,20 +19,27 @@ from mcp.shared.message import SessionMessage
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hive_core.agents import Agents
+from hive_core.archive import SEARCH_LIMIT, Archive, parse_query
 from hive_core.broker import RECV_LIMIT, RECV_WAIT_LIMIT_S, Broker
+from hive_core.loose_ends import LooseEnds
 from hive_core.procedures.gate import Gate
+from hive_core.protocol.held import say_held
 from hive_core.protocol.lines import LINE_LIMIT_BYTES, LineSplitter, encode
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.visible import HIDDEN
 from hive_core.protocol.words import (
     MANAGER,
     AgentName,
     parse_agent_name,
     parse_body,
     parse_commit_sha,
-    parse_recipient,
+    parse_recipients,
 )
+from hive_core.questions import parse_answer, parse_ask
+from hive_core.reminders import When
 from hive_core.settings import describe
 from hive_core.version import __version__
+from hive_core.withdrawal import withdraw_thread
 
 Key = str | None
 Result = dict[str, Any]
@@ -43,8 +50,8 @@ class _Arguments(BaseModel):
 
 
 class SendArguments(_Arguments):
-    to: Annotated[str, Field(description="an agent's name, or operator")]
-    body: Annotated[str, Field(description="what to say, at most 64 KiB")]
+    to: Annotated[str | list[str], Field(description="an agent's name, operator, a list of them, or * for everyone")]
+    body: Annotated[str, Field(description="what to say, at most 512 KiB")]
     in_reply_to: Annotated[int | None, Field(gt=0, lt=2**63, description="the number of the message this answers")] = (
         None
     )
@@ -55,8 +62,63 @@ class RecvArguments(_Arguments):
     max: Annotated[int, Field(ge=1, le=RECV_LIMIT)] = RECV_LIMIT
 
 
+class ReadBodyArguments(_Arguments):
+    id: Annotated[int, Field(gt=0, lt=2**63, description="the message's number")]
+    offset: Annotated[
+        int, Field(ge=0, lt=2**63, description="the byte to begin with, next_offset of the answer before")
+    ] = 0
+
+
 class NoArguments(_Arguments):
     pass
+
+
+class SearchArguments(_Arguments):
+    text: Annotated[
+        str, Field(description='words that must all be there; "two words" together; wor* begins a word')
+    ] = ""
+    sender: str | None = None
+    thread: Annotated[int | None, Field(gt=0, lt=2**63, description="any message of the thread")] = None
+    after: Annotated[str | None, Field(description="sent then or later, ISO 8601")] = None
+    before: str | None = None
+    limit: Annotated[int, Field(ge=1, le=SEARCH_LIMIT)] = 20
+    cursor: Annotated[int | None, Field(gt=0, lt=2**63, description="next_cursor of the answer before")] = None
+
+
+ToolKey = Annotated[str | None, Field(min_length=1, max_length=200, description="the same key counts once")]
+
+
+class AskArguments(_Arguments):
+    to: Annotated[str, Field(description="an agent's name, or operator")]
+    question: str
+    options: Annotated[list[str] | None, Field(description="2 to 12 answers to choose from")] = None
+    multi: Annotated[bool, Field(description="several may be chosen")] = False
+    free_text: Annotated[bool, Field(description="other text is an answer too")] = False
+    ttl_s: Annotated[float | None, Field(description="seconds to wait for the answer")] = None
+    key: ToolKey = None
+
+
+class AnswerArguments(_Arguments):
+    question: Annotated[int, Field(gt=0, lt=2**63)]
+    choices: Annotated[list[str] | None, Field(description="options of the question")] = None
+    text: str | None = None
+    key: ToolKey = None
+
+
+class RemindArguments(_Arguments):
+    body: str
+    at: Annotated[str | None, Field(description="an instant, ISO 8601")] = None
+    after_s: Annotated[float | None, Field(description="or seconds from now")] = None
+    key: ToolKey = None
+
+
+class CancelArguments(_Arguments):
+    kind: Literal["reminder", "question", "thread"]
+    id: Annotated[int, Field(gt=0, lt=2**63)]
+
+
+class StatusArguments(_Arguments):
+    text: Annotated[str, Field(description="at most 200 characters")]
 
 
 class SpawnArguments(_Arguments):
@@ -108,6 +170,8 @@ class AgentDesk:
         agents: Agents,
         gate: Gate,
         kill: Callable[[AgentName, AgentName], Awaitable[None]],
+        archive: Archive | None = None,
+        loose_ends: LooseEnds | None = None,
     ) -> None:
         self.name = name
         self._broker = broker
@@ -117,9 +181,31 @@ class AgentDesk:
         tools = [
             Tool("send", "Send a message to an agent or to the operator.", SendArguments, self._send),
             Tool("recv", "Take more of your mail in this turn; waits if asked to.", RecvArguments, self._recv),
+            Tool("read_body", "Read on in a large message, 64 KiB a call.", ReadBodyArguments, self._read_body, True),
             Tool("whoami", "Your name and role.", NoArguments, self._whoami, read_only=True),
             Tool("list_agents", "The agents of this hive and what they do now.", NoArguments, self._list, True),
         ]
+        if archive is not None:
+            self._archive = archive
+            tools.append(
+                Tool("search_messages", "Find messages you sent or received.", SearchArguments, self._search, True)
+            )
+        if loose_ends is not None:
+            self._ends = loose_ends
+            tools += [
+                Tool("ask", "Ask an agent or the operator; the answer comes as a message.", AskArguments, self._ask),
+                Tool("answer", "Answer a question that was put to you.", AnswerArguments, self._answer),
+                Tool("remind", "Send yourself a message later.", RemindArguments, self._remind),
+                Tool(
+                    "cancel",
+                    "Take back your reminder, question, or what nobody has read of a thread.",
+                    CancelArguments,
+                    self._cancel,
+                    destructive=True,
+                ),
+                Tool("loose_ends", "What waits on you, and what you wait for.", NoArguments, self._loose_ends, True),
+                Tool("set_status", "Say in one line what you are about.", StatusArguments, self._set_status),
+            ]
         if name == MANAGER:
             tools += [
                 Tool("request_spawn", "Ask the operator for a new agent.", SpawnArguments, self._spawn),
@@ -151,11 +237,14 @@ class AgentDesk:
         return await tool.call(parsed, key)
 
     async def _send(self, arguments: SendArguments, key: Key) -> Result:
-        recipient, body = parse_recipient(arguments.to), parse_body(arguments.body)
-        return await self._broker.send(self.name, recipient, body, arguments.in_reply_to, key)
+        recipients, body = parse_recipients(arguments.to), parse_body(arguments.body)
+        return await self._broker.send(self.name, recipients, body, arguments.in_reply_to, key)
 
     async def _recv(self, arguments: RecvArguments, key: Key) -> Result:
         return await self._broker.recv(self.name, arguments.max, arguments.wait_seconds, key)
+
+    async def _read_body(self, arguments: ReadBodyArguments, _: Key) -> Result:
+        return await self._broker.read_body(arguments.id, arguments.offset, self.name)
 
     async def _whoami(self, _: NoArguments, __: Key) -> Result:
         return {"name": self.name, "role": "manager" if self.name == MANAGER else "agent"}
@@ -163,10 +252,44 @@ class AgentDesk:
     async def _list(self, _: NoArguments, __: Key) -> Result:
         return {
             "agents": [
-                {"name": agent.name, "state": self._agents.live(agent.name).state, "queued": agent.queued}
+                {
+                    "name": agent.name,
+                    "state": self._agents.live(agent.name).state,
+                    "queued": agent.queued,
+                    **({"status": agent.status} if agent.status else {}),
+                }
                 for agent in await self._agents.all()
             ]
         }
+
+    async def _search(self, arguments: SearchArguments, _: Key) -> Result:
+        return await self._archive.search(parse_query(arguments.model_dump(exclude_none=True)), self.name)
+
+    async def _ask(self, given: AskArguments, key: Key) -> Result:
+        ask = parse_ask(given.to, given.question, given.options, given.multi, given.free_text, given.ttl_s)
+        return await self._ends.questions.ask(self.name, ask, key or given.key)
+
+    async def _answer(self, given: AnswerArguments, key: Key) -> Result:
+        answer = parse_answer(given.choices, given.text)
+        return await self._ends.questions.answer(self.name, given.question, answer, key or given.key)
+
+    async def _remind(self, given: RemindArguments, key: Key) -> Result:
+        return await self._ends.reminders.remind(self.name, When(given.at, given.after_s), given.body, key or given.key)
+
+    async def _cancel(self, given: CancelArguments, _: Key) -> Result:
+        match given.kind:
+            case "reminder":
+                return await self._ends.reminders.cancel(self.name, given.id)
+            case "question":
+                return await self._ends.questions.cancel(self.name, given.id)
+            case "thread":
+                return await withdraw_thread(self._ends.store, self.name, given.id)
+
+    async def _loose_ends(self, _: NoArguments, __: Key) -> Result:
+        return await self._ends.of(self.name)
+
+    async def _set_status(self, given: StatusArguments, _: Key) -> Result:
+        return await self._agents.set_status(self.name, given.text)
 
     async def _spawn(self, arguments: SpawnArguments, key: Key) -> Result:
         name = parse_agent_name(arguments.name)
@@ -183,7 +306,14 @@ class AgentDesk:
 
 
 def _summary(result: Result) -> str:
-    return encode(result).decode().strip()
+    """The result as one line of JSON, in which nothing hides: a body's line ends and marks are escapes there.
+
+    Of a message that is held, a second line says what becomes of it.
+    """
+    line = HIDDEN.sub(lambda match: json.dumps(match[0])[1:-1], encode(result).decode().strip())
+    if "message" in result and isinstance(held := result.get("held"), dict):
+        line += f"\n{say_held(result['message'], held)}"
+    return line
 
 
 async def serve_agent(desk: AgentDesk, stream: trio.SocketStream) -> None:
@@ -224,6 +354,9 @@ async def serve_agent(desk: AgentDesk, stream: trio.SocketStream) -> None:
                     if answer is not None:
                         async with lock:
                             await stream.send_all(encode(answer))
+            if (half := splitter.end()) is not None:
+                async with lock:
+                    await stream.send_all(encode(_rpc_error(-32700, half.message)))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(write_out)

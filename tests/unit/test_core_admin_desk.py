@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hive_core.approvals import put_request
-from hive_core.broker import put_message
 from hive_core.config import Config
 from hive_core.credentials import Credential, how_to_give_one
 from hive_core.hive import Hive
+from hive_core.post import put_message
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
 from hive_core.protocol.words import BODY_LIMIT_BYTES, AgentName, parse_body
@@ -249,7 +249,7 @@ async def test_a_patience_out_of_bounds_is_refused_before_anything_ends(
         (request("send", to="a" * 300, body="hi"), "characters"),
         (request("send", to="iris\n", body="hi"), "cannot use"),
         (request("send", to="operator", body="hi"), "reserved"),
-        (request("send", to="iris", body="x" * (BODY_LIMIT_BYTES + 1)), "limit is 65,536"),
+        (request("send", to="iris", body="x" * (BODY_LIMIT_BYTES + 1)), "limit is 524,288"),
         (request("send", to="iris", body="a\0"), "NUL"),
         (request("send", to="iris", body="\ud800"), "surrogate"),
         (request("send", to="iris", body="hi", in_reply_to=10**30), "a message"),
@@ -342,6 +342,19 @@ async def test_half_a_line_and_a_hang_up_does_nothing_and_harms_nobody(
         async with connect(door) as peer:
             await ask(peer, "list")
     assert await hive.value("SELECT count(*) FROM messages") == 0
+
+
+async def test_half_a_line_of_a_peer_that_still_reads_is_answered_with_its_cause_then_the_end(peer: Peer) -> None:
+    half = json.dumps(request("list")).encode()
+    await peer.send(request("list"))
+    await peer.send_bytes(half)
+    await peer.stream.send_eof()
+    assert (await peer.read())["ok"]
+    error = (await peer.read())["error"]
+    assert error["code"] == "usage"
+    assert f"its newline is missing after {len(half)} bytes" in error["message"]
+    with pytest.raises(trio.EndOfChannel):
+        await peer.read()
 
 
 async def test_a_character_split_across_two_writes_arrives_whole(peer: Peer) -> None:

@@ -27,7 +27,7 @@ INITIALIZE = {
     "params": {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}},
 }
 INITIALIZED = {"jsonrpc": "2.0", "method": "notifications/initialized"}
-EVERYBODYS = {"send", "recv", "whoami", "list_agents"}
+EVERYBODYS = {"send", "recv", "read_body", "whoami", "list_agents"}
 MANAGERS = {"request_spawn", "request_apply_commit", "kill"}
 
 
@@ -153,7 +153,7 @@ async def test_an_agent_cannot_call_what_only_the_manager_has(hive: Services, do
         ("send", {"to": "a" * 300, "body": "hi"}, "characters"),
         ("send", {"to": "argus", "body": "hi"}, "cannot send to argus"),
         ("send", {"to": "system", "body": "hi"}, "reserved"),
-        ("send", {"to": "damocles", "body": "x" * 65_537}, "limit is 65,536"),
+        ("send", {"to": "damocles", "body": "x" * (512 * 1024 + 1)}, "limit is 524,288"),
         ("send", {"to": "damocles", "body": "  "}, "empty"),
         ("send", {"to": "damocles", "body": "a\0b"}, "NUL"),
         ("send", {"to": "damocles", "body": 7}, "body: "),
@@ -314,6 +314,25 @@ async def test_half_a_line_and_a_hang_up_does_nothing(hive: Services, door: Path
     async with program(door) as client:
         assert (await client.call("whoami"))["name"] == "iris"
     assert await hive.value("SELECT count(*) FROM messages") == 0
+
+
+async def test_half_a_line_of_a_program_that_still_reads_is_answered_with_its_cause_then_the_end(door: Path) -> None:
+    async with program(door) as client:
+        await client.send_bytes(b'{"jsonrpc": "2.0"')
+        await client.stream.send_eof()
+        answer = await client.read()
+        assert (answer["jsonrpc"], answer["id"], answer["error"]["code"]) == ("2.0", None, -32700)
+        assert "its newline is missing after 17 bytes" in answer["error"]["message"]
+        with pytest.raises(trio.EndOfChannel):
+            await client.read()
+
+
+async def test_half_a_line_of_a_program_that_is_gone_logs_nothing(door: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with program(door) as client:
+        await client.send_bytes(b'{"jsonrpc": "2.0"')
+    async with program(door) as client:
+        assert (await client.call("whoami"))["name"] == "iris"
+    assert caplog.messages == []
 
 
 async def test_a_character_split_across_two_writes_arrives_whole(hive: Services, door: Path) -> None:

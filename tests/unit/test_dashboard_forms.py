@@ -70,7 +70,7 @@ async def test_a_plain_form_goes_back_to_one_of_our_pages_and_nowhere_else(hive:
         ({"to": "iris"}, 400, "must be a string"),
         ({"to": "iris", "body": "   "}, 400, "it is empty"),
         ({"to": "iris", "body": "a\0b"}, 400, "NUL"),
-        ({"to": "iris", "body": "x" * (BODY_LIMIT_BYTES + 1)}, 400, "the limit is 65,536"),
+        ({"to": "iris", "body": "x" * (BODY_LIMIT_BYTES + 1)}, 413, "the limit is 131,072"),
         ({"to": "iris", "body": "x", "in_reply_to": "-1"}, 400, "positive whole number"),
         ({"to": "iris", "body": "x", "in_reply_to": "9" * 30}, 400, "positive whole number"),
     ],

@@ -57,7 +57,7 @@ async def test_what_is_changed_by_a_turn_is_told_as_it_happens(hive: Services) -
             assert 'data-state="starting"' in (await stream.until("agent-iris"))[-1].data["html"]
             hive.agents.observe("iris", "tool", "Bash")
             assert 'data-state="tool"' in (await stream.until("agent-iris"))[-1].data["html"]
-            turn, _ = await hive.broker.lease(IRIS)
+            turn = (await hive.broker.lease(IRIS)).turn
             leased = (await stream.until("message-1"))[-1]
             await hive.broker.ack(IRIS, turn, "done")
             acked = (await stream.until("message-1"))[-1]
@@ -98,7 +98,7 @@ async def test_an_agents_stream_tells_its_turns_its_lines_and_nothing_of_others(
         after = await hive.store.last_seq()
         await hive.say("operator", "damocles", "not for iris")
         await hive.say("operator", "iris", "for iris")
-        turn, _ = await hive.broker.lease(IRIS)
+        turn = (await hive.broker.lease(IRIS)).turn
         await hive.turns.add_lines(IRIS, turn.id, 0, ["one", "<two>"])
         told = await browser.told(f"/agents/iris/live?after={after}-0", "line-2")
         assert [frame.target for frame in told] == (

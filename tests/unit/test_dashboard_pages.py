@@ -28,7 +28,7 @@ async def test_the_dashboard_shows_agents_calls_and_flow_with_the_number_it_is_t
 async def test_an_agents_page_shows_its_turns_and_its_mail_alone(hive: Services) -> None:
     await hive.say("operator", "iris", "a message to iris")
     await hive.say("operator", "damocles", "a message to damocles")
-    turn, _ = await hive.broker.lease(AgentName("iris"))
+    turn = (await hive.broker.lease(AgentName("iris"))).turn
     await hive.turns.add_lines(AgentName("iris"), turn.id, 0, ["one line", "another line"])
     ours = hive_of(hive)
     cookie = await signed_in(ours)

@@ -59,13 +59,27 @@ def message(body: str) -> dict[str, Any]:
     return {
         "id": 7,
         "sender": "iris",
-        "recipient": "hm1nd",
         "in_reply_to": 3,
         "sent_at_ms": 1_700_000_000_000,
-        "state": "queued",
-        "attempts": 2,
-        "turn_id": None,
+        "cause": "turn",
+        "cause_id": 4,
+        "chain_id": 2,
+        "hops": 3,
         "body": body,
+        "body_bytes": 99_999,
+        "deliveries": [delivery("hm1nd", "queued", body), delivery("iris", "dead", body)],
+    }
+
+
+def delivery(recipient: str, state: str, note: str) -> dict[str, Any]:
+    return {
+        "recipient": recipient,
+        "state": state,
+        "attempts": 2,
+        "failures": 5,
+        "held": "rate" if state == "held" else None,
+        "note": note,
+        "turn_id": None,
     }
 
 
@@ -134,12 +148,14 @@ def every_row(services: Services, text: str) -> list[str]:
     hive = hive_of(services)
     rows = Rows(hive)
     settings = {"program": text, "model": text, "effort": text, "tools": [text]}
-    agent = Agent(AgentName("iris"), "agent", "down", 8100, text, settings, None, 1_700_000_000_000, 3)
+    agent = Agent(AgentName("iris"), "agent", "down", 8100, text, settings, None, 1_700_000_000_000, 3, 2)
     services.agents._live["iris"] = Live("tool", text, 1_700_000_000_000, "none")
     kinds = [(kind, state) for kind in ("spawn", "apply_commit") for state in ("approved", "done", "failed", "denied")]
     return [
         *(rows.agent(agent, alone) for alone in (False, True)),
         rows.message(message(text)),
+        rows.aside(message(text)),
+        rows.aside({**message(text), "deliveries": [delivery("iris", "held", text)]}),
         *(rows.approval(approval(text, kind)) for kind in ("spawn", "apply_commit")),
         *(rows.decision(approval(text, kind, state)) for kind, state in kinds),
         rows.turn(turn(text), [{"id": 9, "line": text}]),

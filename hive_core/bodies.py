@@ -1,0 +1,235 @@
+"""Large bodies: each a file of the daemon's own, named by the digest of what it holds.
+
+A message's row has the beginning and the digest. The file is on disk, and so is its name, before the row is: a row
+never names a file that a power loss can take. A file that no row names is the rest of a send that came to nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import trio
+
+from hive_core.protocol.paths import explain
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import BODY_LIMIT_BYTES, INLINE_LIMIT_BYTES, MessageBody
+from hive_core.store.door import Store
+
+log = logging.getLogger(__name__)
+
+BEGINNING_BYTES = 4 * 1024
+PIECE_BYTES = 64 * 1024
+ORPHAN_KEPT_S = 3600.0
+WRITES_AT_ONCE = 4
+SWEPT_AT_ONCE = 256  # files whose rows are asked for by one query
+
+
+class Piece(NamedTuple):
+    """Some of a body, in whole characters."""
+
+    body: str
+    next_offset: int | None  # None: the body ends here
+
+
+class _Kept(NamedTuple):
+    """How a large body goes into a message's row."""
+
+    beginning: MessageBody
+    file: tuple[str, int]  # (sha256, bytes)
+
+
+class Bodies:
+    """The files under `folder`, which is the daemon's alone: state_dir/bodies/ab/SHA256."""
+
+    def __init__(self, folder: Path, store: Store, clock: Callable[[], float] = time.time) -> None:
+        self._folder = folder
+        self._store = store
+        self._clock = clock
+        self._changing = threading.Lock()  # a name is given or taken, never both at once
+        self._in_hand: Counter[str] = Counter()  # files whose message is being stored
+        self._newest: dict[str, tuple[int, int]] = {}  # which file each that is in hand was written to last
+        self._writes = trio.CapacityLimiter(WRITES_AT_ONCE)
+        self._on_disk: set[Path] = set()  # folders whose names are: made by us, or synced again
+
+    @asynccontextmanager
+    async def kept(self, body: MessageBody) -> AsyncIterator[_Kept]:
+        """Keep the file of a large body while its message is stored inside; take it away if no message names it.
+
+        The inside cannot be cancelled: afterwards it is known whether there is a message. Raises
+        Refusal("unavailable") when the disk does not take the file, and then nothing is left of it.
+        """
+        data = body.encode()
+        sha256 = hashlib.sha256(data).hexdigest()
+        self._in_hand[sha256] += 1
+        try:
+            try:
+                await trio.to_thread.run_sync(self._write, sha256, data, limiter=self._writes)
+            except OSError as exc:
+                raise Refusal("unavailable", f"cannot keep a message of {len(data):,} bytes: {explain(exc)}") from None
+            with trio.CancelScope(shield=True):
+                yield _Kept(MessageBody(piece(data, 0, BEGINNING_BYTES).body), (sha256, len(data)))
+        finally:
+            self._in_hand -= Counter([sha256])
+            if sha256 not in self._in_hand and (newest := self._newest.pop(sha256, None)) is not None:
+                with trio.CancelScope(shield=True):
+                    await self._drop_if_nobodys(sha256, newest)
+
+    async def whole(self, sha256: str) -> str:
+        """The text of a file. Raises Refusal("unavailable") when it is gone or holds something else."""
+        return await trio.to_thread.run_sync(read_file, self._folder, sha256)
+
+    async def sweep(self) -> int:
+        """Remove files of an hour and more that no message names; how many went."""
+        removed = 0
+        for names in await trio.to_thread.run_sync(lambda: list(self._old_files())):
+            named = await self._named(names)
+            removed += await trio.to_thread.run_sync(self._remove_old, [name for name in names if name not in named])
+        if removed:
+            log.info("removed %d files of large messages that nobody refers to", removed)
+        return removed
+
+    async def _named(self, names: list[str]) -> set[str]:
+        marks = ", ".join("?" * len(names))
+        sql = f"SELECT DISTINCT body_sha256 FROM messages WHERE body_sha256 IN ({marks}) AND body_sha256 IS NOT NULL"
+        return {row[0] for row in await self._store.rows(sql, names)}
+
+    def _write(self, sha256: str, data: bytes) -> None:
+        """Put a file in place, on disk with its name. The same body again gets a file of its own."""
+        folder = self._folder / sha256[:2]
+        self._make_folder(self._folder)
+        self._make_folder(folder)
+        temporary = folder / f".{sha256}.{secrets.token_hex(4)}"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            with open(descriptor, "wb", buffering=0) as file:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(descriptor)
+                newest = _which(os.fstat(descriptor))
+            with self._changing:
+                temporary.rename(folder / sha256)
+                self._newest[sha256] = newest
+            _sync_folder(folder)
+        except BaseException:
+            # A name that may not be on disk stays for the sweep: a message may have had this file before.
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def _make_folder(self, folder: Path) -> None:
+        """Have a folder whose name is on disk too. One that was there may be from a daemon that died before that."""
+        if folder not in self._on_disk:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            _sync_folder(folder.parent)
+            self._on_disk.add(folder)
+
+    async def _drop_if_nobodys(self, sha256: str, newest: tuple[int, int]) -> None:
+        """Take away a file that nobody has in hand, if no message came of it."""
+        if await self._named([sha256]):
+            return
+        path = self._path(sha256)
+
+        def remove() -> None:
+            # Who has begun to send the same since then has put another file there.
+            with self._changing, suppress(OSError):
+                if _which(path.lstat()) == newest:
+                    path.unlink()
+
+        await trio.to_thread.run_sync(remove)
+
+    def _old_files(self) -> Iterator[list[str]]:
+        """The names of files that are old enough to be swept, a batch at a time; old temporary files go at once."""
+        names: list[str] = []
+        for path in self._folder.glob("[0-9a-f][0-9a-f]/*"):
+            if self._is_young(path):
+                continue
+            if path.name.startswith("."):
+                with suppress(OSError):
+                    path.unlink()
+                continue
+            names.append(path.name)
+            if len(names) == SWEPT_AT_ONCE:
+                yield names
+                names = []
+        if names:
+            yield names
+
+    def _remove_old(self, names: list[str]) -> int:
+        removed = 0
+        for name in names:
+            # Looked at again with nobody else at it: a send may have put the same body there in between. A file that
+            # the disk does not give up now is there for the next sweep.
+            with self._changing, suppress(OSError):
+                if name not in self._in_hand and not self._is_young(self._path(name)):
+                    self._path(name).unlink()
+                    removed += 1
+        return removed
+
+    def _is_young(self, path: Path) -> bool:
+        try:
+            age_s = self._clock() - path.lstat().st_mtime
+        except FileNotFoundError:
+            return True
+        return age_s < ORPHAN_KEPT_S  # a file of the future is young too: the clock was set back
+
+    def _path(self, sha256: str) -> Path:
+        return self._folder / sha256[:2] / sha256
+
+
+def _which(found: os.stat_result) -> tuple[int, int]:
+    """Tells one file from the next of the same name."""
+    return found.st_ino, found.st_mtime_ns
+
+
+def is_large(body: str) -> bool:
+    """Whether a body is kept as a file."""
+    return len(body) > INLINE_LIMIT_BYTES or len(body.encode()) > INLINE_LIMIT_BYTES
+
+
+def read_file(folder: Path, sha256: str) -> str:
+    """The text of one file, as `Bodies.whole`; for whoever stands in a thread."""
+    try:
+        descriptor = os.open(folder / sha256[:2] / sha256, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            data = file.read(BODY_LIMIT_BYTES + 1)
+    except OSError as exc:
+        why = "its file is gone" if exc.errno == errno.ENOENT else explain(exc)
+        raise Refusal("unavailable", f"cannot read the whole body: {why}; a backup may have {sha256}") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise Refusal("unavailable", f"cannot read the whole body: its file was changed; a backup may have {sha256}")
+    return data.decode()
+
+
+def piece(data: bytes, offset: int, limit_bytes: int = PIECE_BYTES) -> Piece:
+    """The characters of UTF-8 `data` from byte `offset` that fit into the limit. Raises Refusal("usage")."""
+    if not 0 <= offset <= len(data):
+        raise Refusal("usage", f"cannot read from byte {offset:,}: the body has {len(data):,}; begin with 0")
+    if offset < len(data) and _inside_character(data[offset]):
+        raise Refusal("usage", f"cannot read from byte {offset:,}: it is inside a character; use next_offset")
+    end = min(offset + limit_bytes, len(data))
+    while end < len(data) and _inside_character(data[end]):
+        end -= 1
+    return Piece(data[offset:end].decode(), end if end < len(data) else None)
+
+
+def _inside_character(byte: int) -> bool:
+    return byte & 0xC0 == 0x80
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
