@@ -1,0 +1,153 @@
+"""Who was told what, and when: the witness of a run, which speaks up as soon as a promise is broken.
+
+What a database shows by itself stands with the other promises in tests/proof/promises.py; here is what only somebody
+sees who was there.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from hive_core.procedures.clock import LOOK_AGAIN_S
+from tests.proof.promises import WITH_A_TRUE_CLOCK, Acked, Leased, Promise, Sent, Told, broken_promises
+from tests.simulation.weather import Weather
+
+NEVER = 2**62
+# From when a message may be taken: once it was sent, or let go by the operator; one that a turn had, after its rest.
+_DUE = """
+    max(iif(attempts > {first}, available_at_ms, sent_at_ms), coalesce((
+        SELECT max(at_ms) FROM events e WHERE e.message_id = deliveries.message_id AND e.message_id IS NOT NULL
+    ), 0))
+"""
+
+
+class PromiseBroken(AssertionError):
+    """A promise does not hold; the sentence says which, and when it was seen."""
+
+
+class Witness:
+    """
+    free_since_ms     the agents whose harness waits for a message, each since when
+    heard_ms          when each harness last had an answer
+    up_since_ms       since when the daemon runs, NEVER while it does not
+    wanted_since_ms   since when an agent may take turns, where the operator had paused it; NEVER while that lasts
+    """
+
+    def __init__(self, db: sqlite3.Connection, weather: Weather) -> None:
+        self._db = db
+        self._prompt_ms = weather.prompt_s * 1000
+        self.now_ms = 0
+        self.told = Told(bodies_differ=True, limits=weather.limits)
+        self._silence_ms = int(weather.limits.lease_silence_s * 1500) + 2_000
+        self.free_since_ms: dict[str, int] = {}
+        self.heard_ms: dict[str, int] = {}
+        self.up_since_ms = NEVER
+        self.wanted_since_ms: dict[str, int] = {}
+        self._settled: set[tuple[str, int]] = set()
+        self._answers: dict[tuple[str, str], dict[str, Any]] = {}
+        self.counts = dict.fromkeys(
+            ("sends", "refusals", "turns", "late acks", "crashes", "restarts", "audits", "late at most ms"), 0
+        )
+
+    def broken(self, sentence: str) -> PromiseBroken:
+        return PromiseBroken(f"{sentence} (at {self.now_ms / 1000:.3f} s)")
+
+    # -- what clients are told ----------------------------------------------------------------------------------------
+
+    def sent(self, sender: str, recipients: tuple[str, ...], body: str, key: str, answer: dict[str, Any]) -> None:
+        """A repeated send gets the first answer."""
+        first = self._answers.setdefault((sender, key), answer)
+        if first != answer:
+            raise self.broken(f"the send {key} of {sender} was answered {first} and then {answer}")
+        self.told.sends.append(Sent(answer["message"], sender, recipients, body, key))
+        self.counts["sends"] += 1
+
+    def leased(self, agent: str, turn: int, fence: str, messages: list[dict[str, Any]]) -> None:
+        """Nothing is handed out once it is known to be settled."""
+        self.told.leases.append(Leased(turn, agent, fence, tuple(message["id"] for message in messages)))
+        for message in messages:
+            if (agent, message["id"]) in self._settled:
+                raise self.broken(f"{agent} was handed message {message['id']} again though its ack was answered")
+
+    def began(self, agent: str, turn: int, message: int) -> None:
+        """A due message reaches an agent that is free, promptly."""
+        self.counts["turns"] += 1
+        if (free_since := self.free_since_ms.pop(agent, None)) is not None:
+            self._judge_lateness(agent, turn, message, max(free_since, self.wanted_since_ms.get(agent, 0)))
+
+    def acked(self, agent: str, turn: int, outcome: str, counted: bool) -> None:
+        """An ack that counted holds: what the turn had is settled for good when it ended well."""
+        if not counted:
+            self.counts["late acks"] += 1
+            return
+        self.told.acks.append(Acked(turn, agent, outcome))
+        if outcome in ("done", "cancelled"):
+            rows = self._db.execute("SELECT message_id FROM leases WHERE turn_id = ?", (turn,)).fetchall()
+            self._settled.update((agent, row[0]) for row in rows)
+
+    # -- looks at the database ----------------------------------------------------------------------------------------
+
+    def _judge_lateness(self, agent: str, turn: int, message: int, free_since_ms: int) -> None:
+        sql = f"""
+            SELECT started_at_ms, {_DUE.format(first=1)} AS due_at_ms FROM turns
+            JOIN deliveries ON recipient = agent AND deliveries.message_id = ? WHERE id = ? AND turn_id = id
+        """
+        row = self._db.execute(sql, (message, turn)).fetchone()
+        if row is None:
+            return  # the turn was taken away before its harness heard of it
+        late_ms = row["started_at_ms"] - max(row["due_at_ms"], free_since_ms)
+        self.counts["late at most ms"] = max(late_ms, self.counts["late at most ms"])
+        if late_ms > self._prompt_ms:
+            raise self.broken(f"message {message} was due, {agent} was free, and it came {late_ms} ms late")
+        # Others may have waited for just as long, behind this one.
+        sql = f"""
+            SELECT message_id, {_DUE.format(first=0)} AS due_at_ms FROM deliveries INDEXED BY deliveries_queued
+            WHERE recipient = ? AND state = 'queued'
+        """
+        for other in self._db.execute(sql, (agent,)).fetchall():
+            if row["started_at_ms"] - max(other["due_at_ms"], free_since_ms) > self._prompt_ms:
+                raise self.broken(f"message {other['message_id']} was due, {agent} was free, and got another later")
+
+    def look_for_waiting(self) -> None:
+        """Nothing that is due waits while its recipient is free."""
+        sql = f"""
+            SELECT recipient, deliveries.message_id, {_DUE.format(first=0)} AS due_at_ms FROM deliveries
+            INDEXED BY deliveries_queued WHERE state = 'queued'
+        """
+        for row in self._db.execute(sql).fetchall():
+            free_since = self.free_since_ms.get(row["recipient"])
+            since = max(row["due_at_ms"], free_since or 0, self.wanted_since_ms.get(row["recipient"], 0))
+            if free_since is not None and self.now_ms - since > self._prompt_ms:
+                raise self.broken(f"message {row['message_id']} is due and {row['recipient']} is free, and it waits")
+
+    def look_for_the_overdue(self) -> None:
+        """What is due at an instant is done within the time in which the hive's clock looks again."""
+        sql = """
+            SELECT 'reminder', id, due_at_ms FROM reminders WHERE state = 'open' AND due_at_ms < :before
+            UNION ALL SELECT 'schedule', id, next_at_ms FROM schedules WHERE state = 'on' AND next_at_ms < :before
+        """
+        before_ms = self.now_ms - int(LOOK_AGAIN_S * 1000 + min(self._prompt_ms, NEVER))
+        if self.up_since_ms < before_ms:
+            for kind, number, due_at_ms in self._db.execute(sql, {"before": before_ms}).fetchall():
+                raise self.broken(f"{kind} {number} has not fired, {self.now_ms - due_at_ms} ms after it was due")
+
+    def look_for_the_lost(self) -> None:
+        """A turn does not outlive a harness that is gone."""
+        sql = "SELECT id, agent, started_at_ms FROM turns WHERE state = 'running'"
+        for row in self._db.execute(sql).fetchall():
+            heard_ms = max(row["started_at_ms"], self.up_since_ms, self.heard_ms.get(row["agent"], 0))
+            if self.now_ms - heard_ms > self._silence_ms:
+                raise self.broken(f"turn {row['id']} runs on though {row['agent']} is silent for too long")
+
+    def audit(self, promises: Sequence[Promise] = WITH_A_TRUE_CLOCK) -> None:
+        """Hold the database against what was told since the last time."""
+        self.counts["audits"] += 1
+        self.told.kept_since_ms = self.now_ms - int(self.told.limits.kept_s * 1000)
+        if found := broken_promises(self._db, self.told, promises):
+            raise self.broken("; ".join(found[:5]))
+        self.told = replace(self.told, sends=[], leases=[], acks=[])
+        self._answers.clear()
+        self._settled.clear()
