@@ -21,6 +21,7 @@ from typing import Any
 from hive_core.cli.client import Client
 from hive_core.protocol.refusal import Refusal
 from tests.bench.figures import figure, say
+from tests.bench.old_messages import fill
 from tests.daemons import Daemon, open_daemon
 
 AGENTS = 20
@@ -28,6 +29,8 @@ OLD_MESSAGES = 100_000
 SENDERS = 16
 ROUNDS = 5
 SENDS = 8_000
+# The swarm's own brakes would end a measurement that sends ten thousand messages a second.
+OPEN_BRAKES = ("--inbox-depth=10000000", "--pair-rate-per-hour=100000000")
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -74,14 +77,7 @@ def daemon_ready() -> dict[str, Any]:
     with open_daemon() as daemon:
         daemon.start()
         daemon.stop()
-        with contextlib.closing(sqlite3.connect(daemon.state / "hive.sqlite")) as db, db:
-            rows = [(n, f"old message {n} ".ljust(200, "x")) for n in range(1, OLD_MESSAGES + 1)]
-            db.executemany("INSERT INTO messages (id, sender, body, sent_at_ms) VALUES (?, 'operator', ?, 1)", rows)
-            db.executemany(
-                "INSERT INTO deliveries (message_id, recipient, state, available_at_ms)"
-                " VALUES (?, 'hm1nd', 'acked', 1)",
-                [(n,) for n, _ in rows],
-            )
+        fill(daemon.state / "hive.sqlite", OLD_MESSAGES, 1)
         for _ in range(ROUNDS):
             times.append(_until_ready(daemon))
     return figure("daemon_ready", statistics.median(times), "s")
@@ -113,15 +109,15 @@ def _until_ready(daemon: Daemon) -> float:
 def durable_send() -> Iterator[dict[str, Any]]:
     say(f"durable_send: {SENDERS} senders over host.sock against a plain sqlite3 loop")
     ours, plain = [], []
-    with open_daemon() as daemon:
-        daemon.start()
+    with open_daemon(*OPEN_BRAKES) as daemon:
+        spawn(daemon.start(), SENDERS)
         for _ in range(ROUNDS):
-            plain.append(_plain_loop(daemon.folder, 2_000))
+            plain.append(plain_loop(daemon.folder, 2_000))
             ours.append(_send(daemon, SENDS))
         syncs = _fdatasyncs(daemon)
         daemon.stop()
         with contextlib.closing(sqlite3.connect(daemon.state / "hive.sqlite")) as db:
-            stored = db.execute("SELECT count(DISTINCT body) FROM messages").fetchone()[0]
+            stored = db.execute("SELECT count(DISTINCT body) FROM messages WHERE sender = 'operator'").fetchone()[0]
     sent = ROUNDS * SENDS + (SENDS if syncs is not None else 0)
     assert stored == sent, f"{stored} rows for {sent} answered sends"
     yield figure(
@@ -132,13 +128,14 @@ def durable_send() -> Iterator[dict[str, Any]]:
 
 
 def _send(daemon: Daemon, count: int) -> float:
-    command = [sys.executable, "-m", "tests.bench.senders", str(daemon.runtime), str(SENDERS), str(count)]
+    names = [f"agent{number}" for number in range(SENDERS)]
+    command = [sys.executable, "-m", "tests.bench.senders", str(daemon.runtime), str(count), *names]
     done = json.loads(subprocess.run(command, capture_output=True, check=True, cwd=CHECKOUT).stdout)
     assert done["sent"] == count
     return float(count / done["seconds"])
 
 
-def _plain_loop(folder: Path, count: int) -> float:
+def plain_loop(folder: Path, count: int) -> float:
     with tempfile.TemporaryDirectory(dir=folder) as place:
         db = sqlite3.connect(f"{place}/plain.sqlite", isolation_level=None)
         db.execute("PRAGMA journal_mode = WAL")
@@ -180,10 +177,10 @@ def daemon_rss() -> Iterator[dict[str, Any]]:
     with open_daemon("--default-program=rehearsal", "--end-agents-with-daemon") as daemon:
         client = daemon.start()
         _all_idle(client, 1)
-        alone = _rss_mb(daemon.process.pid)
+        alone = rss_mb(daemon.process.pid)
         spawn(client, AGENTS - 1)
         _all_idle(client, AGENTS)
-        full = _rss_mb(daemon.process.pid)
+        full = rss_mb(daemon.process.pid)
     yield figure("daemon_rss", full, "MB", digits=1)
     yield figure("daemon_rss_per_agent", (full - alone) / (AGENTS - 1), "MB", digits=2)
 
@@ -197,7 +194,7 @@ def _all_idle(client: Client, count: int) -> None:
         time.sleep(0.2)
 
 
-def _rss_mb(pid: int) -> float:
+def rss_mb(pid: int) -> float:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024

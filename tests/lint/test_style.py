@@ -88,3 +88,13 @@ def test_a_make_target_listed_in_help_exists(target: str) -> None:
 
 def test_make_adds_nothing_of_its_own_to_stdout() -> None:
     assert all(re.match(r"make [a-z-]+ ", line) for line in run("make", "help").stdout.splitlines())
+
+
+def test_the_docs_name_tests_that_exist() -> None:
+    written = {
+        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    named = {(page.name, name) for page in pages for name in re.findall(r"`(test_\w+)`", page.read_text())}
+    assert named
+    assert not {(page, name) for page, name in named if name not in written}
