@@ -33,6 +33,7 @@ THREAD_LIMIT = 200
 TEXT_LIMIT_BYTES = 1_000
 BATCH = 100  # messages, and bytes of bodies, that one transaction indexes: some 10 ms of the writer
 BATCH_BYTES = 256 * 1024
+RESTS = 4  # times as long as a batch took, between it and the next
 GATHER_S = 2.0  # between a message and its indexing: one transaction for many
 BUSY_REST_S = 30.0  # before it tries again on a disk that takes nothing
 CATCH_UP_S = 2.0  # that a search spends on indexing before it answers
@@ -157,8 +158,11 @@ class Archive:
         with self._store.bus.listen(EVENTS) as listener:
             while True:
                 try:
+                    begun = trio.current_time()
                     while await self._index_some():
-                        pass
+                        # What is sent comes before what may be searched: most of the writer's time is left alone.
+                        await trio.sleep(RESTS * (trio.current_time() - begun))
+                        begun = trio.current_time()
                 except StoreBusy as exc:
                     log.warning("the search is late: %s", exc)
                     await trio.sleep(BUSY_REST_S)

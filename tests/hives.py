@@ -33,6 +33,7 @@ from hive_core.reminders import Reminders
 from hive_core.repos import Repos
 from hive_core.schedules import Schedules
 from hive_core.sockets.unix import listen_unix, serve_unix
+from hive_core.store.ballast import Ballast
 from hive_core.store.bus import mail
 from hive_core.store.door import Store, open_store
 from hive_core.store.writer import Transaction
@@ -106,6 +107,11 @@ class Services:
                 timer.fire(tx)
 
         await self.store.write(write)
+
+    def set_full(self, full: bool) -> None:
+        """Let the store find no room on its disk for its ballast, or go without one again."""
+        batches = self.store.write.__self__._batches  # type: ignore[attr-defined]
+        batches._ballast = Ballast(self.state_dir / "hive.ballast", 1, 2**62) if full else None
 
     async def states(self, agent: str = "iris") -> dict[int, str]:
         """What has become of each message to `agent`."""

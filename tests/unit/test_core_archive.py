@@ -184,6 +184,24 @@ async def test_the_index_follows_by_itself(hive: Services, monkeypatch: pytest.M
         nursery.cancel_scope.cancel()
 
 
+async def test_on_a_full_disk_the_index_waits_and_says_so_and_goes_on_by_itself(
+    hive: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hive_core.archive.BUSY_REST_S", 0.0)
+    await hive.say("operator", "iris", "word")
+    hive.set_full(True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(archive_of(hive).serve_index)
+        assert await archive_of(hive).search(Query("word")) == {"messages": [], "next_cursor": None, "unindexed": 1}
+        with trio.fail_after(20):
+            while "the search is late: no space is left" not in caplog.text:
+                await trio.lowlevel.checkpoint()
+            hive.set_full(False)
+            while await hive.value("SELECT message_id FROM search_mark") != 1:
+                await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_search_that_cannot_catch_up_says_what_it_has_not_seen(
     hive: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
