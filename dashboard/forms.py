@@ -16,10 +16,18 @@ from dashboard.door import COOKIE
 from hive_core.approvals import Approval
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import OPERATOR, AgentName, parse_agent_name, parse_body, parse_id, shown
+from hive_core.protocol.words import (
+    BODY_LIMIT_BYTES,
+    OPERATOR,
+    AgentName,
+    parse_agent_name,
+    parse_body,
+    parse_id,
+    shown,
+)
 from hive_core.questions import parse_answer
 
-FORM_LIMIT_BYTES = 128 * 1024
+FORM_LIMIT_BYTES = 3 * BODY_LIMIT_BYTES + 64 * 1024  # each byte of a message may take three in a form
 # What is read and dropped of a body over the limit: a browser that still sends would not see the answer.
 DRAINED_BYTES = 4 * 1024 * 1024
 FIELDS_LIMIT = 16

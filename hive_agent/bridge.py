@@ -8,7 +8,7 @@ and sends those requests again, in order. The host makes a repeated call count o
     greeting   connected, and the replayed `initialize` has no answer yet
     ready      lines pass both ways
 
-Standard library alone, one thread, one poll: it is started with each turn and must be quick.
+Little more than the standard library, one thread, one poll: it is started with each turn and must be quick.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import socket
 import sys
 import time
 
+from hive_core.protocol.lines import LINE_LIMIT_BYTES
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-LINE_LIMIT_BYTES = 10 * 1024 * 1024
-REQUEST_LIMIT_BYTES = 1024 * 1024  # the host's own: a refusal from here can still carry the request's id
+ANSWER_LIMIT_BYTES = 10 * 1024 * 1024
 BACKLOG_BYTES = 1024 * 1024  # a side that takes its bytes slower than this stops the reading of the other
 READ_BYTES = 256 * 1024
 RETRY_FIRST_S = 0.05
@@ -46,7 +47,8 @@ class TooLong:
         self.id = found[-1].decode() if found else "null"
 
     def as_error(self) -> bytes:
-        message = f"cannot pass the line on: it is longer than the limit of {self.limit_bytes:,} bytes"
+        limit = f"{self.limit_bytes:,} bytes"
+        message = f"cannot pass the line on: it is longer than the limit of {limit}; send less in one line"
         error = json.dumps({"code": -32600, "message": message})
         return f'{{"jsonrpc":"2.0","id":{self.id},"error":{error}}}\n'.encode()
 
@@ -54,7 +56,7 @@ class TooLong:
 class Lines:
     """Bytes in, whole lines out, newline included. Of a line over the limit only its two ends are kept."""
 
-    def __init__(self, limit_bytes: int = LINE_LIMIT_BYTES) -> None:
+    def __init__(self, limit_bytes: int = ANSWER_LIMIT_BYTES) -> None:
         self._limit_bytes = limit_bytes
         self._rest = bytearray()
         self._head = b""
@@ -92,7 +94,8 @@ class Bridge:
         self._retry_s = RETRY_FIRST_S
         self._to_host = bytearray()
         self._to_program = bytearray()
-        self._program_lines = Lines(REQUEST_LIMIT_BYTES)
+        # The host's own limit: a refusal from here can still carry the request's id.
+        self._program_lines = Lines(LINE_LIMIT_BYTES)
         self._host_lines = Lines()
         self._initialize = b""
         self._initialize_id: object = None
@@ -252,10 +255,10 @@ def parse(line: bytes) -> dict[str, Any]:
     return message if isinstance(message, dict) else {}
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], program: str = "hive-agent") -> int:
     match argv:
         case ["--socket", path]:
             return Bridge(path, 0, 1).run()
         case _:
-            print("usage: hive-agent mcp --socket PATH", file=sys.stderr)
+            print(f"usage: {program} mcp --socket PATH", file=sys.stderr)
             return 2

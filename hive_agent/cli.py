@@ -2,54 +2,65 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-USAGE = """\
-usage: hive-agent serve [--run DIR] [--state DIR] [--claude PATH] …   take turns for the agent whose sockets are in DIR
-       hive-agent mcp --socket PATH                                   bridge stdio to the hive's tools
-       hive-agent rehearse [flags of claude]                          be a stand-in for claude
-"""
+
+def _usage(program: str) -> str:
+    ways = {
+        "serve [--run DIR] [--state DIR] [--claude PATH] …": "take turns for the agent whose sockets are in DIR",
+        "mcp --socket PATH": "bridge stdio to the hive's tools",
+        "rehearse [flags of claude]": "be a stand-in for claude",
+    }
+    lines = [f"{program} {words:49}   {what}\n" for words, what in ways.items()]
+    return "usage: " + "       ".join(lines)
 
 
-def main(argv: list[str] | None = None, role: str = "") -> int:
-    """Run one command and return its exit code. `role` is the only one that `serve` agrees to play; "" is any."""
+def main(argv: list[str] | None = None, role: str = "", program: str = "hive-agent") -> int:
+    """Run one command and return its exit code.
+
+    role     the only one that `serve` agrees to play; "" is any
+    program  what this is called when it was not started by a name of its own
+    """
+    called = os.path.basename(sys.argv[0]) if sys.argv else ""
+    program = called if called.startswith("hive-") else program
     arguments = sys.argv[1:] if argv is None else argv
     match arguments:
         case ["serve", *rest]:
             from hive_agent.serve_cli import main as serve
 
-            return serve(rest, role)
+            return serve(rest, role, program)
         case ["mcp", *rest]:
             from hive_agent.bridge import main as bridge
 
-            return _run(bridge, rest)
+            return _run(lambda: bridge(rest, program), program)
         case ["rehearse", *rest]:
             from hive_agent.rehearse import main as rehearse
 
-            return _run(rehearse, rest)
+            return _run(lambda: rehearse(rest), program)
         case ["-h" | "--help"]:
-            print(USAGE, end="")
+            print(_usage(program), end="")
             return 0
         case _:
-            print(USAGE, end="", file=sys.stderr)
+            print(_usage(program), end="", file=sys.stderr)
             return 2
 
 
-def _run(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+def _run(command: Callable[[], int], program: str) -> int:
     """Run a command that lives on its standard input, and say in one line what the system refuses it."""
     if sys.stdin is None:
-        print("hive-agent: cannot run: standard input is closed; leave it open", file=sys.stderr)
+        print(f"{program}: cannot run: standard input is closed; leave it open", file=sys.stderr)
         return 1
     try:
-        return command(arguments)
+        return command()
     except OSError as exc:
         from hive_core.protocol.paths import explain
 
-        print(f"hive-agent: cannot go on: {explain(exc)}", file=sys.stderr)
+        print(f"{program}: cannot go on: {explain(exc)}", file=sys.stderr)
         return 1
 
 

@@ -63,9 +63,9 @@ def _run_dir(text: str) -> str:
     return text
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(program: str = "hive-agent") -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="hive-agent serve",
+        prog=f"{program} serve",
         description="Take turns for one agent: lease a message from the host, run its program, report, again.",
         epilog="Exit codes: 0 told to stop, or no host answered for the grace; 3 another harness serves the agent; "
         "4 host and harness do not fit together.",
@@ -118,14 +118,14 @@ def seat_maker(arguments: argparse.Namespace) -> SeatMaker:
     return make_seat
 
 
-def main(argv: list[str], role: str = "") -> int:
-    arguments = make_parser().parse_args(argv)
+def main(argv: list[str], role: str = "", program: str = "hive-agent") -> int:
+    arguments = make_parser(program).parse_args(argv)
     try:
         return trio.run(_serve, arguments, role)
     except KeyboardInterrupt:
         return 130
     except OSError as exc:
-        print(f"hive-agent: cannot go on: {explain(exc)}", file=sys.stderr)
+        print(f"{program}: cannot go on: {explain(exc)}", file=sys.stderr)
         return 1
 
 

@@ -108,7 +108,9 @@ class Agents:
 
         def write(tx: Transaction) -> None:
             if tx.execute("UPDATE agents SET wanted = ? WHERE name = ?", (wanted, name)).rowcount == 0:
-                raise Refusal("not_found", f"cannot find {name}: no agent has that name; `hive list` shows them")
+                raise Refusal(
+                    "not_found", f"cannot find {name}: no agent has that name; `list_agents` or `hive list` shows them"
+                )
             tx.emit("agent_wanted", actor, name, wanted=wanted)
             tx.wake(WANTED)
             tx.wake(mail(name))
@@ -147,7 +149,9 @@ class Agents:
         """One agent. Raises Refusal("not_found")."""
         found = await self._select("WHERE name = ?", (name,))
         if not found:
-            raise Refusal("not_found", f"cannot find {name}: no agent has that name; `hive list` shows them")
+            raise Refusal(
+                "not_found", f"cannot find {name}: no agent has that name; `list_agents` or `hive list` shows them"
+            )
         return found[0]
 
     async def paused(self, name: str) -> str | None:
@@ -161,9 +165,11 @@ class Agents:
                    (SELECT count(*) FROM deliveries INDEXED BY deliveries_queued
                     WHERE recipient = name AND state = 'queued') AS queued
             FROM agents
-            LEFT JOIN (SELECT recipient, count(*) AS n FROM deliveries WHERE state = 'held' GROUP BY recipient) held
+            LEFT JOIN (SELECT recipient, count(*) AS n FROM deliveries INDEXED BY deliveries_held
+                       WHERE state = 'held' GROUP BY recipient) held
                    ON held.recipient = name
-            LEFT JOIN (SELECT recipient, count(*) AS n FROM deliveries WHERE state = 'dead' GROUP BY recipient) dead
+            LEFT JOIN (SELECT recipient, count(*) AS n FROM deliveries INDEXED BY deliveries_dead
+                       WHERE state = 'dead' GROUP BY recipient) dead
                    ON dead.recipient = name
             {where} ORDER BY role = 'agent', name
         """

@@ -150,16 +150,17 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             life_fd=life_fd,
         )
         rooms = _Rooms(config, repos)
+        broker = Broker(store, config, bodies=Bodies(config.state_dir / "bodies", store))
         credential, missing = look_for_credential(config)
         hive = Hive(
             config=config,
             store=store,
-            broker=Broker(store, config, bodies=Bodies(config.state_dir / "bodies", store)),
+            broker=broker,
             turns=Turns(store),
             agents=agents,
             approvals=approvals,
             gate=gate,
-            reconciler=Reconciler(store, agents, driver, rooms.dirs, rooms.may_run, rooms.serve),
+            reconciler=Reconciler(store, agents, driver, rooms.dirs, rooms.may_run, rooms.serve, broker.put_back),
             sign_ins=SignIns(store),
             credential=credential,
             credential_missing=missing,

@@ -49,8 +49,9 @@ async def messages_aside(store: Store, limit: int = 50) -> list[dict[str, Any]]:
     """The oldest messages that are held from somebody or dead for somebody: they wait for the operator."""
     sql = f"""
         {_WITH_RECIPIENTS} WHERE m.id IN (
-            SELECT message_id FROM deliveries WHERE state = 'held'
-            UNION SELECT message_id FROM deliveries WHERE state = 'dead' ORDER BY message_id LIMIT :limit
+            SELECT message_id FROM deliveries INDEXED BY deliveries_held WHERE state = 'held'
+            UNION SELECT message_id FROM deliveries INDEXED BY deliveries_dead WHERE state = 'dead'
+            ORDER BY message_id LIMIT :limit
         ) ORDER BY m.id
     """
     return await _messages(store, sql, limit=limit)
@@ -59,8 +60,8 @@ async def messages_aside(store: Store, limit: int = 50) -> list[dict[str, Any]]:
 async def count_aside(store: Store) -> dict[str, int]:
     """How many deliveries are `held` and how many `dead`."""
     sql = """
-        SELECT (SELECT count(*) FROM deliveries WHERE state = 'held') AS held,
-               (SELECT count(*) FROM deliveries WHERE state = 'dead') AS dead
+        SELECT (SELECT count(*) FROM deliveries INDEXED BY deliveries_held WHERE state = 'held') AS held,
+               (SELECT count(*) FROM deliveries INDEXED BY deliveries_dead WHERE state = 'dead') AS dead
     """
     row = await store.row(sql)
     assert row is not None

@@ -127,8 +127,8 @@ def no_room(deed: str = "send") -> Refusal:
     """For what would only fill a disk further on which a transaction is `short`."""
     return Refusal(
         "unavailable",
-        f"cannot {deed}: no space is left on the disk of the hive's state_dir; make room there, and it goes on by itself. "
-        "What was sent before can still be read, acked and dropped",
+        f"cannot {deed}: no space is left on the disk of the hive's state_dir; make room there, and it goes on by "
+        "itself. What was sent before can still be read, acked and dropped",
     )
 
 
@@ -161,7 +161,8 @@ def _judge(letter: Letter, facts: _Facts, limits: Limits) -> tuple[tuple[AgentNa
         )
     if unknown := [name for name in recipients if name not in facts.agents and name != OPERATOR]:
         raise Refusal(
-            "not_found", f"cannot send to {', '.join(unknown)}: no agent has that name; `hive list` shows them"
+            "not_found",
+            f"cannot send to {', '.join(unknown)}: no agent has that name; `list_agents` or `hive list` shows them",
         )
     if barred := [name for name in recipients if allowed is not None and name not in allowed]:
         raise Refusal(
@@ -193,7 +194,9 @@ def _cause_of(name: AgentName, sender: _Agent | None) -> Cause:
 def _held(letter: Letter, recipients: Iterable[str], cause: Cause, facts: _Facts, limits: Limits) -> dict[str, str]:
     """For whom the operator has to release it, and why. Raises Refusal when too much of the sender is held already."""
     sender = facts.agents.get(letter.sender)
-    if cause.hops > limits.hops:
+    if cause.kind == "system":
+        held: dict[str, str] = {}  # the hive's own notice ends a wait; what it sets off is braked in its turn
+    elif cause.hops > limits.hops:
         held = dict.fromkeys(recipients, "hops")
     elif sender is not None:
         held = {name: "rate" for name in recipients if facts.sent[letter.sender, name] >= sender.rate}
@@ -295,7 +298,7 @@ _PAIRS = """
 """
 _REPLIED = """
     SELECT id, thread_id, sender,
-           (SELECT json_group_array(recipient) FROM deliveries WHERE message_id = id) AS recipients
+           (SELECT json_group_array(recipient) FROM deliveries WHERE message_id = id AND state != 'held') AS recipients
     FROM messages WHERE id IN (SELECT value FROM json_each(?))
 """
 _FIRST = """

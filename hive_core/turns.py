@@ -46,7 +46,7 @@ class Turns:
             tx.execute("UPDATE turns SET lines = ? WHERE id = ?", (arrived, turn_id))
             if arrived > self._lines_per_turn:
                 _drop_lines(tx, "turn_id = ? AND n < ?", turn_id, arrived - self._lines_per_turn)
-            if first == 0 or arrived // BOUND_EVERY > row["lines"] // BOUND_EVERY:
+            if row["lines"] == 0 or arrived // BOUND_EVERY > row["lines"] // BOUND_EVERY:
                 self._bound(tx, agent)
             tx.wake(stream(agent))
             return arrived

@@ -8,7 +8,7 @@ from hive_agent.cli import main as agent_main
 
 
 def main(argv: list[str] | None = None) -> int:
-    return agent_main(argv, role="manager")
+    return agent_main(argv, role="manager", program="hive-mind")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def hive_of(services: Services, **changes: Any) -> Hive:
         agents=services.agents,
         approvals=services.approvals,
         gate=services.gate,
-        reconciler=Reconciler(services.store, services.agents, driver, dirs, may_run, _never),
+        reconciler=Reconciler(services.store, services.agents, driver, dirs, may_run, _never, services.broker.put_back),
         sign_ins=SignIns(services.store),
         **{
             "credential": None,

@@ -1,7 +1,7 @@
 """Runs the groups of tests/groups.toml that this machine can run: `python -m tests.run [GROUP ...]`.
 
 One pytest process per group. The last line is `N passed, N failed, N skipped`; the exit code is 1 if a test failed, a
-group collected nothing, or, with HIVE_REQUIRE=ci, a group was left out whose home is ci.
+group collected nothing, or, with HIVE_REQUIRE=ci, a group whose home is ci was left out or skipped every test.
 """
 
 from __future__ import annotations
@@ -117,12 +117,22 @@ def problems(ran: Sequence[tuple[Group, Counts]], left_out: Sequence[Group], req
             found.append(f"{group.name} failed")
         if not counts.total:
             found.append(f"{group.name} collected nothing: no test in {', '.join(group.paths)}")
+        elif require and group.home == require and counts.skipped == counts.total:
+            found.append(
+                f"{group.name} skipped every test, and HIVE_REQUIRE={require} wants every group of {require} to run"
+            )
     found += [
         f"{group.name} was left out, and HIVE_REQUIRE={require} wants every group of {require} to run"
         for group in left_out
         if require and group.home == require
     ]
     return found
+
+
+def check_home(require: str, homes: Mapping[str, str]) -> None:
+    """A run that requires what no group has for a home would require nothing."""
+    if require and require not in homes:
+        sys.exit(f"no such home: {require}; HIVE_REQUIRE is one of {', '.join(homes)}, or empty")
 
 
 def choose(groups: Sequence[Group], names: Sequence[str]) -> list[Group]:
@@ -167,8 +177,10 @@ def main(names: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     table = needs.ROOT / "tests" / "groups.toml"
     groups, homes = load_groups(table), load_homes(table)
+    require = os.environ.get("HIVE_REQUIRE", "")
+    check_home(require, homes)
     try:
-        return run(choose(groups, names), needs.ROOT, os.environ.get("HIVE_REQUIRE", ""), homes)
+        return run(choose(groups, names), needs.ROOT, require, homes)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 

@@ -61,6 +61,7 @@ class Reconciler:
     """Starts, adopts, restarts and ends agents.
 
     may_run   the sentence that says why an agent may not be started here, or None
+    put_back  closes the running turn of an agent that was ended on purpose
     serve     opens and serves an agent's sockets until cancelled; reports its desk when they listen
     """
 
@@ -72,6 +73,7 @@ class Reconciler:
         dirs: Callable[[AgentName], AgentDirs],
         may_run: Callable[[Agent], str | None],
         serve: Callable[[Agent, trio.TaskStatus[Desk]], Awaitable[None]],
+        put_back: Callable[[Transaction, AgentName], None],
     ) -> None:
         self._store = store
         self._agents = agents
@@ -79,6 +81,7 @@ class Reconciler:
         self._dirs = dirs
         self._may_run = may_run
         self._serve = serve
+        self._put_back = put_back
         self._supervised: dict[AgentName, Supervised] = {}
         self._draining = False
         self._serving = False
@@ -235,6 +238,8 @@ class Reconciler:
 
         def write(tx: Transaction) -> None:
             tx.emit("agent_ended", SYSTEM, name, code=exit_.code, expected=expected, when=when)
+            if expected:
+                self._put_back(tx, name)
             if not expected and name != MANAGER:
                 text = f"container_crash: {name} {detail}. Its last words: {quoted(self._driver.last_words(name))}"
                 put_message(tx, SYSTEM, MANAGER, parse_body(text))

@@ -7,15 +7,19 @@ not an object costs only itself: the splitter reports it and goes on with the ne
 from __future__ import annotations
 
 import json
+import sys
 
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import BODY_LIMIT_BYTES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-LINE_LIMIT_BYTES = 1024 * 1024
+# A body within its own limit must pass: JSON may spell each byte of it with six (\u0041), and what is around the body,
+# a thousand recipients at most, has its room besides.
+LINE_LIMIT_BYTES = 6 * BODY_LIMIT_BYTES + 64 * 1024
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -71,7 +75,8 @@ class LineSplitter:
             self._rest += piece
 
     def _too_long(self) -> Refusal:
-        return Refusal("usage", f"cannot read the line: it is longer than the limit of {self.limit_bytes:,} bytes")
+        limit = f"{self.limit_bytes:,} bytes"
+        return Refusal("usage", f"cannot read the line: it is longer than the limit of {limit}; send less in one line")
 
 
 def encode(obj: object) -> bytes:
@@ -80,7 +85,7 @@ def encode(obj: object) -> bytes:
 
 
 def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is not a value of JSON")
+    raise Refusal("usage", f"cannot read the line: it is not JSON, which has no {word}; give a finite number, or null")
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
@@ -92,11 +97,18 @@ def decode(line: bytes) -> dict[str, Any]:
         # json.loads on bytes would guess UTF-16 and let halves of surrogate pairs through.
         obj = _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as exc:
-        raise Refusal("usage", f"cannot read the line: byte {exc.start} is not UTF-8") from None
+        raise Refusal("usage", f"cannot read the line: byte {exc.start} is not UTF-8; send UTF-8") from None
     except RecursionError:
-        raise Refusal("usage", "cannot read the line: it is nested too deep") from None
-    except ValueError as exc:
-        raise Refusal("usage", f"cannot read the line: it is not JSON ({exc})") from None
+        raise Refusal("usage", "cannot read the line: it is nested too deep; send it flatter") from None
+    except json.JSONDecodeError as exc:
+        raise Refusal(
+            "usage", f"cannot read the line: it is not JSON ({exc}); send one object of JSON a line"
+        ) from None
+    except ValueError:  # Python's own limit of a whole number, and its words are for programmers
+        most = f"{sys.get_int_max_str_digits():,} digits"
+        raise Refusal(
+            "usage", f"cannot read the line: a number in it has more than {most}; give a shorter one"
+        ) from None
     if not isinstance(obj, dict):
         raise Refusal("usage", f"cannot read the line: it holds a {type(obj).__name__}, and an object is needed")
     return obj

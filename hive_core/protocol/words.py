@@ -91,8 +91,12 @@ def parse_text(raw: object, what: str, limit_bytes: int) -> str:
     except UnicodeEncodeError:
         raise Refusal("usage", f"cannot take the {what}: it contains half a surrogate pair, not text") from None
     if size > limit_bytes:
-        raise Refusal("usage", f"cannot take the {what}: it has {size:,} bytes and the limit is {limit_bytes:,}")
+        raise too_large(what, f"{size:,} bytes", limit_bytes)
     return raw
+
+
+def too_large(what: str, size: str, limit_bytes: int) -> Refusal:
+    return Refusal("usage", f"cannot take the {what}: it has {size} and the limit is {limit_bytes:,}; shorten it")
 
 
 def parse_body(raw: object) -> MessageBody:

@@ -107,9 +107,10 @@ class AdminDesk:
     async def _answer(self, request: Args | Refusal, lines: Lines) -> None:
         if isinstance(request, Refusal):
             raise request
-        if request.get("v") != PROTOCOL_VERSION:
-            said = shown(request.get("v"))
-            raise Refusal("usage", f"cannot answer: the request says v={said}, this daemon speaks {PROTOCOL_VERSION}")
+        version = request.get("v")
+        if type(version) is not int or version != PROTOCOL_VERSION:  # true and 1.0 equal 1
+            speaks = f"this daemon speaks {PROTOCOL_VERSION}; give just that number"
+            raise Refusal("usage", f"cannot answer: the request says v={shown(version)}, {speaks}")
         verb = request.get("verb")
         if isinstance(verb, str) and verb in self._verbs:
             answer, keys = self._verbs[verb]

@@ -83,8 +83,14 @@ class Store:
 
 
 def _wake_recipients(tx: Transaction) -> None:
-    for row in tx.execute("SELECT DISTINCT recipient FROM deliveries WHERE state = 'queued'").fetchall():
-        tx.wake(mail(row["recipient"]))
+    # By agent and not by delivery: what waits unread for the operator may be long.
+    sql = """
+        SELECT name FROM agents WHERE EXISTS (
+            SELECT 1 FROM deliveries INDEXED BY deliveries_queued WHERE recipient = name AND state = 'queued'
+        )
+    """
+    for row in tx.execute(sql).fetchall():
+        tx.wake(mail(row["name"]))
 
 
 def _open_writer(path: Path) -> sqlite3.Connection:

@@ -334,9 +334,19 @@ class Writer(Writes):
                 except queue.Empty:
                     break
             if batch:
-                answered, topics = self._batches.commit(batch)
+                answered, topics = self._commit(batch)
                 self._token.run_sync_soon(self._deliver, answered, topics)
         self._token.run_sync_soon(self._finished.set)
+
+    def _commit(self, batch: list[Job]) -> tuple[list[Job], set[str]]:
+        """Whatever goes wrong, somebody hears of it: a thread that ends in silence leaves all waiting."""
+        try:
+            return self._batches.commit(batch)
+        except BaseException as exc:
+            self._batches.failure = self._batches.failure or exc
+            for job in batch:
+                job.result = outcome.Error(StoreError(f"cannot write: {type(exc).__name__}: {exc}"))
+            return batch, set()
 
 
 def _of_the_disk(exc: Exception) -> bool:

@@ -209,6 +209,19 @@ async def test_the_same_request_twice_is_one_card_and_another_for_the_same_name_
     assert await ask_for_argus(hive) != number
 
 
+async def test_on_a_full_disk_nothing_new_is_asked_for_and_what_was_asked_is_decided(
+    hive: Services, iris: Checkout
+) -> None:
+    number = await ask_for_argus(hive, key="k")
+    hive.set_full(True)
+    with pytest.raises(Refusal, match="cannot ask for damocles: no space is left"):
+        await hive.gate.request_spawn(HM1ND, AgentName("damocles"), "p", "r")
+    with pytest.raises(Refusal, match="cannot ask for a commit of iris: no space is left"):
+        await hive.gate.request_apply_commit(HM1ND, IRIS, iris.commit(CLAUDE__md="Read more."), "r")
+    assert await ask_for_argus(hive, key="k") == number
+    assert (await hive.gate.deny(number, "not now", "operator")).state == "denied"
+
+
 async def test_an_agent_that_exists_is_not_asked_for_again(hive: Services, iris: Checkout) -> None:
     with refused("an agent of that name exists"):
         await hive.gate.request_spawn(HM1ND, IRIS, "p", "r")

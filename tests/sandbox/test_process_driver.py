@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from hive_core.containers import process
 from hive_core.containers.process import AgentDirs, Exit, ProcessDriver, Running, sandbox_trouble
 from hive_core.protocol.words import AgentName
 from tests.needs import ROOT
@@ -311,8 +314,9 @@ async def started(folder: Path, script: str, sandbox: str = "bwrap") -> AsyncIte
 async def test_kill_ends_every_process_of_the_agent(tmp_path: Path) -> None:
     script = "setsid sleep 1000 & (trap '' TERM HUP; sleep 1000) & echo > STATE/ready; sleep 1000"
     async with started(tmp_path, script) as (_, running):
-        mates = namespace_mates(running)
-        assert len(mates) >= 4
+        with trio.fail_after(PATIENCE_S):
+            while len(mates := namespace_mates(running)) < 4:
+                await trio.lowlevel.checkpoint()
         running.kill()
         with trio.fail_after(PATIENCE_S):
             exit_ = await running.wait()
@@ -571,3 +575,278 @@ async def test_when_the_harness_ends_the_kernel_ends_all_that_it_started(tmp_pat
     assert code == 3
     left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"sleep\x004567" in p.read_bytes()]
     assert left == []
+
+
+# -- what the kernel does for an agent --------------------------------------------------------------------------------
+
+# What Python has no name for: the numbers are those of the processor this runs on.
+SYSCALLS = {
+    "x86_64": {"keyctl": 250, "add_key": 248, "request_key": 249, "bpf": 321, "userfaultfd": 323, "io_uring_setup": 425}
+    | {"perf_event_open": 298, "syslog": 103, "fsopen": 430, "x32_getpid": 0x40000000 + 39},
+    "aarch64": {
+        "keyctl": 219,
+        "add_key": 217,
+        "request_key": 218,
+        "bpf": 280,
+        "userfaultfd": 282,
+        "io_uring_setup": 425,
+    }
+    | {"perf_event_open": 241, "syslog": 116, "fsopen": 430},
+}.get(os.uname().machine, {})
+needs_a_known_processor = pytest.mark.skipif(not SYSCALLS, reason="there is no filter for this processor")
+# Finds a key in its session keyring and prints it: keyctl(SEARCH), keyctl(READ).
+READ_A_KEY = f"""
+import ctypes
+keyctl = lambda *arguments: ctypes.CDLL(None, use_errno=True).syscall({SYSCALLS.get("keyctl")}, *arguments)
+found = keyctl(10, -3, b"user", b"hive-canary", 0)
+text = ctypes.create_string_buffer(64)
+length = keyctl(11, found, text, 64) if found > 0 else -1
+print(text.raw[:length] if length > 0 else "no key")
+"""
+
+
+# A process of its own, in a login session with a key, as an operator's is; it starts an agent and waits for its end.
+STARTER_WITH_A_KEY = """
+import ctypes, os, subprocess, sys, trio
+from pathlib import Path
+from hive_core.containers import process
+from tests.sandbox.test_process_driver import IRIS, READ_A_KEY, SYSCALLS, dirs_in, driver_in
+
+async def main(folder, script, sandbox, filtered):
+    if not filtered:  # as on a processor that there is no filter for
+        process.filter_program = lambda: None
+    await (await driver_in(folder, script, sandbox).start(IRIS, dirs_in(folder))).wait()
+
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.syscall(SYSCALLS["keyctl"], 1, b"hive-test") < 0:
+    sys.exit("no kernel keys")
+assert libc.syscall(SYSCALLS["add_key"], b"user", b"hive-canary", b"canary", 6, -3) > 0
+print(subprocess.check_output([sys.executable, "-c", READ_A_KEY], text=True).strip())
+trio.run(main, Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "filtered")
+"""
+
+
+@needs_a_known_processor
+@pytest.mark.parametrize("sandbox", ["bwrap", "none"])
+@pytest.mark.parametrize("filtered", ["filtered", "not filtered"])
+async def test_an_agent_has_no_key_of_the_session_that_its_daemon_was_started_in(
+    tmp_path: Path, sandbox: str, filtered: str
+) -> None:
+    run_dir = dirs_in(tmp_path).run
+    (run_dir / "read.py").write_text(READ_A_KEY)
+    script = f"{sys.executable} {'/run/hive' if sandbox == 'bwrap' else run_dir}/read.py"
+    starter = await trio.run_process(
+        [sys.executable, "-c", STARTER_WITH_A_KEY, str(tmp_path), script, sandbox, filtered],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_stdout=True,
+        capture_stderr=True,
+        check=False,
+    )
+    if b"no kernel keys" in starter.stderr:
+        pytest.skip("this machine has no kernel keys")
+    assert starter.stdout.decode().strip() == "b'canary'", starter.stderr
+    assert driver_in(tmp_path, "").last_words(IRIS) == "no key"
+
+
+async def test_the_list_of_the_hosts_keys_cannot_be_read(tmp_path: Path) -> None:
+    _, said = await run(tmp_path, "cat /proc/keys /proc/key-users; echo end")
+    assert not any(line[:1].isdigit() for line in said.splitlines())
+    assert said.endswith("end")
+
+
+@needs_a_known_processor
+async def test_calls_that_no_agent_needs_are_refused(tmp_path: Path) -> None:
+    program = (
+        "import ctypes, errno\n"
+        "libc = ctypes.CDLL(None, use_errno=True)\n"
+        f"for name, number in {SYSCALLS}.items():\n"
+        "    done = libc.syscall(number, 3, 0, 0, 0, 0)\n"
+        "    print(name, done, errno.errorcode.get(ctypes.get_errno()))\n"
+    )
+    (dirs_in(tmp_path).run / "program.py").write_text(program)
+    code, said = await run(tmp_path, f"{sys.executable} /run/hive/program.py")
+    assert code == 0, said
+    foreign = {"x32_getpid"}
+    assert said.splitlines() == [f"{name} -1 {'ENOSYS' if name in foreign else 'EPERM'}" for name in SYSCALLS]
+
+
+@needs_a_known_processor
+async def test_only_sockets_that_stay_in_the_sandbox_can_be_made(tmp_path: Path) -> None:
+    program = (
+        "import errno, socket\n"
+        "for family in (1, 2, 10, 16, 15, 21, 29, 30, 31, 38, 40, 42, 44):\n"
+        "    kind = {38: socket.SOCK_SEQPACKET, 16: socket.SOCK_RAW}.get(family, socket.SOCK_STREAM)\n"
+        "    try: socket.socket(family, kind).close(); print(family, 'made')\n"
+        "    except OSError as exc: print(family, errno.errorcode[exc.errno])\n"
+        "try: socket.socket(2**32 + 40, socket.SOCK_STREAM)\n"
+        "except (OSError, OverflowError): print('none')\n"
+    )
+    (dirs_in(tmp_path).run / "program.py").write_text(program)
+    code, said = await run(tmp_path, f"{sys.executable} /run/hive/program.py; grep Seccomp: /proc/self/status")
+    assert code == 0, said
+    made = [line for line in said.splitlines() if line.endswith(" made")]
+    assert set(made) <= {"1 made", "2 made", "10 made", "16 made"}  # unix, inet, inet6, netlink
+    assert {"1 made", "2 made", "16 made"} <= set(made)
+    assert {"40 EAFNOSUPPORT", "38 EAFNOSUPPORT"} <= set(said.splitlines())
+    assert said.splitlines()[-1].split() == ["Seccomp:", "2"]
+
+
+async def test_what_an_agent_works_with_runs_under_the_filter(tmp_path: Path) -> None:
+    script = (
+        "cd ~ && git init -q repo && cd repo && echo hi > file && git add file"
+        " && git -c user.name=i -c user.email=i@i commit -q -m one && git log --format=%s && git gc -q"
+        f" && {sys.executable} -c 'import subprocess, threading, multiprocessing, ssl, sqlite3, asyncio, socket;"
+        ' subprocess.run(["true"], check=True); threading.Thread(target=print, args=("thread",)).start();'
+        " asyncio.run(asyncio.sleep(0)); multiprocessing.Lock(); socket.if_nameindex();"
+        ' socket.getaddrinfo("127.0.0.1", 80)\''
+    )
+    assert await run(tmp_path, script) == (0, "one\nthread")
+
+
+def test_a_filter_that_does_not_work_here_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "filter_program", lambda: struct.pack("=HBBI", 0xFFFF, 0, 0, 0))
+    said = sandbox_trouble() or ""
+    assert "SECCOMP" in said
+    assert "CONFIG_SECCOMP_FILTER" in said
+
+
+def test_a_processor_without_a_filter_is_told_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(process, "filter_program", lambda: None)
+    driver_in(tmp_path, "")
+    assert "no filter of system calls" in caplog.text
+    assert sandbox_trouble() is None
+
+
+# -- what an agent prints ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sandbox", ["bwrap", "none"])
+async def test_what_an_agent_prints_is_kept_from_its_end_and_takes_no_more_than_a_megabyte(
+    tmp_path: Path, sandbox: str
+) -> None:
+    code, said = await run(tmp_path, "yes floods | head -c 20000000; echo; echo the end", sandbox=sandbox)
+    assert code == 0
+    assert said.endswith("\nthe end")
+    log = tmp_path / "processes" / "iris.log"
+    assert 200_000 < log.stat().st_size <= process.LOG_LIMIT_BYTES
+    await run(tmp_path, "echo again", sandbox=sandbox)
+    assert b"the end\nagain\n" in log.read_bytes()
+
+
+async def test_what_an_agent_printed_cannot_be_opened_or_emptied_from_inside(tmp_path: Path) -> None:
+    script = (
+        "echo first >&2; for f in /proc/1/fd/1 /proc/1/fd/2 /proc/self/fd/1; do"
+        " (: > $f) 2>/dev/null && echo emptied; (: < $f) 2>/dev/null && echo opened; done;"
+        f" {sys.executable} -c 'import os; os.ftruncate(2, 0)' 2>&1 | tail -n 1 | cut -c 1-7"
+    )
+    _, said = await run(tmp_path, script)
+    assert said.split() == ["first", "OSError"]
+
+
+async def test_an_agent_whose_daemon_is_gone_goes_on_printing_and_the_next_daemon_reads_it(tmp_path: Path) -> None:
+    go = make_fifo(tmp_path, "go")
+    start_and_die(tmp_path, "read word < /state/go; yes floods | head -c 3000000; echo; echo the end; exit 4")
+    driver = driver_in(tmp_path, "")
+    running = driver.find(IRIS, dirs_in(tmp_path))
+    assert running is not None
+    with trio.fail_after(PATIENCE_S):
+        await trio.to_thread.run_sync(go.write_text, "go\n")
+        assert await running.wait() == Exit(4)
+    assert driver.last_words(IRIS).endswith("\nthe end")
+
+
+async def test_no_reader_of_what_an_agent_prints_is_left_behind(tmp_path: Path) -> None:
+    def own() -> list[int]:  # of whichever thread
+        return [pid for pid in process._pids() if process._parent(pid) == os.getpid()]
+
+    before = own()
+    await run(tmp_path, "echo hi")
+    with pytest.raises(FileNotFoundError):
+        await NowhereDriver(tmp_path, sandbox="none", claude=None, orphan_grace_s=600, life_fd=None).start(
+            IRIS, dirs_in(tmp_path)
+        )
+    assert own() == before
+
+
+# -- without a sandbox ------------------------------------------------------------------------------------------------
+
+ESCAPES = """
+import subprocess, sys, time
+from hive_agent.descendants import adopt_orphans
+adopt_orphans()
+# One whose parent lives, one whose parent is gone, and one that makes more all the time; each in a session of its own.
+subprocess.Popen(["/bin/sh", "-c", "setsid sleep 4321.MARK & echo > READY; sleep 4322.MARK"], start_new_session=True)
+subprocess.Popen(["/bin/sh", "-c", "setsid sleep 4323.MARK & exit 0"], start_new_session=True).wait()
+subprocess.Popen(["setsid", "/bin/sh", "-c", "while :; do setsid sleep 4324.MARK & sleep 0.01; done"])
+time.sleep(1000)
+"""
+
+
+async def test_without_a_sandbox_kill_ends_also_what_has_a_session_of_its_own(tmp_path: Path) -> None:
+    ready = make_fifo(tmp_path, "ready")
+    mark = str(os.getpid())
+    program = tmp_path / "escapes.py"
+    program.write_text(ESCAPES.replace("MARK", mark).replace("READY", str(ready)))
+    driver = driver_in(tmp_path, f"exec {sys.executable} {program}", "none")
+    driver._environment = lambda _: {**os.environ, "PYTHONPATH": str(ROOT)}  # type: ignore[method-assign]
+    stranger = await trio.lowlevel.open_process(["setsid", "sleep", f"4325.{mark}"])
+    try:
+        running = await driver.start(IRIS, dirs_in(tmp_path))
+        await read_fifo(ready)
+        with trio.fail_after(PATIENCE_S):
+            while not all(pids_naming(f"432{n}.{mark}") for n in (1, 2, 3, 4)):
+                await trio.lowlevel.checkpoint()
+        running.kill()
+        with trio.fail_after(PATIENCE_S):
+            await running.wait()
+        left = [pid for n in (1, 2, 3, 4) for pid in pids_naming(f"432{n}.{mark}")]
+        await wait_gone(left)
+        assert [pid for n in (1, 2, 3, 4) for pid in pids_naming(f"432{n}.{mark}")] == []
+        assert stranger.returncode is None
+        running.kill()  # once more, when it is gone, is nothing
+    finally:
+        for n in (1, 2, 3, 4, 5):
+            for pid in pids_naming(f"432{n}.{mark}"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        await stranger.wait()
+
+
+# -- another runtime directory ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+async def test_an_agent_that_knows_another_runtime_directory_is_ended_and_can_be_started_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, remembered: bool
+) -> None:
+    ready = make_fifo(tmp_path, "ready")
+    pid = start_and_die(tmp_path, "echo > /state/ready; sleep 1000")
+    await read_fifo(ready)
+    if not remembered:
+        (tmp_path / "processes" / "iris.json").unlink()
+    dirs = dirs_in(tmp_path)
+    moved = dataclasses.replace(dirs, run=tmp_path / "elsewhere")
+    moved.run.mkdir()
+    driver = driver_in(tmp_path, "ls /run/hive")
+    assert driver.find(IRIS, moved) is None
+    await wait_gone([pid])
+    assert driver.missed_exit(IRIS) is None, "it did not crash"
+    assert str(dirs.run) in caplog.text
+    assert str(moved.run) in caplog.text
+    (moved.run / "sockets").touch()
+    with trio.fail_after(PATIENCE_S):
+        await (await driver.start(IRIS, moved)).wait()
+    assert driver.last_words(IRIS).endswith("sockets")
+
+
+async def test_an_agent_whose_runtime_directory_was_made_anew_is_ended(tmp_path: Path) -> None:
+    ready = make_fifo(tmp_path, "ready")
+    pid = start_and_die(tmp_path, "echo > /state/ready; sleep 1000")
+    await read_fifo(ready)
+    dirs = dirs_in(tmp_path)
+    dirs.run.rename(tmp_path / "kept")  # so that the new one cannot get its number
+    dirs.run.mkdir()
+    assert driver_in(tmp_path, "").find(IRIS, dirs) is None
+    await wait_gone([pid])

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive_agent.bridge import LINE_LIMIT_BYTES, REQUEST_LIMIT_BYTES, Lines, TooLong
+from hive_agent.bridge import ANSWER_LIMIT_BYTES, Lines, TooLong
 from hive_agent.claude import own_command
+from hive_core.protocol.lines import LINE_LIMIT_BYTES
 
 PATIENCE_S = 10.0
 INITIALIZE = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": {"protocolVersion": "2025-11-25"}}
@@ -285,12 +286,31 @@ def test_a_line_over_the_limit_is_refused_by_its_id_and_the_next_one_passes(
     host: Host, program: Program, number: int | str
 ) -> None:
     connection = shake_hands(host, program)
-    huge = {"jsonrpc": "2.0", "method": "tools/call", "params": {"text": "x" * REQUEST_LIMIT_BYTES}, "id": number}
+    huge = {"jsonrpc": "2.0", "method": "tools/call", "params": {"text": "x" * LINE_LIMIT_BYTES}, "id": number}
     program.write(huge, call(6))
     refused = program.read()
     assert refused["id"] == number
-    assert "1,048,576 bytes" in refused["error"]["message"]
+    assert f"{LINE_LIMIT_BYTES:,} bytes; send less in one line" in refused["error"]["message"]
     assert connection.read() == call(6)
+
+
+def test_a_line_of_just_the_hosts_limit_passes(host: Host, program: Program) -> None:
+    connection = shake_hands(host, program)
+    room = LINE_LIMIT_BYTES - len(raw(call(5, ""))) + 1  # its newline does not count
+    program.write(call(5, "x" * room))
+    assert connection.read() == call(5, "x" * room)
+
+
+def test_that_a_call_goes_on_reaches_the_program_before_its_answer(host: Host, program: Program) -> None:
+    connection = shake_hands(host, program)
+    program.write(call(1))
+    assert connection.read() == call(1)
+    for number in (1, 2):
+        progress = {"progressToken": "p", "progress": number}
+        connection.write({"jsonrpc": "2.0", "method": "notifications/progress", "params": progress})
+        assert program.read()["params"] == progress
+    connection.write(result(1))
+    assert program.read() == result(1)
 
 
 def test_a_long_answer_passes_whole(host: Host, program: Program) -> None:
@@ -333,7 +353,7 @@ def test_of_an_endless_line_little_is_kept() -> None:
     lines = Lines()
     for _ in range(30):
         assert lines.feed(b"x" * 1_000_000) == []
-    assert len(lines._rest) <= LINE_LIMIT_BYTES
+    assert len(lines._rest) <= ANSWER_LIMIT_BYTES
     (line,) = lines.feed(b'"id": 3}\n')
     assert isinstance(line, TooLong)
     assert line.id == "3"

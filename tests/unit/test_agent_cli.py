@@ -22,7 +22,7 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def the_one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
     (line,) = done.stderr.splitlines()
-    assert line.startswith("hive-agent")
+    assert line.startswith("hive-")
     assert ": cannot " in line
     assert "Errno" not in line
     return line
@@ -45,6 +45,24 @@ def the_one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
 )
 def test_a_flag_of_serve_that_cannot_be_is_one_line(flags: str, cause: str) -> None:
     assert cause in the_one_line(shell(f"agent serve {flags}"), 2)
+
+
+@pytest.mark.parametrize("name", ["hive-agent", "hive-ag3nt", "hive-mind", "hive-m1nd"])
+def test_each_name_of_the_command_gives_its_own_in_its_help(tmp_path: Path, name: str) -> None:
+    package = "hive_agent" if name in ("hive-agent", "hive-ag3nt") else "hive_mind"
+    (tmp_path / name).write_text(f"#!{sys.executable}\nimport sys\nfrom {package}.cli import main\nsys.exit(main())\n")
+    (tmp_path / name).chmod(0o700)
+    for words in ("--help", "serve --help"):
+        done = shell(f"{tmp_path}/{name} {words}")
+        assert done.stdout.startswith(f"usage: {name} serve [")
+    assert the_one_line(shell(f"{tmp_path}/{name} serve --frob"), 2).startswith(f"{name} serve: cannot ")
+    assert shell(f"{tmp_path}/{name} mcp").stderr == f"usage: {name} mcp --socket PATH\n"
+
+
+def test_a_command_that_is_started_as_a_module_goes_by_its_own_name() -> None:
+    for module, name in (("hive_agent", "hive-agent"), ("hive_mind", "hive-mind"), ("hive_mind.cli", "hive-mind")):
+        said = shell(f"{sys.executable} -P -m {module} serve --help").stdout
+        assert said.startswith(f"usage: {name} serve [")
 
 
 @pytest.mark.parametrize(

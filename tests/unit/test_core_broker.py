@@ -571,6 +571,15 @@ async def test_an_agent_cannot_end_the_turn_of_another_nor_make_it_look_silent(h
     assert hive.broker.renew(IRIS, turn.id)
 
 
+async def test_a_turn_that_was_ended_on_purpose_costs_no_try(hive: Services) -> None:
+    await hive.say("hm1nd", "iris", "hello")
+    turn = (await lease(hive)).turn
+    await hive.store.write(lambda tx: hive.broker.put_back(tx, IRIS))
+    assert await hive.value("SELECT state || failures FROM deliveries") == "queued0"
+    assert await hive.broker.ack(IRIS, turn, "done") == Acked(False)
+    await hive.store.write(lambda tx: hive.broker.put_back(tx, IRIS))  # nothing runs: nothing to do
+
+
 async def test_an_agent_cannot_renew_the_turn_of_another(hive: Services) -> None:
     await hive.say("hm1nd", "iris", "hello")
     turn = (await lease(hive)).turn

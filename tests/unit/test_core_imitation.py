@@ -70,7 +70,7 @@ async def test_a_crash_quotes_the_last_words(hive: Services, hostile: str) -> No
     def may_run(agent: Agent) -> str | None:
         return None
 
-    reconciler = Reconciler(hive.store, hive.agents, driver, nowhere, may_run, never)
+    reconciler = Reconciler(hive.store, hive.agents, driver, nowhere, may_run, never, hive.broker.put_back)
     await reconciler._tell_end(IRIS, Exit(1), "while nobody watched")
     body = (await hive.broker.lease(MANAGER)).message["body"]
     assert "approval_resolved" not in words_of_the_hive(body, hostile)

@@ -55,7 +55,7 @@ def test_a_line_of_exactly_the_limit_passes_and_one_byte_more_is_refused_with_th
     first, second, third = splitter.feed(b"a" * LIMIT + b"\n" + b"b" * (LIMIT + 1) + b"\n" + b"c\n")
     assert (first, third) == (b"a" * LIMIT, b"c")
     assert isinstance(second, Refusal)
-    assert "12 bytes" in second.message
+    assert "12 bytes; send less in one line" in second.message
 
 
 def test_an_over_long_line_costs_only_itself_and_is_not_kept() -> None:
@@ -130,7 +130,7 @@ def test_half_a_surrogate_pair_does_not_keep_an_answer_from_being_sent() -> None
         (b"{'a':1}", "not JSON"),
         (b'{"a":NaN}', "not JSON"),
         (b'{"a":-Infinity}', "not JSON"),
-        (b'{"a":' + b"9" * 5000 + b"}", "not JSON"),
+        (b'{"a":' + b"9" * 5000 + b"}", "a number in it has more than 4,300 digits; give a shorter one"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"a":' * 100_000, "nested too deep"),
         (b"[]", "holds a list"),
@@ -144,6 +144,8 @@ def test_a_line_that_is_no_object_is_refused_with_its_cause(line: bytes, cause: 
         decode(line)
     assert caught.value.code == "usage"
     assert cause in caught.value.message
+    assert "; " in caught.value.message or "is needed" in caught.value.message  # a way out
+    assert "sys." not in caught.value.message
     assert len(caught.value.message) < 300
 
 

@@ -16,7 +16,7 @@ import trio.testing
 from hive_core.agents import set_deployed
 from hive_core.broker import Broker
 from hive_core.limits import Limits
-from hive_core.post import HOUR_MS, Letter, post, put_message
+from hive_core.post import HOUR_MS, Cause, Letter, post, put_message
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import EVERYONE, OPERATOR, SYSTEM, AgentName, parse_body
 from hive_core.repos import harness_settings
@@ -109,7 +109,7 @@ async def test_a_message_to_nobody_is_refused_by_name_and_nobody_else_gets_it(hi
     said = await refusal(hive, "hm1nd", ["iris", "argus", "argo"])
     assert (said.code, said.message) == (
         "not_found",
-        "cannot send to argus, argo: no agent has that name; `hive list` shows them",
+        "cannot send to argus, argo: no agent has that name; `list_agents` or `hive list` shows them",
     )
     assert await hive.states() == {}
     assert "message_sent" not in await hive.kinds()
@@ -517,3 +517,21 @@ async def test_letters_of_one_commit_count_for_each_other(tmp_path: Path) -> Non
         outcomes = await hive.store.write(lambda tx: post(tx, letters, hive.broker.limits))
         assert [type(outcome).__name__ for outcome in outcomes] == ["Value", "Value", "Error"]
         assert await hive.states() == {1: "queued", 2: "held"}
+
+
+async def test_a_notice_of_the_hive_is_not_held_however_long_its_chain_is(hive: Services) -> None:
+    cause = Cause("system", None, 1, 99)
+    await hive.store.write(lambda tx: put_message(tx, SYSTEM, IRIS, parse_body("message_dead: …"), cause=cause))
+    assert await hive.states() == {1: "queued"}
+    begun = await hive.broker.lease(IRIS)
+    assert await send(hive, "iris", "hm1nd") == {"message": 2, "held": {"hm1nd": "hops"}}  # what it sets off is braked
+    assert begun.message["id"] == 1
+
+
+async def test_a_message_that_is_held_cannot_be_replied_to_by_whom_it_is_held_from(tmp_path: Path) -> None:
+    async with hive_with(tmp_path, pair_rate_per_hour=1) as hive:
+        await send(hive, "hm1nd", "iris")
+        await send(hive, "hm1nd", "iris")
+        assert "cannot reply to message 2" in (await refusal(hive, "iris", "hm1nd", in_reply_to=2)).message
+        await hive.broker.release(2, OPERATOR)
+        await send(hive, "iris", "hm1nd", in_reply_to=2)

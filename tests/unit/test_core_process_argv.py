@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from hive_core.containers.printed import keep_printed
 from hive_core.containers.process import (
     _PROC_OF_THE_HOST,
     _SYSTEM_PATHS,
@@ -18,11 +20,23 @@ from hive_core.containers.process import (
     _is_below,
     _status_value,
 )
+from hive_core.containers.seccomp import filter_program
 from hive_core.protocol.words import AgentName
 
 IRIS, HM1ND = AgentName("iris"), AgentName("hm1nd")
 WITH_TWO = {"--bind", "--ro-bind", "--ro-bind-try", "--symlink"}
-WITH_ONE = {"--uid", "--gid", "--hostname", "--cap-drop", "--json-status-fd", "--tmpfs", "--proc", "--dev", "--chdir"}
+WITH_ONE = {
+    "--uid",
+    "--gid",
+    "--hostname",
+    "--cap-drop",
+    "--json-status-fd",
+    "--seccomp",
+    "--tmpfs",
+    "--proc",
+    "--dev",
+    "--chdir",
+}
 
 
 def driver_in(
@@ -46,7 +60,7 @@ def options(argv: list[str]) -> Iterator[tuple[str, ...]]:
 
 @pytest.mark.parametrize("manager", [False, True])
 def test_every_namespace_is_the_agents_own_and_no_capability_is_left(tmp_path: Path, manager: bool) -> None:
-    argv = driver_in(tmp_path)._bwrap(dirs_in(tmp_path, manager), 7)
+    argv = driver_in(tmp_path)._bwrap(dirs_in(tmp_path, manager), 7, 8)
     asked = list(options(argv))
     assert Path(argv[0]).name == "bwrap"
     assert asked[-1] == ("--",)
@@ -57,7 +71,7 @@ def test_every_namespace_is_the_agents_own_and_no_capability_is_left(tmp_path: P
         ("--new-session",),
         ("--cap-drop", "ALL"),
     } <= set(asked)
-    assert ("--json-status-fd", "7") in asked
+    assert {("--json-status-fd", "7"), ("--seccomp", "8")} <= set(asked)
     known = (
         WITH_ONE
         | WITH_TWO
@@ -70,7 +84,7 @@ def test_every_namespace_is_the_agents_own_and_no_capability_is_left(tmp_path: P
 @pytest.mark.parametrize("manager", [False, True])
 def test_only_the_agents_own_directories_can_be_written(tmp_path: Path, manager: bool) -> None:
     dirs = dirs_in(tmp_path, manager)
-    binds = {option[1:] for option in options(driver_in(tmp_path)._bwrap(dirs, 7)) if option[0] == "--bind"}
+    binds = {option[1:] for option in options(driver_in(tmp_path)._bwrap(dirs, 7, 8)) if option[0] == "--bind"}
     own = {(str(dirs.state), "/state"), (str(dirs.claude), "/root/.claude")}
     assert binds == own | ({(str(tmp_path / "proposed"), "/agents")} if manager else set())
 
@@ -79,10 +93,10 @@ def test_nothing_of_the_host_is_seen_but_the_system_and_the_program(tmp_path: Pa
     claude = tmp_path / "bin" / "claude"
     claude.parent.mkdir()
     claude.touch()
-    argv = driver_in(tmp_path, claude=claude)._bwrap(dirs_in(tmp_path), 7)
+    argv = driver_in(tmp_path, claude=claude)._bwrap(dirs_in(tmp_path), 7, 8)
     seen = [option[1] for option in options(argv) if option[0].startswith("--ro-bind")]
     assert str(claude) in seen
-    seen = [path for path in seen if path not in (*_PROC_OF_THE_HOST, str(dirs_in(tmp_path).run))]
+    seen = [path for path in seen if path not in ("/dev/null", *_PROC_OF_THE_HOST, str(dirs_in(tmp_path).run))]
     for path in seen:
         private = [str(tmp_path), "/", "/root", "/home", "/etc", "/var", "/run", "/tmp", os.getcwd(), str(Path.home())]
         assert path not in private
@@ -185,3 +199,59 @@ def test_last_words_are_the_end_of_the_log_however_long_it_is(tmp_path: Path) ->
     words = driver.last_words(IRIS, 20)
     assert words.endswith("the end�")
     assert len(words) <= 20
+
+
+def verdict(program: bytes, abi: int, number: int, argument: int = 0) -> str:
+    """What the kernel would make of a call: the few instructions that our filter is made of, carried out."""
+    data = struct.pack("<iIQQ", number if number < 2**31 else number - 2**32, abi, 0, argument)
+    value, at = 0, 0
+    while True:
+        code, if_so, if_not, operand = struct.unpack_from("=HBBI", program, 8 * at)
+        at += 1
+        if code == 0x20:
+            (value,) = struct.unpack_from("<I", data, operand)
+        elif code in (0x15, 0x35):
+            at += if_so if (value == operand if code == 0x15 else value >= operand) else if_not
+        else:
+            assert code == 0x06
+            return "allowed" if operand == 0x7FFF0000 else os.strerror(operand & 0xFFFF)
+
+
+REFUSED, UNKNOWN, NO_FAMILY = "Operation not permitted", "Function not implemented", "Address family not supported"
+
+
+@pytest.mark.parametrize(
+    ("machine", "abi", "keyctl", "socket", "plain"),
+    [("x86_64", 0xC000003E, 250, 41, (0, 1, 59, 101, 435)), ("aarch64", 0xC00000B7, 219, 198, (63, 64, 221, 117, 435))],
+)
+def test_the_filter_refuses_what_it_names_on_every_processor_it_knows(
+    machine: str, abi: int, keyctl: int, socket: int, plain: tuple[int, ...]
+) -> None:
+    program = filter_program(machine)
+    assert program is not None
+    assert verdict(program, abi, keyctl) == REFUSED
+    assert {verdict(program, abi, number) for number in plain} == {"allowed"}
+    assert verdict(program, abi ^ 0x80000000, plain[0]) == UNKNOWN, "the calls of another ABI"
+    assert verdict(program, 0x40000003, plain[0]) == UNKNOWN, "the calls of a 32-bit program"
+    assert verdict(program, abi, 0x40000000 | plain[0]) == UNKNOWN, "x32"
+    for family in (0, 15, 17, 29, 31, 38, 40, 44, 2**31):
+        assert verdict(program, abi, socket, family).startswith(NO_FAMILY)
+    for family in (1, 2, 10, 16):
+        assert verdict(program, abi, socket, family) == "allowed"
+    assert verdict(program, abi, socket, 2**32 + 40).startswith(NO_FAMILY), "the kernel looks at 32 bits"
+
+
+def test_a_processor_whose_calls_are_not_known_has_no_filter() -> None:
+    assert filter_program("riscv64") is None
+
+
+def test_a_disk_that_is_full_holds_up_nobody_who_prints(tmp_path: Path) -> None:
+    source, printer = os.pipe()
+    os.write(printer, b"lost")
+    os.close(printer)
+    full = os.open("/dev/full", os.O_RDWR)
+    try:
+        keep_printed(source, full)  # to its end
+    finally:
+        os.close(full)
+        os.close(source)

@@ -91,6 +91,14 @@ async def test_an_agent_that_prints_on_keeps_its_bound_without_any_pruning(hive:
     assert await kept(hive) == [f"2.{n}" for n in range(5, 10)] + [f"3.{n}" for n in range(10)]
 
 
+async def test_an_agent_whose_turns_begin_with_a_later_line_keeps_its_bound_too(hive: Services) -> None:
+    for number in range(4):
+        turn = await begin(hive)
+        await hive.turns.add_lines(IRIS, turn, 1, [f"{number}.{n}" for n in range(PER_TURN)])
+        await hive.broker.close_lost_turns(IRIS)
+    assert len(await kept(hive)) == PER_AGENT
+
+
 async def test_old_lines_are_dropped_whoever_printed_them(hive: Services) -> None:
     turn = await begin(hive)
     await hive.turns.add_lines(IRIS, turn, 0, ["old", "new"])

@@ -380,3 +380,16 @@ async def test_a_disk_that_refuses_for_a_while_is_told_to_who_writes_and_the_sto
         await trio.testing.wait_all_tasks_blocked()
         assert waiting.results == {0: "b"}
     assert kinds_on_disk(path) == ["afterwards"]
+
+
+async def test_what_nobody_expected_in_the_writers_thread_is_told_and_ends_the_store(store: Store) -> None:
+    def leave(_: Transaction) -> None:
+        raise SystemExit("out of here")
+
+    with trio.fail_after(20):
+        with pytest.raises(StoreError, match="cannot write: SystemExit: out of here"):
+            await store.write(leave)
+        with pytest.raises(StoreError, match="cannot go on"):
+            await store.wait_failed()
+        with pytest.raises(StoreError, match="the store is closed"):
+            await store.write(note("later"))

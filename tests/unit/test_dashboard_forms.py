@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from dashboard.forms import DRAINED_BYTES, FORM_LIMIT_BYTES
-from hive_core.protocol.words import BODY_LIMIT_BYTES, MANAGER, AgentName
+from hive_core.protocol.words import MANAGER, AgentName
 from tests.dashboards import OURS, browse, gate_open, hive_of, served
 from tests.hives import PATIENCE_S, Services
 
@@ -70,7 +70,7 @@ async def test_a_plain_form_goes_back_to_one_of_our_pages_and_nowhere_else(hive:
         ({"to": "iris"}, 400, "must be a string"),
         ({"to": "iris", "body": "   "}, 400, "it is empty"),
         ({"to": "iris", "body": "a\0b"}, 400, "NUL"),
-        ({"to": "iris", "body": "x" * (BODY_LIMIT_BYTES + 1)}, 413, "the limit is 131,072"),
+        ({"to": "iris", "body": "x" * FORM_LIMIT_BYTES}, 413, f"the limit is {FORM_LIMIT_BYTES:,}"),
         ({"to": "iris", "body": "x", "in_reply_to": "-1"}, 400, "positive whole number"),
         ({"to": "iris", "body": "x", "in_reply_to": "9" * 30}, 400, "positive whole number"),
     ],
@@ -91,7 +91,7 @@ async def test_a_body_over_the_limit_is_refused_with_the_limit(hive: Services, s
     async with browse(hive_of(hive)) as client:
         headers = {**SCRIPT, "Content-Type": "application/x-www-form-urlencoded"}
         answer = await client.post("/messages", headers=headers, content=b"x" * size)
-    assert (answer.status_code, "131,072" in answer.json()["error"]["message"]) == (413, True)
+    assert (answer.status_code, f"{FORM_LIMIT_BYTES:,}" in answer.json()["error"]["message"]) == (413, True)
 
 
 async def test_a_body_that_does_not_end_is_answered_and_the_connection_closed(hive: Services) -> None:

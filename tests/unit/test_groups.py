@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests import needs
-from tests.run import Counts, Group, choose, load_groups, load_homes, problems, run, run_group
+from tests.run import Counts, Group, check_home, choose, load_groups, load_homes, problems, run, run_group
 
 EVERY_OUTCOME = """
 import pytest
@@ -114,6 +117,30 @@ def test_a_left_out_ci_group_fails_a_run_that_requires_ci(tmp_path: Path, capfd:
 
 def test_a_left_out_group_that_waits_for_another_host_fails_nothing() -> None:
     assert problems([], [group("paid", ["account"], home="account")], "ci") == []
+
+
+def test_a_required_group_whose_tests_were_all_skipped_fails_the_run() -> None:
+    skipped, some = Counts(skipped=3), Counts(passed=1, skipped=2)
+    (said,) = problems([(group("plain"), skipped), (group("other"), some)], [], "ci")
+    assert said == "plain skipped every test, and HIVE_REQUIRE=ci wants every group of ci to run"
+    assert problems([(group("plain"), skipped)], [], "") == []
+    assert problems([(group("paid", home="account"), skipped)], [], "ci") == []
+
+
+def test_what_a_run_requires_is_a_home_of_the_table() -> None:
+    homes = load_homes(TABLE)
+    for require in ("", *homes):
+        check_home(require, homes)
+    with pytest.raises(SystemExit, match="no such home: CI; HIVE_REQUIRE is one of ci, nixos, nixpkgs"):
+        check_home("CI", homes)
+
+
+def test_a_run_that_requires_no_home_of_the_table_begins_nothing() -> None:
+    command = [sys.executable, "-m", "tests.run", "lint"]
+    environment = {**os.environ, "HIVE_REQUIRE": "yes"}
+    done = subprocess.run(command, cwd=needs.ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("no such home: yes; ")
 
 
 def test_only_the_group_that_spends_money_sees_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
