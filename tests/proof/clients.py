@@ -246,7 +246,7 @@ class Harness:
                 fence = new_fence()
                 link.hold(fence)
                 lease = await link.request({"op": "lease", "fence": fence})
-            self._told.leases.append(Leased(lease["turn"], self.name, lease["fence"], (lease["message"]["id"],)))
+            self._told.leases.append(_as_leased(self.name, lease, [lease["message"]]))
             self._pulse.tick(turns=1)
             if self._killed_in is not None:
                 late, self._killed_in = self._killed_in, None
@@ -273,8 +273,7 @@ class Harness:
                 taken = await call_tool(lines, "recv", {"max": 3, "wait_seconds": RECV_WAIT_S}, f"recv-{new_fence()}")
         except Lost:
             return
-        messages = tuple(message["id"] for message in taken["messages"])
-        self._told.leases.append(Leased(lease["turn"], self.name, lease["fence"], messages))
+        self._told.leases.append(_as_leased(self.name, lease, taken["messages"]))
 
     async def _ack(self, link: HostLink, form: dict[str, Any]) -> dict[str, Any]:
         answer = await link.request({"op": "ack", **form})
@@ -282,3 +281,8 @@ class Harness:
             self._told.acks.append(Acked(form["turn"], self.name, form["outcome"], form["fence"]))
             self._pulse.tick(turns=1)
         return answer
+
+
+def _as_leased(agent: str, lease: dict[str, Any], messages: list[dict[str, Any]]) -> Leased:
+    numbers, attempts = (tuple(message[key] for message in messages) for key in ("id", "attempt"))
+    return Leased(lease["turn"], agent, lease["fence"], numbers, attempts)

@@ -36,6 +36,7 @@ class Leased:
     agent: str
     fence: str
     messages: tuple[int, ...]
+    attempts: tuple[int, ...] | None = None  # what was said of each message; None where nobody noted it
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class Told:
 
     bodies_differ   every send of the run had a body of its own, so that one stored twice is seen whatever its key
     kept_since_ms   retention may have taken messages that were sent before
+    unsettled       (message, recipient) that somebody saw unsettled, so lately that retention must not have them yet
     limits          those that the broker of the run had
     """
 
@@ -62,6 +64,7 @@ class Told:
     acks: list[Acked] = field(default_factory=list)
     bodies_differ: bool = False
     kept_since_ms: int = 0
+    unsettled: frozenset[tuple[int, str]] = frozenset()
     limits: Limits = field(default_factory=Limits)
     bodies: Path | None = None  # the folder of large bodies, as hive_core.bodies keeps them
 
@@ -120,11 +123,15 @@ def every_answered_lease_is_there(db: sqlite3.Connection, told: Told) -> Broken:
         elif (row["agent"], row["fence"]) != (leased.agent, leased.fence):
             yield f"turn {leased.turn} was handed to {leased.agent} and is {row['agent']}'s, or has another fence"
         else:
-            sql = "SELECT 1 FROM leases WHERE turn_id = ? AND message_id = ?"
-            for message in leased.messages:
+            sql = "SELECT attempt FROM leases WHERE turn_id = ? AND message_id = ?"
+            said = leased.attempts or (None,) * len(leased.messages)
+            for message, attempt in zip(leased.messages, said, strict=True):
                 found = db.execute(sql, (leased.turn, message)).fetchone()
-                if found is None and not _may_be_gone(db, message, told):
-                    yield f"turn {leased.turn} was given message {message} and nothing tells of it"
+                if found is None:
+                    if not _may_be_gone(db, message, told):
+                        yield f"turn {leased.turn} was given message {message} and nothing tells of it"
+                elif attempt not in (None, found["attempt"]):
+                    yield f"turn {leased.turn} was told attempt {attempt} of message {message}, not {found['attempt']}"
 
 
 def every_answered_ack_holds(db: sqlite3.Connection, told: Told) -> Broken:
@@ -193,6 +200,34 @@ def every_attempt_is_counted(db: sqlite3.Connection, told: Told) -> Broken:
     """
     for message, recipient, attempts, had in db.execute(sql):
         yield f"message {message} to {recipient} counts {attempts} attempts, and {had} turns had it"
+    sql = """
+        SELECT * FROM (
+            SELECT l.message_id, t.agent, l.attempt,
+                   row_number() OVER (PARTITION BY t.agent, l.message_id ORDER BY l.turn_id) AS nth
+            FROM leases l JOIN turns t ON t.id = l.turn_id
+        ) WHERE attempt != nth
+    """
+    for message, agent, attempt, nth in db.execute(sql):
+        yield f"lease {nth} of message {message} to {agent} is written down as attempt {attempt}"
+
+
+def nothing_is_dropped_but_by_a_person_or_its_sender(db: sqlite3.Connection, told: Told) -> Broken:
+    """The operator puts away what is held or dead, and a sender withdraws; an event says who did."""
+    sql = """
+        SELECT d.message_id, d.recipient FROM deliveries d WHERE d.state = 'dropped' AND NOT EXISTS (
+            SELECT 1 FROM events e WHERE e.message_id = d.message_id AND e.message_id IS NOT NULL
+              AND e.kind = 'message_dropped' AND e.agent = d.recipient AND e.actor IN ('operator', d.sender)
+        )
+    """
+    for message, recipient in db.execute(sql):
+        yield f"message {message} to {recipient} is dropped and no event says by whom"
+
+
+def nothing_unsettled_is_forgotten(db: sqlite3.Connection, told: Told) -> Broken:
+    there = "SELECT 1 FROM deliveries WHERE message_id = ? AND recipient = ?"
+    for message, recipient in sorted(told.unsettled):
+        if db.execute(there, (message, recipient)).fetchone() is None:
+            yield f"message {message} to {recipient} was not settled and is gone"
 
 
 def the_events_tell_of_every_message(db: sqlite3.Connection, told: Told) -> Broken:
@@ -338,6 +373,16 @@ def each_firing_is_one_message(db: sqlite3.Connection, told: Told) -> Broken:
         yield f"message {message} is not the one firing of {cause} {number}"
 
 
+def no_reminder_fires_early(db: sqlite3.Connection, told: Told) -> Broken:
+    sql = """
+        SELECT r.id, r.due_at_ms, min(r.settled_at_ms, coalesce(m.sent_at_ms, r.settled_at_ms)) AS fired_at_ms
+        FROM reminders r LEFT JOIN messages m ON m.id = r.message_id
+        WHERE r.state = 'fired' AND fired_at_ms < r.due_at_ms
+    """
+    for number, due_at_ms, fired_at_ms in db.execute(sql):
+        yield f"reminder {number} fired {due_at_ms - fired_at_ms} ms before it was due"
+
+
 def no_firing_is_left_out(db: sqlite3.Connection, told: Told) -> Broken:
     """Of a schedule that runs at intervals, while the daemon was never away for long and nobody paused it."""
     sql = """
@@ -372,6 +417,8 @@ PROMISES: tuple[Promise, ...] = (
     no_lease_is_stuck,
     an_agent_runs_one_turn_at_a_time,
     every_attempt_is_counted,
+    nothing_is_dropped_but_by_a_person_or_its_sender,
+    nothing_unsettled_is_forgotten,
     the_events_tell_of_every_message,
     every_large_body_is_whole,
     first_deliveries_keep_the_order_of_sender_and_recipient,
@@ -380,6 +427,7 @@ PROMISES: tuple[Promise, ...] = (
     a_dead_letter_tells_its_sender,
     a_runaway_chain_or_pair_is_held,
     each_firing_is_one_message,
+    no_reminder_fires_early,
 )
 # What is seen only where the clock was never set back, and where everything came to rest.
 WITH_A_TRUE_CLOCK = (*PROMISES, a_rest_is_kept, no_firing_is_left_out)

@@ -58,7 +58,8 @@ class Hive:
         return lease
 
     def tell_lease(self, agent: str, lease: Lease) -> None:
-        self.tell("leased", turn=lease.turn.id, agent=agent, fence=lease.turn.fence, messages=[lease.message["id"]])
+        of_message = {"messages": [lease.message["id"]], "attempts": [lease.message["attempt"]]}
+        self.tell("leased", turn=lease.turn.id, agent=agent, fence=lease.turn.fence, **of_message)
 
     async def ack(self, agent: str, turn: Turn, outcome: str, next_fence: str | None = None) -> Lease | None:
         acked = await self.broker.ack(AgentName(agent), turn, outcome, next_fence=next_fence)
@@ -78,7 +79,8 @@ def as_told(answers: list[str], bodies: Path | None = None) -> Told:
             case "sent":
                 told.sends.append(Sent(**{**answer, "recipients": tuple(answer["recipients"])}))
             case "leased":
-                told.leases.append(Leased(**{**answer, "messages": tuple(answer["messages"])}))
+                lists = {key: tuple(answer[key]) for key in ("messages", "attempts")}
+                told.leases.append(Leased(**{**answer, **lists}))
             case "acked":
                 told.acks.append(Acked(**answer))
     return told

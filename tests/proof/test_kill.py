@@ -20,7 +20,7 @@ from tests.proof.clients import AGENTS, RETRY_S, Harness, Operator, Program, Pul
 from tests.proof.promises import Told, broken_promises
 
 LONG = os.environ.get("HIVE_LONG") == "1"
-KILLS = 300 if LONG else 24
+KILLS = 300 if LONG else 18
 TURNS_BETWEEN = 40  # leases and acks that are answered, at most, between a start and the kill
 LOOK_EVERY = 5  # kills; what is broken early need not wait for the end
 SILENCE_S = 15.0  # when we give up waiting, and look at what is there
@@ -38,16 +38,17 @@ async def start(daemon: Daemon) -> None:
     await trio.to_thread.run_sync(daemon.start)
 
 
-async def start_and_kill(daemon: Daemon, after_s: float) -> None:
-    """Kill a daemon that may not be ready yet."""
+async def start_and_kill(daemon: Daemon, after_s: float) -> bool:
+    """Kill a daemon that may not be ready yet. Whether it was not: that hangs on the machine."""
 
     def try_to_start() -> None:
         try:
             daemon.start()
         except Refusal:
             assert killed, "the daemon does not start"
+            unready.append(killed[0])
 
-    killed: list[int] = []
+    killed, unready = list[int](), list[int]()
     log = daemon.state / "daemon.lock"
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.to_thread.run_sync, try_to_start)
@@ -58,6 +59,7 @@ async def start_and_kill(daemon: Daemon, after_s: float) -> None:
             os.kill(int(text), 9)
     if not killed:
         daemon.kill()
+    return bool(unready)
 
 
 def look_at(daemon: Daemon, told: Told) -> list[str]:
@@ -69,7 +71,10 @@ def look_at(daemon: Daemon, told: Told) -> list[str]:
             return broken_promises(db, told)
 
 
-async def kill_and_start(daemon: Daemon, told: Told, pulse: Pulse, chance: random.Random) -> None:
+async def kill_and_start(
+    daemon: Daemon, told: Told, pulse: Pulse, chance: random.Random, starts_killed: list[bool]
+) -> None:
+    """starts_killed gets each kill of a daemon that was just started: whether it was not ready yet."""
     for number in range(KILLS):
         with trio.move_on_after(SILENCE_S) as silence:
             await pulse.reaches(pulse.turns + chance.randint(1, TURNS_BETWEEN))
@@ -81,7 +86,7 @@ async def kill_and_start(daemon: Daemon, told: Told, pulse: Pulse, chance: rando
         if number % LOOK_EVERY == 0:
             pulse.broken += [f"after kill number {number + 1}: {sentence}" for sentence in look_at(daemon, told)]
         if chance.random() < 0.2:
-            await start_and_kill(daemon, chance.uniform(0.2, 0.8))
+            starts_killed.append(await start_and_kill(daemon, chance.uniform(0.2, 0.8)))
         await start(daemon)
 
 
@@ -100,7 +105,7 @@ async def all_taken(daemon: Daemon) -> None:
         await trio.to_thread.run_sync(watch, abandon_on_cancel=True)
 
 
-async def run(daemon: Daemon, told: Told, seed: str) -> Pulse:
+async def run(daemon: Daemon, told: Told, seed: str, starts_killed: list[bool]) -> Pulse:
     pulse, chance = Pulse(), random.Random(seed)
     await add_agents(daemon.state)
     await start(daemon)
@@ -115,7 +120,7 @@ async def run(daemon: Daemon, told: Told, seed: str) -> Pulse:
         async with trio.open_nursery() as nursery:
             for sender in senders:
                 nursery.start_soon(sender.run)
-            await kill_and_start(daemon, told, pulse, chance)
+            await kill_and_start(daemon, told, pulse, chance, starts_killed)
             if pulse.broken:
                 nursery.cancel_scope.cancel()
             for harness in harnesses:
@@ -135,12 +140,13 @@ def test_kills_at_random_moments_undo_nothing_that_was_answered(
     # As soon as the daemon is there again its harnesses are to be too: the next kill is meant for their turns.
     monkeypatch.setattr("hive_agent.link.RETRY_LAST_S", RETRY_S)
     monkeypatch.setattr("hive_agent.link.RETRY_FIRST_S", RETRY_S)
-    told = Told(bodies_differ=True, limits=LIMITS)
+    told, starts_killed = Told(bodies_differ=True, limits=LIMITS), list[bool]()
     with open_daemon(*FLAGS) as daemon:
-        pulse = trio.run(run, daemon, told, SEED)
+        pulse = trio.run(run, daemon, told, SEED, starts_killed)
         with sqlite3.connect(daemon.state / "hive.sqlite") as db:
             broken = pulse.broken + broken_promises(db, told)
             waits = db.execute("SELECT count(*) FROM deliveries WHERE state IN ('queued', 'held')").fetchone()[0]
+            dropped = db.execute("SELECT count(*) FROM deliveries WHERE state = 'dropped'").fetchone()[0]
             lost = db.execute("SELECT count(*) FROM turns WHERE state = 'lost'").fetchone()[0]
         db.close()
     taken = sum(len(leased.messages) for leased in told.leases) - len({leased.turn for leased in told.leases})
@@ -148,10 +154,12 @@ def test_kills_at_random_moments_undo_nothing_that_was_answered(
         print(
             f"\n  {KILLS} kills, seed {SEED}: {pulse.sends + pulse.turns} answers ({len(told.sends)} sends, "
             f"{len(told.leases)} leases, {len(told.acks)} acks), {lost} turns of killed harnesses, "
-            f"{taken} messages taken by recv",
+            f"{taken} messages taken by recv; {len(starts_killed)} more kills of a daemon that had just begun, "
+            f"{sum(starts_killed)} of them before it was ready",
             file=sys.stdout,
         )
     assert broken == [], "\n".join(broken[:20])
     assert waits == 0
+    assert dropped == 0  # nobody asked for it
     assert min(lost, taken) > 0
     assert len(told.sends) > KILLS

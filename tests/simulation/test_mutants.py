@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import trio
 
-from hive_core import broker
+from hive_core import archive, broker
 from hive_core.broker import Acked, Broker, Turn
 from hive_core.limits import Limits
 from hive_core.protocol.words import AgentName
@@ -19,7 +19,7 @@ from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 from tests.simulation import host
 from tests.simulation.swarm import simulate
-from tests.simulation.weather import CALM, Weather
+from tests.simulation.weather import CALM, HOUR_S, Weather
 from tests.simulation.witness import PromiseBroken
 
 STORM = Weather(
@@ -32,6 +32,8 @@ STORM = Weather(
     floods_in_all=6.0,
     audits_in_all=48.0,
 )
+# What is settled is forgotten within the run, and what nobody decides about waits for longer than that.
+FORGETFUL = replace(STORM, rounds_in_all=4.0, limits=STORM.limits.model_copy(update={"kept_s": HOUR_S}))
 SEED = 1
 
 
@@ -97,6 +99,28 @@ class AnswersTooSoon(Broker):
         return {"message": 1_000_000}
 
 
+class DropsEveryTenth(Broker):
+    """Some mail is put away as it comes in, and nothing tells of it."""
+
+    def _post(self, tx: Transaction, letters: list[Any]) -> Any:
+        answers = super()._post(tx, letters)
+        tx.execute(
+            "UPDATE deliveries SET state = 'dropped', settled_at_ms = ? WHERE state = 'queued' AND attempts = 0"
+            " AND message_id % 10 = 0",
+            (tx.now_ms,),
+        )
+        return answers
+
+
+class DropsWhatFailed(Broker):
+    """A message has one try, and then it is put away."""
+
+    def end_turn(self, tx: Transaction, agent: str, turn_id: int, ending: Any) -> None:
+        super().end_turn(tx, agent, turn_id, ending)
+        sql = "UPDATE deliveries SET state = 'dropped', settled_at_ms = ? WHERE turn_id = ? AND state = 'queued'"
+        tx.execute(sql, (tx.now_ms, turn_id))
+
+
 class TakesNoRest(Broker):
     """What failed is due again at once."""
 
@@ -123,6 +147,8 @@ FOUND = {
     AsksForNoFence: "with another fence counted",
     CountsALateAck: "every_answered_ack_holds|was handed message",
     AnswersTooSoon: "is not there|was answered",
+    DropsEveryTenth: "nothing_is_dropped",
+    DropsWhatFailed: "nothing_is_dropped",
     TakesNoRest: "a_rest_is_kept",
     TellsNobodyOfTheDead: "a_dead_letter_tells_its_sender",
     BrakesNobody: "a_runaway_chain_or_pair_is_held",
@@ -176,6 +202,37 @@ def test_a_reminder_that_is_forgotten_is_found(monkeypatch: pytest.MonkeyPatch) 
         simulate(SEED, STORM)
 
 
+def test_a_reminder_that_comes_early_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    fire = Reminders.fire
+
+    def fire_early(self: Reminders, tx: Transaction) -> None:
+        sql = "SELECT due_at_ms, id FROM reminders WHERE state = 'open' AND due_at_ms BETWEEN ? AND ?"
+        soon = [tuple(row) for row in tx.execute(sql, (tx.now_ms + 1, tx.now_ms + 60_000)).fetchall()]
+        tx.executemany("UPDATE reminders SET due_at_ms = ? WHERE id = ?", [(tx.now_ms, number) for _, number in soon])
+        fire(self, tx)
+        tx.executemany("UPDATE reminders SET due_at_ms = ? WHERE id = ?", soon)
+
+    monkeypatch.setattr(Reminders, "fire", fire_early)
+    with pytest.raises(PromiseBroken, match="no_reminder_fires_early"):
+        simulate(SEED, STORM)
+
+
+def test_a_redelivery_that_passes_for_the_first_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for_agent = broker._for_agent
+    monkeypatch.setattr(broker, "_for_agent", lambda row, attempt: for_agent(row, 1))
+    with pytest.raises(PromiseBroken, match="was told attempt 1"):
+        simulate(SEED, STORM)
+
+
+@pytest.mark.parametrize("eaten", ["dead", "held"])
+def test_a_retention_that_eats_what_is_not_settled_is_found(eaten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = "d.state NOT IN ('acked', 'dropped'"
+    assert kept in archive._OLD
+    monkeypatch.setattr(archive, "_OLD", archive._OLD.replace(kept, f"{kept}, '{eaten}'"))
+    with pytest.raises(PromiseBroken, match="nothing_unsettled_is_forgotten"):
+        simulate(SEED, FORGETFUL)
+
+
 def test_a_turn_that_is_left_behind_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody takes turns away, and a harness that says hello finds nothing."""
 
@@ -193,3 +250,4 @@ def test_a_turn_that_is_left_behind_is_found(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_broker_of_this_tree_is_not() -> None:
     simulate(SEED, STORM)
     simulate(SEED, replace(STORM, **CALM))
+    simulate(SEED, FORGETFUL)

@@ -47,6 +47,7 @@ class Witness:
         self.up_since_ms = NEVER
         self.wanted_since_ms: dict[str, int] = {}
         self._settled: set[tuple[str, int]] = set()
+        self._audited_at_ms = 0
         self._answers: dict[tuple[str, str], dict[str, Any]] = {}
         self.counts = dict.fromkeys(
             ("sends", "refusals", "turns", "late acks", "crashes", "restarts", "audits", "late at most ms"), 0
@@ -67,7 +68,7 @@ class Witness:
 
     def leased(self, agent: str, turn: int, fence: str, messages: list[dict[str, Any]]) -> None:
         """Nothing is handed out once it is known to be settled."""
-        self.told.leases.append(Leased(turn, agent, fence, tuple(message["id"] for message in messages)))
+        self.told.leases.append(Leased(turn, agent, fence, *_columns(messages)))
         for message in messages:
             if (agent, message["id"]) in self._settled:
                 raise self.broken(f"{agent} was handed message {message['id']} again though its ack was answered")
@@ -146,8 +147,18 @@ class Witness:
         """Hold the database against what was told since the last time."""
         self.counts["audits"] += 1
         self.told.kept_since_ms = self.now_ms - int(self.told.limits.kept_s * 1000)
+        if self._audited_at_ms < self.told.kept_since_ms:
+            self.told.unsettled = frozenset()  # what was unsettled then may have been settled and forgotten since
         if found := broken_promises(self._db, self.told, promises):
             raise self.broken("; ".join(found[:5]))
-        self.told = replace(self.told, sends=[], leases=[], acks=[])
+        sql = "SELECT message_id, recipient FROM deliveries WHERE state NOT IN ('acked', 'dropped')"
+        unsettled = frozenset((row[0], row[1]) for row in self._db.execute(sql))
+        self.told = replace(self.told, sends=[], leases=[], acks=[], unsettled=unsettled)
+        self._audited_at_ms = self.now_ms
         self._answers.clear()
         self._settled.clear()
+
+
+def _columns(messages: list[dict[str, Any]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The number of each message, and which attempt it was said to be."""
+    return tuple(message["id"] for message in messages), tuple(message["attempt"] for message in messages)
