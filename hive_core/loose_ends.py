@@ -25,16 +25,17 @@ class LooseEnds:
         waits_on = {
             "questions": open_questions(await self.questions.open_to(who, SHOWN)),
             "unread": await self._count(_UNREAD, who),
-            "held": await self._messages("held", who),
             "dead": await self._messages("dead", who),
         }
         waits_for: dict[str, Any] = {
             "questions": open_questions(await self.questions.open_from(who, SHOWN)),
             "approvals": await self._approvals(who),
             "reminders": await self.reminders.open_of(who),
+            "held": await self._messages("held", who),  # whoever sent it waits for the operator's release
         }
         if who == OPERATOR:
             waits_on["approvals"] = waits_for.pop("approvals")
+            waits_on["held"] = waits_for.pop("held")
             waits_for["schedules"] = [row for row in await self.schedules.all() if row["state"] == "on"]
         return {"waits_on_you": waits_on, "you_wait_for": waits_for}
 
@@ -46,8 +47,10 @@ class LooseEnds:
         """The oldest deliveries that are held or dead: those that an agent sent, all for the operator."""
         # The state stands in the text: sqlite takes an index of held or dead ones alone for no other query.
         sql = f"""
-            SELECT message_id AS message, sender, recipient, coalesce(held, note) AS why FROM deliveries
-            WHERE state = '{state}' AND (sender = :who OR :who = 'operator') ORDER BY message_id LIMIT :limit
+            SELECT message_id AS message, sender, recipient, coalesce(held, note) AS why
+            FROM deliveries INDEXED BY deliveries_{state}
+            WHERE state = '{state}' AND (sender = :who OR :who = 'operator')
+            ORDER BY message_id LIMIT :limit
         """
         return [dict(row) for row in await self.store.rows(sql, {"who": who, "limit": SHOWN})]
 

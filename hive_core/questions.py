@@ -324,6 +324,14 @@ class Questions:
         sql = "SELECT * FROM questions WHERE asker = ? AND state = 'open' ORDER BY id LIMIT ?"
         return [from_row(row) for row in await self._store.rows(sql, (who, limit))]
 
+    async def held_from(self, who: str, limit: int = 100) -> list[Question]:
+        """What was put to `who` and waits for the operator's release, oldest first."""
+        sql = """
+            SELECT q.* FROM questions q JOIN deliveries d ON d.message_id = q.message_id AND d.recipient = q.answerer
+            WHERE q.answerer = ? AND q.state = 'open' AND d.state = 'held' ORDER BY q.id LIMIT ?
+        """
+        return [from_row(row) for row in await self._store.rows(sql, (who, limit))]
+
     async def put_with(self, message_id: int) -> Question | None:
         """The question that a message put."""
         row = await self._store.row("SELECT * FROM questions WHERE message_id = ?", (message_id,))
@@ -358,7 +366,9 @@ def _open_for(tx: Transaction, who: AgentName, question_id: int) -> Question:
     if question.state != "open":
         raise Refusal("conflict", f"{cannot}: {_end_of(question)}")
     if tx.execute(f"SELECT 1 FROM questions q WHERE id = ? AND {_REACHES}", (question_id,)).fetchone() is None:
-        raise Refusal("refused", f"{cannot}: its message is held for the operator, or was dropped")
+        number = question.message_id
+        why = f"its message is held for the operator, or was dropped; `hive release {number}` lets a held one go"
+        raise Refusal("refused", f"{cannot}: {why}")
     if question.expires_at_ms <= tx.now_ms:
         raise Refusal("conflict", f"{cannot}: it has expired at {instant(question.expires_at_ms)}")
     return question

@@ -8,7 +8,7 @@ from outcome import Error
 
 from hive_core.broker import once
 from hive_core.limits import Limits
-from hive_core.post import Cause, Letter, post
+from hive_core.post import Cause, Letter, no_room, post
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import quoted
 from hive_core.protocol.words import NOTE_LIMIT_BYTES, SYSTEM, AgentName, MessageBody, parse_instant, parse_text, shown
@@ -65,6 +65,8 @@ class Reminders:
         body = parse_text(given_body, "body", NOTE_LIMIT_BYTES)
 
         def set_it(tx: Transaction) -> dict[str, Any]:
+            if tx.short:
+                raise no_room("remind")
             (mine,) = tx.execute(
                 "SELECT count(*) FROM reminders WHERE agent = ? AND state = 'open'", (agent,)
             ).fetchone()

@@ -15,7 +15,7 @@ from outcome import Error
 from hive_core.broker import once
 from hive_core.cron import Cron, parse_cron
 from hive_core.limits import Limits
-from hive_core.post import Cause, Letter, post
+from hive_core.post import Cause, Letter, no_room, post
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
     INLINE_LIMIT_BYTES,
@@ -122,6 +122,8 @@ class Schedules:
         """Add a schedule: {"schedule", "next_at_ms"}. A repeated `key` gets the first answer. Raises Refusal."""
 
         def put(tx: Transaction) -> dict[str, Any]:
+            if tx.short:
+                raise no_room("schedule")
             if tx.execute("SELECT 1 FROM agents WHERE name = ?", (plan.agent,)).fetchone() is None:
                 raise Refusal("not_found", f"cannot schedule for {plan.agent}: no agent has that name")
             (count,) = tx.execute("SELECT count(*) FROM schedules WHERE state != 'removed'").fetchone()

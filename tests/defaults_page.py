@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from hive_core import broker, questions, turns
+from hive_core import agents, archive, broker, questions, reminders, schedules, turns
 from hive_core.limits import Limits
 from hive_core.protocol import harness, words
 from hive_core.sockets import admin
@@ -68,6 +68,15 @@ FIXED_ROWS = {
     "an answer to one": in_words("_bytes", questions.ANSWER_LIMIT_BYTES),
     "options of a question": in_words("", questions.OPTIONS_LIMIT),
     "open questions of one asker": in_words("", questions.OPEN_LIMIT),
+    "how long a question waits at least": in_words("_s", questions.TTL_LEAST_S),
+    "how far ahead a reminder is": in_words("_s", reminders.AHEAD_MOST_S),
+    "open reminders of one agent": in_words("", reminders.OPEN_LIMIT),
+    "how often a schedule fires at most: once in": in_words("_s", schedules.EVERY_LEAST_S),
+    "how late a schedule still fires; what is later was missed": in_words("_s", schedules.LATE_MOST_MS / 1000),
+    "schedules": in_words("", schedules.SCHEDULES_LIMIT),
+    "messages that one search finds": in_words("", archive.SEARCH_LIMIT),
+    "the words of a search": f"{archive.TEXT_LIMIT_BYTES:,} bytes",
+    "the status of an agent": f"{agents.STATUS_LIMIT} characters",
     "a client's own key of a message": in_words("_bytes", admin.KEY_LIMIT_BYTES),
     "an agent's name": f"{words.NAME_LIMIT} characters",
     "a persona": in_words("_bytes", words.PERSONA_LIMIT_BYTES),

@@ -12,7 +12,7 @@ import sys
 
 from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import EXIT_CODES, Refusal
-from hive_core.protocol.words import shown
+from hive_core.protocol.words import BODY_LIMIT_BYTES, shown, too_large
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -165,7 +165,10 @@ _VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]]
             (("text",), {"nargs": "*", "help": "words that must all be there; wor* is the beginning of one"}),
             (("--sender",), {"metavar": "NAME"}),
             (("--thread",), {"type": _whole, "metavar": "ID"}),
-            (("--after",), {"metavar": "INSTANT", "help": "sent then or later: 2026-01-31, or 2026-01-31T08:30"}),
+            (
+                ("--after",),
+                {"metavar": "INSTANT", "help": "sent then or later: 2026-01-31T08:30 by your clock, or with Z"},
+            ),
             (("--before",), {"metavar": "INSTANT"}),
             (("--limit",), {"type": _whole, "default": 20}),
             (("--cursor",), {"type": _whole, "metavar": "ID", "help": "only messages before this one"}),
@@ -311,7 +314,7 @@ def _parse(words: list[str]) -> Namespace:
     return (parser.parse_intermixed_args if parser.prog in _INTERMIXED else parser.parse_args)(words)
 
 
-_INTERMIXED = ("hive schedule", "hive answer")
+_INTERMIXED = ("hive send", "hive schedule", "hive answer")
 
 
 def _emit(arguments: Namespace, result: Any, text: str) -> None:
@@ -356,8 +359,11 @@ def _send(arguments: Namespace) -> None:
     if to is None:
         raise Refusal("usage", "cannot send to nobody: name an agent, several with commas, or * for everyone")
     if body is None:
+        given = sys.stdin.buffer.read(BODY_LIMIT_BYTES + 1)  # whatever comes in may have no end
+        if len(given) > BODY_LIMIT_BYTES:
+            raise too_large("message", f"{len(given):,} bytes or more", BODY_LIMIT_BYTES)
         try:
-            body = sys.stdin.buffer.read().decode()
+            body = given.decode()
         except UnicodeDecodeError as exc:
             why = f"byte {exc.start} is not UTF-8; give it as UTF-8"
             raise Refusal("usage", f"cannot send the message: {why}") from None
@@ -419,6 +425,7 @@ def _search(arguments: Namespace) -> None:
     # A word that the shell took the quotes from is a phrase again.
     text = " ".join(f'"{word}"' if " " in word and '"' not in word else word for word in arguments.text)
     given = {key: getattr(arguments, key) for key in ("sender", "thread", "after", "before", "limit", "cursor")}
+    given |= {key: _with_zone(given[key]) for key in ("after", "before") if given[key]}
     result = _client().call("search", text=text, **given)
     lines = [show.found(row) for row in result["messages"]] or ["nothing was found"]
     if result["next_cursor"]:
@@ -426,6 +433,17 @@ def _search(arguments: Namespace) -> None:
     if result.get("unindexed"):
         lines.append(f"{result['unindexed']} messages were not searched yet; ask again in a while")
     _emit(arguments, result, "\n".join(lines))
+
+
+def _with_zone(instant: str) -> str:
+    """An instant without a zone is one of the clock on the wall, as all that we print; the daemon's is UTC."""
+    from datetime import datetime
+
+    try:
+        at = datetime.fromisoformat(instant)
+        return instant if at.tzinfo else at.astimezone().isoformat()
+    except (ValueError, OverflowError):
+        return instant  # which the daemon refuses with its reason
 
 
 def _thread(arguments: Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 import tempfile
 import time
@@ -61,10 +62,13 @@ def _to_stdout(state: Path, with_credentials: bool) -> procedure.Report:
 
 def _to_file(state: Path, target: Path, with_credentials: bool) -> procedure.Report:
     """Under its own name there is a whole backup that was read back, or what was there before."""
-    if target.is_dir() or target.resolve().is_relative_to(state.resolve()):
-        why = "it is a directory" if target.is_dir() else "it lies in the state directory"
-        raise Refusal("usage", f"cannot back up to {target}: {why}; give the name of a file elsewhere")
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as work:
+    given, target = target, _place_of(target, state)
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".hive-backup-", dir=target.parent)
+    except OSError as exc:
+        exc.filename = str(target.parent)  # and not a name that nobody gave
+        raise Refusal("failed", f"cannot back up to {safe(str(given))}: {explain(exc)}") from None
+    with folder as work:
         part = Path(work) / "part"
         with part.open("w+b") as out:
             report = _write(state, out, Path(work), with_credentials)
@@ -73,9 +77,33 @@ def _to_file(state: Path, target: Path, with_credentials: bool) -> procedure.Rep
             progress = _Progress("reading it back")
             procedure.verify(out, Path(work), progress)
             progress.end()
+        _place_of(given, state)  # again: that took a while, and a replace asks nobody
         os.replace(part, target)
-        procedure.sync_folder(target.absolute().parent)
+        procedure.sync_folder(target.parent)
     return report
+
+
+def _place_of(given: Path, state: Path) -> Path:
+    """Where the file itself stands or is to stand, behind all links. Raises Refusal for what we must not replace."""
+    cannot = f"cannot back up to {safe(str(given))}"
+    try:
+        mode = os.stat(given).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    except OSError as exc:
+        raise Refusal("failed", f"cannot back up to {explain(exc)}") from None
+    target, why = Path(os.path.realpath(given)), ""
+    if stat.S_ISDIR(mode):
+        why = "it is a directory"
+    elif not stat.S_ISREG(mode):
+        why = "it is no file"  # a device belongs to everybody: replaced, it is gone for all
+    elif target.is_relative_to(state.resolve()):
+        why = "it lies in the state directory"
+    if why:
+        raise Refusal("usage", f"{cannot}: {why}; give the name of a file elsewhere")
+    if not target.parent.is_dir():
+        raise Refusal("not_found", f"{cannot}: there is no directory {safe(str(target.parent))}; make it first")
+    return target
 
 
 def _write(state: Path, out: BinaryIO, work: Path, with_credentials: bool) -> procedure.Report:
@@ -91,12 +119,10 @@ def restore(file: str, *, check: bool, paused: bool, as_json: bool) -> int:
     """Bring a backup into the configured state directory, or only look whether that could be done."""
     os.umask(0o077)
     try:
-        with Path(file).open("rb") as source:
-            if not source.seekable():
-                raise Refusal("usage", f"cannot restore from {file}: it is read twice; save it to a file first")
+        with _open_source(file) as source:
             manifest = _check(source) if check else _bring_back(source, paused)
     except OSError as exc:
-        raise Refusal("failed", f"cannot restore from {file}: {explain(exc)}") from None
+        raise Refusal("failed", f"cannot restore from {safe(file)}: {explain(exc)}") from None
     result = {
         "checked": check,
         "version": manifest.version,
@@ -109,13 +135,32 @@ def restore(file: str, *, check: bool, paused: bool, as_json: bool) -> int:
     if as_json:
         print(json.dumps(result))
         return 0
-    what = f"{_counts(len(manifest.files), manifest.bytes)}, agents {', '.join(manifest.agents)}"
+    what = f"{_counts(len(manifest.files), manifest.bytes)}, agents {safe(', '.join(manifest.agents))}"
     print(f"{'whole' if check else 'restored'}: {what}; made {safe(manifest.made_at)} by {safe(manifest.version)}")
     if not check:
         print("`hive up` starts it" + (", and `hive start` each agent" if paused else "; its agents go on"))
     if not manifest.credentials:
         print("it holds no credentials: the hive looks for one when it starts")
     return 0
+
+
+def _open_source(file: str) -> BinaryIO:
+    """The backup, opened without waiting for whoever would fill a fifo."""
+    cannot = f"cannot restore from {safe(file)}"
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise Refusal("not_found", f"{cannot}: there is no such file; give the path of a backup") from None
+    except OSError as exc:
+        exc.filename = None
+        raise Refusal("failed", f"{cannot}: {explain(exc)}") from None
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise Refusal("usage", f"{cannot}: it is no file, but a directory; give the path of a backup")
+    raise Refusal("usage", f"{cannot}: it is read twice; save it to a file first")
 
 
 def _check(source: BinaryIO) -> procedure.Manifest:

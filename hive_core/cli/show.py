@@ -143,8 +143,11 @@ def question(row: dict[str, Any]) -> str:
     head = (
         f"{paint('? ' + str(row['id']), 'amber')} {paint(row['asker'], 'bold')} asks, until {day(row['expires_at_ms'])}"
     )
+    head = paint("held ", "amber") + head if row.get("held") else head
     lines = [head, *(f"    {line}" for line in safe(row["text"]).splitlines())]
     lines += [f"    {number}. {safe(option)}" for number, option in enumerate(row["options"], 1)]
+    if row.get("held"):
+        return "\n".join([*lines, paint(f"    hive release {row['message_id']}", "dim")])
     choice = f"--choice N{' (again for more)' if row['multi'] else ''}"
     how = {(True, False): choice, (True, True): f"{choice}, or TEXT"}.get(
         (bool(row["options"]), row["free_text"]), "TEXT"
@@ -173,11 +176,12 @@ def loose_ends(result: dict[str, Any], who: str) -> str:
     lines += [f"approval {row['approval']}: {row['kind']} {row['agent']}" for row in on.get("approvals", [])]
     lines += [f"{on['unread']} unread"] if on["unread"] else []
     for state in ("held", "dead"):
-        lines += [f"message {row['message']} {row['sender']} → {row['recipient']} is {state}" for row in on[state]]
+        lines += [_aside_line(row, state) for row in on.get(state, [])]
     then = [
         f"question {row['question']} to {row['answerer']}: {_first_line(row['text'])}" for row in waits_for["questions"]
     ]
     then += [f"approval {row['approval']}: {row['kind']} {row['agent']}" for row in waits_for.get("approvals", [])]
+    then += [_aside_line(row, "held") for row in waits_for.get("held", [])]
     then += [
         f"reminder {row['reminder']} at {day(row['at_ms'])}: {_first_line(row['body'])}"
         for row in waits_for["reminders"]
@@ -190,6 +194,10 @@ def loose_ends(result: dict[str, Any], who: str) -> str:
     blocks = [[f"waits on {verb}:", *lines]] if lines else [[f"nothing waits on {verb}"]]
     blocks += [[f"{waits} for:", *then]] if then else []
     return "\n".join("\n  ".join(block) for block in blocks)
+
+
+def _aside_line(row: dict[str, Any], state: str) -> str:
+    return f"message {row['message']} {row['sender']} → {row['recipient']} is {state}"
 
 
 def approval_line(row: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from hive_core.protocol.paths import explain, runtime_dir, state_dir
 from hive_core.protocol.refusal import EXIT_CODES, Refusal
 
 READY_WITHIN_S = 60.0
+NAMED_MOST = 5  # agents in one sentence
 
 
 def start_daemon(
@@ -148,9 +149,43 @@ def _wait_unlocked(runtime: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_SH)
 
 
+def _orphans() -> str:
+    """What to say of agents that a killed daemon left; "" when none of them runs.
+
+    Of an agent that runs, the status file is locked. A shared lock, taken for a moment, finds that out.
+    """
+    folder, names = Path(state_dir()) / "processes", []
+    try:
+        for entry in sorted(os.listdir(folder)):
+            if entry.endswith(".status"):
+                with (folder / entry).open("rb") as file:
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        names.append(entry.removesuffix(".status"))
+    except FileNotFoundError:
+        return ""
+    except OSError:
+        who = "agents of it may still run"
+    else:
+        if not names:
+            return ""
+        more = f" and {len(names) - NAMED_MOST} more" if len(names) > NAMED_MOST else ""
+        who = f"agents of it still run ({', '.join(names[:NAMED_MOST])}{more})"
+    return (
+        f"But {who}: each ends its turn, and itself when no daemon came back for orphan_grace_s (600 s unless set "
+        "otherwise); `hive up`, then `hive down`, ends them at once"
+    )
+
+
 def down(*, as_json: bool, patience_s: float | None) -> int:
     """Drain and end everything; return when the daemon is gone."""
-    client = Client()
+    try:
+        client = Client()
+    except Refusal as refusal:
+        if refusal.code == "not_running" and (more := _orphans()):
+            raise Refusal(refusal.code, f"{refusal.message}. {more}") from None
+        raise
     ends: dict[str, str] = {}
     waiting: list[str] = []
     for step in client.stream("down", patience_s=patience_s):

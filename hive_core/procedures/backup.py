@@ -47,6 +47,11 @@ WHOLE_LIMIT_BYTES = 8 * 1024 * 1024  # a smaller file is read at once; a larger 
 PIECE_BYTES = 1024 * 1024
 HOLLOW_BYTES = 1024**3
 DEPTH_LIMIT = 200
+PARTS_LIMIT = DEPTH_LIMIT + 4  # of a path: what stands above the first that is counted, and the file itself
+PATH_LIMIT_BYTES = 3_000  # below a state directory, whose own path takes of the 4,095 that the kernel has
+PART_LIMIT_BYTES = 255
+LINK_LIMIT_BYTES = 4_095
+MTIME_MOST_S = 2**33  # in the year 2242; disks differ in what they keep behind it
 TRIES = 3  # for a file that changes while it is read
 PAGES = 256  # of the database in one step
 # What a backup may hold, beside the database.
@@ -130,6 +135,8 @@ def check_database(database: sqlite3.Connection) -> None:
         (version,) = database.execute("PRAGMA user_version").fetchone()
         (sound,) = database.execute("PRAGMA integrity_check(1)").fetchone()
         foreign = database.execute("PRAGMA foreign_key_check").fetchone()
+        if version <= len(migrations()):
+            database.execute("SELECT name, wanted, deployed_sha FROM agents LIMIT 1")
     except sqlite3.Error as exc:
         raise Refusal("failed", f"cannot use the copy of the database: {exc}") from None
     if application != APPLICATION_ID:
@@ -224,6 +231,9 @@ class _Writer:
 
     def _add(self, folder: int, entry: str, name: str, change: Any, skip: set[str], depth: int) -> None:
         if name in skip or GIT_LOCK.fullmatch(name):
+            return
+        if len(os.fsencode(name)) > PATH_LIMIT_BYTES:
+            self.leave_out(name, f"its path is longer than {PATH_LIMIT_BYTES:,} bytes")
             return
         try:
             found = os.stat(entry, dir_fd=folder, follow_symlinks=False)
@@ -369,7 +379,8 @@ class _Digesting:
 
 def _member(name: str, size: int, mode: int, mtime_s: float = 0.0) -> tarfile.TarInfo:
     member = tarfile.TarInfo(name)
-    member.size, member.mode, member.mtime = size, mode, mtime_s
+    # A program can give its files any time; not every disk can, on which they are to come back.
+    member.size, member.mode, member.mtime = size, mode, min(max(mtime_s, 0.0), MTIME_MOST_S)
     return member
 
 
@@ -412,42 +423,59 @@ def verify(file: BinaryIO, work: Path, tell: Tell) -> Manifest:
 
     Raises Refusal that names the first thing that is wrong.
     """
-    read: dict[str, tuple[int, str]] = {}
-    manifest: Manifest | None = None
-    done = 0
-    try:
-        file.seek(0)
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for count, member in enumerate(tar):
-                if manifest is not None:
-                    raise _unfit(f"something stands behind its manifest: {_shown(member.name)}")
-                _check_member(member)
-                content = tar.extractfile(member)
-                assert content is not None
-                if count == 0:
-                    _check_head(member, content.read(HEAD_LIMIT_BYTES))
-                elif member.name == MANIFEST:
-                    manifest = _parse_manifest(content.read())
-                elif member.name in read or member.name == HEAD:
-                    raise _unfit(f"{_shown(member.name)} is in it twice")
-                else:
-                    read[member.name] = (
-                        member.size,
-                        _drain(content, work / DATABASE if member.name == DATABASE else None),
-                    )
-                    done += member.size
-                    tell(len(read), done)
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as exc:
-        raise _unfit(f"it is no tar file, or cut off ({exc})") from None
-    if manifest is None:
-        raise _unfit("its end is missing: the manifest")
-    _compare(manifest, read)
+    with _one_sentence():
+        manifest = _read_whole(file, work, tell)
     with contextlib.closing(sqlite3.connect(f"{(work / DATABASE).absolute().as_uri()}?mode=ro", uri=True)) as database:
         check_database(database)
     return manifest
 
 
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """A tar file can be made so that reading it fails anywhere in the library: whatever that raises is a Refusal."""
+    try:
+        yield
+    except (tarfile.TarError, EOFError, MemoryError, RecursionError, ValueError, ArithmeticError, LookupError) as exc:
+        why = _shown(str(exc))[:200] or type(exc).__name__
+        raise _unfit(f"it is no tar file, or cut off ({why})") from None
+
+
+def _read_whole(file: BinaryIO, work: Path, tell: Tell) -> Manifest:
+    read: dict[str, tuple[int, str]] = {}
+    manifest: Manifest | None = None
+    done = 0
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for count, member in enumerate(tar):
+            if manifest is not None:
+                raise _unfit(f"something stands behind its manifest: {_shown(member.name)}")
+            _check_member(member)
+            content = tar.extractfile(member)
+            assert content is not None
+            if count == 0:
+                _check_head(member, content.read(HEAD_LIMIT_BYTES))
+            elif member.name == MANIFEST:
+                manifest = _parse_manifest(content.read())
+            elif member.name in read or member.name == HEAD:
+                raise _unfit(f"{_shown(member.name)} is in it twice")
+            else:
+                read[member.name] = (
+                    member.size,
+                    _drain(content, work / DATABASE if member.name == DATABASE else None),
+                )
+                done += member.size
+                tell(len(read), done)
+    if manifest is None:
+        raise _unfit("its end is missing: the manifest")
+    _compare(manifest, read)
+    return manifest
+
+
+WHY_LIMIT = 400  # characters: a name can be as long as whoever made the file likes
+
+
 def _unfit(why: str) -> Refusal:
+    why = why if len(why) <= WHY_LIMIT else f"{why[: WHY_LIMIT - 1]}…"
     return Refusal("refused", f"cannot use the backup: {why}; nothing was written")
 
 
@@ -467,6 +495,8 @@ def _check_member(member: tarfile.TarInfo) -> None:
     """Only plain files with plain names: what a tar file could do besides is what would be used against us."""
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
         raise _unfit(f"{_shown(member.name)} is not a plain file")
+    if member.size < 0 or not 0 <= member.mtime <= MTIME_MOST_S:  # no comparison holds for what is not a number
+        raise _unfit(f"{_shown(member.name)} has a {'size' if member.size < 0 else 'time'} that no file has")
     if member.name not in (HEAD, MANIFEST):
         _check_name(member.name)
 
@@ -476,15 +506,30 @@ def _check_name(name: object) -> str:
     if not isinstance(name, str) or "\0" in name:
         raise _unfit("its manifest names something that is no path")
     parts = name.split("/")
-    if any(part in ("", ".", "..") for part in parts) or (name != DATABASE and parts[0] not in ROOMS):
+    fits = (
+        not any(part in ("", ".", "..") or _bytes_of(part) > PART_LIMIT_BYTES for part in parts)
+        and (name == DATABASE or parts[0] in ROOMS)
+        and len(parts) <= PARTS_LIMIT
+        and _bytes_of(name) <= PATH_LIMIT_BYTES
+    )
+    if not fits:
         raise _unfit(f"{_shown(name)[:200]} is not a path that a hive has")
     return name
+
+
+def _bytes_of(name: str) -> float:
+    """How long a name is on a disk; endless where it cannot be written there at all."""
+    try:
+        return len(os.fsencode(name))
+    except UnicodeEncodeError:
+        return float("inf")
 
 
 def _parse_manifest(data: bytes) -> Manifest:
     try:
         raw = json.loads(data)
         manifest = Manifest(**{key: raw[key] for key in Manifest.__dataclass_fields__})
+        _check_types(manifest)
         for name, entry in manifest.files.items():
             _check_name(name)
             fits = isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) and _is_mode(entry["mode"])
@@ -495,11 +540,25 @@ def _parse_manifest(data: bytes) -> Manifest:
                 raise _unfit(f"its manifest is malformed at {_shown(name)}")
         for name, target in manifest.links.items():
             _check_name(name)
-            if not isinstance(target, str) or not target or "\0" in target or not name.startswith(AGENTS_OWN):
+            fits = isinstance(target, str) and target != "" and "\0" not in target
+            if not fits or _bytes_of(target) > LINK_LIMIT_BYTES or not name.startswith(AGENTS_OWN):
                 raise _unfit(f"its manifest has a link where none may be: {_shown(name)}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise _unfit(f"its manifest is malformed ({type(exc).__name__})") from None
     return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    """What is printed after a restore is text, or it would fail when all was done."""
+    for key in ("version", "made_at"):
+        if not isinstance(getattr(manifest, key), str):
+            raise _unfit(f"its manifest is malformed at {key}")
+    for key in ("agents", "changed", "left_out"):
+        given = getattr(manifest, key)
+        if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
+            raise _unfit(f"its manifest is malformed at {key}")
+    if not isinstance(manifest.credentials, bool):
+        raise _unfit("its manifest is malformed at credentials")
 
 
 def _is_mode(mode: object) -> bool:
@@ -556,7 +615,8 @@ def restore(file: BinaryIO, state_dir: Path, *, paused: bool, tell: Tell) -> Man
         manifest = verify(file, stage, tell)
         (stage / DATABASE).unlink()
         _check_room(state_dir, manifest.bytes)
-        _write_all(file, stage, manifest, tell)
+        with _one_sentence():
+            _write_all(file, stage, manifest, tell)
         if paused:
             _pause(stage / DATABASE)
         os.sync()

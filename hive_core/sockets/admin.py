@@ -236,8 +236,10 @@ class AdminDesk:
         return await life_of(self._hive.store, parse_id(args.get("message"), "a message"))
 
     async def _questions(self, args: Args) -> Any:
-        waiting = await self._hive.questions.open_to(OPERATOR, _limit(args))
-        return {"questions": [question.to_wire() for question in waiting]}
+        questions, limit = self._hive.questions, _limit(args)
+        rows = [question.to_wire() for question in await questions.open_to(OPERATOR, limit)]
+        rows += [{**question.to_wire(), "held": True} for question in await questions.held_from(OPERATOR, limit)]
+        return {"questions": rows[:limit]}
 
     async def _answer_question(self, args: Args) -> Any:
         question_id = parse_id(args.get("question"), "a question")

@@ -6,6 +6,7 @@ often a bridge sends it.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import anyio
 import mcp_types as types
 import trio
 from mcp.server.lowlevel import Server
+from mcp.shared.exceptions import MCPError
 from mcp.shared.message import SessionMessage
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,7 +26,7 @@ from hive_core.broker import RECV_LIMIT, RECV_WAIT_LIMIT_S, Broker
 from hive_core.loose_ends import LooseEnds
 from hive_core.procedures.gate import Gate
 from hive_core.protocol.held import say_held
-from hive_core.protocol.lines import LINE_LIMIT_BYTES, LineSplitter, encode
+from hive_core.protocol.lines import LINE_LIMIT_BYTES, LineSplitter, decode, encode
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import HIDDEN
 from hive_core.protocol.words import (
@@ -42,11 +44,15 @@ from hive_core.version import __version__
 from hive_core.withdrawal import withdraw_thread
 
 Key = str | None
+PROGRESS_EVERY_S = 15.0
 Result = dict[str, Any]
 
 
 class _Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+ToolKey = Annotated[str | None, Field(min_length=1, max_length=200, description="the same key counts once")]
 
 
 class SendArguments(_Arguments):
@@ -55,11 +61,13 @@ class SendArguments(_Arguments):
     in_reply_to: Annotated[int | None, Field(gt=0, lt=2**63, description="the number of the message this answers")] = (
         None
     )
+    key: ToolKey = None
 
 
 class RecvArguments(_Arguments):
     wait_seconds: Annotated[float, Field(ge=0, le=RECV_WAIT_LIMIT_S, description="how long to wait for mail")] = 0
     max: Annotated[int, Field(ge=1, le=RECV_LIMIT)] = RECV_LIMIT
+    key: ToolKey = None
 
 
 class ReadBodyArguments(_Arguments):
@@ -83,9 +91,6 @@ class SearchArguments(_Arguments):
     before: str | None = None
     limit: Annotated[int, Field(ge=1, le=SEARCH_LIMIT)] = 20
     cursor: Annotated[int | None, Field(gt=0, lt=2**63, description="next_cursor of the answer before")] = None
-
-
-ToolKey = Annotated[str | None, Field(min_length=1, max_length=200, description="the same key counts once")]
 
 
 class AskArguments(_Arguments):
@@ -125,12 +130,14 @@ class SpawnArguments(_Arguments):
     name: Annotated[str, Field(description="the new agent's name: a-z, 0-9 and dashes")]
     persona: Annotated[str, Field(description="who it is and how it works: the text of its CLAUDE.md")]
     reason: Annotated[str, Field(description="why the operator should approve it")]
+    key: ToolKey = None
 
 
 class ApplyArguments(_Arguments):
     agent: str
     sha: Annotated[str, Field(description="the whole commit id, 40 hex digits, from /agents/AGENT/config")]
     reason: Annotated[str, Field(description="what the change is for")]
+    key: ToolKey = None
 
 
 class KillArguments(_Arguments):
@@ -145,6 +152,7 @@ class Tool:
     call: Callable[[Any, Key], Awaitable[Result]]
     read_only: bool = False
     destructive: bool = False
+    waits: bool = False  # it may take minutes: whoever asks to be told that it goes on is told
 
     def to_mcp(self) -> types.Tool:
         return types.Tool(
@@ -180,7 +188,9 @@ class AgentDesk:
         self._kill = kill
         tools = [
             Tool("send", "Send a message to an agent or to the operator.", SendArguments, self._send),
-            Tool("recv", "Take more of your mail in this turn; waits if asked to.", RecvArguments, self._recv),
+            Tool(
+                "recv", "Take more of your mail in this turn; waits if asked to.", RecvArguments, self._recv, waits=True
+            ),
             Tool("read_body", "Read on in a large message, 64 KiB a call.", ReadBodyArguments, self._read_body, True),
             Tool("whoami", "Your name and role.", NoArguments, self._whoami, read_only=True),
             Tool("list_agents", "The agents of this hive and what they do now.", NoArguments, self._list, True),
@@ -238,10 +248,10 @@ class AgentDesk:
 
     async def _send(self, arguments: SendArguments, key: Key) -> Result:
         recipients, body = parse_recipients(arguments.to), parse_body(arguments.body)
-        return await self._broker.send(self.name, recipients, body, arguments.in_reply_to, key)
+        return await self._broker.send(self.name, recipients, body, arguments.in_reply_to, key or arguments.key)
 
     async def _recv(self, arguments: RecvArguments, key: Key) -> Result:
-        return await self._broker.recv(self.name, arguments.max, arguments.wait_seconds, key)
+        return await self._broker.recv(self.name, arguments.max, arguments.wait_seconds, key or arguments.key)
 
     async def _read_body(self, arguments: ReadBodyArguments, _: Key) -> Result:
         return await self._broker.read_body(arguments.id, arguments.offset, self.name)
@@ -293,10 +303,12 @@ class AgentDesk:
 
     async def _spawn(self, arguments: SpawnArguments, key: Key) -> Result:
         name = parse_agent_name(arguments.name)
+        key = key or arguments.key
         return await self._gate.request_spawn(self.name, name, arguments.persona, arguments.reason, key)
 
     async def _apply(self, arguments: ApplyArguments, key: Key) -> Result:
         name, sha = parse_agent_name(arguments.agent), parse_commit_sha(arguments.sha)
+        key = key or arguments.key
         return await self._gate.request_apply_commit(self.name, name, sha, arguments.reason, key)
 
     async def _stop(self, arguments: KillArguments, _: Key) -> Result:
@@ -316,13 +328,25 @@ def _summary(result: Result) -> str:
     return line
 
 
-async def serve_agent(desk: AgentDesk, stream: trio.SocketStream) -> None:
+async def serve_agent(
+    desk: AgentDesk, stream: trio.SocketStream, *, progress_every_s: float = PROGRESS_EVERY_S
+) -> None:
     """Speak MCP with one client of an agent's socket until it hangs up."""
 
     async def list_tools(_: object, __: object) -> types.ListToolsResult:
         return types.ListToolsResult(tools=[tool.to_mcp() for tool in desk.tools.values()])
 
     async def call_tool(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
+        tool = desk.tools.get(params.name)
+        if tool is None or not tool.waits:
+            return await answer(context, params)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_keep_awake, context.session, progress_every_s)
+            result = await answer(context, params)
+            nursery.cancel_scope.cancel()
+        return result
+
+    async def answer(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
         key = (context.meta or {}).get("claudecode/toolUseId")
         key = key if isinstance(key, str) and 0 < len(key) <= 200 else None
         try:
@@ -334,6 +358,7 @@ async def serve_agent(desk: AgentDesk, stream: trio.SocketStream) -> None:
         return types.CallToolResult(content=[text], structured_content=result)
 
     server = Server("hyperhive", version=__version__, on_list_tools=list_tools, on_call_tool=call_tool)
+    server.middleware.append(_say_what_is_wrong)
     to_server, from_client = anyio.create_memory_object_stream[SessionMessage | Exception](0)
     to_client, from_server = anyio.create_memory_object_stream[SessionMessage](0)
     lock = trio.Lock()
@@ -365,6 +390,26 @@ async def serve_agent(desk: AgentDesk, stream: trio.SocketStream) -> None:
         nursery.cancel_scope.cancel()
 
 
+async def _keep_awake(session: Any, every_s: float) -> None:
+    """Let a client's idle timer begin anew while its call waits. Without a progress token nothing is sent."""
+    for number in itertools.count(1):
+        await trio.sleep(every_s)
+        await session.report_progress(number, message="still waiting for mail")
+
+
+async def _say_what_is_wrong(ctx: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
+    """The library says of every request that it does not let through no more than that its parameters are invalid."""
+    try:
+        return await call_next(ctx)
+    except ValidationError as exc:
+        raise MCPError(types.INVALID_PARAMS, f"cannot answer {ctx.method}: {describe(exc)}") from None
+    except MCPError as exc:
+        if exc.code != types.INVALID_PARAMS or exc.data != "":
+            raise
+        why = "this connection is not initialized; send initialize first"
+        raise MCPError(types.INVALID_REQUEST, f"cannot answer {ctx.method}: {why}") from None
+
+
 async def _hand_over(line: bytes | Refusal, to_server: Any) -> dict[str, Any] | None:
     """Give one line to the server; the JSON-RPC error for one that is none, and the connection goes on."""
     if isinstance(line, Refusal):
@@ -374,10 +419,28 @@ async def _hand_over(line: bytes | Refusal, to_server: Any) -> dict[str, Any] | 
     try:
         message = types.jsonrpc_message_adapter.validate_json(line, by_name=False)
     except (ValidationError, ValueError) as exc:
-        reason = describe(exc) if isinstance(exc, ValidationError) else str(exc)
-        return _rpc_error(-32700, f"cannot read the line as JSON-RPC: {reason[:300]}", _id_in(line))
+        return _rpc_error(-32700, _trouble_of(line, exc), _id_in(line))
+    if isinstance(message, types.JSONRPCNotification) and "id" in json.loads(line):
+        # An id that is none makes a notification of it, and whoever asked would wait for ever.
+        needs = "a request needs one that is a whole number or text, a notification has none"
+        return _rpc_error(-32600, f"cannot answer {ascii(message.method)[:60]}: its id is neither; {needs}")
     await to_server.send(SessionMessage(message))
     return None
+
+
+def _trouble_of(line: bytes, error: ValueError) -> str:
+    """Why a line is no message of JSON-RPC: as host.sock would say it, where it is not even an object."""
+    try:
+        decode(line)
+    except Refusal as refusal:
+        return refusal.message
+    first = error.errors(include_url=False, include_input=False)[0] if isinstance(error, ValidationError) else None
+    if first is not None and first["type"] == "json_invalid":  # of JSON that Python reads, and the library does not
+        return f"cannot read the line: {str(first['ctx']['error'])[:200]}; send plain, flat JSON"
+    return (
+        'cannot read the line as JSON-RPC: it needs "jsonrpc": "2.0", a method that is text, an id that is a whole '
+        "number or text where it is a request, and params, if any, that are an object"
+    )
 
 
 def _id_in(line: bytes) -> int | str | None:

@@ -240,6 +240,8 @@ async def test_a_patience_out_of_bounds_is_refused_before_anything_ends(
         ({"verb": "list"}, "says v=None"),
         ({**request("list"), "v": 2}, f"says v=2, this daemon speaks {PROTOCOL_VERSION}"),
         ({**request("list"), "v": "1"}, "says v='1'"),
+        ({**request("list"), "v": True}, "says v=True"),
+        ({**request("list"), "v": 1.0}, f"says v=1.0, this daemon speaks {PROTOCOL_VERSION}; give just that number"),
         ({**request("list"), "args": []}, "object is needed"),
         ({**request("list"), "args": None}, "object is needed"),
         (request("list", agent="iris"), "no argument 'agent'; it takes none"),
@@ -249,7 +251,7 @@ async def test_a_patience_out_of_bounds_is_refused_before_anything_ends(
         (request("send", to="a" * 300, body="hi"), "characters"),
         (request("send", to="iris\n", body="hi"), "cannot use"),
         (request("send", to="operator", body="hi"), "reserved"),
-        (request("send", to="iris", body="x" * (BODY_LIMIT_BYTES + 1)), "limit is 524,288"),
+        (request("send", to="iris", body="x" * (BODY_LIMIT_BYTES + 1)), "limit is 524,288; shorten it"),
         (request("send", to="iris", body="a\0"), "NUL"),
         (request("send", to="iris", body="\ud800"), "surrogate"),
         (request("send", to="iris", body="hi", in_reply_to=10**30), "a message"),
@@ -311,7 +313,7 @@ async def test_what_is_not_there_is_refused_by_name(peer: Peer, obj: dict[str, A
         (b'{"v":Infinity}\n', "not JSON"),
         (b'{"v":1e999}\n', "v=inf"),
         (b'{"v":1,"verb":"list","args":' + b"[" * 10_000 + b"\n", "nested too deep"),
-        (b"x" * 10_000_000 + b"\n", "the limit of 1,048,576 bytes"),
+        (b"x" * 10_000_000 + b"\n", f"the limit of {LINE_LIMIT_BYTES:,} bytes; send less in one line"),
     ],
     ids=lambda value: repr(value)[:30],
 )
@@ -329,6 +331,15 @@ async def test_a_line_of_just_the_limit_is_read(peer: Peer) -> None:
     line = json.dumps(request("list")).encode()
     await peer.send_bytes(line[:-1] + b" " * (LINE_LIMIT_BYTES - len(line)) + b"}\n")
     assert (await peer.read())["ok"]
+
+
+async def test_a_body_of_just_its_limit_is_taken_however_json_spells_it(hive: Services, peer: Peer) -> None:
+    spelled = r"\u0041" * BODY_LIMIT_BYTES  # an A takes six bytes; no spelling of one byte is longer
+    args = '{"to":"iris","body":"' + spelled + '"}'
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(peer.send_bytes, f'{{"v":1,"verb":"send","args":{args}}}\n'.encode())
+        assert (await peer.read())["ok"]
+    assert await hive.value("SELECT body_bytes FROM messages") == BODY_LIMIT_BYTES
 
 
 async def test_half_a_line_and_a_hang_up_does_nothing_and_harms_nobody(

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
-from hive_core.protocol.words import AgentName
+from hive_core.protocol.words import BODY_LIMIT_BYTES, AgentName
 from hive_core.sockets.agent import AgentDesk, serve_agent
-from tests.hives import Peer, Services, connect, run_in_hive, serve
+from tests.hives import PATIENCE_S, Peer, Services, connect, run_in_hive, serve
 
 IRIS = AgentName("iris")
 INITIALIZE = {
@@ -306,6 +306,83 @@ async def test_an_unknown_method_is_an_error_of_the_protocol_and_the_connection_
         assert (await client.call("whoami"))["name"] == "iris"
 
 
+@pytest.mark.parametrize(
+    ("data", "cause"),
+    [
+        (b"junk", "it is not JSON (Expecting value: line 1 column 1 (char 0)); "),
+        (b"\xff", "byte 0 is not UTF-8; "),
+        (b"[]", "it holds a list, and an object is needed"),
+        (b'{"jsonrpc":"2.0","id":1,"method":7}', 'it needs "jsonrpc": "2.0", a method that is text'),
+        (b'{"jsonrpc":"2.0","id":1,"method":"ping","params":[]}', "params, if any, that are an object"),
+        (b'{"jsonrpc":"2.0","id":' + b"9" * 5000 + b',"method":"ping"}', "a number in it has more than 4,300 digits; "),
+        (
+            b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"a":' + b"[" * 300 + b"]" * 300 + b"}}",
+            "recursion limit",
+        ),
+        (b'{"jsonrpc":"2.0","id":1,"method":"\\ud800"}', "hex escape"),
+        (b"x" * (LINE_LIMIT_BYTES + 1), f"the limit of {LINE_LIMIT_BYTES:,} bytes; send less in one line"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+async def test_a_junk_line_is_told_what_is_wrong_with_it_in_the_words_of_the_house(
+    door: Path, data: bytes, cause: str
+) -> None:
+    async with program(door) as client:
+        await client.send_bytes(data + b"\n")
+        said = (await client.read())["error"]["message"]
+    assert said.startswith("cannot read the line")
+    assert cause in said
+    for foreign in ("the file", "Invalid JSON", "sys.", "JSONRPC", "Input should"):
+        assert foreign not in said
+
+
+async def test_a_request_before_initialize_is_told_to_send_that_first(door: Path) -> None:
+    async with connect(door) as peer:
+        client = Program(peer.stream)
+        for method, params in (("tools/list", {}), ("tools/call", {"name": "whoami", "arguments": {}})):
+            error = (await client.request(method, **params))["error"]
+            assert (
+                error["message"] == f"cannot answer {method}: this connection is not initialized; send initialize first"
+            )
+        assert (await client.request("ping"))["result"] == {}
+        await client.greet()
+        assert (await client.call("whoami"))["name"] == "iris"
+
+
+async def test_a_request_whose_params_are_wrong_is_told_which(door: Path) -> None:
+    async with program(door) as client:
+        error = (await client.request("tools/call", arguments={}))["error"]
+        assert error["code"] == -32602
+        assert error["message"].startswith("cannot answer tools/call: ")
+        assert "name: it is missing" in error["message"]
+        assert (await client.call("whoami"))["name"] == "iris"
+
+
+@pytest.mark.parametrize("greeted", [True, False])
+@pytest.mark.parametrize("number", [None, 1.5, True, [], {}])
+async def test_a_request_whose_id_is_none_is_answered_with_that(door: Path, number: object, greeted: bool) -> None:
+    async with connect(door) as peer:
+        client = Program(peer.stream)
+        if greeted:
+            await client.greet()
+        answer = await client.ask({"jsonrpc": "2.0", "id": number, "method": "tools/list"})
+        assert (answer["id"], answer["error"]["code"]) == (None, -32600)
+        assert (
+            "a request needs one that is a whole number or text, a notification has none" in answer["error"]["message"]
+        )
+        assert (await client.request("ping"))["result"] == {}
+
+
+async def test_a_body_of_just_its_limit_is_taken_however_json_spells_it(hive: Services, door: Path) -> None:
+    spelled = r"\u0041" * BODY_LIMIT_BYTES  # an A takes six bytes; no spelling of one byte is longer
+    call = '{"jsonrpc":"2.0","id":5,"method":"tools/call","params":{"name":"send","arguments":{"to":"damocles","body":"'
+    async with program(door) as client:
+        await client.send_bytes(f'{call}{spelled}"}}}}}}\n'.encode())
+        answer = await client.read()
+    assert not answer["result"].get("isError"), answer
+    assert await hive.value("SELECT body_bytes FROM messages") == BODY_LIMIT_BYTES
+
+
 async def test_half_a_line_and_a_hang_up_does_nothing(hive: Services, door: Path) -> None:
     call = {"name": "send", "arguments": {"to": "damocles", "body": "hi"}}
     line = json.dumps({"jsonrpc": "2.0", "id": 9, "method": "tools/call", "params": call}).encode()
@@ -385,3 +462,44 @@ def test_after_any_junk_the_next_call_is_answered(junk: list[bytes], greeted: bo
                     assert (await client.call("whoami"))["name"] == "iris"
 
     run_in_hive(check, "iris")
+
+
+async def test_a_recv_that_waits_says_so_to_whoever_asked_to_be_told(hive: Services, tmp_path: Path) -> None:
+    await hive.say("hm1nd", "iris", "first")
+    await hive.broker.lease(AgentName("iris"))
+    handler = partial(serve_agent, desk_for(hive, "iris"), progress_every_s=0.01)
+    async with serve(tmp_path / "iris.sock", handler) as door, connect(door) as peer:
+        client = Program(peer.stream)
+        await client.greet()
+        call = {"name": "recv", "arguments": {"wait_seconds": PATIENCE_S}, "_meta": {"progressToken": "p"}}
+        await client.send({"jsonrpc": "2.0", "id": 77, "method": "tools/call", "params": call})
+        told = [await client.read() for _ in range(3)]
+        assert [line["method"] for line in told] == ["notifications/progress"] * 3
+        assert [line["params"]["progress"] for line in told] == [1, 2, 3]
+        assert told[0]["params"]["progressToken"] == "p"
+        await hive.say("hm1nd", "iris", "second")
+        while (line := await client.read()).get("id") != 77:
+            assert line["method"] == "notifications/progress"
+        assert [m["body"] for m in line["result"]["structuredContent"]["messages"]] == ["second"]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+async def test_a_hang_up_while_a_recv_waits_leaves_no_task_behind(
+    hive: Services, tmp_path: Path, asked: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    await begin_turn(hive)
+    handler = partial(serve_agent, desk_for(hive, "iris"), progress_every_s=0.01)
+    async with serve(tmp_path / "iris.sock", handler) as door:
+        await trio.testing.wait_all_tasks_blocked()
+        before = trio.lowlevel.current_statistics().tasks_living
+        async with program(door) as client:
+            meta = {"_meta": {"progressToken": "p"}} if asked else {}
+            await client.begin("tools/call", name="recv", arguments={"wait_seconds": 100}, **meta)
+            if asked:
+                assert (await client.read())["method"] == "notifications/progress"
+            await trio.testing.wait_all_tasks_blocked()
+            assert trio.lowlevel.current_statistics().tasks_living > before
+        with trio.fail_after(PATIENCE_S):
+            while trio.lowlevel.current_statistics().tasks_living > before:
+                await trio.testing.wait_all_tasks_blocked()
+    assert caplog.messages == []

@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import os
+import socket
 import sqlite3
+import stat
 import subprocess
 import sys
 import tarfile
@@ -25,7 +27,7 @@ from hive_core.procedures import backup
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.repos import Repos
-from hive_core.store.schema import migrate
+from hive_core.store.schema import APPLICATION_ID, migrate
 from tests.hives import Services, clean_environment, open_services
 from tests.needs import ROOT
 
@@ -433,6 +435,19 @@ def test_a_member_that_no_backup_has_is_refused(archive: Path, planted: Callable
         (lambda m: {**m, "files": {**m["files"], "agents/y": {"bytes": 1, "sha256": "0", "mode": 0o600}}},
          "agents/y is missing"),
         (lambda m: {**m, "files": []}, "malformed"),
+        (lambda m: {**m, "version": 5}, "malformed at version"),
+        (lambda m: {**m, "made_at": None}, "malformed at made_at"),
+        (lambda m: {**m, "agents": "iris"}, "malformed at agents"),
+        (lambda m: {**m, "agents": ["iris", 7]}, "malformed at agents"),
+        (lambda m: {**m, "credentials": 1}, "malformed at credentials"),
+        (lambda m: {**m, "changed": [None]}, "malformed at changed"),
+        (lambda m: {**m, "left_out": {}}, "malformed at left_out"),
+        (lambda m: {**m, "folders": {"agents/\ud800": 0o700}}, r"agents/\\ud800 is not a path that a hive has"),
+        (lambda m: {**m, "links": {"agents/x": "\ud800"}}, "a link where none may be"),
+        (lambda m: {**m, "links": {"agents/x": "y" * 4096}}, "a link where none may be"),
+        (lambda m: {**m, "folders": {"agents/" + "x" * 256: 0o700}}, "is not a path that a hive has"),
+        (lambda m: {**m, "folders": {"agents" + "/x" * 2000: 0o700}}, "is not a path that a hive has"),
+        (lambda m: {**m, "folders": {"agents" + ("/" + "x" * 250) * 13: 0o700}}, "is not a path that a hive has"),
         (lambda m: [], "malformed"),
         (lambda m: {}, "malformed"),
     ],
@@ -440,6 +455,70 @@ def test_a_member_that_no_backup_has_is_refused(archive: Path, planted: Callable
 def test_a_manifest_that_lies_is_refused(archive: Path, to: Callable[[Any], Any], why: str) -> None:
     change(archive, backup.MANIFEST, to)
     assert_refused(archive, why)
+
+
+def behind_its_head(file: Path, raw: bytes) -> None:
+    whole, place = file.read_bytes(), members(file)[1][0].offset
+    file.write_bytes(whole[:place] + raw + whole[place:])
+
+
+@pytest.mark.parametrize("mtime", [1e300, float("inf"), float("nan"), -1.0, 2.0**60])
+def test_a_time_that_no_file_can_have_is_refused_before_anything_is_written(archive: Path, mtime: float) -> None:
+    content = members(archive)
+    note = next(member for member, _ in content if member.name.endswith("notes.md"))
+    note.mtime, note.pax_headers = 0, {"mtime": str(mtime)}
+    rewrite(archive, content)
+    assert_refused(archive, "notes.md has a time that no file has; nothing was written")
+
+
+@pytest.mark.parametrize(("kind", "size"), [(tarfile.XHDTYPE, 2**62), (tarfile.GNUTYPE_LONGNAME, 2**80)])
+def test_a_header_larger_than_any_memory_is_refused(archive: Path, kind: bytes, size: int) -> None:
+    header = tarfile.TarInfo("x")
+    header.type, header.size = kind, size
+    behind_its_head(archive, header.tobuf(tarfile.GNU_FORMAT))
+    assert_refused(archive, "it is no tar file, or cut off")
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_headers_upon_headers_are_refused(archive: Path, kind: bytes) -> None:
+    header = tarfile.TarInfo("x")
+    header.type = kind
+    behind_its_head(archive, header.tobuf(tarfile.GNU_FORMAT) * 5000)
+    assert_refused(archive, "it is no tar file, or cut off")
+
+
+def test_a_database_without_the_tables_of_a_hive_is_refused(archive: Path, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "hollow.sqlite") as database:
+        database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        database.execute("CREATE TABLE other (x)")
+    database.close()
+    data = (tmp_path / "hollow.sqlite").read_bytes()
+    rewrite(archive, [(m, data if m.name == "hive.sqlite" else old) for m, old in members(archive)])
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    change(archive, backup.MANIFEST, lambda m: m["files"]["hive.sqlite"].update(entry) or m)
+    assert_refused(archive, "cannot use the copy of the database")
+
+
+def test_what_an_agent_names_or_dates_oddly_makes_no_backup_that_cannot_come_back(state: Path, tmp_path: Path) -> None:
+    notes = state / "agents" / "iris" / "state"
+    for name, mtime in (("old", -5), ("far", 2**40)):
+        (notes / name).write_text(name)
+        try:
+            os.utime(notes / name, (mtime, mtime))
+        except OSError:  # not every disk keeps such a time
+            continue
+    folder = os.open(notes, os.O_RDONLY)
+    for _ in range(20):  # a path longer than any that can be opened at once
+        os.mkdir("d" * 250, dir_fd=folder)
+        inner = os.open("d" * 250, os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    os.close(folder)
+    report = back_up(state, tmp_path / "hive.tar")
+    assert "its path is longer than 3,000 bytes" in "\n".join(report.left_out)
+    bring_back(tmp_path / "hive.tar", tmp_path / "new")
+    assert (tmp_path / "new" / "agents" / "iris" / "state" / "old").read_text() == "old"
+    assert (tmp_path / "new" / "agents" / "iris" / "state" / "far").read_text() == "far"
 
 
 def test_a_damaged_database_is_refused_though_its_digest_is_right(archive: Path) -> None:
@@ -605,8 +684,11 @@ def test_a_hive_that_runs_is_not_restored_into(archive: Path, tmp_path: Path) ->
     [
         (("backup", "{state}/x.tar"), 2, "it lies in the state directory"),
         (("backup", "{tmp}"), 2, "it is a directory"),
-        (("backup", "{tmp}/no/such/x.tar"), 1, "no such file or directory"),
-        (("restore", "{tmp}/none.tar"), 1, "no such file or directory"),
+        (("backup", "{tmp}/no/such/x.tar"), 3, "x.tar: there is no directory {tmp}/no/such; make it"),
+        (("backup", "{tmp}/" + "x" * 300), 1, "its name is too long"),
+        (("restore", "{tmp}/none.tar"), 3, "hive: cannot restore from {tmp}/none.tar: there is no such file; give"),
+        (("restore", "{tmp}"), 2, "it is no file"),
+        (("restore", "/dev/null"), 2, "it is read twice; save it to a file first"),
         (("restore", "/dev/stdin"), 2, "it is read twice; save it to a file first"),
     ],
 )
@@ -614,8 +696,73 @@ def test_what_cannot_be_done_is_told_in_one_line(
     state: Path, tmp_path: Path, words: tuple[str, ...], code: int, why: str
 ) -> None:
     done = command(tmp_path, state, *(word.format(state=state, tmp=tmp_path) for word in words))
-    assert (done.returncode, why in done.stderr) == (code, True), done.stderr
+    assert (done.returncode, why.format(tmp=tmp_path) in done.stderr) == (code, True), done.stderr
     assert done.stderr.count("\n") == 1
+    assert ".hive-backup-" not in done.stderr
+
+
+def make_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_device(path: Path) -> None:
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("only root makes device nodes")
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as door:
+        try:
+            door.bind(str(path))
+        except OSError:
+            pytest.skip("the temporary directory is too long for a socket")
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+@pytest.mark.parametrize("make", [make_fifo, make_device, make_socket])
+def test_a_backup_replaces_nothing_but_files(
+    state: Path, tmp_path: Path, make: Callable[[Path], None], through_a_link: bool
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    make(out / "node")
+    before = (out / "node").lstat()
+    (out / "link").symlink_to("node")
+    name = "link" if through_a_link else "node"
+    done = command(tmp_path, state, "backup", str(out / name))
+    assert (done.returncode, f"cannot back up to {out / name}: it is no file; " in done.stderr) == (2, True)
+    after = (out / "node").lstat()
+    assert (after.st_mode, after.st_ino, after.st_rdev) == (before.st_mode, before.st_ino, before.st_rdev)
+    assert (out / "link").is_symlink()
+    assert sorted(os.listdir(out)) == ["link", "node"]
+
+
+def test_a_backup_through_a_link_leaves_the_link(state: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "hive.tar").symlink_to("disk/hive.tar")
+    for _ in range(2):  # where nothing was, and where one was
+        assert command(tmp_path, state, "backup", str(tmp_path / "hive.tar")).returncode == 0
+        assert (tmp_path / "hive.tar").is_symlink()
+        assert verify(tmp_path / "disk" / "hive.tar").agents == ["hm1nd", "iris"]
+    (tmp_path / "loop").symlink_to("loop")
+    assert command(tmp_path, state, "backup", str(tmp_path / "loop")).returncode == 1
+    assert (tmp_path / "loop").is_symlink()
+
+
+def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    done = command(tmp_path, tmp_path / "new", "restore", str(tmp_path / "fifo"))
+    assert (done.returncode, "it is read twice; save it to a file first" in done.stderr) == (2, True)
+
+
+def test_names_in_a_backup_do_not_reach_the_terminal_as_they_are(archive: Path, tmp_path: Path) -> None:
+    change(archive, backup.MANIFEST, lambda m: {**m, "agents": ["\x1b[31miris"], "version": "\x1b]0;x"})
+    done = command(tmp_path, tmp_path / "new", "restore", "--check", str(archive))
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert "⟨U+001B⟩[31miris" in done.stdout
 
 
 def test_where_there_is_no_hive_a_backup_says_so(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -16,6 +18,7 @@ import pytest
 
 from hive_core.cli.client import Client
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import BODY_LIMIT_BYTES
 from tests.needs import ROOT
 
 
@@ -214,3 +217,57 @@ def test_a_message_on_standard_input_that_is_not_utf_8_is_refused(tmp_path: Path
     done = shell(tmp_path, r"printf 'caf\xe9' > m; hive send iris < m".replace(" m", f" {tmp_path}/m"))
     assert done.stderr == "hive: cannot send the message: byte 3 is not UTF-8; give it as UTF-8\n"
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize("count", [BODY_LIMIT_BYTES + 1, 3_000_000])
+def test_a_message_on_standard_input_over_the_limit_of_a_body_is_refused_before_it_is_sent(
+    tmp_path: Path, count: int
+) -> None:
+    done = shell(tmp_path, f"head -c {count} /dev/zero | tr '\\0' x | hive send iris")
+    assert done.stderr.startswith(
+        "hive: cannot take the message: it has 524,289 bytes or more and the limit is 524,288"
+    )
+
+
+def test_an_endless_standard_input_is_refused_all_the_same(tmp_path: Path) -> None:
+    said = the_one_line(shell(tmp_path, "hive send iris < /dev/zero"), 2)
+    assert "the limit is 524,288; shorten it" in said
+
+
+def test_a_message_on_standard_input_of_just_the_limit_is_sent(tmp_path: Path) -> None:
+    done = shell(tmp_path, f"hive send iris < <(head -c {BODY_LIMIT_BYTES} /dev/zero)")
+    assert "no daemon answers" in the_one_line(done, 3)  # it got as far as that
+
+
+# -- down, without a daemon -------------------------------------------------------------------------------------------
+
+
+def test_down_without_a_daemon_and_without_agents_says_just_that(tmp_path: Path) -> None:
+    for made in (False, True):
+        if made:
+            (tmp_path / "s" / "processes").mkdir(parents=True)
+            (tmp_path / "s" / "processes" / "iris.status").touch()
+        said = the_one_line(hive(tmp_path, "down"), 3)
+        assert said.endswith("no daemon answers on " + str(tmp_path / "r" / "host.sock") + "; `hive up` starts one")
+
+
+def test_down_whose_daemon_was_killed_names_the_agents_that_still_run_and_how_they_end(tmp_path: Path) -> None:
+    folder = tmp_path / "s" / "processes"
+    folder.mkdir(parents=True)
+    with contextlib.ExitStack() as held:
+        for name in ("iris", "damocles", "argus"):
+            file = held.enter_context((folder / f"{name}.status").open("ab"))
+            if name != "argus":
+                fcntl.flock(file, fcntl.LOCK_EX)
+        said = the_one_line(hive(tmp_path, "down"), 3)
+    assert "agents of it still run (damocles, iris)" in said
+    assert "orphan_grace_s (600 s" in said
+    assert "`hive up`, then `hive down`, ends them at once" in said
+
+
+def test_down_that_cannot_look_for_agents_says_that_some_may_run(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "processes").write_text("not a folder")
+    said = the_one_line(hive(tmp_path, "down"), 3)
+    assert "agents of it may still run" in said
+    assert "`hive up`, then `hive down`, ends them at once" in said

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from hive_core.reminders import When
 from hive_core.schedules import parse_plan
 from hive_core.sockets.admin import AdminDesk
 from hive_core.sockets.agent import AgentDesk, serve_agent
+from hive_core.store.ballast import Ballast
 from hive_core.withdrawal import withdraw_thread
 from tests.dashboards import OURS, browse, hive_of, served
 from tests.hives import PATIENCE_S, Services, connect, open_services, serve
@@ -37,8 +39,8 @@ Command = Callable[..., Awaitable[tuple[int, str]]]
 
 async def test_with_nothing_open_nothing_waits(hive: Services) -> None:
     assert await hive.loose_ends.of(IRIS) == {
-        "waits_on_you": {"questions": [], "unread": 0, "held": [], "dead": []},
-        "you_wait_for": {"questions": [], "approvals": [], "reminders": []},
+        "waits_on_you": {"questions": [], "unread": 0, "dead": []},
+        "you_wait_for": {"questions": [], "approvals": [], "reminders": [], "held": []},
     }
 
 
@@ -74,13 +76,32 @@ async def test_held_and_dead_are_shown_to_their_sender_and_to_the_operator(tmp_p
         held = await hive.say("iris", "damocles", "two")
         await hive.broker.ack(DAMOCLES, (await hive.broker.lease(DAMOCLES)).turn, "failed", "it broke")
         for who in (IRIS, OPERATOR):
-            ends = (await hive.loose_ends.of(who))["waits_on_you"]
-            assert [(one["message"], one["recipient"], one["why"]) for one in ends["held"]] == [
+            ends = await hive.loose_ends.of(who)
+            # Only the operator releases: whoever sent it waits.
+            place, other = ("waits_on_you", "you_wait_for") if who == OPERATOR else ("you_wait_for", "waits_on_you")
+            assert [(one["message"], one["recipient"], one["why"]) for one in ends[place]["held"]] == [
                 (held, DAMOCLES, "rate")
             ]
-            assert [(one["message"], one["why"]) for one in ends["dead"]] == [(dead, "it broke")]
-        ends = (await hive.loose_ends.of(DAMOCLES))["waits_on_you"]
-        assert (ends["held"], ends["dead"]) == ([], [])
+            assert "held" not in ends[other]
+            assert [(one["message"], one["why"]) for one in ends["waits_on_you"]["dead"]] == [(dead, "it broke")]
+        ends = await hive.loose_ends.of(DAMOCLES)
+        assert (ends["you_wait_for"]["held"], ends["waits_on_you"]["dead"]) == ([], [])
+
+
+async def test_on_a_full_disk_nothing_new_is_planned(hive: Services, tmp_path: Path) -> None:
+    plan = parse_plan("iris", "daily", "0 7 * * *")
+    first = await hive.reminders.remind(IRIS, When(after_s=60), "look", "k")
+    writer: Any = hive.store.write.__self__  # type: ignore[attr-defined]
+    writer._batches._ballast = Ballast(tmp_path / "hive.ballast", 5000, 2**62)  # no disk has that much
+    for deed, call in (
+        ("remind", lambda: hive.reminders.remind(IRIS, When(after_s=60), "look")),
+        ("schedule", lambda: hive.schedules.add(plan)),
+    ):
+        with pytest.raises(Refusal, match=f"cannot {deed}: no space is left on the disk") as refused:
+            await call()
+        assert refused.value.code == "unavailable"
+    assert await hive.reminders.remind(IRIS, When(after_s=60), "look", "k") == first
+    assert await hive.reminders.cancel(IRIS, 1) == {"reminder": 1}
 
 
 # -- taking back ------------------------------------------------------------------------------------------------------
@@ -131,7 +152,7 @@ async def tools(hive: Services, tmp_path: Path) -> Callable[[str], Call]:
     def desk(name: str) -> AgentDesk:
         return AgentDesk(AgentName(name), hive.broker, hive.agents, hive.gate, _no_kill, None, hive.loose_ends)
 
-    async def call(name: str, tool: str, use: str | None = None, **arguments: Any) -> Any:
+    async def call(name: str, tool: str, use: str | None = None, /, **arguments: Any) -> Any:
         nonlocal number
         number += 1
         meta = {"_meta": {"claudecode/toolUseId": use}} if use else {}
@@ -191,6 +212,27 @@ async def test_an_agent_reminds_itself_and_takes_back_what_is_its_own(
         await iris("remind", body="look")
 
 
+async def test_every_writing_tool_counts_once_for_a_key_of_the_clients_own(
+    hive: Services, tools: Callable[[str], Call]
+) -> None:
+    hm1nd = tools("hm1nd")
+    for tool, words in (
+        ("send", {"to": "iris", "body": "once"}),
+        ("request_spawn", {"name": "argus", "persona": "You watch.", "reason": "eyes"}),
+    ):
+        first = await hm1nd(tool, key=f"my {tool}", **words)
+        assert await hm1nd(tool, key=f"my {tool}", **words) == first
+    assert await hive.value("SELECT count(*) FROM messages WHERE body = 'once'") == 1
+    assert await hive.value("SELECT count(*) FROM approvals") == 1
+    keyed = {one["name"] for one in await hm1nd("tools/list") if "key" in one["inputSchema"]["properties"]}
+    assert keyed == {"send", "recv", "ask", "answer", "remind", "request_spawn", "request_apply_commit"}
+    await hive.broker.lease(AgentName("iris"))
+    await hive.say("hm1nd", "iris", "more")
+    mail = await tools("iris")("recv", key="r")
+    assert [one["body"] for one in mail["messages"]] == ["more"]
+    assert await tools("iris")("recv", key="r") == mail
+
+
 async def test_what_an_agent_says_that_it_is_about_is_seen_by_all(hive: Services, tools: Callable[[str], Call]) -> None:
     for _ in range(2):
         assert await tools("iris")("set_status", text=" reading <b>logs</b> ") == {"status": "reading <b>logs</b>"}
@@ -221,8 +263,9 @@ async def test_the_tools_say_in_one_line_what_they_do_and_which_only_read(tools:
 async def command(hive: Services, tmp_path: Path) -> AsyncIterator[Command]:
     """`hive WORD …` as a process: its exit code, and what it printed or complained of."""
 
-    async def run(*words: str) -> tuple[int, str]:
-        environment = {**os.environ, "HIVE_RUNTIME_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), "TZ": "UTC"}
+    async def run(*words: str, env: dict[str, str] | None = None) -> tuple[int, str]:
+        ours = {"HIVE_RUNTIME_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), "TZ": "UTC"}
+        environment = {**os.environ, **ours, **(env or {})}
         with trio.fail_after(PATIENCE_S):
             done = await trio.run_process(
                 [sys.executable, "-m", "hive_core.cli", *words],
@@ -260,6 +303,41 @@ async def test_the_operator_sees_a_question_and_answers_it(hive: Services, comma
     assert (await command("answer", "2", "--choice", "b", "--choice", "1"))[0] == 0
     assert (await hive.questions.get(2)).choices == ("b", "a")
     assert await command("questions") == (0, "no question waits for you")
+
+
+async def test_a_question_that_is_held_is_listed_with_a_mark_and_its_way_out(hive: Services, command: Command) -> None:
+    await hive.questions.ask(IRIS, Ask(OPERATOR, "May I?"))
+    await hive.store.write(lambda tx: tx.execute("UPDATE deliveries SET state = 'held', held = 'rate'"))
+    code, said = await command("questions")
+    assert (code, said.splitlines()[0].startswith("held ? 1 iris asks")) == (0, True), said
+    assert said.endswith("    hive release 1")
+    assert json.loads((await command("questions", "--json"))[1])["questions"][0]["held"] is True
+    code, said = await command("answer", "1", "yes")
+    assert (code, "`hive release 1`" in said) == (4, True), said
+    assert (await command("release", "1"))[0] == 0
+    assert (await command("questions"))[1].startswith("? 1 iris asks")
+    assert (await command("answer", "1", "yes"))[0] == 0
+
+
+async def test_options_may_stand_between_the_words_of_a_message(hive: Services, command: Command) -> None:
+    await hive.say("iris", "operator", "well?")
+    assert await command("send", "iris", "--in-reply-to", "1", "reply") == (0, "sent as message 2")
+    assert await command("send", "iris", "--", "-a dash") == (0, "sent as message 3")
+    assert await command("send", "--to", "iris", "all in one") == (0, "sent as message 4")
+    assert await hive.value("SELECT in_reply_to FROM messages WHERE id = 2") == 1
+    assert await hive.value("SELECT body FROM messages WHERE id = 3") == "-a dash"
+
+
+async def test_a_time_without_a_zone_is_one_of_the_operators_clock(hive: Services, command: Command) -> None:
+    await hive.say("iris", "operator", "now")
+    sent = datetime.fromtimestamp(await hive.value("SELECT sent_at_ms FROM messages") / 1000, UTC)
+    before, after = (f"{sent + timedelta(hours=hours):%Y-%m-%dT%H:%M}" for hours in (4, 6))
+    east = {"TZ": "EAST-5"}  # five hours ahead of UTC
+    assert "now" in (await command("search", "now", "--after", before, env=east))[1]
+    assert await command("search", "now", "--after", after, env=east) == (0, "nothing was found")
+    assert await command("search", "now", "--before", before, env=east) == (0, "nothing was found")
+    assert "now" in (await command("search", "now", "--after", f"{sent:%Y-%m-%dT%H:%M}Z", env=east))[1]
+    assert (await command("search", "now", "--after", "yesterday", env=east))[0] == 2
 
 
 async def test_the_operator_keeps_schedules(hive: Services, command: Command) -> None:
@@ -312,6 +390,13 @@ async def test_the_operator_sees_the_loose_ends_of_himself_and_of_an_agent(hive:
         ["nothing waits on iris", "iris waits for:", "  question 1 to operator: May I?"],
     )
     assert "reminder 1 at" in said
+    await hive.broker.send(IRIS, (DAMOCLES,), parse_body("one"))
+    await hive.store.write(
+        lambda tx: tx.execute("UPDATE deliveries SET state = 'held', held = 'rate' WHERE message_id = 2")
+    )
+    said = (await command("loose-ends", "iris"))[1]
+    assert "message 2 iris → damocles is held" in said.partition("iris waits for:")[2]
+    assert "message 2 iris → damocles is held" in (await command("loose-ends"))[1].partition("you wait for:")[0]
     assert (await command("loose-ends", "nobody"))[0] == 3
     assert "iris: waiting for ⟨U+001B⟩[31myou" in (await command("list"))[1]
 
