@@ -22,7 +22,6 @@ from hive_core.reminders import When
 from hive_core.schedules import parse_plan
 from hive_core.sockets.admin import AdminDesk
 from hive_core.sockets.agent import AgentDesk, serve_agent
-from hive_core.store.ballast import Ballast
 from hive_core.withdrawal import withdraw_thread
 from tests.dashboards import OURS, browse, hive_of, served
 from tests.hives import PATIENCE_S, Services, connect, open_services, serve
@@ -88,11 +87,10 @@ async def test_held_and_dead_are_shown_to_their_sender_and_to_the_operator(tmp_p
         assert (ends["you_wait_for"]["held"], ends["waits_on_you"]["dead"]) == ([], [])
 
 
-async def test_on_a_full_disk_nothing_new_is_planned(hive: Services, tmp_path: Path) -> None:
+async def test_on_a_full_disk_nothing_new_is_planned(hive: Services) -> None:
     plan = parse_plan("iris", "daily", "0 7 * * *")
     first = await hive.reminders.remind(IRIS, When(after_s=60), "look", "k")
-    writer: Any = hive.store.write.__self__  # type: ignore[attr-defined]
-    writer._batches._ballast = Ballast(tmp_path / "hive.ballast", 5000, 2**62)  # no disk has that much
+    hive.set_full(True)
     for deed, call in (
         ("remind", lambda: hive.reminders.remind(IRIS, When(after_s=60), "look")),
         ("schedule", lambda: hive.schedules.add(plan)),
