@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import time
 from pathlib import Path
 
 from hive_core.store.schema import migrate
 
 WORDS = 5_000  # of which each body has twenty
-AT_MS = 1_700_000_000_000
+AGE_S = 24 * 3600  # younger than what retention takes
 _NUMBERS = "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < :count)"
 _TEXT = "'message ' || n || ' ' || " + " || ' ' || ".join(["'w' || (abs(random()) % :words)"] * 20)
 
@@ -20,13 +21,13 @@ def fill(path: Path, count: int, recipients: int) -> None:
         migrate(db, str(path))
         for pragma in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -1000000"):
             db.execute(f"PRAGMA {pragma}")
-        given = {"count": count, "words": WORDS, "at": AT_MS, "recipients": recipients}
+        given = {"count": count, "words": WORDS, "at": int((time.time() - AGE_S) * 1000), "recipients": recipients}
         db.execute("BEGIN")
         db.execute("DELETE FROM deliveries")
         db.execute("DELETE FROM messages")
         db.execute(
             f"{_NUMBERS} INSERT INTO messages (id, sender, body, body_bytes, cause, chain_id, hops, sent_at_ms)"
-            f" SELECT n, 'operator', {_TEXT}, 200, 'operator', n, 0, :at + n FROM numbers",
+            f" SELECT n, 'operator', {_TEXT}, 200, 'operator', n, 0, :at + n / 1000 FROM numbers",
             given,
         )
         db.execute(
