@@ -136,6 +136,7 @@ class Broker:
         self.limits = limits or Limits()
         self._chance = chance or random.Random()
         self._heard: dict[int, tuple[AgentName, float]] = {}  # running turn → its agent, when its harness last spoke
+        self._depths: dict[str, int] = {}  # the writer's thread's own: see `post`
         self._post_all = self._post  # one object, so that the sends of a batch find each other
 
     # -- sending ------------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ class Broker:
             return await self._store.write_together(self._post_all, letter)
 
     def _post(self, tx: Transaction, letters: list[Letter]) -> list[outcome.Outcome[dict[str, Any]]]:
-        return post(tx, letters, self.limits)
+        return post(tx, letters, self.limits, self._depths)
 
     # -- turns --------------------------------------------------------------------------------------------------------
 

@@ -71,12 +71,18 @@ class _Facts:
     answers: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # by sender and client id
 
 
-def post(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> list[Outcome[dict[str, Any]]]:
+def post(
+    tx: Transaction, letters: Sequence[Letter], limits: Limits, depths: dict[str, int] | None = None
+) -> list[Outcome[dict[str, Any]]]:
     """Store what may be sent. For each letter `{"message": id}`, with `"held": {recipient: why}`, or its Refusal.
 
     A refused letter leaves nothing but a count with each recipient whose inbox was full.
+
+    depths: for who posts often, how many wait for each agent at most: counted when it was last in doubt, and one more
+    for each message since. An inbox is counted again only when this says that it may be full.
     """
-    facts = _look_up(tx, letters, limits)
+    depths = {} if depths is None else depths
+    facts = _look_up(tx, letters, limits, depths)
     (next_id,) = tx.execute("SELECT coalesce(max(seq), 0) + 1 FROM sqlite_sequence WHERE name = 'messages'").fetchone()
     messages: list[tuple[Any, ...]] = []
     deliveries: list[tuple[Any, ...]] = []
@@ -120,6 +126,7 @@ def post(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> list[Out
         results.append(Value(answer))
     tx.insert("messages", _MESSAGE, messages)
     tx.insert("deliveries", _DELIVERY, deliveries)
+    depths.update({name: agent.waiting for name, agent in facts.agents.items()})
     return results
 
 
@@ -230,7 +237,7 @@ def _count_refused(tx: Transaction, sender: str, full: Iterable[str], facts: _Fa
             tx.emit("inbox_full", sender, name, refused=refused)
 
 
-def _look_up(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> _Facts:
+def _look_up(tx: Transaction, letters: Sequence[Letter], limits: Limits, depths: dict[str, int]) -> _Facts:
     facts = _Facts()
     names = {letter.sender for letter in letters} | {name for letter in letters for name in letter.recipients}
     if EVERYONE in names:
@@ -243,12 +250,15 @@ def _look_up(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> _Fac
         facts.agents[row["name"]] = _Agent(
             allowed=frozenset(policy["recipients"]) if policy.get("recipients") is not None else None,
             rate=policy.get("pair_rate_per_hour") or limits.pair_rate_per_hour,
-            waiting=row["waiting"],
+            waiting=depths.get(row["name"], limits.inbox_depth),
             held=row["held"],
             refused=row["refused"],
             kept_bytes=0,
             turn=Cause("turn", row["turn_id"], row["chain_id"], hops),
         )
+    if doubtful := [name for name, agent in facts.agents.items() if agent.waiting >= limits.inbox_depth]:
+        for row in tx.execute(_WAITING, (json.dumps(doubtful),)).fetchall():
+            facts.agents[row["name"]].waiting = row["waiting"]
     _look_up_pairs(tx, letters, facts)
     if replies := {letter.in_reply_to for letter in letters if letter.in_reply_to is not None}:
         for row in tx.execute(_REPLIED, (json.dumps(sorted(replies)),)).fetchall():
@@ -280,11 +290,14 @@ def _look_up_pairs(tx: Transaction, letters: Sequence[Letter], facts: _Facts) ->
 # The newest turn is the one that runs, if any does.
 _AGENTS = """
     SELECT name, policy, t.id AS turn_id, t.chain_id, coalesce(t.hops, 0) AS hops,
-           (SELECT count(*) FROM deliveries INDEXED BY deliveries_queued
-            WHERE recipient = name AND state = 'queued') AS waiting,
            (SELECT count(*) FROM deliveries INDEXED BY deliveries_held
             WHERE sender = name AND state = 'held') AS held, refused
     FROM agents LEFT JOIN turns t ON t.id = (SELECT id FROM turns WHERE agent = name ORDER BY id DESC LIMIT 1)
+"""
+_WAITING = """
+    SELECT value AS name, (
+        SELECT count(*) FROM deliveries INDEXED BY deliveries_queued WHERE recipient = value AND state = 'queued'
+    ) AS waiting FROM json_each(?)
 """
 # A clock that was set back leaves messages of the future, which must not count as recent.
 _PAIRS = """
