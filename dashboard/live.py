@@ -1,6 +1,7 @@
 """The live streams: what changed since a page was made, as the rows to swap in, over server-sent events.
 
-A position is the number of the last event a page has seen; an agent's page adds the last line of its stream ("12-345").
+A position is a timeline and the number of the last event of it that a page has seen; an agent's page adds the last
+line of its stream ("<timeline>-12-345"). A hive that was restored has another timeline: its numbers mean other events.
 Each frame carries the position up to which everything was told, so a browser that comes back with it misses nothing
 and is told nothing twice. Agents' states are not a log: they are told anew on each connection and whenever they change.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import trio
@@ -19,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from dashboard.rows import Rows
 from hive_core.agents import LIVE
-from hive_core.events import events_after, first_kept
+from hive_core.events import events_after, first_kept, timeline
 from hive_core.flow import messages_of_turns, these_messages
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
@@ -39,19 +40,20 @@ MESSAGES_OF_EVENT = MOVED | {"message_sent", "message_dead", "turn_started", "me
 
 @dataclass(frozen=True, slots=True)
 class Position:
+    timeline: str
     seq: int
     line: int | None = None  # None on the dashboard, which shows no lines
 
     def __str__(self) -> str:
-        return f"{self.seq}" if self.line is None else f"{self.seq}-{self.line}"
+        return f"{self.timeline}-{self.seq}" + ("" if self.line is None else f"-{self.line}")
 
     @classmethod
     def parse(cls, text: str, lines: bool) -> Position | None:
         """None when it is not a position of this kind of page: the page has to load itself again."""
-        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", text, re.ASCII)
-        if match is None or (match[2] is not None) != lines:
+        match = re.fullmatch(r"([0-9a-f]{16})-(\d{1,18})(?:-(\d{1,18}))?", text, re.ASCII)
+        if match is None or (match[3] is not None) != lines:
             return None
-        return cls(int(match[1]), int(match[2]) if lines else None)
+        return cls(match[1], int(match[2]), int(match[3]) if lines else None)
 
 
 class Fragment(NamedTuple):
@@ -133,6 +135,8 @@ class Feed:
     async def frames(self, after: str) -> AsyncIterator[ServerSentEvent]:
         """Frames after a position, until the hive stops or the browser signs out; `reset` when too far behind."""
         at = Position.parse(after, lines=self._agent is not None)
+        if at is not None and at.timeline != await timeline(self._hive.store):
+            at = None
         topics = [EVENTS, LIVE] if self._agent is None else [EVENTS, stream(self._agent)]
         with self._hive.store.bus.listen(*topics) as listener:
             yield ServerSentEvent(comment="live", retry=RETRY_MS)
@@ -157,13 +161,13 @@ class Feed:
         frames = [fragment.frame(None) for fragment in await self._agent_rows()]
         told = touched_by(events)
         fragments = await self._render(told)
-        end = Position(events[-1]["seq"] if events else at.seq, at.line)
+        end = replace(at, seq=events[-1]["seq"] if events else at.seq)
         # Up to the event before the next thing's first, everything has been told.
-        behind = [Position(thing.seq - 1, at.line) for thing in told[1:]] + [end]
+        behind = [replace(at, seq=thing.seq - 1) for thing in told[1:]] + [end]
         for position, group in zip(behind, fragments, strict=False):
             frames += [fragment.frame(position if fragment is group[-1] else None) for fragment in group]
         for line in lines:
-            end = Position(end.seq, line["id"])
+            end = replace(end, line=line["id"])
             frames.append(
                 Fragment(f"line-{line['id']}", self._rows.line(line), f"turn-{line['turn']}-lines").frame(end)
             )
@@ -222,7 +226,7 @@ class Feed:
             case "approval" if self._agent is None:
                 return await self._approval(thing.id)
             case "question" if self._agent is None:
-                return await self._question(await self._hive.questions.get(thing.id))
+                return await self._question(await self._hive.questions.find(thing.id))
             case "question_of" if self._agent is None:
                 return await self._question(await self._hive.questions.put_with(thing.id))
             case "agent" if self._agent is None:

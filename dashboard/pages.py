@@ -14,6 +14,7 @@ from dashboard.live import Position, live_response
 from dashboard.rows import ASSETS, Rows, asset_bytes, asset_hash, render
 from hive_core.agents import Agent
 from hive_core.archive import parse_query
+from hive_core.events import timeline
 from hive_core.flow import messages_aside, newest_messages
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
@@ -113,7 +114,7 @@ class Pages:
     async def _dashboard(self) -> Response:
         hive = self._hive
         # The number first: what happens while the rows are read is told again by the stream, and does no harm.
-        position = Position(await hive.store.last_seq())
+        position = Position(await timeline(hive.store), await hive.store.last_seq())
         return self._page(
             "dashboard.html",
             await hive.agents.all(),
@@ -137,7 +138,7 @@ class Pages:
             "agent.html",
             [agent],
             live=f"/agents/{name}/live",
-            after=Position(seq, lines[-1]["id"] if lines else gone),
+            after=Position(await timeline(hive.store), seq, lines[-1]["id"] if lines else gone),
             agent=agent,
             turns=[(turn, [line for line in lines if line["turn"] == turn["id"]]) for turn in reversed(turns)],
             messages=await newest_messages(hive.store, name, MESSAGES_SHOWN),

@@ -18,6 +18,7 @@ from hive_core.agents import Agent
 from hive_core.approvals import Approval
 from hive_core.hive import Hive
 from hive_core.protocol.held import WHY_HELD
+from hive_core.protocol.visible import counted
 from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM
 from hive_core.questions import Question
 
@@ -59,7 +60,7 @@ def day(at_ms: int) -> Markup:
 def measure(text: str) -> str:
     """How much there is to read, so that what lies below the fold is not missed."""
     lines = len(text.removesuffix("\n").split("\n"))
-    return f"{lines:,} line{'' if lines == 1 else 's'} · {len(text.encode('utf-8', 'replace')):,} bytes"
+    return f"{counted(lines, 'line')} · {counted(len(text.encode('utf-8', 'replace')), 'byte')}"
 
 
 def voice(name: str) -> str:
@@ -84,7 +85,7 @@ def templates() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(visible=visible, clock=clock, day=day)
-    environment.filters.update(measure=measure, read_diff=read_diff, tokens=tokens)
+    environment.filters.update(counted=counted, measure=measure, read_diff=read_diff, tokens=tokens)
     environment.globals.update(asset=asset_url, voice=voice, state_word=state_word)
     return environment
 
@@ -159,7 +160,7 @@ class Rows:
 
 
 def _turns(failures: int) -> str:
-    return f"{failures} failed turn{'' if failures == 1 else 's'}"
+    return counted(failures, "failed turn")
 
 
 def _some(names: list[str]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dashboard.diff import Line, compare
+from hive_core.protocol.visible import counted
 
 SUMMARY_CHARACTERS = 160
 PARTS_LIMIT = 40
@@ -131,7 +132,7 @@ def _answer(block: dict[str, Any]) -> Part:
 
 def _init(event: dict[str, Any]) -> Part:
     tools = event.get("tools")
-    words = [_word(event.get("model")), f"{len(tools)} tools" if isinstance(tools, list) else ""]
+    words = [_word(event.get("model")), counted(len(tools), "tool") if isinstance(tools, list) else ""]
     words.append(f"session {_word(event.get('session_id'))[:8]}" if event.get("session_id") else "")
     return Part("init", "session", short=" · ".join(word for word in words if word))
 

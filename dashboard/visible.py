@@ -6,7 +6,7 @@ import re
 
 from markupsafe import Markup, escape
 
-from hive_core.protocol.visible import HIDDEN, named
+from hive_core.protocol.visible import HIDDEN, counted, named
 
 SHOWN_CHARACTERS = 20_000
 
@@ -23,7 +23,7 @@ def visible(text: object, limit: int | None = SHOWN_CHARACTERS) -> Markup:
         _mark(part) if index % 2 else escape(part) for index, part in enumerate(re.split(f"({HIDDEN.pattern})", shown))
     )
     if len(shown) < len(whole):
-        marked += Markup('<span class="more">… {:,} more characters</span>').format(len(whole) - len(shown))
+        marked += Markup('<span class="more">… {}</span>').format(counted(len(whole) - len(shown), "more character"))
     return marked
 
 

@@ -67,6 +67,31 @@ def parse_flags(argv: list[str]) -> dict[str, str]:
     return flags
 
 
+def find_server(flags: dict[str, str]) -> dict[str, Any] | None:
+    """How the hive's MCP server is started, None when the flags name none. Raises BadUsage."""
+    cannot = "error: cannot use --mcp-config"
+    try:
+        config = json.loads(flags.get("--mcp-config") or "{}")
+    except ValueError as exc:
+        raise BadUsage(f"{cannot}: it is not JSON ({exc})") from None
+    except RecursionError:
+        raise BadUsage(f"{cannot}: it is not JSON (it is nested too deeply)") from None
+    entries = config.get("mcpServers", {}) if isinstance(config, dict) else None
+    if not isinstance(entries, dict):
+        raise BadUsage(f"{cannot}: it must be an object with an object `mcpServers`")
+    entry = entries.get("hive")
+    if entry is None:
+        return None
+    words = [entry.get("command"), *entry.get("args", [])] if _is_entry(entry) else [None]
+    if not all(isinstance(word, str) and "\0" not in word for word in words):
+        raise BadUsage(f"{cannot}: its server `hive` needs a `command` that is text and a list `args` of texts")
+    return {"command": words[0], "args": words[1:]}
+
+
+def _is_entry(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("args", []), list)
+
+
 class Sessions:
     """The sessions this stand-in has held: a file each, so that an unknown one is refused as claude does."""
 
@@ -86,8 +111,9 @@ class Sessions:
 class Rehearsal:
     """One turn."""
 
-    def __init__(self, flags: dict[str, str], session: str) -> None:
+    def __init__(self, flags: dict[str, str], server: dict[str, Any] | None, session: str) -> None:
         self._flags = flags
+        self._server = server
         self._session = session
         self._model = flags.get("--model", "none")
         self._prompt = flags.get("--append-system-prompt", "")
@@ -207,11 +233,10 @@ class Rehearsal:
 
     def _connect(self) -> tuple[list[dict[str, str]], list[str]]:
         """Start the hive's MCP server as claude does: (each server's status, the hive's tools)."""
-        entries = json.loads(self._flags.get("--mcp-config") or "{}").get("mcpServers", {})
-        if "hive" not in entries:
+        if self._server is None:
             return [], []
         try:
-            self._hive = ToolServer(entries["hive"])
+            self._hive = ToolServer(self._server)
             return [{"name": "hive", "status": "connected"}], self._hive.tools()
         except ToolServerGone:
             self._hive = None
@@ -289,6 +314,7 @@ def refuse_session(session: str) -> int:
 def main(argv: list[str]) -> int:
     try:
         flags = parse_flags(argv)
+        server = find_server(flags)
     except BadUsage as exc:
         print(exc, file=sys.stderr)
         return 1
@@ -299,4 +325,4 @@ def main(argv: list[str]) -> int:
         return refuse_session(resumed)
     session = resumed or flags.get("--session-id") or str(uuid.uuid4())
     sessions.keep(session)
-    return Rehearsal(flags, session).play(prompt)
+    return Rehearsal(flags, server, session).play(prompt)

@@ -4,53 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import stat
 import sys
 
 import trio
 
 from hive_agent.claude import Seat
 from hive_agent.serve import SeatMaker, serve
+from hive_core.protocol.arguments import life_fd, parser_class, seconds
 from hive_core.protocol.paths import SOCKET_PATH_LIMIT_BYTES, explain
-from hive_core.protocol.visible import named
-from hive_core.protocol.words import shown
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import NoReturn
+from hive_core.protocol.refusal import EXIT_CODES, Refusal
 
 DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(
-            2, f"{self.prog}: cannot read the arguments: {named(message)[:300]}; `{self.prog} --help` says more\n"
-        )
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number of seconds, such as 600")
-    return seconds
-
-
-def _life_fd(text: str) -> int:
-    """A file, or nothing at all, would never say that it is over."""
-    try:
-        number = int(text)
-        mode = os.fstat(number).st_mode
-    except (ValueError, OverflowError, OSError):
-        mode = 0
-    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not the number of a pipe or socket that is open here")
-    return number
 
 
 def _run_dir(text: str) -> str:
@@ -64,7 +28,7 @@ def _run_dir(text: str) -> str:
 
 
 def make_parser(program: str = "hive-agent") -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = parser_class()(
         prog=f"{program} serve",
         description="Take turns for one agent: lease a message from the host, run its program, report, again.",
         epilog="Exit codes: 0 told to stop, or no host answered for the grace; 3 another harness serves the agent; "
@@ -86,11 +50,11 @@ def make_parser(program: str = "hive-agent") -> argparse.ArgumentParser:
         help="what is around this process: only inside a sandbox the program acts without asking",
     )
     parser.add_argument(
-        "--life-fd", type=_life_fd, metavar="N", help="a pipe's read end: when it is closed everything ends at once"
+        "--life-fd", type=life_fd, metavar="N", help="a pipe's read end: when it is closed everything ends at once"
     )
     parser.add_argument(
         "--orphan-grace",
-        type=_seconds,
+        type=seconds(600),
         default=600.0,
         metavar="S",
         help="end when no host answered for so many seconds",
@@ -119,7 +83,11 @@ def seat_maker(arguments: argparse.Namespace) -> SeatMaker:
 
 
 def main(argv: list[str], role: str = "", program: str = "hive-agent") -> int:
-    arguments = make_parser(program).parse_args(argv)
+    try:
+        arguments = make_parser(program).parse_args(argv)
+    except Refusal as refusal:
+        print(f"{program} serve: {refusal}", file=sys.stderr)
+        return EXIT_CODES[refusal.code]
     try:
         return trio.run(_serve, arguments, role)
     except KeyboardInterrupt:

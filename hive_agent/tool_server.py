@@ -20,7 +20,7 @@ class ToolServer:
     """One server of an mcpServers entry. Raises ToolServerGone when it cannot be started, or ends."""
 
     def __init__(self, entry: dict[str, Any]) -> None:
-        command = [str(entry.get("command", "")), *map(str, entry.get("args", []))]
+        command = [entry["command"], *entry["args"]]
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         except OSError as exc:

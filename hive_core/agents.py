@@ -49,6 +49,7 @@ class Agent:
     held: int = 0  # messages to it that wait for the operator
     dead: int = 0  # messages to it that were given up
     status: str | None = None  # what it says that it is about
+    rests_until_ms: int | None = None  # its last turn had to wait, and no other begins before; None when that is over
 
 
 def pick_port(name: str, ports: range, taken: Iterable[int]) -> int:
@@ -107,7 +108,9 @@ class Agents:
         """Set what is wanted of an agent: up, paused (runs, but takes no turn) or down. Raises Refusal("not_found")."""
 
         def write(tx: Transaction) -> None:
-            if tx.execute("UPDATE agents SET wanted = ? WHERE name = ?", (wanted, name)).rowcount == 0:
+            # Whoever starts or resumes an agent may have mended what it rests for.
+            sql = "UPDATE agents SET wanted = ?1, rests_until_ms = iif(?1 = 'up', NULL, rests_until_ms) WHERE name = ?2"
+            if tx.execute(sql, (wanted, name)).rowcount == 0:
                 raise Refusal(
                     "not_found", f"cannot find {name}: no agent has that name; `list_agents` or `hive list` shows them"
                 )
@@ -173,6 +176,7 @@ class Agents:
                    ON dead.recipient = name
             {where} ORDER BY role = 'agent', name
         """
+        now_ms = int(time.time() * 1000)
         return [
             Agent(
                 name=AgentName(row["name"]),
@@ -188,6 +192,7 @@ class Agents:
                 status=row["status"],
                 held=row["held"],
                 dead=row["dead"],
+                rests_until_ms=row["rests_until_ms"] if (row["rests_until_ms"] or 0) > now_ms else None,
             )
             for row in await self._store.rows(sql, parameters)
         ]

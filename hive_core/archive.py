@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import trio
 
+from hive_core.history import forget_events_of, forget_history
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import SYSTEM, AgentName, parse_id, parse_instant, parse_recipient, shown
@@ -127,7 +128,13 @@ class Archive:
             "before_at": query.before_at_ms,
             "limit": query.limit + 1,
         }
-        rows = await self._store.rows(_FOUND if match else _NEWEST, given)
+        sql = _FOUND if match else _NEWEST
+        try:
+            rows = await self._store.rows(sql, given)
+        except sqlite3.DatabaseError as exc:
+            await self._begin_index_anew(exc)
+            behind = await self._catch_up()
+            rows = await self._store.rows(sql, given)
         page = rows[: query.limit]
         texts = await self._texts(row for row in page if row["body_sha256"])
         return {
@@ -193,9 +200,23 @@ class Archive:
                 return False
             batch = _within(found, BATCH_BYTES)
             texts = await self._texts(batch)
-            await self._store.write(lambda tx: _index(tx, mark, batch, texts))
-            await self._merge()
+            try:
+                await self._store.write(lambda tx: _index(tx, mark, batch, texts))
+                await self._merge()
+            except sqlite3.DatabaseError as exc:
+                await self._begin_index_anew(exc)
             return True
+
+    async def _begin_index_anew(self, exc: sqlite3.DatabaseError) -> None:
+        """Empty a damaged index, so that all is indexed again from the messages. Raises `exc` when it is whole.
+
+        It says that it is damaged, cannot even be opened, or fails at a constraint: its pieces do not fit each other.
+        """
+        own = (sqlite3.SQLITE_CORRUPT_VTAB, sqlite3.SQLITE_CONSTRAINT)
+        if exc.sqlite_errorcode not in own and not str(exc).startswith("vtable constructor failed"):
+            raise exc
+        log.warning("the index of the search is damaged (%s) and is made anew from the messages", exc)
+        await self._store.write(_empty_index)
 
     async def _merge(self) -> None:
         """Let the index put its pieces together, a few pages at a time, as far as there is need."""
@@ -249,13 +270,15 @@ class Archive:
     async def forget_old(self) -> int:
         """Remove messages whose every delivery was acked or dropped `kept_s` ago; how many went.
 
-        What is held, queued, leased or dead stays, and so does what an open question was put with.
+        What is held, queued, leased or dead stays, and so does what an open question was put with. What is left of
+        the history without them goes by its own age.
         """
         now_ms: int = await self._store.write(lambda tx: tx.now_ms)
         cutoff = now_ms - int(self._limits.kept_s * 1000)
         forgotten = 0
         for row in await self._store.rows("SELECT block FROM message_blocks WHERE first_at_ms < ?", (cutoff,)):
             forgotten += await self._forget_block(row["block"], cutoff)
+        await forget_history(self._store, self._limits)
         return forgotten
 
     async def _forget_block(self, block: int, cutoff: int) -> int:
@@ -263,8 +286,11 @@ class Archive:
         given = {"first": block * BLOCK, "last": block * BLOCK + BLOCK - 1, "cutoff": cutoff, "limit": FORGET_BATCH}
         while old := await self._store.rows(_OLD, given):
             texts = await self._texts(old)
-            await self._merge()
-            forgotten += await self._store.write(lambda tx, old=old, texts=texts: _forget(tx, old, texts))  # type: ignore[misc]
+            try:
+                await self._merge()
+                forgotten += await self._store.write(lambda tx, old=old, texts=texts: _forget(tx, old, texts))  # type: ignore[misc]
+            except sqlite3.DatabaseError as exc:
+                await self._begin_index_anew(exc)  # and they go when they are indexed again
         emptied = """
             DELETE FROM message_blocks WHERE block = :block AND NOT EXISTS (
                 SELECT 1 FROM messages WHERE id BETWEEN :block * 1024 AND :block * 1024 + 1023
@@ -277,7 +303,8 @@ class Archive:
 
 def _gone(limits: Limits) -> str:
     days = limits.kept_s / 86_400
-    return f"there was none, or it is gone: what is acked is kept for {days:g} days (kept_s)"
+    kept = f"{days:g} {'day' if days == 1 else 'days'} (kept_s)"
+    return f"there was none, or it is gone: what is acked is kept for {kept}"
 
 
 _KEPT = """
@@ -321,6 +348,38 @@ _NEWEST = f"""
 """
 
 
+async def newest_of_agent(store: Store, agent: str, before: int, limit: int) -> list[int]:
+    """The numbers of the newest messages from or to an agent, of those below `before`; newest first.
+
+    The index of words knows whose a message is; what is behind its mark is looked at one by one.
+    """
+    given = {"agent": agent, "whose": _whose(agent), "before": before, "limit": limit}
+    try:
+        rows = await store.rows(_NEWEST_OF_AGENT, given)
+    except sqlite3.DatabaseError as exc:
+        log.warning("the index of the search is damaged (%s): messages are looked at one by one until it is whole", exc)
+        rows = await store.rows(f"{_OF_AGENT} ORDER BY id DESC LIMIT :limit", given)
+    return [row["id"] for row in rows]
+
+
+_OF_AGENT = """
+    SELECT id FROM messages m WHERE id < :before
+    AND (sender = :agent OR EXISTS (SELECT 1 FROM deliveries WHERE message_id = m.id AND recipient = :agent))
+"""
+_NEWEST_OF_AGENT = f"""
+    {_OF_AGENT} AND id > (SELECT message_id FROM search_mark)
+    UNION ALL SELECT id FROM (
+        SELECT rowid AS id FROM message_words WHERE message_words MATCH :whose AND rowid < :before
+        ORDER BY rowid DESC LIMIT :limit
+    )
+    ORDER BY id DESC LIMIT :limit
+"""
+
+
+def _whose(agent: str) -> str:
+    return f"{{marks}} : ({_mark('by', agent)} OR {_mark('to', agent)})"
+
+
 def _match(query: Query, root: int | None, reader: str | None) -> str | None:
     """The expression for the index; None when nothing is asked of it. The marks only narrow: the rows decide."""
     parts = []
@@ -331,7 +390,7 @@ def _match(query: Query, root: int | None, reader: str | None) -> str | None:
     if root is not None:
         parts.append(f"{{marks}} : thread{root}")
     if reader is not None:
-        parts.append(f"{{marks}} : ({_mark('by', reader)} OR {_mark('to', reader)})")
+        parts.append(_whose(reader))
     return " AND ".join(parts) or None
 
 
@@ -374,6 +433,7 @@ def _index(tx: Transaction, mark: int, batch: Sequence[sqlite3.Row], texts: dict
         "INSERT INTO message_words (rowid, body, marks) VALUES (?, ?, ?)",
         [(row["id"], texts[row["id"]], _marks(row)) for row in batch if row["id"] in texts],
     )
+    _flush(tx)
     tx.executemany(
         """
         INSERT INTO message_blocks (block, first_at_ms, last_at_ms) VALUES (?1, ?2, ?2) ON CONFLICT (block)
@@ -381,6 +441,20 @@ def _index(tx: Transaction, mark: int, batch: Sequence[sqlite3.Row], texts: dict
         """,
         [(row["id"] // BLOCK, row["sent_at_ms"]) for row in batch],
     )
+
+
+def _flush(tx: Transaction) -> None:
+    """Let the index write now what it has gathered: a damaged one is to fail here, not at everybody's commit."""
+    tx.execute("SAVEPOINT words")
+    tx.execute("RELEASE words")
+
+
+def _empty_index(tx: Transaction) -> None:
+    # Without its first rows, which are those of an empty one, it does not even take the command.
+    tx.execute("INSERT OR IGNORE INTO message_words_data (id, block) VALUES (1, x''), (10, x'00000000000000')")
+    tx.execute("INSERT INTO message_words (message_words) VALUES ('delete-all')")
+    tx.execute("UPDATE search_mark SET message_id = 0")
+    tx.wake(EVENTS)  # whoever indexes begins again
 
 
 def _merge_some(tx: Transaction) -> bool:
@@ -402,9 +476,11 @@ def _forget(tx: Transaction, old: Sequence[sqlite3.Row], texts: dict[int, str]) 
         "INSERT INTO message_words (message_words, rowid, body, marks) VALUES ('delete', ?, ?, ?)",
         [(row["id"], texts[row["id"]], _marks(row)) for row in old if row["id"] in texts],
     )
+    _flush(tx)
     tx.executemany("DELETE FROM leases WHERE message_id = ?", ids)
     tx.executemany("DELETE FROM deliveries WHERE message_id = ?", ids)
     tx.executemany("DELETE FROM messages WHERE id = ?", ids)
+    forget_events_of(tx, ids)
     tx.emit("messages_forgotten", SYSTEM, count=len(ids), first=ids[0][0], last=ids[-1][0])
     return len(ids)
 

@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import trio
 
-from hive_core.protocol.paths import explain
+from hive_core.protocol.paths import explain, sync_folder
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.visible import counted
 from hive_core.protocol.words import BODY_LIMIT_BYTES, INLINE_LIMIT_BYTES, MessageBody
 from hive_core.store.door import Store
 
@@ -96,7 +97,7 @@ class Bodies:
             named = await self._named(names)
             removed += await trio.to_thread.run_sync(self._remove_old, [name for name in names if name not in named])
         if removed:
-            log.info("removed %d files of large messages that nobody refers to", removed)
+            log.info("removed %s of large messages that nobody refers to", counted(removed, "file"))
         return removed
 
     async def _named(self, names: list[str]) -> set[str]:
@@ -121,7 +122,7 @@ class Bodies:
             with self._changing:
                 temporary.rename(folder / sha256)
                 self._newest[sha256] = newest
-            _sync_folder(folder)
+            sync_folder(folder)
         except BaseException:
             # A name that may not be on disk stays for the sweep: a message may have had this file before.
             temporary.unlink(missing_ok=True)
@@ -131,7 +132,7 @@ class Bodies:
         """Have a folder whose name is on disk too. One that was there may be from a daemon that died before that."""
         if folder not in self._on_disk:
             folder.mkdir(mode=0o700, exist_ok=True)
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
             self._on_disk.add(folder)
 
     async def _drop_if_nobodys(self, sha256: str, newest: tuple[int, int]) -> None:
@@ -225,11 +226,3 @@ def piece(data: bytes, offset: int, limit_bytes: int = PIECE_BYTES) -> Piece:
 
 def _inside_character(byte: int) -> bool:
     return byte & 0xC0 == 0x80
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,12 +23,15 @@ from typing import Any, NamedTuple
 import outcome
 import trio
 
+from hive_core import question_ends
+from hive_core.archive import newest_of_agent
 from hive_core.bodies import Bodies, is_large, piece
 from hive_core.limits import REST_LIMIT_S, Limits
-from hive_core.post import AT_ONCE, Cause, Letter, post, put_message
+from hive_core.post import AT_ONCE, Cause, Letter, forget_depth, post, put_message
+from hive_core.protocol.call_key import CallKey
 from hive_core.protocol.harness import OUTCOMES
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.visible import quoted
+from hive_core.protocol.visible import counted, quoted
 from hive_core.protocol.words import OPERATOR, SYSTEM, AgentName, MessageBody
 from hive_core.store.bus import RESTING, mail
 from hive_core.store.door import Store
@@ -92,11 +95,15 @@ def first_answer(tx: Transaction, agent: AgentName, key: str | None, tool: str) 
     """The result of the earlier call of `agent` with the same `key`. Raises Refusal as `once` does."""
     if key is None:
         return None
-    row = tx.execute("SELECT tool, result FROM tool_calls WHERE agent = ? AND key = ?", (agent, key)).fetchone()
+    sql = "SELECT tool, digest, result FROM tool_calls WHERE agent = ? AND key = ?"
+    row = tx.execute(sql, (agent, key)).fetchone()
     if row is None:
         return None
     if row["tool"] != tool:
         raise Refusal("usage", f"cannot use this key for {tool}: it was used for a call of {row['tool']}")
+    if isinstance(key, CallKey) and row["digest"] not in (None, key.digest):
+        why = "it was used for one with other arguments; give each call a key of its own"
+        raise Refusal("usage", f"cannot use this key for this call of {tool}: {why}")
     first: dict[str, Any] = json.loads(row["result"])
     return first
 
@@ -106,7 +113,7 @@ def once(
 ) -> dict[str, Any]:
     """The result of `do`, or of the earlier call of `agent` with the same `key`: it counts once.
 
-    Raises Refusal("usage") when the key was used for another tool.
+    Raises Refusal("usage") when the key was used for another tool, or (a CallKey) for other arguments.
     """
     first = first_answer(tx, agent, key, tool)
     if first is not None:
@@ -115,8 +122,8 @@ def once(
     if key is None:
         return result
     tx.execute(
-        "INSERT INTO tool_calls (agent, key, tool, result, at_ms) VALUES (?, ?, ?, ?, ?)",
-        (agent, key, tool, json.dumps(result), tx.now_ms),
+        "INSERT INTO tool_calls (agent, key, tool, digest, result, at_ms) VALUES (?, ?, ?, ?, ?, ?)",
+        (agent, key, tool, key.digest if isinstance(key, CallKey) else None, json.dumps(result), tx.now_ms),
     )
     return result
 
@@ -136,7 +143,6 @@ class Broker:
         self.limits = limits or Limits()
         self._chance = chance or random.Random()
         self._heard: dict[int, tuple[AgentName, float]] = {}  # running turn → its agent, when its harness last spoke
-        self._depths: dict[str, int] = {}  # the writer's thread's own: see `post`
         self._post_all = self._post  # one object, so that the sends of a batch find each other
 
     # -- sending ------------------------------------------------------------------------------------------------------
@@ -151,7 +157,7 @@ class Broker:
     ) -> dict[str, Any]:
         """Send one message; `{"message": id}` once it is on disk, with `held` for whom it waits for the operator.
 
-        A repeated `key` gets the first answer. Raises Refusal, and then nobody got it.
+        A repeated `key` gets the first answer, if it is the same message. Raises Refusal, and then nobody got it.
         """
         to = (recipients,) if isinstance(recipients, str) else tuple(recipients)
         letter = Letter(sender, to, body, in_reply_to, key)
@@ -162,7 +168,7 @@ class Broker:
             return await self._store.write_together(self._post_all, letter)
 
     def _post(self, tx: Transaction, letters: list[Letter]) -> list[outcome.Outcome[dict[str, Any]]]:
-        return post(tx, letters, self.limits, self._depths)
+        return post(tx, letters, self.limits)
 
     # -- turns --------------------------------------------------------------------------------------------------------
 
@@ -187,6 +193,7 @@ class Broker:
     ) -> Acked:
         """End a turn: `done` and `cancelled` ack what it leased, `failed` puts it back, `waiting` without a try.
 
+        What made one turn wait would make the next one wait, so the agent rests too, as long as a message does.
         With `next_fence` the same transaction begins the next turn, if a message is due. The same ack again gets the
         same answer; the ack of a turn that was taken away counts for nothing.
         """
@@ -206,8 +213,12 @@ class Broker:
         if row is None or row["state"] not in ("running", ending.outcome):
             return Acked(False)
         if row["state"] == "running":
-            if ending.session:
-                tx.execute("UPDATE agents SET session = ? WHERE name = ?", (ending.session, agent))
+            rest_s = _provider_rest_s(self.limits, self._chance.random())
+            rests_until = tx.now_ms + int(rest_s * 1000) if ending.outcome == "waiting" else None
+            tx.execute(
+                "UPDATE agents SET session = coalesce(?, session), rests_until_ms = ? WHERE name = ?",
+                (ending.session or None, rests_until, agent),
+            )
             self.end_turn(tx, agent, turn.id, ending)
         try:
             lease = _lease(tx, agent, next_fence) if next_fence else None
@@ -332,6 +343,7 @@ class Broker:
                 tx.wake(RESTING)
             if end.state == "dead":
                 dead.append((row["message_id"], end.failures))
+        forget_depth(tx, agent)
         tx.emit("turn_ended", agent, agent, turn=turn_id, state=ending.outcome, error=ending.error)
         for message_id, failures in dead:
             tx.emit("message_dead", SYSTEM, agent, about=message_id, message=message_id, attempts=failures)
@@ -343,7 +355,8 @@ class Broker:
         sql = "SELECT sender, chain_id, hops FROM messages WHERE id = ?"
         row = tx.execute(sql, (message_id,)).fetchone()
         if row["sender"] != SYSTEM:
-            text = f"message_dead: your message {message_id} to {agent} was given up after {failures} failed turns."
+            turns = counted(failures, "failed turn")
+            text = f"message_dead: your message {message_id} to {agent} was given up after {turns}."
             cause = Cause("system", None, row["chain_id"], row["hops"] + 1)
             body = MessageBody(f"{text} The last one ended with {quoted(error)}" if error else text)
             put_message(tx, SYSTEM, row["sender"], body, message_id, cause, self.limits)
@@ -392,11 +405,17 @@ class Broker:
                 " WHERE message_id = ? AND recipient = ?",
                 [(state, AT_ONCE, tx.now_ms if state == "dropped" else None, message_id, name) for name in names],
             )
+            chain: dict[str, int] = {}  # that it was of so far: `explain` tells it
             if verb == "release":
+                sql = "SELECT chain_id AS chain, hops FROM messages WHERE id = ?"
+                chain = dict(tx.execute(sql, (message_id,)).fetchone())
                 tx.execute("UPDATE messages SET chain_id = id, hops = 0 WHERE id = ?", (message_id,))
             for name in names:
-                tx.emit(event, actor, name, about=message_id, message=message_id)
+                tx.emit(event, actor, name, about=message_id, message=message_id, **chain)
+                forget_depth(tx, name)
                 tx.wake(mail(name))
+            if verb == "drop":
+                question_ends.drop_message(tx, message_id, self.limits)
             return names
 
         return await self._store.write(write)
@@ -407,16 +426,21 @@ class Broker:
         self, agent: str | None = None, limit: int = 50, before: int | None = None
     ) -> list[dict[str, Any]]:
         """The newest messages (to or from `agent`), newest last, one for each recipient with its state."""
-        sql = """
+        given: dict[str, Any] = {"agent": agent, "before": before or 2**62, "limit": limit}
+        newest = "SELECT id FROM messages WHERE id < :before ORDER BY id DESC LIMIT :limit"
+        if agent is not None:
+            given["numbers"] = json.dumps(await newest_of_agent(self._store, agent, given["before"], limit))
+            newest = "SELECT value FROM json_each(:numbers)"
+        sql = f"""
             SELECT * FROM (
               SELECT m.id, m.sender, d.recipient, m.body, m.body_bytes, m.in_reply_to, m.cause, m.cause_id,
                      m.sent_at_ms, d.state, d.attempts, d.held, d.note, d.turn_id
               FROM messages m JOIN deliveries d ON d.message_id = m.id
-              WHERE m.id < :before AND (:agent IS NULL OR m.sender = :agent OR d.recipient = :agent)
+              WHERE m.id IN ({newest}) AND (:agent IS NULL OR m.sender = :agent OR d.recipient = :agent)
               ORDER BY m.id DESC, d.recipient DESC LIMIT :limit
             ) ORDER BY id, recipient
         """
-        rows = await self._store.rows(sql, {"agent": agent, "limit": limit, "before": before or 2**62})
+        rows = await self._store.rows(sql, given)
         return [dict(row) for row in rows]
 
     async def read_body(self, message_id: int, offset: int = 0, reader: AgentName | None = None) -> dict[str, Any]:
@@ -448,8 +472,8 @@ class Broker:
     async def inbox(self, limit: int = 50) -> list[dict[str, Any]]:
         """The newest messages to the operator, each `unread` until this has returned it once."""
         sql = """
-            SELECT m.id, m.sender, m.body, m.body_bytes, m.in_reply_to, m.sent_at_ms, d.state FROM deliveries d
-            JOIN messages m ON m.id = d.message_id
+            SELECT m.id, m.sender, m.body, m.body_bytes, m.in_reply_to, m.sent_at_ms, d.state
+            FROM deliveries d INDEXED BY deliveries_to_operator JOIN messages m ON m.id = d.message_id
             WHERE d.recipient = 'operator' AND d.state IN ('queued', 'acked') ORDER BY d.message_id DESC LIMIT ?
         """
         rows = [dict(row) for row in reversed(await self._store.rows(sql, (limit,)))]
@@ -502,7 +526,7 @@ def settle(turn_state: str, failures: int, limits: Limits, chance: float) -> Set
         case "done" | "cancelled":
             return Settled("acked", failures, 0.0)
         case "waiting":
-            return Settled("queued", failures, limits.provider_rest_s * (0.5 + chance))
+            return Settled("queued", failures, _provider_rest_s(limits, chance))
         case _ if failures + 1 >= limits.tries:
             return Settled("dead", failures + 1, 0.0)
         case "lost" if failures == 0:
@@ -512,13 +536,17 @@ def settle(turn_state: str, failures: int, limits: Limits, chance: float) -> Set
             return Settled("queued", failures + 1, rest_s * (0.5 + chance))
 
 
+def _provider_rest_s(limits: Limits, chance: float) -> float:
+    return limits.provider_rest_s * (0.5 + chance)
+
+
 _LEASED = """
     SELECT d.message_id, d.failures FROM leases l JOIN turns t ON t.id = l.turn_id
     JOIN deliveries d ON d.message_id = l.message_id AND d.recipient = t.agent
     WHERE l.turn_id = ? AND d.state = 'leased'
 """
 _SEAT = """
-    SELECT wanted, settings, session, refused, t.id AS turn_id, t.fence, t.message_id
+    SELECT wanted, settings, session, refused, rests_until_ms, t.id AS turn_id, t.fence, t.message_id
     FROM agents LEFT JOIN turns t ON t.agent = name AND t.state = 'running' WHERE name = ?
 """
 
@@ -533,7 +561,7 @@ def _lease(tx: Transaction, agent: AgentName, fence: str) -> Lease | None:
             raise Refusal("conflict", f"cannot lease: turn {seat['turn_id']} of {agent} still runs; ack it first")
         (message,) = tx.execute(_ONE_MAIL, (agent, seat["message_id"])).fetchall()
         return _as_lease(tx, agent, seat, Turn(seat["turn_id"], fence), message, message["attempts"])
-    due = _due(tx, agent, 1) if seat["wanted"] == "up" else []
+    due = _first_due(tx, agent, seat["rests_until_ms"]) if seat["wanted"] == "up" else []
     if not due:
         return None
     (first,) = due
@@ -597,16 +625,35 @@ _MAIL = """
 
 
 _ONE_MAIL = f"{_MAIL.format(index='')} WHERE d.recipient = ? AND d.message_id = ?"
+_IS_DUE = f"""
+    d.recipient = :agent AND d.state = 'queued'
+    AND (d.attempts = 0 OR d.available_at_ms <= :now OR d.available_at_ms > :now + {FAR_MS})
+"""
 _DUE_MAIL = f"""
-    {_MAIL.format(index=" INDEXED BY deliveries_queued")}
-    WHERE d.recipient = :agent AND d.state = 'queued'
-      AND (d.attempts = 0 OR d.available_at_ms <= :now OR d.available_at_ms > :now + {FAR_MS})
-    ORDER BY d.message_id LIMIT :limit
+    {_MAIL.format(index=" INDEXED BY deliveries_queued")} WHERE {_IS_DUE} ORDER BY d.message_id LIMIT :limit
+"""
+_LEAST_HANDED_OUT = f"""
+    SELECT d.message_id FROM deliveries d INDEXED BY deliveries_queued WHERE {_IS_DUE}
+    ORDER BY d.attempts, d.message_id LIMIT 1
 """
 
 
 def _due(tx: Transaction, agent: str, limit: int) -> list[sqlite3.Row]:
     return tx.execute(_DUE_MAIL, {"agent": agent, "now": tx.now_ms, "limit": limit}).fetchall()
+
+
+def _first_due(tx: Transaction, agent: str, rests_until_ms: int | None) -> list[sqlite3.Row]:
+    """The message for the agent's next turn, where there is one and the agent does not rest.
+
+    After a rest it is the one that was handed out least often: the message whose turn had to wait has rested too, and
+    were it always the next, a turn that has to wait for the message's own sake would keep all others back.
+    """
+    if rests_until_ms is None:
+        return _due(tx, agent, 1)
+    if tx.now_ms < rests_until_ms <= tx.now_ms + FAR_MS:
+        return []
+    least = tx.execute(_LEAST_HANDED_OUT, {"agent": agent, "now": tx.now_ms}).fetchone()
+    return tx.execute(_ONE_MAIL, (agent, least["message_id"])).fetchall() if least else []
 
 
 def _within(rows: list[sqlite3.Row], limit_bytes: int) -> list[sqlite3.Row]:
@@ -642,22 +689,26 @@ def _for_agent(row: sqlite3.Row, attempt: int) -> dict[str, Any]:
 
 
 class Rests:
-    """The messages that rest, for the hive's clock: each recipient is woken when one of its own is due again."""
+    """What rests, for the hive's clock: an agent is woken when it has rested, or one of its messages has."""
 
     topic = RESTING
 
     def next_after(self, tx: Transaction) -> int | None:
         sql = """
-            SELECT min(available_at_ms) FROM deliveries
-            WHERE state = 'queued' AND attempts > 0 AND available_at_ms > ?
+            SELECT min(at_ms) FROM (
+                SELECT min(available_at_ms) AS at_ms FROM deliveries
+                WHERE state = 'queued' AND attempts > 0 AND available_at_ms > :now
+                UNION ALL SELECT min(rests_until_ms) FROM agents WHERE rests_until_ms > :now
+            )
         """
-        at: int | None = tx.execute(sql, (tx.now_ms,)).fetchone()[0]
+        at: int | None = tx.execute(sql, {"now": tx.now_ms}).fetchone()[0]
         return at
 
     def fire(self, tx: Transaction) -> None:
         sql = """
-            SELECT DISTINCT recipient FROM deliveries INDEXED BY deliveries_resting
+            SELECT recipient FROM deliveries INDEXED BY deliveries_resting
             WHERE state = 'queued' AND attempts > 0 AND (available_at_ms <= :now OR available_at_ms > :now + :far)
+            UNION SELECT name FROM agents WHERE rests_until_ms <= :now OR rests_until_ms > :now + :far
         """
         for row in tx.execute(sql, {"now": tx.now_ms, "far": FAR_MS}).fetchall():
             tx.wake(mail(row["recipient"]))

@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from cronsim import CronSim, CronSimError
 
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.visible import counted
 from hive_core.protocol.words import shown
 
 CRON_LIMIT = 200
@@ -48,7 +49,8 @@ def parse_cron(expression: object, zone: object) -> Cron:
     fields = expression.split()
     if len(fields) != 5:
         raise Refusal(
-            "usage", f"cannot use {shown(expression)} as cron: it has {len(fields)} fields and needs five, {FIELDS}"
+            "usage",
+            f"cannot use {shown(expression)} as cron: it has {counted(len(fields), 'field')} and needs five, {FIELDS}",
         )
     try:
         comes = next(CronSim(" ".join(fields), _BEGIN), None)

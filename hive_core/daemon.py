@@ -156,7 +156,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             config=config,
             store=store,
             broker=broker,
-            turns=Turns(store),
+            turns=Turns(store, line_quota_bytes=config.line_quota_bytes),
             agents=agents,
             approvals=approvals,
             gate=gate,

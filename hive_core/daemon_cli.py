@@ -5,43 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import stat
 import sys
 
+from hive_core.protocol.arguments import life_fd, parser_class
 from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import EXIT_CODES, Refusal
-from hive_core.protocol.words import shown
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import NoReturn
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the list of all flags is for those who ask for it."""
-
-    def error(self, message: str) -> NoReturn:
-        from hive_core.protocol.visible import named
-
-        raise Refusal("usage", f"cannot read the arguments: {named(message)[:300]}; `hive-core serve --help` says more")
-
-
-def _life_fd(text: str) -> int:
-    """The descriptor whose other end is the life of whoever starts us: a file would never say that it is over."""
-    try:
-        number = int(text)
-        mode = os.fstat(number).st_mode
-    except (ValueError, OverflowError, OSError):
-        mode = 0
-    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not the number of a pipe or socket that is open here")
-    return number
 
 
 def _parser() -> argparse.ArgumentParser:
     from hive_core.limits import Limits
 
-    parser = _Parser(
+    parser = parser_class("hive-core serve")(
         prog="hive-core",
         description="The hyperhive daemon.",
         epilog="Every flag is also HIVE_<NAME> and a key of config.toml.",
@@ -71,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, field in Limits.model_fields.items():
         told = f"{field.description} ({field.default:,})"
         serve.add_argument(f"--{name.replace('_', '-')}", metavar="…", help=told)
-    serve.add_argument("--life-fd", type=_life_fd, metavar="FD", help="stop when this inherited pipe is closed")
+    serve.add_argument("--life-fd", type=life_fd, metavar="FD", help="stop when this inherited pipe is closed")
     serve.add_argument("--end-agents-with-daemon", action="store_true", help="agents end when the daemon does")
     serve.add_argument("--unsafe-no-sandbox", action="store_true", help="run real programs without a sandbox")
     return parser
@@ -83,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     except Refusal as refusal:
         return _explain(refusal)
     del flags["verb"]
-    life_fd = flags.pop("life_fd", None)
+    life = flags.pop("life_fd", None)
     os.umask(0o077)
     # A caller's git environment would point our own repositories elsewhere.
     for variable in [name for name in os.environ if name.startswith("GIT_")]:
@@ -105,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         set_up_logs(config.log_format, config.log_level)
         from hive_core.daemon import run
 
-        run(config, life_fd)
+        run(config, life)
     except BaseExceptionGroup as group:
         return _explain(group)
     except (Refusal, StoreError, OSError) as exc:

@@ -24,6 +24,13 @@ def event_from_row(row: sqlite3.Row) -> dict[str, Any]:
     }
 
 
+async def timeline(store: Store) -> str:
+    """Whose numbers the events have: another hive, and a copy that was restored, has another timeline."""
+    row = await store.row("SELECT id FROM timeline")
+    assert row is not None
+    return str(row["id"])
+
+
 async def events_after(store: Store, seq: int, limit: int = PAGE) -> list[dict[str, Any]]:
     """At most `limit` events with a number above `seq`, oldest first."""
     sql = "SELECT * FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
@@ -37,8 +44,8 @@ async def newest_events(store: Store, limit: int) -> list[dict[str, Any]]:
 
 
 async def first_kept(store: Store) -> int:
-    """The number of the oldest event that is kept; 0 when there is none."""
-    row = await store.row("SELECT coalesce(min(seq), 0) AS seq FROM events")
+    """The number of the oldest event from which on all are kept."""
+    row = await store.row("SELECT gone + 1 AS seq FROM events_mark")
     assert row is not None
     return int(row["seq"])
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from hive_core.archive import newest_of_agent
 from hive_core.store.door import Store
 
 _MESSAGE = "m.id, m.sender, m.body, m.body_bytes, m.in_reply_to, m.thread_id, m.cause, m.cause_id, m.chain_id, m.hops"
@@ -25,8 +26,12 @@ _OF_AGENT = """
 
 async def newest_messages(store: Store, agent: str | None, limit: int) -> list[dict[str, Any]]:
     """The newest messages (from or to `agent`), oldest first, each with its `deliveries` by the recipients' names."""
-    sql = f"{_WITH_RECIPIENTS} WHERE {_OF_AGENT} ORDER BY m.id DESC LIMIT :limit"
-    return list(reversed(await _messages(store, sql, agent=agent, limit=limit)))
+    if agent is None:
+        sql = f"{_WITH_RECIPIENTS} ORDER BY m.id DESC LIMIT :limit"
+        return list(reversed(await _messages(store, sql, limit=limit)))
+    numbers = await newest_of_agent(store, agent, 2**62, limit)
+    sql = f"{_WITH_RECIPIENTS} WHERE m.id IN (SELECT value FROM json_each(:numbers)) ORDER BY m.id"
+    return await _messages(store, sql, numbers=json.dumps(numbers))
 
 
 async def these_messages(store: Store, numbers: Iterable[int], agent: str | None = None) -> dict[int, dict[str, Any]]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.visible import counted
 from hive_core.store.door import Store
 
 Row = Mapping[str, Any]
@@ -24,10 +25,10 @@ ENDS = {
     "waiting": "turn {turn} could not run, which is no try: {error}",
 }
 TOLD = {
-    "message_released": ("released", "released by {actor}; the chain begins anew with it"),
+    "message_released": ("released", "released by {actor}{chain}"),
     "message_requeued": ("requeued", "put back by {actor}, with all its tries"),
     "message_dropped": ("dropped", "dropped by {actor}"),
-    "message_dead": ("dead", "dead after {attempts} failed turns; it waits for `hive requeue` or `hive drop`"),
+    "message_dead": ("dead", "dead after {attempts}; it waits for `hive requeue` or `hive drop`"),
 }
 
 
@@ -99,8 +100,8 @@ def tell_sending(message: Row) -> Moment:
     if message["in_reply_to"]:
         parts.append(f"an answer to message {message['in_reply_to']}")
     if message["hops"]:
-        turns = "turn" if message["hops"] == 1 else "turns"
-        parts.append(f"{message['hops']} {turns} after message {message['chain_id']}, with which its chain began")
+        turns = counted(message["hops"], "turn")
+        parts.append(f"{turns} after message {message['chain_id']}, with which its chain began")
     return Moment(message["sent_at_ms"], "sent", "; ".join(parts), number if message["cause"] == "turn" else None)
 
 
@@ -137,7 +138,18 @@ def _turn(lease: Row) -> list[Moment]:
 def _event(event: Row) -> Moment:
     what, text = TOLD[event["kind"]]
     data = json.loads(event["data"])
-    return Moment(event["at_ms"], what, text.format(actor=event["actor"], attempts=data.get("attempts", "its")))
+    attempts = counted(data["attempts"], "failed turn") if "attempts" in data else "its failed turns"
+    return Moment(event["at_ms"], what, text.format(actor=event["actor"], attempts=attempts, chain=_old_chain(data)))
+
+
+def _old_chain(released: Mapping[str, int]) -> str:
+    """The chain that a message was of until it was released; its row knows only the one that begins with it."""
+    if "chain" not in released:
+        return "; the chain begins anew with it"
+    if not (hops := released["hops"]):
+        return ""
+    length = f"{counted(hops, 'turn')} long"
+    return f"; its chain, which had begun with message {released['chain']}, was {length}, and begins anew"
 
 
 def _now(delivery: Row, moments: Sequence[Moment]) -> list[Moment]:

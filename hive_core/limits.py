@@ -22,9 +22,9 @@ class Limits(BaseModel):
     backoff_s: Annotated[
         Rest, Field(description="rest after the first failed turn, doubled with each, ± half by chance")
     ] = 2.0
-    provider_rest_s: Annotated[Rest, Field(description="rest of a message when the provider or the login was away")] = (
-        30.0
-    )
+    provider_rest_s: Annotated[
+        Rest, Field(description="rest of an agent and its message when the provider or the login was away, ± half")
+    ] = 30.0
     lease_silence_s: Annotated[
         Seconds, Field(description="how long a harness may be silent before its turn is lost")
     ] = 60.0
@@ -40,5 +40,11 @@ class Limits(BaseModel):
     body_quota_bytes: Annotated[Count, Field(description="kept files of large bodies, for each sender")] = (
         256 * 1024 * 1024
     )
+    line_quota_bytes: Annotated[Count, Field(description="kept lines that its program printed, for each agent")] = (
+        64 * 1024 * 1024
+    )
     question_ttl_s: Annotated[Seconds, Field(description="how long a question waits for its answer")] = 6 * 3600.0
     kept_s: Annotated[Seconds, Field(description="how long an acked message is kept")] = 30 * 24 * 3600.0
+    history_kept_s: Annotated[
+        Seconds, Field(description="how long events, ended turns and settled questions and reminders are kept")
+    ] = 90 * 24 * 3600.0

@@ -7,20 +7,20 @@ the two `_judge` decides from plain values. Sender, cause and time are the host'
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from outcome import Error, Outcome, Value
+from outcome import Error, Outcome, Value, capture
 
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.visible import counted
 from hive_core.protocol.words import EVERYONE, OPERATOR, SYSTEM, AgentName, MessageBody
+from hive_core.rates import count_sent, sent_lately
 from hive_core.store.bus import mail
 from hive_core.store.writer import Transaction
 
-HOUR_MS = 3_600_000
 AT_ONCE = 0  # a message that need not rest is due by any clock, also one that was set back since
 # fmt: off
 _MESSAGE = ("id", "sender", "body", "body_bytes", "body_sha256", "in_reply_to", "thread_id",
@@ -63,40 +63,54 @@ class _Agent:
     turn: Cause
 
 
+@dataclass(frozen=True, slots=True)
+class _First:
+    """The message that has a client's own key already."""
+
+    answer: dict[str, Any]
+    said: tuple[str, str | None, int | None]  # its body, or the beginning and the digest; what it answers
+    recipients: frozenset[str]
+
+    def answer_to(self, letter: Letter) -> dict[str, Any]:
+        """The first answer. Raises Refusal when the letter is another one: whom `*` reaches may change, and no more."""
+        to = letter.recipients
+        if self.said != _said(letter) or not (to == (EVERYONE,) or self.recipients == frozenset(to)):
+            why = f"message {self.answer['message']} has it, and is another one; give each message a key of its own"
+            raise Refusal("usage", f"cannot use this key for this message: {why}")
+        return dict(self.answer)
+
+
+def _said(letter: Letter) -> tuple[str, str | None, int | None]:
+    return letter.body, letter.file[0] if letter.file else None, letter.in_reply_to
+
+
 @dataclass(slots=True)
 class _Facts:
     agents: dict[str, _Agent] = field(default_factory=dict)
-    sent: Counter[tuple[str, str]] = field(default_factory=Counter)  # messages of a pair within the last hour
     replied: dict[int, tuple[int, set[str]]] = field(default_factory=dict)  # id → its thread, who sent or got it
-    answers: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # by sender and client id
+    firsts: dict[tuple[str, str], _First] = field(default_factory=dict)  # by sender and client id
 
 
-def post(
-    tx: Transaction, letters: Sequence[Letter], limits: Limits, depths: dict[str, int] | None = None
-) -> list[Outcome[dict[str, Any]]]:
+def post(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> list[Outcome[dict[str, Any]]]:
     """Store what may be sent. For each letter `{"message": id}`, with `"held": {recipient: why}`, or its Refusal.
 
     A refused letter leaves nothing but a count with each recipient whose inbox was full.
-
-    depths: for who posts often, how many wait for each agent at most: counted when it was last in doubt, and one more
-    for each message since. An inbox is counted again only when this says that it may be full.
     """
-    depths = {} if depths is None else depths
-    facts = _look_up(tx, letters, limits, depths)
+    facts = _look_up(tx, letters, limits)
     (next_id,) = tx.execute("SELECT coalesce(max(seq), 0) + 1 FROM sqlite_sequence WHERE name = 'messages'").fetchone()
     messages: list[tuple[Any, ...]] = []
     deliveries: list[tuple[Any, ...]] = []
     results: list[Outcome[dict[str, Any]]] = []
     for letter in letters:
         key = (letter.sender, letter.client_id or "")
-        if letter.client_id is not None and key in facts.answers:
-            results.append(Value(dict(facts.answers[key])))
+        if letter.client_id is not None and key in facts.firsts:
+            results.append(capture(facts.firsts[key].answer_to, letter))
             continue
         try:
             if tx.short and letter.sender != SYSTEM:
                 raise no_room()
             recipients, cause = _judge(letter, facts, limits)
-            held = _held(letter, recipients, cause, facts, limits)
+            held = _held(tx, letter, recipients, cause, facts, limits)
         except Refusal as refusal:
             if isinstance(refusal, InboxFull):
                 _count_refused(tx, letter.sender, refusal.full, facts)
@@ -115,19 +129,34 @@ def post(
             deliveries.append((number, name, letter.sender, state, held.get(name), tx.now_ms, AT_ONCE))
             if name not in held:
                 tx.wake(mail(name))
-            _note_sent(letter, name, name in held, facts)
+            _note_sent(tx, letter, name, name in held, facts)
         answer: dict[str, Any] = {"message": number, **({"held": held} if held else {})}
         tx.emit("message_sent", letter.sender, recipients[0] if len(recipients) == 1 else None, **answer)
         facts.replied[number] = (thread_id or number, {letter.sender, *recipients})
         if letter.client_id is not None:
-            facts.answers[key] = answer
+            facts.firsts[key] = _First(answer, _said(letter), frozenset(recipients))
         if letter.file is not None and letter.sender in facts.agents:
             facts.agents[letter.sender].kept_bytes += body_bytes
         results.append(Value(answer))
     tx.insert("messages", _MESSAGE, messages)
     tx.insert("deliveries", _DELIVERY, deliveries)
-    depths.update({name: agent.waiting for name, agent in facts.agents.items()})
+    tx.memo.update({_depth(name): agent.waiting for name, agent in facts.agents.items()})
     return results
+
+
+def forget_depth(tx: Transaction, name: str) -> None:
+    """For whoever queues mail of `name` by any other way than `post`: how full that inbox is, nobody knows now."""
+    tx.memo[_depth(name)] = None
+
+
+def _at_most(tx: Transaction, name: str, limits: Limits) -> int:
+    remembered = tx.memo.get(_depth(name))
+    return limits.inbox_depth if remembered is None else int(remembered)
+
+
+def _depth(name: str) -> tuple[str, str]:
+    """What the writer remembers: how many wait for an agent at most. It is counted again when that may be too many."""
+    return "depth", name
 
 
 def no_room(deed: str = "send") -> Refusal:
@@ -143,8 +172,8 @@ class InboxFull(Refusal):
     def __init__(self, full: Sequence[str], depth: int) -> None:
         super().__init__(
             "refused",
-            f"cannot send to {', '.join(full)}: {depth:,} messages wait there already, which is the limit "
-            "(inbox_depth); send again when some are read",
+            f"cannot send to {', '.join(full)}: {counted(depth, 'message waits', 'messages wait')} there already, "
+            "which is the limit (inbox_depth); send again when some are read",
         )
         self.full = full
 
@@ -198,7 +227,9 @@ def _cause_of(name: AgentName, sender: _Agent | None) -> Cause:
     return sender.turn
 
 
-def _held(letter: Letter, recipients: Iterable[str], cause: Cause, facts: _Facts, limits: Limits) -> dict[str, str]:
+def _held(
+    tx: Transaction, letter: Letter, recipients: Iterable[str], cause: Cause, facts: _Facts, limits: Limits
+) -> dict[str, str]:
     """For whom the operator has to release it, and why. Raises Refusal when too much of the sender is held already."""
     sender = facts.agents.get(letter.sender)
     if cause.kind == "system":
@@ -206,25 +237,27 @@ def _held(letter: Letter, recipients: Iterable[str], cause: Cause, facts: _Facts
     elif cause.hops > limits.hops:
         held = dict.fromkeys(recipients, "hops")
     elif sender is not None:
-        held = {name: "rate" for name in recipients if facts.sent[letter.sender, name] >= sender.rate}
+        held = {name: "rate" for name in recipients if sent_lately(tx, letter.sender, name) >= sender.rate}
     else:
         held = {}
     if held and sender is not None and sender.held + len(held) > limits.held_depth:
         raise Refusal(
             "refused",
-            f"cannot send to {', '.join(held)}: {sender.held} messages of {letter.sender} are held for the operator "
-            f"already and the limit is {limits.held_depth} (held_depth); wait until some are released or dropped",
+            f"cannot send to {', '.join(held)}: {counted(sender.held, 'message')} of {letter.sender} "
+            f"{'is' if sender.held == 1 else 'are'} held for the operator already and the limit is "
+            f"{limits.held_depth} (held_depth); wait until some are released or dropped",
         )
     return held
 
 
-def _note_sent(letter: Letter, recipient: str, held: bool, facts: _Facts) -> None:
+def _note_sent(tx: Transaction, letter: Letter, recipient: str, held: bool, facts: _Facts) -> None:
     """What the next letter of the same commit has to know."""
     if held and letter.sender in facts.agents:
         facts.agents[letter.sender].held += 1
+    if letter.sender in facts.agents:
+        count_sent(tx, letter.sender, recipient)
     if not held and recipient in facts.agents:
         facts.agents[recipient].waiting += 1
-    facts.sent[letter.sender, recipient] += 1
 
 
 def _count_refused(tx: Transaction, sender: str, full: Iterable[str], facts: _Facts) -> None:
@@ -237,7 +270,7 @@ def _count_refused(tx: Transaction, sender: str, full: Iterable[str], facts: _Fa
             tx.emit("inbox_full", sender, name, refused=refused)
 
 
-def _look_up(tx: Transaction, letters: Sequence[Letter], limits: Limits, depths: dict[str, int]) -> _Facts:
+def _look_up(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> _Facts:
     facts = _Facts()
     names = {letter.sender for letter in letters} | {name for letter in letters for name in letter.recipients}
     if EVERYONE in names:
@@ -250,7 +283,7 @@ def _look_up(tx: Transaction, letters: Sequence[Letter], limits: Limits, depths:
         facts.agents[row["name"]] = _Agent(
             allowed=frozenset(policy["recipients"]) if policy.get("recipients") is not None else None,
             rate=policy.get("pair_rate_per_hour") or limits.pair_rate_per_hour,
-            waiting=depths.get(row["name"], limits.inbox_depth),
+            waiting=_at_most(tx, row["name"], limits),
             held=row["held"],
             refused=row["refused"],
             kept_bytes=0,
@@ -259,7 +292,6 @@ def _look_up(tx: Transaction, letters: Sequence[Letter], limits: Limits, depths:
     if doubtful := [name for name, agent in facts.agents.items() if agent.waiting >= limits.inbox_depth]:
         for row in tx.execute(_WAITING, (json.dumps(doubtful),)).fetchall():
             facts.agents[row["name"]].waiting = row["waiting"]
-    _look_up_pairs(tx, letters, facts)
     if replies := {letter.in_reply_to for letter in letters if letter.in_reply_to is not None}:
         for row in tx.execute(_REPLIED, (json.dumps(sorted(replies)),)).fetchall():
             people = {row["sender"], *json.loads(row["recipients"])}
@@ -267,24 +299,12 @@ def _look_up(tx: Transaction, letters: Sequence[Letter], limits: Limits, depths:
     if keys := [(letter.sender, letter.client_id) for letter in letters if letter.client_id is not None]:
         for row in tx.execute(_FIRST, (json.dumps(keys),)).fetchall():
             held = json.loads(row["held"])
-            facts.answers[row["sender"], row["client_id"]] = {"message": row["id"], **({"held": held} if held else {})}
+            answer = {"message": row["id"], **({"held": held} if held else {})}
+            said, people = (row["body"], row["body_sha256"], row["in_reply_to"]), json.loads(row["recipients"])
+            facts.firsts[row["sender"], row["client_id"]] = _First(answer, said, frozenset(people))
     for sender in {letter.sender for letter in letters if letter.file is not None} & facts.agents.keys():
         facts.agents[sender].kept_bytes = tx.execute(_KEPT, (sender,)).fetchone()[0]
     return facts
-
-
-def _look_up_pairs(tx: Transaction, letters: Sequence[Letter], facts: _Facts) -> None:
-    pairs: list[tuple[str, str]] = []
-    most = 0  # more than the highest rate need not be counted
-    for letter in letters:
-        if (sender := facts.agents.get(letter.sender)) is not None:
-            recipients = facts.agents if letter.recipients == (EVERYONE,) else letter.recipients
-            pairs += [(letter.sender, name) for name in recipients]
-            most = max(most, sender.rate)
-    if pairs:
-        since = tx.now_ms - HOUR_MS
-        given = {"pairs": json.dumps(sorted(set(pairs))), "since": since, "now": tx.now_ms, "most": most}
-        facts.sent.update({(row[0], row[1]): row[2] for row in tx.execute(_PAIRS, given).fetchall()})
 
 
 # The newest turn is the one that runs, if any does.
@@ -299,23 +319,15 @@ _WAITING = """
         SELECT count(*) FROM deliveries INDEXED BY deliveries_queued WHERE recipient = value AND state = 'queued'
     ) AS waiting FROM json_each(?)
 """
-# A clock that was set back leaves messages of the future, which must not count as recent.
-_PAIRS = """
-    SELECT value ->> 0, value ->> 1, (
-        SELECT count(*) FROM (
-            SELECT 1 FROM deliveries
-            WHERE sender = value ->> 0 AND recipient = value ->> 1 AND sent_at_ms > :since AND sent_at_ms <= :now
-            LIMIT :most
-        )
-    ) FROM json_each(:pairs)
-"""
 _REPLIED = """
     SELECT id, thread_id, sender,
            (SELECT json_group_array(recipient) FROM deliveries WHERE message_id = id AND state != 'held') AS recipients
     FROM messages WHERE id IN (SELECT value FROM json_each(?))
 """
 _FIRST = """
-    SELECT m.sender, m.client_id, m.id, (
+    SELECT m.sender, m.client_id, m.id, m.body, m.body_sha256, m.in_reply_to, (
+        SELECT json_group_array(recipient) FROM deliveries WHERE message_id = m.id
+    ) AS recipients, (
         SELECT json_group_object(recipient, held) FROM deliveries WHERE message_id = m.id AND held IS NOT NULL
     ) AS held
     FROM json_each(?) k JOIN messages m ON m.sender = k.value ->> 0 AND m.client_id = k.value ->> 1

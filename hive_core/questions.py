@@ -1,6 +1,8 @@
 """Questions: put by an agent to another agent or to the operator. The answer comes back as a message.
 
-open ──▶ answered by whom it was put to, expired at its instant, or cancelled by its asker
+open ──▶ answered by whom it was put to, expired at its instant, cancelled by its asker, dropped by the operator
+  ▲          │
+  └──────────┘ the answer was taken back before it was read
 """
 
 from __future__ import annotations
@@ -14,18 +16,18 @@ from typing import Any, NamedTuple
 
 from hive_core.broker import first_answer, once
 from hive_core.limits import Limits
-from hive_core.post import Cause, Letter, post
+from hive_core.post import Letter, post
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import HIDDEN, quoted
 from hive_core.protocol.words import (
     OPERATOR,
-    SYSTEM,
     AgentName,
     MessageBody,
     parse_recipient,
     parse_text,
     shown,
 )
+from hive_core.question_ends import TOPIC, cancel_put_with, expire
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 from hive_core.withdrawal import withdraw
@@ -36,7 +38,6 @@ OPTIONS_LIMIT = 12
 OPTION_LIMIT_BYTES = 200
 OPEN_LIMIT = 50  # questions of one asker that wait
 TTL_LEAST_S = 10.0
-TOPIC = "questions"
 BATCH = 100  # that expire in one transaction
 
 
@@ -208,7 +209,7 @@ class Questions:
                 )
             (number,) = tx.execute(_NEXT_ID).fetchone()
             expires_at_ms = tx.now_ms + int(ttl_s * 1000)
-            sent = self._post(tx, Letter(asker, (ask.to,), _asked(number, asker, ask, expires_at_ms)))
+            sent = post_counted(tx, Letter(asker, (ask.to,), _asked(number, asker, ask, expires_at_ms)), self._limits)
             if isinstance(sent, Refusal):
                 return sent
             row = (number, asker, ask.to, ask.text, json.dumps(ask.options), int(ask.multi), int(ask.free_text))
@@ -217,7 +218,7 @@ class Questions:
             tx.wake(TOPIC)
             return once(tx, asker, key, "ask", lambda: {"question": number, **sent})
 
-        return _unless_refused(await self._store.write(write))
+        return unless_refused(await self._store.write(write))
 
     def _ttl_s(self, ask: Ask) -> float:
         most = self._limits.question_ttl_s
@@ -238,7 +239,9 @@ class Questions:
                 return first
             question = _open_for(tx, who, question_id)
             given = fit(question, answer)
-            sent = self._post(tx, Letter(who, (question.asker,), _answered(question, given), question.message_id))
+            sent = post_counted(
+                tx, Letter(who, (question.asker,), _answered(question, given), question.message_id), self._limits
+            )
             if isinstance(sent, Refusal):
                 return sent
             tx.execute(
@@ -251,7 +254,7 @@ class Questions:
             tx.emit("question_answered", who, question.asker, question=question_id, message=sent["message"])
             return once(tx, who, key, "answer", lambda: {"question": question_id, **sent})
 
-        return _unless_refused(await self._store.write(write))
+        return unless_refused(await self._store.write(write))
 
     async def cancel(self, asker: AgentName, question_id: int) -> dict[str, Any]:
         """Take a question back: {"question", "reached"}, where reached says whether it was read already.
@@ -266,39 +269,23 @@ class Questions:
             if row["state"] not in ("open", "cancelled"):
                 raise Refusal("conflict", f"cannot cancel question {question_id}: {_end_of(from_row(row))}")
             if row["state"] == "open":
-                sql = "UPDATE questions SET state = 'cancelled', settled_at_ms = ? WHERE id = ?"
-                tx.execute(sql, (tx.now_ms, question_id))
-                withdraw(tx, asker, [row["message_id"]])
-                tx.emit("question_cancelled", asker, row["answerer"], question=question_id)
+                cancel_put_with(tx, asker, row["message_id"])
+                withdraw(tx, asker, [(row["message_id"], row["answerer"])])
             sql = "SELECT 1 FROM deliveries WHERE message_id = ? AND state != 'dropped'"
             reached = tx.execute(sql, (row["message_id"],)).fetchone() is not None
             return {"question": question_id, "reached": reached}
 
         return await self._store.write(write)
 
-    def _post(self, tx: Transaction, letter: Letter) -> dict[str, Any] | Refusal:
-        """Send as a part of a change. A refusal is a value here: what `post` counted of it has to stay."""
-        sent = post(tx, [letter], self._limits)[0]
-        try:
-            return sent.unwrap()
-        except Refusal as refusal:
-            return refusal
-
     # -- the clock ----------------------------------------------------------------------------------------------------
 
     def fire(self, tx: Transaction) -> None:
         """Expire what is over its time, and wake each asker with a message."""
         sql = """
-            SELECT q.*, m.id AS there, m.chain_id, m.hops FROM questions q LEFT JOIN messages m ON m.id = q.message_id
-            WHERE q.state = 'open' AND expires_at_ms <= ? ORDER BY expires_at_ms, q.id LIMIT ?
+            SELECT id FROM questions WHERE state = 'open' AND expires_at_ms <= ? ORDER BY expires_at_ms, id LIMIT ?
         """
         for row in tx.execute(sql, (tx.now_ms, BATCH)).fetchall():
-            tx.execute("UPDATE questions SET state = 'expired', settled_at_ms = ? WHERE id = ?", (tx.now_ms, row["id"]))
-            tx.emit("question_expired", SYSTEM, row["asker"], question=row["id"])
-            text = f"question_expired: {row['answerer']} did not answer your question {row['id']} in time."
-            body = MessageBody(f"{text} It began with {quoted(row['text'].strip().splitlines()[0][:80])}")
-            cause = Cause("system", None, row["chain_id"], (row["hops"] or 0) + 1)
-            self._post(tx, Letter(SYSTEM, (row["asker"],), body, row["there"], cause=cause))
+            expire(tx, row["id"], self._limits)
 
     def next_after(self, tx: Transaction) -> int | None:
         sql = "SELECT min(expires_at_ms) FROM questions WHERE state = 'open'"
@@ -309,10 +296,15 @@ class Questions:
 
     async def get(self, question_id: int) -> Question:
         """One question. Raises Refusal("not_found")."""
-        row = await self._store.row("SELECT * FROM questions WHERE id = ?", (question_id,))
-        if row is None:
+        question = await self.find(question_id)
+        if question is None:
             raise Refusal("not_found", f"cannot find question {question_id}; `hive questions` shows what waits")
-        return from_row(row)
+        return question
+
+    async def find(self, question_id: int) -> Question | None:
+        """One question; None when there was none, or it is gone: what is settled is kept for a while."""
+        row = await self._store.row("SELECT * FROM questions WHERE id = ?", (question_id,))
+        return None if row is None else from_row(row)
 
     async def open_to(self, who: str, limit: int = 100) -> list[Question]:
         """What waits for the answer of `who`, oldest first. One that is held has not reached anybody yet."""
@@ -381,6 +373,8 @@ def _end_of(question: Question) -> str:
             return f"{question.answerer} answered it at {at}"
         case "expired":
             return f"it has expired at {at}"
+        case "dropped":
+            return f"the operator dropped it at {at}"
         case _:
             return f"{question.asker} cancelled it at {at}"
 
@@ -396,7 +390,16 @@ def _mark_read(tx: Transaction, message_id: int) -> None:
         tx.emit("inbox_read", OPERATOR, messages=[message_id])
 
 
-def _unless_refused(result: dict[str, Any] | Refusal) -> dict[str, Any]:
+def post_counted(tx: Transaction, letter: Letter, limits: Limits) -> dict[str, Any] | Refusal:
+    """Send as a part of a change. A refusal is a value here: what `post` counted of it has to stay."""
+    try:
+        sent: dict[str, Any] = post(tx, [letter], limits)[0].unwrap()
+    except Refusal as refusal:
+        return refusal
+    return sent
+
+
+def unless_refused(result: dict[str, Any] | Refusal) -> dict[str, Any]:
     if isinstance(result, Refusal):
         raise result
     return result

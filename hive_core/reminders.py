@@ -1,18 +1,21 @@
-"""Reminders: what an agent asks to be told again at an instant. A firing is a message of the hive."""
+"""Reminders: what an agent asks to be told again at an instant. A firing is a message of the hive.
+
+open ── its instant ──▶ due ── when its agent has room, most often at once ──▶ fired
+  └──────── cancelled ◀──┘
+"""
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Any
-
-from outcome import Error
 
 from hive_core.broker import once
 from hive_core.limits import Limits
-from hive_core.post import Cause, Letter, no_room, post
+from hive_core.post import Cause, Letter, no_room
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import quoted
 from hive_core.protocol.words import NOTE_LIMIT_BYTES, SYSTEM, AgentName, MessageBody, parse_instant, parse_text, shown
-from hive_core.questions import instant
+from hive_core.questions import instant, post_counted
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
@@ -68,7 +71,7 @@ class Reminders:
             if tx.short:
                 raise no_room("remind")
             (mine,) = tx.execute(
-                "SELECT count(*) FROM reminders WHERE agent = ? AND state = 'open'", (agent,)
+                "SELECT count(*) FROM reminders WHERE agent = ? AND state IN ('open', 'due')", (agent,)
             ).fetchone()
             if mine >= OPEN_LIMIT:
                 raise Refusal(
@@ -102,7 +105,7 @@ class Reminders:
             if row["state"] == "fired":
                 fired = instant(row["settled_at_ms"])
                 raise Refusal("conflict", f"cannot cancel reminder {reminder_id}: it has fired at {fired}")
-            if row["state"] == "open":
+            if row["state"] in ("open", "due"):
                 sql = "UPDATE reminders SET state = 'cancelled', settled_at_ms = ? WHERE id = ?"
                 tx.execute(sql, (tx.now_ms, reminder_id))
                 tx.emit("reminder_cancelled", agent, agent, reminder=reminder_id)
@@ -111,31 +114,71 @@ class Reminders:
         return await self._store.write(write)
 
     def fire(self, tx: Transaction) -> None:
-        """Send what is due, late ones too: an agent that counts on being told again is told."""
-        sql = "SELECT * FROM reminders WHERE state = 'open' AND due_at_ms <= ? ORDER BY due_at_ms, id LIMIT ?"
-        rows = tx.execute(sql, (tx.now_ms, BATCH)).fetchall()
-        letters = []
-        for row in rows:
-            text = f"reminder {row['id']}, which you set at {_instant(row['set_at_ms'])}: {quoted(row['body'])}"
-            cause = Cause("reminder", row["id"], row["chain_id"], row["hops"])
-            letters.append(Letter(SYSTEM, (row["agent"],), MessageBody(text), cause=cause))
-        results = post(tx, letters, self._limits) if letters else []
-        for row, result in zip(rows, results, strict=True):
-            message_id = None if isinstance(result, Error) else result.unwrap()["message"]
-            tx.execute(
-                "UPDATE reminders SET state = 'fired', settled_at_ms = ?, message_id = ? WHERE id = ?",
-                (tx.now_ms, message_id, row["id"]),
-            )
-            tx.emit("reminder_fired", SYSTEM, row["agent"], reminder=row["id"], message=message_id)
+        """Send what is due, late ones too: an agent that counts on being told again is told.
+
+        One for which its agent has no room, by inbox_depth or held_depth, stays due and is looked at each time.
+        """
+        sql = "SELECT id FROM reminders WHERE state = 'open' AND due_at_ms <= ? ORDER BY due_at_ms, id LIMIT ?"
+        new = [row["id"] for row in tx.execute(sql, (tx.now_ms, BATCH)).fetchall()]
+        tx.executemany("UPDATE reminders SET state = 'due' WHERE id = ?", [(number,) for number in new])
+        due = tx.execute("SELECT DISTINCT agent FROM reminders INDEXED BY reminders_due WHERE state = 'due'")
+        for row in due.fetchall():
+            for number in self._send(tx, row["agent"]):
+                if number in new:
+                    tx.emit("reminder_waits", SYSTEM, row["agent"], reminder=number)
+
+    def _send(self, tx: Transaction, agent: AgentName) -> list[int]:
+        """Send what is due to an agent as far as it has room, the oldest first. The numbers of the others."""
+        sql = (
+            "SELECT * FROM reminders INDEXED BY reminders_due WHERE agent = ? AND state = 'due' ORDER BY due_at_ms, id"
+        )
+        room, waits = self._room(tx, agent), []
+        for row in tx.execute(sql, (agent,)).fetchall():
+            place = "held" if row["hops"] > self._limits.hops else "queued"
+            room[place] -= 1
+            if room[place] < 0:
+                waits.append(row["id"])
+            else:
+                self._send_one(tx, row)
+        return waits
+
+    def _send_one(self, tx: Transaction, row: sqlite3.Row) -> None:
+        text = f"reminder {row['id']}, which you set at {_instant(row['set_at_ms'])}: {quoted(row['body'])}"
+        cause = Cause("reminder", row["id"], row["chain_id"], row["hops"])
+        sent = post_counted(tx, Letter(SYSTEM, (row["agent"],), MessageBody(text), cause=cause), self._limits)
+        message_id = None if isinstance(sent, Refusal) else sent["message"]
+        tx.execute(
+            "UPDATE reminders SET state = 'fired', settled_at_ms = ?, message_id = ? WHERE id = ?",
+            (tx.now_ms, message_id, row["id"]),
+        )
+        tx.emit("reminder_fired", SYSTEM, row["agent"], reminder=row["id"], message=message_id)
+
+    def _room(self, tx: Transaction, agent: AgentName) -> dict[str, int]:
+        """How many more messages may wait for an agent, and how many more of its own and its firings may be held."""
+        row = tx.execute(_WAITING, (agent,)).fetchone()
+        return {"queued": self._limits.inbox_depth - row["queued"], "held": self._limits.held_depth - row["held"]}
 
     def next_after(self, tx: Transaction) -> int | None:
         at: int | None = tx.execute("SELECT min(due_at_ms) FROM reminders WHERE state = 'open'").fetchone()[0]
         return at
 
     async def open_of(self, agent: str) -> list[dict[str, Any]]:
-        """The reminders of an agent that wait, the next one first: {reminder, at_ms, body}."""
-        sql = """
-            SELECT id AS reminder, due_at_ms AS at_ms, body FROM reminders
-            WHERE agent = ? AND state = 'open' ORDER BY due_at_ms, id
+        """The reminders of an agent that wait, the next one first: {reminder, at_ms, body, due}.
+
+        due: its instant has passed, and it waits for room.
         """
-        return [dict(row) for row in await self._store.rows(sql, (agent,))]
+        sql = """
+            SELECT id AS reminder, due_at_ms AS at_ms, body, state = 'due' AS due FROM reminders
+            WHERE agent = ? AND state IN ('open', 'due') ORDER BY due_at_ms, id
+        """
+        return [{**dict(row), "due": bool(row["due"])} for row in await self._store.rows(sql, (agent,))]
+
+
+_WAITING = """
+    SELECT (
+        SELECT count(*) FROM deliveries INDEXED BY deliveries_queued WHERE recipient = ?1 AND state = 'queued'
+    ) AS queued, (
+        SELECT count(*) FROM deliveries INDEXED BY deliveries_held
+        WHERE state = 'held' AND sender IN (?1, 'system') AND (sender = ?1 OR recipient = ?1)
+    ) AS held
+"""

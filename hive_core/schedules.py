@@ -10,12 +10,10 @@ import sqlite3
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from outcome import Error
-
-from hive_core.broker import once
+from hive_core.broker import first_answer, once
 from hive_core.cron import Cron, parse_cron
 from hive_core.limits import Limits
-from hive_core.post import Cause, Letter, no_room, post
+from hive_core.post import Cause, Letter, no_room
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
     INLINE_LIMIT_BYTES,
@@ -27,6 +25,7 @@ from hive_core.protocol.words import (
     parse_text,
     shown,
 )
+from hive_core.questions import post_counted, unless_refused
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
@@ -181,8 +180,8 @@ class Schedules:
             if row is None:
                 raise _no_schedule(schedule_id)
             if row["state"] != "removed":
-                sql = "UPDATE schedules SET state = 'removed', next_at_ms = NULL WHERE id = ?"
-                tx.execute(sql, (schedule_id,))
+                sql = "UPDATE schedules SET state = 'removed', next_at_ms = NULL, moved_at_ms = ? WHERE id = ?"
+                tx.execute(sql, (tx.now_ms, schedule_id))
                 tx.emit("schedule_removed", OPERATOR, row["agent"], schedule=schedule_id)
             return {"schedule": schedule_id, "state": "removed"}
 
@@ -191,14 +190,19 @@ class Schedules:
     async def run(self, schedule_id: int, key: str | None = None) -> dict[str, Any]:
         """Send its message now: {"schedule", "message"}. Its next due instant stays. A repeated `key` sends it once."""
 
-        def send(tx: Transaction) -> dict[str, Any]:
-            row = _get(tx, schedule_id)
-            sent: dict[str, Any] = post(tx, [_letter(row)], self._limits)[0].unwrap()
-            tx.emit("schedule_run", OPERATOR, row["agent"], schedule=schedule_id, message=sent["message"])
-            return {"schedule": schedule_id, **sent}
-
         tool = f"schedule run {schedule_id}"
-        return await self._store.write(lambda tx: once(tx, OPERATOR, key, tool, lambda: send(tx)))
+
+        def write(tx: Transaction) -> dict[str, Any] | Refusal:
+            if first := first_answer(tx, OPERATOR, key, tool):
+                return first
+            row = _get(tx, schedule_id)
+            sent = post_counted(tx, _letter(row), self._limits)
+            if isinstance(sent, Refusal):
+                return sent
+            tx.emit("schedule_run", OPERATOR, row["agent"], schedule=schedule_id, message=sent["message"])
+            return once(tx, OPERATOR, key, tool, lambda: {"schedule": schedule_id, **sent})
+
+        return unless_refused(await self._store.write(write))
 
     # -- the clock ----------------------------------------------------------------------------------------------------
 
@@ -232,17 +236,20 @@ class Schedules:
             self._send(tx, row, due.fires_ms)
 
     def _send(self, tx: Transaction, row: sqlite3.Row, due_at_ms: int) -> None:
-        result = post(tx, [_letter(row)], self._limits)[0]
-        if isinstance(result, Error):
-            tx.emit("schedule_refused", SYSTEM, row["agent"], schedule=row["id"], why=str(result.error))
+        sent = post_counted(tx, _letter(row), self._limits)
+        if isinstance(sent, Refusal):
+            tx.emit("schedule_refused", SYSTEM, row["agent"], schedule=row["id"], why=str(sent))
             return
-        message_id = result.unwrap()["message"]
+        message_id = sent["message"]
         sql = "UPDATE schedule_firings SET message_id = ? WHERE schedule_id = ? AND due_at_ms = ?"
         tx.execute(sql, (message_id, row["id"], due_at_ms))
         tx.emit("schedule_fired", SYSTEM, row["agent"], schedule=row["id"], message=message_id, due_at_ms=due_at_ms)
 
     def next_after(self, tx: Transaction) -> int | None:
-        at: int | None = tx.execute("SELECT min(next_at_ms) FROM schedules WHERE state = 'on'").fetchone()[0]
+        """The next due instant; now, while there are some that a clock which was set back has still to move."""
+        row = tx.execute(_NEXT).fetchone()
+        ahead = row["moved_at_ms"] is not None and row["moved_at_ms"] > tx.now_ms
+        at: int | None = tx.now_ms if ahead else row["next_at_ms"]
         return at
 
     async def all(self) -> list[dict[str, Any]]:
@@ -253,6 +260,12 @@ class Schedules:
             FROM schedules s WHERE s.state != 'removed' ORDER BY s.id
         """
         return [dict(row) for row in await self._store.rows(sql)]
+
+
+_NEXT = """
+    SELECT (SELECT min(next_at_ms) FROM schedules WHERE state = 'on') AS next_at_ms,
+           (SELECT max(moved_at_ms) FROM schedules WHERE state = 'on') AS moved_at_ms
+"""
 
 
 def _no_schedule(schedule_id: int) -> Refusal:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from hive_core.limits import Limits
 from hive_core.protocol.words import AgentName
 from hive_core.store.bus import stream
 from hive_core.store.door import Store
@@ -13,16 +14,23 @@ from hive_core.store.writer import Transaction
 LINES_PER_TURN = 2_000
 LINES_PER_AGENT = 20_000
 LINE_KEPT_S = 14 * 24 * 3600
-BOUND_EVERY = 500  # lines of one turn between two looks at the bounds of its agent
+BOUND_EVERY = 500  # lines of one turn between two looks at how many its agent has
+DROPPED_AT_ONCE = 1_000  # lines over the quota that one transaction drops; there are more after it was lowered
 
 
 class Turns:
     def __init__(
-        self, store: Store, *, lines_per_turn: int = LINES_PER_TURN, lines_per_agent: int = LINES_PER_AGENT
+        self,
+        store: Store,
+        *,
+        lines_per_turn: int = LINES_PER_TURN,
+        lines_per_agent: int = LINES_PER_AGENT,
+        line_quota_bytes: int = Limits().line_quota_bytes,
     ) -> None:
         self._store = store
         self._lines_per_turn = lines_per_turn
         self._lines_per_agent = lines_per_agent
+        self._line_quota_bytes = line_quota_bytes
 
     async def add_lines(self, agent: AgentName, turn_id: int, first: int, lines: list[str]) -> int:
         """Keep lines number `first` and up of a turn; those already there are left alone.
@@ -44,10 +52,13 @@ class Turns:
                 rows = []  # counted, not kept: the last space is for the mail
             tx.executemany("INSERT INTO turn_lines (agent, turn_id, n, at_ms, line) VALUES (?, ?, ?, ?, ?)", rows)
             tx.execute("UPDATE turns SET lines = ? WHERE id = ?", (arrived, turn_id))
+            size = sum(len(row[-1].encode()) for row in rows)
+            tx.execute("UPDATE agents SET line_bytes = line_bytes + ? WHERE name = ?", (size, agent))
             if arrived > self._lines_per_turn:
                 _drop_lines(tx, "turn_id = ? AND n < ?", turn_id, arrived - self._lines_per_turn)
             if row["lines"] == 0 or arrived // BOUND_EVERY > row["lines"] // BOUND_EVERY:
                 self._bound(tx, agent)
+            self._bound_bytes(tx, agent)
             tx.wake(stream(agent))
             return arrived
 
@@ -90,6 +101,7 @@ class Turns:
             _drop_lines(tx, "at_ms < ?", tx.now_ms - LINE_KEPT_S * 1000)
             for row in tx.execute("SELECT name FROM agents").fetchall():
                 self._bound(tx, row["name"])
+                self._bound_bytes(tx, row["name"])
 
         await self._store.insist(write)
 
@@ -99,12 +111,29 @@ class Turns:
         if over := tx.execute(sql, (agent, self._lines_per_agent)).fetchone():
             _drop_lines(tx, "agent = ? AND id <= ?", agent, over["id"])
 
+    def _bound_bytes(self, tx: Transaction, agent: str) -> None:
+        """Keep of an agent what came last and fits into its quota."""
+        (size,) = tx.execute("SELECT line_bytes FROM agents WHERE name = ?", (agent,)).fetchone()
+        over, last = size - self._line_quota_bytes, 0
+        if over <= 0:
+            return
+        sql = f"SELECT id, {_BYTES} FROM turn_lines WHERE agent = ? ORDER BY id LIMIT ?"
+        for last, line_bytes in tx.execute(sql, (agent, DROPPED_AT_ONCE)):  # noqa: B007 - the last one is needed
+            over -= line_bytes
+            if over <= 0:
+                break
+        _drop_lines(tx, "agent = ? AND id <= ?", agent, last)
+
+
+_BYTES = "length(CAST(line AS BLOB))"
+
 
 def _drop_lines(tx: Transaction, where: str, *values: object) -> None:
     """Drop lines, and note where each agent's gap ends: who has seen less has to be told everything anew."""
-    gone = tx.execute(f"SELECT agent, max(id) FROM turn_lines WHERE {where} GROUP BY agent", values).fetchall()
+    sql = f"SELECT agent, max(id), sum({_BYTES}) FROM turn_lines WHERE {where} GROUP BY agent"
+    gone = [tuple(row) for row in tx.execute(sql, values).fetchall()]
     if gone:
         tx.executemany(
-            "UPDATE agents SET lines_gone = max(lines_gone, ?2) WHERE name = ?1", [tuple(row) for row in gone]
+            "UPDATE agents SET lines_gone = max(lines_gone, ?2), line_bytes = line_bytes - ?3 WHERE name = ?1", gone
         )
         tx.execute(f"DELETE FROM turn_lines WHERE {where}", values)

@@ -2,54 +2,70 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
+from hive_core.question_ends import cancel_put_with, reopen
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
-
-class Withdrawn(NamedTuple):
-    dropped: int  # deliveries that will not happen
-    too_late: int  # deliveries that a turn has had, or the operator has read
+STEP = 100  # deliveries that one transaction drops
 
 
-def withdraw(tx: Transaction, sender: AgentName, messages: Sequence[int]) -> Withdrawn:
-    """Drop every delivery of these messages of `sender` that is queued or held and was never leased."""
-    sql = """
-        SELECT message_id, recipient, state IN ('queued', 'held') AND attempts = 0 AS unread FROM deliveries
-        WHERE message_id IN (SELECT value FROM json_each(?)) AND sender = ? AND state != 'dropped'
-        ORDER BY message_id, recipient
+def withdraw(tx: Transaction, sender: AgentName, deliveries: Sequence[tuple[int, str]]) -> int:
+    """Drop those of these deliveries (message, recipient) that `sender` sent and nobody has had. How many."""
+    sql = f"""
+        UPDATE deliveries SET state = 'dropped', settled_at_ms = ?, note = 'withdrawn by its sender'
+        WHERE message_id = ? AND recipient = ? AND sender = ? AND {_UNREAD}
     """
-    rows = tx.execute(sql, (json.dumps(messages), sender)).fetchall()
-    unread = [row for row in rows if row["unread"]]
-    tx.executemany(
-        "UPDATE deliveries SET state = 'dropped', settled_at_ms = ?, note = 'withdrawn by its sender'"
-        " WHERE message_id = ? AND recipient = ?",
-        [(tx.now_ms, row["message_id"], row["recipient"]) for row in unread],
-    )
-    for row in unread:
-        message_id = row["message_id"]
-        tx.emit("message_dropped", sender, row["recipient"], about=message_id, message=message_id)
-    return Withdrawn(len(unread), len(rows) - len(unread))
+    dropped = 0
+    for message_id, recipient in deliveries:
+        if tx.execute(sql, (tx.now_ms, message_id, recipient, sender)).rowcount:
+            dropped += 1
+            tx.emit("message_dropped", sender, recipient, about=message_id, message=message_id)
+            reopen(tx, message_id)
+    return dropped
 
 
 async def withdraw_thread(store: Store, sender: AgentName, message_id: int) -> dict[str, int]:
     """Withdraw what `sender` wrote in the thread of a message: {"thread", "dropped", "too_late"}.
 
-    Asked again it finds nothing left to drop. Raises Refusal("not_found") for a thread that `sender` has no part in.
+    dropped: deliveries that will not happen. too_late: those that a turn has had, or the operator has read. A question
+    of `sender` that began the thread is cancelled, and one that is answered by what is withdrawn opens again. A long
+    thread goes in small transactions. Asked again it finds nothing left to drop. Raises Refusal("not_found") for a
+    thread that `sender` has no part in.
     """
+    row = await store.row("SELECT coalesce(thread_id, id) FROM messages WHERE id = ?", (message_id,))
+    root = row[0] if row else 0
+    if await store.row(f"{_MINE} LIMIT 1", {"root": root, "sender": sender}) is None:
+        raise Refusal("not_found", f"cannot cancel thread {message_id}: you wrote nothing in it")
+    await store.write(lambda tx: cancel_put_with(tx, sender, root))
+    dropped, after = 0, 0
+    for sql in (_FIRST, _OTHERS):
+        while unread := await store.rows(sql, {"root": root, "sender": sender, "after": after, "step": STEP}):
+            deliveries = [(row["message_id"], row["recipient"]) for row in unread]
+            dropped += await store.write(lambda tx, some=deliveries: withdraw(tx, sender, some))  # type: ignore[misc]
+            after = deliveries[-1][0]
+    (left,) = await store.rows(
+        f"SELECT count(*) FROM ({_MINE} AND d.state != 'dropped')", {"root": root, "sender": sender}
+    )
+    return {"thread": root, "dropped": dropped, "too_late": left[0]}
 
-    def write(tx: Transaction) -> dict[str, int]:
-        row = tx.execute("SELECT coalesce(thread_id, id) AS root FROM messages WHERE id = ?", (message_id,)).fetchone()
-        root = row["root"] if row else 0
-        mine = "SELECT id FROM messages WHERE (id = :root OR thread_id = :root) AND sender = :sender"
-        messages = [row["id"] for row in tx.execute(mine, {"root": root, "sender": sender}).fetchall()]
-        if not messages:
-            raise Refusal("not_found", f"cannot cancel thread {message_id}: you wrote nothing in it")
-        return {"thread": root, **withdraw(tx, sender, messages)._asdict()}
 
-    return await store.write(write)
+_UNREAD = "state IN ('queued', 'held') AND attempts = 0"
+_MINE = """
+    SELECT 1 FROM messages m JOIN deliveries d ON d.message_id = m.id
+    WHERE (m.id = :root OR m.thread_id = :root) AND m.sender = :sender
+"""
+# The first of a thread stands outside the index of the others.
+_FIRST = f"""
+    SELECT message_id, recipient FROM deliveries WHERE message_id = :root AND sender = :sender AND {_UNREAD}
+    ORDER BY recipient LIMIT :step
+"""
+_OTHERS = f"""
+    SELECT d.message_id, d.recipient FROM messages m INDEXED BY messages_by_thread
+    CROSS JOIN deliveries d ON d.message_id = m.id
+    WHERE m.thread_id = :root AND m.id >= :after AND m.sender = :sender AND {_UNREAD}
+    ORDER BY m.id LIMIT :step
+"""

@@ -36,7 +36,7 @@ NEVER = """
 ## What never ends by itself
 
 An approval waits for the operator's click, a held message for `hive release` or `hive drop`, a dead one for
-`hive requeue` or `hive drop`. Approvals, questions and dead letters are never deleted for their age.
+`hive requeue` or `hive drop`. Approvals, open questions, held and dead messages are never deleted for their age.
 """
 
 

@@ -7,8 +7,9 @@ import json
 import os
 import random
 import sqlite3
+import subprocess
+import sys
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -24,6 +25,7 @@ from hive_core.agents import Agents, set_deployed
 from hive_core.approvals import Approvals
 from hive_core.bodies import Bodies
 from hive_core.broker import Broker
+from hive_core.events import timeline
 from hive_core.limits import Limits
 from hive_core.loose_ends import LooseEnds
 from hive_core.procedures.gate import Gate
@@ -38,6 +40,7 @@ from hive_core.store.bus import mail
 from hive_core.store.door import Store, open_store
 from hive_core.store.writer import Transaction
 from hive_core.turns import Turns
+from tests.needs import ROOT
 
 SETTINGS = {"program": "rehearsal", "model": "sonnet", "tools": ["Bash"], "prompt": "You are a test."}
 # Long enough for a machine under load, short enough that a test that hangs says so.
@@ -65,6 +68,7 @@ class Services:
     repos: Repos
     gate: Gate
     clock: Clock
+    timeline: str
 
     def __post_init__(self) -> None:
         limits = self.broker.limits
@@ -113,6 +117,12 @@ class Services:
         batches = self.store.write.__self__._batches  # type: ignore[attr-defined]
         batches._ballast = Ballast(self.state_dir / "hive.ballast", 1, 2**62) if full else None
 
+    def at(self, seq: int, line: int | None = None) -> str:
+        """A page's position: the last event that it has seen, and of an agent's page the last line."""
+        from dashboard.live import Position  # few tests open a page
+
+        return str(Position(self.timeline, seq, line))
+
     async def states(self, agent: str = "iris") -> dict[int, str]:
         """What has become of each message to `agent`."""
         sql = "SELECT message_id, state FROM deliveries WHERE recipient = ? ORDER BY message_id"
@@ -138,7 +148,8 @@ async def open_services(
         gate = Gate(store, agents, approvals, repos, templates, default_program="rehearsal", default_model="sonnet")
         bodies = Bodies(state_dir / "bodies", store, clock)
         broker, turns = Broker(store, limits, random.Random(0), bodies), Turns(store, **bounds)
-        yield Services(state_dir, store, broker, turns, agents, approvals, repos, gate, clock)
+        whose = await timeline(store)
+        yield Services(state_dir, store, broker, turns, agents, approvals, repos, gate, clock, whose)
 
 
 def run_in_hive(test: Callable[[Services], Awaitable[None]], *names: str, **bounds: int) -> None:
@@ -204,6 +215,23 @@ async def connect(path: Path) -> AsyncIterator[Peer]:
         yield Peer(stream)
 
 
+async def run_hive(
+    runtime: Path, *words: str, stdin: bytes = b"", env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Run `hive WORD …` as a process against the host.sock in `runtime`."""
+    ours = {"HIVE_RUNTIME_DIR": str(runtime), "PYTHONPATH": str(ROOT), "TZ": "UTC"}
+    command = [sys.executable, "-m", "hive_core.cli", *words]
+    with trio.fail_after(PATIENCE_S):
+        return await trio.run_process(
+            command,
+            env={**os.environ, **ours, **(env or {})},
+            stdin=stdin,
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+        )
+
+
 async def wait_until(store: Store, condition: Callable[[], Awaitable[Any]], *topics: str) -> Any:
     """Return the first true value of `condition`, looked at again after each publication of `topics`."""
     with trio.fail_after(PATIENCE_S), store.bus.listen(*topics or ("events",)) as listener:
@@ -214,19 +242,13 @@ async def wait_until(store: Store, condition: Callable[[], Awaitable[Any]], *top
 
 @asynccontextmanager
 async def held_writer(store: Store, nursery: trio.Nursery) -> AsyncIterator[None]:
-    """Keep the writer's thread busy, so that what is written meanwhile makes one batch."""
-    begun, let_go = threading.Event(), threading.Event()
-
-    def hold(_: Transaction) -> None:
-        begun.set()
-        assert let_go.wait(PATIENCE_S)
-
-    nursery.start_soon(store.write, hold)
-    await trio.to_thread.run_sync(begun.wait)
-    try:
+    """Keep the writer waiting for another program's lock, so that what is written meanwhile makes one batch."""
+    (database,) = [row for row in await store.rows("PRAGMA database_list") if row["name"] == "main"]
+    with contextlib.closing(sqlite3.connect(database["file"], isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        nursery.start_soon(store.write, lambda tx: None)
+        await trio.testing.wait_all_tasks_blocked()
         yield
-    finally:
-        let_go.set()
 
 
 @contextmanager

@@ -5,9 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 PATIENCE_S = 60.0
+
+
+def look_until(look: Callable[[], T]) -> T:
+    """What it finds, as soon as there is something: for what the kernel tells nobody of."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := look()):
+        assert time.monotonic() < deadline, "nothing was found"
+        os.sched_yield()
+    return found
 
 
 def pids_naming(text: str) -> list[int]:

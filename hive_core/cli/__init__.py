@@ -10,6 +10,7 @@ import json
 import os
 import sys
 
+from hive_core.protocol.arguments import parser_class, seconds
 from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import EXIT_CODES, Refusal
 from hive_core.protocol.words import BODY_LIMIT_BYTES, shown, too_large
@@ -18,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Callable
-    from typing import Any, NoReturn
+    from typing import Any
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,18 +95,6 @@ def _whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise ArgumentTypeError(f"{shown(text)} is not a whole number") from None
-
-
-def _seconds(text: str) -> float:
-    from argparse import ArgumentTypeError
-
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise ArgumentTypeError(f"{shown(text)} is not a number of seconds, such as 30")
-    return seconds
 
 
 # verb → (what runs it, its help, its arguments)
@@ -228,7 +217,7 @@ _VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]]
                 ("--tz",),
                 {"metavar": "ZONE", "help": "whose clocks --cron reads, such as Europe/Berlin; UTC when absent"},
             ),
-            (("--every",), {"type": _seconds, "metavar": "SECONDS", "help": "instead: once in so many"}),
+            (("--every",), {"type": seconds(30), "metavar": "SECONDS", "help": "instead: once in so many"}),
         ],
     ),
     "loose-ends": (
@@ -267,23 +256,16 @@ _VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]]
     "down": (
         "_down",
         "let every agent finish its turn, then end them and the daemon",
-        [(("--patience",), {"type": _seconds, "metavar": "SECONDS", "help": "end agents by force after this long"})],
+        [(("--patience",), {"type": seconds(30), "metavar": "SECONDS", "help": "end agents by force after this long"})],
     ),
 }
 
 
 def _parse(words: list[str]) -> Namespace:
     """The arguments of one call. Only the parser of its own verb is built: a start has 100 ms for everything."""
-    from argparse import ArgumentParser, HelpFormatter, RawDescriptionHelpFormatter
+    from argparse import HelpFormatter, RawDescriptionHelpFormatter
 
-    class Parser(ArgumentParser):
-        """Says what is wrong in one line."""
-
-        def error(self, message: str) -> NoReturn:
-            from hive_core.protocol.visible import named
-
-            more = f"`{self.prog} --help` says more"
-            raise Refusal("usage", f"cannot run `{self.prog}`: {named(message)[:300]}; {more}")
+    parser_type = parser_class()
 
     def formatter(prog: str) -> HelpFormatter:
         # A width of our own: looking for the terminal's imports shutil, and with it three kinds of compression.
@@ -291,14 +273,14 @@ def _parse(words: list[str]) -> Namespace:
 
     if words and words[0] in _VERBS:
         run, help_text, arguments = _VERBS[words[0]]
-        parser = Parser(prog=f"hive {words[0]}", description=help_text, formatter_class=formatter)
+        parser = parser_type(prog=f"hive {words[0]}", description=help_text, formatter_class=formatter)
         for names, options in arguments:
             parser.add_argument(*names, **options)
         parser.set_defaults(run=run, verb=words[0])
         words = words[1:]
     else:
         listed = "\n".join(f"  {name:10} {verb[1]}" for name, verb in _VERBS.items())
-        parser = Parser(
+        parser = parser_type(
             prog="hive",
             usage="hive [--json] [VERB …]",
             description="Run a swarm of coding agents on a machine of your own.\nWithout a verb: what waits for you.",
@@ -431,7 +413,7 @@ def _search(arguments: Namespace) -> None:
     if result["next_cursor"]:
         lines.append(f"more: add --cursor {result['next_cursor']}")
     if result.get("unindexed"):
-        lines.append(f"{result['unindexed']} messages were not searched yet; ask again in a while")
+        lines.append(f"not searched yet: {result['unindexed']} of the newest; ask again in a while")
     _emit(arguments, result, "\n".join(lines))
 
 

@@ -15,9 +15,12 @@ from typing import BinaryIO
 
 from hive_core.cli.show import safe
 from hive_core.lock import take_lock
-from hive_core.procedures import backup as procedure
-from hive_core.protocol.paths import explain, state_dir
+from hive_core.procedures.backup import Report, back_up
+from hive_core.procedures.restore import Manifest, verify
+from hive_core.procedures.restore import restore as bring_back
+from hive_core.protocol.paths import explain, state_dir, sync_folder
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.visible import counted
 
 TOLD = 20  # names of what was left out or changed
 EVERY_S = 0.1
@@ -53,14 +56,14 @@ def backup(file: str, *, with_credentials: bool, as_json: bool) -> int:
     return 0
 
 
-def _to_stdout(state: Path, with_credentials: bool) -> procedure.Report:
+def _to_stdout(state: Path, with_credentials: bool) -> Report:
     if sys.stdout.isatty():
         raise Refusal("usage", "cannot write a backup to a terminal: give a file, or send the output somewhere")
     with tempfile.TemporaryDirectory(prefix="hive-backup-") as work:
         return _write(state, sys.stdout.buffer, Path(work), with_credentials)
 
 
-def _to_file(state: Path, target: Path, with_credentials: bool) -> procedure.Report:
+def _to_file(state: Path, target: Path, with_credentials: bool) -> Report:
     """Under its own name there is a whole backup that was read back, or what was there before."""
     given, target = target, _place_of(target, state)
     try:
@@ -75,11 +78,11 @@ def _to_file(state: Path, target: Path, with_credentials: bool) -> procedure.Rep
             out.flush()
             os.fsync(out.fileno())
             progress = _Progress("reading it back")
-            procedure.verify(out, Path(work), progress)
+            verify(out, Path(work), progress)
             progress.end()
         _place_of(given, state)  # again: that took a while, and a replace asks nobody
         os.replace(part, target)
-        procedure.sync_folder(target.parent)
+        sync_folder(target.parent)
     return report
 
 
@@ -106,11 +109,11 @@ def _place_of(given: Path, state: Path) -> Path:
     return target
 
 
-def _write(state: Path, out: BinaryIO, work: Path, with_credentials: bool) -> procedure.Report:
+def _write(state: Path, out: BinaryIO, work: Path, with_credentials: bool) -> Report:
     progress = _Progress("backing up")
     now = datetime.now(UTC).isoformat(timespec="seconds")
     try:
-        return procedure.back_up(state, out, work, with_credentials=with_credentials, now=now, tell=progress)
+        return back_up(state, out, work, with_credentials=with_credentials, now=now, tell=progress)
     finally:
         progress.end()
 
@@ -163,30 +166,30 @@ def _open_source(file: str) -> BinaryIO:
     raise Refusal("usage", f"{cannot}: it is read twice; save it to a file first")
 
 
-def _check(source: BinaryIO) -> procedure.Manifest:
+def _check(source: BinaryIO) -> Manifest:
     progress = _Progress("reading")
     with tempfile.TemporaryDirectory(prefix="hive-restore-") as work:
         try:
-            return procedure.verify(source, Path(work), progress)
+            return verify(source, Path(work), progress)
         finally:
             progress.end()
 
 
-def _bring_back(source: BinaryIO, paused: bool) -> procedure.Manifest:
+def _bring_back(source: BinaryIO, paused: bool) -> Manifest:
     state = Path(state_dir())
     lock, progress = take_lock(state), _Progress("restoring")
     try:
-        return procedure.restore(source, state, paused=paused, tell=progress)
+        return bring_back(source, state, paused=paused, tell=progress)
     finally:
         progress.end()
         os.close(lock)
 
 
 def _counts(files: int, size: int) -> str:
-    return f"{files:,} file{'' if files == 1 else 's'}, {size / 1e6:,.1f} MB"
+    return f"{counted(files, 'file')}, {size / 1e6:,.1f} MB"
 
 
-def _told(report: procedure.Report, file: str) -> str:
+def _told(report: Report, file: str) -> str:
     lines = [f"backed up {_counts(report.files, report.bytes)}: agents {', '.join(report.agents) or 'none'}"]
     for names, what in ((report.changed, "changed while copied"), (report.left_out, "left out")):
         if names:

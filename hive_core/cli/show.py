@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from hive_core.protocol.visible import named
+from hive_core.protocol.visible import counted, named
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def agents(result: dict[str, Any]) -> str:
     rows = [
         [
             agent["name"],
-            agent["state"] + (f" ({safe(agent['detail'])[:60]})" if agent["detail"] else ""),
+            _state(agent),
             ago(agent["since_ms"]),
             _waiting(agent),
             f"{agent['program']} · {agent['model']}",
@@ -63,6 +63,12 @@ def agents(result: dict[str, Any]) -> str:
     if result["unsafe"]:
         text = paint("! agents run without a sandbox (--unsafe-no-sandbox)", "red") + "\n" + text
     return text
+
+
+def _state(agent: dict[str, Any]) -> str:
+    detail = f" ({safe(agent['detail'])[:60]})" if agent["detail"] else ""
+    rest = f", rests until {clock(agent['rests_until_ms'])}" if agent["rests_until_ms"] else ""
+    return f"{agent['state']}{detail}{rest}"
 
 
 def _waiting(agent: dict[str, Any]) -> str:
@@ -82,7 +88,7 @@ def aside(state: str, row: dict[str, Any]) -> str:
     if state == "held":
         why = f"held {ago(row['sent_at_ms'])} ago: {WHY_HELD.get(row['held'], row['held'])}"
     else:
-        failed = f"{row['failures']} failed turn{'' if row['failures'] == 1 else 's'}"
+        failed = counted(row["failures"], "failed turn")
         note = f": {safe(row['note'])}" if row["note"] else ""
         why = f"dead {ago(row['settled_at_ms'] or row['sent_at_ms'])} ago after {failed}{note}"
     first = safe(row["body"]).strip().partition("\n")[0]
@@ -183,7 +189,7 @@ def loose_ends(result: dict[str, Any], who: str) -> str:
     then += [f"approval {row['approval']}: {row['kind']} {row['agent']}" for row in waits_for.get("approvals", [])]
     then += [_aside_line(row, "held") for row in waits_for.get("held", [])]
     then += [
-        f"reminder {row['reminder']} at {day(row['at_ms'])}: {_first_line(row['body'])}"
+        f"reminder {row['reminder']} at {day(row['at_ms'])}{_waits_for_room(row)}: {_first_line(row['body'])}"
         for row in waits_for["reminders"]
     ]
     then += [
@@ -194,6 +200,10 @@ def loose_ends(result: dict[str, Any], who: str) -> str:
     blocks = [[f"waits on {verb}:", *lines]] if lines else [[f"nothing waits on {verb}"]]
     blocks += [[f"{waits} for:", *then]] if then else []
     return "\n".join("\n  ".join(block) for block in blocks)
+
+
+def _waits_for_room(row: dict[str, Any]) -> str:
+    return ", due and waits for room (inbox_depth, held_depth)" if row["due"] else ""
 
 
 def _aside_line(row: dict[str, Any], state: str) -> str:
@@ -243,7 +253,7 @@ def status(result: dict[str, Any]) -> str:
     if result["dead"]:
         lines.append(paint(f"{result['dead']} dead: `hive dead`", "red"))
     for name, refused in result["refused"].items():
-        lines.append(paint(f"inbox full: {name} did not get {refused} message{'' if refused == 1 else 's'}", "red"))
+        lines.append(paint(f"inbox full: {name} did not get {counted(refused, 'message')}", "red"))
     if not any(result[key] for key in ("pending", "questions", "unread", "held", "dead")):
         lines.append("nothing waits for you")
     return "\n".join(lines)

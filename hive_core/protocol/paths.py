@@ -170,3 +170,12 @@ def check_socket_room(runtime: str) -> None:
             f"cannot use {runtime} as the runtime directory: a socket's path may have {SOCKET_PATH_LIMIT_BYTES} bytes "
             f"and the longest here would have {excess} more; set runtime_dir to a shorter path",
         )
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Have the names in a folder on disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Characters that hide, and their names: whoever approves must see what is there, on a page and in a terminal alike."""
+"""What whoever approves must see as it is, on a page and in a terminal alike: characters that hide, and counts."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def named(text: str) -> str:
 def quoted(text: str) -> str:
     """The text as one line in quotation marks, which nothing in it can end: for somebody's words within ours."""
     return json.dumps(named(text), ensure_ascii=False)
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """So many of something: "1 message", "1,000 messages"."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

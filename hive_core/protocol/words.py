@@ -112,12 +112,14 @@ def parse_id(raw: object, what: str) -> int:
 
 def parse_instant(raw: object, what: str) -> int:
     """An instant as ISO 8601 has it, in ms since 1970; without a zone it is in UTC, without a time it is midnight."""
-    from datetime import UTC, datetime  # every client imports this file, and few need this
+    from datetime import UTC, datetime, timedelta  # every client imports this file, and few need this
 
     try:
         at = datetime.fromisoformat(raw) if isinstance(raw, str) else None
         if at is not None:
-            return int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000)
+            # By whole numbers: rounded as a fraction the last instant of the calendar is one that it does not have.
+            at = (at if at.tzinfo else at.replace(tzinfo=UTC)).astimezone(UTC)
+            return (at - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
     except (ValueError, OverflowError):
         pass
     raise Refusal("usage", f"cannot use {shown(raw)} as {what}: give an instant such as 2026-01-31T08:30:00+01:00")

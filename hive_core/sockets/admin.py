@@ -173,6 +173,7 @@ class AdminDesk:
                     "deployed_sha": agent.deployed_sha,
                     "page": hive.page_url(agent.name),
                     "status": agent.status,
+                    "rests_until_ms": agent.rests_until_ms,
                 }
             )
         return {"agents": agents, "unsafe": hive.unsafe}

@@ -10,7 +10,7 @@ import itertools
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, TypeVar
 
 import anyio
 import mcp_types as types
@@ -18,17 +18,16 @@ import trio
 from mcp.server.lowlevel import Server
 from mcp.shared.exceptions import MCPError
 from mcp.shared.message import SessionMessage
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from hive_core.agents import Agents
-from hive_core.archive import SEARCH_LIMIT, Archive, parse_query
-from hive_core.broker import RECV_LIMIT, RECV_WAIT_LIMIT_S, Broker
+from hive_core.archive import Archive, parse_query
+from hive_core.broker import Broker
 from hive_core.loose_ends import LooseEnds
 from hive_core.procedures.gate import Gate
-from hive_core.protocol.held import say_held
+from hive_core.protocol.call_key import CallKey
 from hive_core.protocol.lines import LINE_LIMIT_BYTES, LineSplitter, decode, encode
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.visible import HIDDEN
 from hive_core.protocol.words import (
     MANAGER,
     AgentName,
@@ -40,125 +39,36 @@ from hive_core.protocol.words import (
 from hive_core.questions import parse_answer, parse_ask
 from hive_core.reminders import When
 from hive_core.settings import describe
+from hive_core.sockets import forms, told
 from hive_core.version import __version__
 from hive_core.withdrawal import withdraw_thread
 
-Key = str | None
+Key = CallKey | None
 PROGRESS_EVERY_S = 15.0
-Result = dict[str, Any]
-
-
-class _Arguments(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-ToolKey = Annotated[str | None, Field(min_length=1, max_length=200, description="the same key counts once")]
-
-
-class SendArguments(_Arguments):
-    to: Annotated[str | list[str], Field(description="an agent's name, operator, a list of them, or * for everyone")]
-    body: Annotated[str, Field(description="what to say, at most 512 KiB")]
-    in_reply_to: Annotated[int | None, Field(gt=0, lt=2**63, description="the number of the message this answers")] = (
-        None
-    )
-    key: ToolKey = None
-
-
-class RecvArguments(_Arguments):
-    wait_seconds: Annotated[float, Field(ge=0, le=RECV_WAIT_LIMIT_S, description="how long to wait for mail")] = 0
-    max: Annotated[int, Field(ge=1, le=RECV_LIMIT)] = RECV_LIMIT
-    key: ToolKey = None
-
-
-class ReadBodyArguments(_Arguments):
-    id: Annotated[int, Field(gt=0, lt=2**63, description="the message's number")]
-    offset: Annotated[
-        int, Field(ge=0, lt=2**63, description="the byte to begin with, next_offset of the answer before")
-    ] = 0
-
-
-class NoArguments(_Arguments):
-    pass
-
-
-class SearchArguments(_Arguments):
-    text: Annotated[
-        str, Field(description='words that must all be there; "two words" together; wor* begins a word')
-    ] = ""
-    sender: str | None = None
-    thread: Annotated[int | None, Field(gt=0, lt=2**63, description="any message of the thread")] = None
-    after: Annotated[str | None, Field(description="sent then or later, ISO 8601")] = None
-    before: str | None = None
-    limit: Annotated[int, Field(ge=1, le=SEARCH_LIMIT)] = 20
-    cursor: Annotated[int | None, Field(gt=0, lt=2**63, description="next_cursor of the answer before")] = None
-
-
-class AskArguments(_Arguments):
-    to: Annotated[str, Field(description="an agent's name, or operator")]
-    question: str
-    options: Annotated[list[str] | None, Field(description="2 to 12 answers to choose from")] = None
-    multi: Annotated[bool, Field(description="several may be chosen")] = False
-    free_text: Annotated[bool, Field(description="other text is an answer too")] = False
-    ttl_s: Annotated[float | None, Field(description="seconds to wait for the answer")] = None
-    key: ToolKey = None
-
-
-class AnswerArguments(_Arguments):
-    question: Annotated[int, Field(gt=0, lt=2**63)]
-    choices: Annotated[list[str] | None, Field(description="options of the question")] = None
-    text: str | None = None
-    key: ToolKey = None
-
-
-class RemindArguments(_Arguments):
-    body: str
-    at: Annotated[str | None, Field(description="an instant, ISO 8601")] = None
-    after_s: Annotated[float | None, Field(description="or seconds from now")] = None
-    key: ToolKey = None
-
-
-class CancelArguments(_Arguments):
-    kind: Literal["reminder", "question", "thread"]
-    id: Annotated[int, Field(gt=0, lt=2**63)]
-
-
-class StatusArguments(_Arguments):
-    text: Annotated[str, Field(description="at most 200 characters")]
-
-
-class SpawnArguments(_Arguments):
-    name: Annotated[str, Field(description="the new agent's name: a-z, 0-9 and dashes")]
-    persona: Annotated[str, Field(description="who it is and how it works: the text of its CLAUDE.md")]
-    reason: Annotated[str, Field(description="why the operator should approve it")]
-    key: ToolKey = None
-
-
-class ApplyArguments(_Arguments):
-    agent: str
-    sha: Annotated[str, Field(description="the whole commit id, 40 hex digits, from /agents/AGENT/config")]
-    reason: Annotated[str, Field(description="what the change is for")]
-    key: ToolKey = None
-
-
-class KillArguments(_Arguments):
-    agent: str
+Result = told.Result
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
+    """call: the method of AgentDesk, with its parsed arguments and its key. told: the result in words."""
+
     name: str
     description: str
-    arguments: type[_Arguments]
-    call: Callable[[Any, Key], Awaitable[Result]]
+    takes: type[forms.Arguments]
+    answers: type[BaseModel]
+    told: Callable[[Result], str]
+    call: Callable[[AgentDesk, Any, Key], Awaitable[Result]]
     read_only: bool = False
     destructive: bool = False
     waits: bool = False  # it may take minutes: whoever asks to be told that it goes on is told
+    managers: bool = False  # the manager's alone
 
     def to_mcp(self) -> types.Tool:
         return types.Tool(
             name=self.name,
             description=self.description,
-            input_schema=self.arguments.model_json_schema(),
+            input_schema=forms.schema_of(self.takes),
+            output_schema=forms.schema_of(self.answers),
             annotations=types.ToolAnnotations(
                 read_only_hint=self.read_only,
                 idempotent_hint=True,
@@ -166,6 +76,26 @@ class Tool:
                 open_world_hint=False,
             ),
         )
+
+
+_TOOLS: list[Tool] = []
+Method = TypeVar("Method", bound=Callable[..., Awaitable[Result]])
+
+
+def _tool(
+    description: str,
+    takes: type[forms.Arguments],
+    answers: type[BaseModel],
+    told: Callable[[Result], str],
+    **traits: bool,
+) -> Callable[[Method], Method]:
+    """The method is the tool of its name."""
+
+    def add(method: Method) -> Method:
+        _TOOLS.append(Tool(method.__name__, description, takes, answers, told, method, **traits))
+        return method
+
+    return add
 
 
 class AgentDesk:
@@ -178,88 +108,68 @@ class AgentDesk:
         agents: Agents,
         gate: Gate,
         kill: Callable[[AgentName, AgentName], Awaitable[None]],
-        archive: Archive | None = None,
-        loose_ends: LooseEnds | None = None,
+        archive: Archive,
+        loose_ends: LooseEnds,
     ) -> None:
         self.name = name
         self._broker = broker
         self._agents = agents
         self._gate = gate
         self._kill = kill
-        tools = [
-            Tool("send", "Send a message to an agent or to the operator.", SendArguments, self._send),
-            Tool(
-                "recv", "Take more of your mail in this turn; waits if asked to.", RecvArguments, self._recv, waits=True
-            ),
-            Tool("read_body", "Read on in a large message, 64 KiB a call.", ReadBodyArguments, self._read_body, True),
-            Tool("whoami", "Your name and role.", NoArguments, self._whoami, read_only=True),
-            Tool("list_agents", "The agents of this hive and what they do now.", NoArguments, self._list, True),
-        ]
-        if archive is not None:
-            self._archive = archive
-            tools.append(
-                Tool("search_messages", "Find messages you sent or received.", SearchArguments, self._search, True)
-            )
-        if loose_ends is not None:
-            self._ends = loose_ends
-            tools += [
-                Tool("ask", "Ask an agent or the operator; the answer comes as a message.", AskArguments, self._ask),
-                Tool("answer", "Answer a question that was put to you.", AnswerArguments, self._answer),
-                Tool("remind", "Send yourself a message later.", RemindArguments, self._remind),
-                Tool(
-                    "cancel",
-                    "Take back your reminder, question, or what nobody has read of a thread.",
-                    CancelArguments,
-                    self._cancel,
-                    destructive=True,
-                ),
-                Tool("loose_ends", "What waits on you, and what you wait for.", NoArguments, self._loose_ends, True),
-                Tool("set_status", "Say in one line what you are about.", StatusArguments, self._set_status),
-            ]
-        if name == MANAGER:
-            tools += [
-                Tool("request_spawn", "Ask the operator for a new agent.", SpawnArguments, self._spawn),
-                Tool(
-                    "request_apply_commit",
-                    "Ask the operator to run an agent on a commit you made in /agents/AGENT/config.",
-                    ApplyArguments,
-                    self._apply,
-                ),
-                Tool(
-                    "kill",
-                    "Stop an agent now. It stays down until the operator starts it.",
-                    KillArguments,
-                    self._stop,
-                    destructive=True,
-                ),
-            ]
-        self.tools = {tool.name: tool for tool in tools}
+        self._archive = archive
+        self._ends = loose_ends
+        self.tools = {tool.name: tool for tool in _TOOLS if name == MANAGER or not tool.managers}
 
-    async def call(self, name: str, arguments: dict[str, Any], key: Key) -> Result:
+    async def call(self, name: str, arguments: dict[str, Any], key: str | None) -> Result:
         """The result of one tool call. Raises Refusal with one sentence for the agent."""
         tool = self.tools.get(name)
         if tool is None:
             raise Refusal("not_found", f"cannot call {ascii(name)[:60]}: the tools are {', '.join(self.tools)}")
         try:
-            parsed = tool.arguments.model_validate(arguments)
+            parsed = tool.takes.model_validate(arguments)
         except ValidationError as exc:
             raise Refusal("usage", f"cannot call {name}: {describe(exc)}") from None
-        return await tool.call(parsed, key)
+        given = parsed.model_dump()
+        key = key or given.get("key")
+        return await tool.call(self, parsed, None if key is None else CallKey(key, {**given, "key": None}))
 
-    async def _send(self, arguments: SendArguments, key: Key) -> Result:
-        recipients, body = parse_recipients(arguments.to), parse_body(arguments.body)
-        return await self._broker.send(self.name, recipients, body, arguments.in_reply_to, key or arguments.key)
+    @_tool("Send a message to an agent or to the operator.", forms.SendArguments, forms.SendResult, told.sent)
+    async def send(self, given: forms.SendArguments, key: Key) -> Result:
+        recipients, body = parse_recipients(given.to), parse_body(given.body)
+        return await self._broker.send(self.name, recipients, body, given.in_reply_to, key)
 
-    async def _recv(self, arguments: RecvArguments, key: Key) -> Result:
-        return await self._broker.recv(self.name, arguments.max, arguments.wait_seconds, key or arguments.key)
+    @_tool(
+        "Take more of your mail in this turn; waits if asked to.",
+        forms.RecvArguments,
+        forms.RecvResult,
+        told.received,
+        waits=True,
+    )
+    async def recv(self, given: forms.RecvArguments, key: Key) -> Result:
+        return await self._broker.recv(self.name, given.max, given.wait_seconds, key)
 
-    async def _read_body(self, arguments: ReadBodyArguments, _: Key) -> Result:
-        return await self._broker.read_body(arguments.id, arguments.offset, self.name)
+    @_tool(
+        "Read on in a large message, 64 KiB a call.",
+        forms.ReadBodyArguments,
+        forms.ReadBodyResult,
+        told.read,
+        read_only=True,
+    )
+    async def read_body(self, given: forms.ReadBodyArguments, _: Key) -> Result:
+        return await self._broker.read_body(given.id, given.offset, self.name)
 
-    async def _whoami(self, _: NoArguments, __: Key) -> Result:
+    @_tool("Your name and role.", forms.NoArguments, forms.WhoamiResult, told.whoami, read_only=True)
+    async def whoami(self, _: forms.NoArguments, __: Key) -> Result:
         return {"name": self.name, "role": "manager" if self.name == MANAGER else "agent"}
 
-    async def _list(self, _: NoArguments, __: Key) -> Result:
+    @_tool(
+        "The agents of this hive and what they do now.",
+        forms.NoArguments,
+        forms.ListResult,
+        told.agents,
+        read_only=True,
+    )
+    async def list_agents(self, _: forms.NoArguments, __: Key) -> Result:
         return {
             "agents": [
                 {
@@ -272,21 +182,43 @@ class AgentDesk:
             ]
         }
 
-    async def _search(self, arguments: SearchArguments, _: Key) -> Result:
-        return await self._archive.search(parse_query(arguments.model_dump(exclude_none=True)), self.name)
+    @_tool(
+        "Find messages you sent or received.",
+        forms.SearchArguments,
+        forms.SearchResult,
+        told.found,
+        read_only=True,
+    )
+    async def search_messages(self, given: forms.SearchArguments, _: Key) -> Result:
+        return await self._archive.search(parse_query(given.model_dump(exclude_none=True)), self.name)
 
-    async def _ask(self, given: AskArguments, key: Key) -> Result:
+    @_tool(
+        "Ask an agent or the operator; the answer comes as a message.",
+        forms.AskArguments,
+        forms.AskResult,
+        told.asked,
+    )
+    async def ask(self, given: forms.AskArguments, key: Key) -> Result:
         ask = parse_ask(given.to, given.question, given.options, given.multi, given.free_text, given.ttl_s)
-        return await self._ends.questions.ask(self.name, ask, key or given.key)
+        return await self._ends.questions.ask(self.name, ask, key)
 
-    async def _answer(self, given: AnswerArguments, key: Key) -> Result:
+    @_tool("Answer a question that was put to you.", forms.AnswerArguments, forms.AnswerResult, told.answered)
+    async def answer(self, given: forms.AnswerArguments, key: Key) -> Result:
         answer = parse_answer(given.choices, given.text)
-        return await self._ends.questions.answer(self.name, given.question, answer, key or given.key)
+        return await self._ends.questions.answer(self.name, given.question, answer, key)
 
-    async def _remind(self, given: RemindArguments, key: Key) -> Result:
-        return await self._ends.reminders.remind(self.name, When(given.at, given.after_s), given.body, key or given.key)
+    @_tool("Send yourself a message later.", forms.RemindArguments, forms.RemindResult, told.reminded)
+    async def remind(self, given: forms.RemindArguments, key: Key) -> Result:
+        return await self._ends.reminders.remind(self.name, When(given.at, given.after_s), given.body, key)
 
-    async def _cancel(self, given: CancelArguments, _: Key) -> Result:
+    @_tool(
+        "Take back your reminder, question, or what nobody has read of a thread.",
+        forms.CancelArguments,
+        forms.CancelResult,
+        told.cancelled,
+        destructive=True,
+    )
+    async def cancel(self, given: forms.CancelArguments, _: Key) -> Result:
         match given.kind:
             case "reminder":
                 return await self._ends.reminders.cancel(self.name, given.id)
@@ -295,37 +227,54 @@ class AgentDesk:
             case "thread":
                 return await withdraw_thread(self._ends.store, self.name, given.id)
 
-    async def _loose_ends(self, _: NoArguments, __: Key) -> Result:
+    @_tool(
+        "What waits on you, and what you wait for.",
+        forms.NoArguments,
+        forms.LooseEndsResult,
+        told.loose_ends,
+        read_only=True,
+    )
+    async def loose_ends(self, _: forms.NoArguments, __: Key) -> Result:
         return await self._ends.of(self.name)
 
-    async def _set_status(self, given: StatusArguments, _: Key) -> Result:
+    @_tool("Say in one line what you are about.", forms.StatusArguments, forms.StatusResult, told.status)
+    async def set_status(self, given: forms.StatusArguments, _: Key) -> Result:
         return await self._agents.set_status(self.name, given.text)
 
-    async def _spawn(self, arguments: SpawnArguments, key: Key) -> Result:
-        name = parse_agent_name(arguments.name)
-        key = key or arguments.key
-        return await self._gate.request_spawn(self.name, name, arguments.persona, arguments.reason, key)
+    @_tool(
+        "Ask the operator for a new agent.",
+        forms.SpawnArguments,
+        forms.RequestResult,
+        told.requested,
+        managers=True,
+    )
+    async def request_spawn(self, given: forms.SpawnArguments, key: Key) -> Result:
+        name = parse_agent_name(given.name)
+        return await self._gate.request_spawn(self.name, name, given.persona, given.reason, key)
 
-    async def _apply(self, arguments: ApplyArguments, key: Key) -> Result:
-        name, sha = parse_agent_name(arguments.agent), parse_commit_sha(arguments.sha)
-        key = key or arguments.key
-        return await self._gate.request_apply_commit(self.name, name, sha, arguments.reason, key)
+    @_tool(
+        "Ask the operator to run an agent on a commit you made in /agents/AGENT/config.",
+        forms.ApplyArguments,
+        forms.RequestResult,
+        told.requested,
+        managers=True,
+    )
+    async def request_apply_commit(self, given: forms.ApplyArguments, key: Key) -> Result:
+        name, sha = parse_agent_name(given.agent), parse_commit_sha(given.sha)
+        return await self._gate.request_apply_commit(self.name, name, sha, given.reason, key)
 
-    async def _stop(self, arguments: KillArguments, _: Key) -> Result:
-        name = parse_agent_name(arguments.agent)
+    @_tool(
+        "Stop an agent now. It stays down until the operator starts it.",
+        forms.KillArguments,
+        forms.KillResult,
+        told.killed,
+        destructive=True,
+        managers=True,
+    )
+    async def kill(self, given: forms.KillArguments, _: Key) -> Result:
+        name = parse_agent_name(given.agent)
         await self._kill(name, self.name)
         return {"killed": name}
-
-
-def _summary(result: Result) -> str:
-    """The result as one line of JSON, in which nothing hides: a body's line ends and marks are escapes there.
-
-    Of a message that is held, a second line says what becomes of it.
-    """
-    line = HIDDEN.sub(lambda match: json.dumps(match[0])[1:-1], encode(result).decode().strip())
-    if "message" in result and isinstance(held := result.get("held"), dict):
-        line += f"\n{say_held(result['message'], held)}"
-    return line
 
 
 async def serve_agent(
@@ -354,7 +303,7 @@ async def serve_agent(
         except Refusal as refusal:
             text = types.TextContent(type="text", text=refusal.message)
             return types.CallToolResult(content=[text], is_error=True)
-        text = types.TextContent(type="text", text=_summary(result))
+        text = types.TextContent(type="text", text=desk.tools[params.name].told(result))
         return types.CallToolResult(content=[text], structured_content=result)
 
     server = Server("hyperhive", version=__version__, on_list_tools=list_tools, on_call_tool=call_tool)
@@ -375,6 +324,8 @@ async def serve_agent(
         async with to_server:
             async for data in stream:
                 for line in splitter.feed(bytes(data)):
+                    async with lock:
+                        pass  # who does not read the answers asks for no more: each of them waits in our memory
                     answer = await _hand_over(line, to_server)
                     if answer is not None:
                         async with lock:

@@ -110,6 +110,7 @@ def _open_writer(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = FULL")
         migrate(connection, str(path))
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA busy_timeout = 0")  # the writer waits elsewhere
     except BaseException as exc:
         connection.close()
         if isinstance(exc, sqlite3.Error):

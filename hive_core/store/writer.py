@@ -1,8 +1,11 @@
-"""The one writer: a thread of its own with the standard library's sqlite3, and group commit.
+"""The one writer: group commit over the standard library's sqlite3.
 
-All that is queued when the thread looks goes into one transaction, without a timer: a lone write commits at once, and
-under load one fdatasync serves many. Each caller is answered only after the commit that holds its rows. Standard
-library's sqlite3 because the hand-over of an async wrapper costs more than the write.
+All that is queued when it looks goes into one transaction, without a timer: a lone write commits at once, and under
+load one fdatasync serves many. Each caller is answered only after the commit that holds its rows.
+
+The statements of a batch run in trio's own thread: handed to another one, each would wait for the interpreter's lock.
+What waits for the disk, or for another program's lock, goes to a thread: above all the commit, with its writing,
+syncing and checkpoints, while the next batch gathers.
 
 Two kinds of write go further. `write_together` gives one function all that a batch brings for it, so that what many
 do alike costs the statements of one. `write_when` waits inside: it is run again by the transaction that wakes its
@@ -12,11 +15,11 @@ topic, and so shares that one's commit.
 from __future__ import annotations
 
 import json
-import queue
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import outcome
@@ -29,8 +32,12 @@ from hive_core.store.schema import StoreBusy, StoreError
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741
 BATCH_LIMIT = 512
+LOCKED_MS = 5_000  # how long another program may have the database locked before a write is refused
 PARAMETERS_LIMIT = 30_000  # sqlite takes 32,766 in one statement
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+Memo = dict[Hashable, Any]
+# What may wait is yielded, to be called wherever that does no harm; its error is thrown in.
+Work = Generator[Callable[[], object], object, T]
 _EVENT = ("at_ms", "kind", "actor", "agent", "message_id", "data")
 
 
@@ -40,10 +47,15 @@ class Transaction:
     A function that raises leaves nothing behind, neither rows nor events, and disturbs no other in its batch.
 
     short   the disk is full, and what is written now lives on the last reserve: refuse what only fills it further
+    memo    what is dear to count and is known already. Its values never change in place. It goes with the rows: what
+            is rolled back is not in it; what is set to None is forgotten
     """
 
-    def __init__(self, connection: sqlite3.Connection, now_ms: int, short: bool = False) -> None:
+    def __init__(
+        self, connection: sqlite3.Connection, now_ms: int, memo: ChainMap[Hashable, Any], short: bool = False
+    ) -> None:
         self.now_ms = now_ms
+        self.memo = memo
         self.short = short
         self.execute = connection.execute
         self.executemany = connection.executemany
@@ -101,7 +113,7 @@ class _Raised(Exception):
 
 
 class Batches:
-    """Commits one batch of jobs after another, on a connection of its own. It never waits, and knows of no thread."""
+    """Commits one batch of jobs after another, on a connection of its own. It knows of no thread and never waits."""
 
     def __init__(
         self, connection: sqlite3.Connection, clock: Callable[[], float], ballast: Ballast | None = None
@@ -109,10 +121,11 @@ class Batches:
         self._connection = connection
         self._ballast = ballast
         self._clock = clock
+        self._memo: Memo = {}  # as of the last commit
         self._parked: dict[str, list[Job]] = {}  # jobs that wait, by topic
         self.failure: BaseException | None = None  # why nothing can be written any more
 
-    def commit(self, batch: list[Job]) -> tuple[list[Job], set[str]]:
+    def commit(self, batch: list[Job]) -> Work[tuple[list[Job], set[str]]]:
         """Commit a batch; who can be answered now, and what to publish."""
         for job in batch:
             if job.topic is not None:
@@ -122,12 +135,12 @@ class Batches:
                 raise StoreError("cannot write: the store is closed") from self.failure
             now_ms = int(self._clock() * 1000)
             try:
-                run, topics = self._run_together(batch, now_ms)
+                run, topics = yield from self._run_together(batch, now_ms)
             except sqlite3.Error as exc:
                 if not _is_full(exc) or self._ballast is None or not self._ballast.free():
                     raise
                 self._roll_back()
-                run, topics = self._run_together(batch, now_ms)
+                run, topics = yield from self._run_together(batch, now_ms)
         except Exception as exc:
             self._roll_back()
             run, topics = batch, set()
@@ -142,21 +155,37 @@ class Batches:
         self._forget_answered(run)
         return [job for job in run if not job.waits], topics
 
+    def _begin(self) -> Work[None]:
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as exc:
+            if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            yield self._begin_after_others
+
+    def _begin_after_others(self) -> None:
+        self._connection.execute(f"PRAGMA busy_timeout = {LOCKED_MS}")
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+        finally:
+            self._connection.execute("PRAGMA busy_timeout = 0")
+
     def _roll_back(self) -> None:
         if self._connection.in_transaction:
             self._connection.execute("ROLLBACK")
 
-    def _run_together(self, batch: list[Job], now_ms: int) -> tuple[list[Job], set[str]]:
-        if self._ballast is not None:
-            self._ballast.check()
+    def _run_together(self, batch: list[Job], now_ms: int) -> Work[tuple[list[Job], set[str]]]:
+        if self._ballast is not None and self._ballast.short:
+            yield self._ballast.check
         try:
-            return self._run_batch(batch, now_ms, apart=False)
+            return (yield from self._run_batch(batch, now_ms, apart=False))
         except _Raised:
             # Once more, each behind a savepoint, so that the one that raises takes back its own rows alone.
-            return self._run_batch(batch, now_ms, apart=True)
+            return (yield from self._run_batch(batch, now_ms, apart=True))
 
-    def _transaction(self, now_ms: int) -> Transaction:
-        return Transaction(self._connection, now_ms, self._ballast is not None and self._ballast.short)
+    def _transaction(self, now_ms: int, fresh: Memo) -> Transaction:
+        memo = ChainMap({}, fresh, self._memo)
+        return Transaction(self._connection, now_ms, memo, self._ballast is not None and self._ballast.short)
 
     def _forget_answered(self, run: list[Job]) -> None:
         """Of the topics that were looked at, keep who still waits and has not left."""
@@ -165,7 +194,7 @@ class Batches:
             if waiting:
                 self._parked[topic] = waiting
 
-    def _run_batch(self, batch: list[Job], now_ms: int, apart: bool) -> tuple[list[Job], set[str]]:
+    def _run_batch(self, batch: list[Job], now_ms: int, apart: bool) -> Work[tuple[list[Job], set[str]]]:
         """Run and commit a batch and whom it wakes. All that ran, each once, and every topic.
 
         Together is the usual case: nobody raises, and savepoints would be a third of the statements.
@@ -173,37 +202,46 @@ class Batches:
         events: list[tuple[Any, ...]] = []
         topics: set[str] = set()
         run: dict[Job, None] = {}
+        fresh: Memo = {}
         steps = _steps(batch)
-        self._connection.execute("BEGIN IMMEDIATE")
+        yield from self._begin()
         try:
             while steps:
                 woken: set[str] = set()
                 for step in steps:
-                    transaction = self._run_step(step, now_ms, apart)
+                    transaction = self._run_step(step, now_ms, fresh, apart)
                     events += transaction.events
                     woken |= transaction.topics
                     run.update(dict.fromkeys(step))
                 topics |= woken
                 steps = [[job] for topic in sorted(woken & self._parked.keys()) for job in self._waiting(topic)]
             if events:
-                self._transaction(now_ms).insert("events", _EVENT, events)
-            self._connection.execute("COMMIT")
+                self._transaction(now_ms, fresh).insert("events", _EVENT, events)
+            yield partial(self._connection.execute, "COMMIT")
         except BaseException:
             # Nothing of it happened: who waits for a topic waits on.
             for job in run:
                 job.result = _NOTHING
             raise
+        self._remember(fresh)
         return list(run), topics
+
+    def _remember(self, fresh: Memo) -> None:
+        for key, value in fresh.items():
+            if value is None:
+                self._memo.pop(key, None)
+            else:
+                self._memo[key] = value
 
     def _waiting(self, topic: str) -> list[Job]:
         return [job for job in self._parked[topic] if job.waits and job.task is not None]
 
-    def _run_step(self, step: list[Job], now_ms: int, apart: bool) -> Transaction:
+    def _run_step(self, step: list[Job], now_ms: int, fresh: Memo, apart: bool) -> Transaction:
         """Run one function for its jobs; what it told is empty if it raised."""
         execute = self._connection.execute
         if apart:
             execute("SAVEPOINT job")
-        transaction = self._transaction(now_ms)
+        transaction = self._transaction(now_ms, fresh)
         try:
             results = _call(step, transaction)
         except Exception as exc:
@@ -213,10 +251,11 @@ class Batches:
                 execute("ROLLBACK")
                 raise _Raised from exc
             execute("ROLLBACK TO job")
-            transaction = self._transaction(now_ms)
+            transaction = self._transaction(now_ms, fresh)
             results = [outcome.Error(exc) for _ in step]
         if apart:
             execute("RELEASE job")
+        fresh.update(transaction.memo.maps[0])
         for job, result in zip(step, results, strict=True):
             job.result = result
         return transaction
@@ -292,7 +331,7 @@ class Writes:
 
 
 class Writer(Writes):
-    """The writer of the daemon: jobs go to a thread by a queue, and answers come back to trio."""
+    """The writer of the daemon: statements in trio's thread, and what may wait in another."""
 
     def __init__(
         self,
@@ -302,57 +341,70 @@ class Writer(Writes):
         ballast: Ballast | None = None,
     ) -> None:
         super().__init__(Batches(connection, clock, ballast), bus)
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._token = trio.lowlevel.current_trio_token()
-        self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
-        self._thread.start()
+        self._queued: list[Job] = []
+        self._closing = False
+        self._idle: trio.lowlevel.Task | None = None
+        self._one = trio.CapacityLimiter(1)
+        trio.lowlevel.spawn_system_task(self._serve)
 
     def _take(self, job: Job) -> None:
-        self._queue.put(job)
+        self._queued.append(job)
+        self._rouse()
 
     async def aclose(self) -> None:
-        """Commit what is queued and end the thread."""
+        """Commit what is queued and end the task."""
         with trio.CancelScope(shield=True):
-            if not self._finished.is_set():
-                self._queue.put(None)
-                await self._finished.wait()
+            self._closing = True
+            self._rouse()
+            await self._finished.wait()
 
-    def _run(self) -> None:
-        last = False
-        while not last:
-            batch: list[Job] = []
-            item = self._queue.get()
-            while True:
-                if item is None:
-                    last = True
-                    break
-                batch.append(item)
-                if len(batch) == BATCH_LIMIT:
-                    break
-                try:
-                    item = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-            if batch:
-                answered, topics = self._commit(batch)
-                self._token.run_sync_soon(self._deliver, answered, topics)
-        self._token.run_sync_soon(self._finished.set)
+    def _rouse(self) -> None:
+        if self._idle is not None:
+            task, self._idle = self._idle, None
+            trio.lowlevel.reschedule(task)
 
-    def _commit(self, batch: list[Job]) -> tuple[list[Job], set[str]]:
-        """Whatever goes wrong, somebody hears of it: a thread that ends in silence leaves all waiting."""
+    async def _serve(self) -> None:
+        with trio.CancelScope(shield=True):
+            while self._queued or not self._closing:
+                if not self._queued:
+                    self._idle = trio.lowlevel.current_task()
+                    await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+                    continue
+                batch, self._queued = self._queued[:BATCH_LIMIT], self._queued[BATCH_LIMIT:]
+                self._deliver(*await self._commit(batch))
+            self._finished.set()
+
+    async def _commit(self, batch: list[Job]) -> tuple[list[Job], set[str]]:
+        """Whatever goes wrong, somebody hears of it: a writer that ends in silence leaves all waiting."""
         try:
-            return self._batches.commit(batch)
+            return await self._finish(self._batches.commit(batch))
         except BaseException as exc:
             self._batches.failure = self._batches.failure or exc
             for job in batch:
                 job.result = outcome.Error(StoreError(f"cannot write: {type(exc).__name__}: {exc}"))
             return batch, set()
 
+    async def _finish(self, work: Work[T]) -> T:
+        result: outcome.Outcome[Any] = outcome.Value(None)
+        try:
+            while True:
+                may_wait = result.send(work)
+                result = await outcome.acapture(self._in_thread, may_wait)
+        except StopIteration as done:
+            value: T = done.value
+            return value
+
+    async def _in_thread(self, may_wait: Callable[[], object]) -> object:
+        return await trio.to_thread.run_sync(may_wait, limiter=self._one)
+
 
 def _of_the_disk(exc: Exception) -> bool:
-    """Whether sqlite speaks of the file and not of the statement: then it is everybody's trouble."""
-    code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
-    return code in (
+    """Whether sqlite speaks of the file and not of the statement: then it is everybody's trouble.
+
+    A full-text index that is not what it was says so by a code of its own; the file around it is whole.
+    """
+    code = getattr(exc, "sqlite_errorcode", 0)
+    return code != sqlite3.SQLITE_CORRUPT_VTAB and code & 0xFF in (
         sqlite3.SQLITE_FULL,
         sqlite3.SQLITE_IOERR,
         sqlite3.SQLITE_READONLY,

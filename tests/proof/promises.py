@@ -57,6 +57,7 @@ class Told:
     kept_since_ms   retention may have taken messages that were sent before
     unsettled       (message, recipient) that somebody saw unsettled, so lately that retention must not have them yet
     limits          those that the broker of the run had
+    refused         (sender, body) of each send that was refused; the body is its own
     """
 
     sends: list[Sent] = field(default_factory=list)
@@ -66,6 +67,7 @@ class Told:
     kept_since_ms: int = 0
     unsettled: frozenset[tuple[int, str]] = frozenset()
     limits: Limits = field(default_factory=Limits)
+    refused: list[tuple[str, str]] = field(default_factory=list)
     bodies: Path | None = None  # the folder of large bodies, as hive_core.bodies keeps them
 
 
@@ -112,6 +114,13 @@ def nothing_was_sent_twice(db: sqlite3.Connection, told: Told) -> Broken:
         """
         for sender, body, count in db.execute(sql):
             yield f"{sender} sent {body[:60]!r} once and it is there {count} times"
+
+
+def nothing_refused_is_there(db: sqlite3.Connection, told: Told) -> Broken:
+    """Whoever was told no may send it again, and it comes once."""
+    for sender, body in told.refused:
+        if row := db.execute("SELECT id FROM messages WHERE sender = ? AND body = ?", (sender, body)).fetchone():
+            yield f"{body[:60]!r} of {sender} was refused and is there as message {row[0]}"
 
 
 def every_answered_lease_is_there(db: sqlite3.Connection, told: Told) -> Broken:
@@ -359,6 +368,30 @@ def a_rest_is_kept(db: sqlite3.Connection, told: Told) -> Broken:
             yield f"message {message} to {agent} rests for {rest_ms} ms after {failures} failures"
 
 
+def an_agent_rests_after_a_turn_that_had_to_wait(db: sqlite3.Connection, told: Told) -> Broken:
+    """As long as a message does, and no longer: unless somebody starts or resumes it, or has ended it on purpose."""
+    sql = """
+        SELECT * FROM (
+            SELECT id, agent, started_at_ms, lag(state) OVER same AS was, lag(ended_at_ms) OVER same AS ended_at_ms
+            FROM turns WINDOW same AS (PARTITION BY agent ORDER BY id)
+        ) AS t WHERE was = 'waiting' AND started_at_ms - ended_at_ms < :least_ms AND ended_at_ms >= :since
+          AND NOT EXISTS (
+            SELECT 1 FROM events e WHERE e.kind = 'agent_wanted' AND e.agent = t.agent
+              AND e.at_ms BETWEEN t.ended_at_ms AND t.started_at_ms
+        )
+    """
+    bounds = {"least_ms": told.limits.provider_rest_s * 500, "since": told.kept_since_ms}
+    for turn, agent, started_at_ms, _, ended_at_ms in db.execute(sql, bounds):
+        yield f"turn {turn} of {agent} began {started_at_ms - ended_at_ms} ms after one that had to wait"
+    sql = """
+        SELECT name, rests_until_ms - max(ended_at_ms) AS rest_ms FROM agents JOIN turns ON agent = name
+        WHERE state = 'waiting' AND rests_until_ms >= :since + :most_ms GROUP BY name HAVING rest_ms > :most_ms
+    """
+    bounds = {"most_ms": told.limits.provider_rest_s * 1500, "since": told.kept_since_ms}
+    for name, rest_ms in db.execute(sql, bounds):
+        yield f"{name} rests for {rest_ms} ms"
+
+
 def each_firing_is_one_message(db: sqlite3.Connection, told: Told) -> Broken:
     """Where nobody ran a schedule by hand."""
     sql = """
@@ -411,6 +444,7 @@ PROMISES: tuple[Promise, ...] = (
     the_database_is_whole,
     every_answered_send_is_there_once_per_recipient,
     nothing_was_sent_twice,
+    nothing_refused_is_there,
     every_answered_lease_is_there,
     every_answered_ack_holds,
     nothing_is_acked_that_no_turn_finished,
@@ -430,7 +464,12 @@ PROMISES: tuple[Promise, ...] = (
     no_reminder_fires_early,
 )
 # What is seen only where the clock was never set back, and where everything came to rest.
-WITH_A_TRUE_CLOCK = (*PROMISES, a_rest_is_kept, no_firing_is_left_out)
+WITH_A_TRUE_CLOCK = (
+    *PROMISES,
+    a_rest_is_kept,
+    an_agent_rests_after_a_turn_that_had_to_wait,
+    no_firing_is_left_out,
+)
 AT_REST = (*WITH_A_TRUE_CLOCK, nothing_is_left_unsettled)
 
 

@@ -20,6 +20,7 @@ import trio_asyncio
 
 from hive_core.bodies import Bodies
 from hive_core.broker import Broker, Lease, Turn
+from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_agent_name, parse_body
 from hive_core.store.door import Store, open_store
@@ -28,6 +29,7 @@ from tests.proof.promises import Acked, Leased, Sent, Told
 
 NAMES = ("ada", "bob", "cyd", "dan")
 ROUNDS = 12
+LIMITS = Limits(provider_rest_s=0.001)  # an agent whose turn had to wait takes one in the next round again
 PATIENCE_S = 15.0  # a plan takes a second; one that waits for what was lost waits for ever
 
 
@@ -39,7 +41,7 @@ class Hive:
     def __init__(self, store: Store, folder: Path, answers: int, told: Told) -> None:
         self.store = store
         self.told = told
-        self.broker = Broker(store, chance=random.Random(0), bodies=Bodies(folder / "bodies", store))
+        self.broker = Broker(store, LIMITS, random.Random(0), Bodies(folder / "bodies", store))
         self._answers = answers
 
     def tell(self, kind: str, **answer: Any) -> None:
@@ -72,7 +74,7 @@ class Hive:
 
 def as_told(answers: list[str], bodies: Path | None = None) -> Told:
     """What the lines of ANSWERS say."""
-    told = Told(bodies_differ=True, bodies=bodies)
+    told = Told(bodies_differ=True, limits=LIMITS, bodies=bodies)
     for line in answers:
         answer = json.loads(line)
         match answer.pop("kind"):

@@ -270,7 +270,7 @@ class Agent:
         try:
             answer = await self._host.call(send, self._chance)
         except Refusal:
-            self._host.witness.counts["refusals"] += 1
+            self._host.witness.refused(self.name, body)
         else:
             self._host.witness.sent(self.name, recipients, body, key, answer)
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import random
 import sqlite3
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
+import outcome
 import trio
 
 from hive_core.store.bus import Bus
 from hive_core.store.door import Parameters, Store
 from hive_core.store.schema import migrate
-from hive_core.store.writer import BATCH_LIMIT, Batches, Job, Writes
+from hive_core.store.writer import BATCH_LIMIT, Batches, Job, Work, Writes
 
+T = TypeVar("T")
 SLOWEST_COMMIT_S = 0.05
 
 
@@ -28,6 +30,17 @@ def open_memory() -> sqlite3.Connection:
     migrate(connection, "memory")
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
+
+
+def run_now(work: Work[T]) -> T:
+    """Do what may wait where it comes up."""
+    result: outcome.Outcome[Any] = outcome.Value(None)
+    try:
+        while True:
+            result = outcome.capture(result.send(work))
+    except StopIteration as done:
+        value: T = done.value
+        return value
 
 
 class Losses:
@@ -90,7 +103,7 @@ class InlineWriter(Writes):
             while self._queued:
                 await self._be_slow()
                 batch, self._queued = self._queued[:BATCH_LIMIT], self._queued[BATCH_LIMIT:]
-                answered, topics = self._batches.commit(batch)
+                answered, topics = run_now(self._batches.commit(batch))
                 await self._be_slow()
                 self._deliver(answered, topics)
 

@@ -134,7 +134,7 @@ class Operator:
         try:
             answer = await self._host.call(send, chance)
         except Refusal:
-            self._host.witness.counts["refusals"] += 1
+            self._host.witness.refused(OPERATOR, body)
         else:
             self._host.witness.sent(OPERATOR, tuple(self._host.names) if to == EVERYONE else (to,), body, key, answer)
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import trio
+from outcome import Error
 
-from hive_core import archive, broker
+from hive_core import archive, broker, post
 from hive_core.broker import Acked, Broker, Turn
 from hive_core.limits import Limits
-from hive_core.protocol.words import AgentName
+from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.reminders import Reminders
 from hive_core.schedules import Schedules
 from hive_core.store.bus import RESTING
@@ -162,6 +163,19 @@ def test_a_broker_that_is_broken_is_found(broken: type[Broker]) -> None:
         simulate(SEED, replace(STORM, **CALM) if calm else STORM, broken)
 
 
+def test_a_send_that_is_refused_and_stored_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class StoresAllTheSame(Broker):
+        def _post(self, tx: Transaction, letters: list[Any]) -> Any:
+            answers = super()._post(tx, letters)
+            for letter, answer in zip(letters, answers, strict=True):
+                if isinstance(answer, Error):
+                    post.put_message(tx, letter.sender, OPERATOR, letter.body)
+            return answers
+
+    with pytest.raises(PromiseBroken, match="nothing_refused_is_there"):
+        simulate(SEED, STORM, StoresAllTheSame)
+
+
 def test_a_queue_that_is_read_from_its_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     newest_first = broker._DUE_MAIL.replace("ORDER BY d.message_id", "ORDER BY d.message_id DESC")
     assert newest_first != broker._DUE_MAIL
@@ -183,6 +197,37 @@ def test_a_message_that_rests_before_the_others_is_found(monkeypatch: pytest.Mon
     monkeypatch.setattr(broker, "_due", nothing_or_due)
     with pytest.raises(PromiseBroken, match=r"is due and|was due"):
         simulate(SEED, replace(STORM, **CALM))
+
+
+def test_an_agent_that_takes_no_rest_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The provider is away, and the program is started for one waiting message after the other."""
+    monkeypatch.setattr(broker, "_SEAT", broker._SEAT.replace("rests_until_ms", "NULL AS rests_until_ms"))
+    with pytest.raises(PromiseBroken, match="an_agent_rests_after_a_turn_that_had_to_wait"):
+        simulate(SEED, STORM)
+
+
+def test_an_agent_that_is_woken_by_the_rests_of_its_messages_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class KnowsMessagesAlone(broker.Rests):
+        def next_after(self, tx: Transaction) -> int | None:
+            sql = "SELECT min(available_at_ms) FROM deliveries WHERE state = 'queued' AND available_at_ms > ?"
+            at: int | None = tx.execute(sql, (tx.now_ms,)).fetchone()[0]
+            return at
+
+    monkeypatch.setattr(host, "Rests", KnowsMessagesAlone)
+    with pytest.raises(PromiseBroken, match=r"is due and|was due"):
+        simulate(SEED, replace(STORM, **CALM))
+
+
+def test_an_agent_that_rests_for_too_long_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class RestsForAnHour(Broker):
+        def _ack(self, tx: Transaction, *args: Any) -> Acked:
+            acked = super()._ack(tx, *args)
+            sql = "UPDATE agents SET rests_until_ms = rests_until_ms + 3600000 WHERE rests_until_ms > ?"
+            tx.execute(sql, (tx.now_ms,))
+            return acked
+
+    with pytest.raises(PromiseBroken, match=r"an_agent_rests_after_a_turn_that_had_to_wait: \S+ rests for"):
+        simulate(SEED, STORM, RestsForAnHour)
 
 
 def test_a_schedule_that_fires_twice_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,12 @@ from tests.proof.promises import WITH_A_TRUE_CLOCK, Acked, Leased, Promise, Sent
 from tests.simulation.weather import Weather
 
 NEVER = 2**62
-# From when a message may be taken: once it was sent, or let go by the operator; one that a turn had, after its rest.
+# From when a message may be taken: once it was sent, or let go by the operator; one that a turn had, after its rest;
+# none before its recipient has rested.
 _DUE = """
     max(iif(attempts > {first}, available_at_ms, sent_at_ms), coalesce((
         SELECT max(at_ms) FROM events e WHERE e.message_id = deliveries.message_id AND e.message_id IS NOT NULL
-    ), 0))
+    ), 0), coalesce((SELECT rests_until_ms FROM agents WHERE name = recipient), 0))
 """
 
 
@@ -65,6 +66,10 @@ class Witness:
             raise self.broken(f"the send {key} of {sender} was answered {first} and then {answer}")
         self.told.sends.append(Sent(answer["message"], sender, recipients, body, key))
         self.counts["sends"] += 1
+
+    def refused(self, sender: str, body: str) -> None:
+        self.told.refused.append((sender, body))
+        self.counts["refusals"] += 1
 
     def leased(self, agent: str, turn: int, fence: str, messages: list[dict[str, Any]]) -> None:
         """Nothing is handed out once it is known to be settled."""
@@ -153,7 +158,7 @@ class Witness:
             raise self.broken("; ".join(found[:5]))
         sql = "SELECT message_id, recipient FROM deliveries WHERE state NOT IN ('acked', 'dropped')"
         unsettled = frozenset((row[0], row[1]) for row in self._db.execute(sql))
-        self.told = replace(self.told, sends=[], leases=[], acks=[], unsettled=unsettled)
+        self.told = replace(self.told, sends=[], leases=[], acks=[], refused=[], unsettled=unsettled)
         self._audited_at_ms = self.now_ms
         self._answers.clear()
         self._settled.clear()

@@ -16,7 +16,7 @@ import pytest
 from hive_core.cli.client import Client
 from hive_core.protocol.refusal import Refusal
 from tests.daemons import WITHIN_S, Daemon, open_daemon
-from tests.processes import children_of, pids_naming, wait_gone
+from tests.processes import children_of, look_until, pids_naming, wait_gone
 
 
 def persona(rules: list[dict[str, Any]]) -> str:
@@ -303,7 +303,8 @@ def test_an_agent_whose_daemon_was_killed_before_it_noted_the_start_is_adopted_a
             client.call("start", agent="iris")
         assert daemon.process.wait(WITHIN_S) == -signal.SIGKILL
         assert not (daemon.state / "processes" / "iris.json").exists()
-        (orphan,) = copies_of(daemon, "iris")
+        # The kernel shows the arguments of a program a little after it has begun.
+        (orphan,) = look_until(lambda: copies_of(daemon, "iris"))
         client = daemon.start()
         known = ("agent_adopted", "agent_started")
         seen = daemon.events(client, lambda e: e["kind"] in known and e["agent"] == "iris", after=seq)

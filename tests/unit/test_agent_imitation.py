@@ -9,9 +9,10 @@ from typing import Any, cast
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive_agent.wake import LINE_END, QUOTE, parse_wake, wake_prompt
+from hive_agent.wake import parse_wake, wake_prompt
+from hive_core.protocol.frame import LINE_END, MARK
 from hive_core.protocol.visible import HIDDEN, named, quoted
-from hive_core.sockets.agent import _summary
+from hive_core.sockets.told import read, received
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def message(**changes: Any) -> LeasedMessage:
 
 def hostile(*pieces: str) -> st.SearchStrategy[str]:
     """Texts made of all that could break out of something, and of `pieces` of what it tries to look like."""
-    bits = st.sampled_from([*LINE_ENDS, *TAGS, *DISGUISES, QUOTE, ">", " ", "\t", *pieces]) | st.text(max_size=12)
+    bits = st.sampled_from([*LINE_ENDS, *TAGS, *DISGUISES, MARK, ">", " ", "\t", *pieces]) | st.text(max_size=12)
     return st.lists(bits, max_size=14).map("".join)
 
 
@@ -92,7 +93,7 @@ def test_whatever_a_body_says_all_of_it_stands_behind_the_mark_and_nothing_else_
         prompt = wake_prompt(message(sender=sender, body=text, attempt=attempt, **more), 3, refused)
         # How much of a large body stands here is the hive's own count.
         shown = re.sub(r"first \d+ stand|offset=\d+", "", prompt)
-        return [line for line in lines_of(shown) if not line.startswith(QUOTE)]
+        return [line for line in lines_of(shown) if not line.startswith(MARK)]
 
     assert frame(body) == frame("hi")
 
@@ -113,8 +114,9 @@ def test_a_body_that_goes_on_says_so_and_how_to_read_on() -> None:
     assert "read_body" not in wake_prompt(message(), 0)
 
 
-def test_refused_mail_is_told_and_only_when_there_is_some() -> None:
-    assert "refused: 3 messages to you so far, because your inbox was full" in wake_prompt(message(), 0, 3)
+def test_refused_mail_is_told_as_the_count_that_it_is_and_only_when_there_is_some() -> None:
+    told = "refused: 3 in all since you were created, when your inbox was full; their senders know\n"
+    assert told in wake_prompt(message(), 0, 3)
     assert "refused" not in wake_prompt(message(), 0, 0)
 
 
@@ -135,17 +137,22 @@ def test_words_quoted_in_ours_are_one_line_that_they_cannot_end(text: str) -> No
 
 
 @given(st.lists(BODIES, min_size=1, max_size=3))
-def test_mail_is_read_as_one_line_of_json_in_which_no_body_hides_or_breaks_anything(bodies: list[str]) -> None:
-    clean = [body.encode("utf-8", "replace").decode() for body in bodies]  # the door lets no half of a pair through
-    result = {"messages": [{"id": n, "sender": "iris", "body": body} for n, body in enumerate(clean)], "waiting": 0}
-    text = _summary(result)
-    assert len(lines_of(text)) == 1
+def test_in_what_an_agent_reads_of_its_mail_no_body_hides_or_leaves_its_frame(bodies: list[str]) -> None:
+    def read(texts: list[str]) -> str:
+        return received({"messages": [message(body=text) for text in texts], "waiting": 0})
+
+    def frame(text: str) -> list[str]:
+        return [line for line in lines_of(text) if not line.startswith(MARK)]
+
+    text = read(bodies)
     assert not HIDDEN.search(text)
-    assert json.loads(text) == result
+    assert frame(text) == frame(read(["hi"] * len(bodies)))
+    marked = [line.removeprefix(MARK) for line in lines_of(text) if line.startswith(MARK)]
+    assert marked == [named(line) for body in bodies for line in LINE_END.split(body)]
 
 
 @given(BODIES)
 def test_a_piece_of_a_large_body_is_read_the_same_way(body: str) -> None:
-    clean = body.encode("utf-8", "replace").decode()
-    result = {"body": clean, "next_offset": None, "bytes": len(clean.encode()), "held": {"iris": "rate"}}
-    assert json.loads(_summary(result)) == result
+    head, *lines = lines_of(read({"body": body, "next_offset": None, "bytes": 7}))
+    assert "ends here" in head
+    assert lines == [MARK + named(line) for line in LINE_END.split(body)]

@@ -99,6 +99,30 @@ def test_the_harness_reads_it_as_a_good_turn(stage: Stage) -> None:
     assert ending.session
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("{", "it is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"),
+        ("[" * 100_000, "it is not JSON (it is nested too deeply)"),
+        ("[]", "it must be an object with an object `mcpServers`"),
+        ('{"mcpServers": 7}', "it must be an object with an object `mcpServers`"),
+        ('{"mcpServers": {"hive": 7}}', "its server `hive` needs a `command` that is text and a list `args`"),
+        (
+            '{"mcpServers": {"hive": {"args": []}}}',
+            "its server `hive` needs a `command` that is text and a list `args`",
+        ),
+        ('{"mcpServers": {"hive": {"command": "\\u0000"}}}', "its server `hive` needs a `command`"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_a_configuration_of_servers_that_is_none_is_one_error(stage: Stage, given: str, why: str) -> None:
+    words = [*own_command("rehearse"), "--print", "--verbose", "--output-format", "stream-json", "--mcp-config", given]
+    done = subprocess.run(words, input=b"", env=environment(stage.seat, "api_key"), capture_output=True, timeout=20)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode().startswith(f"error: cannot use --mcp-config: {why}")
+    assert done.stderr.count(b"\n") == 1
+
+
 def test_the_first_rule_that_fits_runs(stage: Stage) -> None:
     rules = (
         {"from": "hm1nd", "do": [{"say": "for hm1nd"}]},

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
+from hive_core.cli import show
 from hive_core.limits import Limits
 from hive_core.protocol.held import WHY_HELD, say_held
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from hive_core.sockets.admin import AdminDesk
-from hive_core.sockets.agent import AgentDesk, serve_agent
 from tests.dashboards import hive_of
-from tests.hives import PATIENCE_S, Services, connect, open_services, serve
-from tests.needs import ROOT
+from tests.hives import Services, open_services, run_hive, serve
+from tests.tools import program_of
 
 IRIS, DAMOCLES = AgentName("iris"), AgentName("damocles")
 LIMITS = Limits(tries=1, pair_rate_per_hour=2, inbox_depth=3)
@@ -49,16 +44,7 @@ async def command(hive: Services, tmp_path: Path) -> AsyncIterator[Command]:
     """`hive WORD …` as a process; what it prints. Raises Failed."""
 
     async def run(*words: str, stdin: bytes = b"") -> str:
-        environment = {**os.environ, "HIVE_RUNTIME_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), "TZ": "UTC"}
-        with trio.fail_after(PATIENCE_S):
-            done = await trio.run_process(
-                [sys.executable, "-m", "hive_core.cli", *words],
-                env=environment,
-                stdin=stdin,
-                capture_stdout=True,
-                capture_stderr=True,
-                check=False,
-            )
+        done = await run_hive(tmp_path, *words, stdin=stdin)
         if done.returncode:
             raise Failed(done.returncode, done.stderr.decode())
         return done.stdout.decode().rstrip("\n")
@@ -228,44 +214,38 @@ async def test_hive_alone_and_the_list_tell_what_does_not_go_on_by_itself(hive: 
     assert "2 · 1 held · 2 refused" in await command("list")
 
 
+async def test_the_list_tells_until_when_an_agent_rests_and_nothing_of_a_rest_that_is_over(
+    hive: Services, command: Command
+) -> None:
+    await hive.say("operator", "iris", "work")
+    assert "rests until" not in await command("list")
+    await hive.broker.ack(IRIS, (await hive.broker.lease(IRIS)).turn, "waiting", "no login")
+    until = await hive.value("SELECT rests_until_ms FROM agents WHERE name = 'iris'")
+    (line,) = [line for line in (await command("list")).splitlines() if "rests until" in line]
+    assert line.startswith("iris ")
+    assert f"rests until {show.clock(until)}" in line
+    await hive.sql("UPDATE agents SET rests_until_ms = 1")
+    assert "rests until" not in await command("list")
+
+
 # -- the agent's side -------------------------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def tools_of(hive: Services, name: str, folder: Path) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
-    desk = AgentDesk(AgentName(name), hive.broker, hive.agents, hive.gate, hive_of(hive).reconciler.kill)
-    async with (
-        serve(folder / f"{name}.sock", partial(serve_agent, desk)) as door,
-        connect(door) as peer,
-    ):
-        client = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
-        await peer.ask({"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": client})
-        await peer.send({"jsonrpc": "2.0", "method": "notifications/initialized"})
-
-        async def call(tool: str, **arguments: Any) -> Any:
-            params = {"name": tool, "arguments": arguments}
-            answer = await peer.ask({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params})
-            return answer["result"]
-
-        yield call
-
-
 async def test_an_agent_sends_to_several_and_hears_what_is_held_from_whom(hive: Services, tmp_path: Path) -> None:
-    async with tools_of(hive, "iris", tmp_path) as call:
+    async with program_of(hive, "iris", tmp_path) as iris:
         for _ in range(2):
-            sent = await call("send", to="damocles", body="fine")
+            sent = await iris.result("send", to="damocles", body="fine")
             assert "held" not in sent["content"][0]["text"]
-        sent = await call("send", to=["damocles", "hm1nd"], body="one too many")
+        sent = await iris.result("send", to=["damocles", "hm1nd"], body="one too many")
     assert sent["structuredContent"] == {"message": 3, "held": {"damocles": "rate"}}
-    data, sentence = sent["content"][0]["text"].split("\n")
-    assert json.loads(data) == sent["structuredContent"]
-    assert sentence == say_held(3, {"damocles": "rate"})
+    sentence = say_held(3, {"damocles": "rate"})
+    assert sent["content"][0]["text"] == f"sent as message 3; {sentence}"
     assert sentence.startswith(f"message 3 is held from damocles, because {WHY_HELD['rate']}: the operator releases or")
 
 
 async def test_an_agent_writes_to_everyone(hive: Services, tmp_path: Path) -> None:
-    async with tools_of(hive, "iris", tmp_path) as call:
-        await call("send", to="*", body="hear")
+    async with program_of(hive, "iris", tmp_path) as iris:
+        await iris.call("send", to="*", body="hear")
     rows = await hive.store.rows("SELECT recipient FROM deliveries ORDER BY recipient")
     assert [row[0] for row in rows] == ["damocles", "hm1nd"]
 
@@ -273,16 +253,15 @@ async def test_an_agent_writes_to_everyone(hive: Services, tmp_path: Path) -> No
 async def test_an_agent_reads_on_in_a_large_message_of_its_own_alone(hive: Services, tmp_path: Path) -> None:
     body = "é" * 80_000
     await hive.say("damocles", "iris", body)
-    async with tools_of(hive, "iris", tmp_path) as call, tools_of(hive, "hm1nd", tmp_path) as other:
-        refused = await call("read_body", id=1)
-        assert (refused["isError"], "neither sent nor received" in refused["content"][0]["text"]) == (True, True)
+    async with program_of(hive, "iris", tmp_path) as iris, program_of(hive, "hm1nd", tmp_path) as other:
+        assert "neither sent nor received" in await iris.refusal("read_body", id=1)
         lease = await hive.broker.lease(IRIS)
         text, offset = lease.message["body"], len(lease.message["body"].encode())
         while offset is not None:
-            some = (await call("read_body", id=1, offset=offset))["structuredContent"]
+            some = await iris.call("read_body", id=1, offset=offset)
             text, offset = text + some["body"], some["next_offset"]
         assert text == body
-        assert (await other("read_body", id=1))["isError"] is True
+        assert "neither sent nor received" in await other.refusal("read_body", id=1)
 
 
 def test_a_message_held_from_many_for_one_reason_names_the_reason_once() -> None:

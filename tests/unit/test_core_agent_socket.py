@@ -3,11 +3,11 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import trio
 import trio.testing
@@ -15,76 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
-from hive_core.protocol.words import BODY_LIMIT_BYTES, AgentName
-from hive_core.sockets.agent import AgentDesk, serve_agent
-from tests.hives import PATIENCE_S, Peer, Services, connect, run_in_hive, serve
+from hive_core.protocol.visible import HIDDEN
+from hive_core.protocol.words import BODY_LIMIT_BYTES, MANAGER, OPERATOR, AgentName
+from hive_core.questions import Ask
+from hive_core.reminders import When
+from hive_core.sockets.agent import serve_agent
+from tests.hives import PATIENCE_S, Services, connect, run_in_hive, serve
+from tests.tools import Program, desk_for, program, program_of
 
 IRIS = AgentName("iris")
-INITIALIZE = {
-    "jsonrpc": "2.0",
-    "id": 0,
-    "method": "initialize",
-    "params": {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}},
+EVERYBODYS = {
+    *("send", "recv", "read_body", "whoami", "list_agents", "search_messages", "ask", "answer", "remind", "cancel"),
+    *("loose_ends", "set_status"),
 }
-INITIALIZED = {"jsonrpc": "2.0", "method": "notifications/initialized"}
-EVERYBODYS = {"send", "recv", "read_body", "whoami", "list_agents"}
 MANAGERS = {"request_spawn", "request_apply_commit", "kill"}
-
-
-class Program(Peer):
-    """An MCP client as small as one can be."""
-
-    number = 0
-
-    async def greet(self) -> Any:
-        answer = await self.ask(INITIALIZE)
-        await self.send(INITIALIZED)
-        return answer["result"]
-
-    async def request(self, method: str, **params: Any) -> Any:
-        await self.begin(method, **params)
-        answer = await self.read()
-        assert answer["id"] == self.number, answer
-        return answer
-
-    async def begin(self, method: str, **params: Any) -> None:
-        self.number += 1
-        await self.send({"jsonrpc": "2.0", "id": self.number, "method": method, "params": params})
-
-    async def call(self, tool: str, key: str | None = None, **arguments: Any) -> Any:
-        """What the tool answered."""
-        result = await self.result(tool, key, **arguments)
-        assert not result.get("isError"), result
-        return result["structuredContent"]
-
-    async def result(self, tool: str, key: object = None, **arguments: Any) -> Any:
-        meta = {} if key is None else {"_meta": {"claudecode/toolUseId": key}}
-        return (await self.request("tools/call", name=tool, arguments=arguments, **meta))["result"]
-
-    async def refusal(self, tool: str, **arguments: Any) -> str:
-        """The sentence with which the call is refused; the connection goes on."""
-        result = await self.result(tool, **arguments)
-        assert result["isError"], result
-        assert (await self.call("whoami"))["name"]
-        text: str = result["content"][0]["text"]
-        return text
-
-
-def desk_for(hive: Services, name: str, killed: list[tuple[str, str]] | None = None) -> AgentDesk:
-    async def kill(agent: AgentName, actor: AgentName) -> None:
-        await hive.agents.want(agent, "down", actor)
-        if killed is not None:
-            killed.append((agent, actor))
-
-    return AgentDesk(AgentName(name), hive.broker, hive.agents, hive.gate, kill)
-
-
-@asynccontextmanager
-async def program(door: Path) -> AsyncIterator[Program]:
-    async with connect(door) as peer:
-        client = Program(peer.stream)
-        await client.greet()
-        yield client
 
 
 @pytest.fixture
@@ -108,7 +52,7 @@ async def begin_turn(hive: Services, agent: str = "iris") -> None:
 async def test_an_agent_has_its_tools_and_the_manager_has_more(door: Path, managers_door: Path) -> None:
     for path, names in ((door, EVERYBODYS), (managers_door, EVERYBODYS | MANAGERS)):
         async with program(path) as client:
-            tools = (await client.request("tools/list"))["result"]["tools"]
+            tools = await client.tools()
             assert {tool["name"] for tool in tools} == names
             assert all(tool["inputSchema"]["additionalProperties"] is False for tool in tools)
             assert all(tool["description"] for tool in tools)
@@ -129,10 +73,83 @@ async def test_the_sender_is_the_socket(hive: Services, door: Path) -> None:
     assert (await hive.broker.message(sent["message"]) or {})["sender"] == "iris"
 
 
-async def test_what_a_tool_answered_is_also_there_as_text(door: Path) -> None:
+@pytest.fixture
+async def work(hive: Services, tmp_path: Path) -> AsyncIterator[Path]:
+    """hm1nd's mcp.sock in a turn, with mail, and something of each kind that a tool can tell of."""
+    for body in ("begin", "first line\nsecond \u202e line", "last"):
+        await hive.say("iris", "hm1nd", body)
+    await hive.say("hm1nd", "iris", "a note")
+    await hive.questions.ask(AgentName("iris"), Ask(MANAGER, "red or blue?", ("red", "blue")))
+    await hive.questions.ask(MANAGER, Ask(OPERATOR, "May I?"))
+    await hive.reminders.remind(MANAGER, When(after_s=600), "look again")
+    await hive.sql("UPDATE deliveries SET state = 'dead', note = 'it broke' WHERE recipient = 'iris'")
+    await hive.broker.lease(MANAGER)
+
+    async def kill(agent: AgentName, actor: AgentName) -> None:
+        await hive.agents.want(agent, "down", actor)
+
+    async with serve(tmp_path / "hm1nd.sock", partial(serve_agent, desk_for(hive, "hm1nd", kill))) as path:
+        yield path
+
+
+# Each tool's arguments, and what its text has to say of its answer.
+CALLS: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("loose_ends", {}, ["question 1", '"red or blue?"', '"blue"', "question 2", '"look again"', "unread", "message 4"]),
+    ("recv", {}, ["message: 2", "from: iris", "> first line\n> second ⟨U+202E⟩ line\n", "message: 3", "> last\n"]),
+    ("recv", {}, ["messages: 0"]),
+    ("send", {"to": "iris", "body": "hi"}, ["sent as message 7"]),
+    ("read_body", {"id": 2}, ["> first line\n> second ⟨U+202E⟩ line", "ends here"]),
+    ("whoami", {}, ["hm1nd", "the manager"]),
+    ("set_status", {"text": 'about "it"'}, [r'"about \"it\""']),
+    ("list_agents", {}, ["iris: starting, 1 queued", r'"about \"it\""']),
+    ("search_messages", {"text": "second"}, ["message 2 from iris to hm1nd", '"first line second']),
+    ("search_messages", {"limit": 1}, ["cursor=7"]),
+    ("search_messages", {"text": "nowhere"}, ["nothing was found"]),
+    ("answer", {"question": 1, "choices": ["red"]}, ["question 1", "message 8"]),
+    ("ask", {"to": "iris", "question": "well?"}, ["question 3", "message 9"]),
+    ("remind", {"body": "x", "at": "2027-01-31T08:30:00+01:00"}, ["reminder 2", "2027-01-31 07:30:00 UTC"]),
+    ("cancel", {"kind": "reminder", "id": 2}, ["reminder 2"]),
+    ("cancel", {"kind": "question", "id": 3}, ["question 3", "nobody got it"]),
+    ("cancel", {"kind": "thread", "id": 7}, ["thread 7", "taken back: 1", "too late: 0"]),
+    ("request_spawn", {"name": "argus", "persona": "You watch.", "reason": "eyes"}, ["approval 1"]),
+    ("kill", {"agent": "iris"}, ["iris"]),
+]
+
+
+def closed(schema: Any) -> Any:
+    """The schema with no property beside those that it names."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    more = {"additionalProperties": False} if "properties" in schema else {}
+    return {key: closed(part) for key, part in schema.items()} | more
+
+
+async def test_each_tool_answers_as_its_schema_says_and_in_words_that_hold_all_a_model_needs(work: Path) -> None:
+    async with program(work) as client:
+        schemas = {tool["name"]: closed(tool["outputSchema"]) for tool in await client.tools()}
+        # It would need a commit; its answer is that of request_spawn.
+        assert schemas.pop("request_apply_commit") == schemas["request_spawn"]
+        assert {name for name, _, _ in CALLS} == set(schemas)
+        for name, arguments, words in CALLS:
+            result = await client.result(name, **arguments)
+            assert not result.get("isError"), result
+            jsonschema.validate(result["structuredContent"], schemas[name])
+            (content,) = result["content"]
+            for word in words:
+                assert word in content["text"]
+            assert not HIDDEN.search(content["text"])
+            assert not content["text"].startswith("{")
+
+
+async def test_what_a_tool_takes_and_answers_is_told_without_titles_that_repeat_names(door: Path) -> None:
     async with program(door) as client:
-        result = await client.result("whoami")
-        assert json.loads(result["content"][0]["text"]) == result["structuredContent"]
+        for tool in await client.tools():
+            for schema in (tool["inputSchema"], tool["outputSchema"]):
+                assert schema["type"] == "object"
+                parts = [schema, *schema.get("$defs", {}).values()]
+                assert not [field for part in parts for field in part["properties"].values() if "title" in field]
 
 
 async def test_an_agent_cannot_call_what_only_the_manager_has(hive: Services, door: Path) -> None:
@@ -188,6 +205,30 @@ async def test_a_call_with_the_same_tool_use_id_counts_once_on_any_connection(hi
     assert await hive.value("SELECT count(*) FROM messages") == 2
 
 
+@pytest.mark.parametrize(
+    ("tool", "first", "second"),
+    [
+        ("send", {"to": "iris", "body": "hello"}, {"body": "other"}),
+        ("recv", {}, {"max": 1}),
+        ("ask", {"to": "iris", "question": "well?"}, {"question": "what?"}),
+        ("answer", {"question": 1, "choices": ["red"]}, {"choices": ["blue"]}),
+        ("remind", {"body": "x", "after_s": 60}, {"after_s": 61}),
+        ("request_spawn", {"name": "argus", "persona": "You watch.", "reason": "eyes"}, {"reason": "ears"}),
+    ],
+)
+@pytest.mark.parametrize("by_use", [True, False])
+async def test_a_key_with_other_arguments_is_refused_and_says_so(
+    work: Path, tool: str, first: dict[str, Any], second: dict[str, Any], by_use: bool
+) -> None:
+    use, key = ("toolu_1", {}) if by_use else (None, {"key": "k"})
+    async with program(work) as client:
+        answer = await client.call(tool, use, **first, **key)
+        said = await client.refusal(tool, use, **{**first, **second}, **key)
+        assert said.startswith("cannot use this key for this ")
+        assert "give each " in said
+        assert await client.call(tool, use, **dict(reversed(first.items())), **key) == answer
+
+
 @pytest.mark.parametrize("key", ["", "x" * 201, 7, None, ["a"], {"a": 1}])
 async def test_a_tool_use_id_that_is_none_is_ignored(hive: Services, door: Path, key: object) -> None:
     async with program(door) as client:
@@ -213,10 +254,12 @@ async def test_the_same_spawn_asked_for_twice_with_one_id_is_one_card(hive: Serv
 
 async def test_the_manager_ends_an_agent_and_is_the_one_who_did(hive: Services, tmp_path: Path) -> None:
     killed: list[tuple[str, str]] = []
-    async with (
-        serve(tmp_path / "k.sock", partial(serve_agent, desk_for(hive, "hm1nd", killed))) as path,
-        program(path) as client,
-    ):
+
+    async def kill(agent: AgentName, actor: AgentName) -> None:
+        await hive.agents.want(agent, "down", actor)
+        killed.append((agent, actor))
+
+    async with program_of(hive, "hm1nd", tmp_path, kill) as client:
         assert await client.call("kill", agent="iris") == {"killed": "iris"}
         assert "argus" in await client.refusal("kill", agent="argus")
     assert killed == [("iris", "hm1nd")]

@@ -18,8 +18,8 @@ from hive_core.cli import show
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, parse_body
-from hive_core.sockets.agent import AgentDesk
 from tests.hives import Services, run_in_hive
+from tests.tools import desk_for
 
 IRIS, DAMOCLES, HM1ND = AgentName("iris"), AgentName("damocles"), AgentName("hm1nd")
 
@@ -274,10 +274,7 @@ def test_a_body_of_words_is_found_by_each_of_its_words(text: str) -> None:
 
 
 async def test_the_tool_is_the_agents_own_and_reads_only(hive: Services) -> None:
-    async def kill(*_: object) -> None:
-        raise AssertionError
-
-    desk = AgentDesk(IRIS, hive.broker, hive.agents, hive.gate, kill, archive_of(hive))
+    desk = desk_for(hive, IRIS)
     await hive.say("iris", "hm1nd", "mine")
     await hive.say("operator", "damocles", "not mine")
     answer = await desk.call("search_messages", {"text": "mine"}, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -23,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hive_core.lock import take_lock
-from hive_core.procedures import backup
+from hive_core.procedures import backup, backup_format, restore
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.repos import Repos
@@ -45,17 +46,17 @@ def back_up(state: Path, to: Path, **more: Any) -> backup.Report:
         return backup.back_up(state, out, work, **{"with_credentials": False, "now": NOW, "tell": quiet, **more})
 
 
-def verify(file: Path) -> backup.Manifest:
+def verify(file: Path) -> restore.Manifest:
     work = file.parent / f"{file.name}.verify"
     work.mkdir(exist_ok=True)
     with file.open("rb") as source:
-        return backup.verify(source, work, quiet)
+        return restore.verify(source, work, quiet)
 
 
-def bring_back(file: Path, state: Path, paused: bool = False) -> backup.Manifest:
+def bring_back(file: Path, state: Path, paused: bool = False) -> restore.Manifest:
     state.mkdir(mode=0o700, exist_ok=True)
     with file.open("rb") as source:
-        return backup.restore(source, state, paused=paused, tell=quiet)
+        return restore.restore(source, state, paused=paused, tell=quiet)
 
 
 def git(repo: Path, *words: str) -> str:
@@ -194,7 +195,7 @@ def test_the_copy_is_of_one_instant_and_neither_it_nor_the_writer_waits_for_the_
     assert during < 3000, "the copy was made only when the writer had nothing more to write"
     copy = sqlite3.connect(tmp_path / "copy.sqlite")
     assert copy.execute("SELECT count(*), sum(a != b) FROM pairs").fetchone() == (20_000, 0)
-    backup.check_database(copy)
+    backup_format.check_database(copy)
     copy.close()
 
 
@@ -262,7 +263,7 @@ def test_what_an_agent_plants_neither_stops_a_backup_nor_leads_it_astray(state: 
     with (planted / "hollow").open("wb") as hollow:
         hollow.truncate(1024**4)
     deep = planted
-    for _ in range(backup.DEPTH_LIMIT):
+    for _ in range(backup_format.DEPTH_LIMIT):
         deep = deep / "d"
         deep.mkdir()
     lock = state / "proposed" / "iris" / "config" / ".git" / "index.lock"
@@ -271,7 +272,7 @@ def test_what_an_agent_plants_neither_stops_a_backup_nor_leads_it_astray(state: 
     told = "\n".join(report.left_out)
     assert "planted/fifo: neither a file nor a directory" in told
     assert "planted/hollow: a file of 1,099,511,627,776 bytes that are mostly holes" in told
-    assert f"more than {backup.DEPTH_LIMIT} directories deep" in told
+    assert f"more than {backup_format.DEPTH_LIMIT} directories deep" in told
     assert (tmp_path / "hive.tar").stat().st_size < 10_000_000
     bring_back(tmp_path / "hive.tar", tmp_path / "new")
     back = tmp_path / "new" / "agents" / "iris" / "state" / "planted"
@@ -367,7 +368,7 @@ def test_a_backup_that_is_cut_off_is_refused_wherever_it_is_cut(archive: Path, t
 
 
 def test_a_newer_format_is_refused_by_its_number(archive: Path) -> None:
-    change(archive, backup.HEAD, lambda head: {**head, "hyperhive_backup": 2})
+    change(archive, backup_format.HEAD, lambda head: {**head, "hyperhive_backup": 2})
     assert_refused(archive, r"a newer hyperhive made it \(format 2, this one knows 1\)")
 
 
@@ -453,7 +454,7 @@ def test_a_member_that_no_backup_has_is_refused(archive: Path, planted: Callable
     ],
 )  # fmt: skip
 def test_a_manifest_that_lies_is_refused(archive: Path, to: Callable[[Any], Any], why: str) -> None:
-    change(archive, backup.MANIFEST, to)
+    change(archive, backup_format.MANIFEST, to)
     assert_refused(archive, why)
 
 
@@ -492,11 +493,36 @@ def test_a_database_without_the_tables_of_a_hive_is_refused(archive: Path, tmp_p
         database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         database.execute("CREATE TABLE other (x)")
     database.close()
-    data = (tmp_path / "hollow.sqlite").read_bytes()
+    with_database(archive, (tmp_path / "hollow.sqlite").read_bytes())
+    assert_refused(archive, "cannot use the copy of the database")
+
+
+def with_database(archive: Path, data: bytes) -> None:
+    """Let a backup hold another database, and its manifest say so."""
     rewrite(archive, [(m, data if m.name == "hive.sqlite" else old) for m, old in members(archive)])
     entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    change(archive, backup.MANIFEST, lambda m: m["files"]["hive.sqlite"].update(entry) or m)
-    assert_refused(archive, "cannot use the copy of the database")
+    change(archive, backup_format.MANIFEST, lambda m: m["files"]["hive.sqlite"].update(entry) or m)
+
+
+def test_a_database_that_does_not_let_itself_be_changed_is_refused(archive: Path, state: Path, tmp_path: Path) -> None:
+    with sqlite3.connect(state / "hive.sqlite") as database:
+        database.execute("CREATE TRIGGER no BEFORE UPDATE ON timeline BEGIN SELECT raise(ABORT, 'no'); END")
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    database.close()
+    with_database(archive, (state / "hive.sqlite").read_bytes())
+    with pytest.raises(Refusal, match=r"its database cannot be changed \(no\); nothing was written"):
+        bring_back(archive, tmp_path / "new")
+    assert os.listdir(tmp_path / "new") == []
+
+
+def test_a_hive_that_comes_back_has_a_timeline_of_its_own_each_time(archive: Path, state: Path, tmp_path: Path) -> None:
+    found = set()
+    for name in ("one", "two"):
+        bring_back(archive, tmp_path / name)
+    for home in (state, tmp_path / "one", tmp_path / "two"):
+        with contextlib.closing(sqlite3.connect(home / "hive.sqlite")) as database:
+            found |= {row[0] for row in database.execute("SELECT id FROM timeline")}
+    assert len(found) == 3
 
 
 def test_what_an_agent_names_or_dates_oddly_makes_no_backup_that_cannot_come_back(state: Path, tmp_path: Path) -> None:
@@ -525,10 +551,7 @@ def test_a_damaged_database_is_refused_though_its_digest_is_right(archive: Path)
     content = members(archive)
     data = bytearray(next(data for member, data in content if member.name == "hive.sqlite"))
     data[5000:9000] = b"\xff" * 4000
-    content = [(member, bytes(data) if member.name == "hive.sqlite" else old) for member, old in content]
-    rewrite(archive, content)
-    digest = hashlib.sha256(data).hexdigest()
-    change(archive, backup.MANIFEST, lambda m: m["files"]["hive.sqlite"].update(sha256=digest) or m)
+    with_database(archive, bytes(data))
     assert_refused(archive, "cannot use the copy of the database")
 
 
@@ -542,7 +565,7 @@ def test_junk_in_a_backup_is_a_refusal_and_never_a_trace(small: bytes, data: st.
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            backup.verify(io.BytesIO(bytes(junk)), Path(folder), quiet)
+            restore.verify(io.BytesIO(bytes(junk)), Path(folder), quiet)
         except Refusal:
             pass
         else:
@@ -585,7 +608,7 @@ def test_a_restore_that_was_interrupted_can_be_run_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(backup, "_remove_tree", lambda _: None)  # as if by SIGKILL
+        patch.setattr(restore, "_remove_tree", lambda _: None)  # as if by SIGKILL
         patch.setattr(os, "sync", die)
         with pytest.raises(KeyboardInterrupt):
             bring_back(archive, tmp_path / "new")
@@ -758,7 +781,7 @@ def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_names_in_a_backup_do_not_reach_the_terminal_as_they_are(archive: Path, tmp_path: Path) -> None:
-    change(archive, backup.MANIFEST, lambda m: {**m, "agents": ["\x1b[31miris"], "version": "\x1b]0;x"})
+    change(archive, backup_format.MANIFEST, lambda m: {**m, "agents": ["\x1b[31miris"], "version": "\x1b]0;x"})
     done = command(tmp_path, tmp_path / "new", "restore", "--check", str(archive))
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout

@@ -170,7 +170,9 @@ async def test_many_who_send_the_same_and_some_who_are_refused_leave_one_whole_f
 
 async def test_the_same_call_again_leaves_no_second_file_whatever_it_says(hive: Services) -> None:
     first = await hive.say("iris", "damocles", LARGE, key="once")
-    assert await hive.say("iris", "damocles", "other " + LARGE, key="once") == first
+    assert await hive.say("iris", "damocles", LARGE, key="once") == first
+    with pytest.raises(Refusal, match="cannot use this key"):
+        await hive.say("iris", "damocles", "other " + LARGE, key="once")
     assert [path.read_text("utf-8") for path in files(hive)] == [LARGE]
 
 

@@ -344,6 +344,90 @@ async def test_a_turn_that_had_to_wait_costs_no_try_and_yet_its_message_says_tha
     assert await hive.states() == {message: "queued"}
 
 
+async def begins(hive: Services, agent: AgentName = IRIS) -> int | None:
+    """The message that a turn of the agent begins with now; None when none does."""
+    begun = await hive.store.write(lambda tx: _lease(tx, agent, "f-now"))
+    return begun.message["id"] if begun else None
+
+
+async def wait_turn(hive: Services, next_fence: str | None = None) -> Acked:
+    """A turn of iris that could not run."""
+    return await hive.broker.ack(IRIS, (await lease(hive)).turn, "waiting", "no login", next_fence=next_fence)
+
+
+async def test_after_a_turn_that_had_to_wait_its_agent_rests_whatever_else_waits_for_it(hive: Services) -> None:
+    for n in range(3):
+        await hive.say("hm1nd", "iris", str(n))
+    await hive.say("hm1nd", "damocles", "hello")
+    assert await wait_turn(hive, "f-2") == Acked(True)
+    await hive.say("hm1nd", "iris", "another")
+    assert await begins(hive) is None
+    assert await begins(hive, DAMOCLES) == 4
+    rest_ms = await hive.value("SELECT rests_until_ms - ended_at_ms FROM agents JOIN turns ON agent = name")
+    assert AWAY * 500 <= rest_ms <= AWAY * 1500
+    assert (await hive.agents.get("iris")).rests_until_ms is not None
+    hive.clock.ahead_s += AWAY / 2 - 1
+    assert await begins(hive) is None
+    hive.clock.ahead_s += AWAY + 1
+    assert await begins(hive) is not None
+
+
+@pytest.mark.parametrize("outcome", ["done", "failed"])
+async def test_an_agent_whose_turn_could_run_rests_no_more(hive: Services, outcome: str) -> None:
+    for n in range(3):
+        await hive.say("hm1nd", "iris", str(n))
+    await wait_turn(hive)
+    await hive.let_time_pass()
+    acked = await hive.broker.ack(IRIS, (await lease(hive)).turn, outcome, next_fence="f-3")
+    assert acked.lease is not None
+    assert (await hive.agents.get("iris")).rests_until_ms is None
+
+
+async def test_an_agent_that_is_started_or_resumed_rests_no_more(hive: Services) -> None:
+    for n in range(2):
+        await hive.say("hm1nd", "iris", str(n))
+    await wait_turn(hive)
+    await hive.agents.want(IRIS, "paused", "operator")
+    await hive.agents.want(IRIS, "up", "operator")
+    assert await begins(hive) == 2
+
+
+async def test_an_agent_that_was_ended_on_purpose_needs_no_rest(hive: Services) -> None:
+    for n in range(2):
+        await hive.say("hm1nd", "iris", str(n))
+    await lease(hive)
+    await hive.store.write(lambda tx: hive.broker.put_back(tx, IRIS))
+    assert await begins(hive) == 2
+
+
+async def test_an_agent_that_rested_before_the_clock_was_set_back_takes_a_turn_at_once(hive: Services) -> None:
+    for n in range(2):
+        await hive.say("hm1nd", "iris", str(n))
+    await wait_turn(hive)
+    hive.clock.ahead_s -= 24 * 3600
+    assert await begins(hive) is not None
+
+
+async def test_a_message_whose_turns_always_have_to_wait_keeps_no_other_back(hive: Services) -> None:
+    for n in range(3):
+        await hive.say("hm1nd", "iris", str(n))
+    had = []
+    for _ in range(3):
+        begun = await lease(hive)
+        had.append(begun.message["id"])
+        await hive.broker.ack(IRIS, begun.turn, "waiting")
+        await hive.let_time_pass()
+    assert had == [1, 2, 3]
+
+
+async def test_recv_in_a_turn_that_runs_asks_for_no_rest(hive: Services) -> None:
+    for n in range(2):
+        await hive.say("hm1nd", "iris", str(n))
+    await lease(hive)
+    await hive.sql("UPDATE agents SET rests_until_ms = ?", int(hive.clock() * 1000) + 60_000)
+    assert [message["id"] for message in (await hive.broker.recv(IRIS, 32, 0))["messages"]] == [2]
+
+
 async def test_an_unknown_outcome_is_refused_and_the_turn_goes_on(hive: Services) -> None:
     await hive.say("hm1nd", "iris", "hello")
     begun = await lease(hive)

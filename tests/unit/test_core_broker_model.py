@@ -32,10 +32,14 @@ MOVES = {"requeue": (("dead",), "queued"), "release": (("held",), "queued"), "dr
 
 
 class Model:
-    """box[agent][message] = [state, failures, rests]; the numbers of messages are their order."""
+    """box[agent][message] = [state, failures, rests, attempts]; the numbers of messages are their order.
+
+    rests[agent] is there since a turn of it had to wait, until one could run: whether it rests still.
+    """
 
     def __init__(self) -> None:
         self.box: dict[str, dict[int, list[Any]]] = {IRIS: {}, DAMOCLES: {}}
+        self.rests: dict[str, bool] = {}
         self.sender: dict[int, str] = {}
         self.recent: Counter[tuple[str, str]] = Counter()
 
@@ -44,11 +48,22 @@ class Model:
         self.recent.update((sender, name) for name in recipients)
         held = {n: "rate" for n in recipients if sender in NAMES and self.recent[sender, n] > LIMITS.pair_rate_per_hour}
         for name in self.box.keys() & set(recipients):
-            self.box[name][number] = ["held" if name in held else "queued", 0, False]
+            self.box[name][number] = ["held" if name in held else "queued", 0, False, 0]
         return held
 
     def due(self, agent: str) -> list[int]:
-        return [n for n, (state, _, rests) in self.box[agent].items() if state == "queued" and not rests]
+        return [n for n, (state, _, rests, _) in self.box[agent].items() if state == "queued" and not rests]
+
+    def next(self, agent: str) -> int | None:
+        """The message that a turn of the agent would begin with."""
+        if self.rests.get(agent):
+            return None
+        waited = agent in self.rests
+        return min(self.due(agent), key=lambda n: (self.box[agent][n][3] if waited else 0, n), default=None)
+
+    def take(self, agent: str, number: int) -> None:
+        entry = self.box[agent][number]
+        entry[0], entry[3] = "leased", entry[3] + 1
 
     def end(self, agent: str, how: str) -> None:
         for number, entry in list(self.box[agent].items()):
@@ -111,7 +126,7 @@ class Story(RuleBasedStateMachine):
         self.hive, self.model = LivingHive(), Model()
         self.turns: dict[str, Lease | None] = {IRIS: None, DAMOCLES: None}
         self.ended: list[tuple[AgentName, Turn, str]] = []
-        self.answers: dict[tuple[str, str], Any] = {}
+        self.answers: dict[tuple[str, str], tuple[Any, list[AgentName]]] = {}
         self.fences = 0
         self.ahead_s = 0.0
 
@@ -124,15 +139,15 @@ class Story(RuleBasedStateMachine):
 
     def begun(self, agent: AgentName, fence: str, lease: Lease | None) -> None:
         """Check a turn that has begun, and note it in the model."""
-        due = self.model.due(agent)
-        assert (lease and lease.message["id"]) == (due[0] if due else None)
-        if lease is not None:
+        first = self.model.next(agent)
+        assert (lease and lease.message["id"]) == first
+        if lease is not None and first is not None:
             assert (lease.turn.fence, lease.waiting) == (fence, self.queued(agent) - 1)
-            self.model.box[agent][due[0]][0] = "leased"
+            self.model.take(agent, first)
         self.turns[agent] = lease
 
     def queued(self, agent: AgentName) -> int:
-        return [state for state, _, _ in self.model.box[agent].values()].count("queued")
+        return [state for state, *_ in self.model.box[agent].values()].count("queued")
 
     def end(self, agent: AgentName, lease: Lease, how: str) -> None:
         self.model.end(agent, how)
@@ -145,13 +160,22 @@ class Story(RuleBasedStateMachine):
         key=st.none() | st.sampled_from(["k1", "k2"]),
     )
     def send(self, sender: AgentName, to: list[AgentName], key: str | None) -> None:
-        answer = self.hive.do(lambda hive: hive.broker.send(sender, to, parse_body("hello"), key=key))
-        if (known := self.answers.get((sender, key or ""))) is None:
-            held = self.model.send(sender, [n for n in NAMES if n != sender] if to == [EVERYONE] else [*to])
+        def ask() -> dict[str, Any]:
+            return self.hive.do(lambda hive: hive.broker.send(sender, to, parse_body("hello"), key=key))
+
+        recipients = [n for n in NAMES if n != sender] if to == [EVERYONE] else to
+        known, reached = self.answers.get((sender, key or ""), (None, recipients))
+        if set(reached) != set(recipients) and to != [EVERYONE]:
+            with pytest.raises(Refusal, match="cannot use this key"):
+                ask()
+            return
+        answer = ask()
+        if known is None:
+            held = self.model.send(sender, [*recipients])
             known = {"message": len(self.model.sender), **({"held": held} if held else {})}
         assert answer == known
         if key is not None:
-            self.answers[sender, key] = answer
+            self.answers[sender, key] = answer, reached
 
     @rule(agent=AGENTS)
     def lease(self, agent: AgentName) -> None:
@@ -162,6 +186,8 @@ class Story(RuleBasedStateMachine):
             again = self.hive.do(lambda hive: hive.broker.lease(agent, turn.turn.fence))
             assert again == turn._replace(waiting=self.queued(agent))
         else:
+            if self.model.rests.get(agent):
+                self.time_passes()
             if not self.model.due(agent):
                 self.send(OPERATOR, [agent], None)
             self.begun(agent, fence, self.hive.do(lambda hive: hive.broker.lease(agent, fence)))
@@ -175,7 +201,7 @@ class Story(RuleBasedStateMachine):
         got = self.hive.do(lambda hive: hive.broker.recv(agent, most, 0))
         due = self.model.due(agent)[:most]
         for number in due:
-            self.model.box[agent][number][0] = "leased"
+            self.model.take(agent, number)
         assert ([m["id"] for m in got["messages"]], got["waiting"]) == (due, self.queued(agent))
 
     @rule(agent=AGENTS, how=OUTCOMES, goes_on=st.booleans(), twice=st.booleans())
@@ -192,6 +218,9 @@ class Story(RuleBasedStateMachine):
         acked = self.hive.do(ack)
         assert acked.counted
         self.end(agent, lease, how)
+        self.model.rests.pop(agent, None)
+        if how == "waiting":
+            self.model.rests[agent] = True
         if fence is not None:
             self.begun(agent, fence, acked.lease)
         if twice and (acked.lease is not None or fence is None):
@@ -230,6 +259,7 @@ class Story(RuleBasedStateMachine):
         self.hive.do(lambda hive: hive.let_time_pass())
         self.ahead_s += 24 * 3600
         self.model.recent.clear()
+        self.model.rests = dict.fromkeys(self.model.rests, False)
         for box in self.model.box.values():
             for entry in box.values():
                 entry[2] = False
@@ -254,7 +284,7 @@ class Story(RuleBasedStateMachine):
             return
         assert sorted(self.hive.do(lambda hive: getattr(hive.broker, verb)(number, OPERATOR))) == names
         for name in names:
-            box[name][number] = [to, 0, False]
+            box[name][number][:3] = [to, 0, False]
 
     @invariant()
     def both_tell_the_same(self) -> None:

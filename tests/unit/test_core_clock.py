@@ -114,13 +114,27 @@ async def test_a_lease_wakes_by_itself_when_a_message_has_rested(hive: Services)
             await hive.broker.ack(IRIS, begun.turn, "failed")
 
 
+async def test_a_lease_wakes_by_itself_when_its_agent_has_rested(hive: Services) -> None:
+    hive.broker.limits = Limits(provider_rest_s=0.1)
+    for body in ("waits", "wakes nobody"):
+        await hive.say("hm1nd", "iris", body)
+    async with served(hive, Rests()):
+        begun = await hive.broker.lease(IRIS)
+        await hive.broker.ack(IRIS, begun.turn, "waiting")
+        await hive.sql("UPDATE deliveries SET available_at_ms = available_at_ms + 3600000 WHERE message_id = 1")
+        with trio.fail_after(PATIENCE_S):
+            assert (await hive.broker.lease(IRIS)).message["body"] == "wakes nobody"
+
+
 async def test_while_nothing_rests_the_clock_of_rests_has_no_next_instant(hive: Services) -> None:
     await hive.say("hm1nd", "iris", "hello")
     rests = Rests()
     assert await hive.store.write(rests.next_after) is None
     begun = await hive.broker.lease(IRIS)
     await hive.broker.ack(IRIS, begun.turn, "waiting")
-    due_at = await hive.value("SELECT available_at_ms FROM deliveries")
+    due_at = await hive.value(
+        "SELECT min(available_at_ms, rests_until_ms) FROM deliveries JOIN agents ON name = 'iris'"
+    )
     assert await hive.store.write(rests.next_after) == due_at
     await hive.let_time_pass()
     assert await hive.store.write(rests.next_after) is None

@@ -179,7 +179,7 @@ def test_around_every_change_of_the_clocks_it_comes_when_a_walk_through_the_minu
         ("0 7 30 2 *", "UTC", "its day-of-month is '30'"),
         ("0 7 * *", "UTC", "it has 4 fields and needs five"),
         ("0 0 7 * * *", "UTC", "it has 6 fields and needs five"),
-        ("@daily", "UTC", "it has 1 fields and needs five"),
+        ("@daily", "UTC", "it has 1 field and needs five"),
         ("", "UTC", "it has 0 fields"),
         (7, "UTC", "cannot use 7 as cron: give five fields"),
         ("* " * 200, "UTC", "give five fields"),

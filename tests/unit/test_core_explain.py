@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from hive_core.life import life_of, tell_life, tell_sending
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, parse_body
-from tests.hives import Services
+from tests.hives import Services, open_services
 
 IRIS, DAMOCLES = AgentName("iris"), AgentName("damocles")
 
@@ -147,6 +149,38 @@ def test_what_was_held_says_why_and_who_let_it_go(held: str, why: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("data", "chain"),
+    [
+        ({"chain": 3, "hops": 25}, "; its chain, which had begun with message 3, was 25 turns long, and begins anew"),
+        ({"chain": 3, "hops": 1}, "; its chain, which had begun with message 3, was 1 turn long, and begins anew"),
+        ({"chain": 7, "hops": 0}, ""),  # it had begun its chain itself
+        ({}, "; the chain begins anew with it"),  # of a version that did not note it
+    ],
+)
+def test_a_release_tells_the_chain_that_the_message_came_from(data: dict[str, int], chain: str) -> None:
+    released = event("message_released", 2000, json.dumps(data))
+    assert told({"held": "hops"}, released)[-1] == f"2000 released by operator{chain}"
+
+
+async def test_a_released_message_tells_its_old_chain(tmp_path: Path) -> None:
+    async with open_services(tmp_path, limits=Limits(hops=1)) as hive:
+        await hive.add_agents("iris", "damocles")
+        first = await hive.say("operator", "iris", "go")
+        for sender, recipient in (("iris", "damocles"), ("damocles", "iris"), ("iris", "damocles")):
+            turn = await hive.broker.lease(AgentName(sender))
+            held = await hive.say(sender, recipient, "on")
+            await hive.broker.ack(AgentName(sender), turn.turn, "done")
+            if await hive.value("SELECT state FROM deliveries WHERE message_id = ?", held) == "held":
+                break
+        await hive.broker.release(held, OPERATOR)
+        (delivery,) = (await life_of(hive.store, held))["deliveries"]
+    assert [moment["text"] for moment in delivery["life"]] == [
+        "held for the operator: too many turns lay between it and what its chain began with (hops)",
+        f"released by operator; its chain, which had begun with message {first}, was 2 turns long, and begins anew",
+    ]
+
+
 def test_death_comes_after_the_turn_that_brought_it_and_can_be_undone() -> None:
     rows = (
         lease(4, 1, 2000, "failed", 2000, "no"),
@@ -159,11 +193,11 @@ def test_death_comes_after_the_turn_that_brought_it_and_can_be_undone() -> None:
     assert told({"state": "dropped", "settled_at_ms": 8000}, *rows)[1:] == [
         "2000 leased by turn 4 of damocles",
         "2000 turn 4 failed: no",
-        "2000 dead after 1 failed turns; it waits for `hive requeue` or `hive drop`",
+        "2000 dead after 1 failed turn; it waits for `hive requeue` or `hive drop`",
         "5000 put back by operator, with all its tries",
         "5000 leased by turn 5 of damocles, for the 2nd time",
         "6000 turn 5 failed: no again",
-        "6000 dead after 1 failed turns; it waits for `hive requeue` or `hive drop`",
+        "6000 dead after 1 failed turn; it waits for `hive requeue` or `hive drop`",
         "8000 dropped by operator",
     ]
 

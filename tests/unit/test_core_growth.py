@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from hive_core.archive import _NEWEST_OF_AGENT, Archive, Query, _whose
 from hive_core.broker import Rests, _Ending, _lease
 from hive_core.limits import Limits
 from hive_core.post import Letter, post
@@ -78,6 +79,11 @@ async def add_old(hive: Services) -> None:
     await hive.store.write(write)
 
 
+def newest_of_damocles(hive: Services, tx: Transaction) -> None:
+    given = {"agent": "damocles", "whose": _whose("damocles"), "before": 2**62, "limit": 50}
+    assert len(tx.execute(_NEWEST_OF_AGENT, given).fetchall()) == 1
+
+
 @pytest.mark.parametrize("work", [send, lease_and_end, look_again, rests])
 async def test_it_costs_the_same_with_many_old_messages(hive: Services, work: Work) -> None:
     if work is lease_and_end:
@@ -89,3 +95,13 @@ async def test_it_costs_the_same_with_many_old_messages(hive: Services, work: Wo
     if work is lease_and_end:
         await hive.say("hm1nd", "iris", "due")
     assert await steps(hive, work) < 3 * few + 200
+
+
+async def test_the_list_of_an_agent_that_is_silent_costs_the_same_with_many_messages_of_others(hive: Services) -> None:
+    archive = Archive(hive.store, Limits(), hive.state_dir / "bodies")
+    await hive.say("damocles", "iris", "once")
+    few = await steps(hive, newest_of_damocles)
+    await add_old(hive)
+    while "unindexed" in await archive.search(Query("old")):
+        pass
+    assert await steps(hive, newest_of_damocles) < 3 * few + 200

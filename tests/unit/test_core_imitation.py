@@ -51,7 +51,7 @@ async def test_a_dead_letter_quotes_how_the_turn_ended(tmp_path: Path, hostile: 
         letter = (await hive.broker.lease(AgentName("damocles"))).message
         assert letter["sender"] == "system"
         assert words_of_the_hive(letter["body"], hostile) == (
-            "message_dead: your message 1 to iris was given up after 1 failed turns. The last one ended with …"
+            "message_dead: your message 1 to iris was given up after 1 failed turn. The last one ended with …"
         )
 
 

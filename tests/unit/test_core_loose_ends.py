@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -14,18 +12,20 @@ from typing import Any
 import pytest
 import trio
 
+from hive_core import withdrawal
 from hive_core.limits import Limits
+from hive_core.post import Letter, post
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName, parse_body
 from hive_core.questions import Answer, Ask
 from hive_core.reminders import When
 from hive_core.schedules import parse_plan
 from hive_core.sockets.admin import AdminDesk
-from hive_core.sockets.agent import AgentDesk, serve_agent
+from hive_core.store.writer import Transaction
 from hive_core.withdrawal import withdraw_thread
 from tests.dashboards import OURS, browse, hive_of, served
-from tests.hives import PATIENCE_S, Services, connect, open_services, serve
-from tests.needs import ROOT
+from tests.hives import Services, open_services, run_hive, serve
+from tests.tools import program_of
 
 IRIS, DAMOCLES = AgentName("iris"), AgentName("damocles")
 SCRIPT = {**OURS, "Accept": "application/json"}
@@ -139,36 +139,81 @@ async def test_nobody_takes_back_what_others_wrote(hive: Services) -> None:
             await withdraw_thread(hive.store, who, number)
 
 
+async def test_a_long_thread_is_taken_back_in_small_transactions_and_the_answer_counts_all(
+    hive: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await hive.say("iris", "damocles", "one")
+    await hive.broker.ack(DAMOCLES, (await hive.broker.lease(DAMOCLES)).turn, "done")
+    for number in range(23):
+        letter = Letter(IRIS, (DAMOCLES, MANAGER), parse_body(f"{number}"), first)
+        await hive.store.write(lambda tx, it=letter: post(tx, [it], Limits(pair_rate_per_hour=1000)))
+        await hive.say("damocles", "iris", "theirs", in_reply_to=first)
+    monkeypatch.setattr(withdrawal, "STEP", 10)
+    told: list[int] = []
+    write = hive.store.write
+
+    def looked_at(function: Callable[[Transaction], Any]) -> Awaitable[Any]:
+        def watched(tx: Transaction) -> Any:
+            answer = function(tx)
+            told.append(len(tx.events))
+            return answer
+
+        return write(watched)
+
+    monkeypatch.setattr(hive.store, "write", looked_at)
+    assert await withdraw_thread(hive.store, IRIS, first) == {"thread": first, "dropped": 46, "too_late": 1}
+    assert sum(told) == 46
+    assert max(told) <= 10
+    assert await withdraw_thread(hive.store, IRIS, first) == {"thread": first, "dropped": 0, "too_late": 1}
+    states = {state for agent in (DAMOCLES, MANAGER) for state in (await hive.states(agent)).values()}
+    assert states == {"acked", "dropped"}
+
+
+@pytest.mark.parametrize("read", [False, True])
+async def test_cancelling_the_thread_of_a_question_cancels_the_question(hive: Services, read: bool) -> None:
+    asked = await hive.questions.ask(IRIS, Ask(DAMOCLES, "well?"))
+    if read:
+        await hive.broker.ack(DAMOCLES, (await hive.broker.lease(DAMOCLES)).turn, "done")
+    for _ in range(2):
+        await withdraw_thread(hive.store, IRIS, asked["message"])
+    assert (await hive.questions.get(1)).state == "cancelled"
+    assert (await hive.kinds()).count("question_cancelled") == 1
+    assert (await hive.loose_ends.of(IRIS))["you_wait_for"]["questions"] == []
+    with pytest.raises(Refusal, match="iris cancelled it at"):
+        await hive.questions.answer(DAMOCLES, 1, Answer(text="yes"))
+
+
+async def test_an_answer_that_is_taken_back_opens_its_question_again(hive: Services) -> None:
+    asked = await hive.questions.ask(IRIS, Ask(DAMOCLES, "red or blue?", ("red", "blue")))
+    answered = await hive.questions.answer(DAMOCLES, 1, Answer(("red",)))
+    with hive.store.bus.listen("questions") as listener, trio.fail_after(5):
+        assert (await withdraw_thread(hive.store, DAMOCLES, asked["message"]))["dropped"] == 1
+        await listener.wait()
+    question = await hive.questions.get(1)
+    assert (question.state, question.choices, question.answer_id, question.settled_at_ms) == ("open", (), None, None)
+    assert [one["question"] for one in (await hive.loose_ends.of(DAMOCLES))["waits_on_you"]["questions"]] == [1]
+    again = await hive.questions.answer(DAMOCLES, 1, Answer(("blue",)))
+    assert (await hive.states(IRIS)) == {answered["message"]: "dropped", again["message"]: "queued"}
+    await hive.broker.ack(IRIS, (await hive.broker.lease(IRIS)).turn, "done")
+    assert (await withdraw_thread(hive.store, DAMOCLES, asked["message"]))["dropped"] == 0
+    assert (await hive.questions.get(1)).choices == ("blue",)
+
+
 # -- the tools of an agent --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 async def tools(hive: Services, tmp_path: Path) -> Callable[[str], Call]:
     """Call tools as an agent, through its real socket: `await tools("iris")("ask", to=…)`."""
-    number = 0
-
-    def desk(name: str) -> AgentDesk:
-        return AgentDesk(AgentName(name), hive.broker, hive.agents, hive.gate, _no_kill, None, hive.loose_ends)
 
     async def call(name: str, tool: str, use: str | None = None, /, **arguments: Any) -> Any:
-        nonlocal number
-        number += 1
-        meta = {"_meta": {"claudecode/toolUseId": use}} if use else {}
-        request = {"jsonrpc": "2.0", "id": number, "method": "tools/call"}
-        async with serve(tmp_path / f"{number}.sock", partial(serve_agent, desk(name))) as door, connect(door) as peer:
-            client = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
-            await peer.ask({"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": client})
-            await peer.send({"jsonrpc": "2.0", "method": "notifications/initialized"})
+        async with program_of(hive, name, tmp_path) as client:
             if tool == "tools/list":
-                return (await peer.ask({**request, "method": "tools/list"}))["result"]["tools"]
-            answer = await peer.ask({**request, "params": {"name": tool, "arguments": arguments, **meta}})
-        result = answer["result"]
+                return await client.tools()
+            result = await client.result(tool, use, **arguments)
         if result.get("isError"):
             raise Refusal("refused", result["content"][0]["text"])
         return result["structuredContent"]
-
-    async def _no_kill(_: AgentName, __: AgentName) -> None:
-        raise AssertionError("nobody is killed here")
 
     return lambda name: partial(call, name)
 
@@ -262,16 +307,7 @@ async def command(hive: Services, tmp_path: Path) -> AsyncIterator[Command]:
     """`hive WORD …` as a process: its exit code, and what it printed or complained of."""
 
     async def run(*words: str, env: dict[str, str] | None = None) -> tuple[int, str]:
-        ours = {"HIVE_RUNTIME_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), "TZ": "UTC"}
-        environment = {**os.environ, **ours, **(env or {})}
-        with trio.fail_after(PATIENCE_S):
-            done = await trio.run_process(
-                [sys.executable, "-m", "hive_core.cli", *words],
-                env=environment,
-                capture_stdout=True,
-                capture_stderr=True,
-                check=False,
-            )
+        done = await run_hive(tmp_path, *words, env=env)
         return done.returncode, (done.stderr if done.returncode else done.stdout).decode().rstrip("\n")
 
     async with serve(tmp_path / "host.sock", AdminDesk(hive_of(hive)).serve):
@@ -396,6 +432,8 @@ async def test_the_operator_sees_the_loose_ends_of_himself_and_of_an_agent(hive:
     assert "message 2 iris → damocles is held" in said.partition("iris waits for:")[2]
     assert "message 2 iris → damocles is held" in (await command("loose-ends"))[1].partition("you wait for:")[0]
     assert (await command("loose-ends", "nobody"))[0] == 3
+    await hive.store.write(lambda tx: tx.execute("UPDATE reminders SET state = 'due'"))
+    assert ", due and waits for room (inbox_depth, held_depth): look" in (await command("loose-ends", "iris"))[1]
     assert "iris: waiting for ⟨U+001B⟩[31myou" in (await command("list"))[1]
 
 
@@ -441,7 +479,7 @@ async def test_several_options_and_words_of_ones_own_go_by_one_form(hive: Servic
 async def test_a_card_appears_and_goes_while_somebody_looks(hive: Services) -> None:
     async with served(hive_of(hive)) as browser:
         after = await hive.store.last_seq()
-        async with browser.stream(f"/live?after={after}") as stream:
+        async with browser.stream(f"/live?after={hive.at(after)}") as stream:
             await hive.questions.ask(IRIS, Ask(OPERATOR, "May I?"))
             card = (await stream.until("question-1"))[-1].data
             assert (card["list"], "May I?" in card["html"]) == ("pending", True)
@@ -459,4 +497,4 @@ async def test_a_held_question_becomes_a_card_when_it_is_released(tmp_path: Path
         async with served(hive_of(hive)) as browser:
             after = await hive.store.last_seq()
             await hive.broker.release(asked["message"], OPERATOR)
-            assert "two?" in (await browser.told(f"/live?after={after}", "question-1"))[-1].data["html"]
+            assert "two?" in (await browser.told(f"/live?after={hive.at(after)}", "question-1"))[-1].data["html"]

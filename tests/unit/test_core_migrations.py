@@ -131,6 +131,7 @@ async def test_every_turn_is_there_with_its_lines_and_the_messages_it_had(hive: 
         (2, "two"),
         (9, "three"),
     ]
+    assert await hive.value("SELECT line_bytes FROM agents WHERE name = 'iris'") == len("onetwothree")
 
 
 async def test_what_the_migration_had_no_business_with_is_as_it_was(hive: Services) -> None:
@@ -163,7 +164,7 @@ async def test_the_hive_goes_on_where_it_was(hive: Services) -> None:
     assert (acked.counted, acked.paused) == (True, True)
     assert await hive.states() == {1: "acked", 3: "acked", 4: "dead", 5: "queued", 6: "acked"}
     # A call of before that is sent again is the same message; a new one gets a number of its own.
-    assert await hive.say("iris", "operator", "an answer", key="k-send") == 2
+    assert await hive.say("iris", "operator", "an answer", in_reply_to=1, key="k-send") == 2
     assert await hive.say("operator", "iris", "more", in_reply_to=3) == 9
     assert await hive.value("SELECT thread_id FROM messages WHERE id = 9") == 1
     await hive.agents.want(IRIS, "up", "operator")

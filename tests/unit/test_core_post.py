@@ -13,17 +13,21 @@ import pytest
 import trio
 import trio.testing
 
+from hive_core import rates
 from hive_core.agents import set_deployed
+from hive_core.archive import Archive, Query
 from hive_core.broker import Broker
 from hive_core.limits import Limits
-from hive_core.post import HOUR_MS, Cause, Letter, post, put_message
+from hive_core.post import Cause, Letter, post, put_message
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import EVERYONE, OPERATOR, SYSTEM, AgentName, parse_body
+from hive_core.questions import Ask
 from hive_core.repos import harness_settings
 from hive_core.settings import parse_agent_toml
 from tests.hives import PATIENCE_S, Services, held_writer, open_services
 
 IRIS, DAMOCLES, HM1ND = (AgentName(name) for name in ("iris", "damocles", "hm1nd"))
+HOUR_S = 3600
 Answer = dict[str, Any]
 
 
@@ -190,10 +194,64 @@ async def test_the_same_key_sent_again_is_one_message_and_gets_the_first_answer_
     first = await hive.say("hm1nd", "iris", "hello", key="k")
     assert await hive.say("hm1nd", "iris", "hello", key="k") == first
     hive.broker = Broker(hive.store)
-    assert await hive.say("hm1nd", "iris", "other words", key="k") == first
     assert await hive.say("damocles", "iris", "hello", key="k") != first  # a key is its sender's own
     assert await hive.say("hm1nd", "iris", "hello") != first
     assert await hive.value("SELECT count(*) FROM messages") == 3
+
+
+LARGE = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("sender", "first", "second"),
+    [
+        ("hm1nd", {}, {"body": "other words"}),
+        ("hm1nd", {}, {"recipients": "damocles"}),
+        ("hm1nd", {}, {"recipients": ["iris", "damocles"]}),
+        ("hm1nd", {}, {"in_reply_to": 1}),
+        ("operator", {"recipients": "*"}, {"recipients": "iris"}),
+        ("hm1nd", {"body": LARGE}, {"body": f"{LARGE}y"}),
+    ],
+)
+@pytest.mark.parametrize("together", [False, True])
+async def test_a_key_that_another_message_has_is_refused_and_says_so(
+    hive: Services, sender: str, first: dict[str, Any], second: dict[str, Any], together: bool
+) -> None:
+    await hive.say("hm1nd", "iris", "before")
+    words = {"recipients": "iris", "body": "hello", "in_reply_to": None}
+
+    async def once_more(**changes: Any) -> Any:
+        given = {**words, **changes}
+        return await hive.broker.send(AgentName(sender), body=parse_body(given.pop("body")), key="k", **given)
+
+    refused: list[str] = []
+
+    async def say(**changes: Any) -> None:
+        try:
+            await once_more(**changes)
+        except Refusal as refusal:
+            refused.append(refusal.message)
+
+    async with trio.open_nursery() as nursery:
+        if together:
+            async with held_writer(hive.store, nursery):
+                nursery.start_soon(partial(say, **first))
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(partial(say, **{**first, **second}))
+                await trio.testing.wait_all_tasks_blocked()
+        else:
+            await say(**first)
+            await say(**{**first, **second})
+    (said,) = refused
+    why = "message 2 has it, and is another one; give each message a key of its own"
+    assert said == f"cannot use this key for this message: {why}"
+    assert await hive.value("SELECT count(*) FROM messages") == 2
+
+
+async def test_whom_everyone_is_may_change_between_two_sends_of_one_message(hive: Services) -> None:
+    first = await send(hive, "operator", ["*"], key="k")
+    await hive.add_agents("argus")
+    assert await send(hive, "operator", ["*"], key="k") == first
 
 
 async def test_the_same_key_sent_many_times_at_once_is_one_message(hive: Services) -> None:
@@ -297,8 +355,54 @@ async def test_messages_of_a_pair_over_its_rate_are_held_for_an_hour_and_nobody_
             5: "held",
             7: "queued",
         }
-        hive.clock.ahead_s += HOUR_MS / 1000 + 1
+        hive.clock.ahead_s += HOUR_S - 61
+        assert (await send(hive, "iris", "damocles"))["held"] == {"damocles": "rate"}
+        hive.clock.ahead_s += 122  # it is counted by minutes
         assert "held" not in await send(hive, "iris", "damocles")
+
+
+async def test_a_rate_is_known_after_a_restart(tmp_path: Path) -> None:
+    async with hive_with(tmp_path, pair_rate_per_hour=3) as hive:
+        for _ in range(2):
+            await send(hive, "iris", "damocles")
+    async with open_services(tmp_path, limits=Limits(pair_rate_per_hour=3)) as hive:
+        held = [(await send(hive, "iris", "damocles")).get("held") for _ in range(2)]
+        assert held == [None, {"damocles": "rate"}]
+    async with open_services(tmp_path, limits=Limits(pair_rate_per_hour=5)) as hive:
+        await Archive(hive.store, Limits(), tmp_path / "bodies").search(
+            Query("hello")
+        )  # which notes when the messages were sent
+        held = [(await send(hive, "iris", "damocles")).get("held") for _ in range(2)]
+        assert held == [None, {"damocles": "rate"}]
+
+
+async def test_a_message_that_was_rolled_back_counts_for_no_rate(tmp_path: Path) -> None:
+    """Whoever raises has the whole batch run once more, and both runs count."""
+
+    async def stumble(hive: Services) -> None:
+        with pytest.raises(Refusal):
+            await hive.broker.cancel_turn(AgentName("damocles"), OPERATOR)
+
+    async with hive_with(tmp_path, pair_rate_per_hour=4) as hive:
+        async with trio.open_nursery() as nursery, held_writer(hive.store, nursery):
+            for n in range(4):
+                nursery.start_soon(send, hive, "iris", "damocles", str(n))
+                nursery.start_soon(stumble, hive)
+            await trio.testing.wait_all_tasks_blocked()
+        assert set((await hive.states("damocles")).values()) == {"queued"}
+        assert (await send(hive, "iris", "damocles"))["held"] == {"damocles": "rate"}
+
+
+async def test_what_went_silent_for_hours_is_forgotten_and_what_speaks_is_not(tmp_path: Path) -> None:
+    async with hive_with(tmp_path, pair_rate_per_hour=2) as hive:
+        await send(hive, "iris", "damocles")
+        for _ in range(4):
+            hive.clock.ahead_s += HOUR_S / 2
+            await send(hive, "iris", "hm1nd")
+        assert await hive.store.write(lambda tx: [key[1:] for key in tx.memo if key[0] == "rates"]) == [
+            ("iris", "hm1nd")
+        ]
+        assert (await send(hive, "iris", "hm1nd"))["held"] == {"hm1nd": "rate"}
 
 
 async def test_the_operator_and_the_hive_have_no_rate(tmp_path: Path) -> None:
@@ -324,11 +428,25 @@ async def test_the_rate_counts_what_comes_in_one_batch(tmp_path: Path) -> None:
         assert sorted((await hive.states("damocles")).values()) == ["held"] * 7 + ["queued"] * 3
 
 
+async def test_the_hour_is_read_again_but_never_more_than_so_much_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rates, "RECALLED", 2)
+    async with hive_with(tmp_path, pair_rate_per_hour=3) as hive:
+        for _ in range(3):
+            await send(hive, "iris", "damocles")
+    async with open_services(tmp_path, limits=Limits(pair_rate_per_hour=3)) as hive:
+        held = [(await send(hive, "iris", "damocles")).get("held") for _ in range(2)]
+        assert held == [None, {"damocles": "rate"}]
+
+
 async def test_messages_of_the_future_which_a_clock_set_back_leaves_are_not_recent(tmp_path: Path) -> None:
     async with hive_with(tmp_path, pair_rate_per_hour=1) as hive:
         await send(hive, "iris", "damocles")
         hive.clock.ahead_s -= 24 * 3600.0
         assert "held" not in await send(hive, "iris", "damocles")
+        hive.clock.ahead_s += 24 * 3600.0
+        assert (await send(hive, "iris", "damocles"))["held"] == {"damocles": "rate"}
 
 
 # -- chains -----------------------------------------------------------------------------------------------------------
@@ -419,6 +537,17 @@ async def test_a_held_message_wakes_nobody(tmp_path: Path) -> None:
 # -- the depth of an inbox --------------------------------------------------------------------------------------------
 
 
+async def test_one_is_told_as_one(tmp_path: Path) -> None:
+    async with hive_with(tmp_path, inbox_depth=1, held_depth=1, pair_rate_per_hour=1) as hive:
+        await send(hive, "hm1nd", "iris", "one")
+        said = await refusal(hive, "operator", "iris")
+        assert "cannot send to iris: 1 message waits there already, which" in said.message
+        await hive.broker.lease(IRIS)
+        await send(hive, "hm1nd", "iris", "two")
+        said = await refusal(hive, "hm1nd", "iris")
+        assert "1 message of hm1nd is held for the operator already" in said.message
+
+
 async def test_a_full_inbox_refuses_by_name_and_counts_what_it_did_not_take(tmp_path: Path) -> None:
     async with hive_with(tmp_path, inbox_depth=2) as hive:
         await send(hive, "hm1nd", "iris", "one")
@@ -443,6 +572,22 @@ async def test_a_full_inbox_refuses_by_name_and_counts_what_it_did_not_take(tmp_
         assert (begun.waiting, begun.refused) == (1, 12)
         await send(hive, "hm1nd", "iris", "three", key="k")
         await refusal(hive, "hm1nd", "iris")
+
+
+async def test_an_inbox_is_full_however_its_mail_came_to_be_there(tmp_path: Path) -> None:
+    """What the writer remembers of an inbox must never be less than what waits there."""
+    async with hive_with(tmp_path, inbox_depth=4, tries=1) as hive:
+        await send(hive, "hm1nd", "iris")
+        for n in range(3):
+            await hive.questions.ask(HM1ND, Ask(IRIS, f"what is {n}?"))
+        with pytest.raises(Refusal, match="inbox_depth"):
+            await send(hive, "hm1nd", "iris")
+        lease = await hive.broker.lease(IRIS)
+        await hive.broker.recv(IRIS, 2, 0)
+        await send(hive, "hm1nd", "iris")
+        await hive.broker.ack(IRIS, lease.turn, "waiting")
+        with pytest.raises(Refusal, match="inbox_depth"):
+            await send(hive, "hm1nd", "iris")
 
 
 async def test_the_depth_counts_what_comes_in_one_batch(tmp_path: Path) -> None:

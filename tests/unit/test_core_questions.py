@@ -386,6 +386,63 @@ async def test_a_question_that_is_held_waits_for_nobody_but_the_operators_releas
         await questions.answer(OPERATOR, 1, Answer(text="yes"))
 
 
+@pytest.mark.parametrize("state", ["held", "dead"])
+async def test_an_answer_that_the_operator_drops_ends_the_wait_of_its_asker(hive: Services, state: str) -> None:
+    questions = questions_of(hive)
+    asked = await questions.ask(IRIS, COLOURS)
+    answered = await questions.answer(DAMOCLES, 1, Answer(("red",)))
+    await hive.sql("UPDATE deliveries SET state = ? WHERE message_id = ?", state, answered["message"])
+    await hive.broker.drop(answered["message"], OPERATOR)
+    message = await mail_of(hive, IRIS)
+    assert (message["sender"], message["in_reply_to"]) == ("system", asked["message"])
+    assert message["body"] == (
+        "question_dropped: the operator dropped the answer of damocles to your question 1. "
+        'It began with "Which colour?"'
+    )
+    assert (await questions.get(1)).state == "dropped"
+    assert (await hive.kinds()).count("question_dropped") == 1
+    with pytest.raises(Refusal, match="the operator dropped it at"):
+        await questions.answer(DAMOCLES, 1, Answer(("red",)))
+
+
+async def test_a_question_that_the_operator_drops_ends_the_wait_of_its_asker(hive: Services) -> None:
+    questions = questions_of(hive)
+    asked = await questions.ask(IRIS, COLOURS)
+    await hive.sql("UPDATE deliveries SET state = 'held'")
+    await hive.broker.drop(asked["message"], OPERATOR)
+    message = await mail_of(hive, IRIS)
+    assert message["body"].startswith("question_dropped: the operator dropped your question 1 to damocles.")
+    assert (await questions.get(1)).state == "dropped"
+    hive.clock.ahead_s += 7 * 3600
+    await tick(hive, questions)
+    assert "question_expired" not in await hive.kinds()
+    with pytest.raises(Refusal, match="cannot cancel question 1: the operator dropped it at"):
+        await questions.cancel(IRIS, 1)
+
+
+async def test_what_the_operator_drops_of_a_question_that_is_over_tells_nobody(hive: Services) -> None:
+    questions = questions_of(hive)
+    asked = await questions.ask(IRIS, COLOURS)
+    await mail_of(hive, DAMOCLES)
+    await questions.cancel(IRIS, 1)
+    await hive.sql("UPDATE deliveries SET state = 'dead'")
+    await hive.broker.drop(asked["message"], OPERATOR)
+    assert (await questions.get(1)).state == "cancelled"
+    assert await hive.states(IRIS) == {}
+
+
+async def test_a_question_that_expires_while_it_is_held_says_that_nobody_got_it(hive: Services) -> None:
+    questions = questions_of(hive)
+    await questions.ask(IRIS, COLOURS)
+    await hive.sql("UPDATE deliveries SET state = 'held'")
+    hive.clock.ahead_s += 7 * 3600
+    await tick(hive, questions)
+    assert (await mail_of(hive, IRIS))["body"] == (
+        "question_expired: your question 1 was held for the operator until its time was over, and damocles never got "
+        'it. It began with "Which colour?"'
+    )
+
+
 async def test_every_question_ends_in_one_message_to_its_asker_whatever_comes_first(hive: Services) -> None:
     questions = questions_of(hive)
     for _ in range(30):

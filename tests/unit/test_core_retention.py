@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hive_core import history
 from hive_core.archive import Archive, Query
+from hive_core.life import life_of
 from hive_core.limits import Limits
 from hive_core.protocol.words import OPERATOR, AgentName, parse_body
-from tests.hives import Services
+from hive_core.questions import Answer, Ask
+from hive_core.reminders import When
+from hive_core.schedules import parse_plan
+from hive_core.store.writer import Transaction
+from tests.hives import Services, open_services
 from tests.unit.test_core_archive import deliver, keep_file
 
 IRIS, DAMOCLES, HM1ND = AgentName("iris"), AgentName("damocles"), AgentName("hm1nd")
 DAY_S = 86_400
 
 
-def archive_of(hive: Services, kept_s: float = 30.0 * DAY_S) -> Archive:
-    return Archive(hive.store, Limits(kept_s=kept_s), hive.state_dir / "bodies")
+def archive_of(hive: Services, **limits: float) -> Archive:
+    return Archive(hive.store, Limits.model_validate(limits), hive.state_dir / "bodies")
 
 
 async def age(hive: Services, days: float) -> None:
@@ -196,15 +203,147 @@ async def open_question(hive: Services, message_id: int) -> None:
     )
 
 
-async def test_approvals_events_and_turns_stay(hive: Services) -> None:
+# -- the history ------------------------------------------------------------------------------------------------------
+
+QUARTER_S = 90.0 * DAY_S  # history_kept_s
+
+
+async def test_history_stays_longer_than_messages_and_approvals_for_ever(hive: Services) -> None:
     await hive.gate.request_spawn(HM1ND, AgentName("argus"), "You watch.", "two eyes")
+    for _ in range(2):
+        await hive.say("operator", "iris", "word")
+        await deliver(hive, IRIS)
+    before = await hive.kinds()
+    hive.clock.ahead_s += 89 * DAY_S
+    assert await forget(hive) == 2
+    assert (await hive.kinds())[: len(before)] == before
+    assert await hive.value("SELECT count(*) FROM turns") == 2
+    hive.clock.ahead_s += 2 * DAY_S
+    assert await forget(hive) == 0
+    assert await hive.kinds() == ["messages_forgotten", "history_forgotten"]
+    assert json.loads(await hive.value("SELECT data FROM events ORDER BY seq DESC LIMIT 1")) == {
+        "events": len(before),
+        "turns": 1,
+    }
+    assert await hive.value("SELECT count(*) FROM approvals") == 1
+    assert await hive.value("SELECT group_concat(id) FROM turns") == "2"  # an agent's last one is the cause of more
+    assert await hive.value("PRAGMA foreign_key_check") is None
+
+
+async def test_what_a_kept_message_can_tell_of_its_life_stays_until_it_goes(tmp_path: Path) -> None:
+    async with open_services(tmp_path, limits=Limits(tries=1, pair_rate_per_hour=1)) as hive:
+        await hive.add_agents("iris", "damocles")
+        await hive.say("operator", "iris", "word that begins")
+        lease = await hive.broker.lease(IRIS)
+        await hive.say("iris", "damocles", "word one")
+        dead = await hive.say("iris", "damocles", "word two")
+        await hive.broker.release(dead, OPERATOR)
+        await hive.broker.ack(IRIS, lease.turn, "done")
+        await deliver(hive, DAMOCLES)
+        await hive.broker.ack(DAMOCLES, (await hive.broker.lease(DAMOCLES)).turn, "failed", "it broke")
+        await deliver(hive, IRIS)  # that it is dead
+        for name in (IRIS, DAMOCLES):
+            await hive.say("operator", name, "word of later")
+            await deliver(hive, name)
+        life, turns = await life_of(hive.store, dead), "SELECT group_concat(id) FROM (SELECT id FROM turns ORDER BY id)"
+        hive.clock.ahead_s += QUARTER_S + 60
+        await forget(hive)
+        assert await ids(hive) == [dead]
+        assert await life_of(hive.store, dead) == life
+        assert await hive.value(turns) == "1,3,5,6"
+        about = "SELECT group_concat(DISTINCT kind) FROM events WHERE message_id = ?"
+        assert await hive.value(about, dead) == "message_released,message_dead"
+        await hive.broker.drop(dead, OPERATOR)
+        hive.clock.ahead_s += 31 * DAY_S
+        await forget(hive)
+        await forget(hive)
+        assert await ids(hive) == []
+        assert await hive.value(turns) == "5,6"
+        assert await hive.value(about, dead) == "message_dropped"  # of this quarter
+
+
+async def test_numbers_go_on_where_they_were_and_the_newest_event_stays(hive: Services) -> None:
     await hive.say("operator", "iris", "word")
     await deliver(hive, IRIS)
-    await age(hive, 1000)
-    await hive.sql("UPDATE approvals SET requested_at_ms = 0")
-    await hive.sql("UPDATE events SET at_ms = 0")
-    before = await hive.kinds()
-    assert await forget(hive) == 1
-    assert (await hive.kinds())[: len(before)] == before
-    assert await hive.value("SELECT count(*) FROM approvals") == 1
+    last = await hive.store.last_seq()
+    hive.clock.ahead_s += QUARTER_S + 60
+    await forget(hive)
+    assert await hive.store.last_seq() == last + 2
+    for _ in range(3):
+        hive.clock.ahead_s += QUARTER_S + 60
+        await forget(hive)
+        newest = await hive.store.last_seq()
+        assert newest >= last + 2
+        assert await hive.value("SELECT count(*) FROM events") >= 1
+    await hive.agents.want(IRIS, "paused", "operator")
+    assert await hive.store.last_seq() == newest + 1
+
+
+async def test_a_clock_that_was_ahead_for_a_while_keeps_no_history_for_ever(hive: Services) -> None:
+    await hive.agents.want(IRIS, "paused", "operator")
+    await hive.sql("UPDATE events SET at_ms = at_ms * 2 WHERE kind = 'agent_wanted'")
+    await hive.agents.want(IRIS, "up", "operator")
+    hive.clock.ahead_s += QUARTER_S + 60
+    await hive.agents.want(IRIS, "up", "operator")
+    await forget(hive)
+    assert await hive.kinds() == ["agent_wanted", "history_forgotten"]
+
+
+async def test_settled_questions_and_reminders_and_removed_schedules_go_and_others_stay(hive: Services) -> None:
+    for number in (1, 2, 3):
+        await hive.questions.ask(IRIS, Ask(OPERATOR, f"word {number}?"))
+        await hive.reminders.remind(IRIS, When(after_s=300 * DAY_S), "look")
+        await hive.schedules.add(parse_plan("iris", "word", every_s=366 * DAY_S))
+    await hive.questions.answer(OPERATOR, 1, Answer(text="yes"))
+    await hive.questions.answer(OPERATOR, 2, Answer(text="yes"))
+    for number in (1, 2):
+        await hive.reminders.cancel(IRIS, number)
+        await hive.schedules.run(number)
+        await hive.schedules.remove(number)
+    await deliver(hive, IRIS)
+    held = (await hive.questions.get(2)).answer_id
+    await hive.sql("UPDATE deliveries SET state = 'held', held = 'rate' WHERE message_id = ?", held)
+    await hive.sql("INSERT INTO schedule_firings (schedule_id, due_at_ms) VALUES (1, 1), (2, 1), (3, 1)")
+    await hive.sql("UPDATE questions SET expires_at_ms = expires_at_ms * 2 WHERE id = 3")
+    hive.clock.ahead_s += 89 * DAY_S
+    await forget(hive)
+    for table in ("questions", "reminders", "schedules"):
+        assert await hive.value(f"SELECT count(*) FROM {table}") == 3
+    hive.clock.ahead_s += 2 * DAY_S
+    await forget(hive)
+    # Question 2 waits for what becomes of its answer.
+    for table, left in (("questions", "2,3"), ("reminders", "3"), ("schedules", "3")):
+        assert await hive.value(f"SELECT group_concat(id) FROM {table}") == left
+    assert await hive.value("SELECT group_concat(schedule_id) FROM schedule_firings") == "3"
+    forgotten = json.loads(await hive.value("SELECT data FROM events ORDER BY seq DESC LIMIT 1"))
+    assert {kind: forgotten[kind] for kind in ("questions", "reminders", "schedules")} == {
+        "questions": 1,
+        "reminders": 2,
+        "schedules": 2,
+    }
+    assert (await hive.questions.ask(IRIS, Ask(OPERATOR, "more?")))["question"] == 4
+
+
+async def test_a_long_history_goes_in_small_transactions(hive: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "STEP", 10)
+    for _ in range(35):
+        await hive.say("operator", "iris", "word")
+        await deliver(hive, IRIS)
+    hive.clock.ahead_s += QUARTER_S + 60
+    changed: list[int] = []
+    write = hive.store.write
+
+    def looked_at(function: Callable[[Transaction], Any]) -> Awaitable[Any]:
+        def watched(tx: Transaction) -> Any:
+            before = tx.execute("SELECT total_changes()").fetchone()[0]
+            answer = function(tx)
+            changed.append(tx.execute("SELECT total_changes()").fetchone()[0] - before)
+            return answer
+
+        return write(watched)
+
+    assert await forget(hive, history_kept_s=1000 * DAY_S) == 35
+    monkeypatch.setattr(hive.store, "write", looked_at)
+    await history.forget_history(hive.store, Limits())
+    assert max(changed) <= 11
     assert await hive.value("SELECT count(*) FROM turns") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -251,6 +252,34 @@ async def test_a_full_inbox_refuses_a_firing_and_the_schedule_goes_on(tmp_path: 
         assert (await schedules.all())[0]["state"] == "on"
 
 
+async def test_run_now_into_a_full_inbox_is_refused_and_counted(tmp_path: Path) -> None:
+    async with open_services(tmp_path, limits=Limits(inbox_depth=1)) as hive:
+        await hive.add_agents("iris")
+        await hive.schedules.add(parse_plan("iris", "x", "0 7 * * *"))
+        await hive.schedules.run(1)
+        for _ in range(2):
+            with pytest.raises(Refusal, match="inbox_depth"):
+                await hive.schedules.run(1, "key")
+        assert (await hive.agents.get("iris")).refused == 2
+        await hive.broker.ack(IRIS, (await hive.broker.lease(IRIS)).turn, "done")
+        assert (await hive.schedules.run(1, "key"))["message"] == 2  # what was refused used no key up
+
+
+async def test_after_a_clock_was_set_back_every_schedule_is_put_right_at_once_however_many_there_are(
+    hive: Services, schedules: Schedules
+) -> None:
+    for _ in range(35):
+        await schedules.add(parse_plan("iris", "hourly", "0 * * * *"))
+    await hive.sql("UPDATE schedules SET next_at_ms = next_at_ms + ?1, moved_at_ms = moved_at_ms + ?1", 10**11)
+    ticks = 0
+    while await hive.store.write(lambda tx: (schedules.next_after(tx) or 0) <= tx.now_ms):
+        await tick(hive, schedules)
+        ticks += 1
+    due = datetime(2026, 3, 28, 23, 0, tzinfo=UTC).timestamp() * 1000
+    assert {row["next_at_ms"] for row in await schedules.all()} == {due}
+    assert ticks == 4
+
+
 async def test_a_zone_that_is_known_no_more_pauses_its_schedule_and_no_other(
     hive: Services, schedules: Schedules
 ) -> None:
@@ -391,7 +420,7 @@ async def test_a_reminder_is_a_message_of_the_hive_at_its_instant_with_its_cause
 async def test_a_reminder_at_an_instant_is_one_too(hive: Services, reminders: Reminders) -> None:
     answer = await reminders.remind(IRIS, When(at="2026-03-29T03:30:00+02:00"), "up")
     assert answer["at_ms"] == datetime(2026, 3, 29, 1, 30, tzinfo=UTC).timestamp() * 1000
-    assert await reminders.open_of(IRIS) == [{"reminder": 1, "at_ms": answer["at_ms"], "body": "up"}]
+    assert await reminders.open_of(IRIS) == [{"reminder": 1, "at_ms": answer["at_ms"], "body": "up", "due": False}]
 
 
 @pytest.mark.parametrize(
@@ -403,6 +432,9 @@ async def test_a_reminder_at_an_instant_is_one_too(hive: Services, reminders: Re
         ({"at": "2026-03-28T22:29:59Z"}, "cannot remind at 2026-03-28 22:29:59 UTC: it is 2026-03-28 22:30"),
         ({"at": "1960-01-01"}, "it is 2026-03-28 22:30"),
         ({"at": "2030-01-01"}, "the limit is 366 days ahead"),
+        ({"at": "9999-12-31T23:59:59.999999Z"}, "cannot remind at 9999-12-31 23:59:59 UTC: the limit is 366 days"),
+        ({"at": "9999-12-31T23:59:59-01:00"}, "cannot use '9999-12-31T23:59:59-01:00' as at: give an instant"),
+        ({"at": "0001-01-01T00:00:00+01:00"}, "cannot use '0001-01-01T00:00:00+01:00' as at: give an instant"),
         ({"after_s": 0}, "cannot remind after 0 s: after_s is 1 to"),
         ({"after_s": "5"}, "cannot remind after '5' s"),
         ({"after_s": True}, "cannot remind after True s"),
@@ -447,6 +479,87 @@ async def test_a_cancelled_reminder_does_not_fire(hive: Services, reminders: Rem
     assert len(await hive.states()) == 1
     with pytest.raises(Refusal, match="cannot cancel reminder 2: it has fired at"):
         await reminders.cancel(IRIS, 2)
+
+
+async def test_a_reminder_that_meets_a_full_inbox_stays_due_and_comes_when_there_is_room(tmp_path: Path) -> None:
+    async with open_services(tmp_path, limits=Limits(inbox_depth=2)) as hive:
+        await hive.add_agents("iris", "damocles")
+        for body in ("a", "b", "c"):
+            await hive.reminders.remind(IRIS, When(after_s=5), body)
+        await hive.say("operator", "iris", "one")
+        hive.clock.ahead_s += 6
+        for _ in range(2):
+            await tick(hive, hive.reminders)
+        assert await hive.states() == {1: "queued", 2: "queued"}
+        waits = await hive.reminders.open_of(IRIS)
+        assert [(row["body"], row["due"]) for row in waits] == [("b", True), ("c", True)]
+        assert [json.loads(data) for data in await events(hive, "reminder_waits")] == [{"reminder": 2}, {"reminder": 3}]
+        assert await hive.reminders.cancel(IRIS, 3) == {"reminder": 3}
+        # One that is due and waits keeps nobody else's, and no clock awake.
+        await hive.reminders.remind(DAMOCLES, When(after_s=5), "d")
+        hive.clock.ahead_s += 6
+        await tick(hive, hive.reminders)
+        assert len(await hive.states("damocles")) == 1
+        assert await hive.store.write(lambda tx: (hive.reminders.next_after(tx),)) == (None,)
+        await hive.broker.ack(IRIS, (await hive.broker.lease(IRIS)).turn, "done")
+        await tick(hive, hive.reminders)
+        assert len(await hive.states()) == 3
+        assert await hive.reminders.open_of(IRIS) == []
+
+
+async def test_however_many_reminders_one_turn_sets_they_fill_neither_an_inbox_nor_what_is_held(
+    tmp_path: Path,
+) -> None:
+    limits = Limits(inbox_depth=5, held_depth=3, hops=1)
+    async with open_services(tmp_path, limits=limits) as hive:
+        await hive.add_agents("iris", "damocles")
+        await hive.say("operator", "iris", "begin")
+        lease = await hive.broker.lease(IRIS)
+
+        async def set_many() -> None:
+            for _ in range(4):
+                for _ in range(4):
+                    await hive.reminders.remind(IRIS, When(after_s=1), "again")
+                hive.clock.ahead_s += 2
+                await tick(hive, hive.reminders)
+
+        await set_many()
+        assert list((await hive.states()).values()).count("queued") == limits.inbox_depth
+        assert len(await hive.reminders.open_of(IRIS)) == 11
+        for row in await hive.reminders.open_of(IRIS):
+            await hive.reminders.cancel(IRIS, row["reminder"])
+        await hive.sql("UPDATE turns SET hops = 1 WHERE id = ?", lease.turn.id)  # as deep as a chain may be
+        await hive.sql("UPDATE deliveries SET state = 'held', held = 'rate', sender = 'iris' WHERE message_id = 2")
+        await set_many()
+        states = list((await hive.states()).values())
+        assert (states.count("queued"), states.count("held")) == (limits.inbox_depth - 1, limits.held_depth)
+        assert len(await hive.reminders.open_of(IRIS)) == 14
+
+
+async def test_reminders_that_are_due_and_wait_count_as_waiting(tmp_path: Path) -> None:
+    async with open_services(tmp_path, limits=Limits(inbox_depth=1)) as hive:
+        await hive.add_agents("iris")
+        await hive.say("operator", "iris", "one")
+        for _ in range(OPEN_LIMIT):
+            await hive.reminders.remind(IRIS, When(after_s=5), "x")
+        hive.clock.ahead_s += 6
+        await tick(hive, hive.reminders)
+        with pytest.raises(Refusal, match="50 reminders of yours wait, which is the limit; cancel some"):
+            await hive.reminders.remind(IRIS, When(after_s=5), "x")
+
+
+async def test_many_reminders_of_one_instant_all_fire_without_a_rest_of_the_clock(hive: Services) -> None:
+    names = [f"agent-{number}" for number in range(5)]
+    await hive.add_agents(*names)
+    for name in names:
+        for _ in range(OPEN_LIMIT):
+            await hive.reminders.remind(AgentName(name), When(after_s=5), "x")
+    hive.clock.ahead_s += 6
+    ticks = 0
+    while await hive.store.write(lambda tx: (hive.reminders.next_after(tx) or tx.now_ms + 1) <= tx.now_ms):
+        await tick(hive, hive.reminders)
+        ticks += 1
+    assert (await hive.value("SELECT count(*) FROM messages"), ticks) == (250, 3)
 
 
 async def test_a_reminder_of_a_time_without_the_daemon_comes_late_and_once(

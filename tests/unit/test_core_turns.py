@@ -91,6 +91,40 @@ async def test_an_agent_that_prints_on_keeps_its_bound_without_any_pruning(hive:
     assert await kept(hive) == [f"2.{n}" for n in range(5, 10)] + [f"3.{n}" for n in range(10)]
 
 
+async def test_of_an_agent_so_many_bytes_are_kept_as_they_come_and_the_gap_is_noted(tmp_path: Path) -> None:
+    async with open_services(tmp_path, line_quota_bytes=100) as hive:
+        await hive.add_agents("iris", "damocles")
+        other = await begin(hive, "damocles")
+        await hive.turns.add_lines(AgentName("damocles"), other, 0, ["x" * 90])
+        turn = await begin(hive)
+        for n in range(12):
+            await hive.turns.add_lines(IRIS, turn, n, [f"{n:02}" + "é" * 9])  # 20 bytes
+            assert [line[:2] for line in await kept(hive)] == [f"{k:02}" for k in range(max(0, n - 4), n + 1)]
+        assert await hive.turns.lines_gone("iris") == (await hive.turns.lines_after("iris", 0))[0]["id"] - 1
+        assert (await hive.turns.recent("iris"))[0]["lines"] == 12
+        assert [len(line) for line in await kept(hive, "damocles")] == [90]
+        await hive.turns.add_lines(IRIS, turn, 12, ["y" * 101, "small"])  # the first alone is over it
+        assert await kept(hive) == ["small"]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.tuples(st.integers(0, 9), st.lists(st.text(st.characters(codec="utf-8"), max_size=30), max_size=6))))
+def test_what_is_known_of_an_agents_bytes_is_what_is_kept(sent: list[tuple[int, list[str]]]) -> None:
+    async def check(hive: Services) -> None:
+        for position, (skipped, lines) in enumerate(sent):
+            turn = await begin(hive)
+            await hive.turns.add_lines(IRIS, turn, skipped, lines)
+            await hive.turns.add_lines(IRIS, turn, skipped, [*lines, "one more"])
+            if position % 3 == 2:
+                await hive.sql("UPDATE turn_lines SET at_ms = 0 WHERE n % 2")
+                await hive.turns.prune()
+            bytes_kept = sum(len(line.encode()) for line in await kept(hive))
+            assert await hive.value("SELECT line_bytes FROM agents WHERE name = 'iris'") == bytes_kept <= 200
+            await hive.broker.close_lost_turns(IRIS)
+
+    run_in_hive(check, "iris", lines_per_turn=4, line_quota_bytes=200)
+
+
 async def test_an_agent_whose_turns_begin_with_a_later_line_keeps_its_bound_too(hive: Services) -> None:
     for number in range(4):
         turn = await begin(hive)

@@ -9,9 +9,16 @@ from hypothesis import strategies as st
 
 from hive_core.protocol import words
 from hive_core.protocol.refusal import EXIT_CODES, Refusal
+from hive_core.protocol.visible import counted
 
 LETTERS, TAIL = string.ascii_lowercase, string.ascii_lowercase + string.digits
 good_names = st.lists(st.text(TAIL, min_size=1, max_size=6), min_size=1, max_size=4).map("-".join)
+
+
+def test_a_number_of_things_is_told_as_one_or_as_many() -> None:
+    assert [counted(number, "turn") for number in (0, 1, 2)] == ["0 turns", "1 turn", "2 turns"]
+    assert counted(1, "message waits", "messages wait") == "1 message waits"
+    assert counted(1_000, "message waits", "messages wait") == "1,000 messages wait"
 
 
 def refusal_of(call: object, *arguments: object) -> Refusal:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,14 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from dashboard.live import REPLAY_LIMIT, Position, touched_by
+from hive_core.agents import Agents
+from hive_core.events import timeline
+from hive_core.procedures.backup import back_up
 from hive_core.procedures.gate import Gate
+from hive_core.procedures.restore import restore
 from hive_core.protocol.words import MANAGER, AgentName
 from hive_core.sockets.http import serve_asgi
+from hive_core.store.door import open_store
 from hive_core.store.writer import Transaction
 from tests.dashboards import hive_of, served, signed_in
 from tests.hives import PATIENCE_S, Services
@@ -28,11 +35,11 @@ async def test_a_stream_tells_the_agents_first_and_then_what_was_missed_in_order
         after = await hive.store.last_seq()
         await hive.say("operator", "iris", "first")
         await hive.say("iris", "operator", "second <b>")
-        told = await browser.told(f"/live?after={after}", "message-2")
+        told = await browser.told(f"/live?after={hive.at(after)}", "message-2")
     assert [frame.target for frame in told] == (
         ["agent-hm1nd", "agent-damocles", "agent-iris", "message-1", "message-2"]
     )
-    assert [frame.id for frame in told[3:]] == [str(after + 1), str(after + 2)]
+    assert [frame.id for frame in told[3:]] == [hive.at(after + 1), hive.at(after + 2)]
     assert told[3].data["list"] == "flow"
     assert "second &lt;b&gt;" in told[4].data["html"]
 
@@ -42,10 +49,12 @@ async def test_coming_back_with_any_position_gives_exactly_what_came_after_it(hi
         start = await hive.store.last_seq()
         for number in range(1, 6):
             await hive.say("operator", "iris", f"message {number}")
-        whole = [frame for frame in await browser.told(f"/live?after={start}", "message-5") if frame.id]
+        whole = [frame for frame in await browser.told(f"/live?after={hive.at(start)}", "message-5") if frame.id]
         for seen in range(5):
-            came_back = {"Last-Event-ID": str(whole[seen - 1].id) if seen else str(start)}
-            missed = [frame for frame in await browser.told("/live?after=0", "message-5", **came_back) if frame.id]
+            came_back = {"Last-Event-ID": str(whole[seen - 1].id) if seen else hive.at(start)}
+            missed = [
+                frame for frame in await browser.told(f"/live?after={hive.at(0)}", "message-5", **came_back) if frame.id
+            ]
             assert missed == whole[seen:]
 
 
@@ -53,7 +62,7 @@ async def test_what_is_changed_by_a_turn_is_told_as_it_happens(hive: Services) -
     await hive.say("operator", "iris", "work")
     async with served(hive_of(hive)) as browser:
         after = await hive.store.last_seq()
-        async with browser.stream(f"/live?after={after}") as stream:
+        async with browser.stream(f"/live?after={hive.at(after)}") as stream:
             assert 'data-state="starting"' in (await stream.until("agent-iris"))[-1].data["html"]
             hive.agents.observe("iris", "tool", "Bash")
             assert 'data-state="tool"' in (await stream.until("agent-iris"))[-1].data["html"]
@@ -70,11 +79,11 @@ async def test_a_card_appears_goes_and_becomes_a_decision(hive: Services) -> Non
     async with served(hive_of(hive)) as browser:
         after = await hive.store.last_seq()
         asked = await hive.gate.request_spawn(MANAGER, AgentName("argus"), "You watch.", "two eyes")
-        card = (await browser.told(f"/live?after={after}", "approval-1"))[-1]
+        card = (await browser.told(f"/live?after={hive.at(after)}", "approval-1"))[-1]
         assert (card.data["list"], "APPR0VE" in card.data["html"]) == ("pending", True)
         after = await hive.store.last_seq()
         await hive.gate.deny(asked["approval"], "no", "operator")
-        *_, gone, decision = await browser.told(f"/live?after={after}", "decision-1")
+        *_, gone, decision = await browser.told(f"/live?after={hive.at(after)}", "decision-1")
         assert (gone.target, gone.data["html"], gone.id) == ("approval-1", "", None)
         assert (decision.data["place"], 'data-state="denied"' in decision.data["html"]) == ("prepend", True)
 
@@ -88,7 +97,7 @@ async def test_a_new_agent_can_be_written_to_at_once(hive: Services) -> None:
         asked = await gate.request_spawn(MANAGER, AgentName("argus"), "You watch.", "two eyes")
         digest = (await hive.approvals.get(asked["approval"])).digest
         await hive.approvals.approve(asked["approval"], digest, "operator")
-        told = await browser.told(f"/live?after={after}", "to-argus")
+        told = await browser.told(f"/live?after={hive.at(after)}", "to-argus")
         assert "agent-argus" in [frame.target for frame in told]
         nursery.cancel_scope.cancel()
 
@@ -100,16 +109,18 @@ async def test_an_agents_stream_tells_its_turns_its_lines_and_nothing_of_others(
         await hive.say("operator", "iris", "for iris")
         turn = (await hive.broker.lease(IRIS)).turn
         await hive.turns.add_lines(IRIS, turn.id, 0, ["one", "<two>"])
-        told = await browser.told(f"/agents/iris/live?after={after}-0", "line-2")
+        told = await browser.told(f"/agents/iris/live?after={hive.at(after, 0)}", "line-2")
         assert [frame.target for frame in told] == (
             ["agent-iris", "message-2", "turn-1", "turn-1-head", "line-1", "line-2"]
         )
         last = await hive.store.last_seq()
-        assert [frame.id for frame in told[-2:]] == [f"{last}-1", f"{last}-2"]
+        assert [frame.id for frame in told[-2:]] == [hive.at(last, 1), hive.at(last, 2)]
         assert told[2].data["once"] is True
         assert "&lt;two&gt;" in told[-1].data["html"]
         await hive.turns.add_lines(IRIS, turn.id, 2, ["three"])
-        more = await browser.told(f"/agents/iris/live?after={after}-0", "line-3", **{"Last-Event-ID": f"{last}-1"})
+        more = await browser.told(
+            f"/agents/iris/live?after={hive.at(after, 0)}", "line-3", **{"Last-Event-ID": hive.at(last, 1)}
+        )
         assert [frame.target for frame in more] == ["agent-iris", "line-2", "line-3"]
 
 
@@ -122,16 +133,45 @@ async def test_a_page_that_is_too_far_behind_is_told_to_load_itself_again(hive: 
 
         await hive.store.write(many)
         last = await hive.store.last_seq()
-        for after in ("0", str(last + 1), "x", "", "-1", "1-2", "9" * 30):
+        whose, other = hive.timeline, "0" * 16
+        strange = ("x", "", "-1", str(last), f"{whose}-{'9' * 30}", f"{other}-{last}")
+        for after in (hive.at(0), hive.at(last + 1), hive.at(last, 2), *strange):
             assert [frame.event for frame in await browser.told(f"/live?after={after}", "reset")] == ["reset"]
-        assert (await browser.told(f"/live?after={last - REPLAY_LIMIT}", "agent-iris"))[-1].target == "agent-iris"
-        assert (await browser.told("/agents/iris/live?after=1", "reset"))[-1].event == "reset"
+        told = await browser.told(f"/live?after={hive.at(last - REPLAY_LIMIT)}", "agent-iris")
+        assert told[-1].target == "agent-iris"
+        assert (await browser.told(f"/agents/iris/live?after={hive.at(1)}", "reset"))[-1].event == "reset"
+
+
+async def test_a_page_of_before_a_restore_is_told_to_load_itself_again(hive: Services, tmp_path: Path) -> None:
+    """The restored hive counts on from an older number: the same numbers are other events there."""
+    home, archive, work = tmp_path / "restored", tmp_path / "archive", tmp_path / "work"
+    home.mkdir()
+    work.mkdir()
+    await hive.say("operator", "iris", "before the backup")
+
+    def there_and_back() -> None:
+        with archive.open("w+b") as file:
+            back_up(hive.state_dir, file, work, with_credentials=False, now="", tell=lambda *_: None)
+            restore(file, home, paused=False, tell=lambda *_: None)
+
+    await trio.to_thread.run_sync(there_and_back)
+    await hive.say("operator", "iris", "behind the backup")
+    seen = hive.at(await hive.store.last_seq())
+    async with open_store(home / "hive.sqlite") as store:
+        restored = replace(hive, store=store, agents=Agents(store, manager_port=8000, agent_ports=range(8100, 8200)))
+        await store.write(lambda tx: [tx.emit("agent_wanted", "operator", "iris", wanted="up") for _ in range(3)])
+        restored.timeline = await timeline(store)
+        async with served(hive_of(restored)) as browser:
+            for path, back in ((f"/live?after={seen}", {}), (f"/live?after={restored.at(0)}", {"Last-Event-ID": seen})):
+                assert [frame.event for frame in await browser.told(path, "reset", **back)] == ["reset"]
+            fresh = await browser.told(f"/live?after={restored.at(await store.last_seq())}", "agent-iris")
+            assert fresh[-1].event == "message"
 
 
 async def test_signing_out_ends_the_streams_of_that_browser(hive: Services) -> None:
     ours = hive_of(hive)
     cookie = await signed_in(ours)
-    async with served(ours, cookie) as browser, browser.stream("/live?after=0") as stream:
+    async with served(ours, cookie) as browser, browser.stream(f"/live?after={hive.at(0)}") as stream:
         await stream.until("agent-iris")
         await ours.sign_ins.sign_out(cookie["Cookie"].partition("=")[2])
         await hive.say("operator", "iris", "not for the one who left")
@@ -140,7 +180,7 @@ async def test_signing_out_ends_the_streams_of_that_browser(hive: Services) -> N
 
 async def test_a_browser_that_leaves_ends_its_stream(hive: Services) -> None:
     async with served(hive_of(hive)) as browser:
-        async with browser.stream("/live?after=0") as stream:
+        async with browser.stream(f"/live?after={hive.at(0)}") as stream:
             await stream.until("agent-hm1nd")
             assert "live" in hive.store.bus.topics()
         with trio.fail_after(PATIENCE_S):
@@ -152,8 +192,8 @@ async def test_open_streams_and_their_connections_end_at_once_when_the_hive_stop
     ours = hive_of(hive)
     async with (
         served(ours) as browser,
-        browser.stream("/live?after=0") as one,
-        browser.stream("/agents/iris/live?after=0-0") as two,
+        browser.stream(f"/live?after={hive.at(0)}") as one,
+        browser.stream(f"/agents/iris/live?after={hive.at(0, 0)}") as two,
         browser.stream("/live?after=x") as ended,
     ):
         await one.until("agent-iris")
@@ -186,7 +226,7 @@ async def test_a_connection_whose_stream_ended_takes_the_next_request(hive: Serv
 
 async def test_a_head_request_opens_no_stream(hive: Services) -> None:
     async with served(hive_of(hive)) as browser:
-        async with browser.stream("/live?after=0", "HEAD") as answer:
+        async with browser.stream(f"/live?after={hive.at(0)}", "HEAD") as answer:
             assert await answer.frame() is None
         assert "live" not in hive.store.bus.topics()
 
@@ -218,10 +258,13 @@ async def test_starlettes_own_stream_would_end_at_once_too(hive: Services) -> No
 
 
 def test_a_position_is_read_as_it_is_written() -> None:
-    assert str(Position.parse("12", lines=False)) == "12"
-    assert str(Position.parse("12-345", lines=True)) == "12-345"
+    whose = "0123456789abcdef"
+    assert str(Position.parse(f"{whose}-12", lines=False)) == f"{whose}-12"
+    assert str(Position.parse(f"{whose}-12-345", lines=True)) == f"{whose}-12-345"
     for text, lines in (("12", True), ("12-3", False), ("", False), ("١٢", False), ("12\n", False), ("1e3", False)):
-        assert Position.parse(text, lines) is None
+        assert Position.parse(f"{whose}-{text}", lines) is None
+    for text in ("12", "-12", f"{whose}12", f"{whose.upper()}-12", f"{whose[1:]}-12"):
+        assert Position.parse(text, lines=False) is None
 
 
 def test_each_thing_is_told_once_from_the_first_event_that_touched_it() -> None:

@@ -12,6 +12,7 @@ import pytest
 from dashboard.live import FLOW_LIMIT
 from dashboard.rows import Rows
 from hive_core.flow import messages_aside, newest_messages
+from hive_core.history import forget_history
 from hive_core.limits import Limits
 from hive_core.protocol.held import WHY_HELD
 from hive_core.protocol.refusal import Refusal
@@ -109,7 +110,7 @@ async def test_a_row_names_the_turn_that_set_it_off_and_leads_there(hive: Servic
     html = await row(hive, await hive.say("iris", "damocles", "done"))
     ours = hive_of(hive)
     assert f'<a href="{ours.page_url("iris")}#turn-{turn.id}">turn {turn.id}</a>' in html
-    assert f"1 turns lie between it and message {first}" in html
+    assert f"1 turn lies between it and message {first}" in html
     assert "cause" not in await row(hive, first)
 
 
@@ -220,7 +221,7 @@ async def test_an_agents_row_shows_what_its_full_inbox_did_not_take(hive: Servic
 
 
 async def test_every_step_of_a_held_message_is_told_as_it_happens(hive: Services) -> None:
-    async with served(hive_of(hive)) as browser, browser.stream("/live?after=0") as stream:
+    async with served(hive_of(hive)) as browser, browser.stream(f"/live?after={hive.at(0)}") as stream:
         held = await make_held(hive)
         told = by_target(await stream.until(f"aside-{held}"))
         assert 'data-delivery="held"' in told[f"message-{held}"]["html"]
@@ -234,7 +235,7 @@ async def test_every_step_of_a_held_message_is_told_as_it_happens(hive: Services
 
 
 async def test_every_step_of_a_dead_message_is_told_as_it_happens(hive: Services) -> None:
-    async with served(hive_of(hive)) as browser, browser.stream("/live?after=0") as stream:
+    async with served(hive_of(hive)) as browser, browser.stream(f"/live?after={hive.at(0)}") as stream:
         dead = await make_dead(hive)
         told = by_target(await stream.until(f"aside-{dead}"))
         assert "1 dead" in told["agent-iris"]["html"]
@@ -253,7 +254,7 @@ async def test_every_step_of_a_dead_message_is_told_as_it_happens(hive: Services
 async def test_a_full_inbox_is_told_at_its_agent(hive: Services) -> None:
     for _ in range(LIMITS.inbox_depth):
         await hive.say("operator", "iris", "fill")
-    async with served(hive_of(hive)) as browser, browser.stream("/live?after=0") as stream:
+    async with served(hive_of(hive)) as browser, browser.stream(f"/live?after={hive.at(0)}") as stream:
         assert "refused" not in (await stream.until("agent-iris"))[-1].data["html"]
         with pytest.raises(Refusal):
             await hive.say("operator", "iris", "one more")
@@ -261,7 +262,7 @@ async def test_a_full_inbox_is_told_at_its_agent(hive: Services) -> None:
 
 
 async def test_each_recipients_step_of_one_message_is_told_in_its_one_row(hive: Services) -> None:
-    async with served(hive_of(hive)) as browser, browser.stream("/live?after=0") as stream:
+    async with served(hive_of(hive)) as browser, browser.stream(f"/live?after={hive.at(0)}") as stream:
         message = await send(hive, "operator", ["iris", "damocles"])
         await stream.until(f"message-{message}")
         turn = (await hive.broker.lease(DAMOCLES)).turn
@@ -280,7 +281,7 @@ async def test_a_flood_of_wide_messages_hides_none_of_the_newest(hive: Services)
         after = await hive.store.last_seq()
         numbers = [await send(hive, "operator", ["*"]) for _ in range(3)]
         assert FLOW_LIMIT < 3 * 103
-        told = await browser.told(f"/live?after={after}", f"message-{numbers[-1]}")
+        told = await browser.told(f"/live?after={hive.at(after)}", f"message-{numbers[-1]}")
     assert {f"message-{number}" for number in numbers} <= {frame.target for frame in told}
 
 
@@ -293,22 +294,35 @@ async def test_a_page_that_has_missed_events_which_are_gone_loads_itself_again(h
             IRIS, "up", "operator"
         )
     last = await hive.store.last_seq()
-    await hive.sql("DELETE FROM events WHERE seq < ?", last - 1)
+    # Of an old message an event is kept, and fills no gap.
+    await hive.sql("UPDATE events SET message_id = 1 WHERE seq = 2")
+    await hive.sql("UPDATE events SET at_ms = 0 WHERE seq < ?", last - 1)
+    await forget_history(hive.store, Limits())
+    await hive.sql("DELETE FROM events WHERE kind = 'history_forgotten'")
+    assert await hive.value("SELECT min(seq) FROM events") == 2
     async with served(hive_of(hive)) as browser:
         for seen in (0, 1, last - 3):
-            for headers in ({"Last-Event-ID": str(seen)}, {}):
-                told = await browser.told(f"/live?after={seen}", "reset", **headers)
+            for headers in ({"Last-Event-ID": hive.at(seen)}, {}):
+                told = await browser.told(f"/live?after={hive.at(seen)}", "reset", **headers)
                 assert [frame.event for frame in told] == ["reset"]
         for seen in (last - 2, last - 1, last):
-            told = await browser.told("/live?after=0", "agent-iris", **{"Last-Event-ID": str(seen)})
+            told = await browser.told(f"/live?after={hive.at(0)}", "agent-iris", **{"Last-Event-ID": hive.at(seen)})
             assert "reset" not in [frame.event for frame in told]
-        await hive.sql("DELETE FROM events")
-        told = await browser.told(f"/live?after={last}", "reset")
+        await hive.sql("UPDATE events SET at_ms = 0")
+        await forget_history(hive.store, Limits())
+        told = await browser.told(f"/live?after={hive.at(last - 2)}", "reset")
         assert [frame.event for frame in told] == ["reset"]
         async with browse(hive_of(hive)) as client:
             page, seq = (await client.get("/")).text, await hive.store.last_seq()
-        assert f'data-after="{seq}"' in page
-        assert (await browser.told(f"/live?after={seq}", "agent-iris"))[-1].event == "message"
+        assert f'data-after="{hive.at(seq)}"' in page
+        assert (await browser.told(f"/live?after={hive.at(seq)}", "agent-iris"))[-1].event == "message"
+
+
+async def test_an_event_of_a_question_that_is_gone_ends_no_stream(hive: Services) -> None:
+    async with served(hive_of(hive)) as browser:
+        after = await hive.store.last_seq()
+        await hive.store.write(lambda tx: tx.emit("question_expired", "system", "iris", question=9))
+        assert (await browser.told(f"/live?after={hive.at(after)}", "agent-iris"))[-1].event == "message"
 
 
 async def test_an_agents_page_that_has_missed_lines_which_are_gone_loads_itself_again(tmp_path: Path) -> None:
@@ -319,13 +333,13 @@ async def test_an_agents_page_that_has_missed_lines_which_are_gone_loads_itself_
         await hive.turns.add_lines(IRIS, turn.id, 0, ["one", "two"])
         seq = await hive.store.last_seq()
         async with served(hive_of(hive)) as browser:
-            path = f"/agents/iris/live?after={seq}-1"
+            path = f"/agents/iris/live?after={hive.at(seq, 1)}"
             assert [frame.target for frame in await browser.told(path, "line-2")] == ["agent-iris", "line-2"]
             await hive.turns.add_lines(IRIS, turn.id, 2, ["three", "four", "five"])
-            told = await browser.told(path, "reset", **{"Last-Event-ID": f"{seq}-1"})
+            told = await browser.told(path, "reset", **{"Last-Event-ID": hive.at(seq, 1)})
             assert [frame.event for frame in told] == ["reset"]
             # Line 2 was the last to go: who has seen it has a whole picture.
-            told = await browser.told(path, "line-5", **{"Last-Event-ID": f"{seq}-2"})
+            told = await browser.told(path, "line-5", **{"Last-Event-ID": hive.at(seq, 2)})
             assert [frame.target for frame in told][1:] == ["line-3", "line-4", "line-5"]
 
 
@@ -337,7 +351,7 @@ async def test_an_agents_page_without_any_line_left_does_not_load_itself_for_eve
     await hive.turns.prune()
     async with browse(hive_of(hive)) as client:
         page, seq = (await client.get("/agents/iris")).text, await hive.store.last_seq()
-    assert f'data-after="{seq}-2"' in page
+    assert f'data-after="{hive.at(seq, 2)}"' in page
     async with served(hive_of(hive)) as browser:
-        assert (await browser.told(f"/agents/iris/live?after={seq}-2", "agent-iris"))[-1].event == "message"
-        assert (await browser.told(f"/agents/iris/live?after={seq}-1", "reset"))[-1].event == "reset"
+        assert (await browser.told(f"/agents/iris/live?after={hive.at(seq, 2)}", "agent-iris"))[-1].event == "message"
+        assert (await browser.told(f"/agents/iris/live?after={hive.at(seq, 1)}", "reset"))[-1].event == "reset"

@@ -20,7 +20,7 @@ async def test_the_dashboard_shows_agents_calls_and_flow_with_the_number_it_is_t
         page = (await client.get("/")).text
     for hook in ("agent-hm1nd", "agent-iris", "agent-damocles", "approval-1", "message-1", "to-iris"):
         assert f'id="{hook}"' in page
-    assert f'data-live="/live" data-after="{await hive.store.last_seq()}"' in page
+    assert f'data-live="/live" data-after="{hive.at(await hive.store.last_seq())}"' in page
     assert "<title>(1) hyperhive</title>" in page
     assert "You watch." in page
 
@@ -37,7 +37,7 @@ async def test_an_agents_page_shows_its_turns_and_its_mail_alone(hive: Services)
         page = (await client.get("/agents/iris")).text
         assert (await at_home.get("/")).text == page
         assert 'id="agent-damocles"' in (await client.get("/agents/damocles")).text
-    assert f'data-live="/agents/iris/live" data-after="{seq}-2"' in page
+    assert f'data-live="/agents/iris/live" data-after="{hive.at(seq, 2)}"' in page
     assert page.index('id="turn-1"') < page.index('id="line-1"') < page.index('id="line-2"')
     assert 'id="message-1"' in page
     assert "damocles" not in page

@@ -197,6 +197,7 @@ def test_no_control_or_format_character_is_shown_as_itself(text: str) -> None:
 def test_long_text_is_cut_and_says_how_much_is_missing() -> None:
     shown = visible("é" * (SHOWN_CHARACTERS + 1_234))
     assert shown.endswith('<span class="more">… 1,234 more characters</span>')
+    assert visible("x" * (SHOWN_CHARACTERS + 1)).endswith("… 1 more character</span>")
     assert visible("x" * (SHOWN_CHARACTERS + 1), None) == "x" * (SHOWN_CHARACTERS + 1)
 
 
@@ -283,6 +284,12 @@ def test_the_lines_of_a_turn_read_as_a_person_would_tell_them() -> None:
     assert (end.title, end.short) == ("turn done", "1.5 s · 2,000 in / 50 out · 3 steps")
     (note,) = read_line(json.dumps({"type": "hive", "subtype": "lines_dropped", "count": 12}))
     assert (note.kind, note.title, note.short) == ("note", "lines dropped", '{"count": 12}')
+
+
+async def test_an_agent_that_rests_says_until_when(hive: Services) -> None:
+    iris = await hive.agents.get("iris")
+    assert "rests until" not in Rows(hive_of(hive)).agent(iris)
+    assert "rests until <time" in Rows(hive_of(hive)).agent(replace(iris, rests_until_ms=1_700_000_000_000))
 
 
 async def test_an_agent_without_a_sandbox_is_red_wherever_it_is_shown(hive: Services) -> None:

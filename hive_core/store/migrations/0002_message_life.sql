@@ -39,7 +39,7 @@ CREATE TABLE new_deliveries (
   sent_at_ms      INTEGER NOT NULL,
   available_at_ms INTEGER NOT NULL,               -- queued: not before this instant
   settled_at_ms   INTEGER,                        -- when it was acked, died or was dropped
-  turn_id         INTEGER REFERENCES turns (id),  -- the turn that leases it, or had it last
+  turn_id         INTEGER,                        -- the turn that leases it, or had it last: one of its leases
   held            TEXT CHECK (held IN ('hops', 'rate')),  -- why it was held when it was sent
   note            TEXT,                           -- why it died; cancelled, when its turn was
   PRIMARY KEY (message_id, recipient)
@@ -98,13 +98,13 @@ CREATE INDEX messages_with_file ON messages (sender, body_sha256) WHERE body_sha
 CREATE INDEX messages_by_file ON messages (body_sha256) WHERE body_sha256 IS NOT NULL;
 
 -- What waits, and for whom: small however many messages are old. sqlite takes such an index only for a query that says
--- its condition word for word.
+-- its condition word for word. No index here grows with all messages and is spread by agent: each message sent would
+-- write a page of it to the log. The full text knows whose a message is; the writer remembers how often a pair wrote.
 CREATE INDEX deliveries_queued ON deliveries (recipient, message_id) WHERE state = 'queued';
 CREATE INDEX deliveries_resting ON deliveries (available_at_ms) WHERE state = 'queued' AND attempts > 0;
 CREATE INDEX deliveries_held ON deliveries (sender) WHERE state = 'held';
 CREATE INDEX deliveries_dead ON deliveries (message_id) WHERE state = 'dead';
-CREATE INDEX deliveries_by_recipient ON deliveries (recipient, message_id);
-CREATE INDEX deliveries_by_pair ON deliveries (sender, recipient, sent_at_ms);
+CREATE INDEX deliveries_to_operator ON deliveries (message_id) WHERE recipient = 'operator';
 
 CREATE UNIQUE INDEX turns_running ON turns (agent) WHERE state = 'running';
 CREATE INDEX turns_by_agent ON turns (agent, id);
@@ -113,6 +113,21 @@ CREATE INDEX leases_by_message ON leases (message_id);
 ALTER TABLE agents ADD COLUMN policy TEXT NOT NULL DEFAULT '{}';  -- whom it may write to, and how often: of settings
 ALTER TABLE agents ADD COLUMN refused INTEGER NOT NULL DEFAULT 0; -- messages that its full inbox did not take
 ALTER TABLE agents ADD COLUMN lines_gone INTEGER NOT NULL DEFAULT 0; -- the last of its turn_lines that is not kept
+ALTER TABLE agents ADD COLUMN line_bytes INTEGER NOT NULL DEFAULT 0; -- of those that are
+UPDATE agents SET line_bytes =
+  (SELECT coalesce(sum(length(CAST(line AS BLOB))), 0) FROM turn_lines WHERE agent = agents.name);
+ALTER TABLE agents ADD COLUMN rests_until_ms INTEGER;             -- its last turn had to wait: no other begins before
+
+ALTER TABLE tool_calls ADD COLUMN digest TEXT;                    -- of its arguments, where they are compared
 
 ALTER TABLE events ADD COLUMN message_id INTEGER;                 -- what an operator or the hive did to one message
+DROP INDEX events_by_agent;
 CREATE INDEX events_by_message ON events (message_id) WHERE message_id IS NOT NULL;
+
+-- Whose numbers the events and lines have: those of a restored copy go on from older ones, and are others.
+CREATE TABLE timeline (
+  one INTEGER PRIMARY KEY CHECK (one = 1),
+  id  TEXT NOT NULL
+) STRICT;
+
+INSERT INTO timeline (one, id) VALUES (1, lower(hex(randomblob(8))));

@@ -9,7 +9,7 @@ CREATE TABLE questions (
   multi         INTEGER NOT NULL,            -- several options may be chosen
   free_text     INTEGER NOT NULL,            -- text of one's own is an answer too
   message_id    INTEGER NOT NULL,            -- the message that it was put with
-  state         TEXT NOT NULL CHECK (state IN ('open', 'answered', 'expired', 'cancelled')),
+  state         TEXT NOT NULL CHECK (state IN ('open', 'answered', 'expired', 'cancelled', 'dropped')),
   asked_at_ms   INTEGER NOT NULL,
   expires_at_ms INTEGER NOT NULL,
   settled_at_ms INTEGER,
@@ -20,6 +20,8 @@ CREATE TABLE questions (
 ) STRICT;
 
 CREATE INDEX questions_by_message ON questions (message_id);
+CREATE INDEX questions_by_answer ON questions (answer_id) WHERE answer_id IS NOT NULL;
+CREATE INDEX questions_settled ON questions (settled_at_ms) WHERE settled_at_ms IS NOT NULL;
 CREATE INDEX questions_open ON questions (expires_at_ms) WHERE state = 'open';
 CREATE INDEX questions_to ON questions (answerer) WHERE state = 'open';
 CREATE INDEX questions_from ON questions (asker) WHERE state = 'open';
@@ -32,13 +34,15 @@ CREATE TABLE reminders (
   due_at_ms     INTEGER NOT NULL,
   chain_id      INTEGER,                     -- of the turn that set it, when it is due soon enough to belong to that
   hops          INTEGER NOT NULL,            -- of the message that it will be
-  state         TEXT NOT NULL CHECK (state IN ('open', 'fired', 'cancelled')),
+  state         TEXT NOT NULL CHECK (state IN ('open', 'due', 'fired', 'cancelled')),  -- due: it waits for room
   settled_at_ms INTEGER,
   message_id    INTEGER                      -- the firing
 ) STRICT;
 
 CREATE INDEX reminders_open ON reminders (due_at_ms) WHERE state = 'open';
-CREATE INDEX reminders_of ON reminders (agent) WHERE state = 'open';
+CREATE INDEX reminders_due ON reminders (agent, due_at_ms) WHERE state = 'due';
+CREATE INDEX reminders_settled ON reminders (settled_at_ms) WHERE settled_at_ms IS NOT NULL;
+CREATE INDEX reminders_of ON reminders (agent) WHERE state IN ('open', 'due');
 
 CREATE TABLE schedules (
   id            INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -51,12 +55,13 @@ CREATE TABLE schedules (
   note          TEXT,                        -- why the hive itself paused it
   created_at_ms INTEGER NOT NULL,
   next_at_ms    INTEGER,                     -- the next firing; moved by the transaction that stores a firing
-  moved_at_ms   INTEGER NOT NULL,            -- when that was worked out: a clock that is before it was set back
+  moved_at_ms   INTEGER NOT NULL,            -- when that was worked out: a clock before it was set back; or removed
   CHECK ((cron IS NULL) = (zone IS NULL) AND (cron IS NULL) != (every_ms IS NULL)),
   CHECK ((state = 'on') = (next_at_ms IS NOT NULL))
 ) STRICT;
 
 CREATE INDEX schedules_next ON schedules (next_at_ms) WHERE state = 'on';
+CREATE INDEX schedules_moved ON schedules (moved_at_ms) WHERE state = 'on';
 
 -- Each due instant of a schedule fires once, whatever the clock does.
 CREATE TABLE schedule_firings (

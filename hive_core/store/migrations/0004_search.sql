@@ -26,3 +26,11 @@ CREATE TABLE message_blocks (
   first_at_ms INTEGER NOT NULL,                 -- the earliest and the latest instant at which one of them was sent
   last_at_ms  INTEGER NOT NULL
 ) STRICT;
+
+-- Events up to this number are gone, but those about a message that is kept.
+CREATE TABLE events_mark (
+  one  INTEGER PRIMARY KEY CHECK (one = 1),
+  gone INTEGER NOT NULL
+) STRICT;
+
+INSERT INTO events_mark (one, gone) VALUES (1, 0);

@@ -1,0 +1,91 @@
+"""How a question ends without its answer, and how it opens again: each a part of another change.
+
+Whoever asked is told of every end that it did not bring about itself.
+"""
+
+from __future__ import annotations
+
+from hive_core.limits import Limits
+from hive_core.post import Cause, Letter, post
+from hive_core.protocol.visible import quoted
+from hive_core.protocol.words import OPERATOR, SYSTEM, AgentName, MessageBody
+from hive_core.store.writer import Transaction
+
+TOPIC = "questions"
+
+
+def cancel_put_with(tx: Transaction, asker: AgentName, message_id: int) -> None:
+    """Cancel the open question of `asker` that a message put, if there is one."""
+    sql = "SELECT id, answerer FROM questions WHERE message_id = ? AND asker = ? AND state = 'open'"
+    if row := tx.execute(sql, (message_id, asker)).fetchone():
+        _settle(tx, row["id"], "cancelled")
+        tx.emit("question_cancelled", asker, row["answerer"], question=row["id"])
+
+
+def expire(tx: Transaction, question_id: int, limits: Limits) -> None:
+    """End an open question whose time is over, and tell its asker."""
+    _settle(tx, question_id, "expired")
+    sql = """
+        SELECT q.asker, q.answerer, coalesce(d.state = 'held', 0) AS held FROM questions q
+        LEFT JOIN deliveries d ON d.message_id = q.message_id AND d.recipient = q.answerer WHERE q.id = ?
+    """
+    row = tx.execute(sql, (question_id,)).fetchone()
+    tx.emit("question_expired", SYSTEM, row["asker"], question=question_id)
+    text = f"{row['answerer']} did not answer your question {question_id} in time."
+    if row["held"]:
+        held = f"your question {question_id} was held for the operator until its time was over"
+        text = f"{held}, and {row['answerer']} never got it."
+    _tell_asker(tx, question_id, f"question_expired: {text}", limits)
+
+
+def drop_message(tx: Transaction, message_id: int, limits: Limits) -> None:
+    """The operator dropped a message: the question that it put, or that it answered, is dropped with it."""
+    row = tx.execute(_OF_MESSAGE, {"message": message_id}).fetchone()
+    if row is None:
+        return
+    number = row["id"]
+    _settle(tx, number, "dropped")
+    tx.emit("question_dropped", OPERATOR, row["asker"], question=number)
+    what = f"your question {number} to {row['answerer']}"
+    if row["answered"]:
+        what = f"the answer of {row['answerer']} to your question {number}"
+    _tell_asker(tx, number, f"question_dropped: the operator dropped {what}.", limits)
+
+
+def reopen(tx: Transaction, message_id: int) -> None:
+    """An answer was taken back before its asker had it: its question waits again, and ends with its time at the latest.
+
+    Without a question that this message answered there is nothing to do.
+    """
+    sql = "SELECT id, asker, answerer FROM questions WHERE answer_id = ? AND state = 'answered'"
+    if row := tx.execute(sql, (message_id,)).fetchone():
+        tx.execute(
+            "UPDATE questions SET state = 'open', settled_at_ms = NULL, choices = NULL, answer = NULL,"
+            " answer_id = NULL WHERE id = ?",
+            (row["id"],),
+        )
+        tx.emit("question_reopened", row["answerer"], row["asker"], question=row["id"])
+        tx.wake(TOPIC)
+
+
+def _settle(tx: Transaction, question_id: int, state: str) -> None:
+    tx.execute("UPDATE questions SET state = ?, settled_at_ms = ? WHERE id = ?", (state, tx.now_ms, question_id))
+
+
+def _tell_asker(tx: Transaction, question_id: int, text: str, limits: Limits) -> None:
+    sql = """
+        SELECT q.asker, q.text, m.id AS message_id, m.chain_id, m.hops FROM questions q
+        LEFT JOIN messages m ON m.id = q.message_id WHERE q.id = ?
+    """
+    row = tx.execute(sql, (question_id,)).fetchone()
+    body = MessageBody(f"{text} It began with {quoted(row['text'].strip().splitlines()[0][:80])}")
+    cause = Cause("system", None, row["chain_id"], (row["hops"] or 0) + 1)
+    # An asker that is gone must not stop the hive's clock: what is refused stays refused.
+    post(tx, [Letter(SYSTEM, (row["asker"],), body, row["message_id"], cause=cause)], limits)
+
+
+_OF_MESSAGE = """
+    SELECT id, asker, answerer, 0 AS answered FROM questions WHERE message_id = :message AND state = 'open'
+    UNION ALL
+    SELECT id, asker, answerer, 1 FROM questions WHERE answer_id = :message AND state = 'answered'
+"""
