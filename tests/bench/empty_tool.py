@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import trio
 
-from hive_core.sockets.agent import AgentDesk, SendArguments, Tool, serve_agent
+from hive_core.sockets.agent import _TOOLS, AgentDesk, serve_agent
 from hive_core.sockets.unix import listen_unix, serve_unix
 
+(_SEND,) = (tool for tool in _TOOLS if tool.name == "send")
 
-class EmptyDesk:
+
+class EmptyDesk(AgentDesk):
+    """Its `send` takes and answers what the real one does, and does nothing."""
+
     def __init__(self) -> None:
-        self.tools = {"send": Tool("send", "Does nothing.", SendArguments, self._nothing)}
+        self.tools = {"send": replace(_SEND, call=_nothing)}
 
-    async def call(self, name: str, arguments: dict[str, Any], key: str | None) -> dict[str, Any]:
-        parsed = self.tools[name].arguments.model_validate(arguments)
-        return await self.tools[name].call(parsed, key)
 
-    async def _nothing(self, _: Any, __: str | None) -> dict[str, Any]:
-        return {"message": 1}
+async def _nothing(*_: Any) -> dict[str, Any]:
+    return {"message": 1}
 
 
 async def main(path: str) -> None:
-    desk = cast("AgentDesk", EmptyDesk())
+    desk = EmptyDesk()
     await serve_unix(listen_unix(Path(path)), lambda stream: serve_agent(desk, stream))
 
 

@@ -55,6 +55,7 @@ class Told:
 
     bodies_differ   every send of the run had a body of its own, so that one stored twice is seen whatever its key
     kept_since_ms   retention may have taken messages that were sent before
+    old             those messages, once somebody asked
     unsettled       (message, recipient) that somebody saw unsettled, so lately that retention must not have them yet
     limits          those that the broker of the run had
     refused         (sender, body) of each send that was refused; the body is its own
@@ -65,6 +66,7 @@ class Told:
     acks: list[Acked] = field(default_factory=list)
     bodies_differ: bool = False
     kept_since_ms: int = 0
+    old: set[int] | None = None
     unsettled: frozenset[tuple[int, str]] = frozenset()
     limits: Limits = field(default_factory=Limits)
     refused: list[tuple[str, str]] = field(default_factory=list)
@@ -481,8 +483,7 @@ def _says(row: sqlite3.Row, body: str) -> bool:
 
 def _may_be_gone(db: sqlite3.Connection, message: int, told: Told) -> bool:
     """Whether the event of a message that is not there says that it was old enough for retention."""
-    if not told.kept_since_ms:
-        return False
-    sql = "SELECT at_ms FROM events WHERE kind = 'message_sent' AND data ->> 'message' = ?"
-    row = db.execute(sql, (message,)).fetchone()
-    return row is not None and row[0] < told.kept_since_ms
+    if told.old is None:
+        sql = "SELECT data ->> 'message' FROM events WHERE kind = 'message_sent' AND at_ms < ?"
+        told.old = {row[0] for row in db.execute(sql, (told.kept_since_ms,))}
+    return message in told.old

@@ -7,6 +7,7 @@ sees who was there.
 from __future__ import annotations
 
 import sqlite3
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -151,6 +152,7 @@ class Witness:
     def audit(self, promises: Sequence[Promise] = WITH_A_TRUE_CLOCK) -> None:
         """Hold the database against what was told since the last time."""
         self.counts["audits"] += 1
+        print(f"audit {self.counts['audits']}: {dict(self.counts)}", file=sys.stderr, flush=True)
         self.told.kept_since_ms = self.now_ms - int(self.told.limits.kept_s * 1000)
         if self._audited_at_ms < self.told.kept_since_ms:
             self.told.unsettled = frozenset()  # what was unsettled then may have been settled and forgotten since
@@ -158,7 +160,7 @@ class Witness:
             raise self.broken("; ".join(found[:5]))
         sql = "SELECT message_id, recipient FROM deliveries WHERE state NOT IN ('acked', 'dropped')"
         unsettled = frozenset((row[0], row[1]) for row in self._db.execute(sql))
-        self.told = replace(self.told, sends=[], leases=[], acks=[], refused=[], unsettled=unsettled)
+        self.told = replace(self.told, sends=[], leases=[], acks=[], refused=[], old=None, unsettled=unsettled)
         self._audited_at_ms = self.now_ms
         self._answers.clear()
         self._settled.clear()
