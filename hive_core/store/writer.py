@@ -372,6 +372,9 @@ class Writer(Writes):
                     continue
                 batch, self._queued = self._queued[:BATCH_LIMIT], self._queued[BATCH_LIMIT:]
                 self._deliver(*await self._commit(batch))
+                # Who was answered goes first: it asks again while the next batch runs.
+                await trio.lowlevel.checkpoint()
+                await trio.lowlevel.checkpoint()
             self._finished.set()
 
     async def _commit(self, batch: list[Job]) -> tuple[list[Job], set[str]]:

@@ -52,6 +52,13 @@ def test_mypy_strict_is_clean_on_the_four_packages() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_every_module_of_the_benchmarks_can_be_imported() -> None:
+    """No group of tests runs them."""
+    names = sorted(path.stem for path in (ROOT / "tests" / "bench").glob("*.py") if path.stem != "__main__")
+    done = run(sys.executable, "-c", "; ".join(f"import tests.bench.{name}" for name in names))
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_file_names_a_registry_host() -> None:
     # Put together here, so that this file names none either.
     hosts = [("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"), ("npmjs", "com"), ("crates", "io")]
