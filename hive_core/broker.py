@@ -26,7 +26,7 @@ import trio
 from hive_core import question_ends
 from hive_core.archive import newest_of_agent
 from hive_core.bodies import Bodies, is_large, piece
-from hive_core.limits import REST_LIMIT_S, Limits
+from hive_core.limits import Limits
 from hive_core.post import AT_ONCE, Cause, Letter, forget_depth, post, put_message
 from hive_core.protocol.call_key import CallKey
 from hive_core.protocol.harness import OUTCOMES
@@ -43,9 +43,6 @@ RECV_LIMIT = 32
 RECV_BYTES = 128 * 1024  # of bodies in one answer, but one message always: programs cut long answers of tools
 RECV_WAIT_LIMIT_S = 180.0
 REST_MOST_S = 3600.0  # where doubling ends
-# No rest is longer, the half by chance included: what is due later than that was put back before the clock was set
-# back, and is due now.
-FAR_MS = REST_LIMIT_S * 1500
 TOOL_CALL_KEPT_S = 7 * 24 * 3600
 
 
@@ -89,6 +86,7 @@ class _Ending(NamedTuple):
     error: str | None = None
     usage: object = None
     session: str | None = None
+    on_purpose: bool = False  # by whoever ended the agent: nothing that it has to rest from
 
 
 def first_answer(tx: Transaction, agent: AgentName, key: str | None, tool: str) -> dict[str, Any] | None:
@@ -179,7 +177,8 @@ class Broker:
         Raises Refusal("conflict") while another turn of the agent runs.
         """
         asked = fence or secrets.token_hex(8)
-        return self._note(agent, await self._store.write_when(mail(agent), lambda tx: _lease(tx, agent, asked)))
+        begin = partial(_lease, agent=agent, fence=asked, limits=self.limits)
+        return self._note(agent, await self._store.write_when(mail(agent), begin))
 
     async def ack(
         self,
@@ -213,15 +212,9 @@ class Broker:
         if row is None or row["state"] not in ("running", ending.outcome):
             return Acked(False)
         if row["state"] == "running":
-            rest_s = _provider_rest_s(self.limits, self._chance.random())
-            rests_until = tx.now_ms + int(rest_s * 1000) if ending.outcome == "waiting" else None
-            tx.execute(
-                "UPDATE agents SET session = coalesce(?, session), rests_until_ms = ? WHERE name = ?",
-                (ending.session or None, rests_until, agent),
-            )
             self.end_turn(tx, agent, turn.id, ending)
         try:
-            lease = _lease(tx, agent, next_fence) if next_fence else None
+            lease = _lease(tx, agent, next_fence, self.limits) if next_fence else None
         except Refusal:
             lease = None  # an old ack, sent again: another turn runs by now
         return Acked(True, row["wanted"] == "paused", lease)
@@ -233,7 +226,7 @@ class Broker:
         while this waits: what comes then belongs to the next turn.
         """
         # The wait may end just when a commit has taken some: asked again with the key, they are the same.
-        take = _Take(agent, limit, key or f"recv-{secrets.token_hex(8)}")
+        take = _Take(agent, limit, key or f"recv-{secrets.token_hex(8)}", self.limits)
         with trio.move_on_after(wait_s):
             if wait_s > 0:
                 return await self._store.write_when(mail(agent), take)
@@ -279,7 +272,7 @@ class Broker:
         """Close the running turn of an agent that was ended on purpose: its messages wait, and no try is counted."""
         row = tx.execute("SELECT id FROM turns WHERE agent = ? AND state = 'running'", (agent,)).fetchone()
         if row is not None:
-            self.end_turn(tx, agent, row["id"], _Ending("waiting", "its agent was ended on purpose"))
+            self.end_turn(tx, agent, row["id"], _Ending("waiting", "its agent was ended on purpose", on_purpose=True))
 
     def renew(self, agent: AgentName, turn_id: int) -> bool:
         """Note that the harness of a turn lives. False when no such turn of `agent` runs any more."""
@@ -327,6 +320,12 @@ class Broker:
         tx.execute(
             "UPDATE turns SET state = ?, ended_at_ms = ?, error = ?, usage = ? WHERE id = ?",
             (ending.outcome, tx.now_ms, ending.error, usage, turn_id),
+        )
+        rest_s = _provider_rest_s(self.limits, self._chance.random())
+        rests_until = tx.now_ms + int(rest_s * 1000) if ending.outcome == "waiting" and not ending.on_purpose else None
+        tx.execute(
+            "UPDATE agents SET session = coalesce(?, session), rests_until_ms = ? WHERE name = ?",
+            (ending.session or None, rests_until, agent),
         )
         dead = []
         for row in tx.execute(_LEASED, (turn_id,)).fetchall():
@@ -551,7 +550,7 @@ _SEAT = """
 """
 
 
-def _lease(tx: Transaction, agent: AgentName, fence: str) -> Lease | None:
+def _lease(tx: Transaction, agent: AgentName, fence: str, limits: Limits) -> Lease | None:
     """Begin a turn with the first message that is due, or find the one that this fence began already."""
     seat = tx.execute(_SEAT, (agent,)).fetchone()
     if seat is None:
@@ -561,7 +560,7 @@ def _lease(tx: Transaction, agent: AgentName, fence: str) -> Lease | None:
             raise Refusal("conflict", f"cannot lease: turn {seat['turn_id']} of {agent} still runs; ack it first")
         (message,) = tx.execute(_ONE_MAIL, (agent, seat["message_id"])).fetchall()
         return _as_lease(tx, agent, seat, Turn(seat["turn_id"], fence), message, message["attempts"])
-    due = _first_due(tx, agent, seat["rests_until_ms"]) if seat["wanted"] == "up" else []
+    due = _first_due(tx, agent, seat["rests_until_ms"], limits) if seat["wanted"] == "up" else []
     if not due:
         return None
     (first,) = due
@@ -590,6 +589,7 @@ class _Take:
     agent: AgentName
     limit: int
     key: str
+    limits: Limits
     turn: int | None = field(default=None, init=False)
 
     def __call__(self, tx: Transaction, last: bool = False) -> dict[str, Any] | None:
@@ -599,7 +599,7 @@ class _Take:
             raise Refusal("refused", "cannot receive: no turn runs; messages are taken in a turn")
         turn = self.turn = int(running["id"])
         known = first_answer(tx, self.agent, self.key, "recv")
-        due = [] if known else _within(_due(tx, self.agent, self.limit), RECV_BYTES)
+        due = [] if known else _within(_due(tx, self.agent, self.limit, self.limits), RECV_BYTES)
         if known or not (due or last):
             return known
         return once(tx, self.agent, self.key, "recv", lambda: self._lease_more(tx, turn, due))
@@ -625,9 +625,9 @@ _MAIL = """
 
 
 _ONE_MAIL = f"{_MAIL.format(index='')} WHERE d.recipient = ? AND d.message_id = ?"
-_IS_DUE = f"""
+_IS_DUE = """
     d.recipient = :agent AND d.state = 'queued'
-    AND (d.attempts = 0 OR d.available_at_ms <= :now OR d.available_at_ms > :now + {FAR_MS})
+    AND (d.attempts = 0 OR d.available_at_ms <= :now OR d.available_at_ms > :now + :far)
 """
 _DUE_MAIL = f"""
     {_MAIL.format(index=" INDEXED BY deliveries_queued")} WHERE {_IS_DUE} ORDER BY d.message_id LIMIT :limit
@@ -638,21 +638,32 @@ _LEAST_HANDED_OUT = f"""
 """
 
 
-def _due(tx: Transaction, agent: str, limit: int) -> list[sqlite3.Row]:
-    return tx.execute(_DUE_MAIL, {"agent": agent, "now": tx.now_ms, "limit": limit}).fetchall()
+def _far_ms(limits: Limits) -> float:
+    """No rest of a message is longer: what is due later was put back before the clock was set back, and is due now."""
+    return max(limits.provider_rest_s, limits.backoff_s, REST_MOST_S) * 1500
 
 
-def _first_due(tx: Transaction, agent: str, rests_until_ms: int | None) -> list[sqlite3.Row]:
+def _agent_far_ms(limits: Limits) -> float:
+    return limits.provider_rest_s * 1500
+
+
+def _due(tx: Transaction, agent: str, limit: int, limits: Limits) -> list[sqlite3.Row]:
+    given = {"agent": agent, "now": tx.now_ms, "far": _far_ms(limits), "limit": limit}
+    return tx.execute(_DUE_MAIL, given).fetchall()
+
+
+def _first_due(tx: Transaction, agent: str, rests_until_ms: int | None, limits: Limits) -> list[sqlite3.Row]:
     """The message for the agent's next turn, where there is one and the agent does not rest.
 
     After a rest it is the one that was handed out least often: the message whose turn had to wait has rested too, and
     were it always the next, a turn that has to wait for the message's own sake would keep all others back.
     """
     if rests_until_ms is None:
-        return _due(tx, agent, 1)
-    if tx.now_ms < rests_until_ms <= tx.now_ms + FAR_MS:
+        return _due(tx, agent, 1, limits)
+    if tx.now_ms < rests_until_ms <= tx.now_ms + _agent_far_ms(limits):
         return []
-    least = tx.execute(_LEAST_HANDED_OUT, {"agent": agent, "now": tx.now_ms}).fetchone()
+    given = {"agent": agent, "now": tx.now_ms, "far": _far_ms(limits)}
+    least = tx.execute(_LEAST_HANDED_OUT, given).fetchone()
     return tx.execute(_ONE_MAIL, (agent, least["message_id"])).fetchall() if least else []
 
 
@@ -693,6 +704,9 @@ class Rests:
 
     topic = RESTING
 
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
+
     def next_after(self, tx: Transaction) -> int | None:
         sql = """
             SELECT min(at_ms) FROM (
@@ -708,7 +722,8 @@ class Rests:
         sql = """
             SELECT recipient FROM deliveries INDEXED BY deliveries_resting
             WHERE state = 'queued' AND attempts > 0 AND (available_at_ms <= :now OR available_at_ms > :now + :far)
-            UNION SELECT name FROM agents WHERE rests_until_ms <= :now OR rests_until_ms > :now + :far
+            UNION SELECT name FROM agents WHERE rests_until_ms <= :now OR rests_until_ms > :now + :agent_far
         """
-        for row in tx.execute(sql, {"now": tx.now_ms, "far": FAR_MS}).fetchall():
+        given = {"now": tx.now_ms, "far": _far_ms(self._limits), "agent_far": _agent_far_ms(self._limits)}
+        for row in tx.execute(sql, given).fetchall():
             tx.wake(mail(row["recipient"]))

@@ -50,11 +50,25 @@ def _forget_events(tx: Transaction, cutoff: int) -> int | None:
     """
     (gone,) = tx.execute("SELECT gone FROM events_mark").fetchone()
     sql = "SELECT seq, at_ms FROM events WHERE seq > ? AND seq < (SELECT max(seq) FROM events) ORDER BY seq LIMIT ?"
-    old = [row["seq"] for row in tx.execute(sql, (gone, STEP)).fetchall() if row["at_ms"] < cutoff]
+    found = tx.execute(sql, (gone, STEP)).fetchall()
+    old = [row["seq"] for row in found if row["at_ms"] < cutoff]
+    if not old and found and _old_behind(tx, found[-1]["seq"], cutoff):
+        old = [row["seq"] for row in found]
     if not old:
         return None
     tx.execute("UPDATE events_mark SET gone = ?", (old[-1],))
     return tx.execute(_EVENTS, (gone, old[-1])).rowcount
+
+
+def _old_behind(tx: Transaction, seq: int, cutoff: int) -> bool:
+    """Whether events that are old come later, so that those up to `seq` have a wrong time: by looks ever further on."""
+    sql = "SELECT at_ms FROM events WHERE seq >= ? AND seq < (SELECT max(seq) FROM events) ORDER BY seq LIMIT 1"
+    ahead = STEP
+    while (row := tx.execute(sql, (seq + ahead,)).fetchone()) is not None:
+        if row["at_ms"] < cutoff:
+            return True
+        ahead *= 2
+    return False
 
 
 def forget_events_of(tx: Transaction, messages: list[tuple[int]]) -> None:

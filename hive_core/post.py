@@ -232,10 +232,13 @@ def _held(
 ) -> dict[str, str]:
     """For whom the operator has to release it, and why. Raises Refusal when too much of the sender is held already."""
     sender = facts.agents.get(letter.sender)
-    if cause.kind == "system":
-        held: dict[str, str] = {}  # the hive's own notice ends a wait; what it sets off is braked in its turn
-    elif cause.hops > limits.hops:
+    held: dict[str, str]
+    if cause.hops > limits.hops + (cause.kind == "system"):
+        # A notice about a message that was let through is one hop further; about one that was held it would wake its
+        # sender to send the next.
         held = dict.fromkeys(recipients, "hops")
+    elif cause.kind == "system":
+        held = {}  # the hive's own notice ends a wait; what it sets off is braked in its turn
     elif sender is not None:
         held = {name: "rate" for name in recipients if sent_lately(tx, letter.sender, name) >= sender.rate}
     else:

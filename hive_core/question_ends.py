@@ -52,6 +52,13 @@ def drop_message(tx: Transaction, message_id: int, limits: Limits) -> None:
     _tell_asker(tx, number, f"question_dropped: the operator dropped {what}.", limits)
 
 
+def tell_held(tx: Transaction, question_id: int, limits: Limits) -> None:
+    """An answer is held: its asker, who waits for it, is told for whose word it waits now."""
+    (who,) = tx.execute("SELECT answerer FROM questions WHERE id = ?", (question_id,)).fetchone()
+    text = f"{who} answered your question {question_id}, and the answer is held until the operator releases it."
+    _tell_asker(tx, question_id, f"answer_held: {text}", limits)
+
+
 def reopen(tx: Transaction, message_id: int) -> None:
     """An answer was taken back before its asker had it: its question waits again, and ends with its time at the latest.
 

@@ -27,7 +27,7 @@ from hive_core.protocol.words import (
     parse_text,
     shown,
 )
-from hive_core.question_ends import TOPIC, cancel_put_with, expire
+from hive_core.question_ends import TOPIC, cancel_put_with, expire, tell_held
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 from hive_core.withdrawal import withdraw
@@ -252,6 +252,8 @@ class Questions:
             if who == OPERATOR:
                 _mark_read(tx, question.message_id)
             tx.emit("question_answered", who, question.asker, question=question_id, message=sent["message"])
+            if sent.get("held"):
+                tell_held(tx, question_id, self._limits)
             return once(tx, who, key, "answer", lambda: {"question": question_id, **sent})
 
         return unless_refused(await self._store.write(write))

@@ -12,6 +12,7 @@ from hive_core.store.writer import Transaction
 
 MINUTE_MS = 60_000
 MINUTES = 60
+SILENT_MINUTES = 24 * MINUTES  # a pair is forgotten after: a clock that is ahead for a moment must not undo its rate
 RECALLED = 200_000  # deliveries that are read after a start at most; older ones of that hour are not counted
 _STATE = "rates"  # the hour in which the memo was cleared last; not there before anything was read
 
@@ -29,7 +30,9 @@ def count_sent(tx: Transaction, sender: str, recipient: str) -> None:
     """Count a message that is sent now."""
     _look_back(tx)
     now = tx.now_ms // MINUTE_MS
-    kept = {minute: count for minute, count in _minutes(tx, sender, recipient).items() if minute >= now - MINUTES}
+    kept = _minutes(tx, sender, recipient)
+    if len(kept) > 2 * MINUTES:
+        kept = {minute: count for minute, count in kept.items() if minute >= now - MINUTES}
     tx.memo[_STATE, sender, recipient] = {**kept, now: kept.get(now, 0) + 1}
 
 
@@ -38,7 +41,7 @@ def _minutes(tx: Transaction, sender: str, recipient: str) -> Minutes:
 
 
 def _look_back(tx: Transaction) -> None:
-    """Read the last hour if nothing is known yet; once an hour forget the pairs that are silent since."""
+    """Read the last hour if nothing is known yet; once an hour forget the pairs that are silent for a day."""
     hour = tx.now_ms // MINUTE_MS // MINUTES
     cleared = tx.memo.get(_STATE)
     if cleared == hour:
@@ -48,7 +51,7 @@ def _look_back(tx: Transaction) -> None:
     else:
         now = tx.now_ms // MINUTE_MS
         pairs = [key for key in tx.memo if isinstance(key, tuple) and key[0] == _STATE]
-        tx.memo.update({key: None for key in pairs if max(tx.memo[key] or (0,)) < now - MINUTES})
+        tx.memo.update({key: None for key in pairs if max(tx.memo[key] or (0,)) < now - SILENT_MINUTES})
     tx.memo[_STATE] = hour
 
 
@@ -63,10 +66,10 @@ def _recall(tx: Transaction) -> None:
 
 # message_blocks tells where the hour begins, up to the mark behind which nothing is noted yet.
 _SENT = """
-    SELECT sender, recipient, sent_at_ms / :minute AS minute, count(*) FROM deliveries
-    WHERE message_id > (SELECT coalesce(max(id), 0) FROM messages) - :most AND message_id >= (
-        SELECT coalesce(min(block) * 1024, (SELECT message_id FROM search_mark)) FROM message_blocks
-        WHERE last_at_ms >= :since
-    ) AND sent_at_ms >= :since
-    GROUP BY sender, recipient, minute
+    SELECT sender, recipient, sent_at_ms / :minute AS minute, count(*) FROM (
+        SELECT sender, recipient, sent_at_ms FROM deliveries WHERE message_id >= (
+            SELECT coalesce(min(block) * 1024, (SELECT message_id FROM search_mark)) FROM message_blocks
+            WHERE last_at_ms >= :since
+        ) ORDER BY message_id DESC LIMIT :most
+    ) WHERE sent_at_ms >= :since GROUP BY sender, recipient, minute
 """

@@ -21,6 +21,7 @@ from hive_core.flow import count_aside
 from hive_core.hive import Hive
 from hive_core.life import life_of
 from hive_core.protocol.admin import PROTOCOL_VERSION
+from hive_core.protocol.call_key import CallKey
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
@@ -368,9 +369,14 @@ def _recipients(raw: object) -> tuple[AgentName, ...]:
     return recipients
 
 
-def _key(args: Args) -> str | None:
+def _key(args: Args) -> CallKey | None:
     """What a client that asks again gives both times."""
-    return None if args.get("key") is None else parse_text(args["key"], "key", KEY_LIMIT_BYTES)
+    if args.get("key") is None:
+        return None
+    key = parse_text(args["key"], "key", KEY_LIMIT_BYTES)
+    if not key.isprintable():
+        raise Refusal("usage", "cannot use the key: it has characters that cannot be seen; give letters and digits")
+    return CallKey(key, {**args, "key": None})
 
 
 def _limit(args: Args) -> int:

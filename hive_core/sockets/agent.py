@@ -45,6 +45,7 @@ from hive_core.withdrawal import withdraw_thread
 
 Key = CallKey | None
 PROGRESS_EVERY_S = 15.0
+WAITS_LIMIT = 16  # calls of one connection that wait for mail at once: each is run again with every message
 Result = told.Result
 
 
@@ -281,6 +282,7 @@ async def serve_agent(
     desk: AgentDesk, stream: trio.SocketStream, *, progress_every_s: float = PROGRESS_EVERY_S
 ) -> None:
     """Speak MCP with one client of an agent's socket until it hangs up."""
+    waits = 0
 
     async def list_tools(_: object, __: object) -> types.ListToolsResult:
         return types.ListToolsResult(tools=[tool.to_mcp() for tool in desk.tools.values()])
@@ -289,15 +291,23 @@ async def serve_agent(
         tool = desk.tools.get(params.name)
         if tool is None or not tool.waits:
             return await answer(context, params)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_keep_awake, context.session, progress_every_s)
-            result = await answer(context, params)
-            nursery.cancel_scope.cancel()
+        nonlocal waits
+        if waits >= WAITS_LIMIT:
+            text = f"cannot call {params.name}: {waits} calls of this connection wait already, which is the limit"
+            return types.CallToolResult(content=[types.TextContent(type="text", text=text)], is_error=True)
+        waits += 1
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_keep_awake, context.session, progress_every_s)
+                result = await answer(context, params)
+                nursery.cancel_scope.cancel()
+        finally:
+            waits -= 1
         return result
 
     async def answer(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
         key = (context.meta or {}).get("claudecode/toolUseId")
-        key = key if isinstance(key, str) and 0 < len(key) <= 200 else None
+        key = key if isinstance(key, str) and 0 < len(key) <= 200 and key.isprintable() else None
         try:
             result = await desk.call(params.name, params.arguments or {}, key)
         except Refusal as refusal:

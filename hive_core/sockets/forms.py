@@ -32,7 +32,10 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-ToolKey = Annotated[str | None, Field(min_length=1, max_length=200, description="the same key counts once")]
+ToolKey = Annotated[
+    str | None,
+    Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$", description="the same key counts once"),
+]
 
 
 class SendArguments(Arguments):

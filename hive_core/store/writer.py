@@ -127,6 +127,7 @@ class Batches:
 
     def commit(self, batch: list[Job]) -> Work[tuple[list[Job], set[str]]]:
         """Commit a batch; who can be answered now, and what to publish."""
+        batch = [job for job in batch if job.task is not None]  # who left while it was queued asks for nothing
         for job in batch:
             if job.topic is not None:
                 self._parked.setdefault(job.topic, []).append(job)
@@ -203,7 +204,8 @@ class Batches:
         topics: set[str] = set()
         run: dict[Job, None] = {}
         fresh: Memo = {}
-        steps = _steps(batch)
+        # A function of many that raises would fail all its items: apart, each is alone.
+        steps = [[job] for job in batch] if apart else _steps(batch)
         yield from self._begin()
         try:
             while steps:
@@ -275,7 +277,7 @@ class Writes:
         raise NotImplementedError
 
     async def write(self, function: Callable[[Transaction], T]) -> T:
-        """Run `function` on the writer's thread inside a transaction; return after its commit.
+        """Run `function` inside a transaction; return after its commit.
 
         What the function raises is raised here, and then nothing of it is stored. It may run twice (the first time
         is rolled back), so it must have no effect but on the database. When this call is cancelled the

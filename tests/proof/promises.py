@@ -242,19 +242,23 @@ def nothing_unsettled_is_forgotten(db: sqlite3.Connection, told: Told) -> Broken
 
 
 def the_events_tell_of_every_message(db: sqlite3.Connection, told: Told) -> Broken:
+    """And of every turn: of those since the oldest event that is kept."""
+    (since,) = db.execute("SELECT min(at_ms) FROM events, events_mark WHERE gone > 0 AND seq > gone").fetchone()
+    given = {"since": since or 0}
     sql = """
-        SELECT id FROM messages
+        SELECT id FROM messages WHERE sent_at_ms >= :since
         EXCEPT SELECT data ->> 'message' FROM events WHERE kind = 'message_sent'
     """
-    for (message,) in db.execute(sql):
+    for (message,) in db.execute(sql, given):
         yield f"message {message} is there and no event tells of it"
     sql = """
-        SELECT id, 'turn_started' FROM turns EXCEPT SELECT data ->> 'turn', kind FROM events WHERE kind = 'turn_started'
+        SELECT id, 'turn_started' FROM turns WHERE started_at_ms >= :since
+        EXCEPT SELECT data ->> 'turn', kind FROM events WHERE kind = 'turn_started'
         UNION ALL
-        SELECT * FROM (SELECT id, 'turn_ended' FROM turns WHERE state != 'running'
+        SELECT * FROM (SELECT id, 'turn_ended' FROM turns WHERE state != 'running' AND ended_at_ms >= :since
                        EXCEPT SELECT data ->> 'turn', kind FROM events WHERE kind = 'turn_ended')
     """
-    for turn, kind in db.execute(sql):
+    for turn, kind in db.execute(sql, given):
         yield f"no {kind} tells of turn {turn}"
 
 

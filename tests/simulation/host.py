@@ -107,7 +107,7 @@ class Host:
             if self.weather.backstop_s is not None:
                 tasks.start_soon(store.serve_backstop, self.weather.backstop_s)
             tasks.start_soon(broker.serve_leases)
-            tasks.start_soon(serve_clock, store, [Rests(), daemon.reminders, daemon.schedules])
+            tasks.start_soon(serve_clock, store, [Rests(limits), daemon.reminders, daemon.schedules])
             tasks.start_soon(_keep_house, broker, turns, Archive(store, self.weather.limits, NO_LARGE_BODIES))
             self.daemon = daemon
             self._up.set()

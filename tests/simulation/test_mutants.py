@@ -188,11 +188,11 @@ def test_a_message_that_rests_before_the_others_is_found(monkeypatch: pytest.Mon
     """Whoever has a message that is backing off gets no other."""
     due = broker._due
 
-    def nothing_or_due(tx: Transaction, agent: str, limit: int) -> Any:
+    def nothing_or_due(tx: Transaction, agent: str, limit: int, limits: Limits) -> Any:
         sql = (
             "SELECT 1 FROM deliveries WHERE recipient = ? AND state = 'queued' AND attempts > 0 AND available_at_ms > ?"
         )
-        return [] if tx.execute(sql, (agent, tx.now_ms)).fetchone() else due(tx, agent, limit)
+        return [] if tx.execute(sql, (agent, tx.now_ms)).fetchone() else due(tx, agent, limit, limits)
 
     monkeypatch.setattr(broker, "_due", nothing_or_due)
     with pytest.raises(PromiseBroken, match=r"is due and|was due"):

@@ -42,9 +42,9 @@ def assert_busy(run: Run, weather: Weather, seed: int) -> None:
 @pytest.mark.parametrize(("days", "seed"), RUNS)
 def test_days_of_trouble_break_no_promise(days: int, seed: int) -> None:
     weather = Weather(days=days)
-    if days > 30:  # all that happened in a year is much to look through
-        limits = weather.limits.model_copy(update={"kept_s": 8 * DAY_S})
-        weather = replace(weather, audits_in_all=1 / 7, limits=limits)
+    if days > 30:  # all that happened in a year is much to look through, and 16 million looks of the backstop many
+        limits = weather.limits.model_copy(update={"kept_s": 8 * DAY_S, "history_kept_s": 16 * DAY_S})
+        weather = replace(weather, audits_in_all=1 / 7, limits=limits, backstop_s=30.0, prompt_s=61.0)
     assert_busy(simulate(seed, weather), weather, seed)
 
 

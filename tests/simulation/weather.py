@@ -34,7 +34,11 @@ class Weather:
     backstop_s: float | None = BACKSTOP_S  # None: nobody looks again, so every wake-up has to be right
     prompt_s: float = 2 * BACKSTOP_S + 1.0  # within which a due message reaches an agent that is free
     audits_in_all: float = 4.0  # looks at the whole database; more often than messages are forgotten
-    limits: Limits = field(default_factory=lambda: Limits(inbox_depth=60, pair_rate_per_hour=20, kept_s=DAY_S / 3))
+    limits: Limits = field(
+        default_factory=lambda: Limits(
+            inbox_depth=60, pair_rate_per_hour=20, kept_s=DAY_S / 3, history_kept_s=DAY_S * 0.6
+        )
+    )
 
 
 CALM = {"lost_wakes": 0.0, "backstop_s": None, "prompt_s": 1.0}

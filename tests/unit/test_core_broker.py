@@ -13,7 +13,7 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive_core.broker import REST_MOST_S, Acked, Broker, Lease, Turn, _lease, settle
+from hive_core.broker import REST_MOST_S, Acked, Broker, Lease, Rests, Turn, _lease, settle
 from hive_core.limits import Limits
 from hive_core.post import put_message
 from hive_core.protocol.refusal import Refusal
@@ -346,7 +346,7 @@ async def test_a_turn_that_had_to_wait_costs_no_try_and_yet_its_message_says_tha
 
 async def begins(hive: Services, agent: AgentName = IRIS) -> int | None:
     """The message that a turn of the agent begins with now; None when none does."""
-    begun = await hive.store.write(lambda tx: _lease(tx, agent, "f-now"))
+    begun = await hive.store.write(lambda tx: _lease(tx, agent, "f-now", Limits()))
     return begun.message["id"] if begun else None
 
 
@@ -642,7 +642,7 @@ async def test_a_turn_that_was_begun_for_a_harness_that_had_just_left_is_lost_to
     async with watched(hive):
         await trio.testing.wait_all_tasks_blocked()
         # As a lease does that is cancelled while its commit is under way: begun, and nobody was told.
-        await hive.store.write(lambda tx: _lease(tx, IRIS, "f"))
+        await hive.store.write(lambda tx: _lease(tx, IRIS, "f", Limits()))
         await wait_lost(hive)
     assert await hive.states() == {1: "queued"}
 
@@ -863,3 +863,43 @@ async def test_a_message_that_is_not_there_is_none(hive: Services, number: int) 
     await hive.say("hm1nd", "iris", "a")
     assert await hive.broker.message(number) is None
     assert (await hive.broker.message(1) or {})["body"] == "a"
+
+
+# -- who left, and clocks that were set back --------------------------------------------------------------------------
+
+
+async def test_a_lease_whose_caller_left_before_it_ran_begins_no_turn(hive: Services) -> None:
+    await hive.say("operator", "iris", "x")
+    async with trio.open_nursery() as nursery, held_writer(hive.store, nursery):
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as inner:
+                inner.start_soon(hive.broker.lease, IRIS, "f")
+                await trio.testing.wait_all_tasks_blocked()
+                scope.cancel()
+    await hive.store.write(lambda tx: None)
+    assert await hive.value("SELECT count(*) FROM turns") == 0
+
+
+@pytest.mark.parametrize("back_s", [3600.0, 5 * 3600.0])
+async def test_a_clock_that_is_set_back_lengthens_no_rest_of_an_agent(hive: Services, back_s: float) -> None:
+    await hive.say("operator", "iris", "one")
+    lease = await hive.broker.lease(IRIS, "f1")
+    await hive.broker.ack(IRIS, lease.turn, "waiting")
+    hive.clock.ahead_s -= back_s
+    await hive.say("operator", "iris", "two")
+    await hive.store.write(Rests().fire)
+    assert (await hive.broker.lease(IRIS, "f2")).message["id"] == 2
+
+
+@pytest.mark.parametrize("how", ["cancelled", "lost"])
+async def test_a_turn_that_ends_by_any_way_but_waiting_ends_the_rest_of_its_agent(hive: Services, how: str) -> None:
+    await hive.say("operator", "iris", "one")
+    lease = await hive.broker.lease(IRIS, "f1")
+    await hive.broker.ack(IRIS, lease.turn, "waiting")
+    hive.clock.ahead_s += 60
+    await hive.broker.lease(IRIS, "f2")
+    if how == "cancelled":
+        await hive.broker.cancel_turn(IRIS, OPERATOR)
+    else:
+        await hive.broker.close_lost_turns(IRIS)
+    assert await hive.value("SELECT rests_until_ms FROM agents WHERE name = 'iris'") is None

@@ -26,7 +26,7 @@ def send(hive: Services, tx: Transaction) -> None:
 
 
 def lease_and_end(hive: Services, tx: Transaction) -> None:
-    lease = _lease(tx, IRIS, "f")
+    lease = _lease(tx, IRIS, "f", Limits())
     assert lease is not None
     hive.broker.end_turn(tx, IRIS, lease.turn.id, _Ending("done"))
 

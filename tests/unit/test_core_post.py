@@ -397,11 +397,12 @@ async def test_what_went_silent_for_hours_is_forgotten_and_what_speaks_is_not(tm
     async with hive_with(tmp_path, pair_rate_per_hour=2) as hive:
         await send(hive, "iris", "damocles")
         for _ in range(4):
-            hive.clock.ahead_s += HOUR_S / 2
+            hive.clock.ahead_s += HOUR_S * 12
             await send(hive, "iris", "hm1nd")
         assert await hive.store.write(lambda tx: [key[1:] for key in tx.memo if key[0] == "rates"]) == [
             ("iris", "hm1nd")
         ]
+        await send(hive, "iris", "hm1nd")
         assert (await send(hive, "iris", "hm1nd"))["held"] == {"hm1nd": "rate"}
 
 
@@ -438,6 +439,16 @@ async def test_the_hour_is_read_again_but_never_more_than_so_much_of_it(
     async with open_services(tmp_path, limits=Limits(pair_rate_per_hour=3)) as hive:
         held = [(await send(hive, "iris", "damocles")).get("held") for _ in range(2)]
         assert held == [None, {"damocles": "rate"}]
+
+
+async def test_a_clock_that_is_ahead_for_a_moment_undoes_no_rate(tmp_path: Path) -> None:
+    async with hive_with(tmp_path, pair_rate_per_hour=2) as hive:
+        for _ in range(2):
+            await send(hive, "iris", "damocles")
+        hive.clock.ahead_s += 2 * HOUR_S
+        await send(hive, "iris", "damocles")
+        hive.clock.ahead_s -= 2 * HOUR_S
+        assert (await send(hive, "iris", "damocles"))["held"] == {"damocles": "rate"}
 
 
 async def test_messages_of_the_future_which_a_clock_set_back_leaves_are_not_recent(tmp_path: Path) -> None:
@@ -664,13 +675,19 @@ async def test_letters_of_one_commit_count_for_each_other(tmp_path: Path) -> Non
         assert await hive.states() == {1: "queued", 2: "held"}
 
 
-async def test_a_notice_of_the_hive_is_not_held_however_long_its_chain_is(hive: Services) -> None:
-    cause = Cause("system", None, 1, 99)
+async def test_a_notice_about_a_message_that_was_let_through_is_not_held(hive: Services) -> None:
+    cause = Cause("system", None, 1, Limits().hops + 1)
     await hive.store.write(lambda tx: put_message(tx, SYSTEM, IRIS, parse_body("message_dead: …"), cause=cause))
     assert await hive.states() == {1: "queued"}
     begun = await hive.broker.lease(IRIS)
     assert await send(hive, "iris", "hm1nd") == {"message": 2, "held": {"hm1nd": "hops"}}  # what it sets off is braked
     assert begun.message["id"] == 1
+
+
+async def test_a_notice_about_a_message_that_was_held_for_its_hops_is_held_too(hive: Services) -> None:
+    cause = Cause("system", None, 1, Limits().hops + 2)
+    await hive.store.write(lambda tx: put_message(tx, SYSTEM, IRIS, parse_body("question_expired: …"), cause=cause))
+    assert await hive.states() == {1: "held"}
 
 
 async def test_a_message_that_is_held_cannot_be_replied_to_by_whom_it_is_held_from(tmp_path: Path) -> None:

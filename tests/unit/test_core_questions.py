@@ -28,6 +28,7 @@ from hive_core.questions import (
     parse_ask,
 )
 from hive_core.store.writer import Transaction
+from hive_core.withdrawal import withdraw_thread
 from tests.hives import Services, open_services, run_in_hive, wait_until
 
 IRIS, DAMOCLES, HM1ND = AgentName("iris"), AgentName("damocles"), AgentName("hm1nd")
@@ -503,3 +504,32 @@ async def hive(tmp_path: Path) -> AsyncIterator[Services]:
     async with open_services(tmp_path, limits=Limits(pair_rate_per_hour=1000)) as services:
         await services.add_agents("hm1nd", "iris", "damocles")
         yield services
+
+
+async def test_an_asker_is_told_that_the_answer_is_held(tmp_path: Path) -> None:
+    async with open_services(tmp_path, limits=Limits(pair_rate_per_hour=1)) as hive:
+        await hive.add_agents("iris", "damocles")
+        await hive.say("damocles", "iris", "fills the rate")
+        asked = await hive.questions.ask(IRIS, COLOURS)
+        answered = await hive.questions.answer(DAMOCLES, asked["question"], Answer(("red",)))
+        assert answered["held"] == {"iris": "rate"}
+        body = await hive.value("SELECT body FROM messages WHERE sender = 'system' ORDER BY id DESC LIMIT 1")
+        assert body.startswith("answer_held: damocles answered your question 1, and the answer is held")
+
+
+async def test_no_agent_wakes_itself_for_ever_by_questions_that_are_held(tmp_path: Path) -> None:
+    async with open_services(tmp_path, limits=Limits(hops=3)) as hive:
+        await hive.add_agents("iris")
+        await hive.say("operator", "iris", "go")
+        turns = 0
+        while await hive.value("SELECT count(*) FROM deliveries WHERE recipient = 'iris' AND state = 'queued'"):
+            lease = await hive.broker.lease(IRIS)
+            last = await hive.value("SELECT max(message_id) FROM questions")
+            if last:
+                await withdraw_thread(hive.store, IRIS, last)
+            await hive.questions.ask(IRIS, Ask(OPERATOR, "hm?", ttl_s=10))
+            await hive.broker.ack(IRIS, lease.turn, "done")
+            turns += 1
+            assert turns < 10
+            hive.clock.ahead_s += 11
+            await hive.store.write(hive.questions.fire)

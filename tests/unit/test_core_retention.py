@@ -347,3 +347,18 @@ async def test_a_long_history_goes_in_small_transactions(hive: Services, monkeyp
     await history.forget_history(hive.store, Limits())
     assert max(changed) <= 11
     assert await hive.value("SELECT count(*) FROM turns") == 1
+
+
+async def test_events_that_a_wrong_clock_dated_ahead_keep_no_old_ones_behind_them(hive: Services) -> None:
+    def put(tx: Transaction) -> None:
+        for _ in range(250):
+            tx.emit("x", "iris")
+
+    hive.clock.ahead_s = 20 * 365 * DAY_S
+    await hive.store.write(put)
+    hive.clock.ahead_s = 0
+    for _ in range(4):
+        await hive.store.write(put)
+    hive.clock.ahead_s = 3 * 365 * DAY_S
+    await history.forget_history(hive.store, Limits())
+    assert await hive.value("SELECT count(*) FROM events") < 300

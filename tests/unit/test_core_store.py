@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import outcome
 import pytest
 import trio
 import trio.testing
@@ -594,3 +595,28 @@ def test_rows_and_events_are_stored_together_or_not_at_all(writes: list[tuple[bo
         assert sorted(row[0] for row in senders) == sorted(row[0] for row in actors) == wanted
 
     run_in_hive(check)
+
+
+async def test_one_item_that_makes_a_function_of_many_raise_fails_no_other(tmp_path: Path) -> None:
+    def many(tx: Transaction, items: list[int]) -> list[outcome.Outcome[int]]:
+        if 3 in items:
+            raise ValueError("three")
+        return [outcome.Value(item) for item in items]
+
+    results: dict[int, object] = {}
+
+    async def one(store: Store, item: int) -> None:
+        try:
+            results[item] = await store.write_together(many, item)
+        except ValueError as exc:
+            results[item] = str(exc)
+
+    async with (
+        opened(tmp_path / "hive.sqlite") as store,
+        trio.open_nursery() as nursery,
+        held_writer(store, nursery),
+    ):
+        for item in range(5):
+            nursery.start_soon(one, store, item)
+        await trio.testing.wait_all_tasks_blocked()
+    assert results == {0: 0, 1: 1, 2: 2, 3: "three", 4: 4}
