@@ -16,6 +16,7 @@ import random
 import secrets
 import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from hive_core.protocol.visible import counted, quoted
 from hive_core.protocol.words import OPERATOR, SYSTEM, AgentName, MessageBody
 from hive_core.store.bus import RESTING, mail
 from hive_core.store.door import Store
+from hive_core.store.schema import StoreBusy, StoreError
 from hive_core.store.writer import Transaction
 
 log = logging.getLogger(__name__)
@@ -223,14 +225,21 @@ class Broker:
         """Lease up to `limit` more messages under the turn that runs; wait up to `wait_s` for the first.
 
         Returns {"messages": [...], "waiting": n}. Raises Refusal("refused") outside a turn, and when the turn ends
-        while this waits: what comes then belongs to the next turn.
+        while this waits: what comes then belongs to the next turn. When this is cancelled without a `key`, what it has
+        taken waits again: nobody saw it.
         """
         # The wait may end just when a commit has taken some: asked again with the key, they are the same.
         take = _Take(agent, limit, key or f"recv-{secrets.token_hex(8)}", self.limits)
-        with trio.move_on_after(wait_s):
-            if wait_s > 0:
-                return await self._store.write_when(mail(agent), take)
-        taken = await self._store.write(partial(take, last=True))
+        try:
+            with trio.move_on_after(wait_s):
+                if wait_s > 0:
+                    return await self._store.write_when(mail(agent), take)
+            taken = await self._store.write(partial(take, last=True))
+        except trio.Cancelled:
+            if key is None:
+                with trio.CancelScope(shield=True), suppress(StoreError, StoreBusy):
+                    await self._store.write(take.undo)
+            raise
         assert taken is not None
         return taken
 
@@ -603,6 +612,24 @@ class _Take:
         if known or not (due or last):
             return known
         return once(tx, self.agent, self.key, "recv", lambda: self._lease_more(tx, turn, due))
+
+    def undo(self, tx: Transaction) -> None:
+        """Let what was taken wait again, as though it had never been handed out."""
+        taken = first_answer(tx, self.agent, self.key, "recv")
+        given = [(message["id"], self.agent, self.turn) for message in taken["messages"]] if taken else []
+        for message_id, agent, turn in given:
+            back = tx.execute(
+                "UPDATE deliveries SET state = 'queued', attempts = attempts - 1, turn_id = NULL"
+                " WHERE message_id = ? AND recipient = ? AND turn_id = ? AND state = 'leased'",
+                (message_id, agent, turn),
+            )
+            if back.rowcount:
+                tx.execute("DELETE FROM leases WHERE turn_id = ? AND message_id = ?", (turn, message_id))
+                tx.emit("message_put_back", SYSTEM, agent, about=message_id, message=message_id, turn=turn)
+        tx.execute("DELETE FROM tool_calls WHERE agent = ? AND key = ?", (self.agent, self.key))
+        if given:
+            forget_depth(tx, self.agent)
+            tx.wake(mail(self.agent))
 
     def _lease_more(self, tx: Transaction, turn: int, due: list[sqlite3.Row]) -> dict[str, Any]:
         if due:

@@ -244,8 +244,10 @@ async def wait_until(store: Store, condition: Callable[[], Awaitable[Any]], *top
 async def held_writer(store: Store, nursery: trio.Nursery) -> AsyncIterator[None]:
     """Keep the writer waiting for another program's lock, so that what is written meanwhile makes one batch."""
     (database,) = [row for row in await store.rows("PRAGMA database_list") if row["name"] == "main"]
-    with contextlib.closing(sqlite3.connect(database["file"], isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    other = sqlite3.connect(database["file"], isolation_level=None, check_same_thread=False)
+    with contextlib.closing(other):
+        # In a thread: the writer may be in a transaction that our own thread has to end.
+        await trio.to_thread.run_sync(other.execute, "BEGIN IMMEDIATE")
         nursery.start_soon(store.write, lambda tx: None)
         await trio.testing.wait_all_tasks_blocked()
         yield

@@ -18,6 +18,7 @@ from hive_core.limits import Limits
 from hive_core.post import put_message
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_body
+from hive_core.store.writer import Transaction
 from tests.hives import PATIENCE_S, Services, held_writer, open_services, second_look
 
 IRIS, DAMOCLES, HM1ND, OPERATOR = (AgentName(name) for name in ("iris", "damocles", "hm1nd", "operator"))
@@ -903,3 +904,32 @@ async def test_a_turn_that_ends_by_any_way_but_waiting_ends_the_rest_of_its_agen
     else:
         await hive.broker.close_lost_turns(IRIS)
     assert await hive.value("SELECT rests_until_ms FROM agents WHERE name = 'iris'") is None
+
+
+async def test_what_a_recv_has_taken_that_was_cancelled_meanwhile_waits_again(hive: Services) -> None:
+    """Its client takes the call back just while the commit with its mail is on its way."""
+    await hive.say("operator", "iris", "go")
+    lease = await hive.broker.lease(IRIS)
+    with trio.CancelScope() as scope:
+
+        def let_go(tx: Transaction) -> bool | None:
+            if tx.execute("SELECT 1 FROM messages WHERE body = 'not to be missed'").fetchone() is None:
+                return None
+            scope.cancel()
+            return True
+
+        async def send() -> None:
+            async with held_writer(hive.store, nursery):
+                nursery.start_soon(hive.say, "damocles", "iris", "not to be missed")
+                nursery.start_soon(hive.store.write, lambda tx: tx.wake("z"))
+                await trio.testing.wait_all_tasks_blocked()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hive.store.write_when, "z", let_go)
+            nursery.start_soon(send)
+            await hive.broker.recv(IRIS, 5, 60)
+    assert scope.cancelled_caught
+    assert await hive.states() == {1: "leased", 2: "queued"}
+    assert (await hive.broker.recv(IRIS, 5, 0))["messages"][0]["attempt"] == 1
+    await hive.broker.ack(IRIS, lease.turn, "done")
+    assert set((await hive.states()).values()) == {"acked"}
