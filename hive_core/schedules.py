@@ -301,6 +301,10 @@ def _next(tx: Transaction, row: sqlite3.Row) -> int:
 
 def _claim(tx: Transaction, schedule_id: int, due_at_ms: int) -> bool:
     """Note a firing. False when this due instant has fired before."""
+    # What lies before all that is kept of many firings has fired, for all that is known.
+    sql = "SELECT count(*) >= ? AND min(due_at_ms) > ? FROM schedule_firings WHERE schedule_id = ?"
+    if tx.execute(sql, (FIRINGS_KEPT, due_at_ms, schedule_id)).fetchone()[0]:
+        return False
     sql = "INSERT INTO schedule_firings (schedule_id, due_at_ms) VALUES (?, ?) ON CONFLICT DO NOTHING"
     if tx.execute(sql, (schedule_id, due_at_ms)).rowcount == 0:
         return False

@@ -97,12 +97,17 @@ class Turns:
     async def prune(self) -> None:
         """Drop lines that are too old, and those over each agent's bound."""
 
+        def drop_old(tx: Transaction) -> bool:
+            old = "SELECT id FROM turn_lines INDEXED BY turn_lines_by_age WHERE at_ms < ? ORDER BY at_ms LIMIT ?"
+            return _drop_lines(tx, f"id IN ({old})", tx.now_ms - LINE_KEPT_S * 1000, DROPPED_AT_ONCE)
+
         def write(tx: Transaction) -> None:
-            _drop_lines(tx, "at_ms < ?", tx.now_ms - LINE_KEPT_S * 1000)
             for row in tx.execute("SELECT name FROM agents").fetchall():
                 self._bound(tx, row["name"])
                 self._bound_bytes(tx, row["name"])
 
+        while await self._store.insist(drop_old):
+            pass  # in small transactions, between which others write
         await self._store.insist(write)
 
     def _bound(self, tx: Transaction, agent: str) -> None:
@@ -128,8 +133,11 @@ class Turns:
 _BYTES = "length(CAST(line AS BLOB))"
 
 
-def _drop_lines(tx: Transaction, where: str, *values: object) -> None:
-    """Drop lines, and note where each agent's gap ends: who has seen less has to be told everything anew."""
+def _drop_lines(tx: Transaction, where: str, *values: object) -> bool:
+    """Drop lines, and note where each agent's gap ends: who has seen less has to be told everything anew.
+
+    Whether there were any.
+    """
     sql = f"SELECT agent, max(id), sum({_BYTES}) FROM turn_lines WHERE {where} GROUP BY agent"
     gone = [tuple(row) for row in tx.execute(sql, values).fetchall()]
     if gone:
@@ -137,3 +145,4 @@ def _drop_lines(tx: Transaction, where: str, *values: object) -> None:
             "UPDATE agents SET lines_gone = max(lines_gone, ?2), line_bytes = line_bytes - ?3 WHERE name = ?1", gone
         )
         tx.execute(f"DELETE FROM turn_lines WHERE {where}", values)
+    return bool(gone)

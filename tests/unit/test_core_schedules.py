@@ -663,3 +663,20 @@ async def test_whatever_is_set_tells_the_clock_that_sleeps(hive: Services) -> No
 
 def test_a_cron_is_what_was_written() -> None:
     assert parse_cron("0  7 * * 1-5", "Europe/Berlin") == Cron("0 7 * * 1-5", "Europe/Berlin")
+
+
+async def test_a_clock_that_goes_back_past_all_that_is_kept_of_the_firings_fires_nothing_again(
+    hive: Services, schedules: Schedules, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hive_core.schedules.FIRINGS_KEPT", 5)
+    await schedules.add(parse_plan("iris", "tick", every_s=60))
+    for _ in range(12):
+        hive.clock.ahead_s += 60
+        await hive.store.write(schedules.fire)
+    hive.clock.ahead_s -= 11 * 60
+    for _ in range(13):
+        await hive.store.write(schedules.fire)
+        hive.clock.ahead_s += 60
+    sql = "SELECT count(*) - count(DISTINCT data ->> 'due_at_ms') FROM events WHERE kind = 'schedule_fired'"
+    assert await hive.value(sql) == 0
+    assert await hive.value("SELECT count(*) FROM events WHERE kind = 'schedule_fired'") > 12
