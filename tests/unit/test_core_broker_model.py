@@ -66,6 +66,9 @@ class Model:
         entry[0], entry[3] = "leased", entry[3] + 1
 
     def end(self, agent: str, how: str) -> None:
+        self.rests.pop(agent, None)
+        if how == "waiting":
+            self.rests[agent] = True
         for number, entry in list(self.box[agent].items()):
             if entry[0] == "leased":
                 entry[1] += how in ("failed", "lost")
@@ -218,9 +221,6 @@ class Story(RuleBasedStateMachine):
         acked = self.hive.do(ack)
         assert acked.counted
         self.end(agent, lease, how)
-        self.model.rests.pop(agent, None)
-        if how == "waiting":
-            self.model.rests[agent] = True
         if fence is not None:
             self.begun(agent, fence, acked.lease)
         if twice and (acked.lease is not None or fence is None):

@@ -166,7 +166,7 @@ async def test_a_function_of_many_that_raises_fails_its_own_callers_alone_and_le
         lambda: store.write_together(holds, 4),
     )
     assert [str(result) for result in results] == ["no", "2", "neighbour", "no", "4"]
-    assert kinds_on_disk(path) == ["of 2", "neighbour"]
+    assert kinds_on_disk(path) == ["of 1", "neighbour", "of 1"]
 
 
 # -- writes that wait inside ------------------------------------------------------------------------------------------
