@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 from hive_core.cli.client import Client
 from hive_core.cli.up import start_daemon
+from tests.processes import children_of, pids_naming
 
 WITHIN_S = 60.0
 
@@ -105,6 +107,11 @@ class Daemon:
             client.close()
         if getattr(self, "process", None) is not None and self.process.poll() is None:
             self.kill()
+        # Agents may outlive their daemon: what is left is ended by pid, and with bwrap what it watched.
+        for pid in pids_naming(str(self.state / "agents")):
+            for each in (*children_of(pid), pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGKILL)
         os.close(self._ours)
         os.close(self._alive)
 

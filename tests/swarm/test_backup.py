@@ -79,6 +79,7 @@ def test_a_hive_comes_back_on_an_empty_machine_and_goes_on_as_if_nothing_had_bee
         spawn(client, "damocles", [WELCOME])
         new.wait_live(lambda agent: agent["name"] == "damocles" and agent["state"] == "idle")
         client.call("down", patience_s=5)
+        assert new.process.wait(60) == 0
 
 
 def test_a_hive_that_is_restored_paused_runs_nobody_before_the_operator_says_so(tmp_path: Path) -> None:
@@ -88,6 +89,7 @@ def test_a_hive_that_is_restored_paused_runs_nobody_before_the_operator_says_so(
         old.wait_live(lambda agent: agent["name"] == "iris" and agent["state"] == "idle")
         hive(tmp_path, old, "backup", str(tmp_path / "hive.tar"))
         client.call("down", patience_s=5)
+        assert old.process.wait(60) == 0
     with open_swarm() as new:
         hive(tmp_path, new, "restore", "--paused", str(tmp_path / "hive.tar"))
         client = new.start()
@@ -97,3 +99,4 @@ def test_a_hive_that_is_restored_paused_runs_nobody_before_the_operator_says_so(
         client.call("start", agent="iris")
         new.wait_message(client, "noted")
         client.call("down", patience_s=5)
+        assert new.process.wait(60) == 0

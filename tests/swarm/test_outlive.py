@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +57,8 @@ GATED = {
 }
 
 
-@contextlib.contextmanager
-def open_swarm(*flags: str, **environment: str) -> Iterator[Daemon]:
-    with open_daemon("--default-program=rehearsal", *flags, **environment) as daemon:
-        try:
-            yield daemon
-        finally:
-            # These agents may outlive their daemon: what is left is ended by pid, and with bwrap what it watched.
-            for pid in pids_naming(str(daemon.state / "agents")):
-                for each in (*children_of(pid), pid):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(each, signal.SIGKILL)
+def open_swarm(*flags: str, **environment: str) -> contextlib.AbstractContextManager[Daemon]:
+    return open_daemon("--default-program=rehearsal", *flags, **environment)
 
 
 def test_a_turn_goes_on_while_the_daemon_is_killed_and_counts_once() -> None:
