@@ -131,7 +131,7 @@ class AgentDesk:
         except ValidationError as exc:
             raise Refusal("usage", f"cannot call {name}: {describe(exc)}") from None
         given = parsed.model_dump()
-        key = key or given.get("key")
+        key = given.get("key") or key  # what the agent chose holds in every turn, the tool-use id in one call
         return await tool.call(self, parsed, None if key is None else CallKey(key, {**given, "key": None}))
 
     @_tool("Send a message to an agent or to the operator.", forms.SendArguments, forms.SendResult, told.sent)

@@ -229,7 +229,16 @@ async def test_a_key_with_other_arguments_is_refused_and_says_so(
         assert await client.call(tool, use, **dict(reversed(first.items())), **key) == answer
 
 
-@pytest.mark.parametrize("key", ["", "x" * 201, 7, None, ["a"], {"a": 1}])
+async def test_a_key_that_the_agent_chose_holds_whatever_the_id_of_the_call(hive: Services, door: Path) -> None:
+    """Its message may come again, and then the same call has another id."""
+    async with program(door) as client:
+        first = await client.call("send", "toolu_1", to="damocles", body="hello", key="k")
+        assert await client.call("send", "toolu_2", to="damocles", body="hello", key="k") == first
+        refused = await client.result("send", to="damocles", body="hello", key="a\0b")
+        assert refused["isError"]
+
+
+@pytest.mark.parametrize("key", ["", "x" * 201, "a\0b", 7, None, ["a"], {"a": 1}])
 async def test_a_tool_use_id_that_is_none_is_ignored(hive: Services, door: Path, key: object) -> None:
     async with program(door) as client:
         for _ in range(2):
