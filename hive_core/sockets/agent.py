@@ -282,7 +282,7 @@ async def serve_agent(
     desk: AgentDesk, stream: trio.SocketStream, *, progress_every_s: float = PROGRESS_EVERY_S
 ) -> None:
     """Speak MCP with one client of an agent's socket until it hangs up."""
-    waits = 0
+    waits = trio.Semaphore(WAITS_LIMIT)
 
     async def list_tools(_: object, __: object) -> types.ListToolsResult:
         return types.ListToolsResult(tools=[tool.to_mcp() for tool in desk.tools.values()])
@@ -291,18 +291,18 @@ async def serve_agent(
         tool = desk.tools.get(params.name)
         if tool is None or not tool.waits:
             return await answer(context, params)
-        nonlocal waits
-        if waits >= WAITS_LIMIT:
-            text = f"cannot call {params.name}: {waits} calls of this connection wait already, which is the limit"
-            return types.CallToolResult(content=[types.TextContent(type="text", text=text)], is_error=True)
-        waits += 1
+        try:
+            waits.acquire_nowait()
+        except trio.WouldBlock:
+            why = f"{WAITS_LIMIT} calls of this connection wait already, which is the limit; let one of them end first"
+            return _as_error(f"cannot call {params.name}: {why}")
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_keep_awake, context.session, progress_every_s)
                 result = await answer(context, params)
                 nursery.cancel_scope.cancel()
         finally:
-            waits -= 1
+            waits.release()
         return result
 
     async def answer(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
@@ -311,8 +311,7 @@ async def serve_agent(
         try:
             result = await desk.call(params.name, params.arguments or {}, key)
         except Refusal as refusal:
-            text = types.TextContent(type="text", text=refusal.message)
-            return types.CallToolResult(content=[text], is_error=True)
+            return _as_error(refusal.message)
         text = types.TextContent(type="text", text=desk.tools[params.name].told(result))
         return types.CallToolResult(content=[text], structured_content=result)
 
@@ -349,6 +348,10 @@ async def serve_agent(
         nursery.start_soon(read_in)
         await server.run(from_client, to_client, server.create_initialization_options())
         nursery.cancel_scope.cancel()
+
+
+def _as_error(message: str) -> types.CallToolResult:
+    return types.CallToolResult(content=[types.TextContent(type="text", text=message)], is_error=True)
 
 
 async def _keep_awake(session: Any, every_s: float) -> None:

@@ -229,6 +229,18 @@ async def test_a_key_with_other_arguments_is_refused_and_says_so(
         assert await client.call(tool, use, **dict(reversed(first.items())), **key) == answer
 
 
+async def test_calls_that_wait_are_bounded_on_a_connection_and_the_others_go_on(
+    hive: Services, door: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hive_core.sockets.agent.WAITS_LIMIT", 1)
+    await hive.say("operator", "iris", "go")
+    await hive.broker.lease(AgentName("iris"))
+    async with program(door) as client:
+        await client.begin("tools/call", name="recv", arguments={"wait_seconds": 60})
+        said = await client.refusal("recv", wait_seconds=60)
+        assert said.startswith("cannot call recv: 1 calls of this connection wait already")
+
+
 async def test_a_key_that_the_agent_chose_holds_whatever_the_id_of_the_call(hive: Services, door: Path) -> None:
     """Its message may come again, and then the same call has another id."""
     async with program(door) as client:
