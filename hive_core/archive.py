@@ -1,8 +1,4 @@
-"""What was said: search over all bodies, threads, and the forgetting of what is old.
-
-A send does nothing for the search. Messages are indexed behind a mark, in small batches, by a task of the daemon and
-by every search that finds the mark behind; so the index may be late, and an answer that misses something says so.
-"""
+"""What was said: search over all bodies, and threads."""
 
 from __future__ import annotations
 
@@ -10,21 +6,16 @@ import json
 import logging
 import re
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import trio
-
-from hive_core.history import forget_events_of, forget_history
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import SYSTEM, AgentName, parse_id, parse_instant, parse_recipient, shown
-from hive_core.store.bus import EVENTS
+from hive_core.search_index import SearchIndex, mark
 from hive_core.store.door import Store
-from hive_core.store.schema import StoreBusy
-from hive_core.store.writer import Transaction
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -32,16 +23,6 @@ T = TypeVar("T")
 SEARCH_LIMIT = 50  # messages in one answer
 THREAD_LIMIT = 200
 TEXT_LIMIT_BYTES = 1_000
-BATCH = 100  # messages, and bytes of bodies, that one transaction indexes: some 10 ms of the writer
-BATCH_BYTES = 256 * 1024
-RESTS = 4  # times as long as a batch took, between it and the next
-GATHER_S = 2.0  # between a message and its indexing: one transaction for many
-BUSY_REST_S = 30.0  # before it tries again on a disk that takes nothing
-CATCH_UP_S = 2.0  # that a search spends on indexing before it answers
-FORGET_BATCH = 100
-MERGE_PAGES = 64  # of 4 KB, some 2 ms of the writer
-MERGE_STEPS = 16  # after each batch: more than one batch brings
-BLOCK = 1024
 SNIPPET_WORDS = 24
 SNIPPET_CHARACTERS = 160
 
@@ -102,10 +83,7 @@ class Archive:
     def __init__(self, store: Store, limits: Limits, bodies_dir: Path) -> None:
         self._store = store
         self._limits = limits
-        self._bodies = bodies_dir
-        self._indexing = trio.Lock()
-
-    # -- search -------------------------------------------------------------------------------------------------------
+        self.index = SearchIndex(store, bodies_dir)
 
     async def search(self, query: Query, reader: AgentName | None = None) -> dict[str, Any]:
         """The newest messages that fit, newest first: `{"messages", "next_cursor"}`, both for one page.
@@ -113,7 +91,7 @@ class Archive:
         An agent as `reader` finds only what it sent and what was handed to one of its turns; None finds everything.
         `unindexed` counts messages that the index had not come to, where there are any.
         """
-        behind = await self._catch_up()
+        behind = await self.index.catch_up()
         first, last = await self._stretch(query)
         root = None if query.thread is None else await self._root(query.thread)
         match = _match(query, root, reader)
@@ -132,13 +110,13 @@ class Archive:
         try:
             rows = await self._store.rows(sql, given)
         except sqlite3.DatabaseError as exc:
-            await self._begin_index_anew(exc)
-            behind = await self._catch_up()
+            await self.index.begin_anew(exc)
+            behind = await self.index.catch_up()
             rows = await self._store.rows(sql, given)
         page = rows[: query.limit]
-        texts = await self._texts(row for row in page if row["body_sha256"])
+        whole = await self.index.whole_bodies(page)
         return {
-            "messages": [_found(row, texts.get(row["id"]), query.text) for row in page],
+            "messages": [_found(row, whole.get(row["id"]), query.text) for row in page],
             "next_cursor": page[-1]["id"] if len(rows) > query.limit else None,
             **({"unindexed": behind} if behind else {}),
         }
@@ -157,92 +135,6 @@ class Archive:
     async def _root(self, message_id: int) -> int:
         row = await self._store.row("SELECT coalesce(thread_id, id) FROM messages WHERE id = ?", (message_id,))
         return message_id if row is None else int(row[0])  # the first of a thread may be gone before the others
-
-    # -- the index ----------------------------------------------------------------------------------------------------
-
-    async def serve_index(self) -> None:
-        """Index what comes, until cancelled. A disk that takes nothing just now delays it."""
-        with self._store.bus.listen(EVENTS) as listener:
-            while True:
-                try:
-                    begun = trio.current_time()
-                    while await self._index_some():
-                        # What is sent comes before what may be searched: most of the writer's time is left alone.
-                        await trio.sleep(RESTS * (trio.current_time() - begun))
-                        begun = trio.current_time()
-                except StoreBusy as exc:
-                    log.warning("the search is late: %s", exc)
-                    await trio.sleep(BUSY_REST_S)
-                else:
-                    await listener.wait()
-                    await trio.sleep(GATHER_S)
-
-    async def _catch_up(self) -> int:
-        """Index what is not yet, for a while; how many messages are left."""
-        try:
-            with trio.move_on_after(CATCH_UP_S):
-                while await self._index_some():
-                    pass
-        except StoreBusy as exc:
-            log.warning("the search is late: %s", exc)
-        sql = "SELECT count(*) FROM messages WHERE id > (SELECT message_id FROM search_mark)"
-        row = await self._store.row(sql)
-        return int(row[0]) if row else 0
-
-    async def _index_some(self) -> bool:
-        """Index one batch; whether there may be more."""
-        async with self._indexing:
-            row = await self._store.row("SELECT message_id FROM search_mark")
-            assert row is not None
-            mark = int(row[0])
-            found = await self._store.rows(f"{_KEPT} WHERE m.id > ? ORDER BY m.id LIMIT ?", (mark, BATCH))
-            if not found:
-                return False
-            batch = _within(found, BATCH_BYTES)
-            texts = await self._texts(batch)
-            try:
-                await self._store.write(lambda tx: _index(tx, mark, batch, texts))
-                await self._merge()
-            except sqlite3.DatabaseError as exc:
-                await self._begin_index_anew(exc)
-            return True
-
-    async def _begin_index_anew(self, exc: sqlite3.DatabaseError) -> None:
-        """Empty a damaged index, so that all is indexed again from the messages. Raises `exc` when it is whole.
-
-        It says that it is damaged, cannot even be opened, or fails at a constraint: its pieces do not fit each other.
-        """
-        own = (sqlite3.SQLITE_CORRUPT_VTAB, sqlite3.SQLITE_CONSTRAINT)
-        if exc.sqlite_errorcode not in own and not str(exc).startswith("vtable constructor failed"):
-            raise exc
-        log.warning("the index of the search is damaged (%s) and is made anew from the messages", exc)
-        await self._store.write(_empty_index)
-
-    async def _merge(self) -> None:
-        """Let the index put its pieces together, a few pages at a time, as far as there is need."""
-        for _ in range(MERGE_STEPS):
-            if not await self._store.write(_merge_some):
-                return
-
-    async def _texts(self, rows: Iterable[sqlite3.Row]) -> dict[int, str]:
-        """The whole body of each message; one whose file cannot be read is left out."""
-        rows = list(rows)
-        texts = {row["id"]: row["body"] for row in rows if not row["body_sha256"]}
-        if large := [row for row in rows if row["body_sha256"]]:
-            texts.update(await trio.to_thread.run_sync(self._read_all, large))
-        return texts
-
-    def _read_all(self, rows: Sequence[sqlite3.Row]) -> dict[int, str]:
-        texts = {}
-        for row in rows:
-            digest = row["body_sha256"]
-            try:
-                texts[row["id"]] = (self._bodies / digest[:2] / digest).read_text("utf-8", "replace")
-            except OSError as exc:
-                log.warning("cannot read the body of message %d: %s", row["id"], exc)
-        return texts
-
-    # -- threads ------------------------------------------------------------------------------------------------------
 
     async def thread(self, message_id: int, after: int = 0, limit: int = THREAD_LIMIT) -> dict[str, Any]:
         """The thread that a message belongs to, oldest first: `{"thread", "messages", "next_after"}`.
@@ -265,41 +157,6 @@ class Archive:
         page = [{**dict(row), "recipients": json.loads(row["recipients"])} for row in rows[:limit]]
         return {"thread": root, "messages": page, "next_after": page[-1]["id"] if len(rows) > limit else None}
 
-    # -- forgetting ---------------------------------------------------------------------------------------------------
-
-    async def forget_old(self) -> int:
-        """Remove messages whose every delivery was acked or dropped `kept_s` ago; how many went.
-
-        What is held, queued, leased or dead stays, and so does what an open question was put with. What is left of
-        the history without them goes by its own age.
-        """
-        now_ms: int = await self._store.write(lambda tx: tx.now_ms)
-        cutoff = now_ms - int(self._limits.kept_s * 1000)
-        forgotten = 0
-        for row in await self._store.rows("SELECT block FROM message_blocks WHERE first_at_ms < ?", (cutoff,)):
-            forgotten += await self._forget_block(row["block"], cutoff)
-        await forget_history(self._store, self._limits)
-        return forgotten
-
-    async def _forget_block(self, block: int, cutoff: int) -> int:
-        forgotten = 0
-        given = {"first": block * BLOCK, "last": block * BLOCK + BLOCK - 1, "cutoff": cutoff, "limit": FORGET_BATCH}
-        while old := await self._store.rows(_OLD, given):
-            texts = await self._texts(old)
-            try:
-                await self._merge()
-                forgotten += await self._store.write(lambda tx, old=old, texts=texts: _forget(tx, old, texts))  # type: ignore[misc]
-            except sqlite3.DatabaseError as exc:
-                await self._begin_index_anew(exc)  # and they go when they are indexed again
-        emptied = """
-            DELETE FROM message_blocks WHERE block = :block AND NOT EXISTS (
-                SELECT 1 FROM messages WHERE id BETWEEN :block * 1024 AND :block * 1024 + 1023
-            ) AND (block + 1) * 1024 <= (SELECT message_id FROM search_mark)
-        """
-        if forgotten:
-            await self._store.write(lambda tx: tx.execute(emptied, {"block": block}).rowcount)
-        return forgotten
-
 
 def _gone(limits: Limits) -> str:
     days = limits.kept_s / 86_400
@@ -307,21 +164,6 @@ def _gone(limits: Limits) -> str:
     return f"there was none, or it is gone: what is acked is kept for {kept}"
 
 
-_KEPT = """
-    SELECT m.id, m.sender, m.body, m.body_bytes, m.body_sha256, coalesce(m.thread_id, m.id) AS root, m.sent_at_ms,
-           (SELECT json_group_array(recipient) FROM deliveries WHERE message_id = m.id) AS recipients
-    FROM messages m
-"""
-_OLD = f"""
-    {_KEPT}
-    WHERE m.id BETWEEN :first AND :last AND m.id <= (SELECT message_id FROM search_mark)
-    AND NOT EXISTS (
-        SELECT 1 FROM deliveries d WHERE d.message_id = m.id
-        AND (d.state NOT IN ('acked', 'dropped') OR coalesce(d.settled_at_ms, d.sent_at_ms) >= :cutoff)
-    )
-    AND NOT EXISTS (SELECT 1 FROM questions q WHERE q.message_id = m.id AND q.state = 'open')
-    ORDER BY m.id LIMIT :limit
-"""
 # An agent has not received what no turn of its was handed yet: what is held, above all, must not reach it this way.
 _PASSES = """
     m.id BETWEEN :first AND :last AND (:sender IS NULL OR m.sender = :sender)
@@ -377,7 +219,7 @@ _NEWEST_OF_AGENT = f"""
 
 
 def _whose(agent: str) -> str:
-    return f"{{marks}} : ({_mark('by', agent)} OR {_mark('to', agent)})"
+    return f"{{marks}} : ({mark('by', agent)} OR {mark('to', agent)})"
 
 
 def _match(query: Query, root: int | None, reader: str | None) -> str | None:
@@ -386,7 +228,7 @@ def _match(query: Query, root: int | None, reader: str | None) -> str | None:
     if words := _words(query.text):
         parts.append(f"{{body}} : ({' '.join(_quoted(word) for word in words)})")
     if query.sender is not None:
-        parts.append(f"{{marks}} : {_mark('by', query.sender)}")
+        parts.append(f"{{marks}} : {mark('by', query.sender)}")
     if root is not None:
         parts.append(f"{{marks}} : thread{root}")
     if reader is not None:
@@ -403,86 +245,6 @@ def _quoted(word: str) -> str:
     """A word that means nothing to the index but itself; one that ends in a star is the beginning of a word."""
     star = "*" if word.endswith("*") and any(character.isalnum() for character in word) else ""
     return '"' + word.replace('"', " ") + '"' + star
-
-
-def _mark(kind: str, name: str) -> str:
-    return kind + name.encode().hex()  # a name has dashes, at which the index would cut
-
-
-def _marks(row: sqlite3.Row) -> str:
-    names = sorted(json.loads(row["recipients"]))
-    return " ".join([_mark("by", row["sender"]), *(_mark("to", name) for name in names), f"thread{row['root']}"])
-
-
-def _within(rows: list[sqlite3.Row], limit_bytes: int) -> list[sqlite3.Row]:
-    size = 0
-    for count, row in enumerate(rows):
-        size += row["body_bytes"]
-        if count and size > limit_bytes:
-            return rows[:count]
-    return rows
-
-
-def _index(tx: Transaction, mark: int, batch: Sequence[sqlite3.Row], texts: dict[int, str]) -> None:
-    if tx.short:
-        raise StoreBusy("no space is left on the disk of the hive's state_dir, and the last of it is for the mail")
-    moved = "UPDATE search_mark SET message_id = ? WHERE message_id = ?"
-    if tx.execute(moved, (batch[-1]["id"], mark)).rowcount == 0:
-        return  # somebody else was here
-    tx.executemany(
-        "INSERT INTO message_words (rowid, body, marks) VALUES (?, ?, ?)",
-        [(row["id"], texts[row["id"]], _marks(row)) for row in batch if row["id"] in texts],
-    )
-    _flush(tx)
-    tx.executemany(
-        """
-        INSERT INTO message_blocks (block, first_at_ms, last_at_ms) VALUES (?1, ?2, ?2) ON CONFLICT (block)
-        DO UPDATE SET first_at_ms = min(first_at_ms, ?2), last_at_ms = max(last_at_ms, ?2)
-        """,
-        [(row["id"] // BLOCK, row["sent_at_ms"]) for row in batch],
-    )
-
-
-def _flush(tx: Transaction) -> None:
-    """Let the index write now what it has gathered: a damaged one is to fail here, not at everybody's commit."""
-    tx.execute("SAVEPOINT words")
-    tx.execute("RELEASE words")
-
-
-def _empty_index(tx: Transaction) -> None:
-    # Without its first rows, which are those of an empty one, it does not even take the command.
-    tx.execute("INSERT OR IGNORE INTO message_words_data (id, block) VALUES (1, x''), (10, x'00000000000000')")
-    tx.execute("INSERT INTO message_words (message_words) VALUES ('delete-all')")
-    tx.execute("UPDATE search_mark SET message_id = 0")
-    tx.wake(EVENTS)  # whoever indexes begins again
-
-
-def _merge_some(tx: Transaction) -> bool:
-    """Whether there was something to merge. On a full disk it waits: what is put together is written anew first."""
-    if tx.short:
-        return False
-    before = tx.execute("SELECT total_changes()").fetchone()[0]
-    tx.execute("INSERT INTO message_words (message_words, rank) VALUES ('merge', ?)", (MERGE_PAGES,))
-    after = tx.execute("SELECT total_changes()").fetchone()[0]
-    return bool(after - before >= 2)  # the command itself counts as one
-
-
-def _forget(tx: Transaction, old: Sequence[sqlite3.Row], texts: dict[int, str]) -> int:
-    """Remove these messages and all that hangs on them. What was acked or dropped never changes any more."""
-    ids = [(row["id"],) for row in old]
-    # The index has to be told the very words it was given. Of a body whose file is lost it keeps them; no search shows
-    # a message that is gone.
-    tx.executemany(
-        "INSERT INTO message_words (message_words, rowid, body, marks) VALUES ('delete', ?, ?, ?)",
-        [(row["id"], texts[row["id"]], _marks(row)) for row in old if row["id"] in texts],
-    )
-    _flush(tx)
-    tx.executemany("DELETE FROM leases WHERE message_id = ?", ids)
-    tx.executemany("DELETE FROM deliveries WHERE message_id = ?", ids)
-    tx.executemany("DELETE FROM messages WHERE id = ?", ids)
-    forget_events_of(tx, ids)
-    tx.emit("messages_forgotten", SYSTEM, count=len(ids), first=ids[0][0], last=ids[-1][0])
-    return len(ids)
 
 
 def _found(row: sqlite3.Row, large: str | None, text: str) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from hive_core.approvals import Approvals
 from hive_core.bodies import Bodies
 from hive_core.broker import Broker, Rests
 from hive_core.config import Config
-from hive_core.containers.process import AgentDirs, ProcessDriver, sandbox_trouble
+from hive_core.containers.bubblewrap import AgentDirs, sandbox_trouble
+from hive_core.containers.process import ProcessDriver
 from hive_core.credentials import Credential, find_credential, how_to_give_one
 from hive_core.hive import Hive
 from hive_core.lock import take_lock
@@ -287,7 +288,7 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(hive.store.wait_failed)
         nursery.start_soon(hive.gate.serve)
         nursery.start_soon(hive.broker.serve_leases)
-        nursery.start_soon(hive.archive.serve_index)
+        nursery.start_soon(hive.archive.index.serve)
         nursery.start_soon(serve_clock, hive.store, timers)
         nursery.start_soon(_serve_pruning, hive)
         nursery.start_soon(hive.reconciler.serve)
@@ -309,7 +310,7 @@ async def _serve_pruning(hive: Hive) -> None:
         try:
             await hive.turns.prune()
             await hive.broker.forget_old_tool_calls()
-            await hive.archive.forget_old()
+            await hive.retention.forget_old()
             await hive.broker.sweep_bodies()
         except StoreBusy as busy:  # a full disk, say: what is old can go an hour later
             log.warning("cannot forget what is old: %s", busy.message)

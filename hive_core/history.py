@@ -1,4 +1,4 @@
-"""The forgetting of history: events, ended turns, settled questions and reminders, removed schedules.
+"""The forgetting of history: events, ended turns, settled reminders, removed schedules. Questions stay.
 
 What a message that is kept can tell of its life stays with it. Each kind goes in small transactions, oldest first.
 """
@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from hive_core.limits import Limits
 from hive_core.protocol.words import SYSTEM
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
@@ -18,14 +17,11 @@ STEP = 200  # rows that one transaction looks at or removes
 TURNS_AT_ONCE = 10_000  # that one look finds: it reads the causes of all messages
 
 
-async def forget_history(store: Store, limits: Limits) -> None:
-    """Remove what is older than `history_kept_s`, and say in one event how much of what went."""
-    now_ms: int = await store.write(lambda tx: tx.now_ms)
-    cutoff = now_ms - int(limits.history_kept_s * 1000)
+async def forget_history(store: Store, cutoff: int) -> None:
+    """Remove what is older than `cutoff`, in ms since 1970, and say in one event how much of what went."""
     forgotten = {
         "events": await _in_steps(store, lambda tx: _forget_events(tx, cutoff)),
         "turns": await _forget_turns(store, cutoff),
-        "questions": await _in_steps(store, lambda tx: tx.execute(_QUESTIONS, (cutoff, STEP)).rowcount or None),
         "reminders": await _in_steps(store, lambda tx: tx.execute(_REMINDERS, (cutoff, STEP)).rowcount or None),
         "schedules": await _in_steps(store, lambda tx: _forget_schedule(tx, cutoff)),
     }
@@ -109,11 +105,4 @@ _TURNS = """
     ORDER BY id LIMIT :limit
 """
 _THESE_TURNS = "DELETE FROM turns WHERE id IN (SELECT value FROM json_each(?))"
-# As long as its message or its answer is kept, the operator may still drop that, and its asker is to be told.
-_QUESTIONS = """
-    DELETE FROM questions WHERE id IN (
-        SELECT id FROM questions q WHERE settled_at_ms < ?
-        AND NOT EXISTS (SELECT 1 FROM messages WHERE id IN (q.message_id, q.answer_id)) LIMIT ?
-    )
-"""
 _REMINDERS = "DELETE FROM reminders WHERE id IN (SELECT id FROM reminders WHERE settled_at_ms < ? LIMIT ?)"

@@ -18,6 +18,7 @@ from hive_core.procedures.gate import Gate
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.questions import Questions
 from hive_core.reminders import Reminders
+from hive_core.retention import Retention
 from hive_core.schedules import Schedules
 from hive_core.sign_ins import SignIns
 from hive_core.store.door import Store
@@ -46,6 +47,7 @@ class Hive:
     page_ports: dict[str, int] = field(default_factory=dict)  # agent → the port its page is really served on
     stopping: trio.Event = field(default_factory=trio.Event)
     archive: Archive = field(init=False)
+    retention: Retention = field(init=False)
     questions: Questions = field(init=False)
     reminders: Reminders = field(init=False)
     schedules: Schedules = field(init=False)
@@ -53,6 +55,7 @@ class Hive:
 
     def __post_init__(self) -> None:
         self.archive = Archive(self.store, self.config, self.config.bodies_dir)
+        self.retention = Retention(self.store, self.config, self.archive.index)
         limits = self.broker.limits
         self.questions, self.reminders = Questions(self.store, limits), Reminders(self.store, limits)
         self.schedules = Schedules(self.store, limits)

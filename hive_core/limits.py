@@ -46,5 +46,5 @@ class Limits(BaseModel):
     question_ttl_s: Annotated[Seconds, Field(description="how long a question waits for its answer")] = 6 * 3600.0
     kept_s: Annotated[Seconds, Field(description="how long an acked message is kept")] = 30 * 24 * 3600.0
     history_kept_s: Annotated[
-        Seconds, Field(description="how long events, ended turns and settled questions and reminders are kept")
+        Seconds, Field(description="how long events, ended turns and settled reminders are kept")
     ] = 90 * 24 * 3600.0

@@ -16,7 +16,8 @@ import trio
 from dashboard.app import build_app
 from hive_core.agents import Agent
 from hive_core.config import Config
-from hive_core.containers.process import AgentDirs, ProcessDriver
+from hive_core.containers.bubblewrap import AgentDirs
+from hive_core.containers.process import ProcessDriver
 from hive_core.credentials import how_to_give_one
 from hive_core.hive import Hive
 from hive_core.procedures.reconcile import Reconciler

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from hive_core import agents, archive, broker, questions, reminders, schedules, turns
+from hive_core import agents, archive, broker, questions, reminders, retention, schedules, turns
 from hive_core.limits import Limits
 from hive_core.protocol import harness, words
 from hive_core.sockets import admin
@@ -36,7 +36,7 @@ NEVER = """
 ## What never ends by itself
 
 An approval waits for the operator's click, a held message for `hive release` or `hive drop`, a dead one for
-`hive requeue` or `hive drop`. Approvals, open questions, held and dead messages are never deleted for their age.
+`hive requeue` or `hive drop`. Approvals, questions, held and dead messages are never deleted for their age.
 """
 
 
@@ -74,6 +74,7 @@ FIXED_ROWS = {
     "how often a schedule fires at most: once in": in_words("_s", schedules.EVERY_LEAST_S),
     "how late a schedule still fires; what is later was missed": in_words("_s", schedules.LATE_MOST_MS / 1000),
     "schedules": in_words("", schedules.SCHEDULES_LIMIT),
+    "how far forgetting follows a clock that leapt: in an hour at most": f"{retention.FOLLOW_MOST_MS // 3_600_000} h",
     "messages that one search finds": in_words("", archive.SEARCH_LIMIT),
     "the words of a search": f"{archive.TEXT_LIMIT_BYTES:,} bytes",
     "the status of an agent": f"{agents.STATUS_LIMIT} characters",

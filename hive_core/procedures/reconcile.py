@@ -10,7 +10,9 @@ from typing import Protocol
 import trio
 
 from hive_core.agents import Agent, Agents
-from hive_core.containers.process import AgentDirs, Exit, ProcessDriver, Running
+from hive_core.containers.bubblewrap import AgentDirs
+from hive_core.containers.process import ProcessDriver
+from hive_core.containers.running import Exit, Running
 from hive_core.post import put_message
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import quoted

@@ -19,8 +19,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from hive_core.containers import process
-from hive_core.containers.process import AgentDirs, Exit, ProcessDriver, Running, sandbox_trouble
+from hive_core.containers import bubblewrap, process
+from hive_core.containers.bubblewrap import AgentDirs, sandbox_trouble
+from hive_core.containers.printed import LOG_LIMIT_BYTES
+from hive_core.containers.process import ProcessDriver
+from hive_core.containers.process_tree import all_pids, parent_of
+from hive_core.containers.running import Exit, Running
 from hive_core.protocol.words import AgentName
 from tests.needs import ROOT
 from tests.processes import children_of, pids_naming
@@ -704,7 +708,7 @@ async def test_what_an_agent_works_with_runs_under_the_filter(tmp_path: Path) ->
 
 
 def test_a_filter_that_does_not_work_here_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "filter_program", lambda: struct.pack("=HBBI", 0xFFFF, 0, 0, 0))
+    monkeypatch.setattr(bubblewrap, "filter_program", lambda: struct.pack("=HBBI", 0xFFFF, 0, 0, 0))
     said = sandbox_trouble() or ""
     assert "SECCOMP" in said
     assert "CONFIG_SECCOMP_FILTER" in said
@@ -713,7 +717,8 @@ def test_a_filter_that_does_not_work_here_is_told_with_its_reason(monkeypatch: p
 def test_a_processor_without_a_filter_is_told_in_the_log(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(process, "filter_program", lambda: None)
+    for module in (bubblewrap, process):
+        monkeypatch.setattr(module, "filter_program", lambda: None)
     driver_in(tmp_path, "")
     assert "no filter of system calls" in caplog.text
     assert sandbox_trouble() is None
@@ -730,7 +735,7 @@ async def test_what_an_agent_prints_is_kept_from_its_end_and_takes_no_more_than_
     assert code == 0
     assert said.endswith("\nthe end")
     log = tmp_path / "processes" / "iris.log"
-    assert 200_000 < log.stat().st_size <= process.LOG_LIMIT_BYTES
+    assert 200_000 < log.stat().st_size <= LOG_LIMIT_BYTES
     await run(tmp_path, "echo again", sandbox=sandbox)
     assert b"the end\nagain\n" in log.read_bytes()
 
@@ -759,7 +764,7 @@ async def test_an_agent_whose_daemon_is_gone_goes_on_printing_and_the_next_daemo
 
 async def test_no_reader_of_what_an_agent_prints_is_left_behind(tmp_path: Path) -> None:
     def own() -> list[int]:  # of whichever thread
-        return [pid for pid in process._pids() if process._parent(pid) == os.getpid()]
+        return [pid for pid in all_pids() if parent_of(pid) == os.getpid()]
 
     before = own()
     await run(tmp_path, "echo hi")

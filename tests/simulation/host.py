@@ -18,6 +18,7 @@ from hive_core.broker import Broker, Rests
 from hive_core.procedures.clock import serve_clock
 from hive_core.protocol.words import AgentName
 from hive_core.reminders import Reminders
+from hive_core.retention import Retention
 from hive_core.schedules import Schedules
 from hive_core.sockets.harness import HarnessDesk
 from hive_core.store.door import Store
@@ -108,7 +109,8 @@ class Host:
                 tasks.start_soon(store.serve_backstop, self.weather.backstop_s)
             tasks.start_soon(broker.serve_leases)
             tasks.start_soon(serve_clock, store, [Rests(limits), daemon.reminders, daemon.schedules])
-            tasks.start_soon(_keep_house, broker, turns, Archive(store, self.weather.limits, NO_LARGE_BODIES))
+            archive = Archive(store, limits, NO_LARGE_BODIES)
+            tasks.start_soon(_keep_house, broker, turns, archive, Retention(store, limits, archive.index))
             self.daemon = daemon
             self._up.set()
             self.witness.up_since_ms = self.now_ms()
@@ -156,13 +158,13 @@ class Host:
             await trio.aclose_forcefully(ours)
 
 
-async def _keep_house(broker: Broker, turns: Turns, archive: Archive) -> None:
+async def _keep_house(broker: Broker, turns: Turns, archive: Archive, retention: Retention) -> None:
     """What the daemon does now and then for what is old. A search indexes what is new, and only then can it be old."""
     while True:
         await archive.search(Query("work"))
         await turns.prune()
         await broker.forget_old_tool_calls()
-        await archive.forget_old()
+        await retention.forget_old()
         await trio.sleep(HOUSE_KEPT_EVERY_S)
 
 

@@ -9,7 +9,7 @@ import pytest
 import trio
 from outcome import Error
 
-from hive_core import archive, broker, post
+from hive_core import broker, post, retention
 from hive_core.broker import Acked, Broker, Turn
 from hive_core.limits import Limits
 from hive_core.protocol.words import OPERATOR, AgentName
@@ -272,8 +272,8 @@ def test_a_redelivery_that_passes_for_the_first_is_found(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("eaten", ["dead", "held"])
 def test_a_retention_that_eats_what_is_not_settled_is_found(eaten: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = "d.state NOT IN ('acked', 'dropped'"
-    assert kept in archive._OLD
-    monkeypatch.setattr(archive, "_OLD", archive._OLD.replace(kept, f"{kept}, '{eaten}'"))
+    assert kept in retention._OLD
+    monkeypatch.setattr(retention, "_OLD", retention._OLD.replace(kept, f"{kept}, '{eaten}'"))
     with pytest.raises(PromiseBroken, match="nothing_unsettled_is_forgotten"):
         simulate(SEED, FORGETFUL)
 

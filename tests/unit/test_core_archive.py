@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sqlite3
 import string
 from pathlib import Path
 from typing import Any
@@ -173,10 +174,39 @@ async def test_a_second_archive_on_the_same_store_indexes_nothing_twice(hive: Se
     await hive.sql("INSERT INTO message_words (message_words) VALUES ('integrity-check')")
 
 
+async def test_the_index_holds_what_the_messages_say_and_nothing_else(
+    hive: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hive_core.search_index.BATCH", 10)
+    for n in range(8):
+        await hive.broker.send(IRIS, (DAMOCLES, HM1ND, OPERATOR), parse_body(f"word {n}"))
+        thread = await hive.say("operator", "iris", "one word and another")
+        await hive.say("iris", "operator", "Wörter, 漢字", in_reply_to=thread)
+    assert len(await found(hive, "word", sender="iris")) == 8
+    check = "INSERT INTO message_words (message_words, rank) VALUES ('integrity-check', 1)"  # 1: against the messages
+    await hive.sql(check)
+    await hive.sql("UPDATE messages SET sender = 'hm1nd' WHERE id = 1")
+    with pytest.raises(sqlite3.DatabaseError, match="malformed"):
+        await hive.sql(check)
+
+
+async def test_one_transaction_indexes_no_more_than_its_bytes_but_one_message_always(
+    hive: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hive_core.search_index.BATCH_BYTES", 1000)
+    for size in (400, 600, 1, 5000, 10):
+        await hive.say("operator", "iris", "x" * size)
+    index, marks, more = archive_of(hive).index, [], True
+    while more:
+        more = await index._index_some()
+        marks.append(await hive.value("SELECT message_id FROM search_mark"))
+    assert marks == [2, 3, 4, 5]
+
+
 async def test_the_index_follows_by_itself(hive: Services, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hive_core.archive.GATHER_S", 0.0)
+    monkeypatch.setattr("hive_core.search_index.GATHER_S", 0.0)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(archive_of(hive).serve_index)
+        nursery.start_soon(archive_of(hive).index.serve)
         await hive.say("operator", "iris", "word")
         with trio.fail_after(20):
             while await hive.value("SELECT message_id FROM search_mark") != 1:
@@ -187,11 +217,11 @@ async def test_the_index_follows_by_itself(hive: Services, monkeypatch: pytest.M
 async def test_on_a_full_disk_the_index_waits_and_says_so_and_goes_on_by_itself(
     hive: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("hive_core.archive.BUSY_REST_S", 0.0)
+    monkeypatch.setattr("hive_core.search_index.BUSY_REST_S", 0.0)
     await hive.say("operator", "iris", "word")
     hive.set_full(True)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(archive_of(hive).serve_index)
+        nursery.start_soon(archive_of(hive).index.serve)
         assert await archive_of(hive).search(Query("word")) == {"messages": [], "next_cursor": None, "unindexed": 1}
         with trio.fail_after(20):
             while "the search is late: no space is left" not in caplog.text:
@@ -205,7 +235,7 @@ async def test_on_a_full_disk_the_index_waits_and_says_so_and_goes_on_by_itself(
 async def test_a_search_that_cannot_catch_up_says_what_it_has_not_seen(
     hive: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hive_core.archive.CATCH_UP_S", 0.0)
+    monkeypatch.setattr("hive_core.search_index.CATCH_UP_S", 0.0)
     for _ in range(3):
         await hive.say("operator", "iris", "word")
     answer = await archive_of(hive).search(Query("word"))

@@ -12,11 +12,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from hive_core.cli.client import Client
+from hive_core.cli.verbs import VERBS
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import BODY_LIMIT_BYTES
 from tests.needs import ROOT
@@ -55,6 +57,12 @@ def the_one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
     assert "\x1b" not in line
     assert len(line) < 500
     return line
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_names_the_function_that_runs_it(verb: str) -> None:
+    module, name = VERBS[verb][0].split(".")
+    assert callable(getattr(import_module(f"hive_core.cli.{module}"), name))
 
 
 # -- words ------------------------------------------------------------------------------------------------------------

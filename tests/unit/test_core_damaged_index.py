@@ -15,6 +15,7 @@ import trio
 from hive_core.archive import Archive, parse_query
 from hive_core.limits import Limits
 from hive_core.protocol.words import AgentName
+from hive_core.retention import Retention
 from tests.hives import PATIENCE_S, Services, open_services
 
 DAMAGES = {
@@ -26,8 +27,8 @@ DAMAGES = {
 SEEN_BY_A_SEARCH = ("no structure", "leaves of noise")  # with the others it finds less, or all the same
 
 
-def archive_of(hive: Services, limits: Limits | None = None) -> Archive:
-    return Archive(hive.store, limits or Limits(), hive.state_dir / "bodies")
+def archive_of(hive: Services) -> Archive:
+    return Archive(hive.store, Limits(), hive.state_dir / "bodies")
 
 
 async def found(archive: Archive) -> list[int]:
@@ -54,9 +55,9 @@ async def damaged(folder: Path, damage: str) -> AsyncIterator[Services]:
 async def test_what_comes_is_indexed_and_all_is_found_again(
     tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hive_core.archive.GATHER_S", 0.0)
+    monkeypatch.setattr("hive_core.search_index.GATHER_S", 0.0)
     async with damaged(tmp_path, damage) as hive, trio.open_nursery() as nursery:
-        nursery.start_soon(archive_of(hive).serve_index)
+        nursery.start_soon(archive_of(hive).index.serve)
         with trio.fail_after(PATIENCE_S):
             while await found(archive_of(hive)) != [3, 2, 1]:
                 if not await hive.value("SELECT count(*) FROM messages WHERE id = 3"):
@@ -79,11 +80,12 @@ async def test_a_search_alone_mends_it_too_and_the_log_says_so(
 async def test_what_is_old_is_forgotten_all_the_same(tmp_path: Path, damage: str) -> None:
     async with damaged(tmp_path, damage) as hive:
         hive.clock.ahead_s += 3600
-        archive, forgotten = archive_of(hive, Limits(kept_s=60)), 0
+        archive, forgotten = archive_of(hive), 0
+        retention = Retention(hive.store, Limits(kept_s=60), archive.index)
         with trio.fail_after(PATIENCE_S):
             while not forgotten:  # what is not indexed anew yet waits for that
                 await found(archive)
-                forgotten += await archive.forget_old()
+                forgotten += await retention.forget_old()
         assert await hive.states() == {2: "queued"}
         assert await hive.say("operator", "iris", "word three") == 3
 

@@ -10,7 +10,9 @@ import pytest
 import trio
 
 from hive_core.agents import Agent
-from hive_core.containers.process import AgentDirs, Exit, ProcessDriver
+from hive_core.containers.bubblewrap import AgentDirs
+from hive_core.containers.process import ProcessDriver
+from hive_core.containers.running import Exit
 from hive_core.limits import Limits
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.protocol.refusal import Refusal

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
+from hive_core.archive import Archive, Query
 from hive_core.broker import Turn
+from hive_core.limits import Limits
 from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.retention import Retention
 from hive_core.store.schema import APPLICATION_ID, migrations
 from tests.hives import Services, open_services
 
@@ -184,3 +187,11 @@ async def test_opening_it_again_changes_nothing(old: Path) -> None:
                 [connection.execute(f"SELECT * FROM {name}").fetchall() for name in ("messages", "deliveries", "turns")]
             )
     assert dumps[0] == dumps[1]
+
+
+async def test_what_is_old_is_forgotten_as_of_the_last_instant_that_the_events_know(hive: Services) -> None:
+    """A clock that is wrong at the first start of this release takes nothing."""
+    assert await rows(hive, "SELECT shows_ms, wall_ms FROM retention_clock") == [(6001, 6001)]
+    archive = Archive(hive.store, Limits(), hive.state_dir / "bodies")
+    await archive.search(Query("word"))
+    assert await Retention(hive.store, Limits(), archive.index).forget_old() == 0

@@ -11,16 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from hive_core.containers.bubblewrap import _PROC_OF_THE_HOST, _SYSTEM_PATHS, AgentDirs, _is_below, bwrap_command
 from hive_core.containers.printed import keep_printed
-from hive_core.containers.process import (
-    _PROC_OF_THE_HOST,
-    _SYSTEM_PATHS,
-    AgentDirs,
-    ProcessDriver,
-    _is_below,
-    _status_value,
-)
+from hive_core.containers.process import ProcessDriver
 from hive_core.containers.seccomp import filter_program
+from hive_core.containers.status_file import status_value
 from hive_core.protocol.words import AgentName
 
 IRIS, HM1ND = AgentName("iris"), AgentName("hm1nd")
@@ -60,7 +55,7 @@ def options(argv: list[str]) -> Iterator[tuple[str, ...]]:
 
 @pytest.mark.parametrize("manager", [False, True])
 def test_every_namespace_is_the_agents_own_and_no_capability_is_left(tmp_path: Path, manager: bool) -> None:
-    argv = driver_in(tmp_path)._bwrap(dirs_in(tmp_path, manager), 7, 8)
+    argv = bwrap_command(dirs_in(tmp_path, manager), None, 7, 8)
     asked = list(options(argv))
     assert Path(argv[0]).name == "bwrap"
     assert asked[-1] == ("--",)
@@ -84,7 +79,7 @@ def test_every_namespace_is_the_agents_own_and_no_capability_is_left(tmp_path: P
 @pytest.mark.parametrize("manager", [False, True])
 def test_only_the_agents_own_directories_can_be_written(tmp_path: Path, manager: bool) -> None:
     dirs = dirs_in(tmp_path, manager)
-    binds = {option[1:] for option in options(driver_in(tmp_path)._bwrap(dirs, 7, 8)) if option[0] == "--bind"}
+    binds = {option[1:] for option in options(bwrap_command(dirs, None, 7, 8)) if option[0] == "--bind"}
     own = {(str(dirs.state), "/state"), (str(dirs.claude), "/root/.claude")}
     assert binds == own | ({(str(tmp_path / "proposed"), "/agents")} if manager else set())
 
@@ -93,7 +88,7 @@ def test_nothing_of_the_host_is_seen_but_the_system_and_the_program(tmp_path: Pa
     claude = tmp_path / "bin" / "claude"
     claude.parent.mkdir()
     claude.touch()
-    argv = driver_in(tmp_path, claude=claude)._bwrap(dirs_in(tmp_path), 7, 8)
+    argv = bwrap_command(dirs_in(tmp_path), claude, 7, 8)
     seen = [option[1] for option in options(argv) if option[0].startswith("--ro-bind")]
     assert str(claude) in seen
     seen = [path for path in seen if path not in ("/dev/null", *_PROC_OF_THE_HOST, str(dirs_in(tmp_path).run))]
@@ -153,11 +148,11 @@ def test_without_a_sandbox_the_program_is_told_where_its_directories_really_are(
 )
 def test_an_exit_code_is_read_from_whatever_the_status_file_holds(tmp_path: Path, text: str, value: int | None) -> None:
     (tmp_path / "status").write_text(text)
-    assert _status_value(tmp_path / "status", "exit-code") == value
+    assert status_value(tmp_path / "status", "exit-code") == value
 
 
 def test_no_status_file_is_no_exit_code(tmp_path: Path) -> None:
-    assert _status_value(tmp_path / "none", "exit-code") is None
+    assert status_value(tmp_path / "none", "exit-code") is None
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,13 @@ from hive_core.broker import Turn
 from hive_core.limits import Limits
 from hive_core.procedures.clock import serve_clock
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.protocol.words import INLINE_LIMIT_BYTES, OPERATOR, AgentName
 from hive_core.questions import (
+    ANSWER_LIMIT_BYTES,
     OPEN_LIMIT,
+    OPTION_LIMIT_BYTES,
     OPTIONS_LIMIT,
+    QUESTION_LIMIT_BYTES,
     Answer,
     Ask,
     Question,
@@ -286,6 +289,26 @@ def test_what_fits_is_of_the_options_one_or_several_and_text_where_it_may_be(
     assert len(fitted.choices) <= (len(options) if asked.multi else 1)
     assert fitted.choices or fitted.text
     assert fitted.text is None or free_text or not options
+
+
+@pytest.mark.parametrize("ends_a_line", ["\n", "\x0b"])
+async def test_the_longest_question_and_the_longest_answer_stand_inline_as_messages_and_a_byte_more_is_refused(
+    hive: Services, ends_a_line: str
+) -> None:
+    # Whatever takes the most room beside it: hidden characters in the quoted beginning, options that are all quotes.
+    begins = "\U0010ffff" * 80
+    text = begins + ends_a_line * (QUESTION_LIMIT_BYTES - len(begins.encode()) - 1) + "x"
+    options = tuple(f"{number:02}" + '"' * (OPTION_LIMIT_BYTES - 2) for number in range(OPTIONS_LIMIT))
+    await hive.questions.ask(IRIS, parse_ask("damocles", text, options, multi=True, free_text=True))
+    most = ends_a_line * (ANSWER_LIMIT_BYTES - 1) + "x"
+    await hive.questions.answer(DAMOCLES, 1, parse_answer(options, most))
+    for row in await hive.store.rows("SELECT body, body_bytes, body_sha256 FROM messages"):
+        assert len(row["body"].encode()) == row["body_bytes"] <= INLINE_LIMIT_BYTES
+        assert row["body_bytes"] > INLINE_LIMIT_BYTES // 2
+        assert row["body_sha256"] is None
+        assert row["body"].endswith("\n| \n| x")
+    with pytest.raises(Refusal, match=f"cannot take the answer: it has .* and the limit is {ANSWER_LIMIT_BYTES:,};"):
+        parse_answer(options, most + "x")
 
 
 # -- how it ends otherwise --------------------------------------------------------------------------------------------

@@ -16,17 +16,22 @@ from hive_core.limits import Limits
 from hive_core.protocol.words import OPERATOR, AgentName, parse_body
 from hive_core.questions import Answer, Ask
 from hive_core.reminders import When
+from hive_core.retention import Retention
 from hive_core.schedules import parse_plan
 from hive_core.store.writer import Transaction
-from tests.hives import Services, open_services
+from tests.hives import PATIENCE_S, Services, open_services
 from tests.unit.test_core_archive import deliver, keep_file
 
 IRIS, DAMOCLES, HM1ND = AgentName("iris"), AgentName("damocles"), AgentName("hm1nd")
 DAY_S = 86_400
 
 
-def archive_of(hive: Services, **limits: float) -> Archive:
-    return Archive(hive.store, Limits.model_validate(limits), hive.state_dir / "bodies")
+def archive_of(hive: Services) -> Archive:
+    return Archive(hive.store, Limits(), hive.state_dir / "bodies")
+
+
+def retention_of(hive: Services, **limits: float) -> Retention:
+    return Retention(hive.store, Limits.model_validate(limits), archive_of(hive).index)
 
 
 async def age(hive: Services, days: float) -> None:
@@ -46,9 +51,10 @@ async def ids(hive: Services) -> list[int]:
 
 
 async def forget(hive: Services, **more: Any) -> int:
-    archive = archive_of(hive, **more)
-    await archive.search(Query("word"))  # what is not indexed yet is not forgotten either
-    return await archive.forget_old()
+    """Forget what is old, in a hive that has run all the while."""
+    await hive.sql("DELETE FROM retention_clock")
+    await archive_of(hive).search(Query("word"))  # what is not indexed yet is not forgotten either
+    return await retention_of(hive, **more).forget_old()
 
 
 async def test_what_was_acked_long_ago_goes_with_all_that_hangs_on_it(hive: Services) -> None:
@@ -172,7 +178,7 @@ async def test_a_large_body_whose_file_was_lost_meanwhile_goes_too(hive: Service
 async def test_many_go_in_small_transactions_and_the_next_time_finds_nothing(
     hive: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hive_core.archive.FORGET_BATCH", 10)
+    monkeypatch.setattr("hive_core.retention.FORGET_BATCH", 10)
     for _ in range(35):
         await hive.say("operator", "operator", "word")
     await hive.broker.inbox(limit=50)
@@ -185,27 +191,35 @@ async def test_many_go_in_small_transactions_and_the_next_time_finds_nothing(
     assert await hive.value("SELECT count(*) FROM message_blocks") == 1
 
 
-async def test_a_message_that_an_open_question_was_put_with_stays(hive: Services) -> None:
-    await hive.say("iris", "operator", "word?")
-    await hive.broker.inbox()
-    await open_question(hive, 1)
-    await age(hive, 31)
-    assert await forget(hive) == 0
-    await hive.sql("UPDATE questions SET state = 'expired', settled_at_ms = 0")
-    assert await forget(hive) == 1
-
-
-async def open_question(hive: Services, message_id: int) -> None:
-    await hive.sql(
-        "INSERT INTO questions (asker, answerer, text, options, multi, free_text, message_id, state, asked_at_ms,"
-        " expires_at_ms) VALUES ('iris', 'operator', 'word?', '[]', 0, 1, ?, 'open', 0, 0)",
-        message_id,
-    )
+async def test_a_question_stays_for_ever_with_the_message_that_put_it_and_the_one_that_answered_it(
+    hive: Services,
+) -> None:
+    for _ in range(4):
+        await hive.questions.ask(IRIS, Ask(DAMOCLES, "word?"))
+    answered = await hive.questions.answer(DAMOCLES, 1, Answer(text="word"))
+    await hive.questions.cancel(IRIS, 2)
+    await hive.let_time_pass(7 * 3600)  # 3 and 4 expire
+    for agent in (DAMOCLES, IRIS):
+        while "queued" in (await hive.states(agent)).values():
+            await deliver(hive, agent)
+    questions = [dict(row) for row in await hive.store.rows("SELECT * FROM questions")]
+    for _ in range(3):
+        hive.clock.ahead_s += 2 * QUARTER_S
+        await hive.say("operator", "operator", "word")
+        await hive.broker.inbox()
+        await forget(hive)
+    assert [dict(row) for row in await hive.store.rows("SELECT * FROM questions")] == questions
+    kept = [question["message_id"] for question in questions] + [answered["message"]]
+    assert (await ids(hive))[:-1] == kept
 
 
 # -- the history ------------------------------------------------------------------------------------------------------
 
 QUARTER_S = 90.0 * DAY_S  # history_kept_s
+
+
+def long_ago(hive: Services) -> int:
+    return int((hive.clock() - QUARTER_S) * 1000)
 
 
 async def test_history_stays_longer_than_messages_and_approvals_for_ever(hive: Services) -> None:
@@ -289,39 +303,27 @@ async def test_a_clock_that_was_ahead_for_a_while_keeps_no_history_for_ever(hive
     assert await hive.kinds() == ["agent_wanted", "history_forgotten"]
 
 
-async def test_settled_questions_and_reminders_and_removed_schedules_go_and_others_stay(hive: Services) -> None:
-    for number in (1, 2, 3):
-        await hive.questions.ask(IRIS, Ask(OPERATOR, f"word {number}?"))
+async def test_settled_reminders_and_removed_schedules_go_and_others_stay(hive: Services) -> None:
+    for _ in range(3):
         await hive.reminders.remind(IRIS, When(after_s=300 * DAY_S), "look")
         await hive.schedules.add(parse_plan("iris", "word", every_s=366 * DAY_S))
-    await hive.questions.answer(OPERATOR, 1, Answer(text="yes"))
-    await hive.questions.answer(OPERATOR, 2, Answer(text="yes"))
     for number in (1, 2):
         await hive.reminders.cancel(IRIS, number)
         await hive.schedules.run(number)
         await hive.schedules.remove(number)
     await deliver(hive, IRIS)
-    held = (await hive.questions.get(2)).answer_id
-    await hive.sql("UPDATE deliveries SET state = 'held', held = 'rate' WHERE message_id = ?", held)
     await hive.sql("INSERT INTO schedule_firings (schedule_id, due_at_ms) VALUES (1, 1), (2, 1), (3, 1)")
-    await hive.sql("UPDATE questions SET expires_at_ms = expires_at_ms * 2 WHERE id = 3")
     hive.clock.ahead_s += 89 * DAY_S
     await forget(hive)
-    for table in ("questions", "reminders", "schedules"):
+    for table in ("reminders", "schedules"):
         assert await hive.value(f"SELECT count(*) FROM {table}") == 3
     hive.clock.ahead_s += 2 * DAY_S
     await forget(hive)
-    # Question 2 waits for what becomes of its answer.
-    for table, left in (("questions", "2,3"), ("reminders", "3"), ("schedules", "3")):
-        assert await hive.value(f"SELECT group_concat(id) FROM {table}") == left
+    for table in ("reminders", "schedules"):
+        assert await hive.value(f"SELECT group_concat(id) FROM {table}") == "3"
     assert await hive.value("SELECT group_concat(schedule_id) FROM schedule_firings") == "3"
     forgotten = json.loads(await hive.value("SELECT data FROM events ORDER BY seq DESC LIMIT 1"))
-    assert {kind: forgotten[kind] for kind in ("questions", "reminders", "schedules")} == {
-        "questions": 1,
-        "reminders": 2,
-        "schedules": 2,
-    }
-    assert (await hive.questions.ask(IRIS, Ask(OPERATOR, "more?")))["question"] == 4
+    assert (forgotten["reminders"], forgotten["schedules"]) == (2, 2)
 
 
 async def test_a_long_history_goes_in_small_transactions(hive: Services, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +346,7 @@ async def test_a_long_history_goes_in_small_transactions(hive: Services, monkeyp
 
     assert await forget(hive, history_kept_s=1000 * DAY_S) == 35
     monkeypatch.setattr(hive.store, "write", looked_at)
-    await history.forget_history(hive.store, Limits())
+    await history.forget_history(hive.store, long_ago(hive))
     assert max(changed) <= 11
     assert await hive.value("SELECT count(*) FROM turns") == 1
 
@@ -360,5 +362,91 @@ async def test_events_that_a_wrong_clock_dated_ahead_keep_no_old_ones_behind_the
     for _ in range(4):
         await hive.store.write(put)
     hive.clock.ahead_s = 3 * 365 * DAY_S
-    await history.forget_history(hive.store, Limits())
+    await history.forget_history(hive.store, long_ago(hive))
     assert await hive.value("SELECT count(*) FROM events") < 300
+
+
+# -- a wall clock that leaps ------------------------------------------------------------------------------------------
+
+YEAR_S = 365 * DAY_S
+
+
+async def live_for_days(hive: Services, days: int, retention: Retention) -> None:
+    """On each day one message that is acked, and one event; at the end of each what is old goes."""
+    for _ in range(days):
+        await hive.say("operator", "iris", "word")
+        await deliver(hive, IRIS)
+        await hive.agents.want(IRIS, "up", "operator")
+        await archive_of(hive).search(Query("word"))
+        hive.clock.ahead_s += DAY_S
+        await retention.forget_old()
+
+
+async def test_a_clock_that_is_a_year_ahead_for_an_hour_takes_one_day_and_no_more(hive: Services) -> None:
+    kept = {"kept_s": 10.5 * DAY_S, "history_kept_s": 10.5 * DAY_S}
+    await live_for_days(hive, 10, retention_of(hive, **kept))
+    assert await ids(hive) == list(range(1, 11))
+    hive.clock.ahead_s += YEAR_S
+    for _ in range(3):  # a daemon that is started again each minute
+        await retention_of(hive, **kept).forget_old()
+        hive.clock.ahead_s += 60
+    hive.clock.ahead_s -= YEAR_S
+    retention = retention_of(hive, **kept)
+    for _ in range(3):
+        await retention.forget_old()
+        hive.clock.ahead_s += 3600
+    assert await ids(hive) == list(range(2, 11))
+    assert (await hive.kinds()).count("agent_wanted") == 9
+
+
+async def test_a_hive_that_was_off_for_two_months_has_forgotten_what_is_old_after_two_days(
+    hive: Services, caplog: pytest.LogCaptureFixture
+) -> None:
+    retention = retention_of(hive)
+    await live_for_days(hive, 1, retention)
+    assert "forgotten later" not in caplog.text
+    hive.clock.ahead_s += 60 * DAY_S
+    assert await retention.forget_old() == 0
+    gone, hours = 0, 0
+    while not gone:
+        hive.clock.ahead_s += 3600
+        gone, hours = await retention.forget_old(), hours + 1
+    assert 24 < hours < 36
+    for _ in range(36):
+        hive.clock.ahead_s += 3600
+        await retention.forget_old()
+    now_ms, shows_ms = hive.clock() * 1000, await hive.value("SELECT shows_ms FROM retention_clock")
+    assert now_ms - shows_ms < PATIENCE_S * 1000
+    (told,) = [record.getMessage() for record in caplog.records if "forgotten later" in record.getMessage()]
+    assert "the clock leapt ahead (it was set, or the hive was off), and forgetting, 59.0 days behind it" in told
+
+
+async def test_a_clock_that_begins_in_1970_and_is_set_an_hour_later_delays_forgetting_by_days_alone(
+    hive: Services,
+) -> None:
+    retention = retention_of(hive, kept_s=9.5 * DAY_S)
+    await live_for_days(hive, 10, retention)
+    assert await ids(hive) == list(range(2, 11))
+    now_s = hive.clock()
+    hive.clock.ahead_s -= now_s
+    for _ in range(2):
+        assert await retention.forget_old() == 0
+        hive.clock.ahead_s += 1800
+    hive.clock.ahead_s += now_s + DAY_S
+    gone = 0
+    for _ in range(3):
+        gone += await retention.forget_old()
+        hive.clock.ahead_s += 3600
+    assert gone == 1
+    assert await ids(hive) == list(range(3, 11))
+
+
+async def test_what_was_acked_after_a_clock_was_ahead_for_weeks_is_kept_as_long_as_ever(hive: Services) -> None:
+    hive.clock.ahead_s = YEAR_S
+    retention = retention_of(hive, kept_s=1.5 * DAY_S)
+    await retention.forget_old()
+    hive.clock.ahead_s = 0
+    await live_for_days(hive, 2, retention)
+    assert await ids(hive) == [2]
+    await live_for_days(hive, 1, retention)
+    assert await ids(hive) == [3]

@@ -297,7 +297,7 @@ async def test_a_page_that_has_missed_events_which_are_gone_loads_itself_again(h
     # Of an old message an event is kept, and fills no gap.
     await hive.sql("UPDATE events SET message_id = 1 WHERE seq = 2")
     await hive.sql("UPDATE events SET at_ms = 0 WHERE seq < ?", last - 1)
-    await forget_history(hive.store, Limits())
+    await forget_history(hive.store, 1)
     await hive.sql("DELETE FROM events WHERE kind = 'history_forgotten'")
     assert await hive.value("SELECT min(seq) FROM events") == 2
     async with served(hive_of(hive)) as browser:
@@ -309,7 +309,7 @@ async def test_a_page_that_has_missed_events_which_are_gone_loads_itself_again(h
             told = await browser.told(f"/live?after={hive.at(0)}", "agent-iris", **{"Last-Event-ID": hive.at(seen)})
             assert "reset" not in [frame.event for frame in told]
         await hive.sql("UPDATE events SET at_ms = 0")
-        await forget_history(hive.store, Limits())
+        await forget_history(hive.store, 1)
         told = await browser.told(f"/live?after={hive.at(last - 2)}", "reset")
         assert [frame.event for frame in told] == ["reset"]
         async with browse(hive_of(hive)) as client:

@@ -21,7 +21,6 @@ CREATE TABLE questions (
 
 CREATE INDEX questions_by_message ON questions (message_id);
 CREATE INDEX questions_by_answer ON questions (answer_id) WHERE answer_id IS NOT NULL;
-CREATE INDEX questions_settled ON questions (settled_at_ms) WHERE settled_at_ms IS NOT NULL;
 CREATE INDEX questions_open ON questions (expires_at_ms) WHERE state = 'open';
 CREATE INDEX questions_to ON questions (answerer) WHERE state = 'open';
 CREATE INDEX questions_from ON questions (asker) WHERE state = 'open';

@@ -1,0 +1,33 @@
+"""Agents: what they do, and whether they shall."""
+
+from __future__ import annotations
+
+import json
+
+from hive_core.cli.client import Client
+from hive_core.cli.output import emit
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+
+def list_agents(arguments: Namespace) -> None:
+    client = Client()
+    for result in client.stream("watch") if arguments.follow else [client.call("list")]:
+        if arguments.json:
+            print(json.dumps(result), flush=True)
+        else:
+            from hive_core.cli import show
+
+            print(show.agents(result), flush=True)
+
+
+def want(arguments: Namespace) -> None:
+    result = Client().call(arguments.verb, agent=arguments.agent)
+    emit(arguments, result, f"{result['agent']} is wanted {result['wanted']}")
+
+
+def cancel(arguments: Namespace) -> None:
+    result = Client().call("cancel", agent=arguments.agent)
+    emit(arguments, result, f"turn {result['turn']} of {result['agent']} is cancelled, and its messages with it")

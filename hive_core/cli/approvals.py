@@ -1,0 +1,38 @@
+"""Approvals: shown whole, approved or denied."""
+
+from __future__ import annotations
+
+from hive_core.cli.client import Client
+from hive_core.cli.output import emit
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+
+def pending(arguments: Namespace) -> None:
+    from hive_core.cli.show import approval_line
+
+    result = Client().call("pending")
+    emit(arguments, result, "\n".join(map(approval_line, result["approvals"])) or "nothing waits for you")
+
+
+def show(arguments: Namespace) -> None:
+    from hive_core.cli.show import approval
+
+    result = Client().call("show", approval=arguments.approval)
+    emit(arguments, result, approval(result))
+
+
+def approve(arguments: Namespace) -> int:
+    client = Client()
+    digest = arguments.digest or client.call("show", approval=arguments.approval)["digest"]
+    result = client.call("approve", approval=arguments.approval, digest=digest)
+    note = f": {result['note']}" if result["note"] else ""
+    emit(arguments, result, f"approval {result['id']} of {result['agent']}: {result['state']}{note}")
+    return 0 if result["state"] == "done" else 1
+
+
+def deny(arguments: Namespace) -> None:
+    result = Client().call("deny", approval=arguments.approval, reason=arguments.reason)
+    emit(arguments, result, f"approval {result['id']} of {result['agent']}: {result['state']}")

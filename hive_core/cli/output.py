@@ -1,0 +1,42 @@
+"""What the command line prints, and the streams that it has for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from hive_core.protocol.refusal import EXIT_CODES, Refusal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from typing import Any
+
+
+def emit(arguments: Namespace, result: Any, text: str) -> None:
+    """Print the result of a verb: as JSON where that was asked for, else the text."""
+    print(json.dumps(result, ensure_ascii=False) if arguments.json else text)
+
+
+def refuse(refusal: Refusal, as_json: bool) -> int:
+    """Say why a verb was refused; returns the exit code."""
+    if as_json:
+        print(json.dumps({"ok": False, "error": refusal.to_wire()}))
+    print(f"hive: {refusal.message}", file=sys.stderr)
+    return EXIT_CODES.get(refusal.code, 1)
+
+
+def prepare_streams() -> None:
+    """Have all three, and let none of them refuse a character that its encoding lacks."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it stays open as long as we run
+        elif mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def drop_output() -> None:
+    """Let what is printed from now on, or was not written yet, go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

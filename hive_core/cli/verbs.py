@@ -1,0 +1,226 @@
+"""The verbs of `hive`: what each takes, and what runs it."""
+
+from __future__ import annotations
+
+from hive_core.protocol.arguments import parser_class, seconds
+from hive_core.protocol.words import shown
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from typing import Any
+
+
+def _whole(text: str) -> int:
+    from argparse import ArgumentTypeError
+
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{shown(text)} is not a whole number") from None
+
+
+# verb → (what runs it, as MODULE.FUNCTION of this package, its help, its arguments)
+VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
+    "up": (
+        "hive.up",
+        "start the hive, say what it found, print the sign-in link",
+        [(("--unsafe-no-sandbox",), {"action": "store_true", "help": "run real programs without a sandbox"})],
+    ),
+    "demo": (
+        "hive.demo",
+        "play a story with rehearsed agents, without an account",
+        [
+            (("--once",), {"action": "store_true", "help": "approve by itself, play to the end, and stop"}),
+            (("--deny",), {"action": "store_true", "help": "with --once: deny the new agent, the other ending"}),
+        ],
+    ),
+    "list": (
+        "agents.list_agents",
+        "the agents and what they do now",
+        [(("--follow",), {"action": "store_true", "help": "print it again after each change, until Ctrl-C"})],
+    ),
+    "send": (
+        "messages.send",
+        "send a message to agents",
+        [
+            (("agent",), {"nargs": "?", "metavar": "AGENT[,AGENT…]", "help": "to whom; * for everyone"}),
+            (("body",), {"nargs": "?", "help": "what to say; from standard input when absent"}),
+            (("--to",), {"action": "append", "metavar": "AGENT", "help": "instead, once for each recipient"}),
+            (("--in-reply-to",), {"type": _whole, "metavar": "ID"}),
+        ],
+    ),
+    "read": (
+        "messages.read",
+        "a message's body, whole however large",
+        [(("message",), {"type": _whole, "metavar": "ID"})],
+    ),
+    "inbox": ("messages.inbox", "messages to you", [(("--limit",), {"type": _whole, "default": 20})]),
+    "dead": (
+        "messages.aside",
+        "messages that were given up after too many failed turns",
+        [(("--limit",), {"type": _whole, "default": 50})],
+    ),
+    "held": (
+        "messages.aside",
+        "messages that wait for you: a chain too long, or too many of one pair",
+        [(("--limit",), {"type": _whole, "default": 50})],
+    ),
+    "requeue": (
+        "messages.move",
+        "give a dead message all its tries again",
+        [(("message",), {"type": _whole, "metavar": "ID"})],
+    ),
+    "release": ("messages.move", "let a held message go", [(("message",), {"type": _whole, "metavar": "ID"})]),
+    "drop": ("messages.move", "put a dead or held message away", [(("message",), {"type": _whole, "metavar": "ID"})]),
+    "cancel": ("agents.cancel", "end an agent's turn for good, its messages with it", [(("agent",), {})]),
+    "search": (
+        "messages.search",
+        "find messages by their words",
+        [
+            (("text",), {"nargs": "*", "help": "words that must all be there; wor* is the beginning of one"}),
+            (("--sender",), {"metavar": "NAME"}),
+            (("--thread",), {"type": _whole, "metavar": "ID"}),
+            (
+                ("--after",),
+                {"metavar": "INSTANT", "help": "sent then or later: 2026-01-31T08:30 by your clock, or with Z"},
+            ),
+            (("--before",), {"metavar": "INSTANT"}),
+            (("--limit",), {"type": _whole, "default": 20}),
+            (("--cursor",), {"type": _whole, "metavar": "ID", "help": "only messages before this one"}),
+        ],
+    ),
+    "thread": (
+        "messages.thread",
+        "the messages of one thread, in order",
+        [
+            (("message",), {"type": _whole, "help": "any message of it"}),
+            (("--after",), {"type": _whole, "metavar": "ID", "help": "only those after this one"}),
+        ],
+    ),
+    "explain": (
+        "messages.explain",
+        "the life of a message: who sent it and why, who had it, how it ended",
+        [(("what",), {"nargs": "?", "choices": ["message"]}), (("message",), {"type": _whole, "metavar": "ID"})],
+    ),
+    "backup": (
+        "hive.backup",
+        "write the whole hive into one file, while it runs",
+        [
+            (("file",), {"help": "a tar file; - writes to standard output"}),
+            (("--with-credentials",), {"action": "store_true", "help": "put the keys of the model provider in, too"}),
+        ],
+    ),
+    "restore": (
+        "hive.restore",
+        "bring a hive back from a backup, into an empty state directory",
+        [
+            (("file",), {}),
+            (("--check",), {"action": "store_true", "help": "look whether it is whole, and write nothing"}),
+            (("--paused",), {"action": "store_true", "help": "let no agent run before `hive start`"}),
+        ],
+    ),
+    "questions": ("questions.questions", "questions to you", [(("--limit",), {"type": _whole, "default": 50})]),
+    "answer": (
+        "questions.answer",
+        "answer a question",
+        [
+            (("question",), {"type": _whole, "metavar": "ID"}),
+            (("text",), {"nargs": "?", "help": "where the question takes text"}),
+            (("--choice",), {"action": "append", "metavar": "OPTION", "help": "an option, or its number"}),
+        ],
+    ),
+    "schedule": (
+        "schedules.schedule",
+        "send a message by a clock",
+        [
+            (("what",), {"choices": ["add", "list", "pause", "resume", "run", "rm"]}),
+            (
+                ("words",),
+                {"nargs": "*", "metavar": "AGENT BODY | ID", "help": "add: to whom and what; else its number"},
+            ),
+            (("--cron",), {"metavar": "FIELDS", "help": "five fields, such as '0 7 * * 1-5'"}),
+            (
+                ("--tz",),
+                {"metavar": "ZONE", "help": "whose clocks --cron reads, such as Europe/Berlin; UTC when absent"},
+            ),
+            (("--every",), {"type": seconds(30), "metavar": "SECONDS", "help": "instead: once in so many"}),
+        ],
+    ),
+    "loose-ends": (
+        "questions.loose_ends",
+        "what waits on you, and what you wait for",
+        [(("agent",), {"nargs": "?", "help": "of this agent instead"})],
+    ),
+    "pending": ("approvals.pending", "what waits for your approval", []),
+    "show": ("approvals.show", "one approval, whole", [(("approval",), {"type": _whole})]),
+    "approve": (
+        "approvals.approve",
+        "approve exactly what `hive show` shows",
+        [
+            (("approval",), {"type": _whole}),
+            (("--digest",), {"help": "approve only if it is still this; `hive show --json` gives it"}),
+        ],
+    ),
+    "deny": (
+        "approvals.deny",
+        "deny, with a reason that the requester reads",
+        [(("approval",), {"type": _whole}), (("reason",), {})],
+    ),
+    "start": ("agents.want", "start an agent that was killed or paused", [(("agent",), {})]),
+    "pause": ("agents.want", "let an agent take no turn and reach no model until it is started", [(("agent",), {})]),
+    "kill": ("agents.want", "end an agent now, and keep it down until it is started", [(("agent",), {})]),
+    "events": (
+        "hive.events",
+        "what people did and what changed",
+        [
+            (("--follow",), {"action": "store_true", "help": "go on until Ctrl-C"}),
+            (("--after",), {"type": _whole, "metavar": "SEQ", "help": "only events after this number"}),
+            (("--limit",), {"type": _whole, "default": 50}),
+        ],
+    ),
+    "dashboard": ("hive.dashboard", "print a link that signs one browser in", []),
+    "down": (
+        "hive.down",
+        "let every agent finish its turn, then end them and the daemon",
+        [(("--patience",), {"type": seconds(30), "metavar": "SECONDS", "help": "end agents by force after this long"})],
+    ),
+}
+
+
+def parse(words: list[str]) -> Namespace:
+    """The arguments of one call. Only the parser of its own verb is built: a start has 100 ms for everything."""
+    from argparse import HelpFormatter, RawDescriptionHelpFormatter
+
+    parser_type = parser_class()
+
+    def formatter(prog: str) -> HelpFormatter:
+        # A width of our own: looking for the terminal's imports shutil, and with it three kinds of compression.
+        return RawDescriptionHelpFormatter(prog, width=100)
+
+    if words and words[0] in VERBS:
+        run, help_text, arguments = VERBS[words[0]]
+        parser = parser_type(prog=f"hive {words[0]}", description=help_text, formatter_class=formatter)
+        for names, options in arguments:
+            parser.add_argument(*names, **options)
+        parser.set_defaults(run=run, verb=words[0])
+        words = words[1:]
+    else:
+        listed = "\n".join(f"  {name:10} {verb[1]}" for name, verb in VERBS.items())
+        parser = parser_type(
+            prog="hive",
+            usage="hive [--json] [VERB …]",
+            description="Run a swarm of coding agents on a machine of your own.\nWithout a verb: what waits for you.",
+            epilog=f"verbs (`hive VERB --help` says more):\n{listed}",
+            formatter_class=formatter,
+        )
+        parser.add_argument("--version", action="store_true", help="print the version")
+        parser.set_defaults(run="hive.status")
+        if words and not words[0].startswith("-"):
+            parser.error(f"there is no verb {shown(words[0])}; the verbs are {', '.join(VERBS)}")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    # Options may stand between the words of these.
+    return (parser.parse_intermixed_args if parser.prog in _INTERMIXED else parser.parse_args)(words)
+
+
+_INTERMIXED = ("hive send", "hive schedule", "hive answer")

@@ -1,0 +1,92 @@
+"""An agent that runs: its end, seen or brought about."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from hive_core.containers.process_tree import kill_descendants, wait_stopped
+from hive_core.containers.status_file import end_inside, is_locked, status_value
+
+_KILL_PATIENCE_S = 5.0  # a process can be past killing for a while
+_LOG_PATIENCE_S = 1.0  # what an agent left behind may print on: its exit is told all the same
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    code: int | None  # None: it was ended from outside and left no code
+
+
+class Running:
+    """An agent that runs, whether this daemon started it or an earlier one."""
+
+    def __init__(
+        self,
+        pid: int,
+        process: subprocess.Popen[bytes] | None,
+        status: Path,
+        state: Path,
+        keeper: subprocess.Popen[bytes] | None = None,
+    ) -> None:
+        self.pid = pid
+        self._process = process
+        self._keeper = keeper
+        self._status = status
+        self._state = state
+        self._pidfd = os.pidfd_open(pid)
+        self._ended = False
+
+    async def wait(self) -> Exit:
+        """Return when it has ended and what it printed is kept. Cancelling it changes nothing."""
+        if not self._ended:
+            await trio.lowlevel.wait_readable(self._pidfd)
+            if self._process is not None:
+                self._process.wait()
+            self._close()
+        with trio.move_on_after(_LOG_PATIENCE_S):
+            while self._is_printing():  # noqa: ASYNC110 - another process's end, a few ms away
+                await trio.sleep(0.002)
+        code = status_value(self._status, "exit-code")
+        return Exit(code if code is not None or self._process is None else self._process.returncode)
+
+    def end(self) -> None:
+        """End it and return when it is gone; for one that is in nobody's care."""
+        self.kill()
+        select.select([self._pidfd], [], [], _KILL_PATIENCE_S)
+        self._close()
+
+    def kill(self) -> None:
+        """End the whole agent at once, also what has a session of its own; nothing when it has ended."""
+        if self._ended:
+            return
+        try:
+            # Stopped first: it is the reaper of its orphans, so all that comes from it stays below it meanwhile, and
+            # bwrap's child is found in the moment of its birth.
+            signal.pidfd_send_signal(self._pidfd, signal.SIGSTOP)
+        except ProcessLookupError:
+            return
+        wait_stopped(self.pid)
+        kill_descendants(self.pid)
+        # As long as it has not ended its pid is its own, and so is the group of that number.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _close(self) -> None:
+        if not self._ended:
+            self._ended = True
+            os.close(self._pidfd)
+        end_inside(self._status, self._state)
+
+    def _is_printing(self) -> bool:
+        if self._keeper is not None:
+            return self._keeper.poll() is None
+        return is_locked(self._status.with_suffix(".log"))
