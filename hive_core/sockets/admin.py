@@ -37,7 +37,7 @@ from hive_core.protocol.words import (
 )
 from hive_core.questions import parse_answer
 from hive_core.schedules import parse_plan
-from hive_core.sockets.unix import Lines
+from hive_core.sockets.unix import Connection, Lines
 from hive_core.store.bus import EVENTS, WANTED
 from hive_core.version import __version__
 
@@ -96,7 +96,7 @@ class AdminDesk:
             "down": (self._down, {"patience_s"}),
         }
 
-    async def serve(self, stream: trio.SocketStream) -> None:
+    async def serve(self, stream: Connection) -> None:
         """Answer one client until it hangs up."""
         lines = Lines(stream, LINE_LIMIT_BYTES)
         while (request := await lines.next()) is not None:

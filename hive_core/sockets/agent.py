@@ -40,6 +40,7 @@ from hive_core.questions import parse_answer, parse_ask
 from hive_core.reminders import When
 from hive_core.settings import describe
 from hive_core.sockets import forms, told
+from hive_core.sockets.unix import Connection
 from hive_core.version import __version__
 from hive_core.withdrawal import withdraw_thread
 
@@ -278,9 +279,7 @@ class AgentDesk:
         return {"killed": name}
 
 
-async def serve_agent(
-    desk: AgentDesk, stream: trio.SocketStream, *, progress_every_s: float = PROGRESS_EVERY_S
-) -> None:
+async def serve_agent(desk: AgentDesk, stream: Connection, *, progress_every_s: float = PROGRESS_EVERY_S) -> None:
     """Speak MCP with one client of an agent's socket until it hangs up."""
     waits = trio.Semaphore(WAITS_LIMIT)
 
@@ -331,8 +330,8 @@ async def serve_agent(
     async def read_in() -> None:
         splitter = LineSplitter(LINE_LIMIT_BYTES)
         async with to_server:
-            async for data in stream:
-                for line in splitter.feed(bytes(data)):
+            while data := await stream.receive_some():
+                for line in splitter.feed(data):
                     async with lock:
                         pass  # who does not read the answers asks for no more: each of them waits in our memory
                     answer = await _hand_over(line, to_server)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import trio
 
 from hive_core.agents import Agents
-from hive_core.broker import Broker, Lease, Turn
+from hive_core.broker import Broker
+from hive_core.leases import Lease, Turn
 from hive_core.protocol.harness import (
     FENCE_LIMIT,
     LINES_PER_REQUEST,
@@ -21,10 +23,11 @@ from hive_core.protocol.harness import (
 )
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_id
-from hive_core.sockets.unix import Lines
+from hive_core.sockets.unix import Connection, Lines
 from hive_core.turns import Turns
 
 log = logging.getLogger(__name__)
+Request = dict[str, Any] | Refusal
 FENCES_LIMIT = 2  # the turn that runs, and one that is asked for
 READ_AHEAD = 16  # requests that may lie behind the one that is answered
 ERROR_LIMIT = 2000
@@ -52,43 +55,45 @@ class HarnessDesk:
         if self.session is not None:
             self.session.end_wait()
 
-    async def serve(self, stream: trio.SocketStream) -> None:
+    async def serve(self, stream: Connection) -> None:
         """Answer one connection until it hangs up."""
-        lines = Lines(stream, REQUEST_LIMIT_BYTES)
-        send, receive = trio.open_memory_channel[dict[str, Any] | Refusal](READ_AHEAD)
-        session = _Session(self)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_read, lines, send, session)
-            try:
-                async for request in receive:
-                    await lines.send(await session.answer(request))
-            finally:
-                session.close()
-                nursery.cancel_scope.cancel()
-
-
-async def _read(lines: Lines, send: trio.MemorySendChannel[dict[str, Any] | Refusal], session: _Session) -> None:
-    """Read ahead, so that a hang-up is seen while a lease waits. Who fills that up behind a lease is let go."""
-    async with send:
+        session = _Session(self, Lines(stream, REQUEST_LIMIT_BYTES))
         try:
-            while (request := await lines.next()) is not None:
-                if session.leasing and send.statistics().current_buffer_used >= READ_AHEAD:
-                    break
-                await send.send(request)
-        except trio.BrokenResourceError:
-            pass
-        session.leave()
+            await session.serve()
+        finally:
+            session.close()
 
 
 class _Session:
-    def __init__(self, desk: HarnessDesk) -> None:
+    """Requests are answered in their order. A lease may wait for long, so it has a task: a hang-up must be seen."""
+
+    def __init__(self, desk: HarnessDesk, wire: Lines) -> None:
         self._desk = desk
+        self._wire = wire
         self._left = False
         self._lease_scope: trio.CancelScope | None = None
+        self._leases = False
+        self._behind: deque[Request] = deque()  # what came while a lease waits
 
-    @property
-    def leasing(self) -> bool:
-        return self._lease_scope is not None
+    async def serve(self) -> None:
+        async with trio.open_nursery() as nursery:
+            while (request := await self._wire.next()) is not None:
+                if self._leases:
+                    if len(self._behind) == READ_AHEAD:
+                        break  # who fills that up behind a lease is let go
+                    self._behind.append(request)
+                elif isinstance(request, dict) and request.get("op") == "lease":
+                    self._leases = True
+                    nursery.start_soon(self._answer_lease, request)
+                else:
+                    await self._wire.send(await self.answer(request))
+            self.leave()
+
+    async def _answer_lease(self, request: Request) -> None:
+        await self._wire.send(await self.answer(request))
+        while self._behind:
+            await self._wire.send(await self.answer(self._behind.popleft()))
+        self._leases = False
 
     @property
     def _welcome(self) -> bool:
@@ -108,7 +113,7 @@ class _Session:
         if self._welcome:
             self._desk.session = self._desk.instance = None
 
-    async def answer(self, request: dict[str, Any] | Refusal) -> dict[str, Any]:
+    async def answer(self, request: Request) -> dict[str, Any]:
         number = None
         try:
             if isinstance(request, Refusal):

@@ -8,6 +8,7 @@ import socket
 import stat
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,85 @@ def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
     return sock
 
 
-async def serve_unix(sock: socket.socket, handler: Callable[[trio.SocketStream], Awaitable[None]]) -> None:
+class Connection(trio.abc.AsyncResource):
+    """One peer of a unix socket: bytes in, bytes out.
+
+    A task that waits for nothing is not switched away from, as after each operation of trio's own stream: an answer
+    that fits into the socket's buffer is sent at once. Who has data to read waits its turn, so that nobody who sends
+    without end keeps the others waiting.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+
+    async def receive_some(self, max_bytes: int = RECEIVE_BYTES) -> bytes:
+        """What has come, empty at a hang-up. Raises trio.BrokenResourceError or trio.ClosedResourceError."""
+        while True:
+            await trio.lowlevel.wait_readable(self._fd())
+            try:
+                return self._sock.recv(max_bytes)
+            except BlockingIOError:
+                pass
+            except OSError as exc:
+                raise self._broken() from exc
+
+    async def send_all(self, data: bytes) -> None:
+        """Hand all of it to the socket. Cancelled, it may have sent a part. Raises as `receive_some` does."""
+        view = memoryview(data)
+        while True:
+            try:
+                view = view[self._sock.send(view) :]
+            except BlockingIOError:
+                pass
+            except OSError as exc:
+                raise self._broken() from exc
+            if not view:
+                return
+            await trio.lowlevel.wait_writable(self._fd())
+
+    def _fd(self) -> int:
+        if (fd := self._sock.fileno()) < 0:
+            raise trio.ClosedResourceError("this connection was closed")
+        return fd
+
+    def _broken(self) -> trio.BrokenResourceError | trio.ClosedResourceError:
+        if self._sock.fileno() < 0:
+            return trio.ClosedResourceError("this connection was closed")
+        return trio.BrokenResourceError("the peer has hung up")
+
+    async def aclose(self) -> None:
+        """Hang up; whoever waits for the connection gets a ClosedResourceError."""
+        if self._sock.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._sock)
+            self._sock.close()
+        await trio.lowlevel.checkpoint()
+
+
+class _Listener(trio.abc.Listener[Connection]):
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    async def accept(self) -> Connection:
+        while True:
+            await trio.lowlevel.wait_readable(self._sock)
+            with suppress(BlockingIOError, ConnectionAbortedError):
+                return Connection(self._sock.accept()[0])
+
+    async def aclose(self) -> None:
+        trio.lowlevel.notify_closing(self._sock)
+        self._sock.close()
+        await trio.lowlevel.checkpoint()
+
+
+async def serve_unix(sock: socket.socket, handler: Callable[[Connection], Awaitable[None]]) -> None:
     """Hand each connection to `handler`, until cancelled. A handler that fails ends its own connection alone.
 
     Connections over CONNECTIONS_LIMIT are closed at once: one client must not take every descriptor.
     """
     limit = trio.CapacityLimiter(CONNECTIONS_LIMIT)
 
-    async def guarded(stream: trio.SocketStream) -> None:
+    async def guarded(stream: Connection) -> None:
         async with stream:
             try:
                 limit.acquire_on_behalf_of_nowait(stream)
@@ -67,13 +139,13 @@ async def serve_unix(sock: socket.socket, handler: Callable[[trio.SocketStream],
                 limit.release_on_behalf_of(stream)
 
     path = sock.getsockname()
-    await trio.serve_listeners(guarded, [trio.SocketListener(trio.socket.from_stdlib_socket(sock))])
+    await trio.serve_listeners(guarded, [_Listener(sock)])
 
 
 class Lines:
     """JSON lines over a stream: objects in, objects out."""
 
-    def __init__(self, stream: trio.SocketStream, limit_bytes: int = LINE_LIMIT_BYTES) -> None:
+    def __init__(self, stream: Connection, limit_bytes: int = LINE_LIMIT_BYTES) -> None:
         self._stream = stream
         self._splitter = LineSplitter(limit_bytes)
         self._ready: deque[bytes | Refusal] = deque()
@@ -82,10 +154,10 @@ class Lines:
         """The next object, the Refusal of a bad line or of one that a hang-up cut in half, or None after the last."""
         while True:
             while not self._ready:
-                data = await self._stream.receive_some(RECEIVE_BYTES)
+                data = await self._stream.receive_some()
                 if not data:
                     return self._splitter.end()
-                self._ready.extend(self._splitter.feed(bytes(data)))
+                self._ready.extend(self._splitter.feed(data))
             line = self._ready.popleft()
             if isinstance(line, Refusal):
                 return line

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Parameters = Sequence[Any] | Mapping[str, Any]
 READERS = 2
+STATEMENTS = 512  # that stay prepared: one that inserts n rows is another for each n
 BACKSTOP_S = 2.0
 BUSY_REST_S = 1.0
 
@@ -98,7 +99,7 @@ def _open_writer(path: Path) -> sqlite3.Connection:
         # Made before sqlite opens it: the files of its write-ahead log take the mode of the database.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         path.chmod(0o600)
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=STATEMENTS)
     except (sqlite3.Error, OSError) as exc:
         raise cannot_open(path, exc) from exc
     try:

@@ -28,10 +28,11 @@ import trio
 from hive_core.store.ballast import Ballast
 from hive_core.store.bus import EVENTS, Bus
 from hive_core.store.schema import StoreBusy, StoreError
+from hive_core.store.worker import Worker
 
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741
-BATCH_LIMIT = 512
+BATCH_LIMIT = 512  # of weights: whatever runs in one go keeps all else waiting
 LOCKED_MS = 5_000  # how long another program may have the database locked before a write is refused
 PARAMETERS_LIMIT = 30_000  # sqlite takes 32,766 in one statement
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -89,16 +90,22 @@ _NOTHING: outcome.Outcome[Any] = outcome.Value(None)
 
 
 class Job:
-    """One caller's write. What it brings for a function of many is its `item`."""
+    """One caller's write. Its `item` is what it brings for a function of many, as much work as `weight` plain ones."""
 
-    __slots__ = ("function", "item", "result", "task", "topic")
+    __slots__ = ("function", "item", "result", "task", "topic", "weight")
 
     def __init__(
-        self, function: Callable[..., Any], task: trio.lowlevel.Task, item: Any = None, topic: str | None = None
+        self,
+        function: Callable[..., Any],
+        task: trio.lowlevel.Task,
+        item: Any = None,
+        topic: str | None = None,
+        weight: int = 1,
     ) -> None:
         self.function = function
         self.task: trio.lowlevel.Task | None = task  # None when the caller was cancelled
         self.item = item
+        self.weight = weight
         self.topic = topic  # what it waits for while it has no result
         self.result: outcome.Outcome[Any] = _NOTHING
 
@@ -145,8 +152,11 @@ class Batches:
         except Exception as exc:
             self._roll_back()
             run, topics = batch, set()
-            if _passes(exc):
-                error: Exception = StoreBusy(f"cannot write now: {_why(exc)}; nothing of this was stored, try again")
+            error: Exception
+            if isinstance(exc, StoreBusy):
+                error = exc
+            elif _passes(exc):
+                error = StoreBusy(f"cannot write now: {_why(exc)}; nothing of this was stored, try again")
             else:
                 self.failure = self.failure or exc
                 run = list({*batch, *(job for jobs in self._parked.values() for job in jobs)})
@@ -207,6 +217,7 @@ class Batches:
         # A function of many that raises would fail all its items: apart, each is alone.
         steps = [[job] for job in batch] if apart else _steps(batch)
         yield from self._begin()
+        changes = self._connection.total_changes
         try:
             while steps:
                 woken: set[str] = set()
@@ -219,7 +230,10 @@ class Batches:
                 steps = [[job] for topic in sorted(woken & self._parked.keys()) for job in self._waiting(topic)]
             if events:
                 self._transaction(now_ms, fresh).insert("events", _EVENT, events)
-            yield partial(self._connection.execute, "COMMIT")
+            if self._connection.total_changes == changes:
+                self._connection.execute("COMMIT")  # nothing to write, and nothing to wait for
+            else:
+                yield partial(self._connection.execute, "COMMIT")
         except BaseException:
             # Nothing of it happened: who waits for a topic waits on.
             for job in run:
@@ -250,8 +264,10 @@ class Batches:
             if _of_the_disk(exc):
                 raise
             if not apart:
-                execute("ROLLBACK")
+                self._roll_back()
                 raise _Raised from exc
+            if not self._connection.in_transaction:  # sqlite undid it all by itself, the others' rows too
+                raise StoreBusy(f"cannot write now: {exc}; nothing of this was stored, try again") from exc
             execute("ROLLBACK TO job")
             transaction = self._transaction(now_ms, fresh)
             results = [outcome.Error(exc) for _ in step]
@@ -289,10 +305,13 @@ class Writes:
         return result
 
     async def write_together(
-        self, function: Callable[[Transaction, list[I]], Sequence[outcome.Outcome[T]]], item: I
+        self, function: Callable[[Transaction, list[I]], Sequence[outcome.Outcome[T]]], item: I, weight: int = 1
     ) -> T:
-        """As `write`, but `function` runs once for all the items of a batch and says what becomes of each."""
-        result: T = await self._result_of(Job(function, trio.lowlevel.current_task(), item))
+        """As `write`, but `function` runs once for all the items of a batch and says what becomes of each.
+
+        weight: how many plain items this one is as much work as. A batch takes no more than BATCH_LIMIT of it, or one.
+        """
+        result: T = await self._result_of(Job(function, trio.lowlevel.current_task(), item, weight=weight))
         return result
 
     async def write_when(self, topic: str, function: Callable[[Transaction], T | None]) -> T:
@@ -346,7 +365,7 @@ class Writer(Writes):
         self._queued: list[Job] = []
         self._closing = False
         self._idle: trio.lowlevel.Task | None = None
-        self._one = trio.CapacityLimiter(1)
+        self._worker = Worker()
         trio.lowlevel.spawn_system_task(self._serve)
 
     def _take(self, job: Job) -> None:
@@ -372,12 +391,14 @@ class Writer(Writes):
                     self._idle = trio.lowlevel.current_task()
                     await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
                     continue
-                batch, self._queued = self._queued[:BATCH_LIMIT], self._queued[BATCH_LIMIT:]
+                batch, self._queued = next_batch(self._queued)
                 self._deliver(*await self._commit(batch))
-                # Who was answered goes first: it asks again while the next batch runs.
-                await trio.lowlevel.checkpoint()
-                await trio.lowlevel.checkpoint()
+                if self._queued:
+                    # Who was answered goes first: it asks again while the next batch runs.
+                    await trio.lowlevel.checkpoint()
+                    await trio.lowlevel.checkpoint()
             self._finished.set()
+            self._worker.close()
 
     async def _commit(self, batch: list[Job]) -> tuple[list[Job], set[str]]:
         """Whatever goes wrong, somebody hears of it: a writer that ends in silence leaves all waiting."""
@@ -394,13 +415,10 @@ class Writer(Writes):
         try:
             while True:
                 may_wait = result.send(work)
-                result = await outcome.acapture(self._in_thread, may_wait)
+                result = await self._worker.run(may_wait)
         except StopIteration as done:
             value: T = done.value
             return value
-
-    async def _in_thread(self, may_wait: Callable[[], object]) -> object:
-        return await trio.to_thread.run_sync(may_wait, limiter=self._one)
 
 
 def _of_the_disk(exc: Exception) -> bool:
@@ -443,6 +461,16 @@ def _why(exc: Exception) -> str:
     if code & 0xFF == sqlite3.SQLITE_BUSY:
         return "another program has the hive's database locked; end that program"
     return f"the disk of the hive's state_dir takes no writes ({exc}); see whether it is read-only"
+
+
+def next_batch(queued: list[Job]) -> tuple[list[Job], list[Job]]:
+    """The jobs of the next batch, which are the first one and what fits beside it, and the others."""
+    weight = 0
+    for count, job in enumerate(queued):
+        weight += job.weight
+        if count and weight > BATCH_LIMIT:
+            return queued[:count], queued[count:]
+    return queued, []
 
 
 def _steps(batch: list[Job]) -> list[list[Job]]:

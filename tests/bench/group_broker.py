@@ -23,6 +23,7 @@ from tests.bench.group_start import CHECKOUT, OPEN_BRAKES, plain_loop, rss_mb, s
 from tests.bench.old_messages import WORDS, fill
 from tests.bench.redis_peer import open_redis, redis_server
 from tests.daemons import Daemon, open_daemon
+from tests.processes import look_until
 
 ROUNDS = 5
 AGENTS = 32
@@ -55,6 +56,8 @@ def open_swarm(count: int) -> Iterator[Daemon]:
     """A daemon with agent0, agent1 … that have no program: their sockets are there for a client to speak to."""
     with open_daemon(*OPEN_BRAKES) as daemon:
         spawn(daemon.start(), count)
+        for name in names(count):
+            look_until(daemon.runtime.joinpath("agents", name, "harness.sock").exists)
         yield daemon
 
 

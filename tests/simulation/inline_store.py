@@ -17,7 +17,7 @@ import trio
 from hive_core.store.bus import Bus
 from hive_core.store.door import Parameters, Store
 from hive_core.store.schema import migrate
-from hive_core.store.writer import BATCH_LIMIT, Batches, Job, Work, Writes
+from hive_core.store.writer import Batches, Job, Work, Writes, next_batch
 
 T = TypeVar("T")
 SLOWEST_COMMIT_S = 0.05
@@ -102,7 +102,7 @@ class InlineWriter(Writes):
             self._some = trio.Event()
             while self._queued:
                 await self._be_slow()
-                batch, self._queued = self._queued[:BATCH_LIMIT], self._queued[BATCH_LIMIT:]
+                batch, self._queued = next_batch(self._queued)
                 answered, topics = run_now(self._batches.commit(batch))
                 await self._be_slow()
                 self._deliver(answered, topics)

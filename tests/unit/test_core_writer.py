@@ -18,7 +18,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.store.bus import Bus
 from hive_core.store.door import Store, open_store
 from hive_core.store.schema import StoreBusy, StoreError
-from hive_core.store.writer import PARAMETERS_LIMIT, Transaction
+from hive_core.store.writer import BATCH_LIMIT, PARAMETERS_LIMIT, Transaction
 from tests.hives import PATIENCE_S, held_writer, second_look
 
 Call = Callable[[], Awaitable[Any]]
@@ -117,6 +117,36 @@ async def test_rows_beyond_what_one_statement_takes_are_all_inserted(store: Stor
     await store.write(lambda tx: tx.insert("sign_ins", COLUMNS, iter(rows)))
     await store.write(lambda tx: tx.insert("sign_ins", COLUMNS, []))
     assert [tuple(row) for row in await store.rows("SELECT * FROM sign_ins ORDER BY digest")] == rows
+
+
+async def test_a_write_that_makes_sqlite_undo_the_whole_batch_ends_with_it_and_not_with_the_store(store: Store) -> None:
+    await store.write(put("a"))
+
+    def undoes(tx: Transaction) -> None:
+        tx.execute("INSERT OR ROLLBACK INTO sign_ins VALUES ('a', 0, 0)")
+
+    first, second = await in_one_batch(store, lambda: store.write(note("neighbour")), lambda: store.write(undoes))
+    assert (type(first), type(second)) == (StoreBusy, StoreBusy)
+    with pytest.raises(StoreBusy, match="nothing of this was stored"):
+        await store.write(undoes)
+    await store.write(put("b"))
+    assert await store.rows("SELECT count(*) FROM sign_ins")
+
+
+async def test_what_is_as_much_work_as_many_does_not_keep_all_others_waiting_in_one_batch(store: Store) -> None:
+    runs: list[list[int]] = []
+
+    def many(tx: Transaction, items: list[int]) -> list[outcome.Outcome[int]]:
+        runs.append(items)
+        return [outcome.Value(item) for item in items]
+
+    def ask(item: int, weight: int) -> Call:
+        return lambda: store.write_together(many, item, weight)
+
+    half = BATCH_LIMIT // 2
+    calls = [ask(item, weight) for item, weight in enumerate([half, half, half, 1, 2 * BATCH_LIMIT, 1])]
+    assert await in_one_batch(store, lambda: store.write(note("first")), *calls) == ["first", *range(6)]
+    assert runs == [[0], [1, 2], [3], [4], [5]]
 
 
 async def test_a_function_of_many_runs_once_for_a_batch_and_answers_each_in_its_place(store: Store, path: Path) -> None:
