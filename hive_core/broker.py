@@ -14,10 +14,9 @@ import json
 import logging
 import random
 import secrets
-import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,13 +26,14 @@ import trio
 from hive_core import question_ends
 from hive_core.archive import newest_of_agent
 from hive_core.bodies import Bodies, is_large, piece
+from hive_core.leases import Lease, Take, Turn, begin_turn
 from hive_core.limits import Limits
 from hive_core.post import AT_ONCE, Cause, Letter, forget_depth, post, put_message
-from hive_core.protocol.call_key import CallKey
 from hive_core.protocol.harness import OUTCOMES
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted, quoted
-from hive_core.protocol.words import OPERATOR, SYSTEM, AgentName, MessageBody
+from hive_core.protocol.words import EVERYONE, OPERATOR, SYSTEM, AgentName, MessageBody
+from hive_core.rests import provider_rest_s, settle
 from hive_core.store.bus import RESTING, mail
 from hive_core.store.door import Store
 from hive_core.store.schema import StoreBusy, StoreError
@@ -42,29 +42,7 @@ from hive_core.store.writer import Transaction
 log = logging.getLogger(__name__)
 
 RECV_LIMIT = 32
-RECV_BYTES = 128 * 1024  # of bodies in one answer, but one message always: programs cut long answers of tools
 RECV_WAIT_LIMIT_S = 180.0
-REST_MOST_S = 3600.0  # where doubling ends
-TOOL_CALL_KEPT_S = 7 * 24 * 3600
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A turn as its harness knows it: the fence shows that the lease is still its own."""
-
-    id: int
-    fence: str
-
-
-class Lease(NamedTuple):
-    """What a turn begins with."""
-
-    turn: Turn
-    message: dict[str, Any]  # protocol.harness.LeasedMessage
-    waiting: int  # how many more messages wait
-    refused: int  # how many the agent's full inbox did not take, ever
-    settings: dict[str, Any] | None
-    session: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,43 +67,6 @@ class _Ending(NamedTuple):
     usage: object = None
     session: str | None = None
     on_purpose: bool = False  # by whoever ended the agent: nothing that it has to rest from
-
-
-def first_answer(tx: Transaction, agent: AgentName, key: str | None, tool: str) -> dict[str, Any] | None:
-    """The result of the earlier call of `agent` with the same `key`. Raises Refusal as `once` does."""
-    if key is None:
-        return None
-    sql = "SELECT tool, digest, result FROM tool_calls WHERE agent = ? AND key = ?"
-    row = tx.execute(sql, (agent, key)).fetchone()
-    if row is None:
-        return None
-    if row["tool"] != tool:
-        raise Refusal("usage", f"cannot use this key for {tool}: it was used for a call of {row['tool']}")
-    if isinstance(key, CallKey) and row["digest"] not in (None, key.digest):
-        why = "it was used for one with other arguments; give each call a key of its own"
-        raise Refusal("usage", f"cannot use this key for this call of {tool}: {why}")
-    first: dict[str, Any] = json.loads(row["result"])
-    return first
-
-
-def once(
-    tx: Transaction, agent: AgentName, key: str | None, tool: str, do: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """The result of `do`, or of the earlier call of `agent` with the same `key`: it counts once.
-
-    Raises Refusal("usage") when the key was used for another tool, or (a CallKey) for other arguments.
-    """
-    first = first_answer(tx, agent, key, tool)
-    if first is not None:
-        return first
-    result = do()
-    if key is None:
-        return result
-    tx.execute(
-        "INSERT INTO tool_calls (agent, key, tool, digest, result, at_ms) VALUES (?, ?, ?, ?, ?, ?)",
-        (agent, key, tool, key.digest if isinstance(key, CallKey) else None, json.dumps(result), tx.now_ms),
-    )
-    return result
 
 
 class Broker:
@@ -162,10 +103,13 @@ class Broker:
         to = (recipients,) if isinstance(recipients, str) else tuple(recipients)
         letter = Letter(sender, to, body, in_reply_to, key)
         if self._bodies is None or not is_large(body):
-            return await self._store.write_together(self._post_all, letter)
+            return await self._store.write_together(self._post_all, letter, self._weight(to))
         async with self._bodies.kept(body) as kept:
             letter = replace(letter, body=kept.beginning, file=kept.file)
-            return await self._store.write_together(self._post_all, letter)
+            return await self._store.write_together(self._post_all, letter, self._weight(to))
+
+    def _weight(self, recipients: Sequence[AgentName]) -> int:
+        return self.limits.fan_out if EVERYONE in recipients else len(recipients)
 
     def _post(self, tx: Transaction, letters: list[Letter]) -> list[outcome.Outcome[dict[str, Any]]]:
         return post(tx, letters, self.limits)
@@ -179,7 +123,7 @@ class Broker:
         Raises Refusal("conflict") while another turn of the agent runs.
         """
         asked = fence or secrets.token_hex(8)
-        begin = partial(_lease, agent=agent, fence=asked, limits=self.limits)
+        begin = partial(begin_turn, agent=agent, fence=asked, limits=self.limits)
         return self._note(agent, await self._store.write_when(mail(agent), begin))
 
     async def ack(
@@ -216,7 +160,7 @@ class Broker:
         if row["state"] == "running":
             self.end_turn(tx, agent, turn.id, ending)
         try:
-            lease = _lease(tx, agent, next_fence, self.limits) if next_fence else None
+            lease = begin_turn(tx, agent, next_fence, self.limits) if next_fence else None
         except Refusal:
             lease = None  # an old ack, sent again: another turn runs by now
         return Acked(True, row["wanted"] == "paused", lease)
@@ -229,7 +173,7 @@ class Broker:
         taken waits again: nobody saw it.
         """
         # The wait may end just when a commit has taken some: asked again with the key, they are the same.
-        take = _Take(agent, limit, key or f"recv-{secrets.token_hex(8)}", self.limits)
+        take = Take(agent, limit, key or f"recv-{secrets.token_hex(8)}", self.limits)
         try:
             with trio.move_on_after(wait_s):
                 if wait_s > 0:
@@ -330,13 +274,13 @@ class Broker:
             "UPDATE turns SET state = ?, ended_at_ms = ?, error = ?, usage = ? WHERE id = ?",
             (ending.outcome, tx.now_ms, ending.error, usage, turn_id),
         )
-        rest_s = _provider_rest_s(self.limits, self._chance.random())
+        rest_s = provider_rest_s(self.limits, self._chance.random())
         rests_until = tx.now_ms + int(rest_s * 1000) if ending.outcome == "waiting" and not ending.on_purpose else None
         tx.execute(
             "UPDATE agents SET session = coalesce(?, session), rests_until_ms = ? WHERE name = ?",
             (ending.session or None, rests_until, agent),
         )
-        dead = []
+        dead, waits = [], False
         for row in tx.execute(_LEASED, (turn_id,)).fetchall():
             end = settle(ending.outcome, row["failures"], self.limits, self._chance.random())
             settled_at = None if end.state == "queued" else tx.now_ms
@@ -349,9 +293,11 @@ class Broker:
             )
             if end.rest_s > 0:
                 tx.wake(RESTING)
+            waits = waits or end.state == "queued"
             if end.state == "dead":
                 dead.append((row["message_id"], end.failures))
-        forget_depth(tx, agent)
+        if waits:
+            forget_depth(tx, agent)
         tx.emit("turn_ended", agent, agent, turn=turn_id, state=ending.outcome, error=ending.error)
         for message_id, failures in dead:
             tx.emit("message_dead", SYSTEM, agent, about=message_id, message=message_id, attempts=failures)
@@ -512,245 +458,9 @@ class Broker:
         if self._bodies is not None:
             await self._bodies.sweep()
 
-    async def forget_old_tool_calls(self) -> None:
-        sql = """
-            DELETE FROM tool_calls WHERE (agent, key) IN (
-                SELECT agent, key FROM tool_calls WHERE at_ms < ? LIMIT 500
-            )
-        """
-        while await self._store.insist(lambda tx: tx.execute(sql, (tx.now_ms - TOOL_CALL_KEPT_S * 1000,)).rowcount):
-            pass  # in small transactions, between which others write
-
-
-class Settled(NamedTuple):
-    state: str
-    failures: int
-    rest_s: float
-
-
-def settle(turn_state: str, failures: int, limits: Limits, chance: float) -> Settled:
-    """What becomes of a delivery when its turn ends. `chance`, 0 to 1, spreads the rests by half of each."""
-    match turn_state:
-        case "done" | "cancelled":
-            return Settled("acked", failures, 0.0)
-        case "waiting":
-            return Settled("queued", failures, _provider_rest_s(limits, chance))
-        case _ if failures + 1 >= limits.tries:
-            return Settled("dead", failures + 1, 0.0)
-        case "lost" if failures == 0:
-            return Settled("queued", 1, 0.0)
-        case _:
-            rest_s = min(limits.backoff_s * 2 ** min(failures, 30), max(limits.backoff_s, REST_MOST_S))
-            return Settled("queued", failures + 1, rest_s * (0.5 + chance))
-
-
-def _provider_rest_s(limits: Limits, chance: float) -> float:
-    return limits.provider_rest_s * (0.5 + chance)
-
 
 _LEASED = """
     SELECT d.message_id, d.failures FROM leases l JOIN turns t ON t.id = l.turn_id
     JOIN deliveries d ON d.message_id = l.message_id AND d.recipient = t.agent
     WHERE l.turn_id = ? AND d.state = 'leased'
 """
-_SEAT = """
-    SELECT wanted, settings, session, refused, rests_until_ms, t.id AS turn_id, t.fence, t.message_id
-    FROM agents LEFT JOIN turns t ON t.agent = name AND t.state = 'running' WHERE name = ?
-"""
-
-
-def _lease(tx: Transaction, agent: AgentName, fence: str, limits: Limits) -> Lease | None:
-    """Begin a turn with the first message that is due, or find the one that this fence began already."""
-    seat = tx.execute(_SEAT, (agent,)).fetchone()
-    if seat is None:
-        return None
-    if seat["turn_id"] is not None:
-        if seat["fence"] != fence:
-            raise Refusal("conflict", f"cannot lease: turn {seat['turn_id']} of {agent} still runs; ack it first")
-        (message,) = tx.execute(_ONE_MAIL, (agent, seat["message_id"])).fetchall()
-        return _as_lease(tx, agent, seat, Turn(seat["turn_id"], fence), message, message["attempts"])
-    due = _first_due(tx, agent, seat["rests_until_ms"], limits) if seat["wanted"] == "up" else []
-    if not due:
-        return None
-    (first,) = due
-    cursor = tx.execute(
-        "INSERT INTO turns (agent, fence, state, message_id, chain_id, hops, started_at_ms)"
-        " VALUES (?, ?, 'running', ?, ?, ?, ?)",
-        (agent, fence, first["id"], first["chain_id"], first["hops"], tx.now_ms),
-    )
-    assert cursor.lastrowid is not None
-    turn = Turn(cursor.lastrowid, fence)
-    _mark_leased(tx, agent, turn.id, due)
-    tx.emit("turn_started", agent, agent, turn=turn.id, message=first["id"])
-    return _as_lease(tx, agent, seat, turn, first, first["attempts"] + 1)
-
-
-def _as_lease(tx: Transaction, agent: str, seat: sqlite3.Row, turn: Turn, message: sqlite3.Row, attempt: int) -> Lease:
-    settings = json.loads(seat["settings"]) if seat["settings"] else None
-    shown = _for_agent(message, attempt)
-    return Lease(turn, shown, _waiting(tx, agent), seat["refused"], settings, seat["session"])
-
-
-@dataclass(slots=True)
-class _Take:
-    """One `recv` as the transactions that wake it see it: it belongs to the turn it was first asked in."""
-
-    agent: AgentName
-    limit: int
-    key: str
-    limits: Limits
-    turn: int | None = field(default=None, init=False)
-
-    def __call__(self, tx: Transaction, last: bool = False) -> dict[str, Any] | None:
-        sql = "SELECT id FROM turns WHERE agent = ? AND state = 'running'"
-        running = tx.execute(sql, (self.agent,)).fetchone()
-        if running is None or self.turn not in (None, running["id"]):
-            raise Refusal("refused", "cannot receive: no turn runs; messages are taken in a turn")
-        turn = self.turn = int(running["id"])
-        known = first_answer(tx, self.agent, self.key, "recv")
-        due = [] if known else _within(_due(tx, self.agent, self.limit, self.limits), RECV_BYTES)
-        if known or not (due or last):
-            return known
-        return once(tx, self.agent, self.key, "recv", lambda: self._lease_more(tx, turn, due))
-
-    def undo(self, tx: Transaction) -> None:
-        """Let what was taken wait again, as though it had never been handed out."""
-        taken = first_answer(tx, self.agent, self.key, "recv")
-        given = [(message["id"], self.agent, self.turn) for message in taken["messages"]] if taken else []
-        for message_id, agent, turn in given:
-            back = tx.execute(
-                "UPDATE deliveries SET state = 'queued', attempts = attempts - 1, turn_id = NULL"
-                " WHERE message_id = ? AND recipient = ? AND turn_id = ? AND state = 'leased'",
-                (message_id, agent, turn),
-            )
-            if back.rowcount:
-                tx.execute("DELETE FROM leases WHERE turn_id = ? AND message_id = ?", (turn, message_id))
-                tx.emit("message_put_back", SYSTEM, agent, about=message_id, message=message_id, turn=turn)
-        tx.execute("DELETE FROM tool_calls WHERE agent = ? AND key = ?", (self.agent, self.key))
-        if given:
-            forget_depth(tx, self.agent)
-            tx.wake(mail(self.agent))
-
-    def _lease_more(self, tx: Transaction, turn: int, due: list[sqlite3.Row]) -> dict[str, Any]:
-        if due:
-            _mark_leased(tx, self.agent, turn, due)
-            deepest = max(due, key=lambda row: row["hops"])
-            tx.execute(
-                "UPDATE turns SET chain_id = ?, hops = ? WHERE id = ? AND hops < ?",
-                (deepest["chain_id"], deepest["hops"], turn, deepest["hops"]),
-            )
-            tx.emit("messages_taken", self.agent, self.agent, turn=turn, messages=[row["id"] for row in due])
-        shown = [_for_agent(row, row["attempts"] + 1) for row in due]
-        return {"messages": shown, "waiting": _waiting(tx, self.agent)}
-
-
-_MAIL = """
-    SELECT m.id, m.sender, m.body, m.body_bytes, m.body_sha256, m.in_reply_to, m.cause, m.cause_id, m.chain_id, m.hops,
-           m.sent_at_ms, d.attempts
-    FROM deliveries d{index} JOIN messages m ON m.id = d.message_id
-"""
-
-
-_ONE_MAIL = f"{_MAIL.format(index='')} WHERE d.recipient = ? AND d.message_id = ?"
-_IS_DUE = """
-    d.recipient = :agent AND d.state = 'queued'
-    AND (d.attempts = 0 OR d.available_at_ms <= :now OR d.available_at_ms > :now + :far)
-"""
-_DUE_MAIL = f"""
-    {_MAIL.format(index=" INDEXED BY deliveries_queued")} WHERE {_IS_DUE} ORDER BY d.message_id LIMIT :limit
-"""
-_LEAST_HANDED_OUT = f"""
-    SELECT d.message_id FROM deliveries d INDEXED BY deliveries_queued WHERE {_IS_DUE}
-    ORDER BY d.attempts, d.message_id LIMIT 1
-"""
-
-
-def _far_ms(limits: Limits) -> float:
-    """No rest of a message is longer: what is due later was put back before the clock was set back, and is due now."""
-    return max(limits.provider_rest_s, limits.backoff_s, REST_MOST_S) * 1500
-
-
-def _agent_far_ms(limits: Limits) -> float:
-    return limits.provider_rest_s * 1500
-
-
-def _due(tx: Transaction, agent: str, limit: int, limits: Limits) -> list[sqlite3.Row]:
-    given = {"agent": agent, "now": tx.now_ms, "far": _far_ms(limits), "limit": limit}
-    return tx.execute(_DUE_MAIL, given).fetchall()
-
-
-def _first_due(tx: Transaction, agent: str, rests_until_ms: int | None, limits: Limits) -> list[sqlite3.Row]:
-    """The message for the agent's next turn, where there is one and the agent does not rest.
-
-    After a rest it is the one that was handed out least often: the message whose turn had to wait has rested too, and
-    were it always the next, a turn that has to wait for the message's own sake would keep all others back.
-    """
-    if rests_until_ms is None:
-        return _due(tx, agent, 1, limits)
-    if tx.now_ms < rests_until_ms <= tx.now_ms + _agent_far_ms(limits):
-        return []
-    given = {"agent": agent, "now": tx.now_ms, "far": _far_ms(limits)}
-    least = tx.execute(_LEAST_HANDED_OUT, given).fetchone()
-    return tx.execute(_ONE_MAIL, (agent, least["message_id"])).fetchall() if least else []
-
-
-def _within(rows: list[sqlite3.Row], limit_bytes: int) -> list[sqlite3.Row]:
-    """The first rows whose bodies together stay within the limit; one at least."""
-    size = 0
-    for count, row in enumerate(rows):
-        size += len(row["body"].encode())
-        if count and size > limit_bytes:
-            return rows[:count]
-    return rows
-
-
-def _mark_leased(tx: Transaction, agent: str, turn_id: int, due: list[sqlite3.Row]) -> None:
-    tx.executemany(
-        "UPDATE deliveries SET state = 'leased', attempts = attempts + 1, turn_id = ?"
-        " WHERE message_id = ? AND recipient = ?",
-        [(turn_id, row["id"], agent) for row in due],
-    )
-    leases = [(turn_id, row["id"], row["attempts"] + 1, tx.now_ms) for row in due]
-    tx.insert("leases", ("turn_id", "message_id", "attempt", "at_ms"), leases)
-
-
-def _waiting(tx: Transaction, agent: str) -> int:
-    sql = "SELECT count(*) AS n FROM deliveries INDEXED BY deliveries_queued WHERE recipient = ? AND state = 'queued'"
-    return int(tx.execute(sql, (agent,)).fetchone()["n"])
-
-
-def _for_agent(row: sqlite3.Row, attempt: int) -> dict[str, Any]:
-    """A message as the agent sees it; a body that goes on elsewhere says so by its size."""
-    keys = ("id", "sender", "body", "in_reply_to", "sent_at_ms", "cause", "cause_id")
-    more = {"body_bytes": row["body_bytes"]} if row["body_sha256"] else {}
-    return {**{key: row[key] for key in keys}, "attempt": attempt, **more}
-
-
-class Rests:
-    """What rests, for the hive's clock: an agent is woken when it has rested, or one of its messages has."""
-
-    topic = RESTING
-
-    def __init__(self, limits: Limits | None = None) -> None:
-        self._limits = limits or Limits()
-
-    def next_after(self, tx: Transaction) -> int | None:
-        sql = """
-            SELECT min(at_ms) FROM (
-                SELECT min(available_at_ms) AS at_ms FROM deliveries
-                WHERE state = 'queued' AND attempts > 0 AND available_at_ms > :now
-                UNION ALL SELECT min(rests_until_ms) FROM agents WHERE rests_until_ms > :now
-            )
-        """
-        at: int | None = tx.execute(sql, {"now": tx.now_ms}).fetchone()[0]
-        return at
-
-    def fire(self, tx: Transaction) -> None:
-        sql = """
-            SELECT recipient FROM deliveries INDEXED BY deliveries_resting
-            WHERE state = 'queued' AND attempts > 0 AND (available_at_ms <= :now OR available_at_ms > :now + :far)
-            UNION SELECT name FROM agents WHERE rests_until_ms <= :now OR rests_until_ms > :now + :agent_far
-        """
-        given = {"now": tx.now_ms, "far": _far_ms(self._limits), "agent_far": _agent_far_ms(self._limits)}
-        for row in tx.execute(sql, given).fetchall():
-            tx.wake(mail(row["recipient"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -25,7 +26,7 @@ from dashboard.app import build_app
 from hive_core.agents import Agent, Agents
 from hive_core.approvals import Approvals
 from hive_core.bodies import Bodies
-from hive_core.broker import Broker, Rests
+from hive_core.broker import Broker
 from hive_core.config import Config
 from hive_core.containers.bubblewrap import AgentDirs, sandbox_trouble
 from hive_core.containers.process import ProcessDriver
@@ -40,6 +41,7 @@ from hive_core.protocol.paths import explain, host_socket
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, PERSONA_LIMIT_BYTES, AgentName, parse_text
 from hive_core.repos import Repos
+from hive_core.rests import Rests
 from hive_core.sign_ins import SignIns
 from hive_core.sockets.admin import AdminDesk
 from hive_core.sockets.harness import HarnessDesk
@@ -49,6 +51,7 @@ from hive_core.sockets.unix import listen_unix, serve_unix
 from hive_core.store.door import open_store
 from hive_core.store.schema import StoreBusy
 from hive_core.systemd import notify
+from hive_core.tool_calls import forget_old_tool_calls
 from hive_core.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -292,6 +295,7 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(serve_clock, hive.store, timers)
         nursery.start_soon(_serve_pruning, hive)
         nursery.start_soon(hive.reconciler.serve)
+        gc.freeze()  # what was loaded stays: to look through it at each collection is a tenth of a busy daemon's work
         task_status.started()
         notify("READY=1")
         log.info("ready: %s, state in %s", hive.dashboard_url(), config.state_dir)
@@ -309,7 +313,7 @@ async def _serve_pruning(hive: Hive) -> None:
     while True:
         try:
             await hive.turns.prune()
-            await hive.broker.forget_old_tool_calls()
+            await forget_old_tool_calls(hive.store)
             await hive.retention.forget_old()
             await hive.broker.sweep_bodies()
         except StoreBusy as busy:  # a full disk, say: what is old can go an hour later

@@ -7,8 +7,9 @@ the two `_judge` decides from plain values. Sender, cause and time are the host'
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from outcome import Error, Outcome, Value, capture
@@ -22,9 +23,10 @@ from hive_core.store.bus import mail
 from hive_core.store.writer import Transaction
 
 AT_ONCE = 0  # a message that need not rest is due by any clock, also one that was set back since
+_NEXT_ID = "next message"
 # fmt: off
 _MESSAGE = ("id", "sender", "body", "body_bytes", "body_sha256", "in_reply_to", "thread_id",
-            "cause", "cause_id", "chain_id", "hops", "client_id", "sent_at_ms")
+            "cause", "cause_id", "chain_id", "hops", "client_id", "to_everyone", "sent_at_ms")
 _DELIVERY = ("message_id", "recipient", "sender", "state", "held", "sent_at_ms", "available_at_ms")
 # fmt: on
 
@@ -69,12 +71,11 @@ class _First:
 
     answer: dict[str, Any]
     said: tuple[str, str | None, int | None]  # its body, or the beginning and the digest; what it answers
-    recipients: frozenset[str]
+    recipients: frozenset[str]  # `*` for everyone, whomever that reached
 
     def answer_to(self, letter: Letter) -> dict[str, Any]:
-        """The first answer. Raises Refusal when the letter is another one: whom `*` reaches may change, and no more."""
-        to = letter.recipients
-        if self.said != _said(letter) or not (to == (EVERYONE,) or self.recipients == frozenset(to)):
+        """The first answer. Raises Refusal when the letter is another one."""
+        if self.said != _said(letter) or self.recipients != frozenset(letter.recipients):
             why = f"message {self.answer['message']} has it, and is another one; give each message a key of its own"
             raise Refusal("usage", f"cannot use this key for this message: {why}")
         return dict(self.answer)
@@ -96,10 +97,7 @@ def post(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> list[Out
 
     A refused letter leaves nothing but a count with each recipient whose inbox was full.
     """
-    facts = _look_up(tx, letters, limits)
-    (next_id,) = tx.execute("SELECT coalesce(max(seq), 0) + 1 FROM sqlite_sequence WHERE name = 'messages'").fetchone()
-    messages: list[tuple[Any, ...]] = []
-    deliveries: list[tuple[Any, ...]] = []
+    facts, rows = _look_up(tx, letters, limits), _Rows(_next_id(tx))
     results: list[Outcome[dict[str, Any]]] = []
     for letter in letters:
         key = (letter.sender, letter.client_id or "")
@@ -116,37 +114,72 @@ def post(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> list[Out
                 _count_refused(tx, letter.sender, refusal.full, facts)
             results.append(Error(refusal))
             continue
-        number, next_id = next_id, next_id + 1
-        body_sha256, body_bytes = letter.file or (None, len(letter.body.encode()))
         thread_id = None if letter.in_reply_to is None else facts.replied[letter.in_reply_to][0]
-        body = (letter.body, body_bytes, body_sha256)
-        caused = (cause.kind, cause.id, cause.chain_id or number, cause.hops)
-        messages.append(
-            (number, letter.sender, *body, letter.in_reply_to, thread_id, *caused, letter.client_id, tx.now_ms)
-        )
+        number = rows.add(letter, recipients, cause, held, thread_id, tx.now_ms)
+        answer: dict[str, Any] = {"message": number, **({"held": held} if held else {})}
         for name in recipients:
-            state = "held" if name in held else "queued"
-            deliveries.append((number, name, letter.sender, state, held.get(name), tx.now_ms, AT_ONCE))
             if name not in held:
                 tx.wake(mail(name))
             _note_sent(tx, letter, name, name in held, facts)
-        answer: dict[str, Any] = {"message": number, **({"held": held} if held else {})}
         tx.emit("message_sent", letter.sender, recipients[0] if len(recipients) == 1 else None, **answer)
         facts.replied[number] = (thread_id or number, {letter.sender, *recipients})
         if letter.client_id is not None:
-            facts.firsts[key] = _First(answer, _said(letter), frozenset(recipients))
+            facts.firsts[key] = _First(answer, _said(letter), frozenset(letter.recipients))
         if letter.file is not None and letter.sender in facts.agents:
-            facts.agents[letter.sender].kept_bytes += body_bytes
+            facts.agents[letter.sender].kept_bytes += letter.file[1]
         results.append(Value(answer))
-    tx.insert("messages", _MESSAGE, messages)
-    tx.insert("deliveries", _DELIVERY, deliveries)
-    tx.memo.update({_depth(name): agent.waiting for name, agent in facts.agents.items()})
+    tx.insert("messages", _MESSAGE, rows.messages)
+    tx.insert("deliveries", _DELIVERY, rows.deliveries)
+    tx.memo.update({_depth(name): agent.waiting for name, agent in facts.agents.items()}, **{_NEXT_ID: rows.next_id})
     return results
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What a commit adds."""
+
+    next_id: int
+    messages: list[tuple[Any, ...]] = field(default_factory=list)
+    deliveries: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def add(
+        self,
+        letter: Letter,
+        recipients: Iterable[AgentName],
+        cause: Cause,
+        held: Mapping[str, str],
+        thread_id: int | None,
+        now_ms: int,
+    ) -> int:
+        """The number of the message that the letter becomes."""
+        number, self.next_id = self.next_id, self.next_id + 1
+        body_sha256, body_bytes = letter.file or (None, len(letter.body.encode()))
+        body = (letter.body, body_bytes, body_sha256, letter.in_reply_to, thread_id)
+        caused = (cause.kind, cause.id, cause.chain_id or number, cause.hops)
+        known_by = (letter.client_id, EVERYONE in letter.recipients)
+        self.messages.append((number, letter.sender, *body, *caused, *known_by, now_ms))
+        for name in recipients:
+            state = "held" if name in held else "queued"
+            self.deliveries.append((number, name, letter.sender, state, held.get(name), now_ms, AT_ONCE))
+        return number
+
+
+def _next_id(tx: Transaction) -> int:
+    """The number of the next message. Only `post` inserts messages, so it can be remembered."""
+    if (known := tx.memo.get(_NEXT_ID)) is not None:
+        return int(known)
+    sql = "SELECT coalesce(max(seq), 0) + 1 FROM sqlite_sequence WHERE name = 'messages'"
+    return int(tx.execute(sql).fetchone()[0])
 
 
 def forget_depth(tx: Transaction, name: str) -> None:
     """For whoever queues mail of `name` by any other way than `post`: how full that inbox is, nobody knows now."""
     tx.memo[_depth(name)] = None
+
+
+def note_depth(tx: Transaction, name: str, waiting: int) -> None:
+    """For whoever has just counted how many wait for `name`."""
+    tx.memo[_depth(name)] = waiting
 
 
 def _at_most(tx: Transaction, name: str, limits: Limits) -> int:
@@ -281,11 +314,11 @@ def _look_up(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> _Fac
     else:
         found = tx.execute(f"{_AGENTS} WHERE name IN (SELECT value FROM json_each(?))", (json.dumps(sorted(names)),))
     for row in found.fetchall():
-        policy = json.loads(row["policy"])
+        allowed, rate = _policy(row["policy"])
         hops = row["hops"] + 1 if row["turn_id"] else 0
         facts.agents[row["name"]] = _Agent(
-            allowed=frozenset(policy["recipients"]) if policy.get("recipients") is not None else None,
-            rate=policy.get("pair_rate_per_hour") or limits.pair_rate_per_hour,
+            allowed=allowed,
+            rate=rate or limits.pair_rate_per_hour,
             waiting=_at_most(tx, row["name"], limits),
             held=row["held"],
             refused=row["refused"],
@@ -303,11 +336,20 @@ def _look_up(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> _Fac
         for row in tx.execute(_FIRST, (json.dumps(keys),)).fetchall():
             held = json.loads(row["held"])
             answer = {"message": row["id"], **({"held": held} if held else {})}
-            said, people = (row["body"], row["body_sha256"], row["in_reply_to"]), json.loads(row["recipients"])
-            facts.firsts[row["sender"], row["client_id"]] = _First(answer, said, frozenset(people))
+            said = (row["body"], row["body_sha256"], row["in_reply_to"])
+            to = frozenset([EVERYONE] if row["to_everyone"] else json.loads(row["recipients"]))
+            facts.firsts[row["sender"], row["client_id"]] = _First(answer, said, to)
     for sender in {letter.sender for letter in letters if letter.file is not None} & facts.agents.keys():
         facts.agents[sender].kept_bytes = tx.execute(_KEPT, (sender,)).fetchone()[0]
     return facts
+
+
+@lru_cache(maxsize=1024)
+def _policy(raw: str) -> tuple[frozenset[str] | None, int | None]:
+    """Whom an agent may write to, and how often an hour; None where its settings do not say."""
+    policy = json.loads(raw)
+    recipients = policy.get("recipients")
+    return None if recipients is None else frozenset(recipients), policy.get("pair_rate_per_hour")
 
 
 # The newest turn is the one that runs, if any does.
@@ -328,7 +370,7 @@ _REPLIED = """
     FROM messages WHERE id IN (SELECT value FROM json_each(?))
 """
 _FIRST = """
-    SELECT m.sender, m.client_id, m.id, m.body, m.body_sha256, m.in_reply_to, (
+    SELECT m.sender, m.client_id, m.id, m.body, m.body_sha256, m.in_reply_to, m.to_everyone, (
         SELECT json_group_array(recipient) FROM deliveries WHERE message_id = m.id
     ) AS recipients, (
         SELECT json_group_object(recipient, held) FROM deliveries WHERE message_id = m.id AND held IS NOT NULL

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from hive_core.broker import first_answer, once
 from hive_core.limits import Limits
 from hive_core.post import Letter, post
 from hive_core.protocol.refusal import Refusal
@@ -30,6 +29,7 @@ from hive_core.protocol.words import (
 from hive_core.question_ends import TOPIC, cancel_put_with, expire, tell_held
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
+from hive_core.tool_calls import first_answer, once
 from hive_core.withdrawal import withdraw
 
 # A line may be one byte and its mark are two more: also as a message, three times as long, it has to stand inline.

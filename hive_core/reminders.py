@@ -9,7 +9,6 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
-from hive_core.broker import once
 from hive_core.limits import Limits
 from hive_core.post import Cause, Letter, no_room
 from hive_core.protocol.refusal import Refusal
@@ -18,6 +17,7 @@ from hive_core.protocol.words import NOTE_LIMIT_BYTES, SYSTEM, AgentName, Messag
 from hive_core.questions import instant, post_counted
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
+from hive_core.tool_calls import once
 
 OPEN_LIMIT = 50  # reminders of one agent that wait
 AHEAD_MOST_S = 366 * 24 * 3600.0

@@ -10,7 +10,6 @@ import sqlite3
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from hive_core.broker import first_answer, once
 from hive_core.cron import Cron, parse_cron
 from hive_core.limits import Limits
 from hive_core.post import Cause, Letter, no_room
@@ -28,6 +27,7 @@ from hive_core.protocol.words import (
 from hive_core.questions import post_counted, unless_refused
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
+from hive_core.tool_calls import first_answer, once
 
 LATE_MOST_MS = 5 * 60_000  # what is later than this was missed: a restart is not, a night without the daemon is
 COUNTED_MOST = 1_000  # missed instants that are counted one by one

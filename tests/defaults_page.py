@@ -6,7 +6,19 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from hive_core import agents, archive, broker, questions, reminders, retention, schedules, turns
+from hive_core import (
+    agents,
+    archive,
+    broker,
+    leases,
+    questions,
+    reminders,
+    rests,
+    retention,
+    schedules,
+    tool_calls,
+    turns,
+)
 from hive_core.limits import Limits
 from hive_core.protocol import harness, words
 from hive_core.sockets import admin
@@ -59,10 +71,12 @@ FIXED_ROWS = {
         "_bytes", words.BODY_LIMIT_BYTES
     ),
     "messages of one `recv`": in_words("", broker.RECV_LIMIT),
-    "bodies of one `recv` together, but one message always": in_words("_bytes", broker.RECV_BYTES),
+    "bodies of one `recv` together, but one message always": in_words("_bytes", leases.RECV_BYTES),
     "how long one `recv` waits": in_words("_s", broker.RECV_WAIT_LIMIT_S),
-    "the longest rest, where doubling ends": in_words("_s", broker.REST_MOST_S),
-    "how long the answer of a tool call is known to one that is sent again": in_words("_s", broker.TOOL_CALL_KEPT_S),
+    "the longest rest, where doubling ends": in_words("_s", rests.REST_MOST_S),
+    "how long the answer of a tool call is known to one that is sent again": in_words(
+        "_s", tool_calls.TOOL_CALL_KEPT_S
+    ),
     "how often the harness of a quiet turn says that it lives": in_words("_s", harness.RENEW_EVERY_S),
     "a question": in_words("_bytes", questions.QUESTION_LIMIT_BYTES),
     "an answer to one": in_words("_bytes", questions.ANSWER_LIMIT_BYTES),

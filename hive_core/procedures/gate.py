@@ -12,7 +12,6 @@ from jinja2 import Environment
 
 from hive_core.agents import Agents, set_deployed
 from hive_core.approvals import Approval, Approvals, digest_of, put_request, settle
-from hive_core.broker import first_answer, once
 from hive_core.post import no_room, put_message
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import quoted
@@ -33,6 +32,7 @@ from hive_core.store.bus import APPROVED
 from hive_core.store.door import Store
 from hive_core.store.schema import StoreError
 from hive_core.store.writer import Transaction
+from hive_core.tool_calls import first_answer, once
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ import trio
 import trio_asyncio
 
 from hive_core.bodies import Bodies
-from hive_core.broker import Broker, Lease, Turn
+from hive_core.broker import Broker
+from hive_core.leases import Lease, Turn
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_agent_name, parse_body

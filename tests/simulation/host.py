@@ -14,14 +14,16 @@ import trio.testing
 
 from hive_core.agents import Agents
 from hive_core.archive import Archive, Query
-from hive_core.broker import Broker, Rests
+from hive_core.broker import Broker
 from hive_core.procedures.clock import serve_clock
 from hive_core.protocol.words import AgentName
 from hive_core.reminders import Reminders
+from hive_core.rests import Rests
 from hive_core.retention import Retention
 from hive_core.schedules import Schedules
 from hive_core.sockets.harness import HarnessDesk
 from hive_core.store.door import Store
+from hive_core.tool_calls import forget_old_tool_calls
 from hive_core.turns import Turns
 from tests.simulation.weather import Chance, Weather
 from tests.simulation.witness import NEVER, Witness
@@ -163,7 +165,7 @@ async def _keep_house(broker: Broker, turns: Turns, archive: Archive, retention:
     while True:
         await archive.search(Query("work"))
         await turns.prune()
-        await broker.forget_old_tool_calls()
+        await forget_old_tool_calls(broker._store)
         await retention.forget_old()
         await trio.sleep(HOUSE_KEPT_EVERY_S)
 

@@ -9,8 +9,9 @@ import pytest
 import trio
 from outcome import Error
 
-from hive_core import broker, post, retention
-from hive_core.broker import Acked, Broker, Turn
+from hive_core import broker, leases, post, rests, retention
+from hive_core.broker import Acked, Broker
+from hive_core.leases import Turn
 from hive_core.limits import Limits
 from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.reminders import Reminders
@@ -177,37 +178,37 @@ def test_a_send_that_is_refused_and_stored_is_found(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_queue_that_is_read_from_its_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    newest_first = broker._DUE_MAIL.replace("ORDER BY d.message_id", "ORDER BY d.message_id DESC")
-    assert newest_first != broker._DUE_MAIL
-    monkeypatch.setattr(broker, "_DUE_MAIL", newest_first)
+    newest_first = leases._SEAT.replace("ORDER BY d.message_id", "ORDER BY d.message_id DESC")
+    assert newest_first != leases._SEAT
+    monkeypatch.setattr(leases, "_SEAT", newest_first)
     with pytest.raises(PromiseBroken, match="first_deliveries_keep_the_order"):
         simulate(SEED, STORM)
 
 
 def test_a_message_that_rests_before_the_others_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever has a message that is backing off gets no other."""
-    due = broker._due
+    first_due = leases._first_due
 
-    def nothing_or_due(tx: Transaction, agent: str, limit: int, limits: Limits) -> Any:
+    def nothing_or_due(tx: Transaction, agent: str, *rest: Any) -> Any:
         sql = (
             "SELECT 1 FROM deliveries WHERE recipient = ? AND state = 'queued' AND attempts > 0 AND available_at_ms > ?"
         )
-        return [] if tx.execute(sql, (agent, tx.now_ms)).fetchone() else due(tx, agent, limit, limits)
+        return None if tx.execute(sql, (agent, tx.now_ms)).fetchone() else first_due(tx, agent, *rest)
 
-    monkeypatch.setattr(broker, "_due", nothing_or_due)
+    monkeypatch.setattr(leases, "_first_due", nothing_or_due)
     with pytest.raises(PromiseBroken, match=r"is due and|was due"):
         simulate(SEED, replace(STORM, **CALM))
 
 
 def test_an_agent_that_takes_no_rest_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The provider is away, and the program is started for one waiting message after the other."""
-    monkeypatch.setattr(broker, "_SEAT", broker._SEAT.replace("rests_until_ms", "NULL AS rests_until_ms"))
+    monkeypatch.setattr(leases, "_SEAT", leases._SEAT.replace("rests_until_ms", "NULL AS rests_until_ms"))
     with pytest.raises(PromiseBroken, match="an_agent_rests_after_a_turn_that_had_to_wait"):
         simulate(SEED, STORM)
 
 
 def test_an_agent_that_is_woken_by_the_rests_of_its_messages_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    class KnowsMessagesAlone(broker.Rests):
+    class KnowsMessagesAlone(rests.Rests):
         def next_after(self, tx: Transaction) -> int | None:
             sql = "SELECT min(available_at_ms) FROM deliveries WHERE state = 'queued' AND available_at_ms > ?"
             at: int | None = tx.execute(sql, (tx.now_ms,)).fetchone()[0]
@@ -263,8 +264,8 @@ def test_a_reminder_that_comes_early_is_found(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_redelivery_that_passes_for_the_first_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    for_agent = broker._for_agent
-    monkeypatch.setattr(broker, "_for_agent", lambda row, attempt: for_agent(row, 1))
+    for_agent = leases._for_agent
+    monkeypatch.setattr(leases, "_for_agent", lambda row, attempt: for_agent(row, 1))
     with pytest.raises(PromiseBroken, match="was told attempt 1"):
         simulate(SEED, STORM)
 

@@ -13,12 +13,15 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive_core.broker import REST_MOST_S, Acked, Broker, Lease, Rests, Turn, _lease, settle
+from hive_core.broker import Acked, Broker
+from hive_core.leases import Lease, Turn, begin_turn
 from hive_core.limits import Limits
 from hive_core.post import put_message
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_body
+from hive_core.rests import REST_MOST_S, Rests, settle
 from hive_core.store.writer import Transaction
+from hive_core.tool_calls import forget_old_tool_calls
 from tests.hives import PATIENCE_S, Services, held_writer, open_services, second_look
 
 IRIS, DAMOCLES, HM1ND, OPERATOR = (AgentName(name) for name in ("iris", "damocles", "hm1nd", "operator"))
@@ -92,7 +95,7 @@ async def test_the_answers_of_old_tool_calls_are_forgotten_and_new_ones_are_kept
     await hive.broker.recv(IRIS, 1, 0, key="old")
     await hive.sql("UPDATE tool_calls SET at_ms = 0")
     second = await hive.broker.recv(IRIS, 1, 0, key="new")
-    await hive.broker.forget_old_tool_calls()
+    await forget_old_tool_calls(hive.store)
     assert await hive.broker.recv(IRIS, 1, 0, key="new") == second
     assert (await hive.broker.recv(IRIS, 1, 0, key="old"))["messages"] == []
 
@@ -347,7 +350,7 @@ async def test_a_turn_that_had_to_wait_costs_no_try_and_yet_its_message_says_tha
 
 async def begins(hive: Services, agent: AgentName = IRIS) -> int | None:
     """The message that a turn of the agent begins with now; None when none does."""
-    begun = await hive.store.write(lambda tx: _lease(tx, agent, "f-now", Limits()))
+    begun = await hive.store.write(lambda tx: begin_turn(tx, agent, "f-now", Limits()))
     return begun.message["id"] if begun else None
 
 
@@ -643,7 +646,7 @@ async def test_a_turn_that_was_begun_for_a_harness_that_had_just_left_is_lost_to
     async with watched(hive):
         await trio.testing.wait_all_tasks_blocked()
         # As a lease does that is cancelled while its commit is under way: begun, and nobody was told.
-        await hive.store.write(lambda tx: _lease(tx, IRIS, "f", Limits()))
+        await hive.store.write(lambda tx: begin_turn(tx, IRIS, "f", Limits()))
         await wait_lost(hive)
     assert await hive.states() == {1: "queued"}
 

@@ -9,11 +9,13 @@ import pytest
 from trio_asyncio import aio_as_trio
 
 from hive_core.archive import _NEWEST_OF_AGENT, Archive, Query, _whose
-from hive_core.broker import Rests, _Ending, _lease
+from hive_core.broker import _Ending
+from hive_core.leases import begin_turn
 from hive_core.limits import Limits
 from hive_core.post import Letter, forget_depth, post
 from hive_core.protocol.words import OPERATOR, AgentName, parse_body
 from hive_core.questions import Ask
+from hive_core.rests import Rests
 from hive_core.retention import Retention
 from hive_core.store.door import READERS, _wake_recipients
 from hive_core.store.writer import Transaction
@@ -29,7 +31,7 @@ def send(hive: Services, tx: Transaction) -> None:
 
 
 def lease_and_end(hive: Services, tx: Transaction) -> None:
-    lease = _lease(tx, IRIS, "f", Limits())
+    lease = begin_turn(tx, IRIS, "f", Limits())
     assert lease is not None
     hive.broker.end_turn(tx, IRIS, lease.turn.id, _Ending("done"))
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hive_core.archive import Archive, Query
-from hive_core.broker import Turn
+from hive_core.leases import Turn
 from hive_core.limits import Limits
 from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.retention import Retention

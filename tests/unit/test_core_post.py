@@ -173,6 +173,23 @@ async def test_a_reply_to_a_reply_is_in_the_thread_that_the_first_message_began(
     assert third == 3
 
 
+async def test_a_message_to_everyone_takes_the_room_of_many_in_a_batch(
+    hive: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were it one among 500 of its kind, a swarm of 200 would stand still until 100,000 rows are written."""
+    weights: list[int] = []
+    write_together = hive.store.write_together
+
+    async def note_weight(function: Any, item: Any, weight: int) -> Any:
+        weights.append(weight)
+        return await write_together(function, item, weight)
+
+    monkeypatch.setattr(hive.store, "write_together", note_weight)
+    await hive.broker.send(OPERATOR, EVERYONE, parse_body("a"))
+    await hive.broker.send(OPERATOR, (IRIS, HM1ND), parse_body("b"))
+    assert weights == [hive.broker.limits.fan_out, 2]
+
+
 async def test_a_reply_in_the_batch_of_what_it_answers_finds_it_and_its_thread(hive: Services) -> None:
     letters = [
         Letter(HM1ND, (IRIS,), parse_body("a")),
@@ -210,6 +227,7 @@ LARGE = "x" * 100_000
         ("hm1nd", {}, {"recipients": ["iris", "damocles"]}),
         ("hm1nd", {}, {"in_reply_to": 1}),
         ("operator", {"recipients": "*"}, {"recipients": "iris"}),
+        ("operator", {"recipients": "iris"}, {"recipients": "*"}),
         ("hm1nd", {"body": LARGE}, {"body": f"{LARGE}y"}),
     ],
 )

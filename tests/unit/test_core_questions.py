@@ -11,7 +11,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hive_core.broker import Turn
+from hive_core.leases import Turn
 from hive_core.limits import Limits
 from hive_core.procedures.clock import serve_clock
 from hive_core.protocol.refusal import Refusal

@@ -13,6 +13,7 @@ CREATE TABLE new_messages (
   chain_id    INTEGER NOT NULL,              -- the message that the chain of causes began with
   hops        INTEGER NOT NULL,              -- how many turns lie between that one and this
   client_id   TEXT,                          -- the sender's own key: the same key is the same message
+  to_everyone INTEGER NOT NULL DEFAULT 0 CHECK (to_everyone IN (0, 1)),  -- whom that reached, its deliveries tell
   sent_at_ms  INTEGER NOT NULL
 ) STRICT;
 
