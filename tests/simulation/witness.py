@@ -43,7 +43,9 @@ class Witness:
         self._prompt_ms = weather.prompt_s * 1000
         self.now_ms = 0
         self.told = Told(bodies_differ=True, limits=weather.limits)
-        self._silence_ms = int(weather.limits.lease_silence_s * 1500) + 2_000
+        # Where the wall's clock runs on while the machine stands still, nobody can say who was silent for too long.
+        waits = weather.prompt_s == float("inf")
+        self._silence_ms = NEVER if waits else int(weather.limits.lease_silence_s * 1500) + 2_000
         self.free_since_ms: dict[str, int] = {}
         self.heard_ms: dict[str, int] = {}
         self.up_since_ms = NEVER
