@@ -1,36 +1,37 @@
-"""Claude Code: its flags, its environment, its stream. All that is particular to it stands here.
+"""Claude Code: its flags, its environment, its process. What its stream says stands in claude_stream.
 
-Tried with 2.1.197. The rehearsal takes the same flags and speaks the same stream, so it differs in nothing but the
-executable.
+Tried with 2.1.197. One process takes many turns: a line of stdin begins one, a `result` ends it, in a hundredth of
+a second where a new process takes half of one. The rehearsal takes the same flags and speaks the same stream.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from hive_agent.program import Command, run_program
+import trio
+
+from hive_agent.claude_stream import Report, begins_turn
+from hive_agent.own_command import own_command
+from hive_agent.program import Command, Line, Program
+from hive_agent.runner import Ending, Runner, Seat
 from hive_agent.turn_lines import hive_line
 from hive_agent.wake import wake_prompt
-from hive_core.protocol.harness import STREAM_LINE_LIMIT_BYTES
-from hive_core.protocol.lines import decode
-from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.harness import WARM_IDLE_S, WARM_MEMORY_MIB, WARM_TURNS
+from hive_core.protocol.lines import encode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from hive_core.protocol.harness import Lease, Outcome, Settings
+    from hive_core.protocol.harness import Lease, Settings
 
-# Errors that are not the turn's own fault: no login, no credit, an overloaded or unreachable provider.
-WAITING_ERRORS = frozenset({"authentication_failed", "billing_error", "rate_limit", "server_error", "overloaded"})
-WAITING_STATUSES = frozenset({401, 402, 403, 408, 429})
 MAX_RETRIES = 5  # 17 s against 529, which is retried whatever the server says; the default of 10 is 3 minutes
 TOOLS_PATIENCE_MS = 60_000  # a daemon that starts anew in that time costs a turn nothing
-ERROR_LIMIT = 500
+INTERRUPT_S = 5.0  # that a program which is asked to end its turn has for it
+BETWEEN_LIMIT = 100  # lines that are kept of what is printed between two turns
+INTERRUPT = encode({"type": "control_request", "request_id": "interrupt", "request": {"subtype": "interrupt"}})
 # The shape of a real credential, so that the program takes it; the host's relay puts the real one in its place.
 PLACEHOLDERS = {
     "api_key": ("ANTHROPIC_API_KEY", "sk-ant-api03-" + "placeholder-" * 7 + "placeholderAA"),
@@ -38,83 +39,162 @@ PLACEHOLDERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """Where the program works."""
+class Claude(Runner):
+    name = "claude"
 
-    agent: str
-    run_dir: str  # the host's sockets
-    state_dir: str  # its working directory
-    home: str
-    config_dir: str  # its sessions and settings
-    path: str  # PATH
-    claude: str | None  # the executable, None where there is none
-    sandboxed: bool
-    model_port: int  # of the loopback that leads to the model
-    configs_dir: str = "/agents"  # every agent's configuration, where this is the manager
+    def __init__(self, seat: Seat) -> None:
+        super().__init__(seat)
+        self._program: Program | None = None
+        self._command: Command | None = None  # of the one that runs, but for its session
+        self._session: str | None = None
+        self._turns = 0
+        self._last: dict[str, Any] | None = None  # the result of its last turn
+        self._idle_until = 0.0
+        self._between: list[str] = []  # what was printed since
+        self._unwanted = trio.Event()
 
+    def executable(self) -> list[str] | None:
+        return [self.seat.claude] if self.seat.claude else None
 
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How a turn ended, for the host's ack."""
+    def interrupt(self) -> None:
+        self._unwanted.set()
 
-    outcome: Outcome
-    session: str | None
-    error: str | None = None
-    usage: dict[str, Any] | None = None
+    async def take_turn(self, lease: Lease, pass_on: Callable[[str], None]) -> Ending:
+        self._unwanted = trio.Event()
+        session = lease["session"]
+        used = self._turns > 0
+        report, ending = await self._attempt(lease, session, pass_on)
+        if used and not report.began and not self._unwanted.is_set() and self._program is None:
+            # It had ended since its last turn, and nobody had seen it yet.
+            report, ending = await self._attempt(lease, session, pass_on)
+        if session is not None and report.session_lost:
+            pass_on(hive_line("session_lost", session=session))
+            report, ending = await self._attempt(lease, None, pass_on)
+        return ending
 
+    async def rest(self) -> None:
+        """Keep the process until it was idle for long enough; end one that begins a turn which nobody asked for."""
+        if self._program is None:
+            return
+        began = False
+        stray = Report()
 
-async def run_turn(seat: Seat, lease: Lease, pass_on: Callable[[str], None]) -> Ending:
-    """Run the agent's program for one message; each line it prints goes to `pass_on` as it comes."""
-    ending, lost = await _attempt(seat, lease, lease["session"], pass_on)
-    if lost:
-        pass_on(hive_line("session_lost", session=lease["session"]))
-        ending, _ = await _attempt(seat, lease, None, pass_on)
-    return ending
+        def read_stdout(line: Line) -> bool:
+            self._note(stray.read_stdout(line))
+            return begins_turn(line)
 
+        with trio.CancelScope(deadline=self._idle_until):
+            began = await self._program.read(read_stdout, lambda line: self._note(stray.read_stderr(line)))
+        if began:
+            self._note(hive_line("unasked_turn", error="the program began a turn by itself, and was ended"))
+            await self._kill()
+        await self.close()
 
-async def _attempt(
-    seat: Seat, lease: Lease, session: str | None, pass_on: Callable[[str], None]
-) -> tuple[Ending, bool]:
-    """One process: how it ended, and whether that was only because it does not know the session."""
-    executable = find_executable(seat, lease["settings"])
-    if executable is None:
-        return Ending("waiting", session, "cannot start claude: this host has no claude program; install it"), False
-    report = Report()
-    command = Command(
-        argv=[*executable, *flags(seat, lease["settings"], session)],
-        env=environment(seat, lease["credential"]),
-        cwd=seat.state_dir,
-        prompt=wake_prompt(lease["message"], lease["waiting"], lease["refused"]).encode("utf-8", "replace"),
-    )
-    try:
-        exit_code = await run_program(
-            command,
-            lambda line: pass_on(report.read_stdout(line)),
-            lambda line: pass_on(report.read_stderr(line)),
-            lambda: report.result is not None,
+    async def close(self) -> None:
+        await self._finish()
+
+    async def _attempt(
+        self, lease: Lease, session: str | None, pass_on: Callable[[str], None]
+    ) -> tuple[Report, Ending]:
+        """One turn of a process, which may be a new one."""
+        settings, executable = lease["settings"], self.executable()
+        if executable is None:
+            return Report(), Ending(
+                "waiting", session, f"cannot start {self.name}: this host has no {self.name} program; install it"
+            )
+        try:
+            program = await self._ready(executable, lease, session)
+        except OSError as exc:
+            return Report(), Ending("waiting", session, f"cannot start {executable[0]}: {exc.strerror}")
+        for line in self._between:
+            pass_on(line)
+        self._between.clear()
+        report = Report(self._last)
+        prompt = wake_prompt(lease["message"], lease["waiting"], lease["refused"])
+        try:
+            ended = await self._listen(program, user_line(prompt), report, pass_on)
+            self._turns += 1
+            self._session, self._last = report.session, report.result
+            if self._unwanted.is_set():
+                await self._finish()
+                return report, Ending("cancelled", report.session or session, "the host has taken this turn away")
+            if ended and report.began and report.has_tools and self._stays(program, settings):
+                self._idle_until = trio.current_time() + settings.get("warm_idle_s", WARM_IDLE_S)
+                return report, report.ending(None)
+            return report, report.ending(await self._finish(report, pass_on))
+        except BaseException:
+            await self._kill()
+            raise
+
+    async def _ready(self, executable: list[str], lease: Lease, session: str | None) -> Program:
+        """The process for a turn: the one that runs, if it is still the right one. Raises OSError."""
+        seat, settings = self.seat, lease["settings"]
+        command = Command([*executable, *flags(seat, settings)], environment(seat, lease["credential"]), seat.state_dir)
+        program = self._program
+        if program is not None and not (program.runs and (command, session) == (self._command, self._session)):
+            await self._finish()
+        if self._program is None:
+            argv = [*command.argv, *session_flags(session)]
+            self._program, self._command = await Program.start(replace(command, argv=argv)), command
+            self._turns, self._last = 0, None
+        return self._program
+
+    async def _listen(self, program: Program, line: bytes, report: Report, pass_on: Callable[[str], None]) -> bool:
+        """Give the program its prompt and read until the turn has ended; false when the program ended, or had to."""
+        ended = False
+
+        def read_stdout(line: Line) -> bool:
+            pass_on(report.read_stdout(line))
+            return report.result is not None
+
+        with trio.CancelScope() as patience:
+
+            async def tell() -> None:
+                await program.tell(line)
+                await self._unwanted.wait()
+                patience.deadline = trio.current_time() + INTERRUPT_S
+                await program.tell(INTERRUPT)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(tell)
+                ended = await program.read(read_stdout, lambda line: pass_on(report.read_stderr(line)))
+                nursery.cancel_scope.cancel()
+        return ended
+
+    def _stays(self, program: Program, settings: Settings) -> bool:
+        """Whether the process is kept for the next turn."""
+        return (
+            settings.get("turns", "warm") == "warm"
+            and self._turns < settings.get("warm_turns", WARM_TURNS)
+            and program.memory_bytes() < settings.get("warm_memory_mib", WARM_MEMORY_MIB) * 1024 * 1024
         )
-    except OSError as exc:
-        return Ending("waiting", session, f"cannot start {executable[0]}: {exc.strerror}"), False
-    return report.ending(exit_code), session is not None and report.session_lost
+
+    def _note(self, line: str) -> None:
+        if len(self._between) < BETWEEN_LIMIT:
+            self._between.append(line)
+
+    async def _finish(self, report: Report | None = None, pass_on: Callable[[str], None] | None = None) -> int | None:
+        """End the process politely, if one runs; its exit code, None when it was killed."""
+        program, self._program = self._program, None
+        if program is None:
+            return None
+        if report is None or pass_on is None:
+            return await program.finish()
+        return await program.finish(
+            lambda line: pass_on(report.read_stdout(line)), lambda line: pass_on(report.read_stderr(line))
+        )
+
+    async def _kill(self) -> None:
+        program, self._program = self._program, None
+        if program is not None:
+            await program.kill()
 
 
-def own_command(*arguments: str) -> list[str]:
-    """A command of this package, by the path of its file: it works however the package was installed."""
-    return [sys.executable, "-I", "-S", str(Path(__file__).with_name("__main__.py")), *arguments]
-
-
-def find_executable(seat: Seat, settings: Settings) -> list[str] | None:
-    """The only place that knows a rehearsal from the real program."""
-    if settings["program"] == "rehearsal":
-        return own_command("rehearse")
-    return [seat.claude] if seat.claude else None
-
-
-def flags(seat: Seat, settings: Settings, session: str | None) -> list[str]:
+def flags(seat: Seat, settings: Settings) -> list[str]:
+    """All that is the same for every turn of an agent with these settings."""
     python, *arguments = own_command("mcp", "--socket", f"{seat.run_dir}/mcp.sock")
     servers = {"mcpServers": {"hive": {"command": python, "args": arguments}}}
-    chosen = ["--print", "--verbose", "--output-format", "stream-json"]
+    chosen = ["--print", "--verbose", "--input-format", "stream-json", "--output-format", "stream-json"]
     chosen += ["--mcp-config", json.dumps(servers), "--strict-mcp-config"]
     # Only what is listed is on; all others stay off, the program's own messaging, scheduling and web among them.
     chosen += ["--tools", ",".join(settings["tools"])]
@@ -125,10 +205,18 @@ def flags(seat: Seat, settings: Settings, session: str | None) -> list[str]:
     chosen += ["--model", settings["model"]]
     if effort := settings.get("effort"):
         chosen += ["--effort", effort]
-    chosen += ["--resume", session] if session else ["--session-id", str(uuid.uuid4())]
     if settings["prompt"].strip():
         chosen += ["--append-system-prompt", settings["prompt"]]
     return chosen
+
+
+def session_flags(session: str | None) -> list[str]:
+    return ["--resume", session] if session else ["--session-id", str(uuid.uuid4())]
+
+
+def user_line(prompt: str) -> bytes:
+    """The line of stdin that begins a turn."""
+    return encode({"type": "user", "message": {"role": "user", "content": prompt}})
 
 
 def environment(seat: Seat, credential: str) -> dict[str, str]:
@@ -162,118 +250,3 @@ def environment(seat: Seat, credential: str) -> dict[str, str]:
         "DISABLE_AUTOUPDATER": "1",
         **({"IS_SANDBOX": "1"} if seat.sandboxed else {}),
     }
-
-
-class Report:
-    """Reads along one process's output: gives each line the form in which it is passed on, and knows the ending."""
-
-    def __init__(self) -> None:
-        self.result: dict[str, Any] | None = None
-        self._session: str | None = None
-        self._api_error: str | None = None
-        self._last_stderr: str | None = None
-        self._began = False
-        self._has_tools = True
-
-    def read_stdout(self, line: bytes | Refusal) -> str:
-        if isinstance(line, Refusal):
-            return hive_line("line_too_long", error=line.message)
-        text = line.decode("utf-8", "replace")
-        try:
-            self._take(decode(line))
-        except Refusal as refusal:
-            return hive_line("malformed", text=text[:2000], error=refusal.message)
-        if len(line) > STREAM_LINE_LIMIT_BYTES:
-            return hive_line("line_too_long", bytes=len(line))
-        return text
-
-    def read_stderr(self, line: bytes | Refusal) -> str:
-        text = line.message if isinstance(line, Refusal) else line.decode("utf-8", "replace")
-        if text.strip():
-            self._last_stderr = text.strip()
-        return hive_line("stderr", text=text[:4000])
-
-    @property
-    def session_lost(self) -> bool:
-        """The session to resume is unknown: the program ended before it began."""
-        errors = self.result.get("errors") if self.result else None
-        told = " ".join(str(error) for error in errors) if isinstance(errors, list) else ""
-        return not self._began and ("No conversation found" in told or "--resume requires a valid session" in told)
-
-    def ending(self, exit_code: int | None) -> Ending:
-        """`exit_code` is None for a program that was killed because it went on after its result."""
-        if self.result is None:
-            return Ending("failed", self._session, shortened(self._last_stderr or describe_exit(exit_code)))
-        usage = summed_usage(self.result)
-        if self.result.get("is_error"):
-            return Ending(self._error_outcome(), self._session, shortened(error_sentence(self.result)), usage)
-        if exit_code not in (0, None):
-            return Ending("failed", self._session, shortened(self._last_stderr or describe_exit(exit_code)), usage)
-        if not self._has_tools:
-            # It could not answer anybody, so nobody may take the message for handled.
-            return Ending("waiting", self._session, "the hive's tools could not be reached from the turn", usage)
-        return Ending("done", self._session, None, usage)
-
-    def _take(self, event: dict[str, Any]) -> None:
-        match event.get("type"):
-            case "system" if event.get("subtype") == "init":
-                self._began = True
-                self._session = text_or_none(event.get("session_id"))
-                self._has_tools = hive_connected(event.get("mcp_servers"))
-            case "assistant":
-                self._api_error = text_or_none(event.get("error"))
-            case "result":
-                self.result = event
-
-    def _error_outcome(self) -> Outcome:
-        assert self.result is not None
-        status = self.result.get("api_error_status")
-        not_its_fault = self._api_error in WAITING_ERRORS
-        if isinstance(status, int):
-            not_its_fault = not_its_fault or status in WAITING_STATUSES or status >= 500
-        return "waiting" if not_its_fault else "failed"
-
-
-def hive_connected(servers: object) -> bool:
-    """Whether the stream's list of MCP servers says that the hive's own is there."""
-    found = [server for server in servers if isinstance(server, dict)] if isinstance(servers, list) else []
-    return any(server.get("name") == "hive" and server.get("status") == "connected" for server in found)
-
-
-def error_sentence(result: dict[str, Any]) -> str:
-    errors = result.get("errors")
-    if isinstance(errors, list) and errors:
-        return str(errors[0])
-    return str(result.get("result") or result.get("subtype") or "the program gave no reason")
-
-
-def summed_usage(result: dict[str, Any]) -> dict[str, Any]:
-    """What the turn took. The cost is this process's own, also with a resumed session."""
-    usage = result.get("usage")
-    tokens = usage if isinstance(usage, dict) else {}
-    kinds = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
-    return {
-        **{kind: whole_number(tokens.get(kind)) for kind in kinds},
-        "cost_usd": result.get("total_cost_usd"),
-        "num_turns": result.get("num_turns"),
-        "duration_ms": result.get("duration_ms"),
-        "models": result.get("modelUsage"),
-    }
-
-
-def describe_exit(exit_code: int | None) -> str:
-    if exit_code is not None and exit_code < 0:
-        return f"the program was ended by signal {-exit_code} before its result"
-    return f"the program ended with exit code {exit_code} before its result"
-
-
-def shortened(text: str) -> str:
-    return text if len(text) <= ERROR_LIMIT else text[: ERROR_LIMIT - 1] + "…"
-
-
-def text_or_none(value: object) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def whole_number(value: object) -> int:
-    return value if isinstance(value, int) else 0

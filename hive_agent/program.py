@@ -1,4 +1,4 @@
-"""One run of the agent's program: a process that gets a prompt on stdin and is read line by line until it ends."""
+"""One process of the agent's program: it is told lines and tells lines, for one turn or for many."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import contextlib
 import os
 import signal
 import subprocess
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import trio
 
@@ -20,6 +22,13 @@ READ_LIMIT_BYTES = 16 * 1024 * 1024
 READ_BYTES = 64 * 1024
 LINGER_S = 10.0
 DRAIN_S = 1.0
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+Line = bytes | Refusal  # a Refusal for one that is too long to read
+
+
+def _ignore(_: Line) -> None:
+    return
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,76 +36,118 @@ class Command:
     argv: Sequence[str]
     env: Mapping[str, str]
     cwd: str
-    prompt: bytes
 
 
-LineReader = Callable[[bytes | Refusal], None]
+class _Lines:
+    """The lines that come through a pipe. A read that is cancelled loses none of them."""
+
+    def __init__(self, pipe: trio.abc.ReceiveStream) -> None:
+        self.pipe = pipe
+        self._splitter = LineSplitter(READ_LIMIT_BYTES)
+        self._ready: deque[Line] = deque()
+        self._at_end = False
+
+    async def next(self) -> Line | None:
+        """The next line, the last one also without its end; None behind it."""
+        while not self._ready and not self._at_end:
+            data = await self.pipe.receive_some(READ_BYTES)
+            self._at_end = not data
+            if data or self._splitter.unfinished:
+                self._ready.extend(self._splitter.feed(bytes(data) or b"\n"))
+        return self._ready.popleft() if self._ready else None
 
 
-async def run_program(
-    command: Command, read_stdout: LineReader, read_stderr: LineReader, is_over: Callable[[], bool]
-) -> int | None:
-    """Run the command to its end and return its exit code, negative for a signal.
+class Program:
+    """A process that runs. Whoever starts it ends it, by `finish` or `kill`: then nothing that it started runs on."""
 
-    `is_over` says, after each line, that the program has told its result: if it still runs 10 s later it is killed,
-    and the code is None. However this ends, cancelled too, nothing that the program started runs on.
-    Raises OSError when it cannot be started.
-    """
-    process = await trio.lowlevel.open_process(
-        list(command.argv),
-        env=dict(command.env),
-        cwd=command.cwd,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stderr is not None
-    try:
-        with trio.CancelScope() as lingering:
+    def __init__(self, process: trio.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self._process = process
+        self._stdin = process.stdin
+        self._stdout, self._stderr = _Lines(process.stdout), _Lines(process.stderr)
 
-            def read(line: bytes | Refusal) -> None:
-                read_stdout(line)
-                if is_over() and lingering.deadline == float("inf"):
-                    lingering.deadline = trio.current_time() + LINGER_S
+    @classmethod
+    async def start(cls, command: Command) -> Program:
+        """Raises OSError when it cannot be started."""
+        return cls(
+            await trio.lowlevel.open_process(
+                list(command.argv),
+                env=dict(command.env),
+                cwd=command.cwd,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        )
 
-            async with trio.open_nursery() as pipes:
-                pipes.start_soon(_feed, process.stdin, command.prompt)
-                pipes.start_soon(_read_lines, process.stdout, read)
-                pipes.start_soon(_read_lines, process.stderr, read_stderr)
-                await process.wait()
+    @property
+    def runs(self) -> bool:
+        return self._process.poll() is None
+
+    def memory_bytes(self) -> int:
+        """What the process itself has in memory now; 0 when it has ended."""
+        with contextlib.suppress(OSError):
+            return int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]) * PAGE_BYTES
+        return 0
+
+    async def tell(self, line: bytes) -> None:
+        """Write to its stdin. One that ends without reading says why by its output."""
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await self._stdin.send_all(line)
+
+    async def read(self, read_stdout: Callable[[Line], bool], read_stderr: Callable[[Line], object]) -> bool:
+        """Hand its lines on until `read_stdout` has enough, which is true, or it has ended, which is false.
+
+        One that closes its stdout and goes on has LINGER_S to end. Cancelled, it loses no line: the next call goes on.
+        """
+        enough = False
+        with trio.CancelScope() as pipes:
+
+            async def read_until_enough() -> None:
+                nonlocal enough
+                while (line := await self._stdout.next()) is not None:
+                    if read_stdout(line):
+                        enough = True
+                        pipes.cancel()
+                        return
+                pipes.deadline = min(pipes.deadline, trio.current_time() + LINGER_S)
+
+            async def read_all() -> None:
+                while (line := await self._stderr.next()) is not None:
+                    read_stderr(line)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read_until_enough)
+                nursery.start_soon(read_all)
+                await self._process.wait()
                 # What the program left running may hold its pipes open for ever.
-                pipes.cancel_scope.deadline = trio.current_time() + DRAIN_S
-        return process.returncode
-    finally:
-        await _end(process)
+                pipes.deadline = trio.current_time() + DRAIN_S
+        return enough
 
+    async def finish(
+        self, read_stdout: Callable[[Line], object] = _ignore, read_stderr: Callable[[Line], object] = _ignore
+    ) -> int | None:
+        """Let it end by closing its stdin, and hand on what it still says.
 
-async def _end(process: trio.Process) -> None:
-    with trio.CancelScope(shield=True):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-        await end_descendants()
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            if pipe is not None:
+        Its exit code, negative for a signal. None when it did not end within LINGER_S, and was killed.
+        """
+        try:
+            await self._stdin.aclose()
+            with trio.move_on_after(LINGER_S):
+                await self.read(lambda line: bool(read_stdout(line)) and False, read_stderr)
+            return self._process.returncode
+        finally:
+            await self.kill()
+
+    async def kill(self) -> None:
+        """End it and all that it started, now. Runs to its end even when cancelled."""
+        with trio.CancelScope(shield=True):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            await self._process.wait()
+            await end_descendants()
+            for pipe in (self._stdin, self._stdout.pipe, self._stderr.pipe):
                 await pipe.aclose()
-
-
-async def _feed(stdin: trio.abc.SendStream, prompt: bytes) -> None:
-    # It may end without reading; then its output says why.
-    with contextlib.suppress(trio.BrokenResourceError):
-        await stdin.send_all(prompt)
-    await stdin.aclose()
-
-
-async def _read_lines(pipe: trio.abc.ReceiveStream, read: LineReader) -> None:
-    splitter = LineSplitter(READ_LIMIT_BYTES)
-    while data := await pipe.receive_some(READ_BYTES):
-        for line in splitter.feed(bytes(data)):
-            read(line)
-    if splitter.unfinished:
-        for line in splitter.feed(b"\n"):
-            read(line)

@@ -7,11 +7,14 @@ Standard library alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 
@@ -21,6 +24,7 @@ from hive_agent.wake import Wake, parse_wake
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
 VERSION = "rehearsal"
@@ -29,6 +33,7 @@ OUTPUT_LIMIT = 30_000
 _SWITCHES = frozenset({"--print", "--verbose", "--strict-mcp-config", "--dangerously-skip-permissions"})
 _VALUES = frozenset(
     {
+        "--input-format",
         "--output-format",
         "--mcp-config",
         "--tools",
@@ -60,8 +65,10 @@ def parse_flags(argv: list[str]) -> dict[str, str]:
                 raise BadUsage(f"error: option '{flag} <value>' argument missing") from None
         else:
             raise BadUsage(f"error: unknown option '{flag}'")
-    if flags.get("--output-format") != "stream-json" or "--print" not in flags or "--verbose" not in flags:
-        raise BadUsage("error: a rehearsal speaks only with --print --verbose --output-format stream-json")
+    streams = {flags.get("--input-format"), flags.get("--output-format")}
+    if streams != {"stream-json"} or "--print" not in flags or "--verbose" not in flags:
+        needs = "--print --verbose --input-format stream-json --output-format stream-json"
+        raise BadUsage(f"error: a rehearsal speaks only with {needs}")
     if "--dangerously-skip-permissions" in flags and os.geteuid() == 0 and not os.environ.get("IS_SANDBOX"):
         raise BadUsage("--dangerously-skip-permissions cannot be used with root/sudo privileges")
     return flags
@@ -109,7 +116,7 @@ class Sessions:
 
 
 class Rehearsal:
-    """One turn."""
+    """The turns of one process."""
 
     def __init__(self, flags: dict[str, str], server: dict[str, Any] | None, session: str) -> None:
         self._flags = flags
@@ -117,26 +124,35 @@ class Rehearsal:
         self._session = session
         self._model = flags.get("--model", "none")
         self._prompt = flags.get("--append-system-prompt", "")
+        self._hive: ToolServer | None = None
+        self._begin()
+
+    def _begin(self) -> None:
         self._began = time.monotonic()
         self._steps = 0
         self._last_text = ""
-        self._hive: ToolServer | None = None
         self._words: dict[str, Any] = {"agent": os.environ.get("HIVE_AGENT", "agent"), "model": self._model}
 
-    def play(self, prompt: str) -> int:
-        """Speak the whole turn; returns the exit code."""
+    def play(self, prompt: str) -> int | None:
+        """Speak one whole turn. The exit code if the script ends the process with it, None otherwise."""
+        self._begin()
         self._init()
         try:
             exit_code = self._follow(prompt)
         except BadScript as exc:
             self._result(str(exc), is_error=True)
-            return 1
+            return None
         if exit_code is None:
             self._result(self._last_text)
-            exit_code = 0
+        return exit_code
+
+    def interrupted(self) -> None:
+        """End the turn as claude does that is told to."""
+        self._result("", subtype="error_during_execution", is_error=True, errors=["the turn was interrupted"])
+
+    def close(self) -> None:
         if self._hive is not None:
             self._hive.close()
-        return exit_code
 
     def _follow(self, prompt: str) -> int | None:
         """Do the steps for the message. The exit code if the script gives one, None to end as usual."""
@@ -236,7 +252,7 @@ class Rehearsal:
         if self._server is None:
             return [], []
         try:
-            self._hive = ToolServer(self._server)
+            self._hive = self._hive or ToolServer(self._server)
             return [{"name": "hive", "status": "connected"}], self._hive.tools()
         except ToolServerGone:
             self._hive = None
@@ -260,10 +276,10 @@ class Rehearsal:
             block["is_error"] = True
         self._emit(type="user", message={"role": "user", "content": [block]}, parent_tool_use_id=None)
 
-    def _result(self, text: str, is_error: bool = False) -> None:
+    def _result(self, text: str, *, subtype: str = "success", is_error: bool = False, **more: Any) -> None:
         self._emit(
             type="result",
-            subtype="success",
+            subtype=subtype,
             is_error=is_error,
             api_error_status=None,
             duration_ms=int((time.monotonic() - self._began) * 1000),
@@ -272,6 +288,7 @@ class Rehearsal:
             total_cost_usd=0,
             usage=NO_USAGE,
             modelUsage={},
+            **more,
         )
 
     def _emit(self, **event: Any) -> None:
@@ -311,6 +328,48 @@ def refuse_session(session: str) -> int:
     return 1
 
 
+def _lines_of(descriptor: int) -> Iterator[bytes]:
+    """Not through sys.stdin: a thread that reads it when the process ends makes Python die with noise."""
+    rest = b""
+    while data := os.read(descriptor, 1 << 16):
+        *lines, rest = (rest + data).split(b"\n")
+        yield from lines
+
+
+class Orders:
+    """What comes on stdin: prompts one after the other, and the order to end the turn that runs."""
+
+    def __init__(self) -> None:
+        self._prompts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._plays = False
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def next(self) -> str | None:
+        """The next prompt, None behind the last one. From now on a turn can be interrupted."""
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):  # it came when its turn had just ended
+                prompt = self._prompts.get()
+                self._plays = prompt is not None
+                return prompt
+
+    def done(self) -> None:
+        self._plays = False
+
+    def _read(self) -> None:
+        for line in _lines_of(0):
+            order = json.loads(line)
+            if order.get("type") == "user":
+                content = order["message"]["content"]
+                self._prompts.put(content if isinstance(content, str) else "".join(part["text"] for part in content))
+            elif order.get("type") == "control_request":
+                response = {"subtype": "success", "request_id": order["request_id"]}
+                emit({"type": "control_response", "response": response})
+                if self._plays:
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        self._prompts.put(None)
+
+
 def main(argv: list[str]) -> int:
     try:
         flags = parse_flags(argv)
@@ -318,11 +377,23 @@ def main(argv: list[str]) -> int:
     except BadUsage as exc:
         print(exc, file=sys.stderr)
         return 1
-    prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
     sessions = Sessions()
     resumed = flags.get("--resume")
     if resumed is not None and not sessions.holds(resumed):
         return refuse_session(resumed)
     session = resumed or flags.get("--session-id") or str(uuid.uuid4())
     sessions.keep(session)
-    return Rehearsal(flags, server, session).play(prompt)
+    rehearsal, orders = Rehearsal(flags, server, session), Orders()
+    try:
+        while (prompt := orders.next()) is not None:
+            try:
+                exit_code = rehearsal.play(prompt)
+            except KeyboardInterrupt:
+                rehearsal.interrupted()
+            else:
+                if exit_code is not None:
+                    return exit_code
+            orders.done()
+        return 0
+    finally:
+        rehearsal.close()

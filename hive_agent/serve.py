@@ -1,7 +1,7 @@
 """The turn loop: hello → lease → turn → ack → again.
 
     link      keeps the connection to the host, across its restarts
-    turn      runs the coding agent's program for one message
+    runner    runs the coding agent's program, whose process may take many turns
     lines     what the program prints, shipped to the host while the turn runs
 
 A turn that began is finished, whatever becomes of the host: only the sandbox's end or the life pipe's cuts it short.
@@ -18,10 +18,10 @@ from typing import cast
 
 import trio
 
-from hive_agent.claude import Ending, Seat, run_turn
 from hive_agent.descendants import adopt_orphans
 from hive_agent.link import EXIT_DONE, HostLink, Unwelcome
 from hive_agent.loopback import serve_loopback
+from hive_agent.runner import Ending, Runner, Seat, make_runner
 from hive_agent.turn_lines import TurnLines
 from hive_core.protocol.harness import RENEW_EVERY_S
 from hive_core.protocol.refusal import Refusal
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hive_core.protocol.harness import Ack, Lease
 
 REFUSED_REST_S = 2.0
+CLOSE_S = 3.0  # that a program has which waits for a next turn, when its harness ends
 
 SeatMaker = Callable[[str, int], Seat]  # from the agent's name and the port that leads to the model
 
@@ -67,23 +68,44 @@ async def serve(run_dir: str, make_seat: SeatMaker, *, role: str, life_fd: int |
         port: int = await tasks.start(serve_loopback, f"{run_dir}/model.sock")
         with stop.cuts_wait():
             await link.welcomed.wait()
-        await take_turns(link, lambda: make_seat(link.agent, port), stop)
+        await take_turns(link, lambda program: make_runner(program, make_seat(link.agent, port)), stop)
         tasks.cancel_scope.cancel()
     return exit_codes[-1]
 
 
-async def take_turns(link: HostLink, seat: Callable[[], Seat], stop: Stop) -> None:
+async def take_turns(link: HostLink, make: Callable[[str], Runner], stop: Stop) -> None:
     """Return at the edge of a turn, when the host or a signal asks for it."""
     lease: Lease | None = None
-    while lease is not None or not stop.wished:
-        if lease is None:
-            with stop.cuts_wait():
-                lease = await next_lease(link)
-        if lease is None:
-            return
-        link.begin_turn()
-        ack = await take_turn(link, seat(), lease)
-        lease = await acknowledge(link, ack, stop)
+    runner: Runner | None = None
+    try:
+        while lease is not None or not stop.wished:
+            if lease is None:
+                lease = await wait_for_lease(link, runner, stop)
+            if lease is None:
+                return
+            if runner is None or runner.name != lease["settings"]["program"]:
+                if runner is not None:
+                    await runner.close()
+                runner = make(lease["settings"]["program"])
+            link.begin_turn()
+            ack = await take_turn(link, runner, lease)
+            lease = await acknowledge(link, ack, stop)
+    finally:
+        if runner is not None:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_S):
+                await runner.close()
+
+
+async def wait_for_lease(link: HostLink, runner: Runner | None, stop: Stop) -> Lease | None:
+    """The next turn, while what is left of the last one is looked after. None at a stop."""
+    async with trio.open_nursery() as nursery:
+        if runner is not None:
+            nursery.start_soon(runner.rest)
+        lease: Lease | None = None
+        with stop.cuts_wait():
+            lease = await next_lease(link)
+        nursery.cancel_scope.cancel()
+    return lease
 
 
 async def next_lease(link: HostLink) -> Lease | None:
@@ -100,23 +122,21 @@ async def next_lease(link: HostLink) -> Lease | None:
             return None if answer.get("stop") else cast("Lease", answer)
 
 
-async def take_turn(link: HostLink, seat: Seat, lease: Lease) -> Ack:
+async def take_turn(link: HostLink, runner: Runner, lease: Lease) -> Ack:
     """Run one turn to its end, and return what the host is to know of it once all its lines are there."""
     lines = TurnLines()
-    ending = Ending("cancelled", lease["session"], "the host has taken this turn away")
     async with trio.open_nursery() as nursery:
-        with trio.CancelScope() as program:
-            nursery.start_soon(ship_lines, link, lease["turn"], lines, program)
-            ending = await run_turn(seat, lease, lines.add)
+        nursery.start_soon(ship_lines, link, lease["turn"], lines, runner.interrupt)
+        ending = await runner.take_turn(lease, lines.add)
         link.program_ended()
         lines.close()
     return as_ack(lease, ending)
 
 
-async def ship_lines(link: HostLink, turn: int, lines: TurnLines, program: trio.CancelScope) -> None:
+async def ship_lines(link: HostLink, turn: int, lines: TurnLines, interrupt: Callable[[], None]) -> None:
     """Hand a turn's lines to the host until they are closed and gone; with none, say that this harness lives.
 
-    Cancels `program` when the host says that the turn is not this harness's any more.
+    Calls `interrupt` when the host says that the turn is not this harness's any more.
     """
     while True:
         batch: tuple[int, list[str]] | None = (0, [])
@@ -131,7 +151,7 @@ async def ship_lines(link: HostLink, turn: int, lines: TurnLines, program: trio.
             print(f"cannot store lines of turn {turn}: {refusal.message}", file=sys.stderr)
         else:
             if answer.get("running") is False:
-                program.cancel()
+                interrupt()
 
 
 async def acknowledge(link: HostLink, ack: Ack, stop: Stop) -> Lease | None:

@@ -8,7 +8,7 @@ import sys
 
 import trio
 
-from hive_agent.claude import Seat
+from hive_agent.runner import Seat
 from hive_agent.serve import SeatMaker, serve
 from hive_core.protocol.arguments import life_fd, parser_class, seconds
 from hive_core.protocol.paths import SOCKET_PATH_LIMIT_BYTES, explain

@@ -33,7 +33,8 @@ Made from the code by `python -m tests.defaults_page`; a test holds the two equa
 ## What can be set
 
 Each is a key of the daemon's configuration. An agent's `agent.toml` may set its own `pair_rate_per_hour`, and with
-`recipients` whom it may write to at all.
+`recipients` whom it may write to at all. How long its program's process is kept for further turns is set there too
+([decision 11](decisions/0011-one-process-many-turns.md)).
 
 | key | default | what it is |
 |---|---|---|

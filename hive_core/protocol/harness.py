@@ -29,6 +29,10 @@ if TYPE_CHECKING:
         effort: NotRequired[str]
         tools: list[str]  # the program's own tools that are on
         prompt: str  # CLAUDE.md of the deployed commit
+        turns: NotRequired[str]  # "warm": one process takes many; "cold": each has its own
+        warm_idle_s: NotRequired[int]  # how long a process is kept without a turn
+        warm_turns: NotRequired[int]  # how many it takes
+        warm_memory_mib: NotRequired[int]  # above which it takes no more
 
     class LeasedMessage(TypedDict):
         id: int
@@ -69,4 +73,8 @@ REQUEST_LIMIT_BYTES = 2 * LINES_PER_REQUEST * STREAM_LINE_LIMIT_BYTES
 # `waiting` in an ack: the turn could not run for a reason that is not its own (no login, an overloaded provider).
 OUTCOMES = frozenset({"done", "failed", "waiting", "cancelled"})
 RENEW_EVERY_S = 10.0
+# A process is kept no longer than the provider's cache of its session, which is five minutes.
+WARM_IDLE_S = 300
+WARM_TURNS = 50
+WARM_MEMORY_MIB = 1024
 FENCE_LIMIT = 64

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hive_agent.bridge import ANSWER_LIMIT_BYTES, Lines, TooLong
-from hive_agent.claude import own_command
+from hive_agent.own_command import own_command
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
 
 PATIENCE_S = 10.0

@@ -8,7 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from hive_agent.claude import Ending, Report, Seat, environment, flags
+from hive_agent.claude import environment, flags, session_flags
+from hive_agent.claude_stream import Report
+from hive_agent.runner import Ending, Seat
 from hive_core.protocol.harness import STREAM_LINE_LIMIT_BYTES
 from hive_core.protocol.lines import LineSplitter
 from tests.harness_host import a_lease
@@ -156,25 +158,25 @@ def test_events_of_another_shape_break_nothing(event: dict[str, Any]) -> None:
 
 
 def test_only_listed_tools_and_only_our_server_are_on() -> None:
-    chosen = flags(SEAT, settings(), None)
+    chosen = flags(SEAT, settings())
     assert value_of("--tools", chosen) == "Bash,Read"
     assert "--strict-mcp-config" in chosen
     assert list(json.loads(value_of("--mcp-config", chosen))["mcpServers"]) == ["hive"]
-    assert value_of("--tools", flags(SEAT, settings(tools=[]), None)) == ""
+    assert value_of("--tools", flags(SEAT, settings(tools=[]))) == ""
 
 
 def test_permissions_are_skipped_inside_a_sandbox_alone() -> None:
     bare = Seat("iris", "/r", "/s", "/h", "/h/.claude", "/bin", None, sandboxed=False, model_port=1)
-    assert "--dangerously-skip-permissions" in flags(SEAT, settings(), None)
+    assert "--dangerously-skip-permissions" in flags(SEAT, settings())
     assert environment(SEAT, "api_key")["IS_SANDBOX"] == "1"
-    assert "--dangerously-skip-permissions" not in flags(bare, settings(), None)
-    assert value_of("--allowedTools", flags(bare, settings(), None)) == "mcp__hive__*"
+    assert "--dangerously-skip-permissions" not in flags(bare, settings())
+    assert value_of("--allowedTools", flags(bare, settings())) == "mcp__hive__*"
     assert "IS_SANDBOX" not in environment(bare, "api_key")
 
 
 def test_a_known_session_is_resumed_and_a_new_one_gets_an_id_of_its_own() -> None:
-    assert value_of("--resume", flags(SEAT, settings(), "abc")) == "abc"
-    first, second = (value_of("--session-id", flags(SEAT, settings(), None)) for _ in range(2))
+    assert session_flags("abc") == ["--resume", "abc"]
+    first, second = (value_of("--session-id", session_flags(None)) for _ in range(2))
     assert first != second
 
 

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
 from hive_agent import program
-from hive_agent.program import Command, run_program
-from hive_core.protocol.refusal import Refusal
+from hive_agent.program import Command, Line, Program
 
 
-async def run(script: str, folder: Path, prompt: bytes = b"", over: bytes = b"over") -> tuple[int | None, list[bytes]]:
-    """Run a shell script: its exit code and the lines of its stdout."""
+@asynccontextmanager
+async def started(script: str, folder: Path) -> AsyncIterator[Program]:
+    running = await Program.start(Command(["/bin/sh", "-c", script], {"PATH": "/usr/bin:/bin"}, str(folder)))
+    try:
+        yield running
+    finally:
+        await running.kill()
+
+
+async def run(script: str, folder: Path, told: bytes = b"", over: bytes = b"over") -> tuple[int | None, list[bytes]]:
+    """Run a shell script to its end: its exit code and the lines of its stdout. `over` is a line that is enough."""
     lines: list[bytes] = []
 
-    def read(line: bytes | Refusal) -> None:
+    def read(line: Line) -> bool:
         assert isinstance(line, bytes)
         lines.append(line)
+        return line == over
 
-    command = Command(["/bin/sh", "-c", script], {"PATH": "/usr/bin:/bin", "ONLY": "this"}, str(folder), prompt)
+    command = Command(["/bin/sh", "-c", script], {"PATH": "/usr/bin:/bin", "ONLY": "this"}, str(folder))
     with trio.fail_after(20):
-        code = await run_program(command, read, lambda line: None, lambda: over in lines)
-    return code, lines
+        started = await Program.start(command)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(started.tell, told)
+                if not told:
+                    await started.read(read, lambda line: None)
+                nursery.cancel_scope.deadline = trio.current_time() + 5
+            return await started.finish(read), lines
+        finally:
+            await started.kill()
 
 
 async def test_the_prompt_is_its_stdin_and_the_environment_is_only_what_was_given(tmp_path: Path) -> None:
@@ -58,6 +77,30 @@ async def test_a_cancelled_run_leaves_no_process(tmp_path: Path) -> None:
 
 
 async def test_a_program_that_is_not_there_cannot_be_started(tmp_path: Path) -> None:
-    command = Command([str(tmp_path / "none")], {}, str(tmp_path), b"")
     with pytest.raises(FileNotFoundError):
-        await run_program(command, lambda line: None, lambda line: None, lambda: False)
+        await Program.start(Command([str(tmp_path / "none")], {}, str(tmp_path)))
+
+
+async def test_a_read_that_is_cut_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Between two turns somebody else reads, and is cut when the next begins."""
+    script = "read _; printf 'one\ntwo\n'; read _; printf 'three\n'"
+    async with started(script, tmp_path) as running:
+        first: list[Line] = []
+        with trio.move_on_after(0.05):
+            await running.read(lambda line: first.append(line) or False, lambda line: None)
+        await running.tell(b"\n")
+        assert await running.read(lambda line: first.append(line) or True, lambda line: None)
+        assert first == [b"one"]
+        await running.tell(b"\n")
+        assert not await running.read(lambda line: first.append(line) or False, lambda line: None)
+        assert first == [b"one", b"two", b"three"]
+
+
+async def test_a_program_that_closes_its_output_and_goes_on_does_not_hold_the_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "LINGER_S", 0.1)
+    async with started("exec >&- 2>&-; exec sleep 600", tmp_path) as running:
+        with trio.fail_after(20):
+            assert not await running.read(lambda line: True, lambda line: None)
+            assert await running.finish() is None

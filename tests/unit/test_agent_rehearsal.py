@@ -13,9 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive_agent.claude import Report, Seat, environment, flags, own_command
+from hive_agent.claude import environment, flags, session_flags, user_line
+from hive_agent.claude_stream import Report
+from hive_agent.own_command import own_command
 from hive_agent.rehearsal_script import BadScript, fill, fill_command, find_rules, purpose
 from hive_agent.rehearse import MARK
+from hive_agent.runner import Seat
 from hive_agent.wake import wake_prompt
 from tests.harness_host import a_lease
 from tests.scripted_tools import ScriptedTools
@@ -36,7 +39,7 @@ class Stage:
 
     def command(self, prompt: str = "", session: str | None = None) -> list[str]:
         lease = cast("Any", a_lease(prompt=prompt))
-        return [*own_command("rehearse"), *flags(self.seat, lease["settings"], session)]
+        return [*own_command("rehearse"), *flags(self.seat, lease["settings"]), *session_flags(session)]
 
     @property
     def seat(self) -> Seat:
@@ -49,7 +52,7 @@ class Stage:
         lease = cast("Any", a_lease(body=body, sender=sender))
         done = subprocess.run(
             self.command(prompt, session),
-            input=wake_prompt(lease["message"], 0).encode(),
+            input=user_line(wake_prompt(lease["message"], 0)),
             env=environment(self.seat, "api_key"),
             cwd=self.folder,
             stdout=subprocess.PIPE,
@@ -116,7 +119,8 @@ def test_the_harness_reads_it_as_a_good_turn(stage: Stage) -> None:
     ids=lambda value: value[:30],
 )
 def test_a_configuration_of_servers_that_is_none_is_one_error(stage: Stage, given: str, why: str) -> None:
-    words = [*own_command("rehearse"), "--print", "--verbose", "--output-format", "stream-json", "--mcp-config", given]
+    streams = ["--input-format", "stream-json", "--output-format", "stream-json"]
+    words = [*own_command("rehearse"), "--print", "--verbose", *streams, "--mcp-config", given]
     done = subprocess.run(words, input=b"", env=environment(stage.seat, "api_key"), capture_output=True, timeout=20)
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr.decode().startswith(f"error: cannot use --mcp-config: {why}")
@@ -232,7 +236,7 @@ def test_flags_it_does_not_know_are_refused(arguments: list[str], said: str) -> 
 
 
 def test_a_script_that_cannot_be_followed_fails_the_turn(stage: Stage) -> None:
-    event = stage.play("```rehearsal\n[{]\n```\n", code=1)[-1]
+    event = stage.play("```rehearsal\n[{]\n```\n")[-1]
     assert event["is_error"] is True
     assert "cannot follow the script" in event["result"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import trio
 
-from hive_agent.claude import own_command
+from hive_agent.own_command import own_command
 from tests.harness_host import HarnessConnection, HarnessHost, a_lease, open_host
 from tests.scripted_tools import ScriptedTools
 
@@ -125,6 +125,117 @@ async def test_a_turn_is_run_streamed_and_acked_and_the_next_goes_on_in_its_sess
         assert await harness.ended() == (0, "")
 
 
+# -- one process for many turns ---------------------------------------------------------------------------------------
+
+TELL_PID = {"run": "echo $PPID"}
+
+
+def told_pid(lines: list[str]) -> str:
+    (told,) = (json.loads(line)["message"]["content"][0] for line in lines if json.loads(line)["type"] == "user")
+    pid: str = told["content"]
+    return pid
+
+
+async def two_turns(connection: HarnessConnection, *, later: dict[str, Any], **settings: Any) -> tuple[str, str]:
+    """Two turns of one session, the second with other settings: the process of each."""
+    given = {"prompt": follow(TELL_PID), **settings}
+    lines, ack = await connection.take_turn(a_lease(1, **given))
+    again, last = await connection.take_turn(a_lease(2, session=ack["session"], **{**given, **later}))
+    assert (ack["outcome"], last["outcome"], last["session"]) == ("done", "done", ack["session"])
+    return told_pid(lines), told_pid(again)
+
+
+async def test_one_process_takes_many_turns(start: Harnesses, tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host:
+        start()
+        first, second = await two_turns(await welcomed(host), later={})
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("settings", "later"),
+    [
+        ({"turns": "cold"}, {}),
+        ({"warm_turns": 1}, {}),
+        ({"warm_memory_mib": 1}, {}),
+        ({}, {"model": "opus"}),
+        ({}, {"tools": ["Read"]}),
+        ({}, {"prompt": follow(TELL_PID) + "\nAnd be kind."}),
+    ],
+    ids=["cold", "turns", "memory", "model", "tools", "prompt"],
+)
+async def test_a_turn_has_a_process_of_its_own_where_the_one_before_does_not_fit(
+    start: Harnesses, tmp_path: Path, settings: dict[str, Any], later: dict[str, Any]
+) -> None:
+    async with open_host(tmp_path) as host:
+        start()
+        first, second = await two_turns(await welcomed(host), later=later, **settings)
+    assert first != second
+
+
+async def test_a_process_that_nobody_needs_ends_after_its_idle_time_with_all_that_it_started(
+    start: Harnesses, tmp_path: Path
+) -> None:
+    leave = {"run": "setsid sh -c 'echo $$ > left; exec sleep 600' >/dev/null 2>&1 & while ! test -s left; do :; done"}
+    async with open_host(tmp_path) as host:
+        start()
+        connection = await welcomed(host)
+        lines, ack = await connection.take_turn(a_lease(prompt=follow(TELL_PID, leave), warm_idle_s=1))
+        assert ack["outcome"] == "done"
+        pid = json.loads(lines[2])["message"]["content"][0]["content"]
+        await wait_end(int(pid))
+        await wait_end(int((tmp_path / "left").read_text()))
+
+
+async def test_another_session_gets_another_process(start: Harnesses, tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host:
+        start()
+        connection = await welcomed(host)
+        lines, ack = await connection.take_turn(a_lease(1, prompt=follow(TELL_PID)))
+        again, other = await connection.take_turn(a_lease(2, prompt=follow(TELL_PID)))
+    assert told_pid(lines) != told_pid(again)
+    assert ack["session"] != other["session"]
+
+
+async def test_a_process_that_died_between_two_turns_costs_the_next_one_nothing(
+    start: Harnesses, tmp_path: Path
+) -> None:
+    async with open_host(tmp_path) as host:
+        start()
+        connection = await welcomed(host)
+        lines, ack = await connection.take_turn(a_lease(1, prompt=follow(TELL_PID)))
+        pid = int(told_pid(lines))
+        os.kill(pid, signal.SIGKILL)
+        again, last = await connection.take_turn(a_lease(2, session=ack["session"], prompt=follow(TELL_PID)))
+    assert last["outcome"] == "done"
+    assert told_pid(again) != str(pid)
+
+
+async def test_a_turn_that_nobody_asked_for_ends_the_process_and_is_shown_with_the_next(
+    start: Harnesses, tmp_path: Path
+) -> None:
+    """A program that wakes itself would spend money behind everybody's back."""
+    program = tmp_path / "program"
+    init = '{"type":"system","subtype":"init","session_id":"s","mcp_servers":[{"name":"hive","status":"connected"}]}'
+    program.write_text(
+        f'#!/bin/sh\nread _; echo \'{init}\'; echo \'{{"type":"result","is_error":false}}\'\n'
+        f"test -e second && {{ read _; exit; }}\necho $$ > first; sleep 0.1; echo '{init}'; exec sleep 600\n"
+    )
+    program.chmod(0o755)
+    async with open_host(tmp_path) as host:
+        start("--claude", str(program))
+        connection = await welcomed(host)
+        await connection.take_turn(a_lease(1, program="claude"))
+        await wait_end(int((tmp_path / "first").read_text()))
+        (tmp_path / "second").touch()
+        lines, ack = await connection.take_turn(a_lease(2, program="claude", session="s"))
+    assert ack["outcome"] == "done"
+    assert "unasked_turn" in [json.loads(line).get("subtype") for line in lines]
+
+
+# -- how turns end ----------------------------------------------------------------------------------------------------
+
+
 async def test_a_lost_session_is_replaced_in_the_same_turn(start: Harnesses, tmp_path: Path) -> None:
     async with open_host(tmp_path) as host:
         start()
@@ -168,13 +279,13 @@ async def test_a_missing_program_is_not_the_turns_fault(start: Harnesses, tmp_pa
     assert "cannot start" in ack["error"]
 
 
-async def test_nothing_that_a_turn_started_outlives_it(start: Harnesses, tmp_path: Path) -> None:
+async def test_nothing_that_a_turn_started_outlives_its_process(start: Harnesses, tmp_path: Path) -> None:
     # A session of its own, and its parent gone: the way a program's shell tools leave processes behind.
     leave = {"run": "setsid sh -c 'echo $$ > left; exec sleep 600' >/dev/null 2>&1 & while ! test -s left; do :; done"}
     async with open_host(tmp_path) as host:
         start()
         connection = await welcomed(host)
-        _, ack = await connection.take_turn(a_lease(prompt=follow(leave)))
+        _, ack = await connection.take_turn(a_lease(prompt=follow(leave), turns="cold"))
         assert ack["outcome"] == "done"
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / "left").read_text()), 0)

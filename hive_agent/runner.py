@@ -1,0 +1,86 @@
+"""What a harness needs of an agent's program, whichever it is.
+
+A program is one module with one Runner, named in RUNNERS. The turn loop knows no more of it than this.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from hive_core.protocol.harness import Lease, Outcome
+
+# The name in agent.toml → module and class. Only the one that is used is imported.
+RUNNERS = {
+    "claude": ("hive_agent.claude", "Claude"),
+    "rehearsal": ("hive_agent.rehearsal", "Rehearsal"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where the program works."""
+
+    agent: str
+    run_dir: str  # the host's sockets
+    state_dir: str  # its working directory
+    home: str
+    config_dir: str  # its sessions and settings
+    path: str  # PATH
+    claude: str | None  # the executable, None where there is none
+    sandboxed: bool
+    model_port: int  # of the loopback that leads to the model
+    configs_dir: str = "/agents"  # every agent's configuration, where this is the manager
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a turn ended, for the host's ack."""
+
+    outcome: Outcome
+    session: str | None
+    error: str | None = None
+    usage: dict[str, Any] | None = None
+
+
+class Runner(ABC):
+    """Runs an agent's turns, one at a time. Whoever makes one closes it: then nothing that it started runs on.
+
+    name   what agent.toml calls its program
+    """
+
+    name: str
+
+    def __init__(self, seat: Seat) -> None:
+        self.seat = seat
+
+    @abstractmethod
+    async def take_turn(self, lease: Lease, pass_on: Callable[[str], None]) -> Ending:
+        """Run the program for one message; each line of its stream goes to `pass_on` as it comes.
+
+        Cancelled, the program and all that it started are gone.
+        """
+
+    @abstractmethod
+    def interrupt(self) -> None:
+        """The turn that runs is not wanted any more: end it politely, then by force. The same again does nothing."""
+
+    @abstractmethod
+    async def rest(self) -> None:
+        """Look after what runs between two turns. It is cancelled when the next one begins, or returns before."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End what runs, politely where there is time."""
+
+
+def make_runner(program: str, seat: Seat) -> Runner:
+    module, name = RUNNERS[program]
+    runner: Runner = getattr(import_module(module), name)(seat)
+    return runner

@@ -1,0 +1,149 @@
+"""Many turns of one real Claude Code process, against a scripted model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import trio
+
+from hive_agent.claude import Claude
+from hive_agent.runner import Ending, Seat
+from tests.harness_host import a_lease
+from tests.needs import find_claude
+from tests.processes import look_until
+from tests.scripted_model import Answer, ScriptedModel, fail, say, tool
+from tests.scripted_tools import ScriptedTools
+
+PATIENCE_S = 60.0
+
+
+class Desk:
+    """One agent's program, and what it printed."""
+
+    def __init__(self, runner: Claude, model: ScriptedModel) -> None:
+        self.runner = runner
+        self.model = model
+        self.lines: list[dict[str, Any]] = []
+        self._session: str | None = None
+        self._turns = 0
+
+    @property
+    def pid(self) -> int | None:
+        program = self.runner._program
+        return program._process.pid if program is not None else None
+
+    async def turn(self, body: str, **settings: Any) -> Ending:
+        self._turns += 1
+        lease = a_lease(self._turns, body, program="claude", session=self._session, prompt="You are iris.", **settings)
+        with trio.fail_after(PATIENCE_S):
+            ending = await self.runner.take_turn(cast("Any", lease), lambda line: self.lines.append(json.loads(line)))
+        self._session = ending.session
+        return ending
+
+    def prompts(self) -> list[str]:
+        return [request.last_user_text for request in self.model.turns]
+
+
+@asynccontextmanager
+async def a_desk(folder: Path, answers: list[Answer]) -> AsyncIterator[Desk]:
+    with ScriptedTools(folder / "mcp.sock"), ScriptedModel(answers) as model:
+        port = int(model.base_url.rpartition(":")[2])
+        where = str(folder)
+        seat = Seat("iris", where, where, where, f"{where}/.claude", "/usr/bin:/bin", str(find_claude()), True, port)
+        runner = Claude(seat)
+        try:
+            yield Desk(runner, model)
+        finally:
+            with trio.CancelScope(shield=True):
+                await runner.close()
+
+
+async def test_one_process_takes_many_turns_and_each_tells_what_it_cost_alone(tmp_path: Path) -> None:
+    async with a_desk(
+        tmp_path, ["one", say("I say it.", tool("mcp__hive__send", to="operator", body="x")), "It is said.", "three"]
+    ) as desk:
+        first = await desk.turn("first")
+        pid = desk.pid
+        second = await desk.turn("second")
+        third = await desk.turn("third")
+        assert desk.pid == pid is not None
+        assert {ending.outcome for ending in (first, second, third)} == {"done"}
+        assert {ending.session for ending in (first, second, third)} == {first.session}
+        usages = [ending.usage or {} for ending in (first, second, third)]
+        assert [usage["input_tokens"] for usage in usages] == [10, 20, 10]
+        assert usages[1]["cost_usd"] == pytest.approx(2 * usages[0]["cost_usd"])
+        assert usages[2]["cost_usd"] == pytest.approx(usages[0]["cost_usd"])
+        (told,) = usages[1]["models"].values()
+        assert (told["inputTokens"], told["outputTokens"]) == (20, 10)
+
+
+async def test_a_turn_that_the_provider_refuses_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    async with a_desk(tmp_path, ["one", fail(429, "slow down"), "three"]) as desk:
+        await desk.turn("first")
+        pid = desk.pid
+        refused = await desk.turn("second")
+        assert (refused.outcome, desk.pid) == ("waiting", pid)
+        assert (await desk.turn("third")).outcome == "done"
+
+
+async def test_an_interrupted_turn_ends_in_a_moment_and_its_session_goes_on(tmp_path: Path) -> None:
+    async with a_desk(
+        tmp_path, ["one", say("I wait.", tool("Bash", command="echo $$ > here; sleep 600")), "three"]
+    ) as desk:
+        first = await desk.turn("first")
+        async with trio.open_nursery() as nursery:
+            endings: list[Ending] = []
+
+            async def take() -> None:
+                endings.append(await desk.turn("second"))
+
+            nursery.start_soon(take)
+            await trio.to_thread.run_sync(look_until, (tmp_path / "here").exists)
+            desk.runner.interrupt()
+        assert (endings[0].outcome, endings[0].session) == ("cancelled", first.session)
+        assert desk.pid is None
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / "here").read_text()), 0)
+        third = await desk.turn("third")
+        assert (third.outcome, third.session) == ("done", first.session)
+        assert "third" in desk.prompts()[-1]
+
+
+async def test_a_session_goes_on_in_a_new_process_when_the_old_one_was_killed(tmp_path: Path) -> None:
+    async with a_desk(tmp_path, ["one", "two"]) as desk:
+        first = await desk.turn("first")
+        pid = desk.pid
+        assert pid is not None
+        # It writes its session down a moment after it has told the result.
+        await trio.to_thread.run_sync(look_until, lambda: list(tmp_path.rglob(f"{first.session}.jsonl")))
+        os.kill(pid, signal.SIGKILL)
+        second = await desk.turn("second")
+        assert (second.outcome, second.session) == ("done", first.session)
+        assert desk.pid not in (None, pid)
+        messages = json.dumps(desk.model.turns[-1].messages)
+        assert "first" in messages
+        assert "second" in messages
+
+
+async def test_what_runs_in_the_background_does_not_begin_a_turn_behind_everybodys_back(tmp_path: Path) -> None:
+    answers = [
+        say("I start it.", tool("Bash", command="sleep 1; echo over", run_in_background=True)),
+        "It runs.",
+        "unasked",
+    ]
+    async with a_desk(tmp_path, cast("list[Answer]", answers)) as desk:
+        assert (await desk.turn("start the build")).outcome == "done"
+        asked = len(desk.model.turns)
+        with trio.fail_after(PATIENCE_S):
+            await desk.runner.rest()  # it ends only because the program began a turn, or was idle for minutes
+        assert desk.pid is None
+        await desk.turn("and now?")
+        assert "unasked_turn" in [line.get("subtype") for line in desk.lines]
+        assert len(desk.model.turns) <= asked + 2
