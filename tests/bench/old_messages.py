@@ -25,6 +25,7 @@ def fill(path: Path, count: int, recipients: int) -> None:
         db.execute("BEGIN")
         db.execute("DELETE FROM deliveries")
         db.execute("DELETE FROM messages")
+        db.execute("DELETE FROM message_blocks")
         db.execute(
             f"{_NUMBERS} INSERT INTO messages (id, sender, body, body_bytes, cause, chain_id, hops, sent_at_ms)"
             f" SELECT n, 'operator', {_TEXT}, 200, 'operator', n, 0, :at + n / 1000 FROM numbers",
