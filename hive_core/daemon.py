@@ -312,13 +312,19 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
 async def _serve_pruning(hive: Hive) -> None:
     while True:
         try:
-            await hive.turns.prune()
-            await forget_old_tool_calls(hive.store)
-            await hive.retention.forget_old()
-            await hive.broker.sweep_bodies()
+            await keep_house(hive)
         except StoreBusy as busy:  # a full disk, say: what is old can go an hour later
             log.warning("cannot forget what is old: %s", busy.message)
         await trio.sleep(PRUNE_EVERY_S)
+
+
+async def keep_house(hive: Hive) -> None:
+    """Remove what is old: all of it by the clock that does not leap."""
+    now_ms = await hive.retention.now_ms()
+    await hive.turns.prune(now_ms)
+    await forget_old_tool_calls(hive.store, now_ms)
+    await hive.retention.forget_old()
+    await hive.broker.sweep_bodies()
 
 
 async def run_daemon(config: Config, life_fd: int | None = None) -> None:

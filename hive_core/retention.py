@@ -42,7 +42,7 @@ class Retention:
         What is held, queued, leased or dead stays, and so does what put a question or answered one. What is left of
         the history without them goes by its own age.
         """
-        now_ms = await self._now_ms()
+        now_ms = await self.now_ms()
         cutoff = now_ms - int(self._limits.kept_s * 1000)
         forgotten = 0
         for row in await self._store.rows("SELECT block FROM message_blocks WHERE first_at_ms < ?", (cutoff,)):
@@ -50,8 +50,11 @@ class Retention:
         await forget_history(self._store, now_ms - int(self._limits.history_kept_s * 1000))
         return forgotten
 
-    async def _now_ms(self) -> int:
-        """The instant from which ages count, in ms since 1970; told once while it is far behind the wall clock."""
+    async def now_ms(self) -> int:
+        """The instant from which the ages of what may be forgotten count, in ms since 1970.
+
+        While it is far behind the wall clock the log says so, once.
+        """
         now_ms, behind_ms = await self._store.write(_follow_the_wall_clock)
         if behind_ms > DAY_MS and not self._held_back:
             log.warning(

@@ -52,12 +52,12 @@ def once(
     return result
 
 
-async def forget_old_tool_calls(store: Store) -> None:
-    """Remove the answers that nobody asks for again, in small transactions, between which others write."""
+async def forget_old_tool_calls(store: Store, now_ms: int) -> None:
+    """Remove the answers that nobody asks for again at `now_ms`, in small transactions, between which others write."""
     sql = """
         DELETE FROM tool_calls WHERE (agent, key) IN (
             SELECT agent, key FROM tool_calls WHERE at_ms < ? LIMIT 500
         )
     """
-    while await store.insist(lambda tx: tx.execute(sql, (tx.now_ms - TOOL_CALL_KEPT_S * 1000,)).rowcount):
+    while await store.insist(lambda tx: tx.execute(sql, (now_ms - TOOL_CALL_KEPT_S * 1000,)).rowcount):
         pass

@@ -94,12 +94,12 @@ class Turns:
         rows = await self._store.rows(sql, (agent, limit))
         return [{**dict(row), "usage": json.loads(row["usage"]) if row["usage"] else None} for row in rows]
 
-    async def prune(self) -> None:
-        """Drop lines that are too old, and those over each agent's bound."""
+    async def prune(self, now_ms: int) -> None:
+        """Drop lines that are too old at `now_ms`, and those over each agent's bound."""
 
         def drop_old(tx: Transaction) -> bool:
             old = "SELECT id FROM turn_lines INDEXED BY turn_lines_by_age WHERE at_ms < ? ORDER BY at_ms LIMIT ?"
-            return _drop_lines(tx, f"id IN ({old})", tx.now_ms - LINE_KEPT_S * 1000, DROPPED_AT_ONCE)
+            return _drop_lines(tx, f"id IN ({old})", now_ms - LINE_KEPT_S * 1000, DROPPED_AT_ONCE)
 
         def write(tx: Transaction) -> None:
             for row in tx.execute("SELECT name FROM agents").fetchall():

@@ -86,6 +86,9 @@ class Services:
 
         await self.store.write(write)
 
+    def now_ms(self) -> int:
+        return int(self.clock() * 1000)
+
     async def say(self, sender: str, recipient: str, body: str, **more: Any) -> int:
         """Send a message; returns its id."""
         answer = await self.broker.send(AgentName(sender), AgentName(recipient), parse_body(body), **more)

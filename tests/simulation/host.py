@@ -164,8 +164,9 @@ async def _keep_house(broker: Broker, turns: Turns, archive: Archive, retention:
     """What the daemon does now and then for what is old. A search indexes what is new, and only then can it be old."""
     while True:
         await archive.search(Query("work"))
-        await turns.prune()
-        await forget_old_tool_calls(broker._store)
+        now_ms = await retention.now_ms()
+        await turns.prune(now_ms)
+        await forget_old_tool_calls(broker._store, now_ms)
         await retention.forget_old()
         await trio.sleep(HOUSE_KEPT_EVERY_S)
 

@@ -95,7 +95,7 @@ async def test_the_answers_of_old_tool_calls_are_forgotten_and_new_ones_are_kept
     await hive.broker.recv(IRIS, 1, 0, key="old")
     await hive.sql("UPDATE tool_calls SET at_ms = 0")
     second = await hive.broker.recv(IRIS, 1, 0, key="new")
-    await forget_old_tool_calls(hive.store)
+    await forget_old_tool_calls(hive.store, hive.now_ms())
     assert await hive.broker.recv(IRIS, 1, 0, key="new") == second
     assert (await hive.broker.recv(IRIS, 1, 0, key="old"))["messages"] == []
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from hive_core import history
 from hive_core.archive import Archive, Query
+from hive_core.daemon import keep_house
 from hive_core.life import life_of
 from hive_core.limits import Limits
 from hive_core.protocol.words import OPERATOR, AgentName, parse_body
@@ -21,6 +23,9 @@ from hive_core.schedules import parse_plan
 from hive_core.store.writer import Transaction
 from tests.hives import PATIENCE_S, Services, open_services
 from tests.unit.test_core_archive import deliver, keep_file
+
+if TYPE_CHECKING:
+    from hive_core.hive import Hive
 
 IRIS, DAMOCLES, HM1ND = AgentName("iris"), AgentName("damocles"), AgentName("hm1nd")
 DAY_S = 86_400
@@ -397,6 +402,22 @@ async def test_a_clock_that_is_a_year_ahead_for_an_hour_takes_one_day_and_no_mor
         hive.clock.ahead_s += 3600
     assert await ids(hive) == list(range(2, 11))
     assert (await hive.kinds()).count("agent_wanted") == 9
+
+
+async def test_a_clock_that_is_a_year_ahead_takes_neither_lines_nor_the_answers_of_calls(hive: Services) -> None:
+    message = await hive.say("hm1nd", "iris", "begin")
+    turn = (await hive.broker.lease(IRIS)).turn.id
+    await hive.turns.add_lines(IRIS, turn, 0, ["a line"])
+    answer = await hive.broker.recv(IRIS, 1, 0, key="k")
+    parts = {"store": hive.store, "turns": hive.turns, "broker": hive.broker, "retention": retention_of(hive)}
+    house = cast("Hive", SimpleNamespace(**parts))
+    await keep_house(house)
+    hive.clock.ahead_s += YEAR_S
+    await keep_house(house)
+    assert [line["line"] for line in await hive.turns.newest_lines("iris")] == ["a line"]
+    await hive.say("hm1nd", "iris", "more")
+    assert await hive.broker.recv(IRIS, 1, 0, key="k") == answer
+    assert message in await ids(hive)
 
 
 async def test_a_hive_that_was_off_for_two_months_has_forgotten_what_is_old_after_two_days(

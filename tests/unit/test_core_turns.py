@@ -78,7 +78,7 @@ async def test_of_an_agent_the_newest_lines_are_kept_and_another_agents_are_left
         await hive.broker.close_lost_turns(IRIS)
     other = await begin(hive, "damocles")
     await hive.turns.add_lines(AgentName("damocles"), other, 0, ["mine"])
-    await hive.turns.prune()
+    await hive.turns.prune(hive.now_ms())
     assert await kept(hive) == [f"1.{n}" for n in range(5, 10)] + [f"2.{n}" for n in range(10)]
     assert await kept(hive, "damocles") == ["mine"]
 
@@ -117,7 +117,7 @@ def test_what_is_known_of_an_agents_bytes_is_what_is_kept(sent: list[tuple[int, 
             await hive.turns.add_lines(IRIS, turn, skipped, [*lines, "one more"])
             if position % 3 == 2:
                 await hive.sql("UPDATE turn_lines SET at_ms = 0 WHERE n % 2")
-                await hive.turns.prune()
+                await hive.turns.prune(hive.now_ms())
             bytes_kept = sum(len(line.encode()) for line in await kept(hive))
             assert await hive.value("SELECT line_bytes FROM agents WHERE name = 'iris'") == bytes_kept <= 200
             await hive.broker.close_lost_turns(IRIS)
@@ -137,7 +137,7 @@ async def test_old_lines_are_dropped_whoever_printed_them(hive: Services) -> Non
     turn = await begin(hive)
     await hive.turns.add_lines(IRIS, turn, 0, ["old", "new"])
     await hive.sql("UPDATE turn_lines SET at_ms = 0 WHERE line = 'old'")
-    await hive.turns.prune()
+    await hive.turns.prune(hive.now_ms())
     assert await kept(hive) == ["new"]
 
 

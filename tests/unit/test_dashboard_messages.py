@@ -348,7 +348,7 @@ async def test_an_agents_page_without_any_line_left_does_not_load_itself_for_eve
     turn = (await hive.broker.lease(IRIS)).turn
     await hive.turns.add_lines(IRIS, turn.id, 0, ["one", "two"])
     hive.clock.ahead_s = 30 * 24 * 3600.0
-    await hive.turns.prune()
+    await hive.turns.prune(hive.now_ms())
     async with browse(hive_of(hive)) as client:
         page, seq = (await client.get("/agents/iris")).text, await hive.store.last_seq()
     assert f'data-after="{hive.at(seq, 2)}"' in page
