@@ -20,7 +20,8 @@ from hive_agent.program import Command, Line, Program
 from hive_agent.runner import Ending, Runner, Seat
 from hive_agent.turn_lines import hive_line
 from hive_agent.wake import wake_prompt
-from hive_core.protocol.harness import WARM_IDLE_S, WARM_MEMORY_MIB, WARM_TURNS
+from hive_agent.watch import Watch, cpu_of_descendants_s
+from hive_core.protocol.harness import TURN_SILENCE_S, WARM_IDLE_S, WARM_MEMORY_MIB, WARM_TURNS
 from hive_core.protocol.lines import encode
 
 TYPE_CHECKING = False
@@ -112,9 +113,13 @@ class Claude(Runner):
         report = Report(self._last)
         prompt = wake_prompt(lease["message"], lease["waiting"], lease["refused"])
         try:
-            ended = await self._listen(program, user_line(prompt), report, pass_on)
+            ended, stuck = await self._listen(program, user_line(prompt), report, pass_on, silence_s(settings))
             self._turns += 1
             self._session, self._last = report.session, report.result
+            if stuck is not None:
+                await self._finish()
+                usage = report.ending(None).usage
+                return report, Ending("failed", report.session or session, f"the turn was stuck: {stuck}", usage)
             if self._unwanted.is_set():
                 await self._finish()
                 return report, Ending("cancelled", report.session or session, "the host has taken this turn away")
@@ -139,12 +144,19 @@ class Claude(Runner):
             self._turns, self._last = 0, None
         return self._program
 
-    async def _listen(self, program: Program, line: bytes, report: Report, pass_on: Callable[[str], None]) -> bool:
-        """Give the program its prompt and read until the turn has ended; false when the program ended, or had to."""
-        ended = False
+    async def _listen(
+        self, program: Program, line: bytes, report: Report, pass_on: Callable[[str], None], silence_s: float
+    ) -> tuple[bool, str | None]:
+        """Give the program its prompt and read until the turn has ended.
+
+        False when the program ended instead, or had to; and why the turn was stuck, if it was.
+        """
+        ended, stuck = False, None
+        watch = Watch(report, silence_s, cpu_of_descendants_s)
 
         def read_stdout(line: Line) -> bool:
             pass_on(report.read_stdout(line))
+            watch.heard()
             return report.result is not None
 
         with trio.CancelScope() as patience:
@@ -155,11 +167,18 @@ class Claude(Runner):
                 patience.deadline = trio.current_time() + INTERRUPT_S
                 await program.tell(INTERRUPT)
 
+            async def look() -> None:
+                nonlocal stuck
+                stuck = await watch.stuck()
+                pass_on(hive_line("stuck", error=stuck))
+                self.interrupt()
+
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(tell)
+                nursery.start_soon(look)
                 ended = await program.read(read_stdout, lambda line: pass_on(report.read_stderr(line)))
                 nursery.cancel_scope.cancel()
-        return ended
+        return ended, stuck
 
     def _stays(self, program: Program, settings: Settings) -> bool:
         """Whether the process is kept for the next turn."""
@@ -208,6 +227,10 @@ def flags(seat: Seat, settings: Settings) -> list[str]:
     if settings["prompt"].strip():
         chosen += ["--append-system-prompt", settings["prompt"]]
     return chosen
+
+
+def silence_s(settings: Settings) -> float:
+    return float(settings.get("turn_silence_s", TURN_SILENCE_S))
 
 
 def session_flags(session: str | None) -> list[str]:

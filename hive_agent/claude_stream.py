@@ -32,6 +32,10 @@ class Report:
         self.result: dict[str, Any] | None = None
         self.session: str | None = None
         self._before = before or {}
+        self.tools: dict[str, str] = {}  # the calls that have no result yet: their ids and names
+        self.repeats = 0  # how often the last call was made in a row, with the same arguments and the same answer
+        self._last_call: object = None
+        self._last_answer: object = None
         self._api_error: str | None = None
         self._last_stderr: str | None = None
         self.began = False
@@ -84,8 +88,22 @@ class Report:
                 self.has_tools = hive_connected(event.get("mcp_servers"))
             case "assistant":
                 self._api_error = text_or_none(event.get("error"))
+                for block in _blocks(event, "tool_use"):
+                    self._note_call(block)
+            case "user":
+                for block in _blocks(event, "tool_result"):
+                    self.tools.pop(str(block.get("tool_use_id")), None)
+                    if block.get("content") != self._last_answer:
+                        self.repeats = min(self.repeats, 1)
+                    self._last_answer = block.get("content")
             case "result":
                 self.result = event
+
+    def _note_call(self, block: dict[str, Any]) -> None:
+        call = block.get("name"), block.get("input")
+        self.repeats = self.repeats + 1 if call == self._last_call else 1
+        self._last_call = call
+        self.tools[str(block.get("id"))] = str(block.get("name"))
 
     def _error_outcome(self) -> Outcome:
         assert self.result is not None
@@ -146,6 +164,14 @@ def _more(now: dict[str, Any], before: dict[str, Any], key: str) -> float | int 
         return None
     was = was if isinstance(was, int | float) else 0
     return round(value - was, 10) if isinstance(value, float) or isinstance(was, float) else value - was
+
+
+def _blocks(event: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    """The blocks of that kind in an event's message, whatever shape it has."""
+    message = event.get("message")
+    content = message.get("content") if isinstance(message, dict) else None
+    found = content if isinstance(content, list) else []
+    return [block for block in found if isinstance(block, dict) and block.get("type") == kind]
 
 
 def begins_turn(line: bytes | Refusal) -> bool:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         warm_idle_s: NotRequired[int]  # how long a process is kept without a turn
         warm_turns: NotRequired[int]  # how many it takes
         warm_memory_mib: NotRequired[int]  # above which it takes no more
+        turn_silence_s: NotRequired[int]  # a turn that prints nothing for so long is stuck
 
     class LeasedMessage(TypedDict):
         id: int
@@ -77,4 +78,6 @@ RENEW_EVERY_S = 10.0
 WARM_IDLE_S = 300
 WARM_TURNS = 50
 WARM_MEMORY_MIB = 1024
+# Longer than any tool of the program waits, and than a model thinks before its first word.
+TURN_SILENCE_S = 1800
 FENCE_LIMIT = 64

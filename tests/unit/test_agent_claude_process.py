@@ -14,6 +14,7 @@ from hive_agent.claude import Claude
 from hive_agent.claude_stream import Report
 from hive_agent.runner import Ending, Seat
 from tests.harness_host import a_lease
+from tests.processes import look_until
 
 PATIENCE_S = 20.0
 INIT = '{"type":"system","subtype":"init","session_id":"s","mcp_servers":[{"name":"hive","status":"connected"}]}'
@@ -31,8 +32,8 @@ def a_runner(folder: Path, script: str) -> Claude:
     return Claude(Seat("iris", where, where, where, where, "/usr/bin:/bin", str(program), True, 1))
 
 
-async def take(runner: Claude, lines: list[dict[str, Any]], session: str | None = "s") -> Ending:
-    lease = cast("Any", a_lease(program="claude", session=session))
+async def take(runner: Claude, lines: list[dict[str, Any]], session: str | None = "s", **settings: Any) -> Ending:
+    lease = cast("Any", a_lease(program="claude", session=session, **settings))
     with trio.fail_after(PATIENCE_S):
         return await runner.take_turn(lease, lambda line: lines.append(json.loads(line)))
 
@@ -58,12 +59,15 @@ async def test_a_program_that_does_not_hear_its_interruption_is_ended_by_force(
 
 
 async def test_what_is_printed_between_two_turns_is_shown_with_the_next(tmp_path: Path) -> None:
-    runner = a_runner(
-        tmp_path, 'turn; good; echo \'{"type":"system","subtype":"note"}\'; echo oh >&2; turn; good; read _'
-    )
+    wait = "while ! test -e go; do :; done"
+    note = 'echo \'{"type":"system","subtype":"note"}\'; echo oh >&2'
+    runner = a_runner(tmp_path, f"turn; good; {wait}; {note}; turn; good; read _")
     await take(runner, [])
-    with trio.move_on_after(0.2):
-        await runner.rest()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(runner.rest)
+        (tmp_path / "go").touch()
+        await trio.to_thread.run_sync(look_until, lambda: len(runner._between) == 2)
+        nursery.cancel_scope.cancel()
     lines: list[dict[str, Any]] = []
     assert (await take(runner, lines)).outcome == "done"
     assert {line["subtype"] for line in lines[:2]} == {"note", "stderr"}
@@ -118,3 +122,43 @@ def test_what_is_unknown_stays_unknown(told: dict[str, Any]) -> None:
     usage = report.ending(None).usage
     assert usage is not None
     assert usage["cost_usd"] is None
+
+
+# -- turns that are stuck ---------------------------------------------------------------------------------------------
+
+TOOL = '{"type":"assistant","message":{"content":[{"type":"tool_use","id":"t","name":"Bash","input":{"command":"x"}}]}}'
+IN_A_TOOL = f"turn; echo '{TOOL}'"
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        (
+            f"{IN_A_TOOL}; exec sleep 600",
+            "it printed nothing for 3 s, and its processes did nothing, in the tool Bash",
+        ),
+        (
+            f"turn; while :; do echo '{TOOL}'; done",
+            "it called the same tool 25 times in a row, with the same arguments and the same answer",
+        ),
+    ],
+    ids=["silent", "in a loop"],
+)
+async def test_a_turn_that_is_stuck_is_ended_and_says_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, why: str
+) -> None:
+    monkeypatch.setattr(claude, "INTERRUPT_S", 0.05)
+    monkeypatch.setattr("hive_agent.program.LINGER_S", 0.05)
+    runner = a_runner(tmp_path, script)
+    lines: list[dict[str, Any]] = []
+    ending = await take(runner, lines, turn_silence_s=3)
+    assert (ending.outcome, ending.error) == ("failed", f"the turn was stuck: {why}")
+    assert {"type": "hive", "subtype": "stuck", "error": why} in lines
+    assert runner._program is None
+
+
+async def test_a_call_whose_arguments_change_is_no_loop(tmp_path: Path) -> None:
+    call = TOOL.replace('"x"', "\"'$n'\"")
+    runner = a_runner(tmp_path, f"turn; for n in $(seq 60); do echo '{call}'; done; good; read _")
+    assert (await take(runner, [])).outcome == "done"
+    await runner.close()
