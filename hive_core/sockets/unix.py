@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
 import stat
 from collections import deque
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hive_core.protocol.refusal import Refusal
 log = logging.getLogger(__name__)
 CONNECTIONS_LIMIT = 128
 RECEIVE_BYTES = 64 * 1024
+ACCEPT_REST_S = 0.1
 
 
 def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
@@ -42,7 +43,7 @@ def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
     return sock
 
 
-class Connection(trio.abc.AsyncResource):
+class Connection:
     """One peer of a unix socket: bytes in, bytes out.
 
     A task that waits for nothing is not switched away from, as after each operation of trio's own stream: an answer
@@ -89,28 +90,11 @@ class Connection(trio.abc.AsyncResource):
             return trio.ClosedResourceError("this connection was closed")
         return trio.BrokenResourceError("the peer has hung up")
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         """Hang up; whoever waits for the connection gets a ClosedResourceError."""
         if self._sock.fileno() >= 0:
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
-        await trio.lowlevel.checkpoint()
-
-
-class _Listener(trio.abc.Listener[Connection]):
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-
-    async def accept(self) -> Connection:
-        while True:
-            await trio.lowlevel.wait_readable(self._sock)
-            with suppress(BlockingIOError, ConnectionAbortedError):
-                return Connection(self._sock.accept()[0])
-
-    async def aclose(self) -> None:
-        trio.lowlevel.notify_closing(self._sock)
-        self._sock.close()
-        await trio.lowlevel.checkpoint()
 
 
 async def serve_unix(sock: socket.socket, handler: Callable[[Connection], Awaitable[None]]) -> None:
@@ -118,28 +102,47 @@ async def serve_unix(sock: socket.socket, handler: Callable[[Connection], Awaita
 
     Connections over CONNECTIONS_LIMIT are closed at once: one client must not take every descriptor.
     """
-    limit = trio.CapacityLimiter(CONNECTIONS_LIMIT)
+    path, count = sock.getsockname(), 0
 
     async def guarded(stream: Connection) -> None:
-        async with stream:
+        nonlocal count
+        try:
+            # A hang-up comes out of a handler's nursery in a group.
             try:
-                limit.acquire_on_behalf_of_nowait(stream)
-            except trio.WouldBlock:
-                log.warning("a connection on %s over the limit of %d was closed", path, CONNECTIONS_LIMIT)
-                return
-            try:
-                # A hang-up comes out of a handler's nursery in a group.
-                try:
-                    await handler(stream)
-                except* (trio.BrokenResourceError, trio.ClosedResourceError):
-                    pass
-            except Exception:
-                log.exception("a connection on %s failed", path)
-            finally:
-                limit.release_on_behalf_of(stream)
+                await handler(stream)
+            except* (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+        except Exception:
+            log.exception("a connection on %s failed", path)
+        finally:
+            count -= 1
+            stream.close()
 
-    path = sock.getsockname()
-    await trio.serve_listeners(guarded, [_Listener(sock)])
+    with sock:
+        async with trio.open_nursery() as nursery:
+            while True:
+                stream = await _accept(sock)
+                if count == CONNECTIONS_LIMIT:
+                    log.warning("a connection on %s over the limit of %d was closed", path, CONNECTIONS_LIMIT)
+                    stream.close()
+                else:
+                    count += 1
+                    nursery.start_soon(guarded, stream)
+
+
+async def _accept(sock: socket.socket) -> Connection:
+    """The next connection. While the process may open no more files, it waits in the queue of the socket."""
+    while True:
+        await trio.lowlevel.wait_readable(sock)
+        try:
+            return Connection(sock.accept()[0])
+        except (BlockingIOError, ConnectionAbortedError):
+            pass  # it has left already
+        except OSError as exc:
+            if exc.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                raise
+            log.error("cannot take a connection on %s now: %s", sock.getsockname(), exc.strerror)
+            await trio.sleep(ACCEPT_REST_S)
 
 
 class Lines:
