@@ -26,7 +26,7 @@ from hive_core.broker import Broker
 from hive_core.loose_ends import LooseEnds
 from hive_core.procedures.gate import Gate
 from hive_core.protocol.call_key import CallKey
-from hive_core.protocol.lines import LINE_LIMIT_BYTES, LineSplitter, decode, encode
+from hive_core.protocol.lines import LINE_LIMIT_BYTES, decode, encode
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
     MANAGER,
@@ -40,13 +40,14 @@ from hive_core.questions import parse_answer, parse_ask
 from hive_core.reminders import When
 from hive_core.settings import describe
 from hive_core.sockets import forms, told
-from hive_core.sockets.unix import Connection
+from hive_core.sockets.unix import Connection, Lines
 from hive_core.version import __version__
 from hive_core.withdrawal import withdraw_thread
 
 Key = CallKey | None
 PROGRESS_EVERY_S = 15.0
-WAITS_LIMIT = 16  # calls of one connection that wait for mail at once: each is run again with every message
+WAITS_LIMIT = 16  # calls of one agent that wait for mail at once: each is run again with every message
+IN_FLIGHT_LIMIT = 64  # requests of one connection that are not answered yet: each is a task
 Result = told.Result
 
 
@@ -120,7 +121,8 @@ class AgentDesk:
         self._kill = kill
         self._archive = archive
         self._ends = loose_ends
-        self.tools = {tool.name: tool for tool in _TOOLS if name == MANAGER or not tool.managers}
+        self.tools = _TOOLS_OF[name == MANAGER]
+        self.waits = trio.Semaphore(WAITS_LIMIT)
 
     async def call(self, name: str, arguments: dict[str, Any], key: str | None) -> Result:
         """The result of one tool call. Raises Refusal with one sentence for the agent."""
@@ -279,9 +281,12 @@ class AgentDesk:
         return {"killed": name}
 
 
+_TOOLS_OF = {manager: {tool.name: tool for tool in _TOOLS if manager or not tool.managers} for manager in (False, True)}
+
+
 async def serve_agent(desk: AgentDesk, stream: Connection, *, progress_every_s: float = PROGRESS_EVERY_S) -> None:
     """Speak MCP with one client of an agent's socket until it hangs up."""
-    waits = trio.Semaphore(WAITS_LIMIT)
+    in_flight = _InFlight()
 
     async def list_tools(_: object, __: object) -> types.ListToolsResult:
         return types.ListToolsResult(tools=[tool.to_mcp() for tool in desk.tools.values()])
@@ -291,9 +296,9 @@ async def serve_agent(desk: AgentDesk, stream: Connection, *, progress_every_s: 
         if tool is None or not tool.waits:
             return await answer(context, params)
         try:
-            waits.acquire_nowait()
+            desk.waits.acquire_nowait()
         except trio.WouldBlock:
-            why = f"{WAITS_LIMIT} calls of this connection wait already, which is the limit; let one of them end first"
+            why = f"{WAITS_LIMIT} calls of {desk.name} wait already, which is the limit; let one of them end first"
             return _as_error(f"cannot call {params.name}: {why}")
         try:
             async with trio.open_nursery() as nursery:
@@ -301,7 +306,7 @@ async def serve_agent(desk: AgentDesk, stream: Connection, *, progress_every_s: 
                 result = await answer(context, params)
                 nursery.cancel_scope.cancel()
         finally:
-            waits.release()
+            desk.waits.release()
         return result
 
     async def answer(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
@@ -315,7 +320,7 @@ async def serve_agent(desk: AgentDesk, stream: Connection, *, progress_every_s: 
         return types.CallToolResult(content=[text], structured_content=result)
 
     server = Server("hyperhive", version=__version__, on_list_tools=list_tools, on_call_tool=call_tool)
-    server.middleware.append(_say_what_is_wrong)
+    server.middleware += [in_flight.leave_when_answered, _say_what_is_wrong]
     to_server, from_client = anyio.create_memory_object_stream[SessionMessage | Exception](0)
     to_client, from_server = anyio.create_memory_object_stream[SessionMessage](0)
     lock = trio.Lock()
@@ -323,24 +328,21 @@ async def serve_agent(desk: AgentDesk, stream: Connection, *, progress_every_s: 
     async def write_out() -> None:
         async with from_server:
             async for message in from_server:
+                in_flight.leave(getattr(message.message, "id", None))
                 line = message.message.model_dump_json(by_alias=True, exclude_unset=True)
                 async with lock:
                     await stream.send_all(line.encode() + b"\n")
 
     async def read_in() -> None:
-        splitter = LineSplitter(LINE_LIMIT_BYTES)
+        lines = Lines(stream, LINE_LIMIT_BYTES)
         async with to_server:
-            while data := await stream.receive_some():
-                for line in splitter.feed(data):
-                    async with lock:
-                        pass  # who does not read the answers asks for no more: each of them waits in our memory
-                    answer = await _hand_over(line, to_server)
-                    if answer is not None:
-                        async with lock:
-                            await stream.send_all(encode(answer))
-            if (half := splitter.end()) is not None:
+            while (line := await lines.next_line()) is not None:
                 async with lock:
-                    await stream.send_all(encode(_rpc_error(-32700, half.message)))
+                    pass  # who does not read the answers asks for no more: each of them waits in our memory
+                answer = await _hand_over(line, to_server, in_flight)
+                if answer is not None:
+                    async with lock:
+                        await stream.send_all(encode(answer))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(write_out)
@@ -373,10 +375,37 @@ async def _say_what_is_wrong(ctx: Any, call_next: Callable[[Any], Awaitable[Any]
         raise MCPError(types.INVALID_REQUEST, f"cannot answer {ctx.method}: {why}") from None
 
 
-async def _hand_over(line: bytes | Refusal, to_server: Any) -> dict[str, Any] | None:
+class _InFlight:
+    """The requests of a connection that have no answer yet, by their ids: no more of them than the limit.
+
+    One is answered by what is written, or without a word where the client has cancelled it.
+    """
+
+    def __init__(self) -> None:
+        self._ids: set[object] = set()
+        self._room = trio.Event()
+
+    async def enter(self, number: int | str) -> None:
+        while len(self._ids) >= IN_FLIGHT_LIMIT:
+            self._room = trio.Event()
+            await self._room.wait()
+        self._ids.add(number)
+
+    def leave(self, number: object) -> None:
+        self._ids.discard(number)
+        self._room.set()
+
+    async def leave_when_answered(self, ctx: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
+        try:
+            return await call_next(ctx)
+        finally:
+            self.leave(ctx.request_id)
+
+
+async def _hand_over(line: bytes | Refusal, to_server: Any, in_flight: _InFlight) -> dict[str, Any] | None:
     """Give one line to the server; the JSON-RPC error for one that is none, and the connection goes on."""
     if isinstance(line, Refusal):
-        return _rpc_error(-32600, line.message)
+        return _rpc_error(-32700, line.message)
     if not line.strip():
         return None
     try:
@@ -387,6 +416,8 @@ async def _hand_over(line: bytes | Refusal, to_server: Any) -> dict[str, Any] | 
         # An id that is none makes a notification of it, and whoever asked would wait for ever.
         needs = "a request needs one that is a whole number or text, a notification has none"
         return _rpc_error(-32600, f"cannot answer {ascii(message.method)[:60]}: its id is neither; {needs}")
+    if isinstance(message, types.JSONRPCRequest):
+        await in_flight.enter(message.id)
     await to_server.send(SessionMessage(message))
     return None
 

@@ -29,7 +29,7 @@ from hive_core.turns import Turns
 log = logging.getLogger(__name__)
 Request = dict[str, Any] | Refusal
 FENCES_LIMIT = 2  # the turn that runs, and one that is asked for
-READ_AHEAD = 16  # requests that may lie behind the one that is answered
+READ_AHEAD = 2  # requests that may lie behind a lease: a harness asks one at a time, and each may have 8 MiB
 ERROR_LIMIT = 2000
 USAGE_LIMIT_BYTES = 16 * 1024
 

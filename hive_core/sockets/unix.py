@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 CONNECTIONS_LIMIT = 128
 RECEIVE_BYTES = 64 * 1024
 ACCEPT_REST_S = 0.1
+LINES_IN_A_ROW = 16
 
 
 def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
@@ -47,8 +48,7 @@ class Connection:
     """One peer of a unix socket: bytes in, bytes out.
 
     A task that waits for nothing is not switched away from, as after each operation of trio's own stream: an answer
-    that fits into the socket's buffer is sent at once. Who has data to read waits its turn, so that nobody who sends
-    without end keeps the others waiting.
+    that fits into the socket's buffer is sent at once. Who has data to read waits its turn.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -146,29 +146,38 @@ async def _accept(sock: socket.socket) -> Connection:
 
 
 class Lines:
-    """JSON lines over a stream: objects in, objects out."""
+    """JSON lines over a stream: objects in, objects out. Whoever sends many at once lets others go between."""
 
     def __init__(self, stream: Connection, limit_bytes: int = LINE_LIMIT_BYTES) -> None:
         self._stream = stream
         self._splitter = LineSplitter(limit_bytes)
         self._ready: deque[bytes | Refusal] = deque()
+        self._in_a_row = 0  # lines that were taken without waiting for any
+
+    async def next_line(self) -> bytes | Refusal | None:
+        """The next line, the Refusal of one that is too long or that a hang-up cut in half, or None after the last."""
+        while not self._ready:
+            data = await self._stream.receive_some()
+            if not data:
+                return self._splitter.end()
+            self._ready.extend(self._splitter.feed(data))
+            self._in_a_row = 0
+        self._in_a_row += 1
+        if self._in_a_row > LINES_IN_A_ROW:
+            # What is read at once can be thousands of lines, each of which has its answer without waiting.
+            await trio.lowlevel.checkpoint()
+            self._in_a_row = 1
+        return self._ready.popleft()
 
     async def next(self) -> dict[str, Any] | Refusal | None:
         """The next object, the Refusal of a bad line or of one that a hang-up cut in half, or None after the last."""
-        while True:
-            while not self._ready:
-                data = await self._stream.receive_some()
-                if not data:
-                    return self._splitter.end()
-                self._ready.extend(self._splitter.feed(data))
-            line = self._ready.popleft()
-            if isinstance(line, Refusal):
-                return line
+        while isinstance(line := await self.next_line(), bytes):
             if line.strip():
                 try:
                     return decode(line)
                 except Refusal as refusal:
                     return refusal
+        return line
 
     async def send(self, obj: object) -> None:
         """Send one object whole. A peer that does not read holds up its own connection and nothing else."""

@@ -19,8 +19,8 @@ from hive_core.protocol.visible import HIDDEN
 from hive_core.protocol.words import BODY_LIMIT_BYTES, MANAGER, OPERATOR, AgentName
 from hive_core.questions import Ask
 from hive_core.reminders import When
-from hive_core.sockets.agent import serve_agent
-from tests.hives import PATIENCE_S, Services, connect, run_in_hive, serve
+from hive_core.sockets.agent import WAITS_LIMIT, serve_agent
+from tests.hives import PATIENCE_S, Services, connect, held_writer, run_in_hive, serve
 from tests.tools import Program, desk_for, program, program_of
 
 IRIS = AgentName("iris")
@@ -229,16 +229,48 @@ async def test_a_key_with_other_arguments_is_refused_and_says_so(
         assert await client.call(tool, use, **dict(reversed(first.items())), **key) == answer
 
 
-async def test_calls_that_wait_are_bounded_on_a_connection_and_the_others_go_on(
-    hive: Services, door: Path, monkeypatch: pytest.MonkeyPatch
+async def test_calls_that_wait_are_bounded_for_an_agent_whatever_its_connections_and_others_go_on(
+    hive: Services, door: Path
 ) -> None:
-    monkeypatch.setattr("hive_core.sockets.agent.WAITS_LIMIT", 1)
     await hive.say("operator", "iris", "go")
     await hive.broker.lease(AgentName("iris"))
+    async with program(door) as first, program(door) as second:
+        for _ in range(WAITS_LIMIT):
+            await first.begin("tools/call", name="recv", arguments={"wait_seconds": 60})
+        assert (await first.request("ping"))["result"] == {}
+        said = await second.refusal("recv", wait_seconds=60)
+        assert said.startswith(f"cannot call recv: {WAITS_LIMIT} calls of iris wait already")
+        assert (await second.call("whoami"))["name"] == "iris"
+
+
+async def test_no_more_requests_of_a_connection_are_taken_in_than_its_limit(
+    hive: Services, door: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a task and its answer: a program that asks without end would make the daemon grow without end."""
+    monkeypatch.setattr("hive_core.sockets.agent.IN_FLIGHT_LIMIT", 3)
+    numbers = range(50, 60)
+    async with program(door) as client, trio.open_nursery() as nursery:
+        async with held_writer(hive.store, nursery):
+            for number in numbers:
+                call = {"name": "send", "arguments": {"to": "damocles", "body": f"{number}"}}
+                await client.send({"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": call})
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            writer: Any = hive.store.write.__self__  # type: ignore[attr-defined]
+            assert len(writer._queued) == 3
+        assert sorted([(await client.read())["id"] for _ in numbers]) == list(numbers)
+
+
+async def test_a_request_that_its_client_takes_back_makes_room_for_another(
+    hive: Services, door: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hive_core.sockets.agent.IN_FLIGHT_LIMIT", 1)
+    await begin_turn(hive)
     async with program(door) as client:
-        await client.begin("tools/call", name="recv", arguments={"wait_seconds": 60})
-        said = await client.refusal("recv", wait_seconds=60)
-        assert said.startswith("cannot call recv: 1 calls of this connection wait already")
+        for _ in range(3):
+            await client.begin("tools/call", name="recv", arguments={"wait_seconds": 60})
+            gone = {"requestId": client.number}
+            await client.send({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": gone})
+        assert (await client.request("ping"))["result"] == {}
 
 
 async def test_a_key_that_the_agent_chose_holds_whatever_the_id_of_the_call(hive: Services, door: Path) -> None:
@@ -344,7 +376,7 @@ async def test_a_recv_that_was_cancelled_takes_no_mail(hive: Services, door: Pat
         (b"{}\n", -32700),
         (b'{"jsonrpc":"2.0","id":1}\n', -32700),
         (b"[" * 100_000 + b"\n", -32700),
-        (b"x" * (LINE_LIMIT_BYTES + 1) + b"\n", -32600),
+        (b"x" * (LINE_LIMIT_BYTES + 1) + b"\n", -32700),
     ],
     ids=lambda value: repr(value)[:30],
 )

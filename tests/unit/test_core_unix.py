@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import trio
 
+from hive_core.protocol.refusal import Refusal
 from hive_core.sockets import unix
-from hive_core.sockets.unix import Connection
+from hive_core.sockets.unix import LINES_IN_A_ROW, Connection, Lines
 from tests.hives import PATIENCE_S, connect, serve
 
 LARGE = os.urandom(4 * 1024 * 1024)
@@ -99,6 +100,26 @@ async def test_who_sends_without_end_keeps_nobody_else_waiting(tmp_path: Path) -
         nursery.start_soon(read_all)
         for number in range(20):
             assert await other.ask({"n": number}) == {"n": number}
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_sends_thousands_of_lines_at_once_lets_others_go_between() -> None:
+    """Each has its answer at once: without waiting for anything the task would run until all are answered."""
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with a_pair() as (ours, peer), trio.open_nursery() as nursery:
+        lines = Lines(ours)
+        await peer.send_all(b"x\n" * 16_000)
+        nursery.start_soon(count_turns)
+        for _ in range(16_000):
+            assert isinstance(await lines.next(), Refusal)
+        assert turns > 16_000 / LINES_IN_A_ROW / 2
         nursery.cancel_scope.cancel()
 
 
