@@ -11,6 +11,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import Namespace
 
+ID_DIGITS = 18  # Python converts no number of some thousand digits, and says so in words for programmers
+
 
 def schedule(arguments: Namespace) -> None:
     from hive_core.cli import show
@@ -29,7 +31,7 @@ def schedule(arguments: Namespace) -> None:
         result = Client().call("schedules")
         emit(arguments, result, "\n".join(map(show.schedule, result["schedules"])) or "there is no schedule")
         return
-    if not words[0].isdecimal():
+    if not words[0].isdecimal() or len(words[0]) > ID_DIGITS:
         raise Refusal(
             "usage", f"cannot use {shown(words[0])} as the number of a schedule: `hive schedule list` shows them"
         )

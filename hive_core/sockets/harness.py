@@ -216,7 +216,6 @@ class _Session:
         turn_id, fence = parse_id(request.get("turn"), "a turn"), _fence(request.get("fence"))
         next_fence = None if request.get("next") is None else _fence(request["next"])
         session, error = request.get("session"), request.get("error")
-        stops = desk.stops or self._left
         # Whoever acks lives: while the disk takes no ack, the turn must not be lost for silence.
         desk.broker.renew(desk.name, turn_id)
         acked = await desk.broker.ack(
@@ -226,7 +225,7 @@ class _Session:
             error=_printable(error, ERROR_LIMIT) if isinstance(error, str) and error else None,
             usage=_bounded_usage(request.get("usage")),
             session=session if isinstance(session, str) and session.isascii() and len(session) <= 64 else None,
-            next_fence=None if stops else next_fence,
+            next_fence=None if desk.stops else next_fence,
         )
         answer = {"counted": acked.counted, "stop": desk.stops}
         if acked.lease is not None:

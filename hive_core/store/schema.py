@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
 from importlib import resources
 
 from hive_core.protocol.paths import explain
@@ -82,8 +84,30 @@ def migrate(connection: sqlite3.Connection, path: str) -> None:
     """Bring the schema up to date, one transaction a migration. Raises StoreError."""
     check_ours(connection, path)
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    for number, sql in migrations()[version:]:
+    steps = migrations()
+    if version and _schema(connection) != _schema_after(steps[:version]):
+        raise StoreError(
+            f"cannot open {path}: a hyperhive between two releases made it, and its tables are of no "
+            "release; run that one again, or move it away with its -wal and -shm to begin anew"
+        )
+    _run(connection, steps[version:])
+
+
+def _run(connection: sqlite3.Connection, steps: Sequence[tuple[int, str]]) -> None:
+    for number, sql in steps:
         connection.executescript(
             f"BEGIN IMMEDIATE; {sql}\n;"
             f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {number}; COMMIT;"
         )
+
+
+def _schema_after(steps: Sequence[tuple[int, str]]) -> set[tuple[object, ...]]:
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as empty:
+        _run(empty, steps)
+        return _schema(empty)
+
+
+def _schema(connection: sqlite3.Connection) -> set[tuple[object, ...]]:
+    # sqlite's own tables are no part of it: an ANALYZE by hand adds one.
+    sql = "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite~_%' ESCAPE '~'"
+    return {tuple(row) for row in connection.execute(sql)}

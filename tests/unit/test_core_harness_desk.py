@@ -114,6 +114,19 @@ async def test_a_second_harness_is_refused_and_the_one_that_is_connected_is_name
         assert desk.instance == "two"
 
 
+async def test_a_lease_that_waits_on_a_connection_which_was_succeeded_is_refused_and_does_not_say_stop(
+    door: Path,
+) -> None:
+    """To stop is what the host asks of a harness; one that comes back is to go on, on its new connection."""
+    async with greeted(door) as old:
+        await old.send({"id": 2, "op": "lease", "fence": "f"})
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        async with greeted(door):
+            answer = await old.read()
+    assert (answer["ok"], answer["error"]["code"]) == (False, "conflict")
+    assert "connected again" in answer["error"]["message"]
+
+
 async def test_a_harness_that_comes_back_before_its_hang_up_was_seen_takes_its_place_over(
     hive: Services, desk: HarnessDesk, door: Path
 ) -> None:

@@ -400,6 +400,7 @@ async def test_the_operator_keeps_schedules(hive: Services, command: Command) ->
         (["add", "iris", "--every", "60"], 2, "it takes AGENT BODY with --cron or --every"),
         (["list", "1"], 2, "it takes nothing"),
         (["rm", "one"], 2, "cannot use 'one' as the number of a schedule"),
+        (["pause", "9" * 5_000], 2, "cannot use '9999"),
         (["rm"], 2, "it takes the number of a schedule"),
         (["run", "9"], 3, "cannot find schedule 9"),
         (["forget", "9"], 2, "invalid choice"),

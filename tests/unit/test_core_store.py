@@ -316,6 +316,27 @@ async def test_a_database_of_a_newer_version_is_refused_by_name_with_the_way_out
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("change", ["DROP TABLE retention_clock", "ALTER TABLE agents ADD COLUMN mood TEXT"])
+async def test_a_database_whose_tables_are_of_no_release_is_refused_with_the_way_out(
+    tmp_path: Path, change: str
+) -> None:
+    path = tmp_path / "hive.sqlite"
+    async with opened(path):
+        pass
+    before = make_database(path, change)
+    assert re.search(r"between two releases made it.*move it away with its -wal and -shm", await refusal_to_open(path))
+    assert path.read_bytes() == before
+
+
+async def test_what_sqlite_keeps_for_itself_does_not_make_a_database_another(tmp_path: Path) -> None:
+    path = tmp_path / "hive.sqlite"
+    async with opened(path):
+        pass
+    make_database(path, "ANALYZE")
+    async with opened(path):
+        pass
+
+
 @pytest.mark.parametrize(
     "statements",
     [

@@ -18,6 +18,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.store.bus import Bus
 from hive_core.store.door import Store, open_store
 from hive_core.store.schema import StoreBusy, StoreError
+from hive_core.store.worker import Worker
 from hive_core.store.writer import BATCH_LIMIT, PARAMETERS_LIMIT, Transaction
 from tests.hives import PATIENCE_S, held_writer, second_look
 
@@ -131,6 +132,42 @@ async def test_a_write_that_makes_sqlite_undo_the_whole_batch_ends_with_it_and_n
         await store.write(undoes)
     await store.write(put("b"))
     assert await store.rows("SELECT count(*) FROM sign_ins")
+
+
+async def test_what_a_write_that_raises_has_remembered_is_forgotten_with_its_rows(store: Store) -> None:
+    """Also where it is not alone: its neighbour's memory stays."""
+
+    def remember(key: str, ends: bool = True) -> Callable[[Transaction], None]:
+        def write(tx: Transaction) -> None:
+            assert ends or tx.memo.get("neighbour")  # what those before it have set is there
+            tx.memo[key] = 1
+            if not ends:
+                raise ValueError("no")
+
+        return write
+
+    calls = [lambda: store.write(remember("neighbour")), lambda: store.write(remember("raised", ends=False))]
+    first, second = await in_one_batch(store, *calls)
+    assert (first, str(second)) == (None, "no")
+    assert await store.write(lambda tx: (tx.memo.get("neighbour"), tx.memo.get("raised"))) == (1, None)
+
+
+async def test_a_commit_that_has_rows_waits_in_a_thread_and_one_without_does_not(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk may take seconds, and the sockets are served by the thread of the statements."""
+    done: list[object] = []
+    run = Worker.run
+
+    async def note_run(self: Worker, function: Callable[[], object]) -> Any:
+        done.append(getattr(function, "args", None))
+        return await run(self, function)
+
+    monkeypatch.setattr(Worker, "run", note_run)
+    await store.write(lambda tx: tx.execute("SELECT 1").fetchone())
+    assert done == []
+    await store.write(put("a"))
+    assert done == [("COMMIT",)]
 
 
 async def test_what_is_as_much_work_as_many_does_not_keep_all_others_waiting_in_one_batch(store: Store) -> None:
