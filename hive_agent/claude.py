@@ -1,7 +1,8 @@
 """Claude Code: its flags, its environment, its process. What its stream says stands in claude_stream.
 
-Tried with 2.1.197. One process takes many turns: a line of stdin begins one, a `result` ends it, in a hundredth of
-a second where a new process takes half of one. The rehearsal takes the same flags and speaks the same stream.
+Tried with the version in the file claude-version. One process takes many turns: a line of stdin begins one, a `result`
+ends it, in a hundredth of a second where a new process takes half of one. The rehearsal takes the same flags and speaks
+the same stream.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -207,6 +209,11 @@ class Claude(Runner):
         program, self._program = self._program, None
         if program is not None:
             await program.kill()
+
+
+def tried_version() -> str:
+    """The version of Claude Code that all this was tried with."""
+    return Path(__file__).with_name("claude-version").read_text("ascii").strip()
 
 
 def flags(seat: Seat, settings: Settings) -> list[str]:

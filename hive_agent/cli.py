@@ -15,6 +15,7 @@ def _usage(program: str) -> str:
         "serve [--run DIR] [--state DIR] [--claude PATH] …": "take turns for the agent whose sockets are in DIR",
         "mcp --socket PATH": "bridge stdio to the hive's tools",
         "rehearse [flags of claude]": "be a stand-in for claude",
+        "check CLAUDE": "say as JSON whether a claude executable takes what we ask of it",
     }
     lines = [f"{program} {words:49}   {what}\n" for words, what in ways.items()]
     return "usage: " + "       ".join(lines)
@@ -42,6 +43,10 @@ def main(argv: list[str] | None = None, role: str = "", program: str = "hive-age
             from hive_agent.rehearse import main as rehearse
 
             return _run(lambda: rehearse(rest), program)
+        case ["check", claude]:
+            from hive_agent.check import main as check
+
+            return check(claude)
         case ["-h" | "--help"]:
             print(_usage(program), end="")
             return 0

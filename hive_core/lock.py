@@ -14,13 +14,7 @@ def take_lock(folder: Path) -> int:
     """Hold a directory for this process; the lock goes with it. Raises Refusal naming who holds it, or the trouble."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
-            raise Refusal(
-                "refused",
-                f"cannot use {folder}: it must belong to you, and nobody else may write in it; `chown` it and "
-                f"`chmod 700 {folder}`, or set state_dir or runtime_dir to another",
-            )
+        check_owner(folder)
         descriptor = os.open(folder / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             _lock(descriptor, folder)
@@ -30,6 +24,17 @@ def take_lock(folder: Path) -> int:
     except OSError as exc:
         raise Refusal("refused", f"cannot use {folder}: {explain(exc, 'state_dir or runtime_dir')}") from None
     return descriptor
+
+
+def check_owner(folder: Path) -> None:
+    """Raise Refusal for a directory that somebody else owns or can write in."""
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise Refusal(
+            "refused",
+            f"cannot use {folder}: it must belong to you, and nobody else may write in it; `chown` it and "
+            f"`chmod 700 {folder}`, or set state_dir or runtime_dir to another",
+        )
 
 
 def _lock(descriptor: int, folder: Path) -> None:

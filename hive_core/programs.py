@@ -32,6 +32,13 @@ def find_claude(chosen: Path | None = None) -> Path | None:
     return None
 
 
+def how_to_get_claude(chosen: str | Path | None) -> str:
+    """One line for whoever has none."""
+    if chosen:
+        return f"{chosen} is not an executable; change the setting"
+    return "not found; `npm install -g @anthropic-ai/claude-code`, then `hive down; hive up`"
+
+
 def _native(path: Path) -> Path:
     """The native binary behind npm's launcher, where there is one."""
     real = path.resolve()

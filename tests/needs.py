@@ -8,6 +8,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from hive_agent.claude import tried_version
+
 ROOT = Path(__file__).resolve().parent.parent
 ACCOUNT_KEYS = ("ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN")
 
@@ -27,7 +29,7 @@ def _answers(program: Path) -> bool:
 
 def pinned_claude_version() -> str:
     """The Claude Code that the tests were written against."""
-    return (ROOT / ".ci" / "claude-version").read_text().strip()
+    return tried_version()
 
 
 def _global_node_modules() -> list[Path]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from hive_core.cli import show
 from hive_core.cli.client import Client
+from hive_core.programs import how_to_get_claude
 from hive_core.protocol.paths import explain, runtime_dir, state_dir
 from hive_core.protocol.refusal import EXIT_CODES, Refusal
 
@@ -128,14 +129,8 @@ def findings(status: dict[str, Any]) -> list[str]:
         lines.append(show.paint(f"sandbox: {status['sandbox_trouble']}", "amber"))
     if status["claude"]:
         lines.append(f"claude: {status['claude']}")
-    elif status["claude_chosen"]:
-        lines.append(show.paint(f"claude: {status['claude_chosen']} is not an executable; change the setting", "amber"))
     else:
-        lines.append(
-            show.paint(
-                "claude: not found; `npm install -g @anthropic-ai/claude-code`, then `hive down; hive up`", "amber"
-            )
-        )
+        lines.append(show.paint(f"claude: {how_to_get_claude(status['claude_chosen'])}", "amber"))
     if status["credential"]:
         lines.append(f"credential: {status['credential']}")
     else:
@@ -149,7 +144,7 @@ def _wait_unlocked(runtime: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_SH)
 
 
-def _orphans() -> str:
+def orphans() -> str:
     """What to say of agents that a killed daemon left; "" when none of them runs.
 
     Of an agent that runs, the status file is locked. A shared lock, taken for a moment, finds that out.
@@ -183,7 +178,7 @@ def down(*, as_json: bool, patience_s: float | None) -> int:
     try:
         client = Client()
     except Refusal as refusal:
-        if refusal.code == "not_running" and (more := _orphans()):
+        if refusal.code == "not_running" and (more := orphans()):
             raise Refusal(refusal.code, f"{refusal.message}. {more}") from None
         raise
     ends: dict[str, str] = {}

@@ -180,6 +180,7 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
         ],
     ),
     "dashboard": ("hive.dashboard", "print a link that signs one browser in", []),
+    "doctor": ("doctor.doctor", "say whether this machine can run a hive, and what is in the way", []),
     "down": (
         "hive.down",
         "let every agent finish its turn, then end them and the daemon",

@@ -203,11 +203,13 @@ class ProcessDriver:
         return command
 
     def _environment(self, dirs: AgentDirs) -> dict[str, str]:
-        """The harness's environment, built from nothing."""
-        path = os.pathsep.join(("/usr/local/bin", "/usr/bin", "/bin", "/run/current-system/sw/bin"))
-        environment = {"PATH": path, "LANG": "C.UTF-8", "PYTHONPATH": os.pathsep.join(package_parents())}
-        environment["HOME"] = HOME if self._sandbox == "bwrap" else str(dirs.state)
-        return environment
+        return harness_environment(HOME if self._sandbox == "bwrap" else str(dirs.state))
+
+
+def harness_environment(home: str) -> dict[str, str]:
+    """The environment of whatever runs our packages for an agent, built from nothing."""
+    path = os.pathsep.join(("/usr/local/bin", "/usr/bin", "/bin", "/run/current-system/sw/bin"))
+    return {"PATH": path, "LANG": "C.UTF-8", "PYTHONPATH": os.pathsep.join(package_parents()), "HOME": home}
 
 
 def _folder_id(folder: Path) -> list[int]:

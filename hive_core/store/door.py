@@ -94,7 +94,8 @@ def _wake_recipients(tx: Transaction) -> None:
         tx.wake(mail(row["name"]))
 
 
-def _open_writer(path: Path) -> sqlite3.Connection:
+def open_writer(path: Path) -> sqlite3.Connection:
+    """The one read-write connection, on the newest schema. Raises StoreError."""
     try:
         # Made before sqlite opens it: the files of its write-ahead log take the mode of the database.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -135,7 +136,7 @@ async def open_store(
     bus = bus or Bus()
     # Before anything is written: where a full disk stopped the daemon before, this makes the room to start again.
     reserve = await trio.to_thread.run_sync(Ballast, path.with_suffix(".ballast")) if ballast else None
-    connection = await trio.to_thread.run_sync(_open_writer, path)
+    connection = await trio.to_thread.run_sync(open_writer, path)
     writer = Writer(connection, bus, clock, reserve)
     readers: list[aiosqlite.Connection] = []
     try:

@@ -1,0 +1,293 @@
+"""What `hive doctor` looks at. Each check does what the daemon would do, leaves nothing behind, and is one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from hive_core.cli.client import Client
+from hive_core.cli.doctor import Finding, Progress, Status
+from hive_core.cli.up import orphans
+from hive_core.config import Config, load_config
+from hive_core.containers.bubblewrap import HOME, AgentDirs, bwrap_command, in_memory, sandbox_trouble
+from hive_core.containers.process import harness_environment
+from hive_core.containers.seccomp import filter_program
+from hive_core.daemon import listen_dashboard, listen_tcp, look_for_credential, manager_prompt
+from hive_core.lock import check_owner
+from hive_core.programs import find_claude, how_to_get_claude
+from hive_core.protocol.paths import config_files, explain
+from hive_core.protocol.refusal import Refusal
+from hive_core.sockets.unix import listen_unix
+from hive_core.store.ballast import BALLAST_BYTES, ROOM_BYTES
+from hive_core.store.door import open_writer
+from hive_core.store.schema import StoreError, cannot_open, check_ours
+from hive_core.version import __version__
+
+DAEMON_PATIENCE_S = 5.0
+LITTLE_SPACE_BYTES = 1024**3
+CLAUDE_PATIENCE_S = 60.0  # its own are shorter
+MIB = 1024**2
+
+
+@dataclass
+class Machine:
+    """What the checks know of each other."""
+
+    config: Config
+    daemon: dict[str, Any] | None = None  # the status of the one that runs
+    sandbox_works: bool = False
+
+    @property
+    def agents_need(self) -> Status:
+        """How bad it is to lack what real agents need: a hive of rehearsals runs without."""
+        return "trouble" if self.config.default_program == "claude" else "warning"
+
+
+def look(progress: Progress) -> Iterator[Finding]:
+    """Every check in turn. Without a configuration there is nothing to look at."""
+    progress("the configuration")
+    try:
+        machine = Machine(load_config({}))
+        manager_prompt(machine.config)
+    except Refusal as refusal:
+        yield Finding("configuration", "trouble", refusal.message)
+        return
+    file = next((path for path in config_files() if os.path.exists(path)), None)
+    yield Finding("configuration", "ok", file or "no file, so the defaults and HIVE_* variables count")
+    for name, check in CHECKS.items():
+        progress(name)
+        try:
+            yield from check(name, machine)
+        except (Refusal, StoreError) as exc:
+            yield Finding(name, "trouble", str(exc))
+        except OSError as exc:
+            yield Finding(name, "trouble", explain(exc))
+
+
+def check_daemon(name: str, machine: Machine) -> Iterator[Finding]:
+    try:
+        client = Client(str(machine.config.runtime_dir))
+    except Refusal as refusal:
+        if refusal.code != "not_running":
+            raise
+        left = orphans()
+        yield Finding(name, "warning" if left else "ok", f"none runs. {left}" if left else "none runs")
+        return
+    client.give_up_after(DAEMON_PATIENCE_S)
+    try:
+        machine.daemon = status = client.call("status")
+    except TimeoutError:
+        yield Finding(
+            name, "trouble", f"one runs and did not answer within {DAEMON_PATIENCE_S:.0f} s; look at its log, end it"
+        )
+        return
+    finally:
+        client.close()
+    if status["version"] != __version__:
+        differ = f"the one that runs is {status['version']} and this command {__version__}"
+        yield Finding(name, "warning", f"{differ}; `hive down; hive up` brings them together")
+    elif status["state_dir"] != str(machine.config.state_dir):
+        other = f"the one that runs keeps its state in {status['state_dir']}, not in {machine.config.state_dir}"
+        yield Finding(name, "warning", f"{other}; set state_dir or runtime_dir to those of one hive")
+    else:
+        yield Finding(name, "ok", f"{__version__} runs, {status['dashboard']}")
+
+
+def check_state(name: str, machine: Machine) -> Iterator[Finding]:
+    folder = machine.config.state_dir
+    with _trial_folder(folder, "state_dir"):
+        pass
+    database = machine.config.database
+    if machine.daemon is None and database.exists():
+        _check_database(database)
+    disk = os.statvfs(_existing(folder))
+    free = disk.f_bavail * disk.f_frsize
+    needed = ROOM_BYTES + (0 if machine.config.database.with_suffix(".ballast").exists() else BALLAST_BYTES)
+    told = f"{folder}, {free // MIB:,} MiB free"
+    if free < needed:
+        yield Finding(
+            name, "trouble", f"{told}, and {needed // MIB} are needed; make room, or set state_dir to another"
+        )
+    elif free < LITTLE_SPACE_BYTES:
+        yield Finding(name, "warning", f"{told}, which will not last; make room, or set state_dir to another")
+    else:
+        yield Finding(name, "ok", told if folder.exists() else f"{told}; it will be made")
+
+
+def _check_database(path: Path) -> None:
+    """Raise StoreError for one that the daemon would refuse. It is only read, and no file is made beside it."""
+    try:
+        connection = sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)
+        try:
+            check_ours(connection, str(path))
+        finally:
+            connection.close()
+    except sqlite3.Error as exc:
+        raise cannot_open(path, exc) from None
+
+
+def check_runtime(name: str, machine: Machine) -> Iterator[Finding]:
+    folder = machine.config.runtime_dir
+    with _trial_folder(folder, "runtime_dir") as trial:
+        listen_unix(trial / "x.sock").close()
+    yield Finding(name, "ok", f"{folder}" if folder.exists() else f"{folder}; it will be made")
+
+
+def check_sqlite(name: str, machine: Machine) -> Iterator[Finding]:
+    with _trial_folder(machine.config.state_dir, "state_dir") as trial:
+        open_writer(trial / "hive.sqlite").close()
+    yield Finding(name, "ok", f"{sqlite3.sqlite_version}, with a write-ahead log where the state is kept")
+
+
+def check_ports(name: str, machine: Machine) -> Iterator[Finding]:
+    config = machine.config
+    if machine.daemon is not None:
+        yield Finding(name, "ok", f"the daemon that runs has {machine.daemon['dashboard']}")
+        return
+    listen_dashboard(config).close()
+    if config.dashboard_port == 0:
+        yield Finding(name, "ok", "any that is free")
+        return
+    taken = [port for port in (config.manager_port, *config.agent_port_range) if not _is_free(config, port)]
+    where = f"{config.dashboard_host}:{config.dashboard_port} is free"
+    if taken:
+        more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
+        yield Finding(
+            name,
+            "warning",
+            f"{where}; {taken[0]}{more} of the agents' pages are taken, and their pages stay below the dashboard; "
+            "set manager_port or agent_ports to others",
+        )
+    else:
+        yield Finding(name, "ok", f"{where}; so are {config.manager_port} and {config.agent_ports} for agents' pages")
+
+
+def _is_free(config: Config, port: int) -> bool:
+    try:
+        listen_tcp(config.dashboard_host, port).close()
+    except OSError:
+        return False
+    return True
+
+
+def check_sandbox(name: str, machine: Machine) -> Iterator[Finding]:
+    trouble = sandbox_trouble()
+    machine.sandbox_works = trouble is None
+    if machine.config.unsafe_no_sandbox:
+        yield Finding(name, "warning", "none (unsafe_no_sandbox): agents can do all that you can; unset it")
+    elif trouble:
+        yield Finding(name, machine.agents_need, trouble)
+    elif filter_program() is None:
+        yield Finding(name, "warning", "bubblewrap, without a filter of system calls: there is none for this processor")
+    else:
+        yield Finding(name, "ok", "bubblewrap, with a filter of system calls")
+
+
+def check_credential(name: str, machine: Machine) -> Iterator[Finding]:
+    if machine.daemon is not None:
+        source, missing = machine.daemon["credential"], machine.daemon["credential_missing"]
+    else:
+        credential, missing = look_for_credential(machine.config)
+        source = credential.source if credential else None
+    if source is None:
+        yield Finding(name, machine.agents_need, missing)
+    elif os.path.isabs(source) and os.path.exists(source) and stat.S_IMODE(os.stat(source).st_mode) & 0o077:
+        yield Finding(name, "warning", f"{source}, which others may read; `chmod 600 {source}`")
+    else:
+        yield Finding(name, "ok", source)
+
+
+def check_claude(name: str, machine: Machine) -> Iterator[Finding]:
+    daemon, chosen = machine.daemon, machine.config.claude
+    claude = find_claude(chosen) if daemon is None else daemon["claude"] and Path(daemon["claude"])
+    if claude is None:
+        chosen = chosen if daemon is None else daemon["claude_chosen"]
+        yield Finding(name, machine.agents_need, how_to_get_claude(chosen))
+        return
+    for told in _ask_agent(claude, inside=machine.sandbox_works and not machine.config.unsafe_no_sandbox):
+        status = machine.agents_need if told["status"] == "trouble" else told["status"]
+        yield Finding(told["check"], cast("Status", status), told["message"])
+
+
+def _ask_agent(claude: Path, *, inside: bool) -> list[dict[str, str]]:
+    """What `hive-agent check` finds. It runs where agents run: in a sandbox, if there is one. Raises Refusal."""
+    check = [sys.executable, "-P", "-m", "hive_agent.cli", "check", str(claude)]
+    with (
+        tempfile.TemporaryDirectory(prefix="hive-") as folder,
+        in_memory(b"") as status,
+        in_memory(filter_program() or b"") as filtered,
+    ):
+        if inside:
+            filter_fd = filtered.fileno() if filter_program() else None
+            bwrap, *options = bwrap_command(_agent_dirs(Path(folder)), claude, status.fileno(), filter_fd)
+            check = [bwrap, "--die-with-parent", *options, *check]
+        try:
+            done = subprocess.run(
+                check,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                cwd=folder,
+                env=harness_environment(HOME if inside else folder),
+                pass_fds=[status.fileno(), filtered.fileno()],
+                timeout=CLAUDE_PATIENCE_S,
+            )
+        except subprocess.TimeoutExpired:
+            why = f"it took more than {CLAUDE_PATIENCE_S:.0f} s; see what else this machine does"
+            raise Refusal("failed", f"cannot look at {claude}: {why}") from None
+    try:
+        found: list[dict[str, str]] = json.loads(done.stdout)
+    except ValueError:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise Refusal("failed", f"cannot look at {claude}: {last[:300]}; install hyperhive anew") from None
+    return found
+
+
+def _agent_dirs(folder: Path) -> AgentDirs:
+    dirs = AgentDirs(run=folder / "run", state=folder / "state", claude=folder / "claude", proposed=None)
+    for path in (dirs.run, dirs.state, dirs.claude):
+        path.mkdir()
+    return dirs
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+
+
+@contextmanager
+def _trial_folder(folder: Path, setting: str) -> Iterator[Path]:
+    """A folder for a moment where the daemon would write: in `folder`, or where that would be made. Raises Refusal."""
+    place = _existing(folder)
+    try:
+        if place == folder:
+            check_owner(folder)
+        with tempfile.TemporaryDirectory(prefix=".hive-doctor-", dir=place) as trial:
+            yield Path(trial)
+    except OSError as exc:
+        # Of the setting, and not of a name that nobody gave.
+        why = explain(OSError(exc.errno, exc.strerror), setting)
+        raise Refusal("failed", f"cannot use {folder}: {why}") from None
+
+
+CHECKS: dict[str, Callable[[str, Machine], Iterator[Finding]]] = {
+    "daemon": check_daemon,
+    "state directory": check_state,
+    "runtime directory": check_runtime,
+    "sqlite": check_sqlite,
+    "ports": check_ports,
+    "sandbox": check_sandbox,
+    "credential": check_credential,
+    "claude": check_claude,
+}
