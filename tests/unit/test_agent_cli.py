@@ -77,7 +77,7 @@ def test_a_closed_standard_input_is_one_line(words: str) -> None:
 def test_a_rehearsal_that_can_keep_no_session_says_where(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = shell(
-        "echo hi | agent rehearse --print --verbose --output-format stream-json",
+        "echo hi | agent rehearse --print --verbose --input-format stream-json --output-format stream-json",
         CLAUDE_CONFIG_DIR=f"{tmp_path}/file",
     )
     assert f"{tmp_path}/file" in (said := the_one_line(done, 1))
