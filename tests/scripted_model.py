@@ -20,6 +20,7 @@ import itertools
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -107,6 +108,7 @@ class Request:
     path: str  # with its query
     headers: dict[str, str]
     body: dict[str, Any]
+    came_at: float = field(default=0.0, compare=False)  # time.monotonic() at its first bytes
     answered_with: list[Answer] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -283,6 +285,11 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    came_at = 0.0
+
+    def parse_request(self) -> bool:
+        self.came_at = time.monotonic()
+        return super().parse_request()
 
     def do_HEAD(self) -> None:
         self.server.model.record(self._request())
@@ -308,7 +315,7 @@ class Handler(BaseHTTPRequestHandler):
     def _request(self) -> Request:
         data = self.rfile.read(int(self.headers.get("content-length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
-        return Request(self.command, self.path, headers, json.loads(data) if data else {})
+        return Request(self.command, self.path, headers, json.loads(data) if data else {}, self.came_at)
 
     def _send_answer(self, request: Request, answer: Reply | Failure) -> None:
         if isinstance(answer, Failure):

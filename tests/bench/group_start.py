@@ -176,16 +176,16 @@ def daemon_rss() -> Iterator[dict[str, Any]]:
     say(f"daemon_rss: with {AGENTS} idle agents connected")
     with open_daemon("--default-program=rehearsal", "--end-agents-with-daemon") as daemon:
         client = daemon.start()
-        _all_idle(client, 1)
+        all_idle(client, 1)
         alone = rss_mb(daemon.process.pid)
         spawn(client, AGENTS - 1)
-        _all_idle(client, AGENTS)
+        all_idle(client, AGENTS)
         full = rss_mb(daemon.process.pid)
     yield figure("daemon_rss", full, "MB", digits=1)
     yield figure("daemon_rss_per_agent", (full - alone) / (AGENTS - 1), "MB", digits=2)
 
 
-def _all_idle(client: Client, count: int) -> None:
+def all_idle(client: Client, count: int) -> None:
     """Wait until so many agents have said hello and have no mail left."""
     while True:
         agents = client.call("list")["agents"]
