@@ -29,6 +29,8 @@ class LineSplitter:
     Holds at most `limit_bytes` of an unfinished line: the rest of an over-long line is dropped as it arrives.
     """
 
+    __slots__ = ("_dropping", "_rest", "_taken", "limit_bytes")
+
     def __init__(self, limit_bytes: int = LINE_LIMIT_BYTES) -> None:
         self.limit_bytes = limit_bytes
         self._rest = bytearray()

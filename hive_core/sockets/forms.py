@@ -6,7 +6,8 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic.json_schema import GenerateJsonSchema
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
 
 from hive_core.archive import SEARCH_LIMIT
 from hive_core.broker import RECV_LIMIT, RECV_WAIT_LIMIT_S
@@ -19,10 +20,33 @@ class _Untitled(GenerateJsonSchema):
         return False
 
 
+class _Brief(_Untitled):
+    """What every request to the model carries: nothing in it that does not help to call the tool.
+
+    That what may be left out may be null as well, and that a number has 63 bits at most, only takes tokens.
+    """
+
+    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        given = super().default_schema(schema)
+        return {key: value for key, value in given.items() if (key, value) != ("default", None)}
+
+    def int_schema(self, schema: core_schema.IntSchema) -> JsonSchemaValue:
+        given = super().int_schema(schema)
+        return {key: value for key, value in given.items() if not (isinstance(value, int) and value >= 2**53)}
+
+    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
+        given = super().model_schema(schema)
+        given.pop("title", None)
+        return given
+
+
 @cache
 def schema_of(form: type[BaseModel]) -> dict[str, Any]:
     """The JSON Schema of a form."""
-    return form.model_json_schema(schema_generator=_Untitled)
+    return form.model_json_schema(schema_generator=_Brief if issubclass(form, Arguments) else _Untitled)
 
 
 # -- what tools take ---------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ ERROR_LIMIT = 2000
 USAGE_LIMIT_BYTES = 16 * 1024
 
 
-@dataclass
+@dataclass(slots=True)
 class HarnessDesk:
     """What the host keeps for one agent's harness: who is connected, and whether it is asked to stop."""
 
@@ -66,6 +66,8 @@ class HarnessDesk:
 
 class _Session:
     """Requests are answered in their order. A lease may wait for long, so it has a task: a hang-up must be seen."""
+
+    __slots__ = ("_behind", "_desk", "_lease_scope", "_leases", "_left", "_wire")
 
     def __init__(self, desk: HarnessDesk, wire: Lines) -> None:
         self._desk = desk

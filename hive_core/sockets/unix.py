@@ -51,6 +51,8 @@ class Connection:
     that fits into the socket's buffer is sent at once. Who has data to read waits its turn.
     """
 
+    __slots__ = ("_sock",)  # of each there is one for every idle agent
+
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
@@ -147,6 +149,8 @@ async def _accept(sock: socket.socket) -> Connection:
 
 class Lines:
     """JSON lines over a stream: objects in, objects out. Whoever sends many at once lets others go between."""
+
+    __slots__ = ("_in_a_row", "_ready", "_splitter", "_stream")
 
     def __init__(self, stream: Connection, limit_bytes: int = LINE_LIMIT_BYTES) -> None:
         self._stream = stream

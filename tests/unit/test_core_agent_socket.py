@@ -58,6 +58,17 @@ async def test_an_agent_has_its_tools_and_the_manager_has_more(door: Path, manag
             assert all(tool["description"] for tool in tools)
 
 
+async def test_what_tools_take_is_told_without_a_word_that_does_not_help_to_call_them(managers_door: Path) -> None:
+    """It is in every request to the model."""
+    async with program(managers_door) as manager:
+        told = json.dumps([tool["inputSchema"] for tool in await manager.tools()])
+        for needless in ('"title"', '"null"', "null", str(2**63)):
+            assert needless not in told
+        assert len(told) < 6_000
+        answer = await manager.call("send", to="iris", body="hello", in_reply_to=None, key=None)
+    assert answer == {"message": 1}
+
+
 async def test_the_server_says_who_it_is(door: Path) -> None:
     async with connect(door) as peer:
         result = await Program(peer.stream).greet()
