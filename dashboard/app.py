@@ -9,12 +9,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dashboard.answers import no, refused
 from dashboard.door import Door
 from dashboard.forms import Forms
-from dashboard.pages import Pages
+from dashboard.pages import HOME, Pages
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
@@ -22,9 +22,9 @@ from hive_core.protocol.words import AgentName
 log = logging.getLogger(__name__)
 
 
-def build_app(hive: Hive, home: AgentName | None = None) -> ASGIApp:
-    """The application for one port. "/" is the dashboard, or with `home` that agent's page; all else is the same."""
-    pages, forms = Pages(hive, home), Forms(hive)
+def build_app(hive: Hive) -> ASGIApp:
+    """The application, with the dashboard at "/"."""
+    pages, forms = Pages(hive), Forms(hive)
     app = Starlette(
         routes=[
             Route("/", pages.front),
@@ -47,6 +47,15 @@ def build_app(hive: Hive, home: AgentName | None = None) -> ASGIApp:
         exception_handlers={Refusal: _on_refusal, HTTPException: _on_http_error, Exception: _on_bug},
     )
     return Door(app, hive.sign_ins.valid, no)
+
+
+def at_home(app: ASGIApp, home: AgentName) -> ASGIApp:
+    """The same application for an agent's own port: that agent's page is at "/"."""
+
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, HOME: home}, receive, send)
+
+    return serve
 
 
 async def _on_refusal(request: Request, exc: Exception) -> Response:

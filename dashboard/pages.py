@@ -25,19 +25,18 @@ MESSAGES_SHOWN = 100
 ASIDE_SHOWN = 50
 LINES_SHOWN = 300
 TURNS_SHOWN = 12
+HOME = "hive_home"  # in the scope: the agent whose page is at "/"
 SEARCHED = ("text", "sender", "thread", "after", "before", "cursor")
 
 
 class Pages:
-    """home: the agent whose page is at "/"; None serves the dashboard there."""
-
-    def __init__(self, hive: Hive, home: AgentName | None) -> None:
+    def __init__(self, hive: Hive) -> None:
         self._hive = hive
-        self._home = home
         self._rows = Rows(hive)
 
     async def front(self, request: Request) -> Response:
-        return await (self._dashboard() if self._home is None else self._agent_page(self._home))
+        home: AgentName | None = request.scope.get(HOME)
+        return await (self._dashboard() if home is None else self._agent_page(home))
 
     async def agent(self, request: Request) -> Response:
         return await self._agent_page(_existing_name(request))

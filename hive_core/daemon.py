@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -21,8 +21,9 @@ import httpx2
 import trio
 import trio_asyncio
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.types import ASGIApp
 
-from dashboard.app import build_app
+from dashboard.app import at_home, build_app
 from hive_core.agents import Agent, Agents
 from hive_core.approvals import Approvals
 from hive_core.bodies import Bodies
@@ -204,6 +205,10 @@ class _Rooms:
             proposed=self._proposed if name == MANAGER else None,
         )
 
+    @cached_property
+    def _pages(self) -> ASGIApp:
+        return build_app(self.hive)
+
     def run_dir(self, name: AgentName) -> Path:
         runtime = self._config.runtime_dir
         return runtime / "manager" if name == MANAGER else runtime / "agents" / name
@@ -266,7 +271,8 @@ class _Rooms:
             )
             return
         self.hive.page_ports[agent.name] = sock.getsockname()[1]
-        nursery.start_soon(partial(serve_asgi, build_app(self.hive, agent.name), sock, stopping=self.hive.stopping))
+        page = at_home(self._pages, agent.name)
+        nursery.start_soon(partial(serve_asgi, page, sock, stopping=self.hive.stopping))
 
 
 def _import_agent_socket() -> ModuleType:

@@ -13,7 +13,7 @@ import h11
 import httpx2
 import trio
 
-from dashboard.app import build_app
+from dashboard.app import at_home, build_app
 from hive_core.agents import Agent
 from hive_core.config import Config
 from hive_core.containers.bubblewrap import AgentDirs
@@ -80,7 +80,7 @@ async def browse(
     hive: Hive, home: str | None = None, headers: dict[str, str] | None = None, base: str = ORIGIN
 ) -> AsyncIterator[httpx2.AsyncClient]:
     """A client of the pages; signed in unless `headers` are given."""
-    app = build_app(hive, AgentName(home) if home else None)
+    app = at_home(build_app(hive), AgentName(home)) if home else build_app(hive)
     headers = await signed_in(hive) if headers is None else headers
     async with httpx2.AsyncClient(
         transport=httpx2.ASGITransport(app=app), base_url=base, headers=headers, follow_redirects=False
