@@ -17,6 +17,7 @@ from hive_core import rates
 from hive_core.agents import set_deployed
 from hive_core.archive import Archive, Query
 from hive_core.broker import Broker
+from hive_core.leases import Take
 from hive_core.limits import Limits
 from hive_core.post import Cause, Letter, post, put_message
 from hive_core.protocol.refusal import Refusal
@@ -617,6 +618,41 @@ async def test_an_inbox_is_full_however_its_mail_came_to_be_there(tmp_path: Path
         await hive.broker.ack(IRIS, lease.turn, "waiting")
         with pytest.raises(Refusal, match="inbox_depth"):
             await send(hive, "hm1nd", "iris")
+
+
+async def test_mail_of_a_turn_that_had_to_wait_fills_the_inbox_again(tmp_path: Path) -> None:
+    async with hive_with(tmp_path, inbox_depth=2) as hive:
+        for _ in range(2):
+            await send(hive, "operator", "iris")
+        lease = await hive.broker.lease(IRIS)
+        await hive.broker.ack(IRIS, lease.turn, "waiting")
+        assert "inbox_depth" in (await refusal(hive, "operator", "iris")).message
+
+
+@pytest.mark.parametrize("state", ["dead", "held"])
+async def test_mail_that_the_operator_lets_through_fills_the_inbox_again(tmp_path: Path, state: str) -> None:
+    async with hive_with(tmp_path, inbox_depth=2, tries=1, pair_rate_per_hour=1) as hive:
+        first = (await send(hive, "hm1nd", "iris"))["message"]
+        aside = first if state == "dead" else (await send(hive, "hm1nd", "iris"))["message"]
+        await send(hive, "operator", "iris")
+        lease = await hive.broker.lease(IRIS)
+        await hive.broker.ack(IRIS, lease.turn, "failed" if state == "dead" else "done")
+        await (hive.broker.requeue if state == "dead" else hive.broker.release)(aside, OPERATOR)
+        assert "inbox_depth" in (await refusal(hive, "operator", "iris")).message
+
+
+async def test_mail_that_a_cancelled_recv_gives_back_fills_the_inbox_again(tmp_path: Path) -> None:
+    async with hive_with(tmp_path, inbox_depth=3) as hive:
+        for _ in range(3):
+            await send(hive, "operator", "iris")
+        await hive.broker.lease(IRIS)
+        take = Take(IRIS, 2, "k", hive.broker.limits)
+        await hive.store.write(partial(take, last=True))
+        for _ in range(2):
+            await send(hive, "operator", "iris")
+        await hive.store.write(take.undo)
+        assert list((await hive.states()).values()).count("queued") == 4
+        assert "inbox_depth" in (await refusal(hive, "operator", "iris")).message
 
 
 async def test_the_depth_counts_what_comes_in_one_batch(tmp_path: Path) -> None:
