@@ -14,6 +14,7 @@ import json
 import logging
 import random
 import secrets
+import sqlite3
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -430,20 +431,24 @@ class Broker:
             FROM deliveries d INDEXED BY deliveries_to_operator JOIN messages m ON m.id = d.message_id
             WHERE d.recipient = 'operator' AND d.state IN ('queued', 'acked') ORDER BY d.message_id DESC LIMIT ?
         """
-        rows = [dict(row) for row in reversed(await self._store.rows(sql, (limit,)))]
-        unread = [row["id"] for row in rows if row["state"] == "queued"]
-        if unread:
-            read = (
-                "UPDATE deliveries SET state = 'acked', settled_at_ms = ? WHERE recipient = 'operator'"
-                " AND state = 'queued' AND message_id = ?"
-            )
 
-            def write(tx: Transaction) -> None:
-                tx.executemany(read, [(tx.now_ms, message_id) for message_id in unread])
+        def read(tx: Transaction) -> list[sqlite3.Row]:
+            found = tx.execute(sql, (limit,)).fetchall()
+            if unread := _unread(found):
+                tx.executemany(
+                    "UPDATE deliveries SET state = 'acked', settled_at_ms = ?"
+                    " WHERE recipient = 'operator' AND message_id = ?",
+                    [(tx.now_ms, message_id) for message_id in unread],
+                )
                 tx.emit("inbox_read", OPERATOR, messages=unread)
+            return found
 
-            await self._store.write(write)
-        return [{**row, "unread": row.pop("state") == "queued"} for row in rows]
+        rows = await self._store.rows(sql, (limit,))
+        if _unread(rows):
+            # Its sender may take one back meanwhile: what is shown is what the transaction that reads it finds.
+            rows = await self._store.write(read)
+        shown = [dict(row) for row in reversed(rows)]
+        return [{**row, "unread": row.pop("state") == "queued"} for row in shown]
 
     async def unread(self) -> int:
         """How many messages to the operator `inbox` has not returned yet."""
@@ -457,6 +462,11 @@ class Broker:
         """Remove the files of large bodies that no message refers to any more."""
         if self._bodies is not None:
             await self._bodies.sweep()
+
+
+def _unread(rows: Sequence[sqlite3.Row]) -> list[int]:
+    """Oldest first."""
+    return [row["id"] for row in reversed(rows) if row["state"] == "queued"]
 
 
 _LEASED = """

@@ -22,6 +22,7 @@ from hive_core.protocol.words import AgentName, parse_body
 from hive_core.rests import REST_MOST_S, Rests, settle
 from hive_core.store.writer import Transaction
 from hive_core.tool_calls import forget_old_tool_calls
+from hive_core.withdrawal import withdraw
 from tests.hives import PATIENCE_S, Services, held_writer, open_services, second_look
 
 IRIS, DAMOCLES, HM1ND, OPERATOR = (AgentName(name) for name in ("iris", "damocles", "hm1nd", "operator"))
@@ -86,6 +87,23 @@ async def test_a_message_to_the_operator_waits_in_the_inbox_until_it_is_read(hiv
     assert [(m["id"], m["unread"]) for m in await hive.broker.inbox()] == [(message, True)]
     assert await hive.broker.unread() == 0
     assert [(m["id"], m["unread"]) for m in await hive.broker.inbox()] == [(message, False)]
+
+
+async def test_what_its_sender_took_back_just_before_the_operator_read_it_is_not_shown(hive: Services) -> None:
+    kept = await hive.say("iris", "operator", "please look")
+    taken_back = await hive.say("iris", "operator", "please pay")
+    shown: list[int] = []
+
+    async def read() -> None:
+        shown.extend(message["id"] for message in await hive.broker.inbox())
+
+    async with trio.open_nursery() as nursery, held_writer(hive.store, nursery):
+        nursery.start_soon(hive.store.write, lambda tx: withdraw(tx, IRIS, [(taken_back, OPERATOR)]))
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(read)
+        await trio.testing.wait_all_tasks_blocked()
+    assert shown == [kept]
+    assert await hive.states("operator") == {kept: "acked", taken_back: "dropped"}
 
 
 async def test_the_answers_of_old_tool_calls_are_forgotten_and_new_ones_are_kept(hive: Services) -> None:
@@ -733,6 +751,18 @@ async def test_the_same_recv_sent_again_gets_the_same_messages(hive: Services) -
     assert await hive.broker.recv(IRIS, 1, PATIENCE_S, key="k") == first
     assert await hive.states() == {1: "leased", 2: "leased", 3: "queued"}
     assert [m["body"] for m in (await hive.broker.recv(IRIS, 1, 0, key="k2"))["messages"]] == ["2"]
+
+
+async def test_the_chain_of_a_turn_is_the_longest_of_all_that_it_took(hive: Services) -> None:
+    """Not that of what came first: a loop would go on behind a message of the operator's."""
+    for body in ("go", "short", "long"):
+        await hive.say("operator", "iris", body)
+    await hive.sql("UPDATE messages SET hops = 5, chain_id = 7 WHERE body = 'long'")
+    turn = (await lease(hive)).turn
+    await hive.broker.recv(IRIS, 5, 0)
+    sent = await hive.say("iris", "damocles", "on and on")
+    assert tuple(await hive.store.row("SELECT hops, chain_id FROM messages WHERE id = ?", (sent,)) or ()) == (6, 7)
+    assert await hive.value("SELECT hops FROM turns WHERE id = ?", turn.id) == 5
 
 
 async def test_a_recv_that_waits_ends_with_its_turn_and_takes_nothing_from_the_next(hive: Services) -> None:
