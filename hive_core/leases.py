@@ -72,7 +72,10 @@ def _as_lease(seat: sqlite3.Row, turn: Turn, message: sqlite3.Row, attempt: int,
 
 @dataclass(slots=True)
 class Take:
-    """One `recv` as the transactions that wake it see it: it belongs to the turn it was first asked in."""
+    """One `recv` as the transactions that wake it see it: it belongs to the turn it was first asked in.
+
+    Its key, too, holds in one turn: what another turn was given with it was leased by that one.
+    """
 
     agent: AgentName
     limit: int
@@ -86,11 +89,13 @@ class Take:
         if running is None or self.turn not in (None, running["id"]):
             raise Refusal("refused", "cannot receive: no turn runs; messages are taken in a turn")
         turn = self.turn = int(running["id"])
+        tx.execute(_FORGET_OTHER_TURNS, (self.agent, self.key, turn))
         known = first_answer(tx, self.agent, self.key, "recv")
         due = [] if known else _within(_due(tx, self.agent, self.limit, self.limits), RECV_BYTES)
-        if known or not (due or last):
-            return known
-        return once(tx, self.agent, self.key, "recv", lambda: self._lease_more(tx, turn, due))
+        if not (known or due or last):
+            return None
+        taken = known or once(tx, self.agent, self.key, "recv", lambda: self._lease_more(tx, turn, due))
+        return {name: taken[name] for name in ("messages", "waiting")}
 
     def undo(self, tx: Transaction) -> None:
         """Let what was taken wait again, as though it had never been handed out."""
@@ -120,9 +125,12 @@ class Take:
             )
             tx.emit("messages_taken", self.agent, self.agent, turn=turn, messages=[row["id"] for row in due])
         shown = [_for_agent(row, row["attempts"] + 1) for row in due]
-        return {"messages": shown, "waiting": _waiting(tx, self.agent)}
+        return {"messages": shown, "waiting": _waiting(tx, self.agent), "turn": turn}
 
 
+_FORGET_OTHER_TURNS = """
+    DELETE FROM tool_calls WHERE agent = ? AND key = ? AND tool = 'recv' AND result ->> 'turn' != ?
+"""
 _WHAT = """
     m.id, m.sender, m.body, m.body_bytes, m.body_sha256, m.in_reply_to, m.cause, m.cause_id, m.chain_id, m.hops,
     m.sent_at_ms, d.attempts

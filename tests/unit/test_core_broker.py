@@ -17,6 +17,7 @@ from hive_core.broker import Acked, Broker
 from hive_core.leases import Lease, Turn, begin_turn
 from hive_core.limits import Limits
 from hive_core.post import put_message
+from hive_core.protocol.call_key import CallKey
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_body
 from hive_core.rests import REST_MOST_S, Rests, settle
@@ -751,6 +752,23 @@ async def test_the_same_recv_sent_again_gets_the_same_messages(hive: Services) -
     assert await hive.broker.recv(IRIS, 1, PATIENCE_S, key="k") == first
     assert await hive.states() == {1: "leased", 2: "leased", 3: "queued"}
     assert [m["body"] for m in (await hive.broker.recv(IRIS, 1, 0, key="k2"))["messages"]] == ["2"]
+
+
+async def test_the_key_of_a_recv_holds_in_its_turn_and_another_turn_gets_its_own_mail(hive: Services) -> None:
+    for body in ("one", "two"):
+        await hive.say("hm1nd", "iris", body)
+    first = await lease(hive)
+    assert [m["id"] for m in (await hive.broker.recv(IRIS, 5, 0, CallKey("inbox", {"max": 5})))["messages"]] == [2]
+    await hive.broker.ack(IRIS, first.turn, "failed", "boom")
+    for body in ("three", "four"):
+        await hive.say("hm1nd", "iris", body)
+    second = await lease(hive)
+    assert second.message["id"] == 3
+    taken = await hive.broker.recv(IRIS, 9, 0, CallKey("inbox", {"max": 9}))
+    assert [(m["id"], m["attempt"]) for m in taken["messages"]] == [(4, 1)]
+    assert await hive.broker.recv(IRIS, 9, 0, CallKey("inbox", {"max": 9})) == taken
+    await hive.broker.ack(IRIS, second.turn, "done")
+    assert await hive.states() == {1: "queued", 2: "queued", 3: "acked", 4: "acked"}
 
 
 async def test_the_chain_of_a_turn_is_the_longest_of_all_that_it_took(hive: Services) -> None:
