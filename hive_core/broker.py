@@ -15,7 +15,7 @@ import logging
 import random
 import secrets
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,13 +37,14 @@ from hive_core.protocol.words import EVERYONE, OPERATOR, SYSTEM, AgentName, Mess
 from hive_core.rests import provider_rest_s, settle
 from hive_core.store.bus import RESTING, mail
 from hive_core.store.door import Store
-from hive_core.store.schema import StoreBusy, StoreError
+from hive_core.store.schema import StoreError
 from hive_core.store.writer import Transaction
 
 log = logging.getLogger(__name__)
 
 RECV_LIMIT = 32
 RECV_WAIT_LIMIT_S = 180.0
+UNDO_WAIT_S = 30.0  # the end of a daemon waits as long
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,27 +167,51 @@ class Broker:
             lease = None  # an old ack, sent again: another turn runs by now
         return Acked(True, row["wanted"] == "paused", lease)
 
-    async def recv(self, agent: AgentName, limit: int, wait_s: float, key: str | None = None) -> dict[str, Any]:
+    async def recv(
+        self,
+        agent: AgentName,
+        limit: int,
+        wait_s: float,
+        key: str | None = None,
+        taken_back: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any]:
         """Lease up to `limit` more messages under the turn that runs; wait up to `wait_s` for the first.
 
-        Returns {"messages": [...], "waiting": n}. Raises Refusal("refused") outside a turn, and when the turn ends
-        while this waits: what comes then belongs to the next turn. When this is cancelled without a `key`, what it has
-        taken waits again: nobody saw it.
+        Returns {"messages": [...], "waiting": n}; with the same `key` in the same turn, the same again. Raises
+        Refusal("refused") outside a turn, and when the turn ends while this waits: what comes then belongs to the
+        next turn.
+
+        What nobody will see waits again, also when the turn has ended meanwhile: when the caller has `taken_back` the
+        call, and when this is cancelled without a `key`. Cancelled with one, the answer is kept for the same call
+        sent again.
         """
-        # The wait may end just when a commit has taken some: asked again with the key, they are the same.
         take = Take(agent, limit, key or f"recv-{secrets.token_hex(8)}", self.limits)
         try:
-            with trio.move_on_after(wait_s):
-                if wait_s > 0:
-                    return await self._store.write_when(mail(agent), take)
-            taken = await self._store.write(partial(take, last=True))
+            taken = await self._taken(take, wait_s)
         except trio.Cancelled:
-            if key is None:
-                with trio.CancelScope(shield=True), suppress(StoreError, StoreBusy):
-                    await self._store.write(take.undo)
+            if key is None or taken_back():
+                await self._undo(take)
             raise
+        if taken_back():
+            await self._undo(take)
+            raise Refusal("refused", "cannot receive: the call was cancelled; its messages wait again")
+        return taken
+
+    async def _taken(self, take: Take, wait_s: float) -> dict[str, Any]:
+        # The wait may end just when a commit has taken some: asked again with the key, they are the same.
+        with trio.move_on_after(wait_s):
+            if wait_s > 0:
+                return await self._store.write_when(mail(take.agent), take)
+        taken = await self._store.write(partial(take, last=True))
         assert taken is not None
         return taken
+
+    async def _undo(self, take: Take) -> None:
+        """Undo a take, whoever cancels. It is tried again while the disk takes nothing, but not for ever."""
+        with trio.move_on_after(UNDO_WAIT_S, shield=True) as patience, suppress(StoreError):
+            await self._store.insist(take.undo)
+        if patience.cancelled_caught:
+            log.error("what a cancelled recv of %s took stays with its turn: the disk took no write", take.agent)
 
     async def cancel_turn(self, agent: AgentName, actor: AgentName) -> int:
         """End the running turn for good: its messages are acked as cancelled. Its number; Refusal when none runs.

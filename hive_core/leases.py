@@ -98,13 +98,16 @@ class Take:
         return {name: taken[name] for name in ("messages", "waiting")}
 
     def undo(self, tx: Transaction) -> None:
-        """Let what was taken wait again, as though it had never been handed out."""
+        """Let what was taken wait again, as though it had never been handed out: also what its turn acked unseen."""
+        if self.turn is None:
+            return
         taken = first_answer(tx, self.agent, self.key, "recv")
         given = [(message["id"], self.agent, self.turn) for message in taken["messages"]] if taken else []
         for message_id, agent, turn in given:
             back = tx.execute(
-                "UPDATE deliveries SET state = 'queued', attempts = attempts - 1, turn_id = NULL"
-                " WHERE message_id = ? AND recipient = ? AND turn_id = ? AND state = 'leased'",
+                "UPDATE deliveries SET state = 'queued', attempts = attempts - 1, turn_id = NULL, settled_at_ms = NULL,"
+                " note = iif(state = 'acked', NULL, note)"
+                " WHERE message_id = ? AND recipient = ? AND turn_id = ? AND state IN ('leased', 'acked')",
                 (message_id, agent, turn),
             )
             if back.rowcount:

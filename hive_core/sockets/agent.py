@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import anyio
 import mcp_types as types
 import trio
 from mcp.server.lowlevel import Server
+from mcp.shared.dispatcher import coerce_request_id
 from mcp.shared.exceptions import MCPError
+from mcp.shared.jsonrpc_dispatcher import cancelled_request_id_from_params
 from mcp.shared.message import SessionMessage
 from pydantic import BaseModel, ValidationError
 
@@ -48,19 +52,23 @@ Key = CallKey | None
 PROGRESS_EVERY_S = 15.0
 WAITS_LIMIT = 16  # calls of one agent that wait for mail at once: each is run again with every message
 IN_FLIGHT_LIMIT = 64  # requests of one connection that are not answered yet: each is a task
+CANCELLED_KEPT = 256  # of a connection, to know a cancelled call by: more than are in flight
 Result = told.Result
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """call: the method of AgentDesk, with its parsed arguments and its key. told: the result in words."""
+    """call: the method of AgentDesk, with its parsed arguments, its key, and where it waits, whether it is taken back.
+
+    told: the result in words.
+    """
 
     name: str
     description: str
     takes: type[forms.Arguments]
     answers: type[BaseModel]
     told: Callable[[Result], str]
-    call: Callable[[AgentDesk, Any, Key], Awaitable[Result]]
+    call: Callable[..., Awaitable[Result]]
     read_only: bool = False
     destructive: bool = False
     waits: bool = False  # it may take minutes: whoever asks to be told that it goes on is told
@@ -124,8 +132,13 @@ class AgentDesk:
         self.tools = _TOOLS_OF[name == MANAGER]
         self.waits = trio.Semaphore(WAITS_LIMIT)
 
-    async def call(self, name: str, arguments: dict[str, Any], key: str | None) -> Result:
-        """The result of one tool call. Raises Refusal with one sentence for the agent."""
+    async def call(
+        self, name: str, arguments: dict[str, Any], key: str | None, taken_back: Callable[[], bool] = lambda: False
+    ) -> Result:
+        """The result of one tool call. Raises Refusal with one sentence for the agent.
+
+        taken_back: whether the client has cancelled it, for a tool that waits.
+        """
         tool = self.tools.get(name)
         if tool is None:
             raise Refusal("not_found", f"cannot call {ascii(name)[:60]}: the tools are {', '.join(self.tools)}")
@@ -134,8 +147,10 @@ class AgentDesk:
         except ValidationError as exc:
             raise Refusal("usage", f"cannot call {name}: {describe(exc)}") from None
         given = parsed.model_dump()
-        key = given.get("key") or key  # what the agent chose holds in every turn, the tool-use id in one call
-        return await tool.call(self, parsed, None if key is None else CallKey(key, {**given, "key": None}))
+        # What the agent chose holds in every turn (but of mail in the one that took it), the tool-use id in one call.
+        key = given.get("key") or key
+        call = partial(tool.call, taken_back=taken_back) if tool.waits else tool.call
+        return await call(self, parsed, None if key is None else CallKey(key, {**given, "key": None}))
 
     @_tool("Send a message to an agent or to the operator.", forms.SendArguments, forms.SendResult, told.sent)
     async def send(self, given: forms.SendArguments, key: Key) -> Result:
@@ -149,8 +164,8 @@ class AgentDesk:
         told.received,
         waits=True,
     )
-    async def recv(self, given: forms.RecvArguments, key: Key) -> Result:
-        return await self._broker.recv(self.name, given.max, given.wait_seconds, key)
+    async def recv(self, given: forms.RecvArguments, key: Key, taken_back: Callable[[], bool]) -> Result:
+        return await self._broker.recv(self.name, given.max, given.wait_seconds, key, taken_back)
 
     @_tool(
         "Read on in a large message, 64 KiB a call.",
@@ -300,20 +315,22 @@ async def serve_agent(desk: AgentDesk, stream: Connection, *, progress_every_s: 
         except trio.WouldBlock:
             why = f"{WAITS_LIMIT} calls of {desk.name} wait already, which is the limit; let one of them end first"
             return _as_error(f"cannot call {params.name}: {why}")
+        awake = trio.CancelScope()
+        # Beside the call and not around it, where it would wait once more when mail was taken, and could be cancelled.
+        nursery.start_soon(_keep_awake, context.session, progress_every_s, awake)
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_keep_awake, context.session, progress_every_s)
-                result = await answer(context, params)
-                nursery.cancel_scope.cancel()
+            return await answer(context, params, lambda: in_flight.was_cancelled(context.request_id))
         finally:
+            awake.cancel()
             desk.waits.release()
-        return result
 
-    async def answer(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
+    async def answer(
+        context: Any, params: types.CallToolRequestParams, taken_back: Callable[[], bool] = lambda: False
+    ) -> types.CallToolResult:
         key = (context.meta or {}).get("claudecode/toolUseId")
         key = key if isinstance(key, str) and 0 < len(key) <= 200 and key.isprintable() else None
         try:
-            result = await desk.call(params.name, params.arguments or {}, key)
+            result = await desk.call(params.name, params.arguments or {}, key, taken_back)
         except Refusal as refusal:
             return _as_error(refusal.message)
         text = types.TextContent(type="text", text=desk.tools[params.name].told(result))
@@ -355,11 +372,12 @@ def _as_error(message: str) -> types.CallToolResult:
     return types.CallToolResult(content=[types.TextContent(type="text", text=message)], is_error=True)
 
 
-async def _keep_awake(session: Any, every_s: float) -> None:
+async def _keep_awake(session: Any, every_s: float, awake: trio.CancelScope) -> None:
     """Let a client's idle timer begin anew while its call waits. Without a progress token nothing is sent."""
-    for number in itertools.count(1):
-        await trio.sleep(every_s)
-        await session.report_progress(number, message="still waiting for mail")
+    with awake:
+        for number in itertools.count(1):
+            await trio.sleep(every_s)
+            await session.report_progress(number, message="still waiting for mail")
 
 
 async def _say_what_is_wrong(ctx: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
@@ -378,11 +396,12 @@ async def _say_what_is_wrong(ctx: Any, call_next: Callable[[Any], Awaitable[Any]
 class _InFlight:
     """The requests of a connection that have no answer yet, by their ids: no more of them than the limit.
 
-    One is answered by what is written, or without a word where the client has cancelled it.
+    One is answered by what is written, or without a word where the client has cancelled it. A hang-up cancels none.
     """
 
     def __init__(self) -> None:
         self._ids: set[object] = set()
+        self._cancelled: deque[types.RequestId] = deque(maxlen=CANCELLED_KEPT)
         self._room = trio.Event()
 
     async def enter(self, number: int | str) -> None:
@@ -394,6 +413,13 @@ class _InFlight:
     def leave(self, number: object) -> None:
         self._ids.discard(number)
         self._room.set()
+
+    def cancel(self, number: types.RequestId | None) -> None:
+        if number is not None:
+            self._cancelled.append(coerce_request_id(number))
+
+    def was_cancelled(self, number: types.RequestId) -> bool:
+        return coerce_request_id(number) in self._cancelled
 
     async def leave_when_answered(self, ctx: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
         try:
@@ -418,6 +444,9 @@ async def _hand_over(line: bytes | Refusal, to_server: Any, in_flight: _InFlight
         return _rpc_error(-32600, f"cannot answer {ascii(message.method)[:60]}: its id is neither; {needs}")
     if isinstance(message, types.JSONRPCRequest):
         await in_flight.enter(message.id)
+    if isinstance(message, types.JSONRPCNotification) and message.method == "notifications/cancelled":
+        # The library tells a call that it is cancelled, and not by whom.
+        in_flight.cancel(cancelled_request_id_from_params(message.params))
     await to_server.send(SessionMessage(message))
     return None
 

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from hive_core.protocol.words import BODY_LIMIT_BYTES, MANAGER, OPERATOR, AgentN
 from hive_core.questions import Ask
 from hive_core.reminders import When
 from hive_core.sockets.agent import WAITS_LIMIT, serve_agent
-from tests.hives import PATIENCE_S, Services, connect, held_writer, run_in_hive, serve
+from tests.hives import PATIENCE_S, Services, connect, held_writer, run_in_hive, serve, wait_until
 from tests.tools import Program, desk_for, program, program_of
 
 IRIS = AgentName("iris")
@@ -374,6 +375,72 @@ async def test_a_recv_that_was_cancelled_takes_no_mail(hive: Services, door: Pat
         await client.begin("tools/call", name="whoami", arguments={})
         while (await client.read()).get("id") != client.number:
             pass
+
+
+@asynccontextmanager
+async def commit_that_waits(hive: Services, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[trio.Event]:
+    """A disk whose next sync takes as long as the block runs; the event is set when it has begun."""
+    worker = hive.store.write.__self__._worker  # type: ignore[attr-defined]
+    run, begun, ends = worker.run, trio.Event(), trio.Event()
+
+    async def run_slowly(work: Callable[[], object]) -> object:
+        done = await run(work)
+        begun.set()
+        await ends.wait()
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(worker, "run", run_slowly)
+        try:
+            yield begun
+        finally:
+            ends.set()
+
+
+@pytest.mark.parametrize("use", [None, "toolu_1"])
+@pytest.mark.parametrize("acks", ["before", "after"])
+async def test_what_a_recv_has_taken_whose_client_cancelled_it_waits_again(
+    hive: Services, door: Path, monkeypatch: pytest.MonkeyPatch, use: str | None, acks: str
+) -> None:
+    """Also when the end of its turn is on its way to the disk already: nobody saw the mail."""
+    await begin_turn(hive)
+    lease = await hive.broker.lease(IRIS, await hive.value("SELECT fence FROM turns"))
+    message = await hive.say("hm1nd", "iris", "hello")
+    meta = {} if use is None else {"_meta": {"claudecode/toolUseId": use}}
+    async with program(door) as client, trio.open_nursery() as nursery:
+        async with commit_that_waits(hive, monkeypatch) as begun:
+            await client.begin("tools/call", name="recv", arguments={}, **meta)
+            await begun.wait()
+            if acks == "before":
+                nursery.start_soon(hive.broker.ack, IRIS, lease.turn, "done")
+                await trio.testing.wait_all_tasks_blocked()
+            await client.send(
+                {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": client.number}}
+            )
+            await trio.testing.wait_all_tasks_blocked()
+        await wait_until(hive.store, lambda: hive.value("SELECT 1 FROM events WHERE kind = 'message_put_back'"))
+        await hive.broker.ack(IRIS, lease.turn, "done")
+    assert (await hive.states())[message] == "queued"
+    again = await hive.broker.lease(IRIS)
+    assert (again.message["id"], again.message["attempt"]) == (message, 1)
+    assert await hive.broker.ack(IRIS, again.turn, "done")
+    assert (await hive.states())[message] == "acked"
+
+
+async def test_what_a_recv_has_taken_whose_connection_broke_is_the_answer_of_the_same_call_sent_again(
+    hive: Services, door: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await begin_turn(hive)
+    message = await hive.say("hm1nd", "iris", "hello")
+    async with commit_that_waits(hive, monkeypatch) as begun:
+        async with program(door) as client:
+            meta = {"claudecode/toolUseId": "toolu_1"}
+            await client.begin("tools/call", name="recv", arguments={}, _meta=meta)
+            await begun.wait()
+        await trio.testing.wait_all_tasks_blocked()
+    async with program(door) as client:
+        assert [m["id"] for m in (await client.call("recv", "toolu_1"))["messages"]] == [message]
+    assert "message_put_back" not in await hive.kinds()
 
 
 @pytest.mark.parametrize(

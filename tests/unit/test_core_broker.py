@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -984,3 +985,31 @@ async def test_what_a_recv_has_taken_that_was_cancelled_meanwhile_waits_again(hi
     assert (await hive.broker.recv(IRIS, 5, 0))["messages"][0]["attempt"] == 1
     await hive.broker.ack(IRIS, lease.turn, "done")
     assert set((await hive.states()).values()) == {"acked"}
+
+
+async def test_what_a_cancelled_recv_took_waits_again_when_the_disk_takes_writes_again(
+    hive: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hive_core.store.writer.LOCKED_MS", 1)
+    monkeypatch.setattr("hive_core.store.door.BUSY_REST_S", 0.0)
+    for body in ("go", "not to be missed"):
+        await hive.say("operator", "iris", body)
+    await hive.broker.lease(IRIS)
+    other = sqlite3.connect(hive.state_dir / "hive.sqlite", isolation_level=None)
+
+    def taken_back() -> bool:
+        other.execute("BEGIN IMMEDIATE")
+        return True
+
+    async def give_way() -> None:
+        while not caplog.messages:
+            await trio.lowlevel.checkpoint()
+        other.execute("ROLLBACK")
+
+    with contextlib.closing(other):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(give_way)
+            with refused("refused", "the call was cancelled; its messages wait again"):
+                await hive.broker.recv(IRIS, 5, 0, "k", taken_back)
+    assert "cannot write now" in caplog.messages[0]
+    assert await hive.states() == {1: "leased", 2: "queued"}
