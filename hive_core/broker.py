@@ -326,7 +326,8 @@ class Broker:
             forget_depth(tx, agent)
         tx.emit("turn_ended", agent, agent, turn=turn_id, state=ending.outcome, error=ending.error)
         for message_id, failures in dead:
-            tx.emit("message_dead", SYSTEM, agent, about=message_id, message=message_id, attempts=failures)
+            told = {"message": message_id, "attempts": failures, "turn": turn_id}
+            tx.emit("message_dead", SYSTEM, agent, about=message_id, **told)
             self._tell_sender(tx, agent, message_id, failures, ending.error)
         tx.wake(mail(agent))
 

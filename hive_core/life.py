@@ -80,7 +80,7 @@ _MESSAGE = """
 """
 _LEASES = """
     SELECT l.turn_id, l.attempt, l.at_ms, t.agent, t.state, t.ended_at_ms, t.error
-    FROM leases l JOIN turns t ON t.id = l.turn_id WHERE l.message_id = ? ORDER BY l.at_ms, l.turn_id
+    FROM leases l JOIN turns t ON t.id = l.turn_id WHERE l.message_id = ? ORDER BY l.turn_id
 """
 
 
@@ -106,23 +106,35 @@ def tell_sending(message: Row) -> Moment:
 
 
 def tell_life(message: Row, delivery: Row, leases: Iterable[Row], events: Iterable[Row]) -> list[Moment]:
-    """What became of a message for one recipient, oldest first. Leases and events of others are passed over."""
+    """What became of a message for one recipient, as it came: leases by their turns, events by their numbers.
+
+    Those of others are passed over.
+    """
     name = delivery["recipient"]
     begun = Moment(message["sent_at_ms"], "queued", f"queued for {name}")
     if delivery["held"]:
         why = HELD[delivery["held"]].format(recipient=name, hops=message["hops"])
         begun = Moment(message["sent_at_ms"], "held", f"held for the operator: {why}")
-    moments = []
-    for lease in leases:
-        if lease["agent"] == name:
-            moments += _turn(lease)
-    moments += [_event(event) for event in events if event["agent"] == name and event["kind"] in TOLD]
-    moments.sort(key=lambda moment: (moment.at_ms, _ORDER.get(moment.what, 1)))
+    mine = [lease for lease in leases if lease["agent"] == name]
+    moments = _in_order(mine, [event for event in events if event["agent"] == name and event["kind"] in TOLD])
     return [begun, *moments, *_now(delivery, moments)]
 
 
-# Of one instant: who releases a message wakes the turn that leases it, and a turn's end is what kills one.
-_ORDER = {"released": 0, "requeued": 0, "dropped": 0, "dead": 2}
+def _in_order(leases: list[Row], events: list[Row]) -> list[Moment]:
+    """No time is asked: a clock may have been set back meanwhile.
+
+    A message is released before any turn has it, and requeued or dropped without a turn between that and what came
+    before it. So only a death stands between turns, and it names the one that brought it. (One that a version before
+    this noted does not.)
+    """
+    moments: list[Moment] = []
+    for event in events:
+        if event["kind"] == "message_dead":
+            killed_by = json.loads(event["data"]).get("turn", leases[-1]["turn_id"] if leases else 0)
+            while leases and leases[0]["turn_id"] <= killed_by:
+                moments += _turn(leases.pop(0))
+        moments.append(_event(event))
+    return moments + [moment for lease in leases for moment in _turn(lease)]
 
 
 def _turn(lease: Row) -> list[Moment]:

@@ -337,7 +337,7 @@ async def test_after_five_failed_tries_a_message_is_dead_and_an_event_tells(hive
     await fail_until_dead(hive)
     assert await hive.states() == {message: "dead"}
     sql = "SELECT data, message_id FROM events WHERE kind = 'message_dead'"
-    assert [tuple(row) for row in await hive.store.rows(sql)] == [('{"message":1,"attempts":5}', message)]
+    assert [tuple(row) for row in await hive.store.rows(sql)] == [('{"message":1,"attempts":5,"turn":5}', message)]
     ((dead),) = await hive.broker.aside("dead")
     assert (dead["id"], dead["recipient"], dead["failures"], dead["note"]) == (message, "iris", 5, "it broke")
     assert dead["settled_at_ms"] is not None

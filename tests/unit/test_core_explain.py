@@ -184,10 +184,10 @@ async def test_a_released_message_tells_its_old_chain(tmp_path: Path) -> None:
 def test_death_comes_after_the_turn_that_brought_it_and_can_be_undone() -> None:
     rows = (
         lease(4, 1, 2000, "failed", 2000, "no"),
-        event("message_dead", 2000, '{"attempts": 1}', "system"),
+        event("message_dead", 2000, '{"attempts": 1, "turn": 4}', "system"),
         event("message_requeued", 5000),
         lease(5, 2, 5000, "failed", 6000, "no again"),
-        event("message_dead", 6000, '{"attempts": 1}', "system"),
+        event("message_dead", 6000, '{"attempts": 1, "turn": 5}', "system"),
         event("message_dropped", 8000),
     )
     assert told({"state": "dropped", "settled_at_ms": 8000}, *rows)[1:] == [
@@ -235,6 +235,29 @@ async def test_a_real_message_tells_of_its_turns_its_death_and_its_second_life(h
     whats = [one["what"] for one in iris["life"]]
     assert whats == ["queued", "leased", "failed", "leased", "failed", "dead", "requeued", "leased", "acked"]
     assert "turn 2 failed: error 1" in show.life(life)
+
+
+async def test_a_clock_that_was_set_back_turns_no_life_around(hive: Services) -> None:
+    broker = Broker(hive.store, Limits(tries=1, pair_rate_per_hour=1))
+    for body in ("fills the rate", "again"):
+        await broker.send(DAMOCLES, IRIS, parse_body(body))
+    await broker.drop(2, OPERATOR)
+    await broker.send(DAMOCLES, IRIS, parse_body("once more"))
+    hive.clock.ahead_s -= 3600
+    await broker.release(3, OPERATOR)
+    for outcome in ("failed", "done"):
+        taken = await broker.lease(IRIS)
+        await broker.recv(IRIS, 5, 0)
+        hive.clock.ahead_s -= 3600
+        await broker.ack(IRIS, taken.turn, outcome)
+        hive.clock.ahead_s -= 3600
+        if outcome == "failed":
+            await broker.requeue(3, OPERATOR)
+            await broker.requeue(1, OPERATOR)
+            hive.clock.ahead_s -= 3600
+    (delivery,) = (await life_of(hive.store, 3))["deliveries"]
+    whats = [one["what"] for one in delivery["life"]]
+    assert whats == ["held", "released", "leased", "failed", "dead", "requeued", "leased", "acked"]
 
 
 async def test_an_answer_tells_the_turn_and_the_message_that_caused_it(hive: Services) -> None:
