@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from hive_core.cli import show
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, parse_body
-from tests.hives import Services, run_in_hive
+from tests.hives import Services, held_writer, run_in_hive
 from tests.tools import desk_for
 
 IRIS, DAMOCLES, HM1ND = AgentName("iris"), AgentName("damocles"), AgentName("hm1nd")
@@ -211,6 +212,34 @@ async def test_the_index_follows_by_itself(hive: Services, monkeypatch: pytest.M
         with trio.fail_after(20):
             while await hive.value("SELECT message_id FROM search_mark") != 1:
                 await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+
+
+async def test_between_two_batches_the_index_rests_four_times_as_long_as_one_took(
+    hive: Services, monkeypatch: pytest.MonkeyPatch, mock_clock: trio.testing.MockClock
+) -> None:
+    monkeypatch.setattr("hive_core.search_index.BATCH", 1)
+    for _ in range(2):
+        await hive.say("operator", "iris", "word")
+
+    async def mark() -> int:
+        return int(await hive.value("SELECT message_id FROM search_mark"))
+
+    async with trio.open_nursery() as nursery:
+        async with held_writer(hive.store, nursery):
+            nursery.start_soon(archive_of(hive).index.serve)
+            await trio.testing.wait_all_tasks_blocked()
+            mock_clock.jump(1)
+        while await mark() < 1:
+            await trio.lowlevel.checkpoint()
+        for jump_s in (0, 3.9):
+            mock_clock.jump(jump_s)
+            for _ in range(20):  # looks and writes in which another batch would have been indexed
+                await hive.store.write(lambda tx: None)
+                assert await mark() == 1
+        mock_clock.jump(0.2)
+        while await mark() < 2:
+            await trio.lowlevel.checkpoint()
         nursery.cancel_scope.cancel()
 
 
