@@ -35,7 +35,9 @@ class Limits(BaseModel):
         Count, Field(description="messages of one agent to one recipient before they are held")
     ] = 60
     inbox_depth: Annotated[Count, Field(description="messages that wait for one agent before more are refused")] = 1_000
-    held_depth: Annotated[Count, Field(description="held messages of one agent before more are refused")] = 100
+    held_depth: Annotated[
+        Count, Field(description="held messages of one agent, or taken back within an hour, before more are refused")
+    ] = 100
     fan_out: Annotated[Count, Field(description="recipients of one message")] = 200
     body_quota_bytes: Annotated[Count, Field(description="kept files of large bodies, for each sender")] = (
         256 * 1024 * 1024

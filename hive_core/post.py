@@ -18,7 +18,7 @@ from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted
 from hive_core.protocol.words import EVERYONE, OPERATOR, SYSTEM, AgentName, MessageBody
-from hive_core.rates import count_sent, sent_lately
+from hive_core.rates import count_sent, sent_lately, taken_back_lately
 from hive_core.store.bus import mail
 from hive_core.store.writer import Transaction
 
@@ -276,13 +276,19 @@ def _held(
         held = {name: "rate" for name in recipients if sent_lately(tx, letter.sender, name) >= sender.rate}
     else:
         held = {}
-    if held and sender is not None and sender.held + len(held) > limits.held_depth:
-        raise Refusal(
-            "refused",
-            f"cannot send to {', '.join(held)}: {counted(sender.held, 'message')} of {letter.sender} "
-            f"{'is' if sender.held == 1 else 'are'} held for the operator already and the limit is "
-            f"{limits.held_depth} (held_depth); wait until some are released or dropped",
-        )
+    if held and sender is not None:
+        back = taken_back_lately(tx, letter.sender)
+        if sender.held + back + len(held) > limits.held_depth:
+            known, way_out = "", "released or dropped"
+            if back:
+                known = f", {back} that it took back within the last hour count too,"
+                way_out = "released, dropped or an hour old"
+            raise Refusal(
+                "refused",
+                f"cannot send to {', '.join(held)}: {counted(sender.held, 'message')} of {letter.sender} "
+                f"{'is' if sender.held == 1 else 'are'} held for the operator already{known} and the limit is "
+                f"{limits.held_depth} (held_depth); wait until some are {way_out}",
+            )
     return held
 
 

@@ -16,6 +16,8 @@ SILENT_MINUTES = 24 * MINUTES  # a pair is forgotten after: a clock that is ahea
 RECALLED = 200_000  # deliveries that are read after a start at most; older ones of that hour are not counted
 _STATE = "rates"  # the hour in which the memo was cleared last; not there before anything was read
 
+_TAKEN_BACK = "taken back"  # in the place of a recipient; no name has a space
+
 Minutes = dict[int, int]  # minute → messages; replaced, never changed
 
 
@@ -34,6 +36,21 @@ def count_sent(tx: Transaction, sender: str, recipient: str) -> None:
     if len(kept) > 2 * MINUTES:
         kept = {minute: count for minute, count in kept.items() if minute >= now - MINUTES}
     tx.memo[_STATE, sender, recipient] = {**kept, now: kept.get(now, 0) + 1}
+
+
+def count_taken_back(tx: Transaction, sender: str) -> None:
+    """Count a message of `sender` that was held until it took it back now.
+
+    It has cost what any other costs, and is kept as long: without this count a loop of asking and cancelling, or of
+    sending and withdrawing, has no limit. It is not read from the messages after a start, which no agent can bring
+    about.
+    """
+    count_sent(tx, sender, _TAKEN_BACK)
+
+
+def taken_back_lately(tx: Transaction, sender: str) -> int:
+    """How many held messages `sender` took back within the last hour."""
+    return sent_lately(tx, sender, _TAKEN_BACK)
 
 
 def _minutes(tx: Transaction, sender: str, recipient: str) -> Minutes:

@@ -39,8 +39,8 @@ class Retention:
 
         A wall clock that leaps ahead, or went on while the hive was off, is followed by a day an hour at most.
 
-        What is held, queued, leased or dead stays, and so does what put a question or answered one. What is left of
-        the history without them goes by its own age.
+        What is held, queued, leased or dead stays, and so does what put a question or answered one; a question that
+        reached nobody goes with its message. What is left of the history without them goes by its own age.
         """
         now_ms = await self.now_ms()
         cutoff = now_ms - int(self._limits.kept_s * 1000)
@@ -103,7 +103,11 @@ _OLD = """
         SELECT 1 FROM deliveries d WHERE d.message_id = m.id
         AND (d.state NOT IN ('acked', 'dropped') OR coalesce(d.settled_at_ms, d.sent_at_ms) >= :cutoff)
     )
-    AND NOT EXISTS (SELECT 1 FROM questions WHERE message_id = m.id)
+    AND NOT EXISTS (
+        SELECT 1 FROM questions q WHERE q.message_id = m.id AND (q.state = 'open' OR q.answer_id IS NOT NULL OR EXISTS (
+            SELECT 1 FROM deliveries d WHERE d.message_id = m.id AND (d.state != 'dropped' OR d.attempts > 0)
+        ))
+    )
     AND NOT EXISTS (SELECT 1 FROM questions WHERE answer_id = m.id)
     ORDER BY m.id LIMIT :limit
 """
@@ -115,6 +119,7 @@ def _forget(tx: Transaction, old: Sequence[sqlite3.Row], texts: Sequence[Text]) 
     remove(tx, texts)
     tx.executemany("DELETE FROM leases WHERE message_id = ?", ids)
     tx.executemany("DELETE FROM deliveries WHERE message_id = ?", ids)
+    tx.executemany("DELETE FROM questions WHERE message_id = ?", ids)
     tx.executemany("DELETE FROM messages WHERE id = ?", ids)
     forget_events_of(tx, ids)
     tx.emit("messages_forgotten", SYSTEM, count=len(ids), first=ids[0][0], last=ids[-1][0])

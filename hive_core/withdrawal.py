@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from hive_core.question_ends import cancel_put_with, reopen
+from hive_core.rates import count_taken_back
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
@@ -17,12 +18,14 @@ def withdraw(tx: Transaction, sender: AgentName, deliveries: Sequence[tuple[int,
     """Drop those of these deliveries (message, recipient) that `sender` sent and nobody has had. How many."""
     sql = f"""
         UPDATE deliveries SET state = 'dropped', settled_at_ms = ?, note = 'withdrawn by its sender'
-        WHERE message_id = ? AND recipient = ? AND sender = ? AND {_UNREAD}
+        WHERE message_id = ? AND recipient = ? AND sender = ? AND {_UNREAD} RETURNING held
     """
     dropped = 0
     for message_id, recipient in deliveries:
-        if tx.execute(sql, (tx.now_ms, message_id, recipient, sender)).rowcount:
+        for row in tx.execute(sql, (tx.now_ms, message_id, recipient, sender)).fetchall():
             dropped += 1
+            if row["held"] is not None:
+                count_taken_back(tx, sender)
             tx.emit("message_dropped", sender, recipient, about=message_id, message=message_id)
             reopen(tx, message_id)
     return dropped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -340,6 +341,32 @@ async def test_an_answer_behind_the_instant_is_too_late_also_before_the_clock_ha
         await questions.answer(DAMOCLES, 1, Answer(("red",)))
     await tick(hive, questions)
     assert (await hive.kinds()).count("question_expired") == 1
+
+
+async def test_who_asks_and_cancels_in_a_loop_meets_a_limit_within_the_hour(tmp_path: Path) -> None:
+    limits = Limits(pair_rate_per_hour=3, held_depth=2)
+    async with open_services(tmp_path, limits=limits) as hive:
+        await hive.add_agents("iris", "damocles", "hm1nd")
+
+        async def ask_and_cancel(times: int, to: AgentName = DAMOCLES) -> None:
+            for _ in range(times):
+                asked = await hive.questions.ask(IRIS, COLOURS._replace(to=to))
+                await hive.questions.cancel(IRIS, asked["question"])
+
+        await ask_and_cancel(5)
+        why = (
+            "cannot send to damocles: 0 messages of iris are held for the operator already, 2 that it took back within "
+            "the last hour count too, and the limit is 2 (held_depth); wait until some are released, dropped or an "
+            "hour old"
+        )
+        with pytest.raises(Refusal, match=re.escape(why)):
+            await hive.questions.ask(IRIS, COLOURS)
+        with pytest.raises(Refusal, match=re.escape(why)):
+            await hive.say("iris", "damocles", "hello")
+        await ask_and_cancel(3, HM1ND)
+        assert await hive.value("SELECT count(*) FROM questions") == 8
+        hive.clock.ahead_s += 3600 + 61
+        await ask_and_cancel(5)
 
 
 async def test_an_expiry_carries_the_chain_on(hive: Services) -> None:

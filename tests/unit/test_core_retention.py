@@ -21,6 +21,7 @@ from hive_core.reminders import When
 from hive_core.retention import Retention
 from hive_core.schedules import parse_plan
 from hive_core.store.writer import Transaction
+from hive_core.withdrawal import withdraw_thread
 from tests.hives import PATIENCE_S, Services, open_services
 from tests.unit.test_core_archive import deliver, keep_file
 
@@ -199,10 +200,14 @@ async def test_many_go_in_small_transactions_and_the_next_time_finds_nothing(
 async def test_a_question_stays_for_ever_with_the_message_that_put_it_and_the_one_that_answered_it(
     hive: Services,
 ) -> None:
-    for _ in range(4):
+    for _ in range(2):
         await hive.questions.ask(IRIS, Ask(DAMOCLES, "word?"))
-    answered = await hive.questions.answer(DAMOCLES, 1, Answer(text="word"))
-    await hive.questions.cancel(IRIS, 2)
+    await deliver(hive, DAMOCLES)
+    await hive.questions.cancel(IRIS, 1)
+    answered = await hive.questions.answer(DAMOCLES, 2, Answer(text="word"))
+    await withdraw_thread(hive.store, IRIS, 2)  # it was answered before any turn had it
+    for _ in range(2):
+        await hive.questions.ask(IRIS, Ask(DAMOCLES, "word?"))
     await hive.let_time_pass(7 * 3600)  # 3 and 4 expire
     for agent in (DAMOCLES, IRIS):
         while "queued" in (await hive.states(agent)).values():
@@ -215,7 +220,25 @@ async def test_a_question_stays_for_ever_with_the_message_that_put_it_and_the_on
         await forget(hive)
     assert [dict(row) for row in await hive.store.rows("SELECT * FROM questions")] == questions
     kept = [question["message_id"] for question in questions] + [answered["message"]]
-    assert (await ids(hive))[:-1] == kept
+    assert (await ids(hive))[:-1] == sorted(kept)
+
+
+async def test_a_question_that_reached_nobody_goes_with_its_message(tmp_path: Path) -> None:
+    async with open_services(tmp_path, limits=Limits(pair_rate_per_hour=2)) as hive:
+        await hive.add_agents("iris", "damocles")
+        for _ in range(4):
+            await hive.questions.ask(IRIS, Ask(DAMOCLES, "word?"))
+        await hive.questions.cancel(IRIS, 1)  # 2 waits unread
+        await hive.broker.drop(3, OPERATOR)
+        await hive.let_time_pass(7 * 3600)
+        await hive.broker.drop(4, OPERATOR)  # it expired while it was held
+        hive.clock.ahead_s += 29 * DAY_S
+        await forget(hive)
+        assert await hive.value("SELECT count(*) FROM questions") == 4
+        hive.clock.ahead_s += 2 * DAY_S
+        await forget(hive)
+        assert await hive.value("SELECT group_concat(id) FROM questions") == "2"
+        assert [number for number in await ids(hive) if number <= 4] == [2]
 
 
 # -- the history ------------------------------------------------------------------------------------------------------
