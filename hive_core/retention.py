@@ -37,7 +37,8 @@ class Retention:
     async def forget_old(self) -> int:
         """Remove messages whose every delivery was acked or dropped `kept_s` ago; how many went.
 
-        A wall clock that leaps ahead, or went on while the hive was off, is followed by a day an hour at most.
+        A wall clock that leaps ahead, or went on while the hive was off, is followed by a day an hour at most, but at
+        once by a hive that is new by any clock.
 
         What is held, queued, leased or dead stays, and so does what put a question or answered one; a question that
         reached nobody goes with its message. What is left of the history without them goes by its own age.
@@ -90,12 +91,29 @@ def _follow_the_wall_clock(tx: Transaction) -> tuple[int, int]:
     row = tx.execute("SELECT shows_ms, wall_ms FROM retention_clock").fetchone() or (tx.now_ms, tx.now_ms)
     shows_ms, wall_ms = row
     if abs(tx.now_ms - wall_ms) >= FOLLOW_EVERY_MS:
+        if tx.now_ms - shows_ms > FOLLOW_MOST_MS and _all_is_new(tx):
+            shows_ms = tx.now_ms
         shows_ms += max(-FOLLOW_MOST_MS, min(FOLLOW_MOST_MS, tx.now_ms - shows_ms))
         wall_ms = tx.now_ms
     tx.execute("INSERT OR REPLACE INTO retention_clock (one, shows_ms, wall_ms) VALUES (1, ?, ?)", (shows_ms, wall_ms))
     return min(shows_ms, tx.now_ms), tx.now_ms - shows_ms
 
 
+def _all_is_new(tx: Transaction) -> bool:
+    """Whether the hive has no mail, turn or call of more than a day ago: so where its first start saw 1970.
+
+    Then a wall clock that is right takes nothing, and neither does one that is wrong. The first events of such a hive,
+    of how it was made, may go.
+    """
+    return not tx.execute(_SOME_OLD, {"day_ago": tx.now_ms - DAY_MS}).fetchone()[0]
+
+
+_SOME_OLD = """
+    SELECT EXISTS (SELECT 1 FROM message_blocks WHERE first_at_ms < :day_ago)
+    OR EXISTS (SELECT 1 FROM messages WHERE id > (SELECT message_id FROM search_mark) AND sent_at_ms < :day_ago)
+    OR EXISTS (SELECT 1 FROM turns WHERE started_at_ms < :day_ago)
+    OR EXISTS (SELECT 1 FROM tool_calls WHERE at_ms < :day_ago)
+"""
 _OLD = """
     SELECT id, body, body_sha256, marks FROM message_texts m
     WHERE m.id BETWEEN :first AND :last AND m.id <= (SELECT message_id FROM search_mark)

@@ -485,6 +485,54 @@ async def test_a_clock_that_begins_in_1970_and_is_set_an_hour_later_delays_forge
     assert await ids(hive) == list(range(3, 11))
 
 
+async def test_a_new_hive_that_began_in_1970_forgets_as_any_other_when_the_clock_is_set(hive: Services) -> None:
+    retention, now_s = retention_of(hive, kept_s=9.5 * DAY_S), hive.clock()
+    hive.clock.ahead_s -= now_s
+    await hive.agents.want(IRIS, "up", "operator")
+    await retention.forget_old()
+    hive.clock.ahead_s += now_s
+    await retention.forget_old()  # as it does each hour
+    await live_for_days(hive, 9, retention)
+    assert await ids(hive) == list(range(1, 10))
+    await live_for_days(hive, 2, retention)
+    assert await ids(hive) == list(range(3, 12))
+
+
+@pytest.mark.parametrize("ahead_s", [25 * DAY_S, YEAR_S])
+async def test_a_new_hive_whose_clock_leaps_ahead_in_its_first_hour_keeps_what_was_acked_before(
+    hive: Services, ahead_s: float
+) -> None:
+    retention = retention_of(hive)
+    await retention.forget_old()
+    await hive.say("operator", "iris", "word")
+    await deliver(hive, IRIS)
+    hive.clock.ahead_s += ahead_s
+    for _ in range(3):
+        await archive_of(hive).search(Query("word"))
+        await retention.forget_old()
+        hive.clock.ahead_s += 3600
+    assert await ids(hive) == [1]
+    assert await hive.value("SELECT count(*) FROM events WHERE kind = 'turn_ended'") == 1
+    now_ms, shows_ms = hive.clock() * 1000, await hive.value("SELECT shows_ms FROM retention_clock")
+    assert now_ms - shows_ms > (ahead_s - 4 * DAY_S) * 1000
+
+
+async def test_a_clock_that_was_ahead_and_is_again_takes_no_more_the_second_time(hive: Services) -> None:
+    hive.clock.ahead_s = 40 * DAY_S
+    retention = retention_of(hive)
+    await retention.forget_old()
+    hive.clock.ahead_s = 0
+    await hive.say("operator", "iris", "word")
+    await deliver(hive, IRIS)
+    await archive_of(hive).search(Query("word"))
+    for _ in range(41):
+        hive.clock.ahead_s += 3600
+        await retention.forget_old()
+    hive.clock.ahead_s += 40 * DAY_S
+    assert await retention.forget_old() == 0
+    assert await ids(hive) == [1]
+
+
 async def test_what_was_acked_after_a_clock_was_ahead_for_weeks_is_kept_as_long_as_ever(hive: Services) -> None:
     hive.clock.ahead_s = YEAR_S
     retention = retention_of(hive, kept_s=1.5 * DAY_S)
