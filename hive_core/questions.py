@@ -214,7 +214,7 @@ class Questions:
             if isinstance(sent, Refusal):
                 return sent
             row = (number, asker, ask.to, ask.text, json.dumps(ask.options), int(ask.multi), int(ask.free_text))
-            tx.insert("questions", _COLUMNS, [(*row, sent["message"], "open", tx.now_ms, expires_at_ms)])
+            tx.insert("questions", _COLUMNS, [(*row, sent["message"], "open", tx.now_ms, expires_at_ms, tx.now_ms)])
             tx.emit("question_asked", asker, ask.to, question=number, message=sent["message"])
             tx.wake(TOPIC)
             return once(tx, asker, key, "ask", lambda: {"question": number, **sent})
@@ -283,12 +283,14 @@ class Questions:
     # -- the clock ----------------------------------------------------------------------------------------------------
 
     def fire(self, tx: Transaction) -> None:
-        """Expire what is over its time, and wake each asker with a message."""
-        sql = """
-            SELECT id FROM questions INDEXED BY questions_open WHERE state = 'open' AND expires_at_ms <= ?
-            ORDER BY expires_at_ms, id LIMIT ?
+        """Expire what is over its time, and wake each asker with a message.
+
+        What was asked at an instant that the clock has still to reach, so before it was set back, waits as long as
+        ever from when that was seen.
         """
-        for row in tx.execute(sql, (tx.now_ms, BATCH)).fetchall():
+        given = {"now": tx.now_ms, "batch": BATCH}
+        tx.execute(_SET_BACK, given)
+        for row in tx.execute(_OVER, given).fetchall():
             expire(tx, row["id"], self._limits)
 
     def next_after(self, tx: Transaction) -> int | None:
@@ -344,10 +346,23 @@ class Questions:
         return await self._store.row(sql, (question.id,)) is not None
 
 
+_SET_BACK = """
+    UPDATE questions INDEXED BY questions_asked SET counts_from_ms = :now
+    WHERE state = 'open' AND asked_at_ms > :now AND counts_from_ms > :now
+"""
+_OVER = """
+    SELECT id FROM (
+        SELECT expires_at_ms, id FROM questions INDEXED BY questions_open
+        WHERE state = 'open' AND expires_at_ms <= :now
+        UNION ALL
+        SELECT expires_at_ms, id FROM questions INDEXED BY questions_asked
+        WHERE state = 'open' AND asked_at_ms > :now AND counts_from_ms + expires_at_ms - asked_at_ms <= :now
+    ) ORDER BY expires_at_ms, id LIMIT :batch
+"""
 _NEXT_ID = "SELECT coalesce(max(seq), 0) + 1 FROM sqlite_sequence WHERE name = 'questions'"
 # fmt: off
 _COLUMNS = ("id", "asker", "answerer", "text", "options", "multi", "free_text", "message_id", "state",
-            "asked_at_ms", "expires_at_ms")
+            "asked_at_ms", "expires_at_ms", "counts_from_ms")
 # fmt: on
 # A question whose message waits for the operator's release must not come to its answerer by another way.
 _REACHES = """

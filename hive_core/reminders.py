@@ -39,6 +39,10 @@ class When:
             raise Refusal("usage", f"cannot remind after {shown(after_s)} s: after_s is 1 to {AHEAD_MOST_S:.0f}")
         self._after_ms = int(after_s * 1000)
 
+    @property
+    def is_span(self) -> bool:
+        return self._at_ms is None
+
     def due_at_ms(self, now_ms: int) -> int:
         """The instant. Raises Refusal("usage") for one that is past or too far ahead."""
         due_at_ms = self._at_ms if self._at_ms is not None else now_ms + self._after_ms
@@ -84,9 +88,9 @@ class Reminders:
             soon = turn is not None and due_at_ms - tx.now_ms <= SAME_CHAIN_S * 1000
             chain_id, hops = (turn["chain_id"], turn["hops"] + 1) if soon else (None, 0)
             cursor = tx.execute(
-                "INSERT INTO reminders (agent, body, set_at_ms, due_at_ms, chain_id, hops, state)"
-                " VALUES (?, ?, ?, ?, ?, ?, 'open')",
-                (agent, body, tx.now_ms, due_at_ms, chain_id, hops),
+                "INSERT INTO reminders (agent, body, set_at_ms, due_at_ms, counts_from_ms, chain_id, hops, state)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, 'open')",
+                (agent, body, tx.now_ms, due_at_ms, tx.now_ms if when.is_span else None, chain_id, hops),
             )
             tx.emit("reminder_set", agent, agent, reminder=cursor.lastrowid, at_ms=due_at_ms)
             tx.wake(TOPIC)
@@ -116,10 +120,13 @@ class Reminders:
     def fire(self, tx: Transaction) -> None:
         """Send what is due, late ones too: an agent that counts on being told again is told.
 
-        One for which its agent has no room, by inbox_depth or held_depth, stays due and is looked at each time.
+        One for which its agent has no room, by inbox_depth or held_depth, stays due and is looked at each time. One
+        `after_s` that was set at an instant which the clock has still to reach, so before it was set back, waits as
+        long as ever from when that was seen.
         """
-        sql = "SELECT id FROM reminders WHERE state = 'open' AND due_at_ms <= ? ORDER BY due_at_ms, id LIMIT ?"
-        new = [row["id"] for row in tx.execute(sql, (tx.now_ms, BATCH)).fetchall()]
+        given = {"now": tx.now_ms, "batch": BATCH}
+        tx.execute(_SET_BACK, given)
+        new = [row["id"] for row in tx.execute(_DUE, given).fetchall()]
         tx.executemany("UPDATE reminders SET state = 'due' WHERE id = ?", [(number,) for number in new])
         due = tx.execute("SELECT DISTINCT agent FROM reminders INDEXED BY reminders_due WHERE state = 'due'")
         for row in due.fetchall():
@@ -174,6 +181,18 @@ class Reminders:
         return [{**dict(row), "due": bool(row["due"])} for row in await self._store.rows(sql, (agent,))]
 
 
+_SET_BACK = """
+    UPDATE reminders INDEXED BY reminders_set SET counts_from_ms = :now
+    WHERE state = 'open' AND set_at_ms > :now AND counts_from_ms > :now
+"""
+_DUE = """
+    SELECT id FROM (
+        SELECT due_at_ms, id FROM reminders INDEXED BY reminders_open WHERE state = 'open' AND due_at_ms <= :now
+        UNION ALL
+        SELECT due_at_ms, id FROM reminders INDEXED BY reminders_set
+        WHERE state = 'open' AND set_at_ms > :now AND counts_from_ms + due_at_ms - set_at_ms <= :now
+    ) ORDER BY due_at_ms, id LIMIT :batch
+"""
 _WAITING = """
     SELECT (
         SELECT count(*) FROM deliveries INDEXED BY deliveries_queued WHERE recipient = ?1 AND state = 'queued'

@@ -343,6 +343,31 @@ async def test_an_answer_behind_the_instant_is_too_late_also_before_the_clock_ha
     assert (await hive.kinds()).count("question_expired") == 1
 
 
+async def test_a_question_that_was_asked_while_the_clock_was_ahead_expires_when_its_time_is_over(
+    hive: Services,
+) -> None:
+    questions = questions_of(hive)
+    hive.clock.ahead_s = 365 * 86_400
+    await questions.ask(IRIS, COLOURS)
+    await questions.ask(IRIS, COLOURS._replace(ttl_s=60.0))
+    hive.clock.ahead_s = 0
+    for late_s, expired in ((0, 0), (59, 0), (61, 1), (6 * 3600 - 5, 1), (6 * 3600 + 1, 2), (7 * 3600, 2)):
+        hive.clock.ahead_s = late_s
+        await tick(hive, questions)
+        assert (await hive.kinds()).count("question_expired") == expired
+
+
+async def test_a_clock_that_begins_in_1970_at_a_start_ends_no_question_early(hive: Services) -> None:
+    questions = questions_of(hive)
+    await questions.ask(IRIS, COLOURS)
+    hive.clock.ahead_s = -hive.clock()
+    await tick(hive, questions)
+    for late_s, state in ((6 * 3600 - 5, "open"), (6 * 3600 + 1, "expired")):
+        hive.clock.ahead_s = late_s
+        await tick(hive, questions)
+        assert (await questions.get(1)).state == state
+
+
 async def test_who_asks_and_cancels_in_a_loop_meets_a_limit_within_the_hour(tmp_path: Path) -> None:
     limits = Limits(pair_rate_per_hour=3, held_depth=2)
     async with open_services(tmp_path, limits=limits) as hive:

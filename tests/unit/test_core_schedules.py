@@ -451,6 +451,44 @@ async def test_a_time_that_is_no_good_is_refused_with_its_word(
     assert await reminders.open_of(IRIS) == []
 
 
+async def test_a_reminder_that_was_set_while_the_clock_was_ahead_comes_when_its_time_is_over(
+    hive: Services, reminders: Reminders
+) -> None:
+    hive.clock.ahead_s += 300 * 86_400
+    await reminders.remind(IRIS, When(after_s=60), "look")
+    at = datetime.fromtimestamp(hive.clock() + 60, UTC).isoformat()
+    await reminders.remind(IRIS, When(at=at), "at its instant")
+    hive.clock.ahead_s -= 300 * 86_400
+    await tick(hive, reminders)
+    hive.clock.ahead_s += 59
+    await tick(hive, reminders)
+    assert await hive.states() == {}
+    hive.clock.ahead_s += 1.5
+    await tick(hive, reminders)
+    await tick(hive, reminders)
+    assert [row["body"] for row in await reminders.open_of(IRIS)] == ["at its instant"]
+    assert len(await hive.states()) == 1
+    hive.clock.ahead_s += 300 * 86_400
+    await tick(hive, reminders)
+    assert len(await hive.states()) == 2
+
+
+async def test_a_clock_that_begins_in_1970_at_a_start_makes_no_reminder_early(
+    hive: Services, reminders: Reminders
+) -> None:
+    await reminders.remind(IRIS, When(after_s=600), "look")
+    now_s = hive.clock()
+    for _ in range(2):
+        hive.clock.ahead_s -= now_s
+        await tick(hive, reminders)
+        hive.clock.ahead_s += now_s + 299
+        await tick(hive, reminders)
+    assert await hive.states() == {}
+    hive.clock.ahead_s += 3
+    await tick(hive, reminders)
+    assert len(await hive.states()) == 1
+
+
 async def test_a_reminder_set_again_with_its_key_is_one(hive: Services, reminders: Reminders) -> None:
     first = await reminders.remind(IRIS, When(after_s=5), "x", "toolu_1")
     assert await reminders.remind(IRIS, When(after_s=5), "x", "toolu_1") == first
