@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import SYSTEM, AgentName, parse_id, parse_instant, parse_recipient, shown
-from hive_core.search_index import SearchIndex, mark
+from hive_core.search_index import DAMAGE, SearchIndex, mark
 from hive_core.store.door import Store
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Archive:
         sql = _FOUND if match else _NEWEST
         try:
             rows = await self._store.rows(sql, given)
-        except sqlite3.DatabaseError as exc:
+        except DAMAGE as exc:
             await self.index.begin_anew(exc)
             behind = await self.index.catch_up()
             rows = await self._store.rows(sql, given)
@@ -198,8 +198,8 @@ async def newest_of_agent(store: Store, agent: str, before: int, limit: int) -> 
     given = {"agent": agent, "whose": _whose(agent), "before": before, "limit": limit}
     try:
         rows = await store.rows(_NEWEST_OF_AGENT, given)
-    except sqlite3.DatabaseError as exc:
-        log.warning("the index of the search is damaged (%s): messages are looked at one by one until it is whole", exc)
+    except DAMAGE as exc:
+        log.warning("the index of the search is damaged (%r): messages are looked at one by one until it is whole", exc)
         rows = await store.rows(f"{_OF_AGENT} ORDER BY id DESC LIMIT :limit", given)
     return [row["id"] for row in rows]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from hive_core.history import forget_events_of, forget_history
 from hive_core.limits import Limits
 from hive_core.protocol.words import SYSTEM
-from hive_core.search_index import BLOCK, SearchIndex, Text, remove
+from hive_core.search_index import BLOCK, DAMAGE, SearchIndex, Text, remove
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
@@ -74,7 +74,7 @@ class Retention:
             try:
                 await self._index.merge()
                 forgotten += await self._store.write(lambda tx, old=old, texts=texts: _forget(tx, old, texts))  # type: ignore[misc]
-            except sqlite3.DatabaseError as exc:
+            except DAMAGE as exc:
                 await self._index.begin_anew(exc)  # and they go when they are indexed again
         emptied = """
             DELETE FROM message_blocks WHERE block = :block AND NOT EXISTS (

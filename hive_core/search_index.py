@@ -29,6 +29,8 @@ CATCH_UP_S = 2.0  # that a search spends on indexing before it answers
 MERGE_PAGES = 64  # of 4 KB, some 2 ms of the writer
 MERGE_STEPS = 16  # after each batch: more than one batch brings
 BLOCK = 1024
+# What sqlite raises at a damaged index: it may believe of a number that it reads there that it needs so much memory.
+DAMAGE = (sqlite3.DatabaseError, MemoryError)
 Text = tuple[int, str, str]  # a message's number, its whole body and its marks
 
 
@@ -79,20 +81,20 @@ class SearchIndex:
             try:
                 alone = await self._store.write(lambda tx: _index(tx, batch, texts))
                 await self.merge()
-            except sqlite3.DatabaseError as exc:
+            except DAMAGE as exc:
                 await self.begin_anew(exc)
                 return True
             return not alone or batch[-1]["id"] < batch[-1]["newest"]
 
-    async def begin_anew(self, exc: sqlite3.DatabaseError) -> None:
+    async def begin_anew(self, exc: sqlite3.DatabaseError | MemoryError) -> None:
         """Empty a damaged index, so that all is indexed again from the messages. Raises `exc` when it is whole.
 
-        It says that it is damaged, cannot even be opened, or fails at a constraint: its pieces do not fit each other.
+        It says that it is damaged, cannot even be opened, fails at a constraint (its pieces do not fit each other), or
+        asks for more memory than there is.
         """
-        own = (sqlite3.SQLITE_CORRUPT_VTAB, sqlite3.SQLITE_CONSTRAINT)
-        if exc.sqlite_errorcode not in own and not str(exc).startswith("vtable constructor failed"):
+        if not _is_of_index(exc):
             raise exc
-        log.warning("the index of the search is damaged (%s) and is made anew from the messages", exc)
+        log.warning("the index of the search is damaged (%r) and is made anew from the messages", exc)
         await self._store.write(_empty_index)
 
     async def merge(self) -> None:
@@ -150,6 +152,14 @@ _BLOCKS = f"""
 """
 
 
+def _is_of_index(exc: sqlite3.DatabaseError | MemoryError) -> bool:
+    return (
+        isinstance(exc, MemoryError)
+        or exc.sqlite_errorcode in (sqlite3.SQLITE_CORRUPT_VTAB, sqlite3.SQLITE_CONSTRAINT)
+        or str(exc).startswith("vtable constructor failed")
+    )
+
+
 def mark(kind: str, name: str) -> str:
     """The word of the index that says from (`by`) or to (`to`) whom a message is; as in the view message_texts."""
     return kind + name.encode().hex()
@@ -185,8 +195,8 @@ def _flush(tx: Transaction) -> None:
 
 
 def _empty_index(tx: Transaction) -> None:
-    # Without its first rows, which are those of an empty one, it does not even take the command.
-    tx.execute("INSERT OR IGNORE INTO message_words_data (id, block) VALUES (1, x''), (10, x'00000000000000')")
+    # Without its first rows, here those of an empty one, or with bad ones, it does not even take the command.
+    tx.execute("INSERT OR REPLACE INTO message_words_data (id, block) VALUES (1, x''), (10, x'00000000000000')")
     tx.execute("INSERT INTO message_words (message_words) VALUES ('delete-all')")
     tx.execute("UPDATE search_mark SET message_id = 0")
     tx.wake(EVENTS)  # whoever indexes begins again
