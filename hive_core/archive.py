@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sqlite3
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ T = TypeVar("T")
 SEARCH_LIMIT = 50  # messages in one answer
 THREAD_LIMIT = 200
 TEXT_LIMIT_BYTES = 1_000
+WORDS_LIMIT = 16  # words and phrases of one search
+PREFIX_LEAST = 2  # letters and digits before a star: too many words begin with the same one
+SEARCH_S = 2.0
 SNIPPET_WORDS = 24
 SNIPPET_CHARACTERS = 160
 
@@ -65,7 +69,7 @@ def parse_sender(raw: object) -> AgentName:
 
 
 def parse_words(raw: object) -> str:
-    """The text of a search: anything at all, up to a limit. Raises Refusal("usage")."""
+    """The text of a search: anything in which there is a word, up to its limits. Raises Refusal("usage")."""
     if not isinstance(raw, str):
         raise Refusal("usage", "cannot search: the text must be a string")
     text = raw.encode("utf-8", "replace").decode().replace("\0", " ")
@@ -74,7 +78,32 @@ def parse_words(raw: object) -> str:
             "usage",
             f"cannot search: the text has {size:,} bytes and the limit is {TEXT_LIMIT_BYTES:,}; use fewer words",
         )
+    if text.strip():
+        _check_words(text)
     return text.strip()
+
+
+def _check_words(text: str) -> None:
+    words = _words(text)
+    if not words:
+        raise Refusal(
+            "usage",
+            f"cannot search for {shown(text)}: there is no letter and no digit in it, and nothing else is found; "
+            "use a word that stands beside it",
+        )
+    if len(words) > WORDS_LIMIT:
+        raise Refusal(
+            "usage",
+            f"cannot search: there are {len(words)} different words and phrases, and the limit is {WORDS_LIMIT}; "
+            "use fewer",
+        )
+    for word in words:
+        if word.endswith("*") and len(_indexed(word)[-1]) < PREFIX_LEAST:
+            raise Refusal(
+                "usage",
+                f"cannot search for {shown(word)}: the beginning of a word needs {PREFIX_LEAST} characters at least; "
+                "write more of it",
+            )
 
 
 class Archive:
@@ -89,7 +118,8 @@ class Archive:
         """The newest messages that fit, newest first: `{"messages", "next_cursor"}`, both for one page.
 
         An agent as `reader` finds only what it sent and what was handed to one of its turns; None finds everything.
-        `unindexed` counts messages that the index had not come to, where there are any.
+        `unindexed` counts messages that the index had not come to, where there are any. Raises Refusal("refused")
+        for a search that took too long.
         """
         behind = await self.index.catch_up()
         first, last = await self._stretch(query)
@@ -108,11 +138,11 @@ class Archive:
         }
         sql = _FOUND if match else _NEWEST
         try:
-            rows = await self._store.rows(sql, given)
+            rows = await self._rows(sql, given)
         except DAMAGE as exc:
             await self.index.begin_anew(exc)
             behind = await self.index.catch_up()
-            rows = await self._store.rows(sql, given)
+            rows = await self._rows(sql, given)
         page = rows[: query.limit]
         whole = await self.index.whole_bodies(page)
         return {
@@ -120,6 +150,16 @@ class Archive:
             "next_cursor": page[-1]["id"] if len(rows) > query.limit else None,
             **({"unindexed": behind} if behind else {}),
         }
+
+    async def _rows(self, sql: str, given: Mapping[str, Any]) -> list[sqlite3.Row]:
+        try:
+            return await self._store.search(sql, given, SEARCH_S)
+        except TimeoutError:
+            raise Refusal(
+                "refused",
+                f"cannot finish this search: it ran for {SEARCH_S:g} s, and that is the limit; use fewer or longer "
+                "words, or narrow it by sender, thread or time",
+            ) from None
 
     async def _stretch(self, query: Query) -> tuple[int, int]:
         """The first and the last number that a message of the query can have."""
@@ -237,14 +277,24 @@ def _match(query: Query, root: int | None, reader: str | None) -> str | None:
 
 
 def _words(text: str) -> list[str]:
-    """Words, and what stands between double quotes as one."""
-    return [phrase or word for phrase, word in re.findall(r'"([^"]*)"?|([^\s"]+)', text) if phrase or word]
+    """Its different words, and what stands between double quotes as one; signs alone are none."""
+    found = (phrase or word for phrase, word in re.findall(r'"([^"]*)"?|([^\s"]+)', text))
+    return list(dict.fromkeys(word for word in found if _indexed(word)))
+
+
+def _indexed(word: str) -> list[str]:
+    """The words that the index makes of it: what stands together of letters and digits, without accents."""
+    return "".join(_folded(character) for character in word).split()
+
+
+def _folded(character: str) -> str:
+    category = unicodedata.category(character)
+    return character if category[0] in "LN" or category == "Co" else "" if unicodedata.combining(character) else " "
 
 
 def _quoted(word: str) -> str:
     """A word that means nothing to the index but itself; one that ends in a star is the beginning of a word."""
-    star = "*" if word.endswith("*") and any(character.isalnum() for character in word) else ""
-    return '"' + word.replace('"', " ") + '"' + star
+    return '"' + word.replace('"', " ") + '"' + ("*" if word.endswith("*") else "")
 
 
 def _found(row: sqlite3.Row, large: str | None, text: str) -> dict[str, Any]:

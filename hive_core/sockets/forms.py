@@ -90,7 +90,7 @@ class NoArguments(Arguments):
 
 class SearchArguments(Arguments):
     text: Annotated[
-        str, Field(description='words that must all be there; "two words" together; wor* begins a word')
+        str, Field(description='words that must all be there, 16 at most; "two words" together; wor* begins a word')
     ] = ""
     sender: str | None = None
     thread: Annotated[int | None, Field(gt=0, lt=2**63, description="any message of the thread")] = None

@@ -1,4 +1,4 @@
-"""The door to the database: `write` for the one writer, `rows` and `row` for readers.
+"""The door to the database: `write` for the one writer, `rows` and `row` for readers, `search` for what may take long.
 
 Exactly one read-write connection exists (sqlite up to 3.51.2 can corrupt a WAL that two connections write); readers
 open the file read-only through aiosqlite on trio-asyncio, so this must run inside `trio_asyncio.open_loop()`.
@@ -29,17 +29,56 @@ T = TypeVar("T")
 Parameters = Sequence[Any] | Mapping[str, Any]
 READERS = 2
 STATEMENTS = 512  # that stay prepared: one that inserts n rows is another for each n
+SEARCH_STEPS = 1000  # of sqlite's machine, between two looks at the time
 BACKSTOP_S = 2.0
 BUSY_REST_S = 1.0
 
 
+class Searcher:
+    """A reader for what may take long: one query at a time, in the order in which they were asked."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self._turn = trio.Lock()
+
+    async def search(self, sql: str, parameters: Parameters, limit_s: float) -> list[sqlite3.Row]:
+        """All rows of one query, as of the last commit before it began. It keeps no other reader waiting.
+
+        Raises TimeoutError when it ran for `limit_s`; the time in which it waited for others does not count.
+        """
+        async with self._turn:
+            try:
+                return await trio.to_thread.run_sync(self._run, sql, parameters, limit_s)
+            except sqlite3.OperationalError as exc:
+                if exc.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
+                    raise
+                await trio.lowlevel.checkpoint_if_cancelled()
+                raise TimeoutError(f"the search ran for {limit_s:g} s") from exc
+
+    def _run(self, sql: str, parameters: Parameters, limit_s: float) -> list[sqlite3.Row]:
+        ends = time.monotonic() + limit_s
+
+        def is_over() -> bool:
+            trio.from_thread.check_cancelled()  # what it raises ends the query, too
+            return time.monotonic() >= ends
+
+        self._connection.set_progress_handler(is_over, SEARCH_STEPS)
+        return self._connection.execute(sql, parameters).fetchall()
+
+    async def aclose(self) -> None:
+        """Close the connection when all who asked are answered."""
+        async with self._turn:
+            self._connection.close()
+
+
 class Store:
-    def __init__(self, writer: Writer, readers: list[aiosqlite.Connection], bus: Bus) -> None:
+    def __init__(self, writer: Writer, readers: list[aiosqlite.Connection], searcher: Searcher, bus: Bus) -> None:
         self.bus = bus
         self.write = writer.write
         self.write_together = writer.write_together
         self.write_when = writer.write_when
         self.wait_failed = writer.wait_failed
+        self.search = searcher.search
         self._free_send, self._free_receive = trio.open_memory_channel[aiosqlite.Connection](len(readers))
         for reader in readers:
             self._free_send.send_nowait(reader)
@@ -121,6 +160,12 @@ def open_writer(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def _open_searcher(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(_read_only_uri(path), uri=True, isolation_level=None, check_same_thread=False)
+    connection.row_factory = sqlite3.Row
+    return connection
+
+
 def _read_only_uri(path: Path) -> str:
     return f"{path.absolute().as_uri()}?mode=ro"
 
@@ -139,15 +184,19 @@ async def open_store(
     connection = await trio.to_thread.run_sync(open_writer, path)
     writer = Writer(connection, bus, clock, reserve)
     readers: list[aiosqlite.Connection] = []
+    searcher: Searcher | None = None
     try:
         for _ in range(READERS):
             reader = aiosqlite.connect(_read_only_uri(path), uri=True)
             reader = await aio_as_trio(reader.__aenter__)()
             reader.row_factory = sqlite3.Row
             readers.append(reader)
-        yield Store(writer, readers, bus)
+        searcher = Searcher(await trio.to_thread.run_sync(_open_searcher, path))
+        yield Store(writer, readers, searcher, bus)
     finally:
         with trio.CancelScope(shield=True):
+            if searcher is not None:
+                await searcher.aclose()
             await writer.aclose()
             for reader in readers:
                 await aio_as_trio(reader.close)()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import logging
+import re
 import sqlite3
 import string
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -276,6 +280,14 @@ async def test_a_search_that_cannot_catch_up_says_what_it_has_not_seen(
     [
         ({"text": "a" * 1001}, "1,001 bytes and the limit is 1,000"),
         ({"text": 7}, "must be a string"),
+        ({"text": " ".join(f"w{n}" for n in range(17))}, "17 different words and phrases, and the limit is 16"),
+        ({"text": "fine a*"}, r"'a\*': .* needs 2 characters"),
+        ({"text": "path/x*"}, r"'path/x\*': .* needs 2 characters"),
+        ({"text": '"two words b*"'}, "needs 2 characters"),
+        ({"text": "e\u0301*"}, "needs 2 characters"),
+        ({"text": "\U0001f600"}, "no letter and no digit"),
+        ({"text": "- * ***"}, "no letter and no digit"),
+        ({"text": '""'}, "no letter and no digit"),
         ({"limit": 51}, "give 1 to 50"),
         ({"limit": True}, "give 1 to 50"),
         ({"sender": "No One"}, "agent's name"),
@@ -288,6 +300,50 @@ def test_a_search_that_makes_no_sense_is_told_why(args: dict[str, Any], why: str
     with pytest.raises(Refusal, match=why) as caught:
         parse_query(args)
     assert caught.value.code == "usage"
+
+
+async def test_signs_beside_words_are_passed_over_and_a_word_that_is_said_again_counts_once(hive: Services) -> None:
+    await hive.say("operator", "iris", "C++ is fun, under_score")
+    for text in ("c++", "fun -", "- \U0001f600 fun", "fun * is", "is fun " * 40, "un*", "under_sc*", "_ fun"):
+        assert await found(hive, text) == [1]
+    assert await found(hive, " ".join(["fun"] + ["-"] * 40)) == [1]
+
+
+@pytest.mark.parametrize("reader", [None, IRIS])
+async def test_a_search_that_takes_too_long_is_ended_and_says_what_to_do(
+    hive: Services, reader: AgentName | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hive_core.store.door.SEARCH_STEPS", 1)
+    await hive.say("iris", "operator", "word")
+    for text in ("word", ""):
+        with monkeypatch.context() as patch:
+            patch.setattr("hive_core.archive.SEARCH_S", 0.0)
+            with pytest.raises(Refusal, match=r"ran for 0 s.* fewer or longer words.* sender, thread") as caught:
+                await found(hive, text, reader)
+        assert caught.value.code == "refused"
+        assert await found(hive, text, reader) == [1]
+    assert caplog.text == ""  # the index is not taken for a damaged one
+
+
+async def test_wherever_a_search_is_ended_the_index_is_not_taken_for_a_damaged_one(
+    hive: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for n in range(6):
+        await hive.say("iris", "operator", f"word {n} wonder world {'more ' * n}")
+        await found(hive, "word")
+    monkeypatch.setattr("hive_core.store.door.SEARCH_STEPS", 1)
+    looks = SimpleNamespace(monotonic=itertools.count().__next__)  # each of them one second later
+    monkeypatch.setattr("hive_core.store.door.time", looks)
+    answers = []
+    for limit_s in range(1, 2000, 5):
+        monkeypatch.setattr("hive_core.archive.SEARCH_S", limit_s)
+        with contextlib.suppress(Refusal):
+            answers.append((limit_s, await found(hive, 'wo* "word 5"', IRIS)))
+            break
+    ((limit_s, answer),) = answers
+    assert answer == [6]
+    assert limit_s > 100
+    assert caplog.text == ""
 
 
 PIECES = st.one_of(
@@ -307,8 +363,13 @@ def test_any_input_is_a_search(pieces: list[tuple[str, str]]) -> None:
         await hive.say("operator", "iris", "one body AND another NOT near marks")
         await hive.say("iris", "hm1nd", "what iris alone may see")
         await deliver(hive, IRIS)
+        try:
+            query = parse_query({"text": text})
+        except Refusal as refusal:
+            assert re.search("no letter and no digit|needs 2 characters", refusal.message)
+            return
         for reader in (None, IRIS, DAMOCLES):
-            answer = await archive_of(hive).search(parse_query({"text": text}), reader)
+            answer = await archive_of(hive).search(query, reader)
             assert reader != DAMOCLES or answer["messages"] == []
 
     run_in_hive(test, "hm1nd", "iris", "damocles")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -275,6 +276,52 @@ async def test_a_cancelled_read_gives_its_connection_back(tmp_path: Path) -> Non
                     scope.cancel()
         with trio.fail_after(PATIENCE_S):
             assert (await store.rows("SELECT 7"))[0][0] == 7
+
+
+ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+
+
+async def test_nothing_that_is_read_waits_behind_searches_however_many_run(tmp_path: Path) -> None:
+    async with opened(tmp_path / "hive.sqlite") as store:
+        with trio.fail_after(PATIENCE_S):
+            async with trio.open_nursery() as nursery:
+                for _ in range(8):
+                    nursery.start_soon(store.search, ENDLESS, (), math.inf)
+                await trio.testing.wait_all_tasks_blocked()
+                for number in range(20):
+                    assert (await store.rows("SELECT ?", (number,)))[0][0] == number
+                nursery.cancel_scope.cancel()
+            assert (await store.search("SELECT 7", (), math.inf))[0][0] == 7  # who left is not searched for
+
+
+async def test_searches_run_one_at_a_time_in_the_order_in_which_they_were_asked(tmp_path: Path) -> None:
+    answered = []
+
+    async def search(number: int) -> None:
+        answered.append((await store.search("SELECT ?", (number,), math.inf))[0][0])
+
+    async with opened(tmp_path / "hive.sqlite") as store, trio.open_nursery() as nursery:
+        with trio.fail_after(PATIENCE_S), trio.CancelScope() as first:
+            async with trio.open_nursery() as inner:
+                inner.start_soon(store.search, ENDLESS, (), math.inf)
+                await trio.testing.wait_all_tasks_blocked()
+                for number in range(5):
+                    nursery.start_soon(search, number)
+                    await trio.testing.wait_all_tasks_blocked()
+                assert answered == []
+                first.cancel()
+    assert answered == [0, 1, 2, 3, 4]
+
+
+async def test_a_search_that_ran_for_its_time_is_ended_and_the_next_one_is_answered(tmp_path: Path) -> None:
+    async with opened(tmp_path / "hive.sqlite") as store:
+        with trio.fail_after(PATIENCE_S):
+            for _ in range(3):
+                with pytest.raises(TimeoutError):
+                    await store.search(ENDLESS, (), 0.0)
+                assert (await store.search("SELECT ?", (7,), math.inf))[0][0] == 7
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            await store.search("DELETE FROM events", (), math.inf)
 
 
 async def test_the_files_are_for_their_owner_alone(tmp_path: Path) -> None:
