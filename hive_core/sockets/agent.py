@@ -51,6 +51,7 @@ from hive_core.withdrawal import withdraw_thread
 Key = CallKey | None
 PROGRESS_EVERY_S = 15.0
 WAITS_LIMIT = 16  # calls of one agent that wait for mail at once: each is run again with every message
+SEARCHES_LIMIT = 4  # of one agent at once: all searches of a hive wait for each other
 IN_FLIGHT_LIMIT = 64  # requests of one connection that are not answered yet: each is a task
 CANCELLED_KEPT = 256  # of a connection, to know a cancelled call by: more than are in flight
 Result = told.Result
@@ -131,6 +132,7 @@ class AgentDesk:
         self._ends = loose_ends
         self.tools = _TOOLS_OF[name == MANAGER]
         self.waits = trio.Semaphore(WAITS_LIMIT)
+        self._searches = trio.Semaphore(SEARCHES_LIMIT)
 
     async def call(
         self, name: str, arguments: dict[str, Any], key: str | None, taken_back: Callable[[], bool] = lambda: False
@@ -209,7 +211,18 @@ class AgentDesk:
         read_only=True,
     )
     async def search_messages(self, given: forms.SearchArguments, _: Key) -> Result:
-        return await self._archive.search(parse_query(given.model_dump(exclude_none=True)), self.name)
+        query = parse_query(given.model_dump(exclude_none=True))
+        try:
+            self._searches.acquire_nowait()
+        except trio.WouldBlock:
+            why = (
+                f"{SEARCHES_LIMIT} searches of {self.name} wait already, which is the limit; let one of them end first"
+            )
+            raise Refusal("refused", f"cannot search: {why}") from None
+        try:
+            return await self._archive.search(query, self.name)
+        finally:
+            self._searches.release()
 
     @_tool(
         "Ask an agent or the operator; the answer comes as a message.",

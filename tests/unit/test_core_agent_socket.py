@@ -20,7 +20,7 @@ from hive_core.protocol.visible import HIDDEN
 from hive_core.protocol.words import BODY_LIMIT_BYTES, MANAGER, OPERATOR, AgentName
 from hive_core.questions import Ask
 from hive_core.reminders import When
-from hive_core.sockets.agent import WAITS_LIMIT, serve_agent
+from hive_core.sockets.agent import SEARCHES_LIMIT, WAITS_LIMIT, serve_agent
 from tests.hives import PATIENCE_S, Services, connect, held_writer, run_in_hive, serve, wait_until
 from tests.tools import Program, desk_for, program, program_of
 
@@ -253,6 +253,30 @@ async def test_calls_that_wait_are_bounded_for_an_agent_whatever_its_connections
         said = await second.refusal("recv", wait_seconds=60)
         assert said.startswith(f"cannot call recv: {WAITS_LIMIT} calls of iris wait already")
         assert (await second.call("whoami"))["name"] == "iris"
+
+
+async def test_searches_of_an_agent_that_wait_are_bounded_and_another_agents_are_not_counted(
+    hive: Services, door: Path, managers_door: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = trio.Event()
+
+    async def slow(*_: object) -> dict[str, Any]:
+        await go_on.wait()
+        return {"messages": [], "next_cursor": None}
+
+    monkeypatch.setattr("hive_core.archive.Archive.search", slow)
+    async with program(door) as iris, program(managers_door) as manager:
+        for _ in range(SEARCHES_LIMIT):
+            await iris.begin("tools/call", name="search_messages", arguments={"text": "word"})
+        assert (await iris.request("ping"))["result"] == {}
+        said = await iris.refusal("search_messages", text="word")
+        assert said.startswith(f"cannot search: {SEARCHES_LIMIT} searches of iris wait already")
+        await manager.begin("tools/call", name="search_messages", arguments={"text": "word"})
+        go_on.set()
+        assert (await manager.read())["result"]["structuredContent"]["messages"] == []
+        for _ in range(SEARCHES_LIMIT):
+            await iris.read()
+        assert not (await iris.result("search_messages", text="word")).get("isError")
 
 
 async def test_no_more_requests_of_a_connection_are_taken_in_than_its_limit(
