@@ -65,9 +65,9 @@ class Claude(Runner):
     async def take_turn(self, lease: Lease, pass_on: Callable[[str], None]) -> Ending:
         self._unwanted = trio.Event()
         session = lease["session"]
-        used = self._turns > 0
+        kept = self._program is not None
         report, ending = await self._attempt(lease, session, pass_on)
-        if used and not report.began and not self._unwanted.is_set() and self._program is None:
+        if kept and not report.began and not self._unwanted.is_set() and self._program is None:
             # It had ended since its last turn, and nobody had seen it yet.
             report, ending = await self._attempt(lease, session, pass_on)
         if session is not None and report.session_lost:

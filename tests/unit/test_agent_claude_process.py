@@ -83,6 +83,14 @@ async def test_a_program_without_the_hives_tools_is_not_kept(tmp_path: Path) -> 
     assert (tmp_path / "ended").exists()
 
 
+async def test_a_new_process_that_ends_before_it_begins_is_not_started_again(tmp_path: Path) -> None:
+    """Only one that was kept may have ended unseen."""
+    runner = a_runner(tmp_path, "echo >> starts; test -e again && exit 3; turn; good; touch again")
+    assert (await take(runner, [], warm_turns=1)).outcome == "done"
+    assert (await take(runner, [])).outcome == "failed"
+    assert (tmp_path / "starts").read_text().count("\n") == 2
+
+
 async def test_a_turn_that_is_cut_off_leaves_no_process(tmp_path: Path) -> None:
     runner = a_runner(tmp_path, "turn; echo $$ > pid; exec sleep 600")
     with trio.move_on_after(0.3):
