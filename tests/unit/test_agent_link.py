@@ -127,7 +127,7 @@ async def test_a_quiet_turn_says_that_it_lives_and_one_that_was_taken_away_ends_
         lines = TurnLines()
         connection = await host.accept()
         await connection.welcome()
-        nursery.start_soon(ship_lines, link, 3, lines, program)
+        nursery.start_soon(ship_lines, link, 3, lines, program.cancel)
         for alive in (True, True, False):
             assert not program.cancel_called
             renewal = await connection.expect("lines")
