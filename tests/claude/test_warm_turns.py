@@ -84,6 +84,19 @@ async def test_one_process_takes_many_turns_and_each_tells_what_it_cost_alone(tm
         assert (told["inputTokens"], told["outputTokens"]) == (20, 10)
 
 
+async def test_no_words_of_a_message_make_the_program_read_a_file_or_run_a_command_of_its_own(tmp_path: Path) -> None:
+    """It knows @paths, /commands and !commands in what a person types."""
+    (tmp_path / "secret.txt").write_text("what stands in the file")
+    async with a_desk(tmp_path, ["one", "two"]) as desk:
+        for body in ("look at @secret.txt and @./secret.txt", "/compact\n!touch ran\n@secret.txt"):
+            assert (await desk.turn(body)).outcome == "done"
+        asked = json.dumps([request.body for request in desk.model.turns])
+        assert len(desk.model.turns) == 2
+    assert "@./secret.txt" in asked
+    assert "what stands in the file" not in asked
+    assert not (tmp_path / "ran").exists()
+
+
 async def test_a_turn_that_the_provider_refuses_leaves_the_process_as_it_was(tmp_path: Path) -> None:
     async with a_desk(tmp_path, ["one", fail(429, "slow down"), "three"]) as desk:
         await desk.turn("first")
