@@ -7,8 +7,6 @@ often a bridge sends it.
 from __future__ import annotations
 
 import itertools
-import json
-from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +16,6 @@ import anyio
 import mcp_types as types
 import trio
 from mcp.server.lowlevel import Server
-from mcp.shared.dispatcher import coerce_request_id
-from mcp.shared.exceptions import MCPError
-from mcp.shared.jsonrpc_dispatcher import cancelled_request_id_from_params
 from mcp.shared.message import SessionMessage
 from pydantic import BaseModel, ValidationError
 
@@ -30,7 +25,6 @@ from hive_core.broker import Broker
 from hive_core.loose_ends import LooseEnds
 from hive_core.procedures.gate import Gate
 from hive_core.protocol.call_key import CallKey
-from hive_core.protocol.lines import LINE_LIMIT_BYTES, decode, encode
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
     MANAGER,
@@ -44,7 +38,8 @@ from hive_core.questions import parse_answer, parse_ask
 from hive_core.reminders import When
 from hive_core.settings import describe
 from hive_core.sockets import forms, told
-from hive_core.sockets.unix import Connection, Lines
+from hive_core.sockets.rpc import Wire, say_what_is_wrong
+from hive_core.sockets.unix import Connection
 from hive_core.version import __version__
 from hive_core.withdrawal import withdraw_thread
 
@@ -52,8 +47,6 @@ Key = CallKey | None
 PROGRESS_EVERY_S = 15.0
 WAITS_LIMIT = 16  # calls of one agent that wait for mail at once: each is run again with every message
 SEARCHES_LIMIT = 4  # of one agent at once: all searches of a hive wait for each other
-IN_FLIGHT_LIMIT = 64  # requests of one connection that are not answered yet: each is a task
-CANCELLED_KEPT = 256  # of a connection, to know a cancelled call by: more than are in flight
 Result = told.Result
 
 
@@ -314,7 +307,7 @@ _TOOLS_OF = {manager: {tool.name: tool for tool in _TOOLS if manager or not tool
 
 async def serve_agent(desk: AgentDesk, stream: Connection, *, progress_every_s: float = PROGRESS_EVERY_S) -> None:
     """Speak MCP with one client of an agent's socket until it hangs up."""
-    in_flight = _InFlight()
+    wire = Wire(stream)
 
     async def list_tools(_: object, __: object) -> types.ListToolsResult:
         return types.ListToolsResult(tools=[tool.to_mcp() for tool in desk.tools.values()])
@@ -332,7 +325,7 @@ async def serve_agent(desk: AgentDesk, stream: Connection, *, progress_every_s: 
         # Beside the call and not around it, where it would wait once more when mail was taken, and could be cancelled.
         nursery.start_soon(_keep_awake, context.session, progress_every_s, awake)
         try:
-            return await answer(context, params, lambda: in_flight.was_cancelled(context.request_id))
+            return await answer(context, params, lambda: wire.was_cancelled(context.request_id))
         finally:
             awake.cancel()
             desk.waits.release()
@@ -350,33 +343,12 @@ async def serve_agent(desk: AgentDesk, stream: Connection, *, progress_every_s: 
         return types.CallToolResult(content=[text], structured_content=result)
 
     server = Server("hyperhive", version=__version__, on_list_tools=list_tools, on_call_tool=call_tool)
-    server.middleware += [in_flight.leave_when_answered, _say_what_is_wrong]
+    server.middleware += [wire.leave_when_answered, say_what_is_wrong]
     to_server, from_client = anyio.create_memory_object_stream[SessionMessage | Exception](0)
     to_client, from_server = anyio.create_memory_object_stream[SessionMessage](0)
-    lock = trio.Lock()
-
-    async def write_out() -> None:
-        async with from_server:
-            async for message in from_server:
-                in_flight.leave(getattr(message.message, "id", None))
-                line = message.message.model_dump_json(by_alias=True, exclude_unset=True)
-                async with lock:
-                    await stream.send_all(line.encode() + b"\n")
-
-    async def read_in() -> None:
-        lines = Lines(stream, LINE_LIMIT_BYTES)
-        async with to_server:
-            while (line := await lines.next_line()) is not None:
-                async with lock:
-                    pass  # who does not read the answers asks for no more: each of them waits in our memory
-                answer = await _hand_over(line, to_server, in_flight)
-                if answer is not None:
-                    async with lock:
-                        await stream.send_all(encode(answer))
-
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(write_out)
-        nursery.start_soon(read_in)
+        nursery.start_soon(wire.write_out, from_server)
+        nursery.start_soon(wire.read_in, to_server)
         await server.run(from_client, to_client, server.create_initialization_options())
         nursery.cancel_scope.cancel()
 
@@ -391,102 +363,3 @@ async def _keep_awake(session: Any, every_s: float, awake: trio.CancelScope) -> 
         for number in itertools.count(1):
             await trio.sleep(every_s)
             await session.report_progress(number, message="still waiting for mail")
-
-
-async def _say_what_is_wrong(ctx: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
-    """The library says of every request that it does not let through no more than that its parameters are invalid."""
-    try:
-        return await call_next(ctx)
-    except ValidationError as exc:
-        raise MCPError(types.INVALID_PARAMS, f"cannot answer {ctx.method}: {describe(exc)}") from None
-    except MCPError as exc:
-        if exc.code != types.INVALID_PARAMS or exc.data != "":
-            raise
-        why = "this connection is not initialized; send initialize first"
-        raise MCPError(types.INVALID_REQUEST, f"cannot answer {ctx.method}: {why}") from None
-
-
-class _InFlight:
-    """The requests of a connection that have no answer yet, by their ids: no more of them than the limit.
-
-    One is answered by what is written, or without a word where the client has cancelled it. A hang-up cancels none.
-    """
-
-    def __init__(self) -> None:
-        self._ids: set[object] = set()
-        self._cancelled: deque[types.RequestId] = deque(maxlen=CANCELLED_KEPT)
-        self._room = trio.Event()
-
-    async def enter(self, number: int | str) -> None:
-        while len(self._ids) >= IN_FLIGHT_LIMIT:
-            self._room = trio.Event()
-            await self._room.wait()
-        self._ids.add(number)
-
-    def leave(self, number: object) -> None:
-        self._ids.discard(number)
-        self._room.set()
-
-    def cancel(self, number: types.RequestId | None) -> None:
-        if number is not None:
-            self._cancelled.append(coerce_request_id(number))
-
-    def was_cancelled(self, number: types.RequestId) -> bool:
-        return coerce_request_id(number) in self._cancelled
-
-    async def leave_when_answered(self, ctx: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
-        try:
-            return await call_next(ctx)
-        finally:
-            self.leave(ctx.request_id)
-
-
-async def _hand_over(line: bytes | Refusal, to_server: Any, in_flight: _InFlight) -> dict[str, Any] | None:
-    """Give one line to the server; the JSON-RPC error for one that is none, and the connection goes on."""
-    if isinstance(line, Refusal):
-        return _rpc_error(-32700, line.message)
-    if not line.strip():
-        return None
-    try:
-        message = types.jsonrpc_message_adapter.validate_json(line, by_name=False)
-    except (ValidationError, ValueError) as exc:
-        return _rpc_error(-32700, _trouble_of(line, exc), _id_in(line))
-    if isinstance(message, types.JSONRPCNotification) and "id" in json.loads(line):
-        # An id that is none makes a notification of it, and whoever asked would wait for ever.
-        needs = "a request needs one that is a whole number or text, a notification has none"
-        return _rpc_error(-32600, f"cannot answer {ascii(message.method)[:60]}: its id is neither; {needs}")
-    if isinstance(message, types.JSONRPCRequest):
-        await in_flight.enter(message.id)
-    if isinstance(message, types.JSONRPCNotification) and message.method == "notifications/cancelled":
-        # The library tells a call that it is cancelled, and not by whom.
-        in_flight.cancel(cancelled_request_id_from_params(message.params))
-    await to_server.send(SessionMessage(message))
-    return None
-
-
-def _trouble_of(line: bytes, error: ValueError) -> str:
-    """Why a line is no message of JSON-RPC: as host.sock would say it, where it is not even an object."""
-    try:
-        decode(line)
-    except Refusal as refusal:
-        return refusal.message
-    first = error.errors(include_url=False, include_input=False)[0] if isinstance(error, ValidationError) else None
-    if first is not None and first["type"] == "json_invalid":  # of JSON that Python reads, and the library does not
-        return f"cannot read the line: {str(first['ctx']['error'])[:200]}; send plain, flat JSON"
-    return (
-        'cannot read the line as JSON-RPC: it needs "jsonrpc": "2.0", a method that is text, an id that is a whole '
-        "number or text where it is a request, and params, if any, that are an object"
-    )
-
-
-def _id_in(line: bytes) -> int | str | None:
-    """The id of a request that is no good, so that its caller need not wait for ever."""
-    try:
-        number = json.loads(line).get("id")
-    except (ValueError, AttributeError, RecursionError):
-        return None
-    return number if isinstance(number, int | str) and not isinstance(number, bool) else None
-
-
-def _rpc_error(code: int, message: str, number: int | str | None = None) -> dict[str, Any]:
-    return {"jsonrpc": "2.0", "id": number, "error": {"code": code, "message": message}}

@@ -283,7 +283,7 @@ async def test_no_more_requests_of_a_connection_are_taken_in_than_its_limit(
     hive: Services, door: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is a task and its answer: a program that asks without end would make the daemon grow without end."""
-    monkeypatch.setattr("hive_core.sockets.agent.IN_FLIGHT_LIMIT", 3)
+    monkeypatch.setattr("hive_core.sockets.rpc.IN_FLIGHT_LIMIT", 3)
     numbers = range(50, 60)
     async with program(door) as client, trio.open_nursery() as nursery:
         async with held_writer(hive.store, nursery):
@@ -299,7 +299,7 @@ async def test_no_more_requests_of_a_connection_are_taken_in_than_its_limit(
 async def test_a_request_that_its_client_takes_back_makes_room_for_another(
     hive: Services, door: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hive_core.sockets.agent.IN_FLIGHT_LIMIT", 1)
+    monkeypatch.setattr("hive_core.sockets.rpc.IN_FLIGHT_LIMIT", 1)
     await begin_turn(hive)
     async with program(door) as client:
         for _ in range(3):
