@@ -124,7 +124,7 @@ async def next_lease(link: HostLink) -> Lease | None:
 
 async def take_turn(link: HostLink, runner: Runner, lease: Lease) -> Ack:
     """Run one turn to its end, and return what the host is to know of it once all its lines are there."""
-    lines = TurnLines()
+    lines = TurnLines(runner.seat.state_dir)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ship_lines, link, lease["turn"], lines, runner.interrupt)
         ending = await runner.take_turn(lease, lines.add)

@@ -1,4 +1,10 @@
-"""The lines of one turn on their way to the host: numbered, bounded, sent in batches."""
+"""The lines of one turn on their way to the host: numbered, bounded, sent in batches.
+
+    head ── spill ── (what was dropped) ── tail
+
+Lines come out in that order. The head is in memory, where a quiet turn's lines are but for a moment; while the host is
+away it is full, and lines go to the spill, which is on disk; when that is full too, or the disk, to the tail.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +13,12 @@ from collections import deque
 
 import trio
 
+from hive_agent.spill import Spill
 from hive_core.protocol.harness import LINES_PER_REQUEST, REQUEST_LIMIT_BYTES
 from hive_core.protocol.lines import encode
 
-KEPT_BYTES = 8 * 1024 * 1024
+MEMORY_BYTES = 4 * 1024 * 1024
+DISK_BYTES = 64 * 1024 * 1024
 BATCH_BYTES = REQUEST_LIMIT_BYTES - 64 * 1024  # the rest is room for what is around the lines
 
 
@@ -20,13 +28,19 @@ def hive_line(subtype: str, **fields: object) -> str:
 
 
 class TurnLines:
-    """`add` never waits. While the host is away at most `kept_bytes` are held: then the middle goes, and is counted."""
+    """`add` never waits. What passes the bounds while the host is away goes from the middle, and is counted.
 
-    def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
-        self._half_bytes = kept_bytes // 2
+    folder   where the file of what does not fit into memory is; None: there is none
+    """
+
+    def __init__(
+        self, folder: str | None = None, *, memory_bytes: int = MEMORY_BYTES, disk_bytes: int = DISK_BYTES
+    ) -> None:
+        self._half_bytes = memory_bytes // 2
         self._next = 0
         self._head: deque[tuple[int, str]] = deque()
         self._head_bytes = 0
+        self._spill = Spill(folder or "", disk_bytes if folder else 0)
         self._tail: deque[tuple[int, str]] = deque()
         self._tail_bytes = 0
         self._dropped = 0
@@ -35,10 +49,10 @@ class TurnLines:
 
     def add(self, line: str) -> None:
         size = len(encode(line))
-        if not self._tail and self._head_bytes + size <= self._half_bytes:
+        if not self._tail and not self._spill.count and self._head_bytes + size <= self._half_bytes:
             self._head.append((size, line))
             self._head_bytes += size
-        else:
+        elif self._tail or not self._spill.add(line):
             self._tail.append((size, line))
             self._tail_bytes += size
             self._bound_tail()
@@ -52,14 +66,14 @@ class TurnLines:
 
     async def take(self) -> tuple[int, list[str]] | None:
         """Wait for the next batch: the number of its first line, and the lines. None after the last."""
-        while not self._head and not self._tail:
+        while not self._head and not self._spill.count and not self._tail:
             if self._closed:
                 return None
             self._changed = trio.Event()
             await self._changed.wait()
         if not self._head:
-            self._promote_tail()
-        first = self._next - len(self._tail) - self._dropped - len(self._head)
+            self._fill_head()
+        first = self._next - len(self._tail) - self._dropped - self._spill.count - len(self._head)
         batch: list[str] = []
         total = 0
         while self._head and len(batch) < LINES_PER_REQUEST and (not batch or total + self._head[0][0] <= BATCH_BYTES):
@@ -74,6 +88,17 @@ class TurnLines:
             size, _ = self._tail.popleft()
             self._tail_bytes -= size
             self._dropped += 1
+
+    def _fill_head(self) -> None:
+        if self._spill.count:
+            try:
+                self._head = deque((len(encode(line)), line) for line in self._spill.take())
+                self._head_bytes = sum(size for size, _ in self._head)
+                return
+            except ValueError:  # the disk lost them
+                self._dropped += self._spill.count
+                self._spill.close()
+        self._promote_tail()
 
     def _promote_tail(self) -> None:
         """Let the tail be the head. The last line that was dropped gives its number to a line that says so."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import trio
@@ -11,6 +14,7 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hive_agent import spill
 from hive_agent.turn_lines import TurnLines
 from hive_core.protocol.harness import LINES_PER_REQUEST, REQUEST_LIMIT_BYTES, STREAM_LINE_LIMIT_BYTES
 from hive_core.protocol.lines import encode
@@ -27,7 +31,7 @@ def drained(lines: TurnLines) -> list[tuple[int, list[str]]]:
 
 
 def filled(texts: Iterable[str], kept_bytes: int = 1 << 20) -> TurnLines:
-    lines = TurnLines(kept_bytes)
+    lines = TurnLines(memory_bytes=kept_bytes)
     for text in texts:
         lines.add(text)
     lines.close()
@@ -61,7 +65,7 @@ def test_a_full_buffer_drops_its_middle_and_says_how_much(sizes: list[int]) -> N
 
 def test_lines_that_come_after_a_drop_keep_their_numbers() -> None:
     async def main() -> None:
-        lines = TurnLines(100)
+        lines = TurnLines(memory_bytes=100)
         for n in range(20):
             lines.add(f"line {n} with some length")
         while (batch := await lines.take()) and batch[0] + len(batch[1]) < 20:
@@ -100,3 +104,93 @@ async def test_take_ends_when_the_lines_are_closed() -> None:
 
         await trio.testing.wait_all_tasks_blocked()
         lines.close()
+
+
+# -- what does not fit into memory ------------------------------------------------------------------------------------
+
+
+def open_files_in(folder: Path) -> list[int]:
+    """Descriptors of this process for files that were made in `folder`, also those that have no name."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            if os.readlink(link).startswith(f"{folder}/"):
+                found.append(int(link.name))
+        except OSError:
+            continue
+    return found
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.booleans()), min_size=1, max_size=80))
+def test_lines_over_the_bound_of_memory_are_on_disk_until_they_are_taken(steps: list[tuple[int, bool]]) -> None:
+    async def main(folder: str) -> None:
+        lines = TurnLines(folder, memory_bytes=200, disk_bytes=1 << 20)
+        texts, taken = [], []
+        for n, (size, takes) in enumerate(steps):
+            texts.append(f"{n}:\n\u2028é" + "x" * size)
+            lines.add(texts[-1])
+            if takes and (batch := await lines.take()):
+                assert batch[0] == len(taken)
+                taken += batch[1]
+        lines.close()
+        while batch := await lines.take():
+            assert batch[0] == len(taken)
+            taken += batch[1]
+        assert taken == texts
+        assert open_files_in(Path(folder)) == []
+
+    with tempfile.TemporaryDirectory() as folder:
+        trio.run(main, folder)
+
+
+async def test_the_file_has_no_name_and_nobody_else_may_open_it(tmp_path: Path) -> None:
+    lines = TurnLines(str(tmp_path), memory_bytes=100)
+    for n in range(50):
+        lines.add(f"line {n} with some length")
+    (descriptor,) = open_files_in(tmp_path)
+    assert os.fstat(descriptor).st_mode & 0o777 == 0o600
+    assert os.fstat(descriptor).st_nlink == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_no_file_can_be_made_without_a_name_it_loses_it_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)  # what older systems read into it: EISDIR for a write
+    descriptor = spill.open_nameless(str(tmp_path))
+    assert (os.fstat(descriptor).st_nlink, list(tmp_path.iterdir())) == (0, [])
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("disk_bytes", [400, 1 << 20], ids=["the bound is reached", "the disk takes nothing"])
+async def test_what_the_disk_does_not_take_stays_in_memory_within_its_bound(tmp_path: Path, disk_bytes: int) -> None:
+    folder = tmp_path if disk_bytes == 400 else tmp_path / "nowhere"
+    lines = TurnLines(str(folder), memory_bytes=400, disk_bytes=disk_bytes)
+    texts = [f"line {n} with some length" for n in range(100)]
+    for text in texts:
+        lines.add(text)
+    lines.close()
+    numbered = {}
+    while batch := await lines.take():
+        numbered |= dict(enumerate(batch[1], batch[0]))
+    told = {n: json.loads(text)["count"] for n, text in numbered.items() if text.startswith("{")}
+    (dropped,) = told.values()
+    assert dropped == 100 - (len(numbered) - 1)
+    assert all(texts[n] == text for n, text in numbered.items() if n not in told)
+    assert {0, 99} <= numbered.keys()
+    assert open_files_in(tmp_path) == []
+
+
+async def test_a_file_that_was_cut_is_counted_and_what_comes_after_it_is_told(tmp_path: Path) -> None:
+    lines = TurnLines(str(tmp_path), memory_bytes=100)
+    for n in range(50):
+        lines.add(f"line {n} with some length")
+    (descriptor,) = open_files_in(tmp_path)
+    os.ftruncate(descriptor, 10)
+    first, batch = await lines.take() or (0, [])
+    kept = len(batch)
+    told = await lines.take()
+    assert told is not None
+    assert (first, told[0], json.loads(told[1][0])["count"]) == (0, 49, 50 - kept)
+    lines.add("the next")
+    assert await lines.take() == (50, ["the next"])
