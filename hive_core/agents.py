@@ -9,6 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import trio
+
+from hive_core.access import ACCESS, Access, Closed
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, SYSTEM, AgentName, parse_text
 from hive_core.store.bus import WANTED, mail, stream
@@ -16,6 +19,8 @@ from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
 LIVE = "live"  # the bus topic: what is seen of some agent changed
+SHUT = ("paused", "frozen", "over_budget", "rate_limited", "needs_login")  # between turns, and none may begin
+AT_REST = ("idle", "waiting", *SHUT)
 STATUS_LIMIT = 200  # characters
 STATUS_LIMIT_BYTES = 4 * STATUS_LIMIT
 
@@ -24,14 +29,17 @@ STATUS_LIMIT_BYTES = 4 * STATUS_LIMIT
 class Live:
     """What an agent is doing as far as the host can see.
 
-    state   down, starting, idle, paused, thinking, tool, stopping, crashed, or waiting: for the provider or a login
-    detail  which tool; why it is down or waits; why its last turn failed
+    state     down, starting, idle, thinking, tool, stopping, crashed, waiting (for what its last turn lacked), or why
+              its way to the model is closed: the states of `access.Closed`
+    detail    which tool; why it is down or waits; why its last turn failed
+    until_ms  when it ends by itself, where that is known
     """
 
     state: str = "starting"
     detail: str = ""
     since_ms: int = field(default_factory=lambda: int(time.time() * 1000))
     sandbox: str = "bwrap"
+    until_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +72,56 @@ def pick_port(name: str, ports: range, taken: Iterable[int]) -> int:
 
 
 class Agents:
-    def __init__(self, store: Store, *, manager_port: int, agent_ports: range, sandbox: str = "bwrap") -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        manager_port: int,
+        agent_ports: range,
+        sandbox: str = "bwrap",
+        access: Access | None = None,
+    ) -> None:
         self._store = store
+        self.access = access or Access(store.bus)
+        self.access.add(self.reason)
         self._manager_port = manager_port
         self._ports = agent_ports
         self._sandbox = sandbox
         self._live: dict[str, Live] = {}
+        self._paused: set[str] = set()
+
+    async def load(self) -> None:
+        """Know who is paused, as the daemon before left it."""
+        rows = await self._store.rows("SELECT name FROM agents WHERE wanted = 'paused'")
+        self._paused = {row["name"] for row in rows}
+
+    def reason(self, name: AgentName) -> Closed | None:
+        """That the agent is paused."""
+        sentence = f"{name} is paused by the operator; `hive start {name}` lets it go on"
+        return Closed("paused", sentence) if name in self._paused else None
+
+    async def serve(self) -> None:
+        """Show of each agent between turns what its way to the model is, until cancelled."""
+        with self._store.bus.listen(ACCESS) as listener:
+            while True:
+                for name in list(self._live):
+                    state = self.live(name).state
+                    if state in SHUT or (state in AT_REST and self.access.closed(AgentName(name)) is not None):
+                        self.observe_rest(name)
+                await listener.wait()
 
     def live(self, name: str) -> Live:
         return self._live.get(name) or Live(sandbox=self._sandbox)
 
-    def observe(self, name: str, state: str, detail: str = "", sandbox: str | None = None) -> None:
+    def observe(
+        self, name: str, state: str, detail: str = "", sandbox: str | None = None, until_ms: int | None = None
+    ) -> None:
         """Note what is seen of an agent; who watches is woken. The same again changes nothing."""
         before = self.live(name)
-        if (
-            name in self._live
-            and (before.state, before.detail) == (state, detail)
-            and sandbox in (None, before.sandbox)
-        ):
+        seen = replace(before, state=state, detail=detail, until_ms=until_ms, sandbox=sandbox or before.sandbox)
+        if name in self._live and seen == before:
             return
-        self._live[name] = replace(
-            before, state=state, detail=detail, sandbox=sandbox or before.sandbox, since_ms=int(time.time() * 1000)
-        )
+        self._live[name] = replace(seen, since_ms=int(time.time() * 1000))
         self._store.bus.publish([LIVE, stream(name)])
 
     def create(self, tx: Transaction, name: AgentName, actor: str) -> None:
@@ -118,9 +154,15 @@ class Agents:
             tx.wake(WANTED)
             tx.wake(mail(name))
 
-        await self._store.write(write)
-        if wanted != "down" and self.live(name).state in ("idle", "waiting", "paused"):
-            await self.observe_rest(name)
+        with trio.CancelScope(shield=True):  # else what is written and what holds could be two things
+            await self._store.write(write)
+        if wanted == "paused":
+            self._paused.add(name)
+        else:
+            self._paused.discard(name)
+        self.access.changed(name)
+        if wanted != "down" and self.live(name).state in AT_REST:
+            self.observe_rest(name)
 
     async def set_status(self, name: AgentName, given_text: object) -> dict[str, str]:
         """What an agent says that it is about, until it says otherwise; an empty text takes that back."""
@@ -139,10 +181,12 @@ class Agents:
         await self._store.write(write)
         return {"status": status or ""}
 
-    async def observe_rest(self, name: str, state: str = "idle", detail: str = "") -> None:
-        """Note that an agent is between turns: `state`, or paused where that is wanted."""
-        paused = await self.paused(name)
-        self.observe(name, "paused" if paused else state, "" if paused else detail)
+    def observe_rest(self, name: str, state: str = "idle", detail: str = "") -> None:
+        """Note that an agent is between turns: `state`, or why it may not begin one."""
+        if (closed := self.access.closed(AgentName(name))) is None:
+            self.observe(name, state, detail)
+        else:
+            self.observe(name, closed.state, closed.sentence, until_ms=closed.until_ms)
 
     async def all(self) -> list[Agent]:
         """Every agent, the manager first, then by name."""
@@ -156,11 +200,6 @@ class Agents:
                 "not_found", f"cannot find {name}: no agent has that name; `list_agents` or `hive list` shows them"
             )
         return found[0]
-
-    async def paused(self, name: str) -> str | None:
-        """The sentence for whoever asks a paused agent to think, or None."""
-        row = await self._store.row("SELECT wanted FROM agents WHERE name = ?", (name,))
-        return f"{name} is paused by the operator" if row and row["wanted"] == "paused" else None
 
     async def _select(self, where: str, parameters: tuple[Any, ...] = ()) -> list[Agent]:
         sql = f"""

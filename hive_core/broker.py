@@ -25,6 +25,7 @@ import outcome
 import trio
 
 from hive_core import question_ends
+from hive_core.access import Access
 from hive_core.archive import newest_of_agent
 from hive_core.bodies import Bodies, is_large, piece
 from hive_core.leases import Lease, Take, Turn, begin_turn
@@ -52,7 +53,6 @@ class Acked:
     """What an ack did. counted False: the turn was not running any more, and nothing has changed."""
 
     counted: bool
-    paused: bool = False
     lease: Lease | None = None  # the next turn, where one was asked for and a message was due
 
 
@@ -68,7 +68,7 @@ class _Ending(NamedTuple):
     error: str | None = None
     usage: object = None
     session: str | None = None
-    on_purpose: bool = False  # by whoever ended the agent: nothing that it has to rest from
+    on_purpose: bool = False  # by whoever ended the agent or closed its way: nothing to rest from
 
 
 class Broker:
@@ -80,8 +80,10 @@ class Broker:
         limits: Limits | None = None,
         chance: random.Random | None = None,
         bodies: Bodies | None = None,
+        access: Access | None = None,
     ) -> None:
         self._store = store
+        self._closed = (access or Access(store.bus)).closed
         self._bodies = bodies
         self.limits = limits or Limits()
         self._chance = chance or random.Random()
@@ -125,7 +127,7 @@ class Broker:
         Raises Refusal("conflict") while another turn of the agent runs.
         """
         asked = fence or secrets.token_hex(8)
-        begin = partial(begin_turn, agent=agent, fence=asked, limits=self.limits)
+        begin = partial(begin_turn, agent=agent, fence=asked, limits=self.limits, closed=self._closed)
         return self._note(agent, await self._store.write_when(mail(agent), begin))
 
     async def ack(
@@ -146,7 +148,9 @@ class Broker:
         """
         if outcome not in OUTCOMES:
             raise Refusal("usage", f"cannot end the turn: its outcome must be one of {', '.join(sorted(OUTCOMES))}")
-        ending = _Ending(outcome, error, usage, session)
+        # What a closed way has cut short rests until it opens, and no longer.
+        on_purpose = outcome == "waiting" and self._closed(agent) is not None
+        ending = _Ending(outcome, error, usage, session, on_purpose)
         acked = await self._store.write(lambda tx: self._ack(tx, agent, turn, ending, next_fence))
         if acked.counted:
             self._heard.pop(turn.id, None)
@@ -155,17 +159,17 @@ class Broker:
         return acked
 
     def _ack(self, tx: Transaction, agent: AgentName, turn: Turn, ending: _Ending, next_fence: str | None) -> Acked:
-        sql = "SELECT state, wanted FROM turns JOIN agents ON name = agent WHERE id = ? AND agent = ? AND fence = ?"
+        sql = "SELECT state FROM turns WHERE id = ? AND agent = ? AND fence = ?"
         row = tx.execute(sql, (turn.id, agent, turn.fence)).fetchone()
         if row is None or row["state"] not in ("running", ending.outcome):
             return Acked(False)
         if row["state"] == "running":
             self.end_turn(tx, agent, turn.id, ending)
         try:
-            lease = begin_turn(tx, agent, next_fence, self.limits) if next_fence else None
+            lease = begin_turn(tx, agent, next_fence, self.limits, self._closed) if next_fence else None
         except Refusal:
             lease = None  # an old ack, sent again: another turn runs by now
-        return Acked(True, row["wanted"] == "paused", lease)
+        return Acked(True, lease)
 
     async def recv(
         self,
@@ -310,14 +314,15 @@ class Broker:
         for row in tx.execute(_LEASED, (turn_id,)).fetchall():
             end = settle(ending.outcome, row["failures"], self.limits, self._chance.random())
             settled_at = None if end.state == "queued" else tx.now_ms
-            due_at = tx.now_ms + int(end.rest_s * 1000) if end.rest_s else AT_ONCE
+            waits_s = 0.0 if ending.on_purpose else end.rest_s
+            due_at = tx.now_ms + int(waits_s * 1000) if waits_s else AT_ONCE
             note = {"cancelled": "cancelled", "done": None}.get(ending.outcome, ending.error)
             tx.execute(
                 "UPDATE deliveries SET state = ?, failures = ?, available_at_ms = ?, settled_at_ms = ?, note = ?"
                 " WHERE message_id = ? AND recipient = ?",
                 (end.state, end.failures, due_at, settled_at, note, row["message_id"], agent),
             )
-            if end.rest_s > 0:
+            if waits_s > 0:
                 tx.wake(RESTING)
             waits = waits or end.state == "queued"
             if end.state == "dead":

@@ -21,6 +21,7 @@ class Credential:
     kind: str  # "api_key" or "oauth_token"
     source: str  # where it was found, for people
     secret: str = field(repr=False)
+    name: str = "default"
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """The request headers that carry it."""

@@ -24,6 +24,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.types import ASGIApp
 
 from dashboard.app import at_home, build_app
+from hive_core.access import Access
 from hive_core.agents import Agent, Agents
 from hive_core.approvals import Approvals
 from hive_core.bodies import Bodies
@@ -47,7 +48,7 @@ from hive_core.sign_ins import SignIns
 from hive_core.sockets.admin import AdminDesk
 from hive_core.sockets.harness import HarnessDesk
 from hive_core.sockets.http import serve_asgi
-from hive_core.sockets.model import ModelRelay
+from hive_core.sockets.model import Call, ModelRelay
 from hive_core.sockets.unix import listen_unix, serve_unix
 from hive_core.store.door import open_store
 from hive_core.store.schema import StoreBusy
@@ -135,7 +136,14 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             stack.callback(os.close, take_lock(folder))
         await stack.enter_async_context(trio_asyncio.open_loop())
         store = await stack.enter_async_context(open_store(config.database, ballast=True))
-        agents = Agents(store, manager_port=config.manager_port, agent_ports=config.agent_port_range, sandbox=sandbox)
+        access = Access(store.bus)
+        agents = Agents(
+            store,
+            manager_port=config.manager_port,
+            agent_ports=config.agent_port_range,
+            sandbox=sandbox,
+            access=access,
+        )
         approvals, repos = Approvals(store), Repos(config.state_dir)
         claude = find_claude(config.claude)
         gate = Gate(
@@ -155,7 +163,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             life_fd=life_fd,
         )
         rooms = _Rooms(config, repos)
-        broker = Broker(store, config, bodies=Bodies(config.state_dir / "bodies", store))
+        broker = Broker(store, config, bodies=Bodies(config.state_dir / "bodies", store), access=access)
         credential, missing = look_for_credential(config)
         hive = Hive(
             config=config,
@@ -173,6 +181,8 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             sandbox=sandbox,
             sandbox_trouble=trouble,
         )
+        await agents.load()
+        await hive.freeze.load()
         rooms.hive = hive
         rooms.client = await stack.enter_async_context(
             httpx2.AsyncClient(
@@ -237,9 +247,10 @@ class _Rooms:
             name,
             self.client,
             self._config.provider_base_url,
+            hive.access,
             lambda: hive.credential,
-            partial(hive.agents.paused, name),
-            partial(_note_usage, name),
+            lambda credential, status, headers: None,
+            _note_call,
         )
         with contextlib.ExitStack() as opened:
             harness_sock, mcp_sock, model_sock = (
@@ -279,8 +290,8 @@ def _import_agent_socket() -> ModuleType:
     return import_module("hive_core.sockets.agent")
 
 
-def _note_usage(name: AgentName, usage: dict[str, int]) -> None:
-    log.debug("usage of %s: %s", name, usage, extra={"agent": name})
+def _note_call(call: Call) -> None:
+    log.debug("%s", call, extra={"agent": call.agent})
 
 
 async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -297,6 +308,8 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(hive.store.wait_failed)
         nursery.start_soon(hive.gate.serve)
         nursery.start_soon(hive.broker.serve_leases)
+        nursery.start_soon(hive.access.serve, hive.store)
+        nursery.start_soon(hive.agents.serve)
         nursery.start_soon(hive.archive.index.serve)
         nursery.start_soon(serve_clock, hive.store, timers)
         nursery.start_soon(_serve_pruning, hive)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import trio
 
+from hive_core.access import Access
 from hive_core.agents import Agents
 from hive_core.approvals import Approvals
 from hive_core.archive import Archive
 from hive_core.broker import Broker
 from hive_core.config import Config
 from hive_core.credentials import Credential
+from hive_core.freeze import Freeze
 from hive_core.loose_ends import LooseEnds
 from hive_core.procedures.gate import Gate
 from hive_core.procedures.reconcile import Reconciler
@@ -46,6 +48,7 @@ class Hive:
     dashboard_port: int = 0  # the port that is really bound; 0 until it is
     page_ports: dict[str, int] = field(default_factory=dict)  # agent → the port its page is really served on
     stopping: trio.Event = field(default_factory=trio.Event)
+    freeze: Freeze = field(init=False)
     archive: Archive = field(init=False)
     retention: Retention = field(init=False)
     questions: Questions = field(init=False)
@@ -54,12 +57,17 @@ class Hive:
     loose_ends: LooseEnds = field(init=False)
 
     def __post_init__(self) -> None:
+        self.freeze = Freeze(self.store, self.access)
         self.archive = Archive(self.store, self.config, self.config.bodies_dir)
         self.retention = Retention(self.store, self.config, self.archive.index)
         limits = self.broker.limits
         self.questions, self.reminders = Questions(self.store, limits), Reminders(self.store, limits)
         self.schedules = Schedules(self.store, limits)
         self.loose_ends = LooseEnds(self.store, self.questions, self.reminders, self.schedules)
+
+    @property
+    def access(self) -> Access:
+        return self.agents.access
 
     @property
     def unsafe(self) -> bool:

@@ -7,6 +7,7 @@ import sqlite3
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from hive_core.access import Reason
 from hive_core.limits import Limits
 from hive_core.post import forget_depth, note_depth
 from hive_core.protocol.refusal import Refusal
@@ -38,8 +39,13 @@ class Lease(NamedTuple):
     session: str | None
 
 
-def begin_turn(tx: Transaction, agent: AgentName, fence: str, limits: Limits) -> Lease | None:
-    """Begin a turn with the first message that is due, or find the one that this fence began already."""
+def begin_turn(
+    tx: Transaction, agent: AgentName, fence: str, limits: Limits, closed: Reason = lambda _: None
+) -> Lease | None:
+    """Begin a turn with the first message that is due, or find the one that this fence began already.
+
+    None begins while the agent's way to the model is `closed`.
+    """
     seat = tx.execute(_SEAT, {"agent": agent, "now": tx.now_ms, "far": far_ms(limits)}).fetchone()
     if seat is None:
         return None
@@ -48,7 +54,8 @@ def begin_turn(tx: Transaction, agent: AgentName, fence: str, limits: Limits) ->
             raise Refusal("conflict", f"cannot lease: turn {seat['turn_id']} of {agent} still runs; ack it first")
         (message,) = tx.execute(_ONE_MAIL, (agent, seat["begun_with"])).fetchall()
         return _as_lease(seat, Turn(seat["turn_id"], fence), message, message["attempts"], seat["queued"])
-    first = _first_due(tx, agent, seat, limits) if seat["wanted"] == "up" else None
+    may_begin = seat["wanted"] == "up" and closed(agent) is None
+    first = _first_due(tx, agent, seat, limits) if may_begin else None
     if first is None:
         return None
     cursor = tx.execute(

@@ -21,6 +21,7 @@ import trio
 import trio_asyncio
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from hive_core.access import Access
 from hive_core.agents import Agents, set_deployed
 from hive_core.approvals import Approvals
 from hive_core.bodies import Bodies
@@ -146,11 +147,12 @@ async def open_services(
     )
     clock = Clock()
     async with trio_asyncio.open_loop(), open_store(state_dir / "hive.sqlite", clock=clock) as store:
-        agents = Agents(store, manager_port=8000, agent_ports=ports)
+        access = Access(store.bus)
+        agents = Agents(store, manager_port=8000, agent_ports=ports, access=access)
         approvals, repos = Approvals(store), Repos(state_dir)
         gate = Gate(store, agents, approvals, repos, templates, default_program="rehearsal", default_model="sonnet")
         bodies = Bodies(state_dir / "bodies", store, clock)
-        broker, turns = Broker(store, limits, random.Random(0), bodies), Turns(store, **bounds)
+        broker, turns = Broker(store, limits, random.Random(0), bodies, access), Turns(store, **bounds)
         whose = await timeline(store)
         yield Services(state_dir, store, broker, turns, agents, approvals, repos, gate, clock, whose)
 

@@ -87,6 +87,8 @@ class AdminDesk:
             "deny": (self._deny, {"approval", "reason"}),
             "start": (partial(self._want, "up"), {"agent"}),
             "pause": (partial(self._want, "paused"), {"agent"}),
+            "estop": (self._estop, set()),
+            "thaw": (self._thaw, set()),
             "kill": (self._kill, {"agent"}),
             "dashboard": (self._dashboard, set()),
         }
@@ -143,6 +145,7 @@ class AdminDesk:
             "sandbox": hive.sandbox,
             "sandbox_trouble": hive.sandbox_trouble,
             "unsafe": hive.unsafe,
+            "frozen_since_ms": hive.freeze.since_ms,
             "pending": [{"id": a.id, "kind": a.kind, "agent": a.agent, "reason": a.reason} for a in approvals],
             "unread": await hive.broker.unread(),
             "questions": [one.to_wire() for one in await hive.questions.open_to(OPERATOR)],
@@ -163,6 +166,7 @@ class AdminDesk:
                     "state": live.state,
                     "detail": live.detail,
                     "since_ms": live.since_ms,
+                    "until_ms": live.until_ms,
                     "sandbox": live.sandbox,
                     "queued": agent.queued,
                     "held": agent.held,
@@ -177,7 +181,7 @@ class AdminDesk:
                     "rests_until_ms": agent.rests_until_ms,
                 }
             )
-        return {"agents": agents, "unsafe": hive.unsafe}
+        return {"agents": agents, "unsafe": hive.unsafe, "frozen_since_ms": hive.freeze.since_ms}
 
     async def _watch(self, args: Args, tell: Tell) -> None:
         """What `list` answers, now and after each change."""
@@ -299,6 +303,12 @@ class AdminDesk:
         name = parse_agent_name(args.get("agent"))
         await self._hive.agents.want(name, wanted, OPERATOR)
         return {"agent": name, "wanted": wanted}
+
+    async def _estop(self, _: Args) -> Any:
+        return {"frozen": True, "changed": await self._hive.freeze.estop(OPERATOR)}
+
+    async def _thaw(self, _: Args) -> Any:
+        return {"frozen": False, "changed": await self._hive.freeze.thaw(OPERATOR)}
 
     async def _kill(self, args: Args) -> Any:
         name = parse_agent_name(args.get("agent"))

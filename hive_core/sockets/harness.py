@@ -166,7 +166,7 @@ class _Session:
         if found.alive is not None:
             desk.agents.observe(desk.name, "thinking")
         else:
-            await desk.agents.observe_rest(desk.name)
+            desk.agents.observe_rest(desk.name)
         desk.said_hello.set()
         return {"version": PROTOCOL_VERSION, "agent": desk.name, "role": desk.role}
 
@@ -235,7 +235,7 @@ class _Session:
         # What kept a turn from ending well stays in view until the next one begins.
         state = "waiting" if request.get("outcome") == "waiting" else "idle"
         detail = _printable(error, 200) if isinstance(error, str) else ""
-        desk.agents.observe(desk.name, *(("paused", "") if acked.paused else (state, detail)))
+        desk.agents.observe_rest(desk.name, state, detail)
         return answer
 
 

@@ -2,14 +2,14 @@
 
 The credential stays on the host: the agent's program holds a placeholder, and the relay puts the real one in its
 place. Bodies pass unchanged as they come, in both directions; the answer's `usage` is read along, never altered. Only
-what the pinned program uses is let through.
+what the pinned program uses is let through, and nothing while the agent's way to the model is closed.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ import httpx2
 import trio
 from starlette.types import Message, Receive, Scope, Send
 
+from hive_core.access import ACCESS, Access, Closed
 from hive_core.credentials import Credential
 from hive_core.protocol.words import AgentName
 
@@ -26,6 +27,7 @@ ALLOWED = frozenset({("HEAD", "/"), ("POST", "/v1/messages"), ("POST", "/v1/mess
 CALLS_LIMIT = 16  # of one agent at a time
 PIECE_WITHIN_S = 60.0  # how long a body may pause
 BODY_LIMIT_BYTES = 64 * 1024 * 1024
+MODEL_LIMIT = 80  # characters of a model's name
 # RFC 9110 7.6.1, and what the relay sets itself.
 _HOP_BY_HOP = frozenset(
     {
@@ -56,12 +58,13 @@ def passed_headers(headers: list[tuple[bytes, bytes]], drop: frozenset[str]) -> 
 
 
 class UsageReader:
-    """Reads `usage` along a provider's answer, streaming or whole, in bounded memory."""
+    """Reads `usage` and the model's name along a provider's answer, streaming or whole, in bounded memory."""
 
     _KEPT_BYTES = 256 * 1024
 
     def __init__(self) -> None:
         self.usage: dict[str, int] = {}
+        self.model: str | None = None
         self._rest = b""
 
     def feed(self, data: bytes) -> None:
@@ -80,6 +83,8 @@ class UsageReader:
             return
         try:
             event = json.loads(line.removeprefix(b"data:"))
+            if "model" in (message := event.get("message", event)):
+                self.model = str(message["model"])[:MODEL_LIMIT]
             found = event.get("usage") or event["message"]["usage"]
             counts = {str(k): v for k, v in found.items() if isinstance(v, int) and not isinstance(v, bool)}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -87,20 +92,41 @@ class UsageReader:
         self.usage.update(counts)
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call that reached the provider, or may have: it was cut before anybody could know.
+
+    usage     token counts by kind as the provider told them last; None when it told none
+    status    of the provider's answer; 0 when there was none
+    complete  the answer was passed on to its end
+    """
+
+    agent: AgentName
+    credential: str
+    path: str
+    model: str | None
+    usage: dict[str, int] | None
+    request_bytes: int
+    status: int
+    complete: bool
+
+
 @dataclass
 class ModelRelay:
     """One agent's relay, an ASGI application.
 
-    refusal  gives None, or the sentence that answers every call with 503 (the agent is paused)
-    told     is called with the usage of each answer
+    credential  of the agent, None when there is none
+    answered    is called with the status and the headers of each answer of the provider, before its body
+    call_ended  is called once for each call that reached the provider
     """
 
     name: AgentName
     client: httpx2.AsyncClient
     base_url: str
+    access: Access
     credential: Callable[[], Credential | None]
-    refusal: Callable[[], Awaitable[str | None]]
-    told: Callable[[dict[str, int]], None]
+    answered: Callable[[Credential, int, httpx2.Headers], None]
+    call_ended: Callable[[Call], None]
     under_way: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -110,77 +136,129 @@ class ModelRelay:
         method, path = scope["method"], scope["path"]
         if (method, path) not in ALLOWED:
             await _answer(send, 403, f"the relay of this hive does not pass {method} {ascii(path)[:80]}")
-        elif sentence := await self.refusal():
-            await _answer(send, 503, sentence)
+        elif closed := self.access.closed(self.name):
+            await _refuse(send, closed)
         elif method == "HEAD":
             await _answer(send, 200, "")
         elif self.under_way >= CALLS_LIMIT:
             await _answer(send, 429, f"{CALLS_LIMIT} calls of {self.name} are under way, which is the limit")
-        else:
-            self.under_way += 1
-            try:
-                await self._pass_on(scope, receive, send)
-            finally:
-                self.under_way -= 1
-
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        credential = self.credential()
-        if credential is None:
+        elif (credential := self.credential()) is None:
             await _answer(
                 send, 401, "this hive has no credential for the model provider; `hive up` says how to give one"
             )
-            return
+        else:
+            self.under_way += 1
+            try:
+                await _Exchange(self, credential, scope, receive, send).run()
+            finally:
+                self.under_way -= 1
+
+
+class _Exchange:
+    """One call on its way: it ends with the provider's answer, with the agent's hang-up, or when the way closes."""
+
+    def __init__(self, relay: ModelRelay, credential: Credential, scope: Scope, receive: Receive, send: Send) -> None:
+        self._relay = relay
+        self._credential = credential
+        self._scope = scope
+        self._send = send
+        self._body = _Body(receive)
+        self._reader = UsageReader()
+        self._status = 0
+        self._complete = False
+        self._reached = False
+
+    async def run(self) -> None:
+        cut: Closed | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._body.wait_hung_up, nursery.cancel_scope)
+
+                async def wait_closed() -> None:
+                    nonlocal cut
+                    cut = await self._wait_closed()
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(wait_closed)
+                await self._pass_on()
+                nursery.cancel_scope.cancel()
+            if cut is not None and not self._status:
+                await _refuse(self._send, cut)
+        finally:
+            if self._reached or self._body.was_read:
+                self._relay.call_ended(self._call())
+
+    def _call(self) -> Call:
+        relay = self._relay
+        usage = self._reader.end() or None
+        return Call(
+            agent=relay.name,
+            credential=self._credential.name,
+            path=self._scope["path"],
+            model=self._reader.model,
+            usage=usage,
+            request_bytes=self._body.size,
+            status=self._status,
+            complete=self._complete,
+        )
+
+    async def _wait_closed(self) -> Closed:
+        with self._relay.access.bus.listen(ACCESS) as listener:
+            while (closed := self._relay.access.closed(self._relay.name)) is None:
+                await listener.wait()
+        return closed
+
+    async def _pass_on(self) -> None:
+        relay, scope = self._relay, self._scope
         query = f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else ""
-        headers = passed_headers(scope["headers"], _REPLACED) + credential.headers()
-        body = _Body(receive)
+        headers = passed_headers(scope["headers"], _REPLACED) + self._credential.headers()
         # Not the client's build_request: that adds its own headers, and the cookies of every agent's answers.
         request = httpx2.Request(
             scope["method"],
-            f"{self.base_url.rstrip('/')}{scope['path']}{query}",
+            f"{relay.base_url.rstrip('/')}{scope['path']}{query}",
             headers=[*headers, *_length(scope["headers"])],
-            content=body.pieces(),
-            extensions={"timeout": self.client.timeout.as_dict()},
+            content=self._body.pieces(),
+            extensions={"timeout": relay.client.timeout.as_dict()},
         )
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(body.wait_hung_up, nursery.cancel_scope)
-            await self._exchange(request, body, send)
-            nursery.cancel_scope.cancel()
-
-    async def _exchange(self, request: httpx2.Request, body: _Body, send: Send) -> None:
         try:
-            response = await self.client.send(request, stream=True, follow_redirects=False)
+            response = await relay.client.send(request, stream=True, follow_redirects=False)
         except httpx2.HTTPError as exc:
-            if body.too_long:
-                await _answer(send, 413, f"the relay of this hive passes at most {BODY_LIMIT_BYTES:,} bytes")
-                return
-            log.warning("the provider did not answer %s: %s", self.name, exc, extra={"agent": self.name})
-            # Only what the network says: a complaint about the request would quote its headers, the credential's too.
-            reason = str(exc) if isinstance(exc, httpx2.ConnectError) else type(exc).__name__
-            await _answer(send, 502, f"the model provider at {self.base_url} cannot be reached: {reason}")
+            await self._say_why(exc)
             return
+        self._reached = True
         try:
-            await self._stream_back(response, send)
+            relay.answered(self._credential, response.status_code, response.headers)
+            await self._stream_back(response)
         finally:
             with trio.CancelScope(shield=True):
                 await response.aclose()
 
-    async def _stream_back(self, response: httpx2.Response, send: Send) -> None:
+    async def _say_why(self, exc: httpx2.HTTPError) -> None:
+        relay = self._relay
+        if self._body.too_long:
+            await _answer(self._send, 413, f"the relay of this hive passes at most {BODY_LIMIT_BYTES:,} bytes")
+            return
+        log.warning("the provider did not answer %s: %s", relay.name, exc, extra={"agent": relay.name})
+        # Only what the network says: a complaint about the request would quote its headers, the credential's too.
+        reason = str(exc) if isinstance(exc, httpx2.ConnectError) else type(exc).__name__
+        await _answer(self._send, 502, f"the model provider at {relay.base_url} cannot be reached: {reason}")
+
+    async def _stream_back(self, response: httpx2.Response) -> None:
+        name, send = self._relay.name, self._send
         headers = passed_headers(response.headers.raw, frozenset())
+        self._status = response.status_code
         await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
-        reader = UsageReader()
         try:
             async with aclosing(response.aiter_raw()) as chunks:
                 async for chunk in chunks:
-                    reader.feed(chunk)
+                    self._reader.feed(chunk)
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except httpx2.HTTPError as exc:
             # Left without an end, so that the program sees that it was cut.
-            log.warning("the answer to %s was cut: %s", self.name, exc, extra={"agent": self.name})
+            log.warning("the answer to %s was cut: %s", name, exc, extra={"agent": name})
         else:
+            self._complete = True
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            if usage := reader.end():
-                self.told(usage)
 
 
 def _length(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
@@ -196,17 +274,23 @@ class _Body:
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._whole = trio.Event()
+        self.size = 0
         self.too_long = False
 
+    @property
+    def was_read(self) -> bool:
+        """Whether all of it was handed on: then the provider may have begun to work, whatever came back."""
+        return self._whole.is_set()
+
     async def pieces(self) -> AsyncIterator[bytes]:
-        more, size = True, 0
+        more = True
         while more:
             with trio.move_on_after(PIECE_WITHIN_S) as pause:
                 message: Message = await self._receive()
             if pause.cancelled_caught or message["type"] == "http.disconnect":
                 raise httpx2.ReadError("the agent hung up")
-            size += len(message.get("body", b""))
-            if size > BODY_LIMIT_BYTES:
+            self.size += len(message.get("body", b""))
+            if self.size > BODY_LIMIT_BYTES:
                 self.too_long = True
                 raise httpx2.WriteError("the body is too long")
             yield message.get("body", b"")
@@ -221,7 +305,11 @@ class _Body:
         scope.cancel()
 
 
-async def _answer(send: Send, status: int, sentence: str) -> None:
+async def _refuse(send: Send, closed: Closed) -> None:
+    await _answer(send, closed.status, closed.sentence, (b"x-should-retry", b"false"))
+
+
+async def _answer(send: Send, status: int, sentence: str, *more: tuple[bytes, bytes]) -> None:
     kind = {
         401: "authentication_error",
         403: "permission_error",
@@ -231,6 +319,6 @@ async def _answer(send: Send, status: int, sentence: str) -> None:
         502: "api_error",
     }.get(status)
     body = json.dumps({"type": "error", "error": {"type": kind, "message": sentence}}).encode() if sentence else b""
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -14,15 +14,18 @@ import h11
 import httpx2
 import pytest
 import trio
+import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hive_core.access import Access, Closed
 from hive_core.credentials import Credential
 from hive_core.protocol.words import AgentName
 from hive_core.sockets import model
 from hive_core.sockets.http import serve_asgi
 from hive_core.sockets.model import ModelRelay, UsageReader, passed_headers
 from hive_core.sockets.unix import listen_unix
+from hive_core.store.bus import Bus
 from tests.hives import PATIENCE_S
 
 KEY = Credential("api_key", "ANTHROPIC_API_KEY", "sk-real")
@@ -95,18 +98,28 @@ class Bench:
     provider: Provider
     relay: ModelRelay
     path: Path
-    told: trio.MemoryReceiveChannel[dict[str, int]]
+    calls: trio.MemoryReceiveChannel[model.Call]
+    access: Access
+    answers: list[tuple[str, int, httpx2.Headers]]
     credential: Credential | None = KEY
-    refusal: str | None = None
+    closed: Closed | None = None
 
-    async def heard(self) -> dict[str, int]:
-        """The usage that was told next."""
+    async def ended(self) -> model.Call:
+        """The call that was told of next."""
         with trio.fail_after(PATIENCE_S):
-            return await self.told.receive()
+            return await self.calls.receive()
+
+    async def heard(self) -> dict[str, int] | None:
+        """The usage that was told next."""
+        return (await self.ended()).usage
+
+    def close(self, closed: Closed | None) -> None:
+        self.closed = closed
+        self.access.changed()
 
     @property
     def heard_nothing(self) -> bool:
-        return self.told.statistics().current_buffer_used == 0
+        return self.calls.statistics().current_buffer_used == 0
 
     @asynccontextmanager
     async def agent(self) -> AsyncIterator[httpx2.AsyncClient]:
@@ -123,20 +136,24 @@ class Bench:
 @pytest.fixture
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     provider = Provider()
-    tell, told = trio.open_memory_channel[dict[str, int]](100)
-
-    async def refusal() -> str | None:
-        await trio.lowlevel.checkpoint()
-        return bench.refusal
+    tell, told = trio.open_memory_channel[model.Call](100)
+    access = Access(Bus(), [lambda _: bench.closed])
+    answers: list[tuple[str, int, httpx2.Headers]] = []
 
     async with trio.open_nursery() as nursery, httpx2.AsyncClient(timeout=PATIENCE_S, trust_env=False) as client:
         listeners = await nursery.start(partial(trio.serve_tcp, provider.serve_one, 0, host="127.0.0.1"))
         port = listeners[0].socket.getsockname()[1]
         relay = ModelRelay(
-            AgentName("iris"), client, f"http://127.0.0.1:{port}", lambda: bench.credential, refusal, tell.send_nowait
+            AgentName("iris"),
+            client,
+            f"http://127.0.0.1:{port}",
+            access,
+            lambda: bench.credential,
+            lambda credential, status, headers: answers.append((credential.name, status, headers)),
+            tell.send_nowait,
         )
         path = tmp_path / "model.sock"
-        bench = Bench(provider, relay, path, told)
+        bench = Bench(provider, relay, path, told, access, answers)
         nursery.start_soon(serve_asgi, relay, listen_unix(path))
         with trio.fail_after(3 * PATIENCE_S):
             yield bench
@@ -299,13 +316,67 @@ async def test_tokens_may_be_counted(bench: Bench) -> None:
 # -- when it cannot be ------------------------------------------------------------------------------------------------
 
 
-async def test_a_paused_agent_gets_503_with_the_sentence_and_the_provider_hears_nothing(bench: Bench) -> None:
-    bench.refusal = "iris is paused by the operator"
+PAUSED = Closed("paused", "iris is paused by the operator")
+
+
+async def test_while_its_way_is_closed_an_agent_is_told_why_and_the_provider_hears_nothing(bench: Bench) -> None:
+    bench.close(PAUSED)
     answer = await bench.post(content=b"{}")
-    assert (answer.status_code, answer.json()["error"]["message"]) == (503, "iris is paused by the operator")
-    assert bench.provider.calls == []
-    bench.refusal = None
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, PAUSED.sentence)
+    assert answer.headers["x-should-retry"] == "false"
+    assert (bench.provider.calls, bench.heard_nothing) == ([], True)
+    bench.close(None)
     assert (await bench.post(content=b"{}")).status_code == 200
+
+
+async def test_a_reason_answers_with_its_own_status(bench: Bench) -> None:
+    bench.close(Closed("needs_login", "no credential works", status=401))
+    answer = await bench.post(content=b"{}")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
+
+
+@pytest.mark.parametrize("moment", ["before the answer", "in the answer"])
+async def test_a_call_under_way_is_cut_when_the_way_closes(bench: Bench, moment: str) -> None:
+    asked, ended = trio.Event(), trio.Event()
+
+    async def goes_on(call: Call) -> None:
+        if moment == "in the answer":
+            await call.say(STREAM_HEAD + chunk(EVENTS[0]))
+        asked.set()
+        await call.wait_hung_up()
+        ended.set()
+
+    async def close() -> None:
+        await asked.wait()
+        bench.access.changed()  # that something else changed cuts nothing
+        await trio.testing.wait_all_tasks_blocked()
+        assert not ended.is_set()
+        bench.close(PAUSED)
+
+    bench.provider.answer = goes_on
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(close)
+        if moment == "in the answer":
+            with pytest.raises(httpx2.RemoteProtocolError):
+                await bench.post(content=b"{}")
+        else:
+            answer = await bench.post(content=b"{}")
+            assert (answer.status_code, answer.json()["error"]["message"]) == (503, PAUSED.sentence)
+        await ended.wait()
+    call = await bench.ended()
+    status, usage = (200, {"input_tokens": 25, "output_tokens": 1}) if moment == "in the answer" else (0, None)
+    assert (call.status, call.usage, call.complete, call.request_bytes) == (status, usage, False, 2)
+
+
+async def test_the_status_and_the_headers_of_each_answer_are_told(bench: Bench) -> None:
+    async def answers(call: Call) -> None:
+        await call.say(b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n")
+
+    bench.provider.answer = answers
+    await bench.post(content=b"{}")
+    ((credential, status, headers),) = bench.answers
+    assert (credential, status, headers["retry-after"]) == ("default", 429, "7")
+    assert (await bench.ended()).status == 429
 
 
 async def test_without_a_credential_the_answer_says_how_to_give_one(bench: Bench) -> None:
@@ -366,7 +437,7 @@ async def test_a_redirect_is_the_agents_to_see_and_the_credential_does_not_follo
 
 EVENTS = [
     b"event: message_start\n"
-    b'data: {"type":"message_start","message":{"usage":{"input_tokens":25,"output_tokens":1}}}\n\n',
+    b'data: {"type":"message_start","message":{"model":"claude-x","usage":{"input_tokens":25,"output_tokens":1}}}\n\n',
     'event: content_block_delta\ndata: {"type":"content_block_delta","delta":{"text":"é😀 \\"usage\\""}}\n\n'.encode(),
     b'event: message_delta\ndata: {"type":"message_delta","usage":{"output_tokens":15}}\n\n',
     b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
@@ -399,7 +470,9 @@ async def test_a_chunk_arrives_before_the_answer_ends_and_its_usage_is_told_at_t
                 if got.startswith(b"".join(EVENTS[: n + 1])):
                     arrived.set()
     assert got == b"".join(EVENTS)
-    assert await bench.heard() == {"input_tokens": 25, "output_tokens": 15}
+    call = await bench.ended()
+    assert call.usage == {"input_tokens": 25, "output_tokens": 15}
+    assert (call.model, call.status, call.complete) == ("claude-x", 200, True)
 
 
 async def test_an_answer_of_any_bytes_passes_as_it_is(bench: Bench) -> None:
@@ -419,7 +492,7 @@ async def test_an_answer_of_any_bytes_passes_as_it_is(bench: Bench) -> None:
         assert "x-hop" not in answer.headers
         assert "keep-alive" not in answer.headers
     assert got == body
-    assert bench.heard_nothing
+    assert await bench.heard() is None
 
 
 async def test_the_usage_of_a_whole_answer_is_told(bench: Bench) -> None:
@@ -468,8 +541,8 @@ async def test_an_agent_that_hangs_up_ends_the_call_at_the_provider(bench: Bench
         await ended.wait()
     bench.provider.answer = plain_answer
     assert (await bench.post(content=b"{}")).status_code == 200
-    if moment == "in the answer":
-        assert await bench.heard() == {"input_tokens": 25, "output_tokens": 1}
+    assert await bench.heard() == ({"input_tokens": 25, "output_tokens": 1} if moment == "in the answer" else None)
+    assert await bench.heard() is None
     assert bench.heard_nothing
 
 

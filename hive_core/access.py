@@ -1,0 +1,73 @@
+"""Whether an agent may call the model now: each service that can say no gives a reason, and here they meet.
+
+The relay asks before each call and cuts those under way when the answer changes; the broker asks before each turn; the
+pages show the answer. Nothing that an agent says of itself is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from hive_core.protocol.words import AgentName
+from hive_core.store.bus import Bus, mail
+from hive_core.store.door import Store
+from hive_core.store.writer import Transaction
+
+ACCESS = "access"  # the bus topic: what closes or opens some agent's way to the model changed
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """Why an agent may not call the model now.
+
+    state     what the agent is meanwhile: paused, frozen, over_budget, rate_limited or needs_login
+    sentence  for its program and the operator: cause, limit, and who can change it
+    until_ms  when it opens by itself, where that is known
+    status    with which the relay answers a call
+    """
+
+    state: str
+    sentence: str
+    until_ms: int | None = None
+    status: int = 503
+
+
+Reason = Callable[[AgentName], Closed | None]  # from memory, which each service keeps equal to what it has committed
+
+
+class Access:
+    def __init__(self, bus: Bus, reasons: Iterable[Reason] = ()) -> None:
+        self.bus = bus
+        self._reasons = list(reasons)
+        self._turned: set[AgentName] | None = set()  # whose answer may have changed since `serve` looked; None: all
+
+    def add(self, reason: Reason) -> None:
+        """One more that can say no; those before it are asked first."""
+        self._reasons.append(reason)
+
+    def closed(self, name: AgentName) -> Closed | None:
+        """The first reason that says no, or None: the agent may call the model and begin a turn."""
+        for reason in self._reasons:
+            if (closed := reason(name)) is not None:
+                return closed
+        return None
+
+    def changed(self, *names: AgentName) -> None:
+        """The answer for these agents, or for all when none is named, may be another from now on."""
+        self._turned = None if not names or self._turned is None else self._turned | set(names)
+        self.bus.publish([ACCESS])
+
+    async def serve(self, store: Store) -> None:
+        """Let the leases of agents that may go on look again, until cancelled."""
+        with self.bus.listen(ACCESS) as listener:
+            while True:
+                turned, self._turned = self._turned, set()
+                if turned is None or turned:
+                    await store.insist(lambda tx, turned=turned: self._wake(tx, turned))  # type: ignore[misc]
+                await listener.wait()
+
+    def _wake(self, tx: Transaction, turned: set[AgentName] | None) -> None:
+        for row in tx.execute("SELECT name FROM agents").fetchall():
+            if (turned is None or row["name"] in turned) and self.closed(row["name"]) is None:
+                tx.wake(mail(row["name"]))
