@@ -181,6 +181,11 @@ class Agents:
         await self._store.write(write)
         return {"status": status or ""}
 
+    async def tell_outdated(self, name: AgentName, version: int, current: int, turn: int | None) -> None:
+        """Note that an agent's harness speaks an older version and ends at the edge of its `turn`, or at once."""
+        data = {"version": version, "current": current, "turn": turn}
+        await self._store.write(lambda tx: tx.emit("harness_outdated", SYSTEM, name, **data))
+
     def observe_rest(self, name: str, state: str = "idle", detail: str = "") -> None:
         """Note that an agent is between turns: `state`, or why it may not begin one."""
         if (closed := self.access.closed(AgentName(name))) is None:

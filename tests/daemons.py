@@ -40,9 +40,10 @@ class Daemon:
         self._clients: list[Client] = []
         self._alive, self._ours = os.pipe()
 
-    def start(self) -> Client:
-        """Start it, or start it again; return once it is ready."""
-        self.process = start_daemon(self.flags(), self.log, self._environment, pass_fds=self.kept_fds())
+    def start(self, **environment: str) -> Client:
+        """Start it, or start it again, this time with that besides; return once it is ready."""
+        given = {**self._environment, **environment}
+        self.process = start_daemon(self.flags(), self.log, given, pass_fds=self.kept_fds())
         return self.client()
 
     def flags(self) -> list[str]:

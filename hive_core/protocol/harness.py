@@ -11,6 +11,9 @@ JSON lines, one request at a time, answered in order: `{"id": n, "op": …}` get
 The harness chooses the fence of each turn, so a request that is asked again after a lost connection finds the turn that
 the first one began. `lines` without lines, every RENEW_EVERY_S, says that the harness of a quiet turn lives; `running`
 false in its answer says that the turn was taken away or cancelled, and its program has to end.
+
+A hello is answered in the harness's own version. One that is older than the host's gets no new turn: `stop` comes with
+the answer to its ack, or instead of a lease, and the host starts a harness of its own version in its place.
 """
 
 from __future__ import annotations
@@ -66,7 +69,8 @@ if TYPE_CHECKING:
         usage: dict[str, Any] | None
 
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
+OLDEST_VERSION = 2  # of a harness that a host still serves to the edge of its turn, and then lets end
 LINES_PER_REQUEST = 64
 STREAM_LINE_LIMIT_BYTES = 64 * 1024
 # A whole request of `lines`: each line is JSON, whose quotes take a backslash more inside a string.

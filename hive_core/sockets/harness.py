@@ -17,6 +17,7 @@ from hive_core.leases import Lease, Turn
 from hive_core.protocol.harness import (
     FENCE_LIMIT,
     LINES_PER_REQUEST,
+    OLDEST_VERSION,
     PROTOCOL_VERSION,
     REQUEST_LIMIT_BYTES,
     STREAM_LINE_LIMIT_BYTES,
@@ -46,7 +47,8 @@ class HarnessDesk:
     credential_kind: Callable[[], str]
     instance: str | None = None
     session: _Session | None = None
-    stops: bool = False  # the harness is to end at its turn's edge
+    stops: bool = False  # whatever harness there is has to end at its turn's edge
+    outdated: str | None = None  # the instance that has to, being of an older version
     said_hello: trio.Event = field(default_factory=trio.Event)
 
     def ask_to_stop(self) -> None:
@@ -54,6 +56,11 @@ class HarnessDesk:
         self.stops = True
         if self.session is not None:
             self.session.end_wait()
+
+    @property
+    def begins_none(self) -> bool:
+        """Whether the harness that is connected gets no new turn."""
+        return self.stops or (self.outdated is not None and self.outdated == self.instance)
 
     async def serve(self, stream: Connection) -> None:
         """Answer one connection until it hangs up."""
@@ -143,12 +150,8 @@ class _Session:
     async def _hello(self, request: dict[str, Any]) -> dict[str, Any]:
         desk = self._desk
         version, instance = request.get("version"), request.get("instance")
-        if version != PROTOCOL_VERSION:
-            raise Refusal(
-                "refused",
-                f"cannot talk to this harness: it speaks version {ascii(version)[:20]} of the protocol and this host "
-                f"{PROTOCOL_VERSION}; restart the agent so that both are of one release",
-            )
+        if type(version) is not int or not OLDEST_VERSION <= version <= PROTOCOL_VERSION:
+            raise _no_common_version(version)
         if not isinstance(instance, str) or not 0 < len(instance) <= 64:
             raise Refusal("usage", "cannot say hello without an instance of 1 to 64 characters")
         if desk.instance not in (None, instance):
@@ -163,18 +166,21 @@ class _Session:
         found = await desk.broker.close_lost_turns(desk.name, [_fence(fence) for fence in fences])
         for turn_id in found.lost:
             log.warning("turn %d of %s was lost with its harness", turn_id, desk.name, extra={"agent": desk.name})
+        if version < PROTOCOL_VERSION and desk.outdated != instance:
+            await desk.agents.tell_outdated(desk.name, version, PROTOCOL_VERSION, found.alive)
+            desk.outdated = instance
         if found.alive is not None:
             desk.agents.observe(desk.name, "thinking")
         else:
             desk.agents.observe_rest(desk.name)
         desk.said_hello.set()
-        return {"version": PROTOCOL_VERSION, "agent": desk.name, "role": desk.role}
+        return {"version": version, "agent": desk.name, "role": desk.role}
 
     async def _lease(self, fence: str) -> dict[str, Any]:
         desk = self._desk
         lease: Lease | None = None
         with trio.CancelScope() as self._lease_scope:
-            if not desk.stops and not self._left:
+            if not desk.begins_none and not self._left:
                 lease = await desk.broker.lease(desk.name, fence)
         self._lease_scope = None
         if lease is None and self._left:
@@ -227,9 +233,9 @@ class _Session:
             error=_printable(error, ERROR_LIMIT) if isinstance(error, str) and error else None,
             usage=_bounded_usage(request.get("usage")),
             session=session if isinstance(session, str) and session.isascii() and len(session) <= 64 else None,
-            next_fence=None if desk.stops else next_fence,
+            next_fence=None if desk.begins_none else next_fence,
         )
-        answer = {"counted": acked.counted, "stop": desk.stops}
+        answer = {"counted": acked.counted, "stop": desk.begins_none}
         if acked.lease is not None:
             return {**answer, "lease": self._as_form(acked.lease)}
         # What kept a turn from ending well stays in view until the next one begins.
@@ -244,6 +250,21 @@ def _fence(raw: object) -> str:
     if not isinstance(raw, str) or not raw.isascii() or not raw.isprintable() or not 0 < len(raw) <= FENCE_LIMIT:
         raise Refusal("usage", f"cannot use the fence: give 1 to {FENCE_LIMIT} visible ASCII characters")
     return raw
+
+
+def _no_common_version(version: object) -> Refusal:
+    """What is said to a harness that no turn can be finished with."""
+    newer = type(version) is int and version > PROTOCOL_VERSION
+    way_out = (
+        "it is of a newer release: start the hive with that release, or restart the agent"
+        if newer
+        else "restart the agent so that both are of one release"
+    )
+    return Refusal(
+        "refused",
+        f"cannot talk to this harness: it speaks version {ascii(version)[:20]} of the protocol and this host "
+        f"{OLDEST_VERSION} to {PROTOCOL_VERSION}; {way_out}",
+    )
 
 
 def _number(request: dict[str, Any]) -> int | None:

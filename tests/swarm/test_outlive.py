@@ -7,14 +7,17 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hive_core.cli.client import Client
+from hive_core.protocol.harness import PROTOCOL_VERSION
 from hive_core.protocol.refusal import Refusal
 from tests.daemons import WITHIN_S, Daemon, open_daemon
+from tests.needs import ROOT
 from tests.processes import children_of, look_until, pids_naming, wait_gone
 
 
@@ -55,6 +58,9 @@ GATED = {
         {"tool": "send", "args": {"to": "operator", "body": "finished"}},
     ],
 }
+
+
+SAY_WHO = {"tool": "send", "args": {"to": "operator", "body": "it is me"}}
 
 
 def open_swarm(*flags: str, **environment: str) -> contextlib.AbstractContextManager[Daemon]:
@@ -100,6 +106,51 @@ def test_sigterm_ends_the_daemon_alone_and_interrupts_no_turn() -> None:
         (daemon.state / "agents" / "iris" / "state" / "go").touch()
         client = daemon.start()
         daemon.wait_message(client, "finished")
+
+
+def the_release_before(folder: Path) -> Path:
+    """This whole program as it was before the protocol's version was raised last."""
+    this = f"PROTOCOL_VERSION = {PROTOCOL_VERSION}"
+    git = ["git", "-C", str(ROOT)]
+    found = subprocess.run(
+        [*git, "log", "-1", "--format=%H", f"-S{this}", "--", "hive_core/protocol/harness.py"],
+        capture_output=True,
+        text=True,
+    )
+    if not (commit := found.stdout.strip()):
+        pytest.skip("there is no history of this checkout, in which the release before is")
+    packages = ["hive_core", "hive_agent", "hive_mind", "dashboard"]
+    archive = subprocess.run([*git, "archive", f"{commit}^", *packages], capture_output=True, check=True)
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
+    return folder
+
+
+def test_a_harness_of_the_release_before_finishes_its_turn_and_one_of_this_release_takes_the_next(
+    tmp_path: Path,
+) -> None:
+    with open_swarm() as daemon:
+        client = daemon.start(PYTHONPATH=str(the_release_before(tmp_path)))
+        spawn(client, "iris", [WELCOME, GATED, {"from": "operator", "do": [SAY_WHO]}])
+        client.call("send", to="iris", body="work")
+        daemon.wait_message(client, "begun")
+        old = pid_of(daemon, "iris")
+        daemon.kill()
+        client = daemon.start()
+        told = daemon.events(client, lambda e: e["kind"] == "harness_outdated" and e["agent"] == "iris")
+        assert (told["data"]["version"], told["data"]["current"]) == (PROTOCOL_VERSION - 1, PROTOCOL_VERSION)
+        client.call("send", to="iris", body="who are you?")
+        assert pid_of(daemon, "iris") == old
+        (daemon.state / "agents" / "iris" / "state" / "go").touch()
+        daemon.wait_message(client, "finished")
+        since = told["seq"]
+        done = daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris", after=since)
+        assert (done["data"]["turn"], done["data"]["state"]) == (told["data"]["turn"], "done")
+        ended = daemon.events(client, lambda e: e["kind"] == "agent_ended" and e["agent"] == "iris", after=since)
+        assert (ended["data"]["expected"], ended["data"]["code"]) == (True, 0)
+        started = daemon.events(client, lambda e: e["kind"] == "agent_started" and e["agent"] == "iris", after=since)
+        assert started["at_ms"] - ended["at_ms"] < 1000, "it was kept waiting as though it had crashed"
+        daemon.wait_message(client, "it is me")
+        assert copies_of(daemon, "iris") == [started["data"]["pid"]]
 
 
 def test_an_exit_that_nobody_watched_is_told_by_the_next_daemon() -> None:
@@ -283,7 +334,7 @@ def test_an_agent_whose_daemon_was_killed_before_it_noted_the_start_is_adopted_a
     (tmp_path / "sitecustomize.py").write_text(STRIKE.format(event=event, file=file))
     with open_swarm(*flags, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}") as daemon:
         client = daemon.start()
-        say = {"from": "operator", "do": [{"tool": "send", "args": {"to": "operator", "body": "it is me"}}]}
+        say = {"from": "operator", "do": [SAY_WHO]}
         spawn(client, "iris", [WELCOME, say])
         daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris")
         client.call("kill", agent="iris")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hive_core.protocol.harness import (
     FENCE_LIMIT,
     LINES_PER_REQUEST,
+    OLDEST_VERSION,
     PROTOCOL_VERSION,
     REQUEST_LIMIT_BYTES,
     STREAM_LINE_LIMIT_BYTES,
@@ -26,6 +27,7 @@ from hive_core.sockets.harness import HarnessDesk, activity
 from tests.hives import PATIENCE_S, SETTINGS, Peer, Services, connect, run_in_hive, serve
 
 HELLO = {"id": 1, "op": "hello", "version": PROTOCOL_VERSION, "instance": "one", "fences": []}
+OUTDATED = "harness_outdated"
 LEASE = {"id": 2, "op": "lease", "fence": "f-1"}
 
 
@@ -70,17 +72,24 @@ async def test_hello_is_answered_with_the_version_and_who_the_agent_is(desk: Har
     assert desk.said_hello.is_set()
 
 
-@pytest.mark.parametrize("version", [None, 0, PROTOCOL_VERSION + 1, "1", 1.5, [], {"a": 1}, "x" * 1000])
+@pytest.mark.parametrize("version", [None, 0, OLDEST_VERSION - 1, "3", 2.5, True, [], {"a": 1}, "x" * 1000])
 async def test_a_harness_of_another_version_is_refused_with_both_versions_and_the_way_out(
     desk: HarnessDesk, door: Path, version: object
 ) -> None:
     async with connect(door) as peer:
         error = (await peer.ask({**HELLO, "version": version}))["error"]
         assert error["code"] == "refused"
-        assert f"this host {PROTOCOL_VERSION}; restart the agent" in error["message"]
+        assert f"this host {OLDEST_VERSION} to {PROTOCOL_VERSION}; restart the agent" in error["message"]
         assert len(error["message"]) < 300
         assert desk.instance is None
         assert (await peer.ask(HELLO))["ok"]
+
+
+async def test_a_newer_harness_is_told_that_the_host_is_the_older_one(door: Path) -> None:
+    async with connect(door) as peer:
+        error = (await peer.ask({**HELLO, "version": PROTOCOL_VERSION + 1}))["error"]
+    assert error["code"] == "refused"
+    assert "it is of a newer release: start the hive with that release, or restart the agent" in error["message"]
 
 
 @pytest.mark.parametrize("instance", [None, "", "x" * 65, 7, ["one"]])
@@ -271,6 +280,45 @@ async def test_a_stop_in_the_middle_of_a_turn_lets_the_turn_end(hive: Services, 
         assert (await peer.ask(lines))["kept"] == 1
         ack = {"id": 4, "op": "ack", "turn": lease["turn"], "fence": lease["fence"], "outcome": "done"}
         assert await peer.ask(ack) == {"id": 4, "ok": True, "counted": True, "stop": True}
+
+
+OLD_HELLO = {**HELLO, "version": OLDEST_VERSION}
+
+
+async def test_a_harness_of_an_older_version_finishes_its_turn_and_gets_no_other(
+    hive: Services, desk: HarnessDesk, door: Path
+) -> None:
+    for n in range(2):
+        await hive.say("hm1nd", "iris", str(n))
+    async with greeted(door) as peer:
+        lease = await peer.ask(LEASE)
+    await wait_free(desk)
+    async with connect(door) as old:
+        hello = await old.ask({**OLD_HELLO, "fences": [lease["fence"]]})
+        assert hello == {"id": 1, "ok": True, "version": OLDEST_VERSION, "agent": "iris", "role": "agent"}
+        assert hive.agents.live("iris").state == "thinking"
+        lines = {"id": 3, "op": "lines", "turn": lease["turn"], "first": 0, "lines": ["a"]}
+        assert await old.ask(lines) == {"id": 3, "ok": True, "kept": 1, "running": True}
+        ack = {"id": 4, "op": "ack", "turn": lease["turn"], "fence": lease["fence"], "outcome": "done", "next": "f-2"}
+        assert await old.ask(ack) == {"id": 4, "ok": True, "counted": True, "stop": True}
+        assert await old.ask(LEASE) == {"id": 2, "ok": True, "stop": True}
+    await wait_free(desk)
+    assert await hive.states() == {1: "acked", 2: "queued"}
+    async with greeted(door, instance="two") as new:
+        assert (await new.ask(LEASE))["message"]["body"] == "1"
+
+
+async def test_a_harness_of_an_older_version_that_waits_is_told_to_stop_and_events_say_once_why(
+    hive: Services, door: Path
+) -> None:
+    for _ in range(2):
+        async with connect(door) as old:
+            assert (await old.ask(OLD_HELLO))["ok"]
+            assert await old.ask(LEASE) == {"id": 2, "ok": True, "stop": True}
+    told = [
+        json.loads(row["data"]) for row in await hive.store.rows("SELECT * FROM events WHERE kind = ?", (OUTDATED,))
+    ]
+    assert told == [{"version": OLDEST_VERSION, "current": PROTOCOL_VERSION, "turn": None}]
 
 
 async def test_a_lease_asked_again_after_a_lost_connection_is_the_same_turn(
