@@ -48,13 +48,14 @@ from hive_core.sign_ins import SignIns
 from hive_core.sockets.admin import AdminDesk
 from hive_core.sockets.harness import HarnessDesk
 from hive_core.sockets.http import serve_asgi
-from hive_core.sockets.model import Call, ModelRelay
+from hive_core.sockets.model import ModelRelay
 from hive_core.sockets.unix import listen_unix, serve_unix
 from hive_core.store.door import open_store
 from hive_core.store.schema import StoreBusy
 from hive_core.systemd import notify
 from hive_core.tool_calls import forget_old_tool_calls
 from hive_core.turns import Turns
+from hive_core.usage import Call
 
 log = logging.getLogger(__name__)
 STOP_WITHIN_S = 4.0

@@ -20,6 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 from hive_core.access import ACCESS, Access, Closed
 from hive_core.credentials import Credential
 from hive_core.protocol.words import AgentName
+from hive_core.usage import Call, UsageReader
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,6 @@ ALLOWED = frozenset({("HEAD", "/"), ("POST", "/v1/messages"), ("POST", "/v1/mess
 CALLS_LIMIT = 16  # of one agent at a time
 PIECE_WITHIN_S = 60.0  # how long a body may pause
 BODY_LIMIT_BYTES = 64 * 1024 * 1024
-MODEL_LIMIT = 80  # characters of a model's name
 # RFC 9110 7.6.1, and what the relay sets itself.
 _HOP_BY_HOP = frozenset(
     {
@@ -55,60 +55,6 @@ def passed_headers(headers: list[tuple[bytes, bytes]], drop: frozenset[str]) -> 
     }
     gone = _HOP_BY_HOP | drop | named
     return [(name, value) for name, value in headers if name.decode("latin-1").lower() not in gone]
-
-
-class UsageReader:
-    """Reads `usage` and the model's name along a provider's answer, streaming or whole, in bounded memory."""
-
-    _KEPT_BYTES = 256 * 1024
-
-    def __init__(self) -> None:
-        self.usage: dict[str, int] = {}
-        self.model: str | None = None
-        self._rest = b""
-
-    def feed(self, data: bytes) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        self._rest = self._rest[-self._KEPT_BYTES :]
-        for line in lines:
-            self._read(line)
-
-    def end(self) -> dict[str, int]:
-        """Token counts by kind, the last word of each; empty when the answer told none."""
-        self._read(self._rest)
-        return self.usage
-
-    def _read(self, line: bytes) -> None:
-        if b'"usage"' not in line:
-            return
-        try:
-            event = json.loads(line.removeprefix(b"data:"))
-            if "model" in (message := event.get("message", event)):
-                self.model = str(message["model"])[:MODEL_LIMIT]
-            found = event.get("usage") or event["message"]["usage"]
-            counts = {str(k): v for k, v in found.items() if isinstance(v, int) and not isinstance(v, bool)}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return
-        self.usage.update(counts)
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call that reached the provider, or may have: it was cut before anybody could know.
-
-    usage     token counts by kind as the provider told them last; None when it told none
-    status    of the provider's answer; 0 when there was none
-    complete  the answer was passed on to its end
-    """
-
-    agent: AgentName
-    credential: str
-    path: str
-    model: str | None
-    usage: dict[str, int] | None
-    request_bytes: int
-    status: int
-    complete: bool
 
 
 @dataclass
