@@ -36,6 +36,8 @@ def build_app(hive: Hive) -> ASGIApp:
             Route("/sign-in", pages.sign_in),
             Route("/static/{name}", pages.asset),
             Route("/sign-out", forms.sign_out, methods=["POST"]),
+            Route("/estop", forms.estop, methods=["POST"]),
+            Route("/thaw", forms.thaw, methods=["POST"]),
             Route("/messages", forms.send, methods=["POST"]),
             Route("/messages/{id}/release", forms.release, methods=["POST"]),
             Route("/messages/{id}/requeue", forms.requeue, methods=["POST"]),

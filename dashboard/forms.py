@@ -116,6 +116,16 @@ class Forms:
         await self._hive.questions.answer(OPERATOR, question.id, answer)
         return yes(request, "/", f"question {question.id} of {question.asker} is answered")
 
+    async def estop(self, request: Request) -> Response:
+        await read_form(request)
+        await self._hive.freeze.estop(OPERATOR)
+        return yes(request, "/", "the swarm is stopped; thaw lets it go on")
+
+    async def thaw(self, request: Request) -> Response:
+        await read_form(request)
+        await self._hive.freeze.thaw(OPERATOR)
+        return yes(request, "/", "the swarm goes on")
+
     async def sign_out(self, request: Request) -> Response:
         await self._hive.sign_ins.sign_out(request.scope["hive_cookie"])
         answer = yes(request, "/", "signed out")

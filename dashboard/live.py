@@ -103,6 +103,8 @@ def _things(event: dict[str, Any]) -> list[tuple[str, Any]]:
         things += [("message", id_) for id_ in (data.get("messages") or [data["message"]])]
     if event["kind"] in MOVED | {"message_dead"} or (event["kind"] == "message_sent" and data.get("held")):
         things.append(("aside", data["message"]))
+    if event["kind"] in ("swarm_frozen", "swarm_thawed"):
+        things.append(("freeze", None))
     if event["kind"].startswith("question_"):
         things.append(("question", data["question"]))
     if event["kind"] in MOVED:
@@ -223,6 +225,8 @@ class Feed:
                 return [Fragment(f"aside-{thing.id}", self._rows.aside(message) if message else "", "aside")]
             case "turn" if thing.id in seen.turns:
                 return self._turn(seen.turns[thing.id], thing.new)
+            case "freeze":
+                return [Fragment("freeze", self._rows.freeze())]
             case "approval" if self._agent is None:
                 return await self._approval(thing.id)
             case "question" if self._agent is None:

@@ -105,6 +105,10 @@ class Rows:
         live = self._hive.agents.live(agent.name)
         return render("rows/agent.html", agent=agent, live=live, hive=self._hive, alone=alone)
 
+    def freeze(self) -> Markup:
+        """The switch that stops the whole swarm, or lets it go on."""
+        return render("rows/freeze.html", frozen_since_ms=self._hive.freeze.since_ms)
+
     def message(self, message: dict[str, Any]) -> Markup:
         rest_bytes = message["body_bytes"] - len(message["body"].encode("utf-8", "replace"))
         return render("rows/message.html", message=message, rest_bytes=rest_bytes, **self._cause(message))

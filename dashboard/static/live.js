@@ -125,6 +125,7 @@ document.addEventListener("submit", async (event) => {
   if (!("fetch" in form.dataset)) return;
   event.preventDefault();
   if (button.getAttribute("aria-busy") === "true") return;
+  if ("ask" in form.dataset && !confirm(form.dataset.ask)) return;
   button.setAttribute("aria-busy", "true");
   await send(form, button);
   button.removeAttribute("aria-busy");

@@ -36,6 +36,12 @@ def dashboard(arguments: Namespace) -> None:
     emit(arguments, result, result["url"])
 
 
+def freeze(arguments: Namespace) -> None:
+    result = _client().call(arguments.verb)
+    text = "the swarm is stopped: `hive thaw` lets it go on" if result["frozen"] else "the swarm goes on"
+    emit(arguments, result, text if result["changed"] else f"{text} (it was so before)")
+
+
 def up(arguments: Namespace) -> int:
     from hive_core.cli.up import up
 

@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from typing import Any
 
 _COLOURS = {"red": "31", "green": "32", "amber": "33", "mauve": "35", "dim": "2", "bold": "1"}
-_STATE_COLOURS = {"idle": "green", "thinking": "mauve", "tool": "mauve", "crashed": "red", "down": "dim"}
+_STATE_COLOURS = {
+    "idle": "green",
+    "thinking": "mauve",
+    "tool": "mauve",
+    "crashed": "red",
+    "down": "dim",
+    "frozen": "red",
+}
 
 
 def paint(text: str, colour: str) -> str:
@@ -60,9 +67,18 @@ def agents(result: dict[str, Any]) -> str:
     for agent in result["agents"]:
         if agent["status"]:
             text += f"\n{paint(agent['name'], 'bold')}: {safe(agent['status'])}"
+    return "\n".join([*_alarms(result), text])
+
+
+def _alarms(result: dict[str, Any]) -> list[str]:
+    """What is wrong with the hive as a whole."""
+    alarms = []
+    if result["frozen_since_ms"] is not None:
+        since = ago(result["frozen_since_ms"])
+        alarms.append(paint(f"! the whole swarm is stopped since {since}: `hive thaw` lets it go on", "red"))
     if result["unsafe"]:
-        text = paint("! agents run without a sandbox (--unsafe-no-sandbox)", "red") + "\n" + text
-    return text
+        alarms.append(paint("! agents run without a sandbox (--unsafe-no-sandbox)", "red"))
+    return alarms
 
 
 def _state(agent: dict[str, Any]) -> str:
@@ -241,9 +257,7 @@ def event(row: dict[str, Any]) -> str:
 
 
 def status(result: dict[str, Any]) -> str:
-    lines = [f"hyperhive {result['version']} · {result['dashboard']}"]
-    if result["unsafe"]:
-        lines.append(paint("! agents run without a sandbox (--unsafe-no-sandbox)", "red"))
+    lines = [f"hyperhive {result['version']} · {result['dashboard']}", *_alarms(result)]
     lines += [approval_line(row) for row in result["pending"]]
     lines += [question(row) for row in result["questions"]]
     if result["unread"]:

@@ -170,6 +170,8 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
     "start": ("agents.want", "start an agent that was killed or paused", [(("agent",), {})]),
     "pause": ("agents.want", "let an agent take no turn and reach no model until it is started", [(("agent",), {})]),
     "kill": ("agents.want", "end an agent now, and keep it down until it is started", [(("agent",), {})]),
+    "estop": ("hive.freeze", "stop the whole swarm now: cut its calls to the model, begin no turn", []),
+    "thaw": ("hive.freeze", "let a stopped swarm go on, with the messages that it holds", []),
     "events": (
         "hive.events",
         "what people did and what changed",

@@ -527,7 +527,7 @@ async def test_an_ack_begins_no_turn_when_nothing_is_due_or_the_agent_is_paused(
     await hive.say("hm1nd", "iris", "another")
     turn = (await lease(hive)).turn
     await hive.agents.want(IRIS, "paused", "operator")
-    assert await hive.broker.ack(IRIS, turn, "done", next_fence="f-3") == Acked(True, paused=True)
+    assert await hive.broker.ack(IRIS, turn, "done", next_fence="f-3") == Acked(True)
     assert await hive.value("SELECT count(*) FROM turns WHERE state = 'running'") == 0
 
 

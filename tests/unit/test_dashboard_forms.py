@@ -126,6 +126,17 @@ async def test_a_body_of_another_kind_is_refused(hive: Services, kind: str, body
 
 
 @pytest.mark.filterwarnings("ignore:GitDB is deprecated")
+async def test_the_swarm_is_stopped_and_let_go_by_a_click(hive: Services) -> None:
+    ours = hive_of(hive)
+    async with browse(ours) as client:
+        assert (await post(client, "/estop", back="/"))[0] == 200
+        assert ours.freeze.since_ms is not None
+        assert "TH4W" in (await client.get("/")).text
+        assert (await post(client, "/thaw", back="/"))[0] == 200
+        assert "TH4W" not in (await client.get("/agents/iris")).text
+    assert ours.freeze.since_ms is None
+
+
 async def test_approve_makes_the_agent_and_says_so(hive: Services) -> None:
     number, digest = await ask_for_argus(hive)
     ours = hive_of(hive)
