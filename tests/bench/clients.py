@@ -19,6 +19,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from hive_core.protocol.harness import PROTOCOL_VERSION
+
 LIMIT = 4 * 1024 * 1024
 Job = Callable[[], Awaitable[None]]
 Wakes = list[float]
@@ -87,7 +89,7 @@ async def hive_cycle(runtime: str, agent: str, wakes: Wakes) -> Job:
     send = await hive_send(runtime, agent)
     lines = await Lines.open(f"{runtime}/agents/{agent}/harness.sock")
     ids, fences = itertools.count(1), itertools.count(1)
-    await lines.ask({"id": 0, "op": "hello", "version": 2, "instance": f"bench-{agent}", "fences": []})
+    await lines.ask({"id": 0, "op": "hello", "version": PROTOCOL_VERSION, "instance": f"bench-{agent}", "fences": []})
 
     async def lease() -> tuple[dict[str, Any], float]:
         answer = await lines.ask({"id": next(ids), "op": "lease", "fence": f"f{next(fences)}"})

@@ -19,7 +19,7 @@ from typing import Any
 
 from hive_core.cli.client import Client
 from tests.bench.figures import figure, say
-from tests.bench.group_start import CHECKOUT, OPEN_BRAKES, plain_loop, rss_mb, spawn
+from tests.bench.group_start import CHECKOUT, OPEN_BRAKES, cpu_s, plain_loop, rss_mb, spawn
 from tests.bench.old_messages import WORDS, fill
 from tests.bench.redis_peer import open_redis, redis_server
 from tests.daemons import Daemon, open_daemon
@@ -187,20 +187,15 @@ def idle_1000() -> Iterator[dict[str, Any]]:
             assert waiting.stdout is not None
             assert waiting.stdout.readline() == "all wait\n"
             time.sleep(2)
-            begun = _cpu_s(daemon.process.pid)
+            begun = cpu_s(daemon.process.pid)
             time.sleep(IDLE_S)
-            used = _cpu_s(daemon.process.pid) - begun
+            used = cpu_s(daemon.process.pid) - begun
             full_mb = rss_mb(daemon.process.pid)
         finally:
             waiting.kill()
             waiting.wait()
     yield figure("idle_1000_cpu", used / IDLE_S * 100, "% of a core", digits=2)
     yield figure("idle_1000_memory", (full_mb - before_mb) * 1024 / IDLE_AGENTS, "KiB per agent", digits=1)
-
-
-def _cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def search_1m() -> dict[str, Any]:

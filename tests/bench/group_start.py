@@ -201,6 +201,11 @@ def rss_mb(pid: int) -> float:
     raise AssertionError("no VmRSS")
 
 
+def cpu_s(pid: int) -> float:
+    """What all threads of a process have used, to the nanosecond."""
+    return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
+
+
 def demo_seconds() -> Iterator[dict[str, Any]]:
     say("demo_seconds: fresh clone to the story's end")
     with tempfile.TemporaryDirectory(prefix="hive-b-") as folder:

@@ -21,7 +21,8 @@ from hive_agent.wake import parse_wake
 from hive_core.cli.client import Client
 from tests.bench.bare import bare_seat, open_bare
 from tests.bench.figures import figure, say
-from tests.bench.group_start import all_idle, rss_mb, spawn
+from tests.bench.group_start import all_idle, cpu_s, rss_mb, spawn
+from tests.bench.relay import relay_figures
 from tests.daemons import Daemon, open_daemon
 from tests.needs import find_claude, missing
 from tests.processes import children_of
@@ -46,6 +47,7 @@ def measure() -> Iterator[dict[str, Any]]:
         yield from prefix_kept()
         yield idle_calls()
     yield from harness_rss()
+    yield from relay_figures()
 
 
 class Stage:
@@ -340,10 +342,10 @@ def harness_rss() -> Iterator[dict[str, Any]]:
         all_idle(client, HARNESSES + 1)
         pids = [_harness_of(daemon, name) for name in names]
         time.sleep(2)
-        begun = sum(map(_cpu_s, pids))
+        begun = sum(map(cpu_s, pids))
         assert begun > 0, "this kernel does not count what a process uses"
         time.sleep(IDLE_S)
-        used = sum(map(_cpu_s, pids)) - begun
+        used = sum(map(cpu_s, pids)) - begun
         sizes = [rss_mb(pid) for pid in pids]
         private = [_private_mb(pid) for pid in pids]
     yield figure("harness_rss", statistics.median(sizes), "MB", digits=1)
@@ -356,11 +358,6 @@ def _harness_of(daemon: Daemon, name: str) -> int:
     bwrap = int(json.loads((daemon.state / "processes" / f"{name}.json").read_text())["pid"])
     (harness,) = children_of(bwrap)
     return harness
-
-
-def _cpu_s(pid: int) -> float:
-    """What all threads of a process have used, to the nanosecond."""
-    return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
 def _private_mb(pid: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 
+from hive_core.protocol.harness import PROTOCOL_VERSION
 from tests.bench.clients import Lines
 
 
@@ -19,7 +20,7 @@ async def main(runtime: str, count: int) -> None:
                 break
             except OSError:
                 await asyncio.sleep(0.1)  # the daemon opens the sockets of so many agents one after the other
-        await lines.ask({"id": 0, "op": "hello", "version": 2, "instance": name, "fences": []})
+        await lines.ask({"id": 0, "op": "hello", "version": PROTOCOL_VERSION, "instance": name, "fences": []})
         waiting.append(asyncio.create_task(lines.ask({"id": 1, "op": "lease", "fence": "f"})))
     print("all wait", flush=True)
     await asyncio.gather(*waiting)
