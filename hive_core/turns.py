@@ -11,8 +11,8 @@ from hive_core.store.bus import stream
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
-LINES_PER_TURN = 2_000
-LINES_PER_AGENT = 20_000
+LINES_PER_TURN = 12_000
+LINES_PER_AGENT = 60_000
 LINE_KEPT_S = 14 * 24 * 3600
 BOUND_EVERY = 500  # lines of one turn between two looks at how many its agent has
 DROPPED_AT_ONCE = 1_000  # lines over the quota that one transaction drops; there are more after it was lowered

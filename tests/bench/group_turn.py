@@ -23,6 +23,7 @@ from tests.bench.bare import bare_seat, open_bare
 from tests.bench.figures import figure, say
 from tests.bench.group_start import all_idle, cpu_s, rss_mb, spawn
 from tests.bench.relay import relay_figures
+from tests.bench.stream import ASKED, many_lines, stream_10k
 from tests.daemons import Daemon, open_daemon
 from tests.needs import find_claude, missing
 from tests.processes import children_of
@@ -43,6 +44,7 @@ def measure() -> Iterator[dict[str, Any]]:
         with open_stage() as stage:
             yield from cold_turns(stage)
             yield from warm_turns(stage)
+            yield from stream_10k(stage)
         yield from wake_tokens()
         yield from prefix_kept()
         yield idle_calls()
@@ -86,6 +88,11 @@ class Stage:
             (told,) = db.execute("SELECT settings FROM agents WHERE name = ?", (agent,)).fetchone()
         settings: dict[str, Any] = json.loads(told)
         return settings
+
+    def flags(self, agent: str) -> list[str]:
+        """With which the harness starts the agent's program."""
+        settings: Any = self.settings(agent)
+        return flags(bare_seat(agent, _claude(), self.port), settings)
 
     def asked_by(self, agent: str) -> list[Request]:
         """The requests of an agent's conversation, known by its role."""
@@ -132,6 +139,8 @@ def answer(request: Request) -> Answer:
     """At once: a few calls of tools for a message that asks for work, a word for every other one."""
     if "begin a repository" in request.last_user_text and not request.tool_results:
         return answer_with(tool("Bash", command=BEGIN_REPOSITORY, description="begin"))
+    if ASKED in request.last_user_text:
+        return many_lines()
     if "work" not in request.last_user_text:
         return "ok"
     done = sum(message["role"] == "assistant" for message in request.messages[_said_last(request) :])
@@ -165,7 +174,7 @@ def cold_turns(stage: Stage) -> Iterator[dict[str, Any]]:
     stage.welcome("cold", turns="cold")
     seat = bare_seat("cold", _claude(), stage.port)
     ours, theirs = [], []
-    with open_bare(stage.daemon, "bare-cold", seat, _flags(stage, "cold")) as bare:
+    with open_bare(stage.daemon, "bare-cold", seat, stage.flags("cold")) as bare:
         for number in range(ROUNDS + 1):
             begun, ended = stage.turn("cold", f"turn {number}")
             ours.append(ended - begun)
@@ -179,7 +188,7 @@ def warm_turns(stage: Stage) -> Iterator[dict[str, Any]]:
     stage.welcome("warm")
     seat = bare_seat("warm", _claude(), stage.port)
     colds, warms, bares, enters, bare_enters = [[] for _ in range(5)]
-    with open_bare(stage.daemon, "bare-warm", seat, _flags(stage, "warm")) as bare:
+    with open_bare(stage.daemon, "bare-warm", seat, stage.flags("warm")) as bare:
         for number in range(2 * ROUNDS + 2):
             # Before each of the two, so that neither finds the machine busy with what the other left to do.
             begun, ended = stage.turn("cold", f"turn {number} between")
@@ -204,11 +213,6 @@ def _claude() -> Path:
     claude = find_claude()
     assert claude is not None
     return claude
-
-
-def _flags(stage: Stage, agent: str) -> list[str]:
-    settings: Any = stage.settings(agent)
-    return flags(bare_seat(agent, _claude(), stage.port), settings)
 
 
 def _median(seconds: list[float]) -> float:
