@@ -19,6 +19,7 @@ from hive_core.protocol.lines import encode
 
 MEMORY_BYTES = 4 * 1024 * 1024
 DISK_BYTES = 64 * 1024 * 1024
+GATHER_S = 0.05  # that a batch waits for more lines: each costs a commit on the host
 BATCH_BYTES = REQUEST_LIMIT_BYTES - 64 * 1024  # the rest is room for what is around the lines
 
 
@@ -65,12 +66,17 @@ class TurnLines:
         self._wake()
 
     async def take(self) -> tuple[int, list[str]] | None:
-        """Wait for the next batch: the number of its first line, and the lines. None after the last."""
+        """Wait for the next batch: the number of its first line, and the lines. None after the last.
+
+        It goes when it is full, the lines are closed, or it has waited for GATHER_S. Cancelled, it loses none.
+        """
         while not self._head and not self._spill.count and not self._tail:
             if self._closed:
                 return None
-            self._changed = trio.Event()
-            await self._changed.wait()
+            await self._wait_changed()
+        with trio.move_on_after(GATHER_S):
+            while not self._closed and len(self._head) < LINES_PER_REQUEST and not (self._spill.count or self._tail):
+                await self._wait_changed()
         if not self._head:
             self._fill_head()
         first = self._next - len(self._tail) - self._dropped - self._spill.count - len(self._head)
@@ -109,6 +115,10 @@ class TurnLines:
             self._head.appendleft((len(encode(told)), told))
             self._head_bytes += len(encode(told))
             self._dropped = 0
+
+    async def _wait_changed(self) -> None:
+        self._changed = trio.Event()
+        await self._changed.wait()
 
     def _wake(self) -> None:
         self._changed.set()

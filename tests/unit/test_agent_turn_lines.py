@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hive_agent import spill
-from hive_agent.turn_lines import TurnLines
+from hive_agent.turn_lines import GATHER_S, TurnLines
 from hive_core.protocol.harness import LINES_PER_REQUEST, REQUEST_LIMIT_BYTES, STREAM_LINE_LIMIT_BYTES
 from hive_core.protocol.lines import encode
 
@@ -27,7 +27,7 @@ def drained(lines: TurnLines) -> list[tuple[int, list[str]]]:
             batches.append(batch)
         return batches
 
-    return trio.run(drain)
+    return trio.run(drain, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def filled(texts: Iterable[str], kept_bytes: int = 1 << 20) -> TurnLines:
@@ -48,6 +48,27 @@ def test_all_lines_come_out_in_order_and_numbered(texts: list[str]) -> None:
 
 def test_a_long_turn_goes_in_several_requests() -> None:
     assert [len(batch) for _, batch in drained(filled(["x"] * 150))] == [64, 64, 22]
+
+
+async def test_lines_that_come_together_go_in_one_request(autojump_clock: trio.testing.MockClock) -> None:
+    lines = TurnLines()
+    for number in range(3):
+        lines.add(str(number))
+        await trio.sleep(GATHER_S / 4)
+
+    async def take() -> tuple[float, int]:
+        batch = await lines.take()
+        assert batch is not None
+        return trio.current_time(), len(batch[1])
+
+    begun = trio.current_time()
+    assert await take() == (begun + GATHER_S, 3)  # a moment behind the last of them, and no later
+    for number in range(LINES_PER_REQUEST + 1):
+        lines.add(str(number))
+    full = trio.current_time()
+    assert await take() == (full, LINES_PER_REQUEST)
+    lines.close()
+    assert await take() == (full, 1)
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=80))
@@ -73,7 +94,7 @@ def test_lines_that_come_after_a_drop_keep_their_numbers() -> None:
         lines.add("the next")
         assert await lines.take() == (20, ["the next"])
 
-    trio.run(main)
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def test_a_batch_fits_into_one_request() -> None:
@@ -140,7 +161,7 @@ def test_lines_over_the_bound_of_memory_are_on_disk_until_they_are_taken(steps: 
         assert open_files_in(Path(folder)) == []
 
     with tempfile.TemporaryDirectory() as folder:
-        trio.run(main, folder)
+        trio.run(main, folder, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 async def test_the_file_has_no_name_and_nobody_else_may_open_it(tmp_path: Path) -> None:
