@@ -14,6 +14,7 @@ from dashboard.live import Position, live_response
 from dashboard.rows import ASSETS, Rows, asset_bytes, asset_hash, render
 from hive_core.agents import Agent
 from hive_core.archive import parse_query
+from hive_core.credentials import DEFAULT
 from hive_core.events import timeline
 from hive_core.flow import messages_aside, newest_messages
 from hive_core.hive import Hive
@@ -158,8 +159,10 @@ class Pages:
         return HTMLResponse(html)
 
     def _lacks_credential(self, agents: list[Agent]) -> str:
-        needed = any((agent.settings or {}).get("program") == "claude" for agent in agents)
-        return self._hive.credential_missing if needed and self._hive.credential is None else ""
+        """What is missing, of the first of these agents whose credential is; "" when nothing is."""
+        credentials, breaker = self._hive.credentials, self._hive.breaker
+        needing = (agent.name for agent in agents if (agent.settings or {}).get("program") == "claude")
+        return next((why for name in needing if (why := credentials.missing(breaker.name_of(name) or DEFAULT))), "")
 
 
 def _after(request: Request) -> str:

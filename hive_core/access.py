@@ -25,12 +25,14 @@ class Closed:
     sentence  for its program and the operator: cause, limit, and who can change it
     until_ms  when it opens by itself, where that is known
     status    with which the relay answers a call
+    cuts      whether calls under way are cut, too
     """
 
     state: str
     sentence: str
     until_ms: int | None = None
     status: int = 503
+    cuts: bool = True
 
 
 Reason = Callable[[AgentName], Closed | None]  # from memory, which each service keeps equal to what it has committed
@@ -50,6 +52,13 @@ class Access:
         """The first reason that says no, or None: the agent may call the model and begin a turn."""
         for reason in self._reasons:
             if (closed := reason(name)) is not None:
+                return closed
+        return None
+
+    def cut(self, name: AgentName) -> Closed | None:
+        """The first reason to end the calls that the agent has under way, or None."""
+        for reason in self._reasons:
+            if (closed := reason(name)) is not None and closed.cuts:
                 return closed
         return None
 

@@ -14,7 +14,7 @@ import trio
 from hive_core.access import ACCESS, Access, Closed
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, SYSTEM, AgentName, parse_text
-from hive_core.store.bus import WANTED, mail, stream
+from hive_core.store.bus import DEPLOYED, WANTED, mail, stream
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
@@ -250,3 +250,4 @@ def set_deployed(tx: Transaction, name: str, sha: str, settings: dict[str, Any])
         "UPDATE agents SET deployed_sha = ?, settings = ?, policy = ? WHERE name = ?", (sha, harness, policy, name)
     )
     tx.emit("settings_deployed", SYSTEM, name, sha=sha)
+    tx.wake(DEPLOYED)

@@ -32,7 +32,7 @@ from hive_core.broker import Broker
 from hive_core.config import Config
 from hive_core.containers.bubblewrap import AgentDirs, sandbox_trouble
 from hive_core.containers.process import ProcessDriver
-from hive_core.credentials import Credential, find_credential, how_to_give_one
+from hive_core.credentials import Credential, Credentials, find_credential, how_to_give_one
 from hive_core.hive import Hive
 from hive_core.lock import take_lock
 from hive_core.procedures.clock import Timer, serve_clock
@@ -165,7 +165,6 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
         )
         rooms = _Rooms(config, repos)
         broker = Broker(store, config, bodies=Bodies(config.state_dir / "bodies", store), access=access)
-        credential, missing = look_for_credential(config)
         hive = Hive(
             config=config,
             store=store,
@@ -176,14 +175,14 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             gate=gate,
             reconciler=Reconciler(store, agents, driver, rooms.dirs, rooms.may_run, rooms.serve, broker.put_back),
             sign_ins=SignIns(store),
-            credential=credential,
-            credential_missing=missing,
+            credentials=Credentials(config.state_dir),
             claude=claude,
             sandbox=sandbox,
             sandbox_trouble=trouble,
         )
         await agents.load()
         await hive.freeze.load()
+        await hive.breaker.load()
         rooms.hive = hive
         rooms.client = await stack.enter_async_context(
             httpx2.AsyncClient(
@@ -230,8 +229,6 @@ class _Rooms:
             return f"{self.hive.sandbox_trouble}; or start with --unsafe-no-sandbox"
         if program == "claude" and self.hive.claude is None:
             return "claude is not installed: `npm install -g @anthropic-ai/claude-code`, then start the hive again"
-        if program == "claude" and self.hive.credential is None:
-            return "no credential for the model provider; `hive up` says how to give one"
         return None
 
     async def serve(self, agent: Agent, task_status: trio.TaskStatus[Desk]) -> None:
@@ -240,7 +237,8 @@ class _Rooms:
         agent_socket = await trio.to_thread.run_sync(_import_agent_socket)
         hive, name, run = self.hive, agent.name, self.run_dir(agent.name)
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
-        harness = HarnessDesk(name, agent.role, hive.broker, hive.turns, hive.agents, self._credential_kind)
+        kind = partial(hive.breaker.kind_for, name)
+        harness = HarnessDesk(name, agent.role, hive.broker, hive.turns, hive.agents, kind)
         tools = agent_socket.AgentDesk(
             name, hive.broker, hive.agents, hive.gate, hive.reconciler.kill, hive.archive, hive.loose_ends
         )
@@ -249,8 +247,8 @@ class _Rooms:
             self.client,
             self._config.provider_base_url,
             hive.access,
-            lambda: hive.credential,
-            lambda credential, status, headers: None,
+            partial(hive.breaker.credential_for, name),
+            partial(hive.breaker.answered, name),
             _note_call,
         )
         with contextlib.ExitStack() as opened:
@@ -264,9 +262,6 @@ class _Rooms:
             nursery.start_soon(serve_asgi, relay, model_sock)
             self._serve_page(agent, nursery)
             task_status.started(harness)
-
-    def _credential_kind(self) -> str:
-        return self.hive.credential.kind if self.hive.credential else "api_key"
 
     def _serve_page(self, agent: Agent, nursery: trio.Nursery) -> None:
         # With any-port dashboards (the demo, tests) the pages take any port too.
@@ -311,6 +306,7 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(hive.broker.serve_leases)
         nursery.start_soon(hive.access.serve, hive.store)
         nursery.start_soon(hive.agents.serve)
+        nursery.start_soon(hive.breaker.serve)
         nursery.start_soon(hive.archive.index.serve)
         nursery.start_soon(serve_clock, hive.store, timers)
         nursery.start_soon(_serve_pruning, hive)

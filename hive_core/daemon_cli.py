@@ -43,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         serve.add_argument(f"--{flag}", metavar="…", help=help_text)
     for name, field in Limits.model_fields.items():
-        told = f"{field.description} ({field.default:,})"
+        default = field.default if isinstance(field.default, str) else f"{field.default:,}"
+        told = f"{field.description} ({default})"
         serve.add_argument(f"--{name.replace('_', '-')}", metavar="…", help=told)
     serve.add_argument("--life-fd", type=life_fd, metavar="FD", help="stop when this inherited pipe is closed")
     serve.add_argument("--end-agents-with-daemon", action="store_true", help="agents end when the daemon does")

@@ -11,10 +11,12 @@ from hive_core.access import Access
 from hive_core.agents import Agents
 from hive_core.approvals import Approvals
 from hive_core.archive import Archive
+from hive_core.breaker import Breaker
 from hive_core.broker import Broker
 from hive_core.config import Config
-from hive_core.credentials import Credential
+from hive_core.credentials import DEFAULT, Credential, Credentials
 from hive_core.freeze import Freeze
+from hive_core.logins import Logins
 from hive_core.loose_ends import LooseEnds
 from hive_core.procedures.gate import Gate
 from hive_core.procedures.reconcile import Reconciler
@@ -40,15 +42,16 @@ class Hive:
     gate: Gate
     reconciler: Reconciler
     sign_ins: SignIns
-    credential: Credential | None
+    credentials: Credentials
     claude: Path | None  # the agent program, where it was found
     sandbox: str  # "bwrap" or "none"
     sandbox_trouble: str | None  # why bwrap does not work here and what would mend it
-    credential_missing: str = ""  # why there is no credential, and how to give one; empty when there is
     dashboard_port: int = 0  # the port that is really bound; 0 until it is
     page_ports: dict[str, int] = field(default_factory=dict)  # agent → the port its page is really served on
     stopping: trio.Event = field(default_factory=trio.Event)
     freeze: Freeze = field(init=False)
+    breaker: Breaker = field(init=False)
+    logins: Logins = field(init=False)
     archive: Archive = field(init=False)
     retention: Retention = field(init=False)
     questions: Questions = field(init=False)
@@ -58,6 +61,8 @@ class Hive:
 
     def __post_init__(self) -> None:
         self.freeze = Freeze(self.store, self.access)
+        self.breaker = Breaker(self.store, self.credentials, self.access, self.broker.limits)
+        self.logins = Logins(self.credentials, self.breaker)
         self.archive = Archive(self.store, self.config, self.config.bodies_dir)
         self.retention = Retention(self.store, self.config, self.archive.index)
         limits = self.broker.limits
@@ -68,6 +73,16 @@ class Hive:
     @property
     def access(self) -> Access:
         return self.agents.access
+
+    @property
+    def credential(self) -> Credential | None:
+        """The one that agents use whose settings name no other."""
+        return self.credentials.find(DEFAULT)
+
+    @property
+    def credential_missing(self) -> str:
+        """Why there is none, and how to give one; empty when there is."""
+        return self.credentials.missing(DEFAULT)
 
     @property
     def unsafe(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,6 +24,32 @@ class Limits(BaseModel):
     ] = 2.0
     provider_rest_s: Annotated[
         Rest, Field(description="rest of an agent and its message when the provider or the login was away, ± half")
+    ] = 30.0
+    after_limit: Annotated[
+        Literal["resume", "stay"],
+        Field(
+            description="what agents do when a limit of their credential is over: resume by themselves, or stay "
+            "stopped until `hive credentials resume NAME`"
+        ),
+    ] = "resume"
+    limit_rest_s: Annotated[
+        Rest,
+        Field(
+            description="rest of a credential that the provider turned away (429, 529) without saying until when, "
+            "doubled with each up to 1 h, ± half"
+        ),
+    ] = 15.0
+    refused_rest_s: Annotated[
+        Rest,
+        Field(
+            description="rest of a credential that the provider refused (401, 403) before it is tried again, as above"
+        ),
+    ] = 60.0
+    probe_s: Annotated[
+        Seconds, Field(description="how long one agent tries a credential alone, after its rest, before another does")
+    ] = 60.0
+    resume_spread_s: Annotated[
+        Seconds, Field(description="over how long the other agents follow the one that found the credential working")
     ] = 30.0
     lease_silence_s: Annotated[
         Seconds, Field(description="how long a harness may be silent before its turn is lost")

@@ -78,7 +78,7 @@ class Proposal:
 def harness_settings(settings: AgentSettings, prompt: str) -> dict[str, Any]:
     """What travels to the harness with a lease: protocol.harness.Settings. The policy is the host's to enforce."""
     chosen = settings.model_dump(exclude={"description", *POLICY}, exclude_none=True)
-    return {**chosen, "prompt": prompt, "policy": settings.model_dump(include=POLICY, exclude_none=True)}
+    return {**chosen, "prompt": prompt, "policy": settings.model_dump(include=POLICY, exclude_defaults=True)}
 
 
 async def _in_thread(function: Callable[..., T], name: AgentName, *arguments: Any) -> T:

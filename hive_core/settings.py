@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from hive_core import credentials
 from hive_core.protocol.harness import TURN_SILENCE_S, WARM_IDLE_S, WARM_MEMORY_MIB, WARM_TURNS
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import named
@@ -19,9 +20,12 @@ DEFAULT_TOOLS = ["Bash", "Read", "Edit", "Write", "Glob", "Grep"]
 Recipient = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*\z", max_length=NAME_LIMIT)]
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:\[\]-]*\z", max_length=80)]
 
+CredentialName = Annotated[
+    str, StringConstraints(pattern=rf"^{credentials.NAME_PATTERN}\z", max_length=credentials.NAME_LIMIT)
+]
 
 # What the host enforces of the settings, whatever goes on in the container.
-POLICY = {"recipients", "pair_rate_per_hour"}
+POLICY = {"recipients", "pair_rate_per_hour", "credential"}
 
 
 class AgentSettings(BaseModel):
@@ -37,6 +41,7 @@ class AgentSettings(BaseModel):
     warm_memory_mib: Annotated[int, Field(ge=64, le=1_048_576)] = WARM_MEMORY_MIB
     turn_silence_s: Annotated[int, Field(ge=10, le=86_400)] = TURN_SILENCE_S
     description: Annotated[str, StringConstraints(max_length=200)] = ""
+    credential: CredentialName = credentials.DEFAULT  # of the host's, by its name
     recipients: Annotated[list[Recipient], Field(max_length=200)] | None = None  # whom it may write to; None: everybody
     pair_rate_per_hour: Annotated[int, Field(ge=1, le=100_000)] | None = None  # to one recipient; None: the hive's
 

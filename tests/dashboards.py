@@ -18,7 +18,7 @@ from hive_core.agents import Agent
 from hive_core.config import Config
 from hive_core.containers.bubblewrap import AgentDirs
 from hive_core.containers.process import ProcessDriver
-from hive_core.credentials import how_to_give_one
+from hive_core.credentials import Credentials
 from hive_core.hive import Hive
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.protocol.words import AgentName
@@ -59,8 +59,7 @@ def hive_of(services: Services, **changes: Any) -> Hive:
         reconciler=Reconciler(services.store, services.agents, driver, dirs, may_run, _never, services.broker.put_back),
         sign_ins=SignIns(services.store),
         **{
-            "credential": None,
-            "credential_missing": how_to_give_one(folder),
+            "credentials": Credentials(folder, {}),
             "claude": None,
             "sandbox": "bwrap",
             "sandbox_trouble": None,

@@ -113,7 +113,8 @@ def page() -> str:
 
 def _row(name: str, field: FieldInfo) -> str:
     assert field.description, f"{name} needs a description"
-    return f"| `{name}` | {in_words(name, field.default)} | {field.description} |\n"
+    default = field.default if isinstance(field.default, str) else in_words(name, field.default)
+    return f"| `{name}` | {default} | {field.description} |\n"
 
 
 if __name__ == "__main__":

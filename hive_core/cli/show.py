@@ -256,8 +256,29 @@ def event(row: dict[str, Any]) -> str:
     return f"{head} {paint(row['kind'], 'mauve')}{about} {data}"
 
 
+_CREDENTIAL_COLOURS = {"works": "green", "limited": "amber", "refused": "red", "missing": "red"}
+
+
+def credential(row: dict[str, Any]) -> str:
+    kind = {"api_key": "API key", "oauth_token": "token", None: "none"}[row["kind"]]
+    since = f" since {day(row['since_ms'])}" if row["since_ms"] else ""
+    until = f" until {day(row['until_ms'])}" if row["until_ms"] else ""
+    parts = [f"{kind} from {safe(row['source'])}" if row["source"] else kind]
+    parts += [_window(name, window) for name, window in row["windows"].items()]
+    parts.append(f"used by {', '.join(row['agents'])}" if row["agents"] else "used by nobody")
+    state = paint(f"{row['state']}{since}{until}", _CREDENTIAL_COLOURS.get(row["state"], "dim"))
+    line = f"credential {paint(row['name'], 'bold')} {state}: {' · '.join(parts)}"
+    return f"{line}\n  {safe(row['sentence'])}" if row["sentence"] else line
+
+
+def _window(name: str, window: dict[str, Any]) -> str:
+    reset = f" until {day(window['reset_ms'])}" if window["reset_ms"] else ""
+    return f"{name} window {round(window['left'] * 100)} % left{reset}"
+
+
 def status(result: dict[str, Any]) -> str:
     lines = [f"hyperhive {result['version']} · {result['dashboard']}", *_alarms(result)]
+    lines += [credential(row) for row in result["credentials"] if row["agents"] and (row["sentence"] or row["windows"])]
     lines += [approval_line(row) for row in result["pending"]]
     lines += [question(row) for row in result["questions"]]
     if result["unread"]:

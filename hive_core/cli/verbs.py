@@ -172,6 +172,23 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
     "kill": ("agents.want", "end an agent now, and keep it down until it is started", [(("agent",), {})]),
     "estop": ("hive.freeze", "stop the whole swarm now: cut its calls to the model, begin no turn", []),
     "thaw": ("hive.freeze", "let a stopped swarm go on, with the messages that it holds", []),
+    "credentials": (
+        "credentials.credentials",
+        "the credentials for the model provider: who uses them, whether they work, how much is left",
+        [
+            (("what",), {"nargs": "?", "choices": ["list", "resume", "remove"], "default": "list"}),
+            (("name",), {"nargs": "?", "metavar": "NAME", "help": "resume: try it now; remove: its agents wait"}),
+        ],
+    ),
+    "login": (
+        "credentials.login",
+        "log in at the model provider, or give a key; agents that wait for it go on by themselves",
+        [
+            (("credential",), {"nargs": "?", "help": "its name; default when absent"}),
+            (("--api-key",), {"action": "store_true", "help": "read an API key from standard input"}),
+            (("--token",), {"action": "store_true", "help": "read a token of `claude setup-token` from there"}),
+        ],
+    ),
     "events": (
         "hive.events",
         "what people did and what changed",

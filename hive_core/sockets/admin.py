@@ -37,6 +37,7 @@ from hive_core.protocol.words import (
 )
 from hive_core.questions import parse_answer
 from hive_core.schedules import parse_plan
+from hive_core.sockets.admin_credentials import credential_verbs
 from hive_core.sockets.unix import Connection, Lines
 from hive_core.store.bus import EVENTS, WANTED
 from hive_core.version import __version__
@@ -91,6 +92,7 @@ class AdminDesk:
             "thaw": (self._thaw, set()),
             "kill": (self._kill, {"agent"}),
             "dashboard": (self._dashboard, set()),
+            **credential_verbs(hive),
         }
         self._streams: dict[str, tuple[Callable[[Args, Tell], Awaitable[None]], set[str]]] = {
             "watch": (self._watch, set()),
@@ -140,6 +142,7 @@ class AdminDesk:
             "dashboard": hive.dashboard_url(),
             "credential": hive.credential.source if hive.credential else None,
             "credential_missing": hive.credential_missing or None,
+            "credentials": hive.breaker.rows(),
             "claude": str(hive.claude) if hive.claude else None,
             "claude_chosen": str(hive.config.claude) if hive.config.claude else None,
             "sandbox": hive.sandbox,

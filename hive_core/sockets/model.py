@@ -150,14 +150,14 @@ class _Exchange:
 
     async def _wait_closed(self) -> Closed:
         with self._relay.access.bus.listen(ACCESS) as listener:
-            while (closed := self._relay.access.closed(self._relay.name)) is None:
+            while (closed := self._relay.access.cut(self._relay.name)) is None:
                 await listener.wait()
         return closed
 
     async def _pass_on(self) -> None:
         relay, scope = self._relay, self._scope
         query = f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else ""
-        headers = passed_headers(scope["headers"], _REPLACED) + self._credential.headers()
+        headers = self._credential.put_on(passed_headers(scope["headers"], _REPLACED))
         # Not the client's build_request: that adds its own headers, and the cookies of every agent's answers.
         request = httpx2.Request(
             scope["method"],

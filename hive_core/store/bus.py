@@ -14,6 +14,8 @@ import trio
 EVENTS = "events"
 WANTED = "wanted"  # what is wanted of some agent changed
 RESTING = "resting"  # a message rests until an instant
+DEPLOYED = "deployed"  # what some agent runs on changed
+CREDENTIALS = "credentials"  # what is known of some credential changed
 APPROVED = "approved"  # an approval waits to be carried out
 
 

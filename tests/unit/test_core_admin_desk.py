@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hive_core.approvals import put_request
 from hive_core.config import Config
-from hive_core.credentials import Credential, how_to_give_one
+from hive_core.credentials import Credentials
 from hive_core.hive import Hive
 from hive_core.post import put_message
 from hive_core.protocol.admin import PROTOCOL_VERSION
@@ -45,7 +45,7 @@ class Drained:
         return {"iris": "finished"}
 
 
-def whole(services: Services, credential: Credential | None = None) -> Hive:
+def whole(services: Services, **environment: str) -> Hive:
     reconciler: Any = Drained()
     return Hive(
         config=Config(state_dir=services.state_dir, runtime_dir=services.state_dir),
@@ -57,8 +57,7 @@ def whole(services: Services, credential: Credential | None = None) -> Hive:
         gate=services.gate,
         reconciler=reconciler,
         sign_ins=SignIns(services.store),
-        credential=credential,
-        credential_missing="" if credential else how_to_give_one(services.state_dir),
+        credentials=Credentials(services.state_dir, environment),
         claude=None,
         sandbox="none",
         sandbox_trouble="bubblewrap is not installed",
@@ -111,7 +110,7 @@ async def test_status_tells_what_is_missing_and_what_waits(hive: Services, peer:
 
 
 async def test_no_answer_carries_the_credential(hive: Services, tmp_path: Path) -> None:
-    house = whole(hive, Credential("api_key", "ANTHROPIC_API_KEY", "sk-canary"))
+    house = whole(hive, ANTHROPIC_API_KEY="sk-canary")
     async with serve(tmp_path / "host.sock", AdminDesk(house).serve) as door, connect(door) as peer:
         status = await ask(peer, "status")
         assert (status["credential"], status["credential_missing"]) == ("ANTHROPIC_API_KEY", None)

@@ -218,7 +218,7 @@ def test_a_credential_is_told_by_its_place_alone(machine: Machine) -> None:
     assert machine.look("credential") == ("ok", "ANTHROPIC_API_KEY")
     del machine.environment["ANTHROPIC_API_KEY"]
     status, message = machine.look("credential")
-    assert (status, message[:29]) == ("trouble", "none: set ANTHROPIC_API_KEY, ")
+    assert (status, message[:20]) == ("trouble", "none: `hive login`, ")
     (machine.state / "credentials").mkdir(mode=0o700, parents=True)
     machine.state.chmod(0o700)
     key = machine.state / "credentials" / "anthropic-api-key"

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from dashboard.rows import ASSETS, asset_url
-from hive_core.credentials import Credential
+from hive_core.credentials import Credentials
 from hive_core.protocol.words import MANAGER, AgentName
 from tests.dashboards import browse, hive_of, signed_in
 from tests.hives import Services
@@ -70,7 +70,9 @@ async def test_a_missing_credential_is_told_when_an_agent_needs_one(hive: Servic
     async with browse(hive_of(hive)) as client:
         assert "ANTHROPIC_API_KEY" in (await client.get("/")).text
         assert 'id="no-credential"' not in (await client.get("/agents/damocles")).text
-    async with browse(hive_of(hive, credential=Credential("api_key", "x", "secret-canary"))) as client:
+    async with browse(
+        hive_of(hive, credentials=Credentials(hive.state_dir, {"ANTHROPIC_API_KEY": "secret-canary"}))
+    ) as client:
         page = (await client.get("/")).text
     assert 'id="no-credential"' not in page
     assert "secret-canary" not in page

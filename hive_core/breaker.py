@@ -1,0 +1,468 @@
+"""The breaker: one per credential, for all agents on it, so that a limit is found out once and not by each of them.
+
+    works ── 429, 529 ──▶ limited ──┐  until the reset that was told, else after a rest that doubles
+      ▲  └── 401, 403 ──▶ refused ──┤  after a rest that doubles, or with another secret
+      │                             ▼
+      └──── first success ──── tried by one agent; then the others follow, spread by chance
+
+It is fed by the relay, from the provider's own answers; what an agent claims closes that agent alone. Its memory goes
+first, since the next call must be refused at once; `serve` writes it down and wakes whoever may go on.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import trio
+
+from hive_core.access import Access, Closed
+from hive_core.credential_states import LIMITED, REFUSED, CredentialState, forget_state, keep_state, state_from_row
+from hive_core.credentials import DEFAULT, Credential, Credentials
+from hive_core.limits import Limits
+from hive_core.post import put_message
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import MANAGER, SYSTEM, AgentName, parse_body
+from hive_core.provider_limits import FAR_MS, Window, reset_of, windows_of
+from hive_core.rests import REST_MOST_S
+from hive_core.store.bus import CREDENTIALS, DEPLOYED
+from hive_core.store.door import Store
+from hive_core.store.writer import Transaction
+
+LOOK_AGAIN_S = 30.0  # the clock may be set, and a credential's file changed by hand
+WORKED_EVERY_MS = 600_000  # that it still works is written down no more often
+BREAKER = "breaker"  # bus topic: there is something to write down
+
+
+# The call that found it out has its answer coming, and those of others under way may well succeed.
+_Wait = partial(Closed, cuts=False)
+
+
+class _Use(NamedTuple):
+    """What an agent needs: the name of its credential, and whether it has something to do with it now."""
+
+    credential: str
+    waits: bool
+
+
+@dataclass(slots=True)
+class _Trial:
+    """A credential whose rest is over: one agent tries it. None: whoever calls first does."""
+
+    agent: AgentName | None
+    since_ms: int
+    tried: set[AgentName] = field(default_factory=set)
+
+
+class _News(NamedTuple):
+    """An event to be written with the state, and what hm1nd is told of it."""
+
+    kind: str
+    actor: str
+    agent: str | None
+    data: dict[str, Any]
+    message: str = ""
+
+
+class Breaker:
+    """chance: for jitter; given by a test that wants the same again."""
+
+    def __init__(
+        self,
+        store: Store,
+        credentials: Credentials,
+        access: Access,
+        limits: Limits | None = None,
+        chance: random.Random | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._credentials = credentials
+        self._access = access
+        access.add(self.closed)
+        self._limits = limits or Limits()
+        self._chance = chance or random.Random()
+        self._clock = clock
+        self._uses: dict[AgentName, _Use] = {}
+        self._states: dict[str, CredentialState] = {}
+        self._found: dict[str, str | None] = {}  # credential → the fingerprint that agents were last woken for
+        self._trials: dict[str, _Trial] = {}
+        self._follow: dict[AgentName, int] = {}  # who goes on at which instant, after the one that tried
+        self._claims: dict[AgentName, int] = {}
+        self._unsaved: dict[str, list[_News]] = {}
+
+    async def load(self) -> None:
+        """Take up what an earlier daemon knew. To be awaited before anything is asked."""
+        for row in await self._store.rows("SELECT * FROM credential_states"):
+            self._states[row["name"]] = state_from_row(row)
+        for name, state in list(self._states.items()):
+            credential = self._credentials.find(name)
+            if credential is not None and credential.fingerprint != state.fingerprint:
+                del self._states[name]  # another was put in its place meanwhile
+        await self.tick()
+
+    # -- what others ask ----------------------------------------------------------------------------------------------
+
+    def name_of(self, agent: AgentName) -> str | None:
+        """The credential that an agent's settings name; None when its program needs none."""
+        use = self._uses.get(agent)
+        return use.credential if use else None
+
+    def kind_for(self, agent: AgentName) -> str:
+        """The kind of placeholder that an agent's program needs."""
+        found = self._credentials.find(self.name_of(agent) or DEFAULT)
+        return found.kind if found else "api_key"
+
+    def closed(self, agent: AgentName) -> Closed | None:
+        """Why an agent may not call the model now, as far as its credential goes (access.Reason)."""
+        name, now_ms = self.name_of(agent), self._now_ms()
+        if name is None:
+            return None
+        if now_ms < (until_ms := self._claims.get(agent, 0)) <= now_ms + FAR_MS:
+            return _Wait(LIMITED, f"the program of {agent} says that it is limited; it goes on then", until_ms)
+        credential = self._credentials.find(name)
+        if credential is None:
+            return _Wait(REFUSED, f"no credential for the model provider: {self._credentials.missing(name)}")
+        state = self._state(credential)
+        if state.reason is not None:
+            return self._closed_by(state, agent, now_ms)
+        if now_ms < (until_ms := self._follow.get(agent, 0)) <= now_ms + FAR_MS:
+            return _Wait(LIMITED, f"the credential {name} works again; its agents go on one after another", until_ms)
+        return None
+
+    def _closed_by(self, state: CredentialState, agent: AgentName, now_ms: int) -> Closed | None:
+        trial = self._trials.get(state.name)
+        if trial is None or state.rests(now_ms):
+            until_ms = None if state.stays else state.until_ms
+            return _Wait(state.reason or LIMITED, state.sentence(now_ms), until_ms)
+        if trial.agent in (None, agent):
+            return None
+        return _Wait(
+            state.reason or LIMITED,
+            f"{trial.agent} tries the credential {state.name} after its rest; the others follow when it works",
+        )
+
+    def credential_for(self, agent: AgentName) -> Credential | None:
+        """The credential for a call of an agent's that begins now, where `closed` says nothing against it."""
+        name = self.name_of(agent)
+        if name is None:
+            return None
+        trial = self._trials.get(name)
+        if trial is not None and trial.agent is None:
+            trial.agent, trial.since_ms = agent, self._now_ms()
+        return self._credentials.find(name)
+
+    def users(self, name: str) -> list[AgentName]:
+        return sorted(agent for agent, use in self._uses.items() if use.credential == name)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every credential for the operator: what it is, what is known of it, who uses it. Never the secret."""
+        now_ms = self._now_ms()
+        names = dict.fromkeys([*self._credentials.names(), *sorted(use.credential for use in self._uses.values())])
+        return [self._row(name, now_ms) for name in names]
+
+    def _row(self, name: str, now_ms: int) -> dict[str, Any]:
+        credential = self._credentials.find(name)
+        state = self._state(credential) if credential else None
+        return {
+            "name": name,
+            "kind": credential.kind if credential else None,
+            "source": credential.source if credential else None,
+            "agents": self.users(name),
+            "state": state.word if state else "missing",
+            "sentence": self._credentials.missing(name) or (state.sentence(now_ms) if state and state.reason else ""),
+            "since_ms": state.since_ms if state else None,
+            "until_ms": state.until_ms if state and not state.stays else None,
+            "stays": bool(state and state.stays),
+            "worked_at_ms": state.worked_at_ms if state else None,
+            "windows": {key: window.to_wire() for key, window in state.windows.items()} if state else {},
+        }
+
+    # -- what the relay tells -----------------------------------------------------------------------------------------
+
+    def answered(self, agent: AgentName, credential: Credential, status: int, headers: Mapping[str, str]) -> None:
+        """Take in one answer of the provider's to a call of `agent` with this credential."""
+        now_ms = self._now_ms()
+        current = self._credentials.find(credential.name)
+        if current is None or current.fingerprint != credential.fingerprint:
+            return  # another was put in its place while the call ran
+        state = self._state(credential)
+        self._note_windows(state, windows_of(headers, now_ms))
+        state = self._state(credential)
+        if status in (429, 529):
+            self._limited(state, agent, status, reset_of(headers, now_ms), now_ms)
+        elif status in (401, 403):
+            self._refused(state, agent, status, now_ms)
+        elif 200 <= status < 300:
+            self._worked(state, agent, now_ms)
+
+    def claimed(self, agent: AgentName, until_ms: int) -> None:
+        """An agent says itself that it is limited until an instant: that closes it alone, for 8 days at most."""
+        now_ms = self._now_ms()
+        if now_ms < until_ms:
+            self._claims[agent] = min(until_ms, now_ms + FAR_MS)
+            self._access.changed(agent)
+            self._wake()
+
+    def _note_windows(self, state: CredentialState, told: dict[str, Window]) -> None:
+        if not told:
+            return
+        windows = {**state.windows, **told}
+        if _as_shown(windows) != _as_shown(state.windows):
+            self._put(replace(state, windows=windows))
+        else:
+            self._states[state.name] = replace(state, windows=windows)
+
+    def _limited(
+        self, state: CredentialState, agent: AgentName, status: int, reset_ms: int | None, now_ms: int
+    ) -> None:
+        if state.reason == LIMITED and state.rests(now_ms):
+            # Of a call that was under way with the first one: it is the same event.
+            if reset_ms is not None and reset_ms > (state.until_ms or 0):
+                self._put(replace(state, until_ms=reset_ms))
+            return
+        failures = state.failures + 1 if state.reason == LIMITED else 1
+        until_ms = reset_ms or now_ms + self._rest_ms(self._limits.limit_rest_s, failures)
+        stays = status == 429 and self._limits.after_limit == "stay"
+        self._close(replace(state, status=status, failures=failures, until_ms=until_ms, stays=stays), LIMITED, agent)
+
+    def _refused(self, state: CredentialState, agent: AgentName, status: int, now_ms: int) -> None:
+        if state.reason == REFUSED and state.rests(now_ms):
+            return
+        failures = state.failures + 1 if state.reason == REFUSED else 1
+        until_ms = now_ms + self._rest_ms(self._limits.refused_rest_s, failures)
+        self._close(replace(state, status=status, failures=failures, until_ms=until_ms, stays=False), REFUSED, agent)
+
+    def _close(self, state: CredentialState, reason: str, agent: AgentName) -> None:
+        first = state.reason != reason
+        since_ms = self._now_ms() if first else state.since_ms
+        state = replace(state, reason=reason, since_ms=since_ms, agent=agent)
+        kind = "credential_limited" if reason == LIMITED else "credential_refused"
+        said = ""
+        if reason == REFUSED and first:
+            said = f"Agents wait: {state.sentence(self._now_ms())}. Only the operator can log in."
+        data = {"status": state.status, "until_ms": state.until_ms, "stays": state.stays or None}
+        self._trials.pop(state.name, None)
+        self._stop_following(state.name)
+        self._put(state, _News(kind, SYSTEM, agent, data, said))
+        self._tell(self.users(state.name))
+
+    def _worked(self, state: CredentialState, agent: AgentName, now_ms: int) -> None:
+        if state.reason is None:
+            if state.worked_at_ms is None or not 0 <= now_ms - state.worked_at_ms < WORKED_EVERY_MS:
+                self._put(replace(state, worked_at_ms=now_ms))
+            return
+        if state.name not in self._trials or state.rests(now_ms):
+            return  # of a call that began before the limit was reached
+        again = f"The credential {state.name} works again; agents go on by themselves."
+        self._trials.pop(state.name)
+        others = [name for name in self.users(state.name) if name != agent]
+        self._chance.shuffle(others)
+        for place, name in enumerate(others):
+            part = (place + self._chance.random()) / len(others)
+            self._follow[name] = now_ms + int(self._limits.resume_spread_s * 1000 * part)
+        fresh = CredentialState(state.name, state.fingerprint, worked_at_ms=now_ms, windows=state.windows)
+        self._put(fresh, _News("credential_reopened", SYSTEM, agent, {}, again if state.reason == REFUSED else ""))
+
+    def _rest_ms(self, first_s: float, failures: int) -> int:
+        rest_s = min(first_s * 2 ** min(failures - 1, 30), max(first_s, REST_MOST_S))
+        return int(rest_s * 1000 * (0.5 + self._chance.random()))
+
+    # -- what the operator does ---------------------------------------------------------------------------------------
+
+    async def resume(self, name: str, actor: AgentName) -> dict[str, Any]:
+        """Try a limited or refused credential at once. Raises Refusal when there is none, or it is not stopped."""
+        credential = self._credentials.find(name)
+        if credential is None:
+            raise Refusal("not_found", f"cannot resume the credential {name}: {self._credentials.missing(name)}")
+        state = self._state(credential)
+        claims = [agent for agent in self.users(name) if self._claims.pop(agent, None)]
+        if state.reason is None and not claims:
+            raise Refusal("conflict", f"cannot resume the credential {name}: nothing stops it")
+        self._put(replace(state, stays=False, until_ms=self._now_ms()), _News("credential_resumed", actor, None, {}))
+        self._tell(claims)
+        await self.tick()
+        return {"credential": name, "agents": self.users(name)}
+
+    async def renewed(self, name: str, actor: AgentName) -> dict[str, Any]:
+        """A credential was given: forget what was known of the one before, and let its agents go on."""
+        credential = self._credentials.find(name)
+        if credential is None:
+            raise Refusal("conflict", f"cannot use the credential {name}: {self._credentials.missing(name)}")
+        self._forget(name)
+        self._found[name] = credential.fingerprint
+        data = {"credential_kind": credential.kind}
+        said = f"The operator gave the credential {name}; agents on it go on by themselves."
+        self._put(CredentialState(name, credential.fingerprint), _News("credential_logged_in", actor, None, data, said))
+        self._tell(self.users(name))
+        await self.tick()
+        return {"kind": credential.kind, "source": credential.source, "agents": self.users(name)}
+
+    async def removed(self, name: str, actor: AgentName) -> dict[str, Any]:
+        """A credential was taken away."""
+        self._forget(name)
+        self._states.pop(name, None)
+        self._unsaved.pop(name, None)
+
+        def write(tx: Transaction) -> None:
+            forget_state(tx, name)
+            tx.emit("credential_removed", actor, credential=name)
+            tx.wake(CREDENTIALS)
+
+        await self._store.write(write)
+        self._tell(self.users(name))
+        return {"agents": self.users(name)}
+
+    def _forget(self, name: str) -> None:
+        self._trials.pop(name, None)
+        self._stop_following(name)
+        for agent in self.users(name):
+            self._claims.pop(agent, None)
+
+    # -- time ---------------------------------------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        """Write down what is known and let agents go on when their time comes, until cancelled."""
+        with self._store.bus.listen(BREAKER, DEPLOYED) as listener:
+            while True:
+                rest_s = await self.tick()
+                with trio.move_on_after(min(max(rest_s, 0.0), LOOK_AGAIN_S)):
+                    await listener.wait()
+
+    async def tick(self) -> float:
+        """Do what is due now; how many seconds later to look again."""
+        unsaved = {name: list(news) for name, news in self._unsaved.items()}
+        states = {name: self._states[name] for name in unsaved if name in self._states}
+        self._uses = await self._store.insist(lambda tx: self._write(tx, states, unsaved))
+        for name, news in unsaved.items():
+            left = self._unsaved.get(name, [])[len(news) :]
+            if left or self._states.get(name) != states.get(name):
+                self._unsaved[name] = left
+            else:
+                self._unsaved.pop(name, None)
+        now_ms = self._now_ms()
+        self._look_at_files()
+        self._try_rested(now_ms)
+        self._let_go(self._follow, now_ms)
+        self._let_go(self._claims, now_ms)
+        return (min(self._instants(now_ms), default=now_ms + FAR_MS) - now_ms) / 1000
+
+    def _write(
+        self, tx: Transaction, states: dict[str, CredentialState], unsaved: dict[str, list[_News]]
+    ) -> dict[AgentName, _Use]:
+        for name, news in unsaved.items():
+            if name in states:
+                keep_state(tx, states[name])
+            for one in news:
+                tx.emit(one.kind, one.actor, one.agent, credential=name, **one.data)
+                if one.message:
+                    _tell_manager(tx, one.message, self._limits)
+            tx.wake(CREDENTIALS)
+        return {
+            AgentName(row["name"]): _Use(row["credential"], bool(row["waits"])) for row in tx.execute(_USES).fetchall()
+        }
+
+    def _look_at_files(self) -> None:
+        """Wake the agents of each credential that came, went or changed since they were woken last."""
+        for name in {use.credential for use in self._uses.values()}:
+            credential = self._credentials.find(name)
+            mark = credential.fingerprint if credential else None
+            if self._found.get(name, mark) != mark:
+                self._forget(name)
+                if credential is not None:
+                    self._put(
+                        CredentialState(name, credential.fingerprint), _News("credential_changed", SYSTEM, None, {})
+                    )
+                self._store.bus.publish([CREDENTIALS])
+                self._tell(self.users(name))
+            self._found[name] = mark
+
+    def _try_rested(self, now_ms: int) -> None:
+        """Give each credential whose rest is over to one agent, and to another when that one does nothing with it."""
+        patience_ms = int(self._limits.probe_s * 1000)
+        for state in self._states.values():
+            if state.reason is None or state.rests(now_ms):
+                continue
+            trial = self._trials.setdefault(state.name, _Trial(None, 0))
+            if trial.agent is not None and 0 <= now_ms - trial.since_ms < patience_ms:
+                continue
+            if trial.agent is not None:
+                trial.tried.add(trial.agent)
+            waiting = [agent for agent in self.users(state.name) if self._uses[agent].waits]
+            left = sorted((agent for agent in waiting if agent not in trial.tried), key=lambda a: (a != state.agent, a))
+            if not left:
+                trial.tried.clear()  # nobody has anything to do with it: whoever calls first tries it
+            trial.agent, trial.since_ms = (left[0] if left else None), now_ms
+            self._tell(left[:1] or self.users(state.name))
+
+    def _let_go(self, until: dict[AgentName, int], now_ms: int) -> None:
+        due = [agent for agent, at_ms in until.items() if not now_ms < at_ms <= now_ms + FAR_MS]
+        for agent in due:
+            del until[agent]
+        if due:
+            self._tell(due)
+
+    def _instants(self, now_ms: int) -> Iterable[int]:
+        yield from self._follow.values()
+        yield from self._claims.values()
+        for state in self._states.values():
+            trial = self._trials.get(state.name)
+            if trial is not None and trial.agent is not None:
+                yield trial.since_ms + int(self._limits.probe_s * 1000)
+            elif state.rests(now_ms) and state.until_ms is not None and not state.stays:
+                yield state.until_ms
+        if self._unsaved:
+            yield now_ms
+
+    # -- its own memory -----------------------------------------------------------------------------------------------
+
+    def _state(self, credential: Credential) -> CredentialState:
+        """What is known of a credential: nothing, when what was known is of another secret."""
+        known = self._states.get(credential.name)
+        if known is None or known.fingerprint != credential.fingerprint:
+            return CredentialState(credential.name, credential.fingerprint)
+        return known
+
+    def _put(self, state: CredentialState, *news: _News) -> None:
+        self._states[state.name] = state
+        self._unsaved.setdefault(state.name, []).extend(news)
+        self._wake()
+
+    def _tell(self, agents: list[AgentName]) -> None:
+        if agents:  # without a name it would be everybody
+            self._access.changed(*agents)
+
+    def _wake(self) -> None:
+        self._store.bus.publish([BREAKER])
+
+    def _stop_following(self, name: str) -> None:
+        for agent in self.users(name):
+            self._follow.pop(agent, None)
+
+    def _now_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+
+# Whether an agent has something to do with its credential: a turn that runs, or a message for the next one.
+_USES = """
+    SELECT name, coalesce(policy ->> 'credential', 'default') AS credential,
+           wanted = 'up' AND (
+             EXISTS (SELECT 1 FROM turns WHERE agent = name AND state = 'running')
+             OR EXISTS (SELECT 1 FROM deliveries INDEXED BY deliveries_queued
+                        WHERE recipient = name AND state = 'queued')) AS waits
+    FROM agents WHERE settings ->> 'program' != 'rehearsal'
+"""
+
+
+def _as_shown(windows: dict[str, Window]) -> dict[str, tuple[int, int | None]]:
+    return {name: (round(window.used * 100), window.reset_ms) for name, window in windows.items()}
+
+
+def _tell_manager(tx: Transaction, text: str, limits: Limits) -> None:
+    with suppress(Refusal):  # it is not there, or its inbox is full: the event says the same
+        put_message(tx, SYSTEM, MANAGER, parse_body(text), limits=limits)

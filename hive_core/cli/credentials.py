@@ -1,0 +1,67 @@
+"""Credentials of the host: what they are, how much of them is left, and how they come and go."""
+
+from __future__ import annotations
+
+from hive_core.cli.client import Client
+from hive_core.cli.output import emit
+from hive_core.protocol.refusal import Refusal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from typing import Any
+
+
+def credentials(arguments: Namespace) -> None:
+    what, name = arguments.what, arguments.name
+    if what == "list":
+        if name is not None:
+            raise Refusal("usage", "cannot run `hive credentials list`: it takes no name")
+        from hive_core.cli import show
+
+        result = Client().call("credentials")
+        emit(arguments, result, "\n".join(map(show.credential, result["credentials"])))
+        return
+    if name is None:
+        raise Refusal("usage", f"cannot run `hive credentials {what}`: give the credential's name")
+    result = Client().call(f"credentials_{what}", credential=name)
+    who = named_agents(result["agents"])
+    done = {"resume": f"is tried again at once by the first of {who}", "remove": f"is gone, and waiting for it: {who}"}
+    emit(arguments, result, f"credential {name} {done[what]}")
+
+
+def login(arguments: Namespace) -> None:
+    if arguments.api_key and arguments.token:
+        raise Refusal("usage", "cannot take both: give --api-key or --token")
+    name = arguments.credential or "default"
+    if arguments.api_key or arguments.token:
+        kind = "api_key" if arguments.api_key else "oauth_token"
+        what = "API key" if arguments.api_key else "token"
+        client = Client()  # before anybody types a secret for nobody
+        result = client.call("credentials_give", credential=name, kind=kind, secret=_secret(what))
+        emit(arguments, result, logged_in(result))
+        return
+    raise Refusal("usage", "cannot log in without --api-key or --token")
+
+
+def logged_in(result: dict[str, Any]) -> str:
+    where = f"credential {result['credential']} is stored in {result['source']}"
+    return f"{where}; agents on it that go on: {named_agents(result['agents'])}"
+
+
+def named_agents(names: list[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _secret(what: str) -> str:
+    """From standard input; from a terminal without showing it."""
+    import sys
+
+    if not sys.stdin.isatty():
+        return sys.stdin.read(4096)
+    from getpass import getpass
+
+    try:
+        return getpass(f"{what}: ")
+    except EOFError:
+        raise Refusal("usage", f"cannot log in: no {what} was given") from None

@@ -1,0 +1,509 @@
+"""The breaker's rules, on a clock that the test sets; at the end with the real relays of ten agents."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import trio
+
+from hive_core.access import Access, Closed
+from hive_core.breaker import Breaker
+from hive_core.credentials import Credential, Credentials
+from hive_core.limits import Limits
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.provider_limits import FAR_MS
+from hive_core.sockets.http import serve_asgi
+from hive_core.sockets.model import ModelRelay
+from hive_core.sockets.unix import listen_unix
+from tests.hives import PATIENCE_S, Services
+from tests.unit.test_core_model_relay import Call, Provider, plain_answer
+
+KEY, OTHER = "sk-ant-api03-canary-one", "sk-ant-api03-canary-two"
+IRIS, DAMOCLES, HM1ND = AgentName("iris"), AgentName("damocles"), AgentName("hm1nd")
+U = "anthropic-ratelimit-unified"
+
+
+class Desk:
+    """A breaker over the services of a test, and a clock that stands still until the test moves it."""
+
+    def __init__(self, hive: Services, **limits: Any) -> None:
+        self.hive = hive
+        self.now_s = hive.clock()
+        self.credentials = Credentials(hive.state_dir, {})
+        self.limits = Limits(**limits)
+        self.breaker = self.begin()
+
+    def begin(self) -> Breaker:
+        """A breaker that knows nothing yet, as of a daemon that starts."""
+        self.access = Access(self.hive.store.bus)
+        self.breaker = Breaker(
+            self.hive.store, self.credentials, self.access, self.limits, random.Random(0), lambda: self.now_s
+        )
+        return self.breaker
+
+    async def pass_s(self, seconds: float) -> None:
+        self.now_s += seconds
+        await self.breaker.tick()
+
+    async def answer(self, agent: AgentName, status: int, after_s: float | None = None, **headers: str) -> None:
+        if after_s is not None:
+            headers["retry-after"] = f"{after_s:g}"
+        credential = self.breaker.credential_for(agent)
+        assert credential is not None
+        self.breaker.answered(agent, credential, status, httpx2.Headers(headers))
+        await self.breaker.tick()
+
+    def state_of(self, agent: AgentName) -> str | None:
+        closed = self.closed(agent)
+        return closed.state if closed else None
+
+    def closed(self, agent: AgentName) -> Closed | None:
+        return self.access.closed(agent)
+
+    def until_s(self, agent: AgentName = IRIS) -> float:
+        """How long an agent has to wait from now, as it is told."""
+        closed = self.closed(agent)
+        assert closed is not None
+        assert closed.until_ms is not None
+        return closed.until_ms / 1000 - self.now_s
+
+    def row(self, name: str = "default") -> dict[str, Any]:
+        return next(row for row in self.breaker.rows() if row["name"] == name)
+
+    async def told(self) -> list[tuple[str, dict[str, Any]]]:
+        """The events about credentials, oldest first."""
+        rows = await self.hive.store.rows("SELECT kind, data FROM events WHERE kind LIKE 'credential%' ORDER BY seq")
+        return [(row["kind"].removeprefix("credential_"), json.loads(row["data"])) for row in rows]
+
+    async def kinds(self) -> list[str]:
+        return [kind for kind, _ in await self.told()]
+
+    async def messages(self) -> list[str]:
+        """What hm1nd was told by the hive."""
+        rows = await self.hive.store.rows("SELECT body FROM messages WHERE sender = 'system' ORDER BY id")
+        return [row["body"] for row in rows]
+
+
+async def as_claude(hive: Services) -> None:
+    await hive.sql("UPDATE agents SET settings = json_set(settings, '$.program', 'claude')")
+
+
+@asynccontextmanager
+async def desk_of(hive: Services, **limits: Any) -> AsyncIterator[Desk]:
+    await as_claude(hive)
+    desk = Desk(hive, **limits)
+    desk.credentials.put("default", "api_key", KEY)
+    await desk.breaker.load()
+    yield desk
+
+
+@pytest.fixture
+async def desk(hive: Services) -> AsyncIterator[Desk]:
+    async with desk_of(hive) as desk:
+        yield desk
+
+
+# -- no credential ----------------------------------------------------------------------------------------------------
+
+
+async def test_an_agent_without_its_credential_waits_visibly_and_leases_no_turn(hive: Services, desk: Desk) -> None:
+    desk.credentials.remove("default")
+    closed = desk.closed(IRIS)
+    assert closed is not None
+    assert (closed.state, closed.cuts) == ("needs_login", False)
+    assert "`hive login`" in closed.sentence
+    assert desk.row()["state"] == "missing"
+
+
+async def test_the_rehearsal_needs_no_credential(hive: Services, desk: Desk) -> None:
+    await hive.sql("UPDATE agents SET settings = json_set(settings, '$.program', 'rehearsal') WHERE name = 'iris'")
+    desk.credentials.remove("default")
+    await desk.breaker.tick()
+    assert (desk.closed(IRIS), desk.breaker.credential_for(IRIS)) == (None, None)
+    assert desk.state_of(DAMOCLES) == "needs_login"
+
+
+async def test_each_agent_uses_the_credential_that_its_settings_name(hive: Services, desk: Desk) -> None:
+    await hive.sql("""UPDATE agents SET policy = '{"credential": "work"}' WHERE name = 'iris'""")
+    await desk.breaker.tick()
+    assert "`hive login work`" in (desk.closed(IRIS) or NONE).sentence
+    assert desk.closed(DAMOCLES) is None
+    token = "sk-ant-oat01-" + "x" * 30
+    path = desk.credentials.put("work", "oauth_token", token)
+    assert desk.breaker.credential_for(IRIS) == Credential("oauth_token", str(path), token, "work")
+    assert (desk.breaker.kind_for(IRIS), desk.breaker.kind_for(DAMOCLES)) == ("oauth_token", "api_key")
+    assert [(row["name"], row["agents"]) for row in desk.breaker.rows()] == [
+        ("default", ["damocles", "hm1nd"]),
+        ("work", ["iris"]),
+    ]
+
+
+NONE = Closed("", "")
+
+
+async def test_a_file_that_somebody_puts_there_lets_the_waiting_agents_go_on(desk: Desk) -> None:
+    desk.credentials.remove("default")
+    await desk.breaker.tick()
+    with desk.hive.store.bus.listen("access") as listener:
+        desk.credentials.put("default", "api_key", OTHER)
+        await desk.pass_s(30)
+        with trio.fail_after(PATIENCE_S):
+            await listener.wait()
+    assert desk.closed(IRIS) is None
+    await desk.breaker.tick()
+    assert await desk.kinds() == ["changed"]
+
+
+# -- limits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [429, 529])
+async def test_a_reset_time_closes_for_every_agent_on_the_credential_until_then(desk: Desk, status: int) -> None:
+    await desk.answer(IRIS, status, after_s=90)
+    for agent in (IRIS, DAMOCLES, HM1ND):
+        closed = desk.closed(agent)
+        assert closed is not None
+        assert (closed.state, closed.cuts) == ("rate_limited", False)
+        assert f"({status})" in closed.sentence
+        assert desk.until_s(agent) == pytest.approx(90, abs=0.01)
+    await desk.pass_s(89)
+    assert desk.state_of(DAMOCLES) == "rate_limited"
+    await desk.pass_s(1.1)
+    assert desk.closed(IRIS) is None
+    ((kind, data),) = await desk.told()
+    assert (kind, data["credential"], data["status"]) == ("limited", "default", status)
+
+
+@pytest.mark.parametrize("status", [429, 529])
+async def test_without_a_reset_time_the_rest_doubles_by_chance_up_to_an_hour(desk: Desk, status: int) -> None:
+    rests = []
+    for _ in range(14):
+        await desk.answer(IRIS, status)
+        rests.append(desk.until_s())
+        await desk.pass_s(rests[-1] + 0.01)
+        assert desk.closed(IRIS) is None
+    expected = [min(15 * 2**n, 3600) for n in range(14)]
+    assert all(at / 2 <= rest <= at * 1.5 for at, rest in zip(expected, rests, strict=True))
+    assert len({rest / at for at, rest in zip(expected, rests, strict=True)}) > 10
+    await desk.answer(IRIS, 200)
+    await desk.answer(IRIS, status)
+    assert desk.until_s() <= 22.5, "a success begins anew"
+
+
+async def test_calls_that_were_under_way_with_the_limited_one_are_the_same_event(desk: Desk) -> None:
+    await desk.answer(IRIS, 429, after_s=60)
+    await desk.answer(DAMOCLES, 429)
+    await desk.answer(HM1ND, 200)
+    assert desk.until_s() == pytest.approx(60, abs=0.01)
+    await desk.answer(DAMOCLES, 429, after_s=120)
+    assert desk.until_s() == pytest.approx(120, abs=0.01)
+    assert await desk.kinds() == ["limited"]
+
+
+async def test_agents_on_another_credential_go_on(hive: Services, desk: Desk) -> None:
+    desk.credentials.put("work", "api_key", OTHER)
+    await hive.sql("""UPDATE agents SET policy = '{"credential": "work"}' WHERE name = 'iris'""")
+    await desk.breaker.tick()
+    await desk.answer(IRIS, 429, after_s=60)
+    assert (desk.state_of(IRIS), desk.state_of(DAMOCLES)) == ("rate_limited", None)
+
+
+async def test_other_answers_close_nothing(desk: Desk) -> None:
+    for status in (200, 400, 404, 413, 500, 502, 503):
+        await desk.answer(IRIS, status)
+    assert desk.closed(IRIS) is None
+    assert (desk.row()["state"], await desk.kinds()) == ("works", [])
+
+
+async def test_a_clock_that_was_set_back_locks_nobody_out_for_ever(desk: Desk) -> None:
+    await desk.answer(IRIS, 429, after_s=60)
+    await desk.pass_s(-FAR_MS / 1000)
+    assert desk.closed(IRIS) is None
+
+
+async def test_what_was_known_holds_in_the_next_daemon(desk: Desk) -> None:
+    await desk.answer(IRIS, 429, after_s=60, **{f"{U}-5h-utilization": "0.97"})
+    await desk.begin().load()
+    assert desk.until_s(DAMOCLES) == pytest.approx(60, abs=0.01)
+    assert desk.row()["windows"]["5h"]["used"] == 0.97
+    await desk.pass_s(61)
+    await desk.answer(IRIS, 200)
+    await desk.begin().load()
+    assert desk.closed(DAMOCLES) is None
+    assert desk.row()["state"] == "works"
+
+
+async def test_another_secret_is_another_credential(desk: Desk) -> None:
+    old = desk.breaker.credential_for(IRIS)
+    assert old is not None
+    await desk.answer(IRIS, 429, after_s=60)
+    desk.credentials.put("default", "api_key", OTHER)
+    assert desk.closed(IRIS) is None
+    desk.breaker.answered(IRIS, old, 429, httpx2.Headers({"retry-after": "60"}))
+    assert desk.closed(IRIS) is None, "a late answer to the old one closed the new one"
+    await desk.begin().load()
+    assert desk.closed(IRIS) is None
+
+
+# -- how it opens -----------------------------------------------------------------------------------------------------
+
+
+async def test_after_a_limit_one_agent_tries_and_the_others_follow_one_after_another(
+    hive: Services, desk: Desk
+) -> None:
+    for agent in (DAMOCLES, HM1ND, IRIS):
+        await hive.say("operator", agent, "work")
+    await desk.answer(IRIS, 429, after_s=60)
+    await desk.pass_s(61)
+    assert [agent for agent in (HM1ND, DAMOCLES, IRIS) if desk.closed(agent) is None] == [IRIS]
+    assert "iris tries the credential" in (desk.closed(DAMOCLES) or NONE).sentence
+    await desk.answer(IRIS, 200)
+    assert desk.closed(IRIS) is None
+    first, second = sorted(desk.until_s(agent) for agent in (HM1ND, DAMOCLES))
+    assert 0 < first < 15 < second < 30
+    await desk.pass_s(first + 0.01)
+    assert [desk.closed(HM1ND), desk.closed(DAMOCLES)].count(None) == 1
+    await desk.pass_s(30)
+    assert [desk.closed(HM1ND), desk.closed(DAMOCLES)].count(None) == 2
+    assert await desk.kinds() == ["limited", "reopened"]
+    assert desk.row()["state"] == "works"
+
+
+async def test_an_agent_that_does_nothing_with_its_try_loses_it_to_one_that_waits(hive: Services, desk: Desk) -> None:
+    for agent in (DAMOCLES, IRIS):
+        await hive.say("operator", agent, "work")
+    await desk.answer(IRIS, 429, after_s=60)
+    await desk.pass_s(61)
+    await desk.pass_s(59)
+    assert [agent for agent in (DAMOCLES, IRIS) if desk.closed(agent) is None] == [IRIS]
+    await desk.pass_s(2)
+    assert [agent for agent in (DAMOCLES, IRIS) if desk.closed(agent) is None] == [DAMOCLES]
+    await desk.pass_s(61)
+    assert desk.closed(IRIS) is None, "whoever calls first, when all have had their try"
+
+
+async def test_when_nobody_has_anything_to_do_the_first_who_calls_tries(desk: Desk) -> None:
+    await desk.answer(IRIS, 429, after_s=60)
+    await desk.pass_s(61)
+    assert [desk.closed(agent) for agent in (IRIS, DAMOCLES, HM1ND)] == [None] * 3
+    assert desk.breaker.credential_for(DAMOCLES) is not None
+    assert [agent for agent in (HM1ND, DAMOCLES, IRIS) if desk.closed(agent) is None] == [DAMOCLES]
+
+
+async def test_a_try_that_is_limited_again_closes_again(hive: Services, desk: Desk) -> None:
+    await desk.answer(IRIS, 429, after_s=60)
+    await desk.pass_s(61)
+    await desk.answer(IRIS, 429, after_s=600)
+    assert desk.until_s(DAMOCLES) == pytest.approx(600, abs=0.01)
+    assert await desk.kinds() == ["limited", "limited"]
+
+
+async def test_stay_stopped_means_until_the_operator_resumes(hive: Services) -> None:
+    async with desk_of(hive, after_limit="stay") as desk:
+        await desk.answer(IRIS, 429, after_s=60)
+        await desk.begin().load()
+        await desk.pass_s(7 * 86_400)
+        closed = desk.closed(IRIS)
+        assert closed is not None
+        assert (closed.state, closed.until_ms) == ("rate_limited", None)
+        assert "`hive credentials resume default`" in closed.sentence
+        await desk.breaker.resume("default", OPERATOR)
+        assert desk.closed(IRIS) is None
+        assert await desk.kinds() == ["limited", "resumed"]
+        # An overload is no limit of the account's.
+        await desk.answer(IRIS, 529, after_s=60)
+        await desk.pass_s(61)
+        assert desk.closed(IRIS) is None
+
+
+async def test_the_operator_may_try_a_limited_credential_at_once(desk: Desk) -> None:
+    await desk.answer(IRIS, 429, after_s=600)
+    assert await desk.breaker.resume("default", OPERATOR) == {
+        "credential": "default",
+        "agents": ["damocles", "hm1nd", "iris"],
+    }
+    assert desk.closed(IRIS) is None
+    await desk.answer(IRIS, 200)
+    for name, code in (("default", "conflict"), ("work", "not_found")):
+        with pytest.raises(Refusal) as refused:
+            await desk.breaker.resume(name, OPERATOR)
+        assert refused.value.code == code
+
+
+# -- refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_refused_credential_needs_a_login_and_is_tried_again_ever_more_seldom(desk: Desk, status: int) -> None:
+    rests = []
+    for _ in range(9):
+        (agent, *_) = (agent for agent in (IRIS, DAMOCLES, HM1ND) if desk.closed(agent) is None)
+        await desk.answer(agent, status)
+        assert {desk.state_of(agent) for agent in (IRIS, DAMOCLES, HM1ND)} == {"needs_login"}
+        rests.append(desk.until_s())
+        await desk.pass_s(rests[-1] + 0.01)
+    expected = [min(60 * 2**n, 3600) for n in range(9)]
+    assert all(at / 2 <= rest <= at * 1.5 for at, rest in zip(expected, rests, strict=True))
+    (message,) = await desk.messages()
+    assert f"refuses the credential default ({status})" in message
+    assert desk.row()["state"] == "refused"
+
+
+async def test_a_401_that_was_no_more_than_a_hiccup_heals_by_itself(desk: Desk) -> None:
+    await desk.answer(IRIS, 401)
+    await desk.pass_s(91)
+    await desk.answer(IRIS, 200)
+    await desk.pass_s(31)
+    assert desk.closed(DAMOCLES) is None
+    assert await desk.kinds() == ["refused", "reopened"]
+    assert "works again" in (await desk.messages())[1]
+
+
+async def test_a_login_lets_the_agents_go_on_at_once_and_hm1nd_is_told(desk: Desk) -> None:
+    await desk.answer(IRIS, 401)
+    desk.credentials.put("default", "api_key", OTHER)
+    told = await desk.breaker.renewed("default", OPERATOR)
+    assert told["agents"] == ["damocles", "hm1nd", "iris"]
+    assert "canary" not in str(told)
+    assert [desk.closed(agent) for agent in (IRIS, DAMOCLES, HM1ND)] == [None] * 3
+    assert await desk.kinds() == ["refused", "logged_in"]
+    assert "gave the credential default" in (await desk.messages())[1]
+    assert desk.row()["state"] == "untried"
+
+
+async def test_a_hive_without_hm1nd_keeps_the_event(hive: Services, desk: Desk) -> None:
+    await hive.sql("DELETE FROM agents WHERE name = 'hm1nd'")
+    await desk.answer(IRIS, 401)
+    assert await desk.kinds() == ["refused"]
+
+
+async def test_a_removed_credential_is_forgotten(desk: Desk) -> None:
+    await desk.answer(IRIS, 401)
+    desk.credentials.remove("default")
+    assert (await desk.breaker.removed("default", OPERATOR))["agents"] == ["damocles", "hm1nd", "iris"]
+    assert desk.row()["state"] == "missing"
+    assert await desk.hive.value("SELECT count(*) FROM credential_states") == 0
+    assert await desk.kinds() == ["refused", "removed"]
+
+
+# -- windows and claims -----------------------------------------------------------------------------------------------
+
+
+async def test_how_much_of_the_windows_is_left_is_kept_as_it_was_told(desk: Desk) -> None:
+    assert desk.row()["windows"] == {}
+    await desk.answer(IRIS, 200, **{f"{U}-5h-utilization": "0.25", f"{U}-5h-reset": f"{desk.now_s + 60:.0f}"})
+    await desk.answer(DAMOCLES, 200, **{f"{U}-7d-utilization": "0.5"})
+    windows = desk.row()["windows"]
+    assert {name: window["left"] for name, window in windows.items()} == {"5h": 0.75, "7d": 0.5}
+    assert windows["7d"]["reset_ms"] is None
+
+
+async def test_windows_that_look_the_same_are_not_written_again(hive: Services, desk: Desk) -> None:
+    await desk.answer(IRIS, 200, **{f"{U}-5h-utilization": "0.25"})
+    before = await hive.value("SELECT windows FROM credential_states")
+    desk.now_s += 5
+    await desk.answer(IRIS, 200, **{f"{U}-5h-utilization": "0.2504"})
+    assert await hive.value("SELECT windows FROM credential_states") == before
+    await desk.answer(IRIS, 200, **{f"{U}-5h-utilization": "0.26"})
+    assert await hive.value("SELECT windows FROM credential_states") != before
+
+
+async def test_what_an_agent_claims_closes_that_agent_alone_and_not_for_ever(desk: Desk) -> None:
+    desk.breaker.claimed(IRIS, int(desk.now_s * 1000) + 10 * FAR_MS)
+    assert desk.until_s(IRIS) == pytest.approx(FAR_MS / 1000, abs=1)
+    assert desk.closed(DAMOCLES) is None
+    desk.breaker.claimed(DAMOCLES, int(desk.now_s * 1000) - 1)
+    assert desk.closed(DAMOCLES) is None
+    await desk.breaker.resume("default", OPERATOR)
+    assert desk.closed(IRIS) is None
+    desk.breaker.claimed(IRIS, int(desk.now_s * 1000) + 60_000)
+    await desk.pass_s(61)
+    assert desk.closed(IRIS) is None
+
+
+# -- with the relays --------------------------------------------------------------------------------------------------
+
+
+async def limited(call: Call) -> None:
+    await call.say(b"HTTP/1.1 429 No\r\nretry-after: 60\r\ncontent-length: 2\r\n\r\n{}")
+
+
+async def test_ten_agents_find_a_limit_out_once_and_come_back_one_after_another(hive: Services, tmp_path: Path) -> None:
+    names = [AgentName(f"a{n}") for n in range(10)]
+    await hive.add_agents(*names)
+    for name in names:
+        await hive.say("operator", name, "work")
+    provider = Provider(limited)
+    async with desk_of(hive) as desk, AsyncExitStack() as stack, trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, provider.serve_one, 0, host="127.0.0.1"))
+        url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        client = await stack.enter_async_context(httpx2.AsyncClient(timeout=PATIENCE_S, trust_env=False))
+        doors = {}
+        for name in names:
+            answered, credential = partial(desk.breaker.answered, name), partial(desk.breaker.credential_for, name)
+            relay = ModelRelay(name, client, url, desk.access, credential, answered, lambda call: None)
+            nursery.start_soon(serve_asgi, relay, listen_unix(tmp_path / f"{name}.sock"))
+            transport = httpx2.AsyncHTTPTransport(uds=str(tmp_path / f"{name}.sock"))
+            doors[name] = await stack.enter_async_context(httpx2.AsyncClient(transport=transport, timeout=PATIENCE_S))
+
+        async def round_of_calls() -> dict[AgentName, int]:
+            """Every agent calls once; with what each was answered."""
+            return {n: (await doors[n].post("http://x/v1/messages", content=b"{}")).status_code for n in names}
+
+        with trio.fail_after(3 * PATIENCE_S):
+            assert list((await round_of_calls()).values()) == [429] + [503] * 9
+            await desk.pass_s(59)
+            assert set((await round_of_calls()).values()) == {503}
+            assert len(provider.calls) == 1
+            provider.answer = plain_answer
+            await desk.pass_s(2)
+            answers = await round_of_calls()
+            assert [name for name, status in answers.items() if status == 200] == [names[0]]
+            came = []
+            for _ in range(30):
+                await desk.pass_s(1)
+                came.append(list((await round_of_calls()).values()).count(200))
+            assert came == sorted(came)
+            assert came[-1] == 10
+            assert max(b - a for a, b in pairwise(came)) <= 2, "they came back together"
+        nursery.cancel_scope.cancel()
+
+
+async def test_another_agents_answer_under_way_is_not_cut_by_a_limit(hive: Services, tmp_path: Path) -> None:
+    goes_on = trio.Event()
+
+    async def streams(call: Call) -> None:
+        await call.say(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nab")
+        await goes_on.wait()
+        await call.say(b"cd")
+
+    provider = Provider(streams)
+    async with desk_of(hive) as desk, trio.open_nursery() as nursery, httpx2.AsyncClient(trust_env=False) as client:
+        listeners = await nursery.start(partial(trio.serve_tcp, provider.serve_one, 0, host="127.0.0.1"))
+        url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        answered, credential = partial(desk.breaker.answered, IRIS), partial(desk.breaker.credential_for, IRIS)
+        relay = ModelRelay(IRIS, client, url, desk.access, credential, answered, lambda call: None)
+        nursery.start_soon(serve_asgi, relay, listen_unix(tmp_path / "iris.sock"))
+        transport = httpx2.AsyncHTTPTransport(uds=str(tmp_path / "iris.sock"))
+        with trio.fail_after(3 * PATIENCE_S):
+            async with (
+                httpx2.AsyncClient(transport=transport, timeout=PATIENCE_S) as door,
+                door.stream("POST", "http://x/v1/messages", content=b"{}") as answer,
+            ):
+                chunks = answer.aiter_raw()
+                assert await anext(chunks) == b"ab"
+                await desk.answer(DAMOCLES, 429, after_s=60)
+                assert desk.state_of(IRIS) == "rate_limited"
+                goes_on.set()
+                assert await anext(chunks) == b"cd"
+        nursery.cancel_scope.cancel()
