@@ -23,7 +23,8 @@ class _Untitled(GenerateJsonSchema):
 class _Brief(_Untitled):
     """What every request to the model carries: nothing in it that does not help to call the tool.
 
-    That what may be left out may be null as well, and that a number has 63 bits at most, only takes tokens.
+    That what may be left out may be null as well, that a number has 63 bits at most, that a text has some length and no
+    other field is taken: a call that errs is told so, and each request is spared it.
     """
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
@@ -35,12 +36,15 @@ class _Brief(_Untitled):
 
     def int_schema(self, schema: core_schema.IntSchema) -> JsonSchemaValue:
         given = super().int_schema(schema)
-        return {key: value for key, value in given.items() if not (isinstance(value, int) and value >= 2**53)}
+        taken = {"exclusiveMinimum": 0, "exclusiveMaximum": 2**63}
+        return {key: value for key, value in given.items() if taken.get(key) != value}
+
+    def str_schema(self, schema: core_schema.StringSchema) -> JsonSchemaValue:
+        return {"type": super().str_schema(schema)["type"]}
 
     def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
         given = super().model_schema(schema)
-        given.pop("title", None)
-        return given
+        return {key: value for key, value in given.items() if key not in ("title", "additionalProperties")}
 
 
 @cache

@@ -55,7 +55,6 @@ async def test_an_agent_has_its_tools_and_the_manager_has_more(door: Path, manag
         async with program(path) as client:
             tools = await client.tools()
             assert {tool["name"] for tool in tools} == names
-            assert all(tool["inputSchema"]["additionalProperties"] is False for tool in tools)
             assert all(tool["description"] for tool in tools)
 
 
@@ -63,9 +62,9 @@ async def test_what_tools_take_is_told_without_a_word_that_does_not_help_to_call
     """It is in every request to the model."""
     async with program(managers_door) as manager:
         told = json.dumps([tool["inputSchema"] for tool in await manager.tools()])
-        for needless in ('"title"', '"null"', "null", str(2**63)):
+        for needless in ("title", "null", str(2**63), "exclusiveM", "pattern", "Length", "additionalProperties"):
             assert needless not in told
-        assert len(told) < 6_000
+        assert len(told) < 5_000
         answer = await manager.call("send", to="iris", body="hello", in_reply_to=None, key=None)
     assert answer == {"message": 1}
 
