@@ -157,6 +157,13 @@ class Breaker:
             trial.agent, trial.since_ms = agent, self._now_ms()
         return self._credentials.find(name)
 
+    def windows_used(self, agent: AgentName) -> dict[str, float]:
+        """Of the account that an agent uses: window → the share that is used, of those that are told and not over."""
+        name, now_ms = self.name_of(agent), self._now_ms()
+        credential = self._credentials.find(name) if name is not None else None
+        windows = self._state(credential).windows if credential is not None else {}
+        return {key: one.used for key, one in windows.items() if one.reset_ms is None or now_ms < one.reset_ms}
+
     def users(self, name: str) -> list[AgentName]:
         return sorted(agent for agent, use in self._uses.items() if use.credential == name)
 

@@ -29,14 +29,16 @@ from hive_core.access import Access
 from hive_core.archive import newest_of_agent
 from hive_core.bodies import Bodies, is_large, piece
 from hive_core.leases import Lease, Take, Turn, begin_turn
+from hive_core.ledger import Ledger
 from hive_core.limits import Limits
 from hive_core.post import AT_ONCE, Cause, Letter, forget_depth, post, put_message
+from hive_core.prices import load_prices
 from hive_core.protocol.harness import OUTCOMES
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted, quoted
 from hive_core.protocol.words import EVERYONE, OPERATOR, SYSTEM, AgentName, MessageBody
 from hive_core.rests import provider_rest_s, settle
-from hive_core.store.bus import RESTING, mail
+from hive_core.store.bus import RESTING, TURN_ENDS, mail
 from hive_core.store.door import Store
 from hive_core.store.schema import StoreError
 from hive_core.store.writer import Transaction
@@ -81,11 +83,14 @@ class Broker:
         chance: random.Random | None = None,
         bodies: Bodies | None = None,
         access: Access | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self._store = store
-        self._closed = (access or Access(store.bus)).closed
+        access = access or Access(store.bus)
+        self._closed = access.closed
         self._bodies = bodies
         self.limits = limits or Limits()
+        self.ledger = ledger or Ledger(store, access, load_prices(), self.limits)
         self._chance = chance or random.Random()
         self._heard: dict[int, tuple[AgentName, float]] = {}  # running turn → its agent, when its harness last spoke
         self._post_all = self._post  # one object, so that the sends of a batch find each other
@@ -127,7 +132,7 @@ class Broker:
         Raises Refusal("conflict") while another turn of the agent runs.
         """
         asked = fence or secrets.token_hex(8)
-        begin = partial(begin_turn, agent=agent, fence=asked, limits=self.limits, closed=self._closed)
+        begin = partial(self._begin_turn, agent=agent, fence=asked)
         return self._note(agent, await self._store.write_when(mail(agent), begin))
 
     async def ack(
@@ -158,6 +163,9 @@ class Broker:
             self._note(agent, acked.lease)
         return acked
 
+    def _begin_turn(self, tx: Transaction, agent: AgentName, fence: str) -> Lease | None:
+        return begin_turn(tx, agent, fence, self.limits, self._closed, self.ledger.to_reserve)
+
     def _ack(self, tx: Transaction, agent: AgentName, turn: Turn, ending: _Ending, next_fence: str | None) -> Acked:
         sql = "SELECT state FROM turns WHERE id = ? AND agent = ? AND fence = ?"
         row = tx.execute(sql, (turn.id, agent, turn.fence)).fetchone()
@@ -166,7 +174,7 @@ class Broker:
         if row["state"] == "running":
             self.end_turn(tx, agent, turn.id, ending)
         try:
-            lease = begin_turn(tx, agent, next_fence, self.limits, self._closed) if next_fence else None
+            lease = self._begin_turn(tx, agent, next_fence) if next_fence else None
         except Refusal:
             lease = None  # an old ack, sent again: another turn runs by now
         return Acked(True, lease)
@@ -295,6 +303,7 @@ class Broker:
 
     def _note(self, agent: AgentName, lease: Lease) -> Lease:
         self._heard[lease.turn.id] = (agent, trio.current_time())
+        self.ledger.turn_began(agent, lease.turn.id)
         return lease
 
     def end_turn(self, tx: Transaction, agent: str, turn_id: int, ending: _Ending) -> None:
@@ -329,6 +338,7 @@ class Broker:
                 dead.append((row["message_id"], end.failures))
         if waits:
             forget_depth(tx, agent)
+        tx.wake(TURN_ENDS)
         tx.emit("turn_ended", agent, agent, turn=turn_id, state=ending.outcome, error=ending.error)
         for message_id, failures in dead:
             told = {"message": message_id, "attempts": failures, "turn": turn_id}

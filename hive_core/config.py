@@ -67,6 +67,7 @@ class Config(Limits):
     provider_base_url: Url = "https://api.anthropic.com"
     claude: Path | None = None  # the agent program; None looks on PATH, npm's and ~/.local/bin
     manager_prompt: Path | None = None  # the first CLAUDE.md of hm1nd, in the place of ours
+    prices: Path | None = None  # a list of what models cost, before ours
     default_program: Literal["claude", "rehearsal"] = "claude"
     default_model: Model = "sonnet"
     log_format: Literal["text", "json"] = "text"
@@ -76,7 +77,7 @@ class Config(Limits):
     end_agents_with_daemon: bool = False
     unsafe_no_sandbox: bool = False
 
-    @field_validator("state_dir", "runtime_dir", "claude", "manager_prompt", mode="before")
+    @field_validator("state_dir", "runtime_dir", "claude", "manager_prompt", "prices", mode="before")
     @classmethod
     def _absolute(cls, raw: object) -> str | None:
         return None if raw is None else absolute(str(raw) if isinstance(raw, Path) else raw)

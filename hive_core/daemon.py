@@ -34,7 +34,9 @@ from hive_core.containers.bubblewrap import AgentDirs, sandbox_trouble
 from hive_core.containers.process import ProcessDriver
 from hive_core.credentials import Credential, Credentials, find_credential, how_to_give_one
 from hive_core.hive import Hive
+from hive_core.ledger import Ledger
 from hive_core.lock import take_lock
+from hive_core.prices import load_prices
 from hive_core.procedures.clock import Timer, serve_clock
 from hive_core.procedures.gate import Gate
 from hive_core.procedures.reconcile import Desk, Reconciler
@@ -55,7 +57,6 @@ from hive_core.store.schema import StoreBusy
 from hive_core.systemd import notify
 from hive_core.tool_calls import forget_old_tool_calls
 from hive_core.turns import Turns
-from hive_core.usage import Call
 
 log = logging.getLogger(__name__)
 STOP_WITHIN_S = 4.0
@@ -164,7 +165,10 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             life_fd=life_fd,
         )
         rooms = _Rooms(config, repos)
-        broker = Broker(store, config, bodies=Bodies(config.state_dir / "bodies", store), access=access)
+        ledger = Ledger(store, access, load_prices(config.prices), config)
+        stack.push_async_callback(ledger.aclose)
+        bodies = Bodies(config.state_dir / "bodies", store)
+        broker = Broker(store, config, bodies=bodies, access=access, ledger=ledger)
         hive = Hive(
             config=config,
             store=store,
@@ -183,6 +187,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
         await agents.load()
         await hive.freeze.load()
         await hive.breaker.load()
+        await ledger.load()
         rooms.hive = hive
         rooms.client = await stack.enter_async_context(
             httpx2.AsyncClient(
@@ -249,7 +254,9 @@ class _Rooms:
             hive.access,
             partial(hive.breaker.credential_for, name),
             partial(hive.breaker.answered, name),
-            _note_call,
+            hive.ledger.call_ended,
+            hive.ledger.call_begins,
+            hive.ledger.call_moved,
         )
         with contextlib.ExitStack() as opened:
             harness_sock, mcp_sock, model_sock = (
@@ -286,10 +293,6 @@ def _import_agent_socket() -> ModuleType:
     return import_module("hive_core.sockets.agent")
 
 
-def _note_call(call: Call) -> None:
-    log.debug("%s", call, extra={"agent": call.agent})
-
-
 async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
     """Serve every door until hive.stopping is set. Agents are not ended by it."""
     config = hive.config
@@ -307,6 +310,7 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(hive.access.serve, hive.store)
         nursery.start_soon(hive.agents.serve)
         nursery.start_soon(hive.breaker.serve)
+        nursery.start_soon(hive.ledger.serve)
         nursery.start_soon(hive.archive.index.serve)
         nursery.start_soon(serve_clock, hive.store, timers)
         nursery.start_soon(_serve_pruning, hive)

@@ -1,4 +1,4 @@
-"""The forgetting of history: events, ended turns, settled reminders, removed schedules. Questions stay.
+"""The forgetting of history: events, ended turns, charges, settled reminders, removed schedules. Questions stay.
 
 What a message that is kept can tell of its life stays with it. Each kind goes in small transactions, oldest first.
 """
@@ -22,6 +22,7 @@ async def forget_history(store: Store, cutoff: int) -> None:
     forgotten = {
         "events": await _in_steps(store, lambda tx: _forget_events(tx, cutoff)),
         "turns": await _forget_turns(store, cutoff),
+        "charges": await _in_steps(store, lambda tx: tx.execute(_CHARGES, (cutoff, STEP)).rowcount or None),
         "reminders": await _in_steps(store, lambda tx: tx.execute(_REMINDERS, (cutoff, STEP)).rowcount or None),
         "schedules": await _in_steps(store, lambda tx: _forget_schedule(tx, cutoff)),
     }
@@ -105,4 +106,10 @@ _TURNS = """
     ORDER BY id LIMIT :limit
 """
 _THESE_TURNS = "DELETE FROM turns WHERE id IN (SELECT value FROM json_each(?))"
+# Their sums stay in spend_days.
+_CHARGES = """
+    DELETE FROM charges WHERE id IN (
+        SELECT id FROM charges INDEXED BY charges_by_time WHERE at_ms < ? ORDER BY at_ms LIMIT ?
+    )
+"""
 _REMINDERS = "DELETE FROM reminders WHERE id IN (SELECT id FROM reminders WHERE settled_at_ms < ? LIMIT ?)"

@@ -16,6 +16,7 @@ from hive_core.broker import Broker
 from hive_core.config import Config
 from hive_core.credentials import DEFAULT, Credential, Credentials
 from hive_core.freeze import Freeze
+from hive_core.ledger import Ledger
 from hive_core.logins import Logins
 from hive_core.loose_ends import LooseEnds
 from hive_core.procedures.gate import Gate
@@ -62,6 +63,7 @@ class Hive:
     def __post_init__(self) -> None:
         self.freeze = Freeze(self.store, self.access)
         self.breaker = Breaker(self.store, self.credentials, self.access, self.broker.limits)
+        self.ledger.windows = self.breaker.windows_used
         self.logins = Logins(self.credentials, self.breaker)
         self.archive = Archive(self.store, self.config, self.config.bodies_dir)
         self.retention = Retention(self.store, self.config, self.archive.index)
@@ -69,6 +71,10 @@ class Hive:
         self.questions, self.reminders = Questions(self.store, limits), Reminders(self.store, limits)
         self.schedules = Schedules(self.store, limits)
         self.loose_ends = LooseEnds(self.store, self.questions, self.reminders, self.schedules)
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.broker.ledger
 
     @property
     def access(self) -> Access:

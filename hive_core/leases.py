@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -40,11 +41,17 @@ class Lease(NamedTuple):
 
 
 def begin_turn(
-    tx: Transaction, agent: AgentName, fence: str, limits: Limits, closed: Reason = lambda _: None
+    tx: Transaction,
+    agent: AgentName,
+    fence: str,
+    limits: Limits,
+    closed: Reason = lambda _: None,
+    to_reserve: Callable[[AgentName], int | None] = lambda _: 0,
 ) -> Lease | None:
     """Begin a turn with the first message that is due, or find the one that this fence began already.
 
-    None begins while the agent's way to the model is `closed`.
+    None begins while the agent's way to the model is `closed`, nor where a budget does not hold what is `to_reserve`
+    for it, in micro-USD.
     """
     seat = tx.execute(_SEAT, {"agent": agent, "now": tx.now_ms, "far": far_ms(limits)}).fetchone()
     if seat is None:
@@ -56,12 +63,12 @@ def begin_turn(
         return _as_lease(seat, Turn(seat["turn_id"], fence), message, message["attempts"], seat["queued"])
     may_begin = seat["wanted"] == "up" and closed(agent) is None
     first = _first_due(tx, agent, seat, limits) if may_begin else None
-    if first is None:
+    if first is None or (reserved := to_reserve(agent)) is None:
         return None
     cursor = tx.execute(
-        "INSERT INTO turns (agent, fence, state, message_id, chain_id, hops, started_at_ms)"
-        " VALUES (?, ?, 'running', ?, ?, ?, ?)",
-        (agent, fence, first["id"], first["chain_id"], first["hops"], tx.now_ms),
+        "INSERT INTO turns (agent, fence, state, message_id, chain_id, hops, started_at_ms, reserved_micro_usd)"
+        " VALUES (?, ?, 'running', ?, ?, ?, ?, ?)",
+        (agent, fence, first["id"], first["chain_id"], first["hops"], tx.now_ms, reserved),
     )
     assert cursor.lastrowid is not None
     turn = Turn(cursor.lastrowid, fence)

@@ -76,3 +76,12 @@ class Limits(BaseModel):
     history_kept_s: Annotated[
         Seconds, Field(description="how long events, ended turns and settled reminders are kept")
     ] = 90 * 24 * 3600.0
+    reserve_least_micro_usd: Annotated[
+        Count, Field(description="set aside of the budgets for a turn that begins, at least, in millionths of a USD")
+    ] = 10_000
+    reserve_most_micro_usd: Annotated[
+        Count, Field(description="and at most; between them as much as the dearest of the agent's last 5 turns took")
+    ] = 5_000_000
+    budget_warn_percent: Annotated[
+        int, Field(ge=1, le=100, description="of a budget that is used before the manager is warned of it")
+    ] = 80

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hive_core.protocol.words import AgentName
 
 COUNT_MOST = 2**40
 MODEL_LIMIT = 100  # characters of a name
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call that reached the provider, or may have: it was cut before anybody could know.
-
-    usage     token counts by kind as the provider told them last; None when it told none
-    status    of the provider's answer; 0 when there was none
-    complete  the answer was passed on to its end
-    """
-
-    agent: AgentName
-    credential: str
-    path: str
-    model: str | None
-    usage: dict[str, int] | None
-    request_bytes: int
-    status: int
-    complete: bool
+BYTES_PER_TOKEN = 3  # fewer than text has: what is estimated by them is rather too much
 
 
 class UsageReader:
@@ -44,7 +26,7 @@ class UsageReader:
     _KEPT_BYTES = 512 * 1024
     _DELTA = b'"content_block_delta"'
     _DELTA_FRAME_BYTES = 80  # of a line that brings some text, around the text
-    _BYTES_PER_TOKEN = 3  # fewer than text has: what is estimated is rather too much
+    _MUCH_TOKENS = 1000
 
     def __init__(self) -> None:
         self.model: str | None = None
@@ -52,6 +34,7 @@ class UsageReader:
         self._rest = b""
         self._streamed_tokens = 0
         self._output_told = False
+        self._told = 0  # how often it told counts
 
     @property
     def usage(self) -> dict[str, int]:
@@ -60,11 +43,14 @@ class UsageReader:
         told = {kind: count for kind, count in self._usage.items() if kind != "output_tokens"}
         return {**told, "estimated_output_tokens": max(self._streamed_tokens, self._usage.get("output_tokens", 0))}
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes) -> bool:
+        """Read on; whether `usage` is another one now, or has grown by much."""
+        before = self._told + self._streamed_tokens // self._MUCH_TOKENS
         *lines, self._rest = (self._rest + data).split(b"\n")
         self._rest = self._rest[-self._KEPT_BYTES :]
         for line in lines:
             self._read(line)
+        return self._told + self._streamed_tokens // self._MUCH_TOKENS != before
 
     def end(self) -> dict[str, int]:
         """`usage` behind the last byte; empty when the answer told none."""
@@ -74,7 +60,7 @@ class UsageReader:
 
     def _read(self, line: bytes) -> None:
         if self._DELTA in line:
-            self._streamed_tokens += 1 + max(0, len(line) - self._DELTA_FRAME_BYTES) // self._BYTES_PER_TOKEN
+            self._streamed_tokens += 1 + max(0, len(line) - self._DELTA_FRAME_BYTES) // BYTES_PER_TOKEN
         if b'"usage"' not in line:
             return
         try:
@@ -88,6 +74,7 @@ class UsageReader:
         if isinstance(model, str) and model:
             self.model = model[:MODEL_LIMIT].encode("utf-8", "replace").decode()
         self._usage.update(counts)
+        self._told += 1
         self._output_told = self._output_told or (not begins and "output_tokens" in counts)
 
 
@@ -99,3 +86,33 @@ def _counts(told: dict[str, Any], within: str = "") -> list[tuple[str, int]]:
         elif isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= COUNT_MOST:
             found.append((f"{within}{kind}", count))
     return found
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One call to the provider, from before its first byte went there until after the last one came back.
+
+    credential     its name, from when there is one
+    request_bytes  as its headers announce them, until all have come
+    reached        the provider has it, or may have: it was cut before anybody could know
+    status         of the provider's answer; 0 when there is none
+    complete       the answer was passed on to its end
+    """
+
+    agent: AgentName
+    path: str
+    request_bytes: int = 0
+    credential: str = ""
+    reached: bool = False
+    status: int = 0
+    complete: bool = False
+    reader: UsageReader = field(default_factory=UsageReader)
+
+    @property
+    def model(self) -> str | None:
+        return self.reader.model
+
+    @property
+    def usage(self) -> dict[str, int] | None:
+        """Token counts by kind as the provider told them last; None when it has told none."""
+        return self.reader.usage or None

@@ -27,8 +27,10 @@ from hive_core.approvals import Approvals
 from hive_core.bodies import Bodies
 from hive_core.broker import Broker
 from hive_core.events import timeline
+from hive_core.ledger import Ledger
 from hive_core.limits import Limits
 from hive_core.loose_ends import LooseEnds
+from hive_core.prices import load_prices
 from hive_core.procedures.gate import Gate
 from hive_core.protocol.words import AgentName, parse_agent_name, parse_body
 from hive_core.questions import Questions
@@ -152,7 +154,9 @@ async def open_services(
         approvals, repos = Approvals(store), Repos(state_dir)
         gate = Gate(store, agents, approvals, repos, templates, default_program="rehearsal", default_model="sonnet")
         bodies = Bodies(state_dir / "bodies", store, clock)
-        broker, turns = Broker(store, limits, random.Random(0), bodies, access), Turns(store, **bounds)
+        ledger = Ledger(store, access, load_prices(), limits, clock)
+        broker = Broker(store, limits, random.Random(0), bodies, access, ledger)
+        turns = Turns(store, **bounds)
         whose = await timeline(store)
         yield Services(state_dir, store, broker, turns, agents, approvals, repos, gate, clock, whose)
 

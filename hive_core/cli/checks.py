@@ -24,6 +24,7 @@ from hive_core.containers.process import harness_environment
 from hive_core.containers.seccomp import filter_program
 from hive_core.daemon import listen_dashboard, listen_tcp, look_for_credential, manager_prompt
 from hive_core.lock import check_owner
+from hive_core.prices import load_prices
 from hive_core.programs import find_claude, how_to_get_claude
 from hive_core.protocol.paths import config_files, explain
 from hive_core.protocol.refusal import Refusal
@@ -59,6 +60,7 @@ def look(progress: Progress) -> Iterator[Finding]:
     try:
         machine = Machine(load_config({}))
         manager_prompt(machine.config)
+        load_prices(machine.config.prices)
     except Refusal as refusal:
         yield Finding("configuration", "trouble", refusal.message)
         return

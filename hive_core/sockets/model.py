@@ -20,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 from hive_core.access import ACCESS, Access, Closed
 from hive_core.credentials import Credential
 from hive_core.protocol.words import AgentName
-from hive_core.usage import Call, UsageReader
+from hive_core.usage import Call
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,9 @@ class ModelRelay:
 
     credential  of the agent, None when there is none
     answered    is called with the status and the headers of each answer of the provider, before its body
-    call_ended  is called once for each call that reached the provider
+    call_ended  is called once for each call that began, at its end
+    call_begins is asked before: what it answers refuses the call, for now
+    call_moved  is called when the answer has told a count of tokens
     """
 
     name: AgentName
@@ -73,6 +75,8 @@ class ModelRelay:
     credential: Callable[[], Credential | None]
     answered: Callable[[Credential, int, httpx2.Headers], None]
     call_ended: Callable[[Call], None]
+    call_begins: Callable[[Call], Closed | None] = lambda _: None
+    call_moved: Callable[[Call], None] = lambda _: None
     under_way: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,31 +92,39 @@ class ModelRelay:
             await _answer(send, 200, "")
         elif self.under_way >= CALLS_LIMIT:
             await _answer(send, 429, f"{CALLS_LIMIT} calls of {self.name} are under way, which is the limit")
-        elif (credential := self.credential()) is None:
-            await _answer(
-                send, 401, "this hive has no credential for the model provider; `hive up` says how to give one"
-            )
+        elif closed := self.call_begins(call := Call(self.name, path, _announced_bytes(scope["headers"]))):
+            await _answer(send, closed.status, closed.sentence)  # its program may try again
         else:
             self.under_way += 1
             try:
-                await _Exchange(self, credential, scope, receive, send).run()
+                await self._pass(call, scope, receive, send)
             finally:
                 self.under_way -= 1
+                self.call_ended(call)
+
+    async def _pass(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
+        credential = self.credential()
+        if credential is None:
+            await _answer(
+                send, 401, "this hive has no credential for the model provider; `hive up` says how to give one"
+            )
+            return
+        call.credential = credential.name
+        await _Exchange(self, credential, call, scope, receive, send).run()
 
 
 class _Exchange:
     """One call on its way: it ends with the provider's answer, with the agent's hang-up, or when the way closes."""
 
-    def __init__(self, relay: ModelRelay, credential: Credential, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, relay: ModelRelay, credential: Credential, call: Call, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         self._relay = relay
         self._credential = credential
+        self._call = call
         self._scope = scope
         self._send = send
         self._body = _Body(receive)
-        self._reader = UsageReader()
-        self._status = 0
-        self._complete = False
-        self._reached = False
 
     async def run(self) -> None:
         cut: Closed | None = None
@@ -128,25 +140,13 @@ class _Exchange:
                 nursery.start_soon(wait_closed)
                 await self._pass_on()
                 nursery.cancel_scope.cancel()
-            if cut is not None and not self._status:
+            if cut is not None and not self._call.status:
                 await _refuse(self._send, cut)
         finally:
-            if self._reached or self._body.was_read:
-                self._relay.call_ended(self._call())
-
-    def _call(self) -> Call:
-        relay = self._relay
-        usage = self._reader.end() or None
-        return Call(
-            agent=relay.name,
-            credential=self._credential.name,
-            path=self._scope["path"],
-            model=self._reader.model,
-            usage=usage,
-            request_bytes=self._body.size,
-            status=self._status,
-            complete=self._complete,
-        )
+            call = self._call
+            call.reader.end()
+            call.reached = call.reached or self._body.was_read
+            call.request_bytes = self._body.size
 
     async def _wait_closed(self) -> Closed:
         with self._relay.access.bus.listen(ACCESS) as listener:
@@ -171,7 +171,7 @@ class _Exchange:
         except httpx2.HTTPError as exc:
             await self._say_why(exc)
             return
-        self._reached = True
+        self._call.reached = True
         try:
             relay.answered(self._credential, response.status_code, response.headers)
             await self._stream_back(response)
@@ -190,21 +190,29 @@ class _Exchange:
         await _answer(self._send, 502, f"the model provider at {relay.base_url} cannot be reached: {reason}")
 
     async def _stream_back(self, response: httpx2.Response) -> None:
-        name, send = self._relay.name, self._send
+        name, call, send = self._relay.name, self._call, self._send
         headers = passed_headers(response.headers.raw, frozenset())
-        self._status = response.status_code
+        call.status = response.status_code
         await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
         try:
             async with aclosing(response.aiter_raw()) as chunks:
                 async for chunk in chunks:
-                    self._reader.feed(chunk)
+                    if call.reader.feed(chunk):
+                        self._relay.call_moved(call)
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
         except httpx2.HTTPError as exc:
             # Left without an end, so that the program sees that it was cut.
             log.warning("the answer to %s was cut: %s", name, exc, extra={"agent": name})
         else:
-            self._complete = True
+            call.complete = True
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _announced_bytes(headers: list[tuple[bytes, bytes]]) -> int:
+    lengths = [
+        int(value) for name, value in headers if name == b"content-length" and value.isdigit() and len(value) < 12
+    ]
+    return min(lengths[0], BODY_LIMIT_BYTES) if lengths else 0
 
 
 def _length(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

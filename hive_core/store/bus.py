@@ -16,6 +16,7 @@ WANTED = "wanted"  # what is wanted of some agent changed
 RESTING = "resting"  # a message rests until an instant
 DEPLOYED = "deployed"  # what some agent runs on changed
 CREDENTIALS = "credentials"  # what is known of some credential changed
+TURN_ENDS = "turn ends"  # a turn has ended
 APPROVED = "approved"  # an approval waits to be carried out
 
 

@@ -104,6 +104,8 @@ class Bench:
     answers: list[tuple[str, int, httpx2.Headers]]
     credential: Credential | None = KEY
     closed: Closed | None = None
+    full: Closed | None = None
+    moved: list[dict[str, int]] = field(default_factory=list)
 
     async def ended(self) -> Ended:
         """The call that was told of next."""
@@ -151,7 +153,9 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
             access,
             lambda: bench.credential,
             lambda credential, status, headers: answers.append((credential.name, status, headers)),
-            tell.send_nowait,
+            lambda call: tell.send_nowait(call) if call.reached else None,
+            lambda call: bench.full,
+            lambda call: bench.moved.append(dict(call.usage or {})),
         )
         path = tmp_path / "model.sock"
         bench = Bench(provider, relay, path, told, access, answers)
@@ -521,6 +525,32 @@ async def test_a_stream_that_is_cut_reaches_the_agent_cut_and_what_it_cost_is_to
     assert await bench.heard() == {"input_tokens": 25, "estimated_output_tokens": 1}
     bench.provider.answer = plain_answer
     assert (await bench.post(content=b"{}")).status_code == 200
+
+
+async def test_a_call_that_has_to_wait_for_others_is_refused_so_that_its_program_tries_again(bench: Bench) -> None:
+    bench.full = Closed("over_budget", "calls under way may cost all that is left", status=429)
+    answer = await bench.post(content=b"{}")
+    assert (answer.status_code, answer.json()["error"]["message"]) == (429, bench.full.sentence)
+    assert "x-should-retry" not in answer.headers
+    assert not bench.provider.calls
+    assert bench.heard_nothing
+    bench.full = None
+    assert (await bench.post(content=b"{}")).status_code == 200
+
+
+async def test_what_the_answer_tells_of_its_tokens_is_passed_on_before_it_ends(bench: Bench) -> None:
+    async def streams(call: Call) -> None:
+        await call.say(STREAM_HEAD + chunk(EVENTS[0]))
+        while len(bench.moved) < 1:
+            await trio.testing.wait_all_tasks_blocked()
+        await call.say(b"".join(chunk(event) for event in EVENTS[1:]) + b"0\r\n\r\n")
+
+    bench.provider.answer = streams
+    await bench.post(content=b"{}")
+    assert bench.moved == [
+        {"input_tokens": 25, "estimated_output_tokens": 1},
+        {"input_tokens": 25, "output_tokens": 15},
+    ]
 
 
 @pytest.mark.parametrize("moment", ["before the answer", "in the answer"])

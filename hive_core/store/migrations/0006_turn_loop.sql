@@ -22,3 +22,63 @@ CREATE TABLE credential_states (
   worked_at_ms  INTEGER,
   windows       TEXT NOT NULL                   -- JSON: window → used (0 to 1), reset_ms, seen_ms
 ) STRICT, WITHOUT ROWID;
+
+-- Spend: what calls to the model cost, and how much they may.
+
+-- A call that reached the provider, as the relay saw it. What set it off stands here too: messages are forgotten first.
+CREATE TABLE charges (
+  id                    INTEGER PRIMARY KEY AUTOINCREMENT,
+  at_ms                 INTEGER NOT NULL,        -- when it ended
+  agent                 TEXT NOT NULL,
+  turn_id               INTEGER,                 -- the turn that ran when it began; NULL: none did
+  credential            TEXT NOT NULL,           -- its name
+  model                 TEXT,                    -- as the provider names it; in the counts NULL is unknown, too
+  status                INTEGER NOT NULL,        -- of the provider's answer; 0: there was none
+  input_tokens          INTEGER,
+  output_tokens         INTEGER,
+  cache_write_5m_tokens INTEGER,
+  cache_write_1h_tokens INTEGER,
+  cache_read_tokens     INTEGER,
+  cost_micro_usd        INTEGER NOT NULL,
+  estimated             INTEGER NOT NULL,        -- a count or the price of the model is not known
+  complete              INTEGER NOT NULL,        -- the answer was passed on to its end
+  cause                 TEXT,                    -- of the message that the turn began with
+  cause_id              INTEGER,
+  chain_id              INTEGER,                 -- the message that the chain of causes began with
+  root                  TEXT NOT NULL            -- whose that was: operator, schedule ID, agent NAME, system, no turn
+) STRICT;
+
+CREATE INDEX charges_by_time ON charges (at_ms);
+CREATE INDEX charges_by_turn ON charges (turn_id) WHERE turn_id IS NOT NULL;
+
+-- The sums of each day, which stay when their charges are forgotten.
+CREATE TABLE spend_days (
+  day                   INTEGER NOT NULL,        -- days since 1970, UTC
+  agent                 TEXT NOT NULL,
+  model                 TEXT NOT NULL,           -- '': unknown
+  root                  TEXT NOT NULL,
+  calls                 INTEGER NOT NULL,
+  unknown_calls         INTEGER NOT NULL,        -- those whose input or output is not known: in the sums it is not
+  input_tokens          INTEGER NOT NULL,
+  output_tokens         INTEGER NOT NULL,
+  cache_write_5m_tokens INTEGER NOT NULL,
+  cache_write_1h_tokens INTEGER NOT NULL,
+  cache_read_tokens     INTEGER NOT NULL,
+  cost_micro_usd        INTEGER NOT NULL,
+  estimated_micro_usd   INTEGER NOT NULL,        -- of that
+  PRIMARY KEY (day, agent, model, root)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE budgets (
+  scope        TEXT NOT NULL,                    -- an agent, or *: the hive
+  kind         TEXT NOT NULL CHECK (kind IN ('day', 'total', 'window_5h', 'window_7d')),
+  amount       INTEGER NOT NULL CHECK (amount > 0),  -- micro-USD; of a window percent
+  warn_percent INTEGER NOT NULL,
+  warned_day   INTEGER,                          -- the last day on which it was told that so much is used
+  spent_day    INTEGER,                          -- and that all is
+  set_at_ms    INTEGER NOT NULL,
+  PRIMARY KEY (scope, kind)
+) STRICT, WITHOUT ROWID;
+
+ALTER TABLE turns ADD COLUMN reserved_micro_usd INTEGER NOT NULL DEFAULT 0;  -- counts against budgets while it runs
+ALTER TABLE turns ADD COLUMN cost_micro_usd INTEGER;                         -- of its calls; NULL: it made none

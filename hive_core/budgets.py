@@ -1,0 +1,212 @@
+"""Budgets: how much the hive, or one agent, may spend in a day or in all, or use of the account's windows.
+
+A day is one of UTC. What is asked here is asked before each call and each turn, so it is answered from memory, which is
+changed behind each commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import trio
+
+from hive_core.charges import DAY_MS
+from hive_core.post import Cause, put_message
+from hive_core.protocol.money import parse_usd, usd
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import EVERYONE, MANAGER, SYSTEM, AgentName, MessageBody, parse_agent_name, shown
+from hive_core.store.door import Store
+from hive_core.store.writer import Transaction
+
+THE_HIVE = EVERYONE  # the scope that every agent is in
+Kind = Literal["day", "total", "window_5h", "window_7d"]
+KINDS: tuple[Kind, ...] = ("day", "total", "window_5h", "window_7d")
+WINDOWS: dict[str, str] = {"window_5h": "5h", "window_7d": "7d"}
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """amount: micro-USD, or percent of one of the account's windows."""
+
+    scope: AgentName
+    kind: Kind
+    amount: int
+    warn_percent: int
+    warned_day: int | None = None
+    spent_day: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As a sentence has it."""
+        whose = "the hive" if self.scope == THE_HIVE else self.scope
+        span = {"day": "for a day", "total": "in total"}.get(self.kind)
+        return f"the budget of {whose} {span or f'of the {self.window} window'}"
+
+    @property
+    def window(self) -> str | None:
+        return WINDOWS.get(self.kind)
+
+    def shown(self, amount: float) -> str:
+        return f"{amount:.0f} %" if self.window else usd(int(amount))
+
+    @property
+    def way_out(self) -> str:
+        """How the operator raises it."""
+        whose = "hive" if self.scope == THE_HIVE else self.scope
+        unit = "PERCENT" if self.window else "USD"
+        return f"the operator can raise it: `hive budget set {whose} --{self.kind.replace('_', '-')} {unit}`"
+
+    def when_told(self, used: float, today: int) -> Budget:
+        """The budget behind what has to be said of it now: each of the two once a day. Else itself."""
+        if used >= self.amount and self.spent_day != today:
+            return replace(self, warned_day=today, spent_day=today)
+        if used * 100 >= self.amount * self.warn_percent and self.warned_day != today:
+            return replace(self, warned_day=today)
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Amounts by kind to set for one scope, as an operator asked."""
+
+    scope: AgentName
+    amounts: Mapping[Kind, int]
+    warn_percent: int
+
+
+def parse_scope(raw: object) -> AgentName:
+    """`hive`, or an agent's name. Raises Refusal("usage")."""
+    return THE_HIVE if raw in ("hive", THE_HIVE) else parse_agent_name(raw)
+
+
+def parse_change(args: Mapping[str, Any], warn_percent: int) -> Change:
+    """From `scope`, `warn_percent` and an amount for each kind, as text. Raises Refusal("usage")."""
+    amounts: dict[Kind, int] = {}
+    for kind in KINDS:
+        if (raw := args.get(kind)) is not None:
+            what = f"the budget {kind.replace('_', '-')}"
+            amounts[kind] = _percent(raw, what) if kind in WINDOWS else parse_usd(raw, what)
+    if not amounts:
+        options = ", ".join(f"--{kind.replace('_', '-')}" for kind in KINDS)
+        raise Refusal("usage", f"cannot set a budget without an amount: give one or more of {options}")
+    raw = args.get("warn_percent")
+    return Change(parse_scope(args.get("scope")), amounts, warn_percent if raw is None else _percent(raw, "--warn"))
+
+
+def parse_kinds(raw: object) -> tuple[Kind, ...]:
+    """Kinds of budgets; all when none is named. Raises Refusal("usage")."""
+    if raw is None or raw == []:
+        return KINDS
+    kinds = tuple(kind for kind in KINDS if isinstance(raw, list) and kind in raw)
+    if not isinstance(raw, list) or len(kinds) != len(raw):
+        raise Refusal("usage", f"cannot use {shown(raw)} as kinds of budgets: give a list of {', '.join(KINDS)}")
+    return kinds
+
+
+def _percent(raw: object, what: str) -> int:
+    number = int(raw) if isinstance(raw, str) and raw.isascii() and raw.isdigit() and len(raw) <= 3 else raw
+    if type(number) is not int or not 1 <= number <= 100:
+        raise Refusal("usage", f"cannot use {shown(raw)} as {what}: give a whole number of percent from 1 to 100")
+    return number
+
+
+class Budgets:
+    """The budgets, in the database and in memory."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._kept: dict[tuple[AgentName, Kind], Budget] = {}
+
+    async def load(self) -> None:
+        sql = "SELECT scope, kind, amount, warn_percent, warned_day, spent_day FROM budgets"
+        self._keep(Budget(*row) for row in await self._store.rows(sql))
+
+    def all(self) -> list[Budget]:
+        """Those of the hive first, then by agent."""
+        return sorted(self._kept.values(), key=lambda one: (one.scope != THE_HIVE, one.scope, KINDS.index(one.kind)))
+
+    def of(self, agent: AgentName) -> list[Budget]:
+        """Those that hold for an agent."""
+        every = ((scope, kind) for scope in (THE_HIVE, agent) for kind in KINDS)
+        return [self._kept[key] for key in every if key in self._kept]
+
+    async def set(self, change: Change, actor: AgentName) -> None:
+        """Set some budgets of one scope, at once. Raises Refusal("not_found") when there is no such agent."""
+
+        def write(tx: Transaction) -> None:
+            if change.scope != THE_HIVE:
+                sql = "SELECT 1 FROM agents WHERE name = ?"
+                if tx.execute(sql, (change.scope,)).fetchone() is None:
+                    raise Refusal(
+                        "not_found",
+                        f"cannot set a budget for {change.scope}: no agent has that name; `hive list` shows them",
+                    )
+            rows = [(change.scope, kind, amount, change.warn_percent, tx.now_ms) for kind, amount in changes]
+            tx.executemany(
+                "INSERT OR REPLACE INTO budgets (scope, kind, amount, warn_percent, set_at_ms) VALUES (?, ?, ?, ?, ?)",
+                rows,
+            )
+            for kind, amount in changes:
+                tx.emit("budget_set", actor, _about(change.scope), budget=kind, amount=amount, warn=change.warn_percent)
+
+        changes = list(change.amounts.items())
+        with trio.CancelScope(shield=True):  # else what is written and what holds could be two things
+            await self._store.write(write)
+        self._keep(Budget(change.scope, kind, amount, change.warn_percent) for kind, amount in changes)
+
+    async def remove(self, scope: AgentName, kinds: Iterable[Kind], actor: AgentName) -> list[Kind]:
+        """Remove those of these kinds that there are, and say which. Raises Refusal("not_found") for none."""
+        gone = [kind for kind in kinds if (scope, kind) in self._kept]
+        if not gone:
+            whose = "the hive" if scope == THE_HIVE else scope
+            raise Refusal("not_found", f"cannot remove it: {whose} has no such budget; `hive budget` shows them")
+
+        def write(tx: Transaction) -> None:
+            tx.executemany("DELETE FROM budgets WHERE scope = ? AND kind = ?", [(scope, kind) for kind in gone])
+            for kind in gone:
+                tx.emit("budget_removed", actor, _about(scope), budget=kind)
+
+        with trio.CancelScope(shield=True):
+            await self._store.write(write)
+        for kind in gone:
+            self._kept.pop((scope, kind), None)
+        return gone
+
+    def tell(self, tx: Transaction, told: Budget, used: float) -> None:
+        """Say to the manager, and in an event, how much of a budget is used; nothing if it was changed meanwhile."""
+        sql = "UPDATE budgets SET warned_day = ?, spent_day = ? WHERE scope = ? AND kind = ? AND amount = ?"
+        given = (told.warned_day, told.spent_day, told.scope, told.kind, told.amount)
+        if tx.execute(sql, given).rowcount == 0:
+            return
+        spent = used >= told.amount
+        data = {"budget": told.kind, "amount": told.amount, "used": int(used)}
+        tx.emit("budget_spent" if spent else "budget_warned", SYSTEM, _about(told.scope), None, **data)
+        with suppress(Refusal):  # a hive without a manager has nobody to tell it to
+            put_message(tx, SYSTEM, MANAGER, MessageBody(_letter(told, used, spent)), cause=Cause("system"))
+
+    def keep(self, budget: Budget) -> None:
+        """Note what `tell` has said, behind its commit, unless another budget was set in its place."""
+        kept = self._kept.get((budget.scope, budget.kind))
+        if kept is not None and kept.amount == budget.amount:
+            self._keep([budget])
+
+    def _keep(self, budgets: Iterable[Budget]) -> None:
+        self._kept.update({(budget.scope, budget.kind): budget for budget in budgets})
+
+
+def _about(scope: AgentName) -> AgentName | None:
+    return None if scope == THE_HIVE else scope
+
+
+def _letter(budget: Budget, used: float, spent: bool) -> str:
+    so_far = f"{budget.shown(used)} of {budget.shown(budget.amount)}"
+    if not spent:
+        return f"budget_warning: {budget.name} is used to {so_far}; when all is, whom it holds for is stopped."
+    return f"budget_spent: {budget.name} is spent ({so_far}); {budget.way_out}."
+
+
+def midnight_after(at_ms: int) -> int:
+    return (at_ms // DAY_MS + 1) * DAY_MS

@@ -1,0 +1,395 @@
+"""The ledger: what calls to the model cost, counted at once in memory and written behind the calls.
+
+A call counts from its beginning: by an estimate until the provider tells its tokens, by those until it ends, and then
+as a charge. A turn counts by what was reserved for it until it has cost more or ends. So what runs side by side cannot
+slip under a budget together: only the last call that began before one was spent can go over it, and it is cut.
+
+A charge that is not on disk when the daemon is killed is lost, and so is a call that is under way then.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import trio
+
+from hive_core.access import Access, Closed
+from hive_core.budgets import THE_HIVE, Budget, Budgets, Change, Kind, midnight_after
+from hive_core.charges import DAY_MS, ESTIMATED_OUTPUT, FREE_PATHS, Bill, Charge, bill, write_charges
+from hive_core.limits import Limits
+from hive_core.prices import Prices
+from hive_core.protocol.money import usd
+from hive_core.protocol.words import SYSTEM, AgentName
+from hive_core.store.bus import TURN_ENDS
+from hive_core.store.door import Store
+from hive_core.store.schema import StoreBusy, StoreError
+from hive_core.store.writer import Transaction
+from hive_core.usage import Call
+from hive_core.usage_compared import compare
+
+log = logging.getLogger(__name__)
+
+SPENT = "spent"  # the bus topic: what is spent, or may be, changed
+BATCH = 200  # charges of one transaction
+LOOK_AGAIN_S = 30.0
+BUSY_REST_S = 1.0
+STOP_WITHIN_S = 2.0
+BEGINS_WITHIN_S = 10.0  # a reservation whose turn has not begun by then is for a turn that never will
+TURNS_REMEMBERED = 5  # of an agent: the dearest of them is what the next one may cost
+
+Windows = Callable[[AgentName], Mapping[str, float] | None]  # "5h" and "7d" → the share that is used, where known
+
+
+@dataclass(slots=True)
+class _Turn:
+    """A turn that runs, or has ended and has calls under way."""
+
+    id: int
+    agent: AgentName
+    reserved: int
+    cost: int = 0
+    bills: list[Bill] = field(default_factory=list)
+    whole: bool = True  # the daemon has seen it from its beginning
+    ended: bool = False
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    turn: _Turn | None
+    bill: Bill
+
+
+class Ledger:
+    """windows: how much of the account's windows an agent's credential has used, where that is known."""
+
+    def __init__(
+        self,
+        store: Store,
+        access: Access,
+        prices: Prices,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.time,
+        windows: Windows = lambda _: None,
+    ) -> None:
+        self.budgets = Budgets(store)
+        self.prices = prices
+        self._store = store
+        self._access = access
+        self._limits = limits or Limits()
+        self._clock = clock
+        self.windows = windows
+        self._totals: dict[str, int] = {}  # scope → micro-USD
+        self._days: dict[int, dict[str, int]] = {}  # the same of each day that was seen
+        self._under_way: dict[Call, _UnderWay] = {}
+        self._turns: dict[int, _Turn] = {}
+        self._running: dict[str, _Turn] = {}
+        self._promised: dict[str, tuple[int, float]] = {}  # reserved for a turn that is about to begin, and when
+        self._lately: dict[str, deque[int]] = {}  # what the last turns of an agent cost
+        self._models: dict[str, str] = {}  # that its last call used
+        self._queue: list[Charge] = []
+        self._writing = trio.Lock()
+        self._closed: dict[AgentName, bool] = {}  # as `look` has found and told
+        self._turned_away: set[AgentName] = set()  # whose turn did not fit
+        access.add(self.reason)
+
+    # -- what counts --------------------------------------------------------------------------------------------------
+
+    @property
+    def now_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+    def spent(self, scope: str, kind: Kind) -> int:
+        """Micro-USD: what is charged and what calls under way have cost so far."""
+        sums = self._totals if kind == "total" else self._days.get(self.now_ms // DAY_MS, {})
+        return sums.get(scope, 0) + sum(
+            way.bill.micro_usd for call, way in self._calls(scope) if call.usage is not None
+        )
+
+    def used(self, budget: Budget) -> float:
+        """In the budget's own unit; of a window that nobody has told of, 0."""
+        if budget.window is None:
+            return self.spent(budget.scope, budget.kind)
+        # Of the hive's budget: of the credential that has used most.
+        names = self._closed if budget.scope == THE_HIVE else (budget.scope,)
+        return max((100 * self._window(AgentName(name), budget.window) for name in names), default=0.0)
+
+    def _window(self, agent: AgentName, window: str) -> float:
+        return (self.windows(agent) or {}).get(window, 0.0)
+
+    def _calls(self, scope: str) -> Iterable[tuple[Call, _UnderWay]]:
+        return [(call, way) for call, way in self._under_way.items() if scope in (THE_HIVE, call.agent)]
+
+    def _expected(self, scope: str, kind: Kind) -> int:
+        """As `spent`, with what calls under way may cost yet."""
+        more = 0
+        for call, way in self._calls(scope):
+            if call.usage is None:
+                more += way.bill.micro_usd
+            elif way.bill.tokens["output"] is None:
+                more += self.prices.cost(call.model, {"output": ESTIMATED_OUTPUT}).micro_usd
+        return self.spent(scope, kind) + more
+
+    def _reserved(self, scope: str, but: str) -> int:
+        """What is reserved for turns and not spent by them, but for those of one agent."""
+        now = trio.current_time()
+        self._promised = {name: one for name, one in self._promised.items() if now - one[1] < BEGINS_WITHIN_S}
+        left = {name: amount for name, (amount, _) in self._promised.items()}
+        for name, turn in self._running.items():
+            so_far = turn.cost + sum(way.bill.micro_usd for way in self._under_way.values() if way.turn is turn)
+            left[name] = max(0, turn.reserved - so_far)
+        return sum(amount for name, amount in left.items() if name != but and scope in (THE_HIVE, name))
+
+    def _next_turn(self, agent: str) -> int:
+        """What the next turn of an agent may cost: as the dearest of its last ones, within bounds."""
+        least, most = self._limits.reserve_least_micro_usd, self._limits.reserve_most_micro_usd
+        return min(max(least, *self._lately.get(agent, (0,))), most)
+
+    # -- what may go on -----------------------------------------------------------------------------------------------
+
+    def reason(self, agent: AgentName) -> Closed | None:
+        """That a budget is spent; of an agent between turns also that it does not hold another one."""
+        closed = self._reason(agent, agent not in self._running)
+        self._closed.setdefault(agent, closed is not None)
+        return closed
+
+    def to_reserve(self, agent: AgentName) -> int | None:
+        """Micro-USD to set aside for a turn that begins; None when a budget does not hold that."""
+        if self._reason(agent, True) is not None:
+            self._turned_away.add(agent)
+            return None
+        amount = self._next_turn(agent)
+        self._promised[agent] = (amount, trio.current_time())
+        return amount
+
+    def _reason(self, agent: AgentName, between_turns: bool) -> Closed | None:
+        found = [self._closed_by(budget, agent, between_turns) for budget in self.budgets.of(agent)]
+        # Of several the one that opens last, and of those one that the operator alone can open.
+        return max(filter(None, found), key=lambda one: (one.until_ms is None, one.until_ms or 0), default=None)
+
+    def _closed_by(self, budget: Budget, agent: AgentName, between_turns: bool) -> Closed | None:
+        midnight = midnight_after(self.now_ms) if budget.kind == "day" else None
+        opens = "it goes on at midnight UTC, or " if midnight else ""
+        if budget.window is not None:
+            used = 100 * self._window(agent, budget.window)
+            why = f"the account's {budget.window} window is used to {used:.0f} % and {budget.name} ends at"
+            sentence = f"{why} {budget.amount} %; it goes on with the next window, or {budget.way_out}"
+            return Closed("over_budget", sentence) if used >= budget.amount else None
+        spent = self.spent(budget.scope, budget.kind)
+        if spent >= budget.amount:
+            sentence = f"{budget.name}, {usd(budget.amount)}, is spent ({usd(spent)}); {opens}{budget.way_out}"
+            return Closed("over_budget", sentence, midnight)
+        needed = min(self._next_turn(agent), budget.amount)
+        reserved = self._reserved(budget.scope, agent)
+        if between_turns and spent + reserved + needed > budget.amount:
+            left = f"{budget.name}, {usd(budget.amount)}, has {usd(budget.amount - spent - reserved)} left"
+            others = f" beside {usd(reserved)} for turns that run" if reserved else ""
+            sentence = f"{left}{others}, and {agent}'s next turn may take {usd(needed)}; {opens}{budget.way_out}"
+            return Closed("over_budget", sentence, midnight)
+        return None
+
+    def look(self) -> None:
+        """Tell whose way to the model is another one now, and note which budgets there is something to say of."""
+        names = [name for name in self._turned_away if self._reason(name, True) is None]
+        self._turned_away.difference_update(names)
+        for agent, before in self._closed.items():
+            closed = self._reason(agent, agent not in self._running) is not None
+            if closed != before:
+                self._closed[agent] = closed
+                names.append(agent)
+        if names:
+            self._access.changed(*names)
+
+    def _moved(self) -> None:
+        self.look()
+        self._store.bus.publish([SPENT])
+
+    # -- the relay's calls --------------------------------------------------------------------------------------------
+
+    def call_begins(self, call: Call) -> Closed | None:
+        """Count a call from now on; or say why it has to wait for others that are under way."""
+        for budget in self.budgets.of(call.agent) if call.path not in FREE_PATHS else ():
+            if budget.window is None and self._expected(budget.scope, budget.kind) >= budget.amount:
+                why = f"calls under way may cost all that {budget.name}, {usd(budget.amount)}, has left"
+                return Closed("over_budget", f"{why}; try again when they have ended, or {budget.way_out}", status=429)
+        self._under_way[call] = _UnderWay(self._running.get(call.agent), self._bill(call))
+        return None
+
+    def call_moved(self, call: Call) -> None:
+        """The provider has told more of what a call takes."""
+        self._under_way[call].bill = self._bill(call)
+        self._moved()
+
+    def call_ended(self, call: Call) -> None:
+        """Charge a call. It counts at once; its row is written a little later."""
+        way = self._under_way.pop(call)
+        if call.reached:
+            charge = Charge(self.now_ms, call.agent, way.turn.id if way.turn else None, call, self._bill(call))
+            self._queue.append(charge)
+            self._count(call.agent, charge.day, charge.bill.micro_usd)
+            if call.model is not None:
+                self._models[call.agent] = call.model
+            if way.turn is not None:
+                way.turn.cost += charge.bill.micro_usd
+                way.turn.bills.append(charge.bill)
+        self._moved()
+
+    def _bill(self, call: Call) -> Bill:
+        return bill(call, self.prices, self._models.get(call.agent))
+
+    def _count(self, agent: str, day: int, micro_usd: int) -> None:
+        for scope in (THE_HIVE, agent):
+            for sums in (self._totals, self._days.setdefault(day, {})):
+                sums[scope] = sums.get(scope, 0) + micro_usd
+
+    # -- turns --------------------------------------------------------------------------------------------------------
+
+    def turn_began(self, agent: AgentName, turn_id: int) -> None:
+        """A turn has begun, or was found running; the same again changes nothing."""
+        reserved, _ = self._promised.pop(agent, (0, 0.0))
+        if turn_id not in self._turns:
+            self._turns[turn_id] = _Turn(turn_id, agent, reserved)
+        self._running[agent] = self._turns[turn_id]
+
+    async def _find_ended_turns(self) -> None:
+        known = set(self._turns)  # those were on disk before it is read, so one that does not run there has ended
+        sql = "SELECT id, agent, reserved_micro_usd, cost_micro_usd FROM turns INDEXED BY turns_running"
+        rows = {row["id"]: row for row in await self._store.rows(f"{sql} WHERE state = 'running'")}
+        ended = [turn for turn in map(self._turns.__getitem__, known - rows.keys()) if not turn.ended]
+        for turn in ended:
+            turn.ended = True
+            if self._running.get(turn.agent) is turn:
+                del self._running[turn.agent]
+        for turn_id in rows.keys() - self._turns.keys():
+            row = rows[turn_id]
+            turn = _Turn(turn_id, row["agent"], row["reserved_micro_usd"], row["cost_micro_usd"] or 0, whole=False)
+            self._turns[turn_id] = turn
+            self._running.setdefault(turn.agent, turn)
+        if await self._settle() or ended:
+            self._moved()
+
+    async def _settle(self) -> bool:
+        """Of turns that have ended, as have their calls: remember the cost, compare the counts. Whether any did."""
+        busy = {way.turn.id for way in self._under_way.values() if way.turn is not None}
+        over = [turn for turn in self._turns.values() if turn.ended and turn.id not in busy]
+        if not over:
+            return False
+        sql = "SELECT id, state, usage FROM turns WHERE id IN (SELECT value FROM json_each(?))"
+        rows = {row["id"]: row for row in await self._store.rows(sql, (json.dumps([turn.id for turn in over]),))}
+        differs: list[tuple[AgentName, dict[str, Any]]] = []
+        for turn in over:
+            row = rows.get(turn.id)
+            if turn.whole and row is not None:
+                told = json.loads(row["usage"]) if row["usage"] else None
+                if difference := compare(told, [one.tokens for one in turn.bills], row["state"] == "done"):
+                    differs.append((turn.agent, {"turn": turn.id, **difference}))
+            self._lately.setdefault(turn.agent, deque(maxlen=TURNS_REMEMBERED)).append(turn.cost)
+            del self._turns[turn.id]
+        if differs:
+            await self._store.insist(partial(_tell_differences, differs=differs))
+        return True
+
+    # -- the database -------------------------------------------------------------------------------------------------
+
+    async def load(self) -> None:
+        """Go on as the daemon before was left."""
+        await self.budgets.load()
+        yesterday = self.now_ms // DAY_MS - 1
+        for row in await self._store.rows("SELECT agent, sum(cost_micro_usd) AS cost FROM spend_days GROUP BY agent"):
+            for scope in (THE_HIVE, row["agent"]):
+                self._totals[scope] = self._totals.get(scope, 0) + row["cost"]
+        sql = "SELECT day, agent, sum(cost_micro_usd) AS cost FROM spend_days WHERE day >= ? GROUP BY day, agent"
+        for row in await self._store.rows(sql, (yesterday,)):
+            for scope in (THE_HIVE, row["agent"]):
+                sums = self._days.setdefault(row["day"], {})
+                sums[scope] = sums.get(scope, 0) + row["cost"]
+        for row in await self._store.rows(_LATELY, (TURNS_REMEMBERED,)):
+            self._lately.setdefault(row["agent"], deque(maxlen=TURNS_REMEMBERED)).append(row["cost"])
+        await self._find_ended_turns()
+
+    async def serve(self) -> None:
+        """Write what is charged, settle turns that end, and open what a new day opens, until cancelled."""
+        with self._store.bus.listen(SPENT, TURN_ENDS) as listener:
+            while True:
+                await self._find_ended_turns()
+                await self.flush()
+                self.look()
+                self._days = {day: sums for day, sums in self._days.items() if abs(day - self.now_ms // DAY_MS) <= 2}
+                rest_s = (midnight_after(self.now_ms) - self.now_ms) / 1000
+                with trio.move_on_after(min(rest_s, LOOK_AGAIN_S)):
+                    await listener.wait()
+
+    async def flush(self) -> None:
+        """Write every charge so far, and say what there is to say of budgets."""
+        async with self._writing:
+            while self._queue or self._to_tell():
+                # Cancelled in between, nobody would know whether it was written.
+                with trio.CancelScope(shield=True):
+                    try:
+                        await self._write()
+                        continue
+                    except StoreBusy as busy:
+                        log.warning("%s", busy)
+                await trio.sleep(BUSY_REST_S)
+
+    async def aclose(self) -> None:
+        """Write what is left, when no call can begin any more."""
+        with trio.move_on_after(STOP_WITHIN_S, shield=True) as patience:
+            try:
+                await self.flush()
+            except StoreError as exc:
+                log.error("%d charges are lost: %s", len(self._queue), exc)
+        if patience.cancelled_caught:
+            log.error("%d charges are lost: the disk took no write", len(self._queue))
+
+    def _to_tell(self) -> list[tuple[Budget, float]]:
+        """Budgets of which there is something to say, as they are behind that, and how much of each is used."""
+        today, used = self.now_ms // DAY_MS, [(budget, self.used(budget)) for budget in self.budgets.all()]
+        told = [(budget, budget.when_told(so_far, today), so_far) for budget, so_far in used]
+        return [(after, so_far) for before, after, so_far in told if after is not before]
+
+    async def _write(self) -> None:
+        batch, to_tell = self._queue[:BATCH], self._to_tell()
+
+        def write(tx: Transaction) -> None:
+            write_charges(tx, batch)
+            for budget, used in to_tell:
+                self.budgets.tell(tx, budget, used)
+            tx.wake(SPENT)
+
+        await self._store.write(write)
+        del self._queue[: len(batch)]
+        for budget, _ in to_tell:
+            self.budgets.keep(budget)
+
+    # -- what the operator asks ---------------------------------------------------------------------------------------
+
+    async def set_budget(self, change: Change, actor: AgentName) -> None:
+        """Set budgets. Whom that opens goes on by itself. Raises Refusal."""
+        await self.budgets.set(change, actor)
+        self._moved()
+
+    async def remove_budget(self, scope: AgentName, kinds: Iterable[Kind], actor: AgentName) -> list[Kind]:
+        """Remove budgets, as `Budgets.remove` does; whom that opens goes on by itself."""
+        gone = await self.budgets.remove(scope, kinds, actor)
+        self._moved()
+        return gone
+
+
+def _tell_differences(tx: Transaction, differs: Iterable[tuple[AgentName, dict[str, Any]]]) -> None:
+    for agent, data in differs:
+        tx.emit("usage_differs", SYSTEM, agent, **data)
+
+
+# The newest turns of each agent, oldest first.
+_LATELY = """
+    SELECT agent, cost_micro_usd AS cost FROM agents JOIN turns t ON t.id IN (
+        SELECT id FROM turns WHERE agent = name AND state != 'running' ORDER BY id DESC LIMIT ?
+    ) WHERE cost_micro_usd IS NOT NULL ORDER BY t.id
+"""
