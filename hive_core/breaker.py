@@ -159,10 +159,10 @@ class Breaker:
 
     def windows_used(self, agent: AgentName) -> dict[str, float]:
         """Of the account that an agent uses: window → the share that is used, of those that are told and not over."""
-        name, now_ms = self.name_of(agent), self._now_ms()
+        name = self.name_of(agent)
         credential = self._credentials.find(name) if name is not None else None
-        windows = self._state(credential).windows if credential is not None else {}
-        return {key: one.used for key, one in windows.items() if one.reset_ms is None or now_ms < one.reset_ms}
+        windows = self._state(credential).windows_at(self._now_ms()) if credential is not None else {}
+        return {key: one.used for key, one in windows.items()}
 
     def users(self, name: str) -> list[AgentName]:
         return sorted(agent for agent, use in self._uses.items() if use.credential == name)
@@ -176,6 +176,7 @@ class Breaker:
     def _row(self, name: str, now_ms: int) -> dict[str, Any]:
         credential = self._credentials.find(name)
         state = self._state(credential) if credential else None
+        windows = state.windows_at(now_ms) if state else {}
         return {
             "name": name,
             "kind": credential.kind if credential else None,
@@ -187,7 +188,7 @@ class Breaker:
             "until_ms": state.until_ms if state and not state.stays else None,
             "stays": bool(state and state.stays),
             "worked_at_ms": state.worked_at_ms if state else None,
-            "windows": {key: window.to_wire() for key, window in state.windows.items()} if state else {},
+            "windows": {key: window.to_wire() for key, window in windows.items()},
         }
 
     # -- what the relay tells -----------------------------------------------------------------------------------------

@@ -37,6 +37,10 @@ class CredentialState:
         """Whether nobody may try it now. An instant further away than any limit was told before the clock went back."""
         return self.reason is not None and (self.stays or now_ms < (self.until_ms or 0) <= now_ms + FAR_MS)
 
+    def windows_at(self, now_ms: int) -> dict[str, Window]:
+        """Those that are not over: of another nothing is known until the provider tells it."""
+        return {key: one for key, one in self.windows.items() if one.reset_ms is None or now_ms < one.reset_ms}
+
     @property
     def word(self) -> str:
         """works, untried, limited or refused."""

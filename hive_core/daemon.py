@@ -311,6 +311,7 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(hive.agents.serve)
         nursery.start_soon(hive.breaker.serve)
         nursery.start_soon(hive.ledger.serve)
+        nursery.start_soon(hive.logins.serve)
         nursery.start_soon(hive.archive.index.serve)
         nursery.start_soon(serve_clock, hive.store, timers)
         nursery.start_soon(_serve_pruning, hive)

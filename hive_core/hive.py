@@ -64,7 +64,7 @@ class Hive:
         self.freeze = Freeze(self.store, self.access)
         self.breaker = Breaker(self.store, self.credentials, self.access, self.broker.limits)
         self.ledger.windows = self.breaker.windows_used
-        self.logins = Logins(self.credentials, self.breaker)
+        self.logins = Logins(self.store.bus, self.credentials, self.breaker, self.claude, self.sandbox_trouble)
         self.archive = Archive(self.store, self.config, self.config.bodies_dir)
         self.retention = Retention(self.store, self.config, self.archive.index)
         limits = self.broker.limits

@@ -5,11 +5,14 @@ from __future__ import annotations
 from hive_core.cli.client import Client
 from hive_core.cli.output import emit
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.visible import named as safe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import Namespace
     from typing import Any
+
+CODE_LIMIT = 4096
 
 
 def credentials(arguments: Namespace) -> None:
@@ -31,8 +34,8 @@ def credentials(arguments: Namespace) -> None:
 
 
 def login(arguments: Namespace) -> None:
-    if arguments.api_key and arguments.token:
-        raise Refusal("usage", "cannot take both: give --api-key or --token")
+    if arguments.api_key + arguments.token + arguments.cancel > 1:
+        raise Refusal("usage", "cannot take them together: give --api-key, --token or --cancel")
     name = arguments.credential or "default"
     if arguments.api_key or arguments.token:
         kind = "api_key" if arguments.api_key else "oauth_token"
@@ -41,7 +44,31 @@ def login(arguments: Namespace) -> None:
         result = client.call("credentials_give", credential=name, kind=kind, secret=_secret(what))
         emit(arguments, result, logged_in(result))
         return
-    raise Refusal("usage", "cannot log in without --api-key or --token")
+    if arguments.cancel:
+        emit(arguments, Client().call("login_cancel", credential=name), f"the login of {name} is cancelled")
+        return
+    result, asked = {}, False
+    try:
+        for result in Client().stream("login", credential=name):
+            if result["state"] == "link" and not asked:
+                asked = True
+                _ask_for_code(name, result["link"])
+    except KeyboardInterrupt:
+        raise Refusal("failed", f"the login of {name} is cancelled: nothing has changed") from None
+    emit(arguments, result, logged_in(result))
+
+
+def _ask_for_code(name: str, link: str) -> None:
+    """What is asked goes to standard error, so that standard output has the result alone."""
+    import sys
+
+    print(f"log in here, and bring back the code that is shown:\n\n  {safe(link)}\n", file=sys.stderr)
+    print("code: ", end="", file=sys.stderr, flush=True)
+    if code := sys.stdin.readline(CODE_LIMIT).strip():
+        # A connection of its own: on the other one the login goes on.
+        Client().call("login_code", credential=name, code=code)
+        return
+    raise Refusal("usage", f"cannot log in: no code was given; the login of {name} is cancelled")
 
 
 def logged_in(result: dict[str, Any]) -> str:

@@ -187,6 +187,7 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
             (("credential",), {"nargs": "?", "help": "its name; default when absent"}),
             (("--api-key",), {"action": "store_true", "help": "read an API key from standard input"}),
             (("--token",), {"action": "store_true", "help": "read a token of `claude setup-token` from there"}),
+            (("--cancel",), {"action": "store_true", "help": "end a login of it that runs"}),
         ],
     ),
     "events": (

@@ -24,6 +24,8 @@ _PROC_OF_THE_HOST = tuple(
 # The host's keys, told to whoever has the same uid.
 _KEYS_OF_THE_HOST = ("/proc/keys", "/proc/key-users")
 _ETC_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/ssl/certs", "/etc/localtime")
+# How the network's names are found.
+_ETC_OF_THE_NETWORK = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/ssl", "/etc/pki", "/etc/static")
 HOME = "/root"  # inside
 _PACKAGES = ("hive_core", "hive_agent", "hive_mind")
 
@@ -40,13 +42,45 @@ class AgentDirs:
 
 def bwrap_command(dirs: AgentDirs, claude: Path | None, status_fd: int, filter_fd: int | None) -> list[str]:
     """bwrap with its options, to be followed by what runs inside; it inherits both descriptors."""
-    # Found on the daemon's own PATH, as sandbox_trouble does: the harness's is built from nothing.
-    bwrap = shutil.which("bwrap") or "bwrap"
-    argv = [bwrap, "--unshare-all", "--unshare-user", "--uid", "0", "--gid", "0", "--hostname", "hive"]
-    argv += ["--disable-userns", "--cap-drop", "ALL", "--new-session", "--json-status-fd", str(status_fd)]
-    argv += ["--seccomp", str(filter_fd)] if filter_fd is not None else []
     # The harness is process 1: when it ends, the kernel ends everything else in its pid namespace.
-    argv += ["--as-pid-1", "--tmpfs", "/", "--proc", "/proc"]
+    argv = [*_bwrap(filter_fd), "--json-status-fd", str(status_fd), "--as-pid-1", *_system()]
+    bound = _program_paths(claude)
+    for path in sorted(bound):
+        argv += ["--ro-bind", path, path]
+    for path, target in _links_of(sys.executable):
+        if not _is_below(path, {*_SYSTEM_PATHS, *bound}):
+            argv += ["--symlink", target, path]
+    # Its sockets can be connected to, not replaced.
+    argv += ["--ro-bind", str(dirs.run), "/run/hive", "--bind", str(dirs.state), "/state"]
+    argv += ["--bind", str(dirs.claude), f"{HOME}/.claude"]
+    if dirs.proposed is not None:
+        argv += ["--bind", str(dirs.proposed), "/agents"]
+    return [*argv, "--chdir", "/state", "--"]
+
+
+def login_command(claude: Path, filter_fd: int | None) -> list[str]:
+    """The same for the program's own login: with the host's network, and nothing of the hive but the program.
+
+    It ends with the *thread* that starts it, which has to be one that lives as long as the daemon.
+    """
+    argv = [*_bwrap(filter_fd), "--share-net", "--die-with-parent", *_system()]
+    for path in _ETC_OF_THE_NETWORK:
+        argv += ["--ro-bind-try", path, path]
+    if not _is_below(str(claude), _SYSTEM_PATHS):
+        argv += ["--ro-bind", str(claude), str(claude)]
+    return [*argv, "--chdir", HOME, "--", str(claude)]
+
+
+def _bwrap(filter_fd: int | None) -> list[str]:
+    """bwrap, found on the daemon's own PATH as sandbox_trouble does: the harness's is built from nothing."""
+    argv = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--uid", "0", "--gid", "0"]
+    argv += ["--hostname", "hive", "--disable-userns", "--cap-drop", "ALL", "--new-session"]
+    return [*argv, *(["--seccomp", str(filter_fd)] if filter_fd is not None else [])]
+
+
+def _system() -> list[str]:
+    """What a program needs of the host to run, over an empty root."""
+    argv = ["--tmpfs", "/", "--proc", "/proc"]
     for path in _PROC_OF_THE_HOST:
         argv += ["--ro-bind-try", path, path]
     for path in _KEYS_OF_THE_HOST:
@@ -60,18 +94,7 @@ def bwrap_command(dirs: AgentDirs, claude: Path | None, status_fd: int, filter_f
             argv += ["--ro-bind", path, path]
     for path in _ETC_FILES:
         argv += ["--ro-bind-try", path, path]
-    bound = _program_paths(claude)
-    for path in sorted(bound):
-        argv += ["--ro-bind", path, path]
-    for path, target in _links_of(sys.executable):
-        if not _is_below(path, {*_SYSTEM_PATHS, *bound}):
-            argv += ["--symlink", target, path]
-    # Its sockets can be connected to, not replaced.
-    argv += ["--ro-bind", str(dirs.run), "/run/hive", "--bind", str(dirs.state), "/state"]
-    argv += ["--bind", str(dirs.claude), f"{HOME}/.claude"]
-    if dirs.proposed is not None:
-        argv += ["--bind", str(dirs.proposed), "/agents"]
-    return [*argv, "--chdir", "/state", "--"]
+    return argv
 
 
 def _program_paths(claude: Path | None) -> set[str]:

@@ -37,7 +37,7 @@ from hive_core.protocol.words import (
 )
 from hive_core.questions import parse_answer
 from hive_core.schedules import parse_plan
-from hive_core.sockets.admin_credentials import credential_verbs
+from hive_core.sockets.admin_credentials import credential_streams, credential_verbs
 from hive_core.sockets.unix import Connection, Lines
 from hive_core.store.bus import EVENTS, WANTED
 from hive_core.version import __version__
@@ -98,6 +98,7 @@ class AdminDesk:
             "watch": (self._watch, set()),
             "events": (self._events, {"follow", "after", "limit"}),
             "down": (self._down, {"patience_s"}),
+            **credential_streams(hive),
         }
 
     async def serve(self, stream: Connection) -> None:

@@ -106,7 +106,7 @@ class ModelRelay:
         credential = self.credential()
         if credential is None:
             await _answer(
-                send, 401, "this hive has no credential for the model provider; `hive up` says how to give one"
+                send, 401, "this hive has no credential for the model provider; `hive credentials` says how to give one"
             )
             return
         call.credential = credential.name

@@ -65,7 +65,7 @@ async def test_a_token_is_given_by_name_and_takes_the_place_of_a_key(house: Hive
         (("login", "--api-key"), "canary", 2, "cannot use this API key: it must be one word of 16"),
         (("login", "--api-key"), "", 2, "cannot use this API key"),
         (("login", "--token"), KEY, 2, "begins with sk-ant-oat"),
-        (("login", "--token", "--api-key"), KEY, 2, "cannot take both"),
+        (("login", "--token", "--api-key"), KEY, 2, "cannot take them together"),
         (("login", "../x", "--api-key"), KEY, 2, "as a credential's name"),
         (("credentials", "list", "work"), "", 2, "it takes no name"),
         (("credentials", "resume"), "", 2, "give the credential's name"),

@@ -406,6 +406,8 @@ async def test_how_much_of_the_windows_is_left_is_kept_as_it_was_told(desk: Desk
     windows = desk.row()["windows"]
     assert {name: window["left"] for name, window in windows.items()} == {"5h": 0.75, "7d": 0.5}
     assert windows["7d"]["reset_ms"] is None
+    await desk.pass_s(61)
+    assert desk.row()["windows"].keys() == {"7d"}, "one that is over is unknown again"
 
 
 async def test_windows_that_look_the_same_are_not_written_again(hive: Services, desk: Desk) -> None:
