@@ -130,12 +130,12 @@ def _root(row: sqlite3.Row) -> str:
             return SYSTEM
 
 
-_COUNTS = tuple(f"{kind}_tokens" for kind in KINDS)
+TOKEN_COLUMNS = tuple(f"{kind}_tokens" for kind in KINDS)
 # fmt: off
-_CHARGE = ("at_ms", "agent", "turn_id", "credential", "model", "status", *_COUNTS, "cost_micro_usd", "estimated",
+_CHARGE = ("at_ms", "agent", "turn_id", "credential", "model", "status", *TOKEN_COLUMNS, "cost_micro_usd", "estimated",
            "complete", "cause", "cause_id", "chain_id", "root")
 # fmt: on
-SUMS = ("calls", "unknown_calls", *_COUNTS, "cost_micro_usd", "estimated_micro_usd")
+SUMS = ("calls", "unknown_calls", *TOKEN_COLUMNS, "cost_micro_usd", "estimated_micro_usd")
 _ADD_TO_DAY = f"""
     INSERT INTO spend_days (day, agent, model, root, {", ".join(SUMS)}) VALUES (?, ?, ?, ?{", ?" * len(SUMS)})
     ON CONFLICT DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in SUMS)}

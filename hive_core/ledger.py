@@ -112,16 +112,35 @@ class Ledger:
             way.bill.micro_usd for call, way in self._calls(scope) if call.usage is not None
         )
 
-    def used(self, budget: Budget) -> float:
-        """In the budget's own unit; of a window that nobody has told of, 0."""
+    def used(self, budget: Budget) -> float | None:
+        """In the budget's own unit; None of a window that nobody has told of."""
         if budget.window is None:
             return self.spent(budget.scope, budget.kind)
         # Of the hive's budget: of the credential that has used most.
         names = self._closed if budget.scope == THE_HIVE else (budget.scope,)
-        return max((100 * self._window(AgentName(name), budget.window) for name in names), default=0.0)
+        told = (self._window(AgentName(name), budget.window) for name in names)
+        return max((used for used in told if used is not None), default=None)
 
-    def _window(self, agent: AgentName, window: str) -> float:
-        return (self.windows(agent) or {}).get(window, 0.0)
+    def _window(self, agent: AgentName, window: str) -> float | None:
+        """How much of a window is used, in percent."""
+        used = (self.windows(agent) or {}).get(window)
+        return None if used is None else round(100 * used, 2)
+
+    def budget_rows(self) -> list[dict[str, Any]]:
+        """Each budget as the operator sees it: {scope, kind, unit, amount, used, spent, warn_percent}."""
+        return [
+            {
+                "scope": budget.scope,
+                "kind": budget.kind,
+                "unit": "percent" if budget.window else "micro_usd",
+                "amount": budget.amount,
+                "used": used if used is None else int(used),
+                "spent": used is not None and used >= budget.amount,
+                "warn_percent": budget.warn_percent,
+            }
+            for budget in self.budgets.all()
+            for used in [self.used(budget)]
+        ]
 
     def _calls(self, scope: str) -> Iterable[tuple[Call, _UnderWay]]:
         return [(call, way) for call, way in self._under_way.items() if scope in (THE_HIVE, call.agent)]
@@ -177,7 +196,7 @@ class Ledger:
         midnight = midnight_after(self.now_ms) if budget.kind == "day" else None
         opens = "it goes on at midnight UTC, or " if midnight else ""
         if budget.window is not None:
-            used = 100 * self._window(agent, budget.window)
+            used = self._window(agent, budget.window) or 0.0
             why = f"the account's {budget.window} window is used to {used:.0f} % and {budget.name} ends at"
             sentence = f"{why} {budget.amount} %; it goes on with the next window, or {budget.way_out}"
             return Closed("over_budget", sentence) if used >= budget.amount else None
@@ -350,7 +369,7 @@ class Ledger:
 
     def _to_tell(self) -> list[tuple[Budget, float]]:
         """Budgets of which there is something to say, as they are behind that, and how much of each is used."""
-        today, used = self.now_ms // DAY_MS, [(budget, self.used(budget)) for budget in self.budgets.all()]
+        today, used = self.now_ms // DAY_MS, [(budget, self.used(budget) or 0.0) for budget in self.budgets.all()]
         told = [(budget, budget.when_told(so_far, today), so_far) for budget, so_far in used]
         return [(after, so_far) for before, after, so_far in told if after is not before]
 

@@ -190,6 +190,31 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
             (("--cancel",), {"action": "store_true", "help": "end a login of it that runs"}),
         ],
     ),
+    "costs": (
+        "spend.costs",
+        "what calls to the model have cost",
+        [
+            (("--by",), {"choices": ["agent", "model", "cause", "day"], "default": "agent"}),
+            (
+                ("--since",),
+                {"metavar": "24h|7d|DATE", "help": "hours back; days of UTC, with today; or from that day on"},
+            ),
+        ],
+    ),
+    "budget": (
+        "spend.budget",
+        "how much the hive or an agent may spend: a warning, then a stop",
+        [
+            (("what",), {"nargs": "?", "choices": ["list", "set", "remove"], "default": "list"}),
+            (("scope",), {"nargs": "?", "metavar": "hive|AGENT"}),
+            (("kinds",), {"nargs": "*", "metavar": "KIND", "help": "remove: day, total, window-5h or window-7d"}),
+            (("--day",), {"metavar": "USD", "help": "in a day of UTC"}),
+            (("--total",), {"metavar": "USD", "help": "since the hive began"}),
+            (("--window-5h",), {"metavar": "PERCENT", "help": "of the account's 5-hour window"}),
+            (("--window-7d",), {"metavar": "PERCENT"}),
+            (("--warn",), {"type": _whole, "metavar": "PERCENT", "help": "when to warn; 80 when absent"}),
+        ],
+    ),
     "events": (
         "hive.events",
         "what people did and what changed",
@@ -244,4 +269,4 @@ def parse(words: list[str]) -> Namespace:
     return (parser.parse_intermixed_args if parser.prog in _INTERMIXED else parser.parse_args)(words)
 
 
-_INTERMIXED = ("hive send", "hive schedule", "hive answer")
+_INTERMIXED = ("hive send", "hive schedule", "hive answer", "hive budget")

@@ -38,6 +38,7 @@ from hive_core.protocol.words import (
 from hive_core.questions import parse_answer
 from hive_core.schedules import parse_plan
 from hive_core.sockets.admin_credentials import credential_streams, credential_verbs
+from hive_core.sockets.admin_spend import spend_verbs
 from hive_core.sockets.unix import Connection, Lines
 from hive_core.store.bus import EVENTS, WANTED
 from hive_core.version import __version__
@@ -93,6 +94,7 @@ class AdminDesk:
             "kill": (self._kill, {"agent"}),
             "dashboard": (self._dashboard, set()),
             **credential_verbs(hive),
+            **spend_verbs(hive),
         }
         self._streams: dict[str, tuple[Callable[[Args, Tell], Awaitable[None]], set[str]]] = {
             "watch": (self._watch, set()),
