@@ -257,6 +257,8 @@ class _Rooms:
             hive.ledger.call_ended,
             hive.ledger.call_begins,
             hive.ledger.call_moved,
+            partial(hive.ledger.running, name),
+            partial(hive.turns.note_unleased_call, name),
         )
         with contextlib.ExitStack() as opened:
             harness_sock, mcp_sock, model_sock = (

@@ -269,6 +269,11 @@ class Ledger:
 
     # -- turns --------------------------------------------------------------------------------------------------------
 
+    def running(self, agent: AgentName) -> int | None:
+        """The turn of an agent that runs."""
+        turn = self._running.get(agent)
+        return None if turn is None else turn.id
+
     def turn_began(self, agent: AgentName, turn_id: int) -> None:
         """A turn has begun, or was found running; the same again changes nothing."""
         reserved, _ = self._promised.pop(agent, (0, 0.0))

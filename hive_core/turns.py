@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import suppress
 from typing import Any
 
+import trio
+
 from hive_core.limits import Limits
-from hive_core.protocol.words import AgentName
+from hive_core.protocol.words import SYSTEM, AgentName
 from hive_core.store.bus import stream
 from hive_core.store.door import Store
+from hive_core.store.schema import StoreBusy
 from hive_core.store.writer import Transaction
 
 LINES_PER_TURN = 12_000
 LINES_PER_AGENT = 60_000
 LINE_KEPT_S = 14 * 24 * 3600
 BOUND_EVERY = 500  # lines of one turn between two looks at how many its agent has
+UNLEASED_EVERY_S = 60.0  # events of calls outside any turn, of one agent
 DROPPED_AT_ONCE = 1_000  # lines over the quota that one transaction drops; there are more after it was lowered
 
 
@@ -31,6 +37,7 @@ class Turns:
         self._lines_per_turn = lines_per_turn
         self._lines_per_agent = lines_per_agent
         self._line_quota_bytes = line_quota_bytes
+        self._unleased: dict[AgentName, float] = {}  # when it was told last
 
     async def add_lines(self, agent: AgentName, turn_id: int, first: int, lines: list[str]) -> int:
         """Keep lines number `first` and up of a turn; those already there are left alone.
@@ -63,6 +70,15 @@ class Turns:
             return arrived
 
         return await self._store.write(write)
+
+    async def note_unleased_call(self, agent: AgentName) -> None:
+        """Tell, once in a while, that an agent called the model outside any turn: something in it thinks unasked."""
+        now = trio.current_time()
+        if now - self._unleased.get(agent, -math.inf) < UNLEASED_EVERY_S:
+            return
+        self._unleased[agent] = now
+        with suppress(StoreBusy):
+            await self._store.write(lambda tx: tx.emit("unleased_call", SYSTEM, agent))
 
     async def lines_after(self, agent: str, line_id: int, limit: int = 500) -> list[dict[str, Any]]:
         """Lines of an agent with an id above `line_id`, oldest first: {id, turn, n, at_ms, line}."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -66,6 +66,8 @@ class ModelRelay:
     call_ended  is called once for each call that began, at its end
     call_begins is asked before: what it answers refuses the call, for now
     call_moved  is called when the answer has told a count of tokens
+    turn        of the agent that runs; without one no call passes, so an agent thinks only when it has a message
+    unleased    is called when it tried all the same
     """
 
     name: AgentName
@@ -77,6 +79,8 @@ class ModelRelay:
     call_ended: Callable[[Call], None]
     call_begins: Callable[[Call], Closed | None] = lambda _: None
     call_moved: Callable[[Call], None] = lambda _: None
+    turn: Callable[[], int | None] = lambda: 0
+    unleased: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
     under_way: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,6 +94,9 @@ class ModelRelay:
             await _refuse(send, closed)
         elif method == "HEAD":
             await _answer(send, 200, "")
+        elif self.turn() is None:
+            await self.unleased()
+            await _refuse(send, Closed("idle", f"no turn of {self.name} runs: it begins with a message", status=403))
         elif self.under_way >= CALLS_LIMIT:
             await _answer(send, 429, f"{CALLS_LIMIT} calls of {self.name} are under way, which is the limit")
         elif closed := self.call_begins(call := Call(self.name, path, _announced_bytes(scope["headers"]))):

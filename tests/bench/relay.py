@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import statistics
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from hive_core.protocol.harness import PROTOCOL_VERSION
 from tests.bench.figures import figure, say
 from tests.bench.group_start import CHECKOUT, OPEN_BRAKES, cpu_s, spawn
 from tests.daemons import Daemon, open_daemon
@@ -27,9 +29,22 @@ KEY = "sk-ant-api03-of-a-measurement"
 
 def relay_figures() -> Iterator[dict[str, Any]]:
     with _provider() as port, _swarm(port) as daemon:
+        for name in TALKERS:
+            _begin_turn(daemon, name)
         relays = [str(daemon.runtime / "agents" / name / "model.sock") for name in TALKERS]
         yield _first_byte(relays[0], port)
         yield from _twenty(daemon, relays, port)
+
+
+def _begin_turn(daemon: Daemon, name: str) -> None:
+    """With its welcome: outside a turn the relay passes nothing. It runs as long as the daemon."""
+    with socket.socket(socket.AF_UNIX) as harness, harness.makefile("rwb", buffering=0) as lines:
+        harness.connect(str(daemon.runtime / "agents" / name / "harness.sock"))
+        hello = {"op": "hello", "version": PROTOCOL_VERSION, "instance": name, "fences": []}
+        for form in (hello, {"op": "lease", "fence": "f"}):
+            lines.write(json.dumps({"id": 1, **form}).encode() + b"\n")
+            answer = json.loads(lines.readline())
+            assert answer["ok"], answer
 
 
 def _first_byte(relay: str, port: str) -> dict[str, Any]:

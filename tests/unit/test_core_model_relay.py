@@ -375,6 +375,24 @@ async def test_a_call_under_way_is_cut_when_the_way_closes(bench: Bench, moment:
     assert (call.status, call.usage, call.complete, call.request_bytes) == (status, usage, False, 2)
 
 
+async def test_outside_any_turn_no_call_passes_and_it_is_told(bench: Bench) -> None:
+    tried = []
+
+    async def unleased() -> None:
+        await trio.lowlevel.checkpoint()
+        tried.append("iris")
+
+    bench.relay.turn, bench.relay.unleased = lambda: None, unleased
+    answer = await bench.post(content=b"{}")
+    assert (answer.status_code, answer.headers["x-should-retry"]) == (403, "false")
+    assert "no turn of iris runs" in answer.json()["error"]["message"]
+    assert (bench.provider.calls, bench.heard_nothing, tried) == ([], True, ["iris"])
+    async with bench.agent() as client:
+        assert (await client.head("/")).status_code == 200
+    bench.relay.turn = lambda: 7
+    assert (await bench.post(content=b"{}")).status_code == 200
+
+
 async def test_the_status_and_the_headers_of_each_answer_are_told(bench: Bench) -> None:
     async def answers(call: Call) -> None:
         await call.say(b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n")

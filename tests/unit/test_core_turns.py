@@ -8,6 +8,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hive_core import turns
 from hive_core.protocol.words import AgentName
 from hive_core.store.bus import stream
 from tests.hives import PATIENCE_S, Services, open_services, run_in_hive
@@ -166,3 +167,13 @@ def test_however_lines_arrive_no_bound_is_passed_and_no_number_is_kept_twice(sen
             assert all(arrived - PER_TURN <= number < arrived for number in numbers)
 
     run_in_hive(check, "iris", lines_per_turn=PER_TURN)
+
+
+async def test_calls_outside_any_turn_are_told_once_in_a_while(hive: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(3):
+        await hive.turns.note_unleased_call(IRIS)
+    await hive.turns.note_unleased_call(AgentName("damocles"))
+    assert (await hive.kinds()).count("unleased_call") == 2
+    monkeypatch.setattr(turns, "UNLEASED_EVERY_S", 0.0)
+    await hive.turns.note_unleased_call(IRIS)
+    assert (await hive.kinds()).count("unleased_call") == 3
