@@ -12,6 +12,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dashboard.answers import no, refused
+from dashboard.credentials import CredentialForms
 from dashboard.door import Door
 from dashboard.forms import Forms
 from dashboard.pages import HOME, Pages
@@ -38,6 +39,7 @@ def build_app(hive: Hive) -> ASGIApp:
             Route("/sign-out", forms.sign_out, methods=["POST"]),
             Route("/estop", forms.estop, methods=["POST"]),
             Route("/thaw", forms.thaw, methods=["POST"]),
+            *CredentialForms(hive).routes(),
             Route("/messages", forms.send, methods=["POST"]),
             Route("/messages/{id}/release", forms.release, methods=["POST"]),
             Route("/messages/{id}/requeue", forms.requeue, methods=["POST"]),

@@ -18,6 +18,7 @@ import trio
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Message, Receive, Scope, Send
 
+from dashboard.credentials import credential_rows, lacks_credential
 from dashboard.rows import Rows
 from hive_core.agents import LIVE
 from hive_core.events import events_after, first_kept, timeline
@@ -26,7 +27,7 @@ from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR
 from hive_core.questions import Question
-from hive_core.store.bus import EVENTS, Listener, stream
+from hive_core.store.bus import CREDENTIALS, EVENTS, Listener, stream
 
 REPLAY_LIMIT = 1_000  # events or lines; a page further behind loads itself again
 FLOW_LIMIT = 200  # messages a page holds
@@ -133,13 +134,15 @@ class Feed:
         self._cookie = cookie
         self._rows = Rows(hive)
         self._shown: dict[str, str] = {}  # agent → its row as this page has it
+        self._credentials: dict[str, str] = {}  # target → the row of a credential, as well
+        self._lacks = False  # whether the page says that a credential is missing
 
     async def frames(self, after: str) -> AsyncIterator[ServerSentEvent]:
         """Frames after a position, until the hive stops or the browser signs out; `reset` when too far behind."""
         at = Position.parse(after, lines=self._agent is not None)
         if at is not None and at.timeline != await timeline(self._hive.store):
             at = None
-        topics = [EVENTS, LIVE] if self._agent is None else [EVENTS, stream(self._agent)]
+        topics = [EVENTS, LIVE, CREDENTIALS] if self._agent is None else [EVENTS, CREDENTIALS, stream(self._agent)]
         with self._hive.store.bus.listen(*topics) as listener:
             yield ServerSentEvent(comment="live", retry=RETRY_MS)
             while not self._hive.stopping.is_set() and await self._hive.sign_ins.valid(self._cookie):
@@ -160,7 +163,8 @@ class Feed:
         last = await self._hive.store.last_seq()
         if len(events) > REPLAY_LIMIT or len(lines) > REPLAY_LIMIT or at.seq > last or await self._has_gap(at):
             return None
-        frames = [fragment.frame(None) for fragment in await self._agent_rows()]
+        states = [*await self._agent_rows(), *self._credential_rows()]
+        frames = [fragment.frame(None) for fragment in states]
         told = touched_by(events)
         fragments = await self._render(told)
         end = replace(at, seq=events[-1]["seq"] if events else at.seq)
@@ -198,6 +202,27 @@ class Feed:
                 self._shown[agent.name] = html
                 fragments.append(Fragment(f"agent-{agent.name}", html, "agents"))
         return fragments
+
+    def _credential_rows(self) -> list[Fragment]:
+        """The rows of credentials that differ from what this page has, those that are gone as well."""
+        banner, self._lacks = self._banner()
+        if self._agent is not None:
+            return banner
+        rows = credential_rows(self._hive)
+        htmls = {f"credential-{name}": str(self._rows.credential(row)) for name, row in rows.items()}
+        gone = [target for target in self._credentials if target not in htmls]
+        changed = [target for target, html in htmls.items() if self._credentials.get(target) != html]
+        self._credentials = htmls
+        return [
+            *banner,
+            *(Fragment(target, "") for target in gone),
+            *(Fragment(target, htmls[target], "credentials") for target in changed),
+        ]
+
+    def _banner(self) -> tuple[list[Fragment], bool]:
+        """The page's word that a credential is missing goes when it has come; whether it is missing."""
+        lacks = bool(lacks_credential(self._hive, self._agent))
+        return ([Fragment("no-credential", "")] if self._lacks and not lacks else []), lacks
 
     async def _render(self, told: list[Touched]) -> list[list[Fragment]]:
         """The fragments of each thing, in the same order."""

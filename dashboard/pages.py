@@ -9,12 +9,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from dashboard.answers import notice
+from dashboard.credentials import credential_rows, lacks_credential
 from dashboard.door import COOKIE
 from dashboard.live import Position, live_response
 from dashboard.rows import ASSETS, Rows, asset_bytes, asset_hash, render
 from hive_core.agents import Agent
 from hive_core.archive import parse_query
-from hive_core.credentials import DEFAULT
 from hive_core.events import timeline
 from hive_core.flow import messages_aside, newest_messages
 from hive_core.hive import Hive
@@ -120,6 +120,7 @@ class Pages:
             await hive.agents.all(),
             live="/live",
             after=position,
+            credentials=credential_rows(hive).values(),
             pending=await hive.approvals.pending(),
             questions=await hive.questions.open_to(OPERATOR),
             decided=await hive.approvals.recent(),
@@ -151,18 +152,12 @@ class Pages:
             hive=hive,
             rows=self._rows,
             agents=agents,
-            lacks_credential=self._lacks_credential(agents),
+            lacks_credential=next((why for one in agents if (why := lacks_credential(hive, one.name))), ""),
             # A page of an agent has a port of its own: the dashboard is on another.
             dashboard_link=f"{hive.dashboard_url()}/" if hive.dashboard_port else "/",
             **values,
         )
         return HTMLResponse(html)
-
-    def _lacks_credential(self, agents: list[Agent]) -> str:
-        """What is missing, of the first of these agents whose credential is; "" when nothing is."""
-        credentials, breaker = self._hive.credentials, self._hive.breaker
-        needing = (agent.name for agent in agents if (agent.settings or {}).get("program") == "claude")
-        return next((why for name in needing if (why := credentials.missing(breaker.name_of(name) or DEFAULT))), "")
 
 
 def _after(request: Request) -> str:

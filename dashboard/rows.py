@@ -109,6 +109,9 @@ class Rows:
         """The switch that stops the whole swarm, or lets it go on."""
         return render("rows/freeze.html", frozen_since_ms=self._hive.freeze.since_ms)
 
+    def credential(self, row: dict[str, Any]) -> Markup:
+        return render("rows/credential.html", row=row)
+
     def message(self, message: dict[str, Any]) -> Markup:
         rest_bytes = message["body_bytes"] - len(message["body"].encode("utf-8", "replace"))
         return render("rows/message.html", message=message, rest_bytes=rest_bytes, **self._cause(message))

@@ -169,11 +169,12 @@ class Breaker:
 
     def rows(self) -> list[dict[str, Any]]:
         """Every credential for the operator: what it is, what is known of it, who uses it. Never the secret."""
-        now_ms = self._now_ms()
         names = dict.fromkeys([*self._credentials.names(), *sorted(use.credential for use in self._uses.values())])
-        return [self._row(name, now_ms) for name in names]
+        return [self.row(name) for name in names]
 
-    def _row(self, name: str, now_ms: int) -> dict[str, Any]:
+    def row(self, name: str) -> dict[str, Any]:
+        """The same of one."""
+        now_ms = self._now_ms()
         credential = self._credentials.find(name)
         state = self._state(credential) if credential else None
         windows = state.windows_at(now_ms) if state else {}

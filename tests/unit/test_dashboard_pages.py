@@ -8,6 +8,7 @@ import pytest
 
 from dashboard.rows import ASSETS, asset_url
 from hive_core.credentials import Credentials
+from hive_core.hive import Hive
 from hive_core.protocol.words import MANAGER, AgentName
 from tests.dashboards import browse, hive_of, signed_in
 from tests.hives import Services
@@ -64,18 +65,23 @@ async def test_a_hive_without_sandboxes_is_red_on_every_page(hive: Services) -> 
 
 
 async def test_a_missing_credential_is_told_when_an_agent_needs_one(hive: Services) -> None:
-    async with browse(hive_of(hive)) as client:
+    async with browse(await opened(hive)) as client:
         assert 'id="no-credential"' not in (await client.get("/")).text
     await hive.sql("UPDATE agents SET settings = json_set(settings, '$.program', 'claude') WHERE name = 'iris'")
-    async with browse(hive_of(hive)) as client:
+    async with browse(await opened(hive)) as client:
         assert "ANTHROPIC_API_KEY" in (await client.get("/")).text
+        assert 'id="no-credential"' in (await client.get("/agents/iris")).text
         assert 'id="no-credential"' not in (await client.get("/agents/damocles")).text
-    async with browse(
-        hive_of(hive, credentials=Credentials(hive.state_dir, {"ANTHROPIC_API_KEY": "secret-canary"}))
-    ) as client:
+    async with browse(await opened(hive, ANTHROPIC_API_KEY="secret-canary")) as client:
         page = (await client.get("/")).text
     assert 'id="no-credential"' not in page
     assert "secret-canary" not in page
+
+
+async def opened(hive: Services, **environment: str) -> Hive:
+    house = hive_of(hive, credentials=Credentials(hive.state_dir, environment))
+    await house.breaker.load()
+    return house
 
 
 async def test_files_are_kept_by_their_content(hive: Services) -> None:
