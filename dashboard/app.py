@@ -16,6 +16,7 @@ from dashboard.credentials import CredentialForms
 from dashboard.door import Door
 from dashboard.forms import Forms
 from dashboard.pages import HOME, Pages
+from dashboard.spend import SpendForms
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 def build_app(hive: Hive) -> ASGIApp:
     """The application, with the dashboard at "/"."""
-    pages, forms = Pages(hive), Forms(hive)
+    pages, forms, spend = Pages(hive), Forms(hive), SpendForms(hive)
     app = Starlette(
         routes=[
             Route("/", pages.front),
@@ -40,6 +41,8 @@ def build_app(hive: Hive) -> ASGIApp:
             Route("/estop", forms.estop, methods=["POST"]),
             Route("/thaw", forms.thaw, methods=["POST"]),
             *CredentialForms(hive).routes(),
+            Route("/budgets", spend.set, methods=["POST"]),
+            Route("/budgets/remove", spend.remove, methods=["POST"]),
             Route("/messages", forms.send, methods=["POST"]),
             Route("/messages/{id}/release", forms.release, methods=["POST"]),
             Route("/messages/{id}/requeue", forms.requeue, methods=["POST"]),

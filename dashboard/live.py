@@ -20,12 +20,14 @@ from starlette.types import Message, Receive, Scope, Send
 
 from dashboard.credentials import credential_rows, lacks_credential
 from dashboard.rows import Rows
+from dashboard.spend import spend_now
 from hive_core.agents import LIVE
 from hive_core.events import events_after, first_kept, timeline
 from hive_core.flow import messages_of_turns, these_messages
 from hive_core.hive import Hive
+from hive_core.ledger import SPENT
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import OPERATOR
+from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.questions import Question
 from hive_core.store.bus import CREDENTIALS, EVENTS, Listener, stream
 
@@ -96,7 +98,7 @@ def _things(event: dict[str, Any]) -> list[tuple[str, Any]]:
     data, things = event["data"], []
     if event["kind"] == "agent_created":
         things.append(("agent", event["agent"]))
-    if event["kind"] in ("turn_started", "turn_ended"):
+    if event["kind"] in ("turn_started", "turn_ended", "turn_settled"):
         things.append(("turn", data.get("turn")))
     if event["kind"] == "turn_ended":
         things.append(("settled", data.get("turn")))
@@ -136,13 +138,14 @@ class Feed:
         self._shown: dict[str, str] = {}  # agent → its row as this page has it
         self._credentials: dict[str, str] = {}  # target → the row of a credential, as well
         self._lacks = False  # whether the page says that a credential is missing
+        self._moves_shown = -1  # of the ledger
 
     async def frames(self, after: str) -> AsyncIterator[ServerSentEvent]:
         """Frames after a position, until the hive stops or the browser signs out; `reset` when too far behind."""
         at = Position.parse(after, lines=self._agent is not None)
         if at is not None and at.timeline != await timeline(self._hive.store):
             at = None
-        topics = [EVENTS, LIVE, CREDENTIALS] if self._agent is None else [EVENTS, CREDENTIALS, stream(self._agent)]
+        topics = [EVENTS, CREDENTIALS, SPENT, LIVE if self._agent is None else stream(self._agent)]
         with self._hive.store.bus.listen(*topics) as listener:
             yield ServerSentEvent(comment="live", retry=RETRY_MS)
             while not self._hive.stopping.is_set() and await self._hive.sign_ins.valid(self._cookie):
@@ -163,7 +166,7 @@ class Feed:
         last = await self._hive.store.last_seq()
         if len(events) > REPLAY_LIMIT or len(lines) > REPLAY_LIMIT or at.seq > last or await self._has_gap(at):
             return None
-        states = [*await self._agent_rows(), *self._credential_rows()]
+        states = [*await self._agent_rows(), *self._credential_rows(), *await self._spend()]
         frames = [fragment.frame(None) for fragment in states]
         told = touched_by(events)
         fragments = await self._render(told)
@@ -224,6 +227,15 @@ class Feed:
         lacks = bool(lacks_credential(self._hive, self._agent))
         return ([Fragment("no-credential", "")] if self._lacks and not lacks else []), lacks
 
+    async def _spend(self) -> list[Fragment]:
+        """What is spent, where that is another sum than this page has."""
+        moves = self._hive.ledger.moves
+        if moves == self._moves_shown:
+            return []
+        html = await spend_now(self._hive, AgentName(self._agent) if self._agent else None)
+        self._moves_shown = moves
+        return [Fragment("spend-now", html)]
+
     async def _render(self, told: list[Touched]) -> list[list[Fragment]]:
         """The fragments of each thing, in the same order."""
         kinds = {thing.kind for thing in told}
@@ -259,7 +271,10 @@ class Feed:
             case "question_of" if self._agent is None:
                 return await self._question(await self._hive.questions.put_with(thing.id))
             case "agent" if self._agent is None:
-                return [Fragment(f"to-{thing.id}", self._rows.recipient(thing.id), "recipients")]
+                return [
+                    Fragment(f"to-{thing.id}", self._rows.recipient(thing.id), "recipients"),
+                    Fragment(f"budget-of-{thing.id}", self._rows.recipient(thing.id, "budget-of"), "budget-scope"),
+                ]
         return []
 
     def _message(self, message: dict[str, Any], new: bool) -> Fragment:

@@ -13,6 +13,7 @@ from dashboard.credentials import credential_rows, lacks_credential
 from dashboard.door import COOKIE
 from dashboard.live import Position, live_response
 from dashboard.rows import ASSETS, Rows, asset_bytes, asset_hash, render
+from dashboard.spend import spend_now
 from hive_core.agents import Agent
 from hive_core.archive import parse_query
 from hive_core.events import timeline
@@ -126,6 +127,7 @@ class Pages:
             decided=await hive.approvals.recent(),
             aside=await messages_aside(hive.store, ASIDE_SHOWN),
             messages=await newest_messages(hive.store, None, MESSAGES_SHOWN),
+            spend=await spend_now(hive, None),
         )
 
     async def _agent_page(self, name: AgentName) -> Response:
@@ -143,6 +145,7 @@ class Pages:
             agent=agent,
             turns=[(turn, [line for line in lines if line["turn"] == turn["id"]]) for turn in reversed(turns)],
             messages=await newest_messages(hive.store, name, MESSAGES_SHOWN),
+            spend=await spend_now(hive, name),
         )
 
     def _page(self, template: str, agents: list[Agent], **values: Any) -> Response:

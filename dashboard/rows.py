@@ -18,6 +18,7 @@ from hive_core.agents import Agent
 from hive_core.approvals import Approval
 from hive_core.hive import Hive
 from hive_core.protocol.held import WHY_HELD
+from hive_core.protocol.money import usd
 from hive_core.protocol.visible import counted
 from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM
 from hive_core.questions import Question
@@ -85,7 +86,7 @@ def templates() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(visible=visible, clock=clock, day=day)
-    environment.filters.update(counted=counted, measure=measure, read_diff=read_diff, tokens=tokens)
+    environment.filters.update(counted=counted, measure=measure, read_diff=read_diff, tokens=tokens, usd=usd)
     environment.globals.update(asset=asset_url, voice=voice, state_word=state_word)
     return environment
 
@@ -153,8 +154,8 @@ class Rows:
     def decision(self, approval: Approval) -> Markup:
         return render("rows/decision.html", approval=approval)
 
-    def recipient(self, name: str) -> Markup:
-        return Markup('<option id="to-{0}" value="{0}">{0}</option>').format(name)
+    def recipient(self, name: str, list_: str = "to") -> Markup:
+        return Markup('<option id="{1}-{0}" value="{0}">{0}</option>').format(name, list_)
 
     def turn(self, turn: dict[str, Any], lines: list[dict[str, Any]]) -> Markup:
         return render("rows/turn.html", turn=turn, head=self.turn_head(turn), lines=lines, rows=self)

@@ -93,6 +93,7 @@ class Ledger:
         self._promised: dict[str, tuple[int, float]] = {}  # reserved for a turn that is about to begin, and when
         self._lately: dict[str, deque[int]] = {}  # what the last turns of an agent cost
         self._models: dict[str, str] = {}  # that its last call used
+        self.moves = 0  # how often what is spent, or may be, has changed
         self._queue: list[Charge] = []
         self._writing = trio.Lock()
         self._closed: dict[AgentName, bool] = {}  # as `look` has found and told
@@ -226,6 +227,7 @@ class Ledger:
             self._access.changed(*names)
 
     def _moved(self) -> None:
+        self.moves += 1
         self.look()
         self._store.bus.publish([SPENT])
 
@@ -304,19 +306,23 @@ class Ledger:
         over = [turn for turn in self._turns.values() if turn.ended and turn.id not in busy]
         if not over:
             return False
+        await self.flush()  # what a turn's event tells stands in its row
         sql = "SELECT id, state, usage FROM turns WHERE id IN (SELECT value FROM json_each(?))"
         rows = {row["id"]: row for row in await self._store.rows(sql, (json.dumps([turn.id for turn in over]),))}
-        differs: list[tuple[AgentName, dict[str, Any]]] = []
+        events: list[tuple[str, AgentName, dict[str, Any]]] = []
         for turn in over:
             row = rows.get(turn.id)
             if turn.whole and row is not None:
                 told = json.loads(row["usage"]) if row["usage"] else None
                 if difference := compare(told, [one.tokens for one in turn.bills], row["state"] == "done"):
-                    differs.append((turn.agent, {"turn": turn.id, **difference}))
+                    events.append(("usage_differs", turn.agent, {"turn": turn.id, **difference}))
+            if turn.bills:
+                told_of = {"turn": turn.id, "reserved_micro_usd": turn.reserved, "cost_micro_usd": turn.cost}
+                events.append(("turn_settled", turn.agent, told_of))
             self._lately.setdefault(turn.agent, deque(maxlen=TURNS_REMEMBERED)).append(turn.cost)
             del self._turns[turn.id]
-        if differs:
-            await self._store.insist(partial(_tell_differences, differs=differs))
+        if events:
+            await self._store.insist(partial(_tell, events=events))
         return True
 
     # -- the database -------------------------------------------------------------------------------------------------
@@ -339,12 +345,16 @@ class Ledger:
 
     async def serve(self) -> None:
         """Write what is charged, settle turns that end, and open what a new day opens, until cancelled."""
+        today = self.now_ms // DAY_MS
         with self._store.bus.listen(SPENT, TURN_ENDS) as listener:
             while True:
                 await self._find_ended_turns()
                 await self.flush()
                 self.look()
-                self._days = {day: sums for day, sums in self._days.items() if abs(day - self.now_ms // DAY_MS) <= 2}
+                if (day := self.now_ms // DAY_MS) != today:
+                    today = day
+                    self._days = {day: sums for day, sums in self._days.items() if abs(day - today) <= 2}
+                    self._moved()
                 rest_s = (midnight_after(self.now_ms) - self.now_ms) / 1000
                 with trio.move_on_after(min(rest_s, LOOK_AGAIN_S)):
                     await listener.wait()
@@ -388,6 +398,7 @@ class Ledger:
             tx.wake(SPENT)
 
         await self._store.write(write)
+        self.moves += 1
         del self._queue[: len(batch)]
         for budget, _ in to_tell:
             self.budgets.keep(budget)
@@ -406,9 +417,9 @@ class Ledger:
         return gone
 
 
-def _tell_differences(tx: Transaction, differs: Iterable[tuple[AgentName, dict[str, Any]]]) -> None:
-    for agent, data in differs:
-        tx.emit("usage_differs", SYSTEM, agent, **data)
+def _tell(tx: Transaction, events: Iterable[tuple[str, AgentName, dict[str, Any]]]) -> None:
+    for kind, agent, data in events:
+        tx.emit(kind, SYSTEM, agent, **data)
 
 
 # The newest turns of each agent, oldest first.

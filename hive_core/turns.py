@@ -102,9 +102,12 @@ class Turns:
         return int(row["lines_gone"]) if row else 0
 
     async def recent(self, agent: str, limit: int = 20) -> list[dict[str, Any]]:
-        """The newest turns of an agent, newest first; `usage` as the program told it, None when it did not."""
+        """The newest turns of an agent, newest first; `usage` as the program told it, None when it did not.
+
+        cost_micro_usd: of its calls to the model, as the ledger has it; None when it made none.
+        """
         sql = """
-            SELECT id, state, started_at_ms, ended_at_ms, error, usage, lines FROM turns
+            SELECT id, state, started_at_ms, ended_at_ms, error, usage, lines, cost_micro_usd FROM turns
             WHERE agent = ? ORDER BY id DESC LIMIT ?
         """
         rows = await self._store.rows(sql, (agent, limit))

@@ -37,11 +37,11 @@ async def test_a_stream_tells_the_agents_first_and_then_what_was_missed_in_order
         await hive.say("iris", "operator", "second <b>")
         told = await browser.told(f"/live?after={hive.at(after)}", "message-2")
     assert [frame.target for frame in told] == (
-        ["agent-hm1nd", "agent-damocles", "agent-iris", "message-1", "message-2"]
+        ["agent-hm1nd", "agent-damocles", "agent-iris", "spend-now", "message-1", "message-2"]
     )
-    assert [frame.id for frame in told[3:]] == [hive.at(after + 1), hive.at(after + 2)]
-    assert told[3].data["list"] == "flow"
-    assert "second &lt;b&gt;" in told[4].data["html"]
+    assert [frame.id for frame in told[4:]] == [hive.at(after + 1), hive.at(after + 2)]
+    assert told[4].data["list"] == "flow"
+    assert "second &lt;b&gt;" in told[5].data["html"]
 
 
 async def test_coming_back_with_any_position_gives_exactly_what_came_after_it(hive: Services) -> None:
@@ -111,17 +111,17 @@ async def test_an_agents_stream_tells_its_turns_its_lines_and_nothing_of_others(
         await hive.turns.add_lines(IRIS, turn.id, 0, ["one", "<two>"])
         told = await browser.told(f"/agents/iris/live?after={hive.at(after, 0)}", "line-2")
         assert [frame.target for frame in told] == (
-            ["agent-iris", "message-2", "turn-1", "turn-1-head", "line-1", "line-2"]
+            ["agent-iris", "spend-now", "message-2", "turn-1", "turn-1-head", "line-1", "line-2"]
         )
         last = await hive.store.last_seq()
         assert [frame.id for frame in told[-2:]] == [hive.at(last, 1), hive.at(last, 2)]
-        assert told[2].data["once"] is True
+        assert told[3].data["once"] is True
         assert "&lt;two&gt;" in told[-1].data["html"]
         await hive.turns.add_lines(IRIS, turn.id, 2, ["three"])
         more = await browser.told(
             f"/agents/iris/live?after={hive.at(after, 0)}", "line-3", **{"Last-Event-ID": hive.at(last, 1)}
         )
-        assert [frame.target for frame in more] == ["agent-iris", "line-2", "line-3"]
+        assert [frame.target for frame in more] == ["agent-iris", "spend-now", "line-2", "line-3"]
 
 
 async def test_a_page_that_is_too_far_behind_is_told_to_load_itself_again(hive: Services) -> None:

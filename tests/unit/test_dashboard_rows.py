@@ -105,7 +105,7 @@ def approval(text: str, kind: str = "spawn", state: str = "pending") -> Approval
 
 def turn(text: str) -> dict[str, Any]:
     times = {"started_at_ms": 1_700_000_000_000, "ended_at_ms": 1_700_000_002_000}
-    return {"id": 4, "state": "failed", **times, "error": text, "usage": {"input_tokens": text}, "lines": 1}
+    return {"id": 4, "state": "failed", **times, "error": text, "usage": {"input_tokens": text}, "cost_micro_usd": None}
 
 
 def said(*blocks: dict[str, Any], speaker: str = "assistant") -> str:
