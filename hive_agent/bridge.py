@@ -21,6 +21,7 @@ import socket
 import sys
 import time
 
+from hive_agent import background_tool
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
 
 TYPE_CHECKING = False
@@ -82,10 +83,14 @@ class Lines:
 
 
 class Bridge:
-    """The two ends and what must be said again. `run` returns when stdin ends or nobody reads stdout any more."""
+    """The two ends and what must be said again. `run` returns when stdin ends or nobody reads stdout any more.
 
-    def __init__(self, path: str, stdin_fd: int, stdout_fd: int) -> None:
+    harness   the address of the harness's own tool; "" where there is none
+    """
+
+    def __init__(self, path: str, stdin_fd: int, stdout_fd: int, harness: str = "") -> None:
         self._path = path
+        self._harness = harness
         self._stdin_fd = stdin_fd
         self._stdout_fd = stdout_fd
         self._host: socket.socket | None = None
@@ -102,6 +107,7 @@ class Bridge:
         self._initialized = b""
         self._welcomed = False  # the program has its answer to `initialize`
         self._in_flight: dict[object, bytes] = {}  # requests without an answer, in order
+        self._lists: set[object] = set()  # those that ask for the tools
         self._late: list[bytes] = []  # notifications and junk that wait for a connection
 
     def run(self) -> int:
@@ -150,6 +156,10 @@ class Bridge:
         message = parse(line)
         method, request_id = message.get("method"), message.get("id")
         if method is not None and isinstance(request_id, str | int):
+            if self._harness and method == "tools/call" and _named(message) == background_tool.NAME:
+                return self._call_harness(message)
+            if self._harness and method == "tools/list":
+                self._lists.add(request_id)
             self._in_flight[request_id] = line
             if method == "initialize":
                 self._initialize, self._initialize_id = line, request_id
@@ -158,11 +168,17 @@ class Bridge:
         elif method == "notifications/cancelled":
             self._forget(message)
         elif self._state != READY and message.get("jsonrpc") and method is None:
-            return  # an answer: whoever asked is gone
+            return None  # an answer: whoever asked is gone
         elif self._state != READY:
             self._late.append(line)
         if self._state == READY:
             self._to_host += line
+        return None
+
+    def _call_harness(self, call: dict[str, Any]) -> None:
+        result = background_tool.call(self._harness, call["params"].get("arguments"))
+        answer = {"jsonrpc": "2.0", "id": call["id"], "result": result}
+        self._to_program += json.dumps(answer).encode() + b"\n"
 
     def _forget(self, cancelled: dict[str, Any]) -> None:
         params = cancelled.get("params")
@@ -232,6 +248,10 @@ class Bridge:
                 return self._hang_up() if "error" in message else self._resume()
             if not self._settle(message["id"]):
                 return None
+            if message["id"] in self._lists:
+                self._lists.discard(message["id"])
+                if background_tool.with_tool(message.get("result")):
+                    line = json.dumps(message).encode() + b"\n"
         if self._host is not None:
             self._to_program += line
         return None
@@ -255,10 +275,17 @@ def parse(line: bytes) -> dict[str, Any]:
     return message if isinstance(message, dict) else {}
 
 
+def _named(call: dict[str, Any]) -> object:
+    params = call.get("params")
+    return params.get("name") if isinstance(params, dict) else None
+
+
 def main(argv: list[str], program: str = "hive-agent") -> int:
     match argv:
         case ["--socket", path]:
             return Bridge(path, 0, 1).run()
+        case ["--socket", path, "--harness", address]:
+            return Bridge(path, 0, 1, address).run()
         case _:
-            print(f"usage: {program} mcp --socket PATH", file=sys.stderr)
+            print(f"usage: {program} mcp --socket PATH [--harness ADDRESS]", file=sys.stderr)
             return 2

@@ -75,10 +75,10 @@ class Claude(Runner):
             report, ending = await self._attempt(lease, None, pass_on)
         return ending
 
-    async def rest(self) -> None:
+    async def rest(self) -> bool:
         """Keep the process until it was idle for long enough; end one that begins a turn which nobody asked for."""
         if self._program is None:
-            return
+            return False
         began = False
         stray = Report()
 
@@ -92,6 +92,7 @@ class Claude(Runner):
             self._note(hive_line("unasked_turn", error="the program began a turn by itself, and was ended"))
             await self._kill()
         await self.close()
+        return began
 
     async def close(self) -> None:
         await self._finish()
@@ -218,7 +219,9 @@ def tried_version() -> str:
 
 def flags(seat: Seat, settings: Settings) -> list[str]:
     """All that is the same for every turn of an agent with these settings."""
-    python, *arguments = own_command("mcp", "--socket", f"{seat.run_dir}/mcp.sock")
+    python, *arguments = own_command(
+        "mcp", "--socket", f"{seat.run_dir}/mcp.sock", *(("--harness", seat.harness) if seat.harness else ())
+    )
     servers = {"mcpServers": {"hive": {"command": python, "args": arguments}}}
     chosen = ["--print", "--verbose", "--input-format", "stream-json", "--output-format", "stream-json"]
     chosen += ["--mcp-config", json.dumps(servers), "--strict-mcp-config"]
@@ -270,6 +273,8 @@ def environment(seat: Seat, credential: str) -> dict[str, str]:
         "CLAUDE_CODE_MAX_RETRIES": str(MAX_RETRIES),
         # Otherwise an "@path" in a message makes the program read that file into the turn by itself.
         "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
+        # What runs on behind a turn is the harness's, which outlives this process and tells how it ended.
+        "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",
         # Otherwise a turn begins without the hive's tools when they are not there within 2 s.
         "MCP_CONNECTION_NONBLOCKING": "0",
         "MCP_CONNECT_TIMEOUT_MS": str(TOOLS_PATIENCE_MS),

@@ -1,6 +1,7 @@
 """The link to the host: one client of harness.sock that outlives the daemon on the other side.
 
-A request is asked until a host has answered it. Each new connection begins with a hello that names the turn in
+A request is asked until a host has answered it. What is told beside the turns has a lane of its own, so that it need
+not wait while a lease waits for mail. Each new connection begins with a hello that names the turn in
 flight, so that the next daemon adopts it instead of giving its message to another turn.
 """
 
@@ -49,6 +50,15 @@ class _Request:
         self.answered = trio.Event()
 
 
+class _Lane:
+    """Requests that are asked one after the other."""
+
+    def __init__(self) -> None:
+        self.requests_in, self.requests_out = trio.open_memory_channel[_Request](0)
+        self.asking = trio.Lock()
+        self.current: _Request | None = None
+
+
 class _Answers:
     """The objects that come over a connection. Raises _Hangup at its end, whatever ended it."""
 
@@ -76,7 +86,7 @@ class _Answers:
 
 
 class HostLink:
-    """`run` keeps the connection; `request` asks, one request at a time.
+    """`run` keeps the connection; `request` asks, one request at a time, and `tell` does beside it.
 
     agent, role   who this is, said by the host's hello; "" before it
     """
@@ -86,10 +96,9 @@ class HostLink:
         self._expected_role = role
         self._grace_s = orphan_grace_s
         self._instance = secrets.token_hex(16)
-        self._requests_in, self._requests_out = trio.open_memory_channel[_Request](0)
-        self._asking = trio.Lock()
+        self._turns, self._beside = self._lanes = _Lane(), _Lane()
+        self._sending = trio.Lock()
         self._last_id = 0
-        self._current: _Request | None = None
         self._fences: tuple[str, ...] = ()
         self._busy = False
         self._lost_at = trio.current_time()
@@ -117,10 +126,17 @@ class HostLink:
 
         When cancelled the request may have been heard, or may still be sent.
         """
-        async with self._asking:
+        return await self._ask(self._turns, form)
+
+    async def tell(self, form: Mapping[str, Any]) -> dict[str, Any]:
+        """As `request`, also while one is not answered yet."""
+        return await self._ask(self._beside, form)
+
+    async def _ask(self, lane: _Lane, form: Mapping[str, Any]) -> dict[str, Any]:
+        async with lane.asking:
             self._last_id += 1
             request = _Request(self._last_id, form)
-            await self._requests_in.send(request)
+            await lane.requests_in.send(request)
             await request.answered.wait()
         if request.answer.get("ok") is not True:
             raise Refusal.from_wire(request.answer.get("error"))
@@ -152,7 +168,8 @@ class HostLink:
                 welcome = True
                 self.welcomed.set()
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._write_requests, stream)
+                    for lane in self._lanes:
+                        nursery.start_soon(self._write_requests, stream, lane)
                     await self._read_answers(answers)
                     nursery.cancel_scope.cancel()
         except (OSError, trio.BrokenResourceError, _Hangup):
@@ -188,15 +205,16 @@ class HostLink:
                 f"cannot serve {self.agent} as {self._expected_role}: the host says its role is {self.role}",
             )
 
-    async def _write_requests(self, stream: trio.SocketStream) -> None:
+    async def _write_requests(self, stream: trio.SocketStream, lane: _Lane) -> None:
         """Send what was left without an answer, then what is asked, each after the answer to the one before."""
         try:
             while True:
-                if self._current is None:
-                    self._current = await self._requests_out.receive()
-                await stream.send_all(encode(self._current.form))
-                await self._current.answered.wait()
-                self._current = None
+                if lane.current is None:
+                    lane.current = await lane.requests_out.receive()
+                async with self._sending:
+                    await stream.send_all(encode(lane.current.form))
+                await lane.current.answered.wait()
+                lane.current = None
         except trio.BrokenResourceError:
             return  # the reader sees the end too
 
@@ -204,8 +222,9 @@ class HostLink:
         try:
             while True:
                 answer = await answers.next()
-                request = self._current
-                if request is None or answer.get("id") != request.id:
+                asked = [lane.current for lane in self._lanes if lane.current is not None]
+                request = next((one for one in asked if one.id == answer.get("id")), None)
+                if request is None:
                     return  # an answer to nothing that was asked here
                 request.answer = answer
                 request.answered.set()

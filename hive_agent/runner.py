@@ -36,6 +36,7 @@ class Seat:
     claude: str | None  # the executable, None where there is none
     sandboxed: bool
     model_port: int  # of the loopback that leads to the model
+    harness: str = ""  # the address of the harness's own tool, where it has one
     configs_dir: str = "/agents"  # every agent's configuration, where this is the manager
 
 
@@ -72,8 +73,11 @@ class Runner(ABC):
         """The turn that runs is not wanted any more: end it politely, then by force. The same again does nothing."""
 
     @abstractmethod
-    async def rest(self) -> None:
-        """Look after what runs between two turns. It is cancelled when the next one begins, or returns before."""
+    async def rest(self) -> bool:
+        """Look after what runs between two turns. It is cancelled when the next one begins, or returns before.
+
+        Whether the program began a turn by itself, and was ended for it.
+        """
 
     @abstractmethod
     async def close(self) -> None:

@@ -3,6 +3,7 @@
     link      keeps the connection to the host, across its restarts
     runner    runs the coding agent's program, whose process may take many turns
     lines     what the program prints, shipped to the host while the turn runs
+    background  commands that outlive a turn
 
 A turn that began is finished, whatever becomes of the host: only the sandbox's end or the life pipe's cuts it short.
 """
@@ -14,13 +15,16 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import trio
 
+from hive_agent.background import Background
 from hive_agent.descendants import adopt_orphans
 from hive_agent.link import EXIT_DONE, HostLink, Unwelcome
 from hive_agent.loopback import serve_loopback
+from hive_agent.reports import Reports
 from hive_agent.runner import Ending, Runner, Seat, make_runner
 from hive_agent.turn_lines import TurnLines
 from hive_core.protocol.harness import RENEW_EVERY_S
@@ -68,19 +72,27 @@ async def serve(run_dir: str, make_seat: SeatMaker, *, role: str, life_fd: int |
         port: int = await tasks.start(serve_loopback, f"{run_dir}/model.sock")
         with stop.cuts_wait():
             await link.welcomed.wait()
-        await take_turns(link, lambda program: make_runner(program, make_seat(link.agent, port)), stop)
+        if link.welcomed.is_set():
+            seat, reports = make_seat(link.agent, port), Reports()
+            background = Background(seat.state_dir, reports)
+            seat = replace(seat, harness=background.address)
+            tasks.start_soon(reports.serve, link)
+            await tasks.start(background.serve)
+            await take_turns(link, lambda program: make_runner(program, seat), stop, background, reports)
         tasks.cancel_scope.cancel()
     return exit_codes[-1]
 
 
-async def take_turns(link: HostLink, make: Callable[[str], Runner], stop: Stop) -> None:
+async def take_turns(
+    link: HostLink, make: Callable[[str], Runner], stop: Stop, background: Background, reports: Reports
+) -> None:
     """Return at the edge of a turn, when the host or a signal asks for it."""
     lease: Lease | None = None
     runner: Runner | None = None
     try:
         while lease is not None or not stop.wished:
             if lease is None:
-                lease = await wait_for_lease(link, runner, stop)
+                lease = await wait_for_lease(link, runner, stop, reports)
             if lease is None:
                 return
             if runner is None or runner.name != lease["settings"]["program"]:
@@ -88,7 +100,9 @@ async def take_turns(link: HostLink, make: Callable[[str], Runner], stop: Stop) 
                     await runner.close()
                 runner = make(lease["settings"]["program"])
             link.begin_turn()
+            background.begin_turn(lease)
             ack = await take_turn(link, runner, lease)
+            background.end_turn()
             lease = await acknowledge(link, ack, stop)
     finally:
         if runner is not None:
@@ -96,11 +110,16 @@ async def take_turns(link: HostLink, make: Callable[[str], Runner], stop: Stop) 
                 await runner.close()
 
 
-async def wait_for_lease(link: HostLink, runner: Runner | None, stop: Stop) -> Lease | None:
+async def wait_for_lease(link: HostLink, runner: Runner | None, stop: Stop, reports: Reports) -> Lease | None:
     """The next turn, while what is left of the last one is looked after. None at a stop."""
+
+    async def look_after(runner: Runner) -> None:
+        if await runner.rest():
+            reports.add({"op": "unasked_turn", "key": secrets.token_hex(8)})
+
     async with trio.open_nursery() as nursery:
         if runner is not None:
-            nursery.start_soon(runner.rest)
+            nursery.start_soon(look_after, runner)
         lease: Lease | None = None
         with stop.cuts_wait():
             lease = await next_lease(link)

@@ -243,7 +243,7 @@ class _Rooms:
         hive, name, run = self.hive, agent.name, self.run_dir(agent.name)
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
         kind = partial(hive.breaker.kind_for, name)
-        harness = HarnessDesk(name, agent.role, hive.broker, hive.turns, hive.agents, kind)
+        harness = HarnessDesk(name, agent.role, hive.broker, hive.turns, hive.agents, hive.background, kind)
         tools = agent_socket.AgentDesk(
             name, hive.broker, hive.agents, hive.gate, hive.reconciler.kill, hive.archive, hive.loose_ends
         )
@@ -345,6 +345,7 @@ async def keep_house(hive: Hive) -> None:
     """Remove what is old: all of it by the clock that does not leap."""
     now_ms = await hive.retention.now_ms()
     await hive.turns.prune(now_ms)
+    await hive.background.prune(now_ms)
     await forget_old_tool_calls(hive.store, now_ms)
     await hive.retention.forget_old()
     await hive.broker.sweep_bodies()

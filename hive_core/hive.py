@@ -11,6 +11,7 @@ from hive_core.access import Access
 from hive_core.agents import Agents
 from hive_core.approvals import Approvals
 from hive_core.archive import Archive
+from hive_core.background import Background
 from hive_core.breaker import Breaker
 from hive_core.broker import Broker
 from hive_core.config import Config
@@ -58,6 +59,7 @@ class Hive:
     questions: Questions = field(init=False)
     reminders: Reminders = field(init=False)
     schedules: Schedules = field(init=False)
+    background: Background = field(init=False)
     loose_ends: LooseEnds = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,7 +72,8 @@ class Hive:
         limits = self.broker.limits
         self.questions, self.reminders = Questions(self.store, limits), Reminders(self.store, limits)
         self.schedules = Schedules(self.store, limits)
-        self.loose_ends = LooseEnds(self.store, self.questions, self.reminders, self.schedules)
+        self.background = Background(self.store, limits)
+        self.loose_ends = LooseEnds(self.store, self.questions, self.reminders, self.schedules, self.background)
 
     @property
     def ledger(self) -> Ledger:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hive_core.background import Background
 from hive_core.protocol.words import OPERATOR
 from hive_core.questions import Questions, open_questions
 from hive_core.reminders import Reminders
@@ -14,11 +15,19 @@ SHOWN = 50  # of each kind
 
 
 class LooseEnds:
-    def __init__(self, store: Store, questions: Questions, reminders: Reminders, schedules: Schedules) -> None:
+    def __init__(
+        self,
+        store: Store,
+        questions: Questions,
+        reminders: Reminders,
+        schedules: Schedules,
+        background: Background,
+    ) -> None:
         self.store = store
         self.questions = questions
         self.reminders = reminders
         self.schedules = schedules
+        self.background = background
 
     async def of(self, who: str) -> dict[str, Any]:
         """What waits on `who`, an agent or the operator, and what `who` waits for."""
@@ -31,11 +40,13 @@ class LooseEnds:
             "questions": open_questions(await self.questions.open_from(who, SHOWN)),
             "approvals": await self._approvals(who),
             "reminders": await self.reminders.open_of(who),
+            "background": await self.background.running_of(who),
             "held": await self._messages("held", who),  # whoever sent it waits for the operator's release
         }
         if who == OPERATOR:
             waits_on["approvals"] = waits_for.pop("approvals")
             waits_on["held"] = waits_for.pop("held")
+            del waits_for["background"]
             waits_for["schedules"] = [row for row in await self.schedules.all() if row["state"] == "on"]
         return {"waits_on_you": waits_on, "you_wait_for": waits_for}
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from hive_core import credentials
-from hive_core.protocol.harness import TURN_SILENCE_S, WARM_IDLE_S, WARM_MEMORY_MIB, WARM_TURNS
+from hive_core.protocol.harness import BACKGROUND_S, TURN_SILENCE_S, WARM_IDLE_S, WARM_MEMORY_MIB, WARM_TURNS
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import named
 from hive_core.protocol.words import NAME_LIMIT
@@ -39,6 +39,7 @@ class AgentSettings(BaseModel):
     warm_idle_s: Annotated[int, Field(ge=1, le=86_400)] = WARM_IDLE_S
     warm_turns: Annotated[int, Field(ge=1, le=100_000)] = WARM_TURNS
     warm_memory_mib: Annotated[int, Field(ge=64, le=1_048_576)] = WARM_MEMORY_MIB
+    background_s: Annotated[int, Field(ge=1, le=7 * 86_400)] = BACKGROUND_S
     turn_silence_s: Annotated[int, Field(ge=10, le=86_400)] = TURN_SILENCE_S
     description: Annotated[str, StringConstraints(max_length=200)] = ""
     credential: CredentialName = credentials.DEFAULT  # of the host's, by its name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import trio
 
 from hive_core.protocol.harness import PROTOCOL_VERSION
 from hive_core.protocol.lines import decode, encode
+from hive_core.sockets.harness import BESIDE
 
 PATIENCE_S = 20.0
 
@@ -19,6 +21,7 @@ class HarnessConnection:
     """One connection of a harness."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
+        self.told: list[dict[str, Any]] = []  # what it said beside its turns, which is answered at once
         self._stream = stream
         self._rest = b""
 
@@ -26,7 +29,14 @@ class HarnessConnection:
         await self._stream.aclose()
 
     async def next(self) -> dict[str, Any] | None:
-        """The next request, None when the harness hung up."""
+        """The next request of its turns, None when the harness hung up."""
+        while (request := await self._next()) is not None and request["op"] in BESIDE:
+            self.told.append(request)
+            with contextlib.suppress(trio.BrokenResourceError):
+                await self.answer(request, counted=True)
+        return request
+
+    async def _next(self) -> dict[str, Any] | None:
         with trio.fail_after(PATIENCE_S):
             while b"\n" not in self._rest:
                 data = await self._stream.receive_some()

@@ -24,6 +24,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from hive_core.access import Access
 from hive_core.agents import Agents, set_deployed
 from hive_core.approvals import Approvals
+from hive_core.background import Background
 from hive_core.bodies import Bodies
 from hive_core.broker import Broker
 from hive_core.events import timeline
@@ -77,7 +78,8 @@ class Services:
         limits = self.broker.limits
         self.questions, self.reminders = Questions(self.store, limits), Reminders(self.store, limits)
         self.schedules = Schedules(self.store, limits)
-        self.loose_ends = LooseEnds(self.store, self.questions, self.reminders, self.schedules)
+        self.background = Background(self.store, limits)
+        self.loose_ends = LooseEnds(self.store, self.questions, self.reminders, self.schedules, self.background)
 
     async def add_agents(self, *names: str) -> None:
         """Make agents as rows alone, without repositories."""

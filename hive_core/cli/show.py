@@ -209,6 +209,10 @@ def loose_ends(result: dict[str, Any], who: str) -> str:
         for row in waits_for["reminders"]
     ]
     then += [
+        f"work {row['work']}, which runs for {ago(row['begun_at_ms'])}: {_first_line(row['note'] or row['command'])}"
+        for row in waits_for.get("background", [])
+    ]
+    then += [
         f"schedule {row['schedule']} at {day(row['next_at_ms'])} for {row['agent']}"
         for row in waits_for.get("schedules", [])
     ]

@@ -7,6 +7,9 @@ JSON lines, one request at a time, answered in order: `{"id": n, "op": …}` get
     lease  fence                                → turn, or stop: true
     lines  turn, first, lines                   → kept, running
     ack    turn, fence, outcome, next, …        → counted, stop, and lease where the next turn began with it
+    background  state, work, …                  → counted, also while a lease waits: a command in the background began
+                                                  or ended (protocol.harness.BackgroundWork); state none: no other runs
+    unasked_turn  key                           → counted, also while a lease waits: a program began a turn by itself
 
 The harness chooses the fence of each turn, so a request that is asked again after a lost connection finds the turn that
 the first one began. `lines` without lines, every RENEW_EVERY_S, says that the harness of a quiet turn lives; `running`
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
         warm_idle_s: NotRequired[int]  # how long a process is kept without a turn
         warm_turns: NotRequired[int]  # how many it takes
         warm_memory_mib: NotRequired[int]  # above which it takes no more
+        background_s: NotRequired[int]  # after so long a command in the background is ended
         turn_silence_s: NotRequired[int]  # a turn that prints nothing for so long is stuck
 
     class LeasedMessage(TypedDict):
@@ -58,6 +62,19 @@ if TYPE_CHECKING:
         settings: Settings
         session: str | None  # the program's session to go on with
         credential: str  # the kind of placeholder the program needs: "api_key" or "oauth_token"
+
+    class BackgroundWork(TypedDict):
+        """A command that outlives the turn which began it. All of it is the agent's claim."""
+
+        state: Literal["running", "ended", "timed_out", "cut_off"]
+        work: str  # lower-case hexadecimal digits
+        turn: int
+        command: str  # shortened
+        note: str
+        output: str  # the path of its log
+        code: int | None  # its exit code, negative for a signal; None while it runs, and where nobody knows
+        took_ms: int | None
+        tail: NotRequired[str]  # the last lines that it printed
 
     class Ack(TypedDict):
         turn: int
@@ -85,3 +102,8 @@ WARM_MEMORY_MIB = 1024
 # Longer than any tool of the program waits, and than a model thinks before its first word.
 TURN_SILENCE_S = 1800
 FENCE_LIMIT = 64
+BACKGROUND_AT_ONCE = 8
+BACKGROUND_S = 6 * 3600
+BACKGROUND_NOTE_LIMIT = 200  # characters, as those that follow
+BACKGROUND_COMMAND_LIMIT = 500
+BACKGROUND_TAIL_LIMIT = 1000

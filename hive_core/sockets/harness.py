@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from hive_core.agents import Agents
+from hive_core.background import Background, parse_work
 from hive_core.broker import Broker
 from hive_core.leases import Lease, Turn
 from hive_core.protocol.harness import (
@@ -32,6 +33,7 @@ Request = dict[str, Any] | Refusal
 FENCES_LIMIT = 2  # the turn that runs, and one that is asked for
 READ_AHEAD = 2  # requests that may lie behind a lease: a harness asks one at a time, and each may have 8 MiB
 ERROR_LIMIT = 2000
+BESIDE = ("background", "unasked_turn")  # what a harness tells of while its lease waits
 USAGE_LIMIT_BYTES = 16 * 1024
 
 
@@ -44,6 +46,7 @@ class HarnessDesk:
     broker: Broker
     turns: Turns
     agents: Agents
+    background: Background
     credential_kind: Callable[[], str]
     instance: str | None = None
     session: _Session | None = None
@@ -74,7 +77,7 @@ class HarnessDesk:
 class _Session:
     """Requests are answered in their order. A lease may wait for long, so it has a task: a hang-up must be seen."""
 
-    __slots__ = ("_behind", "_desk", "_lease_scope", "_leases", "_left", "_wire")
+    __slots__ = ("_behind", "_desk", "_lease_scope", "_leases", "_left", "_sending", "_wire")
 
     def __init__(self, desk: HarnessDesk, wire: Lines) -> None:
         self._desk = desk
@@ -82,12 +85,15 @@ class _Session:
         self._left = False
         self._lease_scope: trio.CancelScope | None = None
         self._leases = False
+        self._sending = trio.Lock()
         self._behind: deque[Request] = deque()  # what came while a lease waits
 
     async def serve(self) -> None:
         async with trio.open_nursery() as nursery:
             while (request := await self._wire.next()) is not None:
-                if self._leases:
+                if isinstance(request, dict) and request.get("op") in BESIDE:
+                    await self._send(await self.answer(request))
+                elif self._leases:
                     if len(self._behind) == READ_AHEAD:
                         break  # who fills that up behind a lease is let go
                     self._behind.append(request)
@@ -95,14 +101,18 @@ class _Session:
                     self._leases = True
                     nursery.start_soon(self._answer_lease, request)
                 else:
-                    await self._wire.send(await self.answer(request))
+                    await self._send(await self.answer(request))
             self.leave()
 
     async def _answer_lease(self, request: Request) -> None:
-        await self._wire.send(await self.answer(request))
+        await self._send(await self.answer(request))
         while self._behind:
-            await self._wire.send(await self.answer(self._behind.popleft()))
+            await self._send(await self.answer(self._behind.popleft()))
         self._leases = False
+
+    async def _send(self, answer: dict[str, Any]) -> None:
+        async with self._sending:
+            await self._wire.send(answer)
 
     @property
     def _welcome(self) -> bool:
@@ -136,7 +146,7 @@ class _Session:
         match request.get("op"):
             case "hello":
                 return await self._hello(request)
-            case "lease" | "lines" | "ack" if not self._welcome:
+            case "lease" | "lines" | "ack" | "background" | "unasked_turn" if not self._welcome:
                 raise Refusal("usage", "cannot do anything before hello")
             case "lease":
                 return await self._lease(_fence(request.get("fence")))
@@ -144,8 +154,14 @@ class _Session:
                 return await self._lines(request)
             case "ack":
                 return await self._ack(request)
+            case "background":
+                return await self._background(request)
+            case "unasked_turn":
+                await self._desk.background.tell_unasked_turn(self._desk.name, _fence(request.get("key")))
+                return {"counted": True}
             case other:
-                raise Refusal("usage", f"cannot do {ascii(other)[:40]}: the verbs are hello, lease, lines, ack")
+                verbs = "hello, lease, lines, ack, background, unasked_turn"
+                raise Refusal("usage", f"cannot do {ascii(other)[:40]}: the verbs are {verbs}")
 
     async def _hello(self, request: dict[str, Any]) -> dict[str, Any]:
         desk = self._desk
@@ -218,6 +234,12 @@ class _Session:
                 desk.agents.observe(desk.name, *seen)
         kept = await desk.turns.add_lines(desk.name, turn_id, first, clean) if clean else 0
         return {"kept": kept, "running": desk.broker.renew(desk.name, turn_id)}
+
+    async def _background(self, request: dict[str, Any]) -> dict[str, Any]:
+        desk = self._desk
+        if request.get("state") == "none":
+            return {"counted": await desk.background.none_runs(desk.name)}
+        return {"counted": await desk.background.tell(desk.name, parse_work(request))}
 
     async def _ack(self, request: dict[str, Any]) -> dict[str, Any]:
         desk = self._desk

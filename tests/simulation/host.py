@@ -14,6 +14,7 @@ import trio.testing
 
 from hive_core.agents import Agents
 from hive_core.archive import Archive, Query
+from hive_core.background import Background
 from hive_core.broker import Broker
 from hive_core.procedures.clock import serve_clock
 from hive_core.protocol.words import AgentName
@@ -100,8 +101,11 @@ class Host:
             broker = self._broker(store, self.weather.limits, random.Random(f"{self._seed}/{self._lives}"))
             agents = Agents(store, manager_port=8000, agent_ports=range(8100, 9000))
             turns = Turns(store)
-            desks = {n: HarnessDesk(n, "agent", broker, turns, agents, lambda: "api_key") for n in self.names}
             limits = self.weather.limits
+            background = Background(store, limits)
+            desks = {
+                n: HarnessDesk(n, "agent", broker, turns, agents, background, lambda: "api_key") for n in self.names
+            }
             daemon = Daemon(
                 store, broker, agents, turns, Reminders(store, limits), Schedules(store, limits), tasks, desks
             )

@@ -32,7 +32,9 @@ LEASE = {"id": 2, "op": "lease", "fence": "f-1"}
 
 
 def desk_for(hive: Services, name: str = "iris") -> HarnessDesk:
-    return HarnessDesk(AgentName(name), "agent", hive.broker, hive.turns, hive.agents, lambda: "api_key")
+    return HarnessDesk(
+        AgentName(name), "agent", hive.broker, hive.turns, hive.agents, hive.background, lambda: "api_key"
+    )
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ Command = Callable[..., Awaitable[tuple[int, str]]]
 async def test_with_nothing_open_nothing_waits(hive: Services) -> None:
     assert await hive.loose_ends.of(IRIS) == {
         "waits_on_you": {"questions": [], "unread": 0, "dead": []},
-        "you_wait_for": {"questions": [], "approvals": [], "reminders": [], "held": []},
+        "you_wait_for": {"questions": [], "approvals": [], "reminders": [], "background": [], "held": []},
     }
 
 

@@ -82,3 +82,23 @@ CREATE TABLE budgets (
 
 ALTER TABLE turns ADD COLUMN reserved_micro_usd INTEGER NOT NULL DEFAULT 0;  -- counts against budgets while it runs
 ALTER TABLE turns ADD COLUMN cost_micro_usd INTEGER;                         -- of its calls; NULL: it made none
+
+-- Work that outlives a turn: commands that an agent's harness runs in the background, as it claims.
+
+CREATE TABLE background_works (
+  agent       TEXT NOT NULL REFERENCES agents (name),
+  work        TEXT NOT NULL,                    -- chosen by the harness: who tells of it again tells of the same
+  turn_id     INTEGER,                          -- the turn that began it; NULL: it named none of its agent's
+  command     TEXT NOT NULL,                    -- shortened
+  note        TEXT NOT NULL,
+  output      TEXT NOT NULL,                    -- the path of its log, as the agent sees it
+  state       TEXT NOT NULL CHECK (state IN ('running', 'ended', 'timed_out', 'cut_off')),
+  begun_at_ms INTEGER NOT NULL,
+  ended_at_ms INTEGER,
+  message_id  INTEGER,                          -- what its agent was woken with
+  PRIMARY KEY (agent, work),
+  CHECK ((state = 'running') = (ended_at_ms IS NULL))
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX background_works_running ON background_works (agent) WHERE state = 'running';
+CREATE INDEX background_works_ended ON background_works (ended_at_ms) WHERE ended_at_ms IS NOT NULL;
