@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +49,7 @@ def spare(session: int) -> None:
 async def end_session(session: int) -> None:
     """Kill and reap what is left of a session that was spared. Runs to its end even when cancelled."""
     with trio.CancelScope(shield=True), trio.move_on_after(_PATIENCE_S):
-        while pids := [one.pid for one in _family() if one.session == session]:
+        while pids := [one.pid for one in _processes() if one.session == session]:
             await _end(pids)
     _spared.discard(session)
 
@@ -75,16 +75,21 @@ def descendants() -> list[int]:
     return [one.pid for one in _family(_spared)]
 
 
-def _family(without: Collection[int] = ()) -> list[Process]:
-    """Every descendant, but for those of some sessions and what descends from them."""
-    children: dict[int, list[Process]] = {}
+def _processes() -> Iterator[Process]:
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             # The name in parentheses may hold anything, parentheses too: what follows the last one is plain.
             _, parent, _, session = path.read_bytes().rpartition(b")")[2].split()[:4]
         except (OSError, ValueError):
             continue  # it ended just now
-        children.setdefault(int(parent), []).append(Process(int(path.parent.name), int(parent), int(session)))
+        yield Process(int(path.parent.name), int(parent), int(session))
+
+
+def _family(without: Collection[int]) -> list[Process]:
+    """Every descendant, but for those of some sessions and what descends from them."""
+    children: dict[int, list[Process]] = {}
+    for process in _processes():
+        children.setdefault(process.parent, []).append(process)
     found: list[Process] = []
     level = children.get(os.getpid(), [])
     while level := [one for one in level if one.session not in without]:

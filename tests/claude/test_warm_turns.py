@@ -7,13 +7,16 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import trio
 
+from hive_agent.background import Background
 from hive_agent.claude import Claude
+from hive_agent.reports import Reports
 from hive_agent.runner import Ending, Seat
 from tests.harness_host import a_lease
 from tests.needs import find_claude
@@ -52,12 +55,12 @@ class Desk:
 
 
 @asynccontextmanager
-async def a_desk(folder: Path, answers: list[Answer]) -> AsyncIterator[Desk]:
+async def a_desk(folder: Path, answers: list[Answer], harness: str = "") -> AsyncIterator[Desk]:
     with ScriptedTools(folder / "mcp.sock"), ScriptedModel(answers) as model:
         port = int(model.base_url.rpartition(":")[2])
         where = str(folder)
         seat = Seat("iris", where, where, where, f"{where}/.claude", "/usr/bin:/bin", str(find_claude()), True, port)
-        runner = Claude(seat)
+        runner = Claude(replace(seat, harness=harness))
         try:
             yield Desk(runner, model)
         finally:
@@ -145,18 +148,25 @@ async def test_a_session_goes_on_in_a_new_process_when_the_old_one_was_killed(tm
         assert "second" in messages
 
 
-async def test_what_runs_in_the_background_does_not_begin_a_turn_behind_everybodys_back(tmp_path: Path) -> None:
+async def test_the_programs_own_background_is_off_and_the_harness_runs_what_outlives_a_turn(tmp_path: Path) -> None:
     answers = [
-        say("I start it.", tool("Bash", command="sleep 1; echo over", run_in_background=True)),
+        say("I start it.", tool("mcp__hive__run_in_background", command="echo $HIVE_AGENT > ran; sleep 600")),
         "It runs.",
-        "unasked",
+        say("I wait.", tool("Bash", command="sleep 0.1; echo over", run_in_background=True)),
+        "It is over.",
     ]
-    async with a_desk(tmp_path, cast("list[Answer]", answers)) as desk:
-        assert (await desk.turn("start the build")).outcome == "done"
-        asked = len(desk.model.turns)
-        with trio.fail_after(PATIENCE_S):
-            await desk.runner.rest()  # it ends only because the program began a turn, or was idle for minutes
-        assert desk.pid is None
-        await desk.turn("and now?")
-        assert "unasked_turn" in [line.get("subtype") for line in desk.lines]
-        assert len(desk.model.turns) <= asked + 2
+    reports = Reports()
+    background = Background(str(tmp_path), reports)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(background.serve)
+        async with a_desk(tmp_path, cast("list[Answer]", answers), background.address) as desk:
+            background.begin_turn(cast("Any", a_lease(1)))
+            assert (await desk.turn("start the build")).outcome == "done"
+            offered = {one["name"]: one for one in desk.model.turns[0].body["tools"]}
+            assert "run_in_background" not in offered["Bash"]["input_schema"]["properties"]
+            assert "mcp__hive__run_in_background" in offered
+            await trio.to_thread.run_sync(look_until, lambda: (tmp_path / "ran").read_text() == "iris\n")
+            assert (await desk.turn("and now wait")).outcome == "done"
+            assert "parameter `run_in_background` was provided" in json.dumps(desk.model.turns[-1].messages[-1])
+            assert desk.pid is not None
+        nursery.cancel_scope.cancel()

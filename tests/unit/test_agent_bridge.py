@@ -95,9 +95,9 @@ class Host:
 class Program:
     """The program's end: what claude does with the bridge it started."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *more: str) -> None:
         self.process = subprocess.Popen(
-            own_command("mcp", "--socket", str(path)), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            own_command("mcp", "--socket", str(path), *more), stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self._rest = b""
 
@@ -357,3 +357,72 @@ def test_of_an_endless_line_little_is_kept() -> None:
     (line,) = lines.feed(b'"id": 3}\n')
     assert isinstance(line, TooLong)
     assert line.id == "3"
+
+
+# -- the harness's own tool -------------------------------------------------------------------------------------------
+
+LIST = {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {}}
+
+
+@pytest.fixture
+def harness() -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(f"\0hive-test-{os.getpid()}")
+        listener.listen()
+        listener.settimeout(PATIENCE_S)
+        yield listener
+
+
+@pytest.fixture
+def equipped(host: Host, harness: socket.socket, tmp_path: Path) -> Iterator[Program]:
+    program = Program(tmp_path / "mcp.sock", "--harness", f"hive-test-{os.getpid()}")
+    yield program
+    program.close()
+
+
+def test_the_harnesss_tool_stands_behind_those_of_the_host(host: Host, equipped: Program) -> None:
+    connection = shake_hands(host, equipped)
+    equipped.write(LIST, {**LIST, "id": 2})
+    for number, more in ((1, {}), (2, {"nextCursor": "x"})):
+        connection.read()
+        connection.write({"jsonrpc": "2.0", "id": number, "result": {"tools": [{"name": "send"}], **more}})
+    names = [[tool["name"] for tool in equipped.read()["result"]["tools"]] for _ in range(2)]
+    assert names == [["send", "run_in_background"], ["send"]]
+
+
+def test_its_call_goes_to_the_harness_alone_also_while_the_host_is_away(
+    host: Host, harness: socket.socket, equipped: Program
+) -> None:
+    shake_hands(host, equipped)
+    host.die()
+    call = {"name": "run_in_background", "arguments": {"command": "make"}}
+    equipped.write({"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": call})
+    asked = Connection(harness.accept()[0])
+    request = asked.read()
+    assert request["arguments"] == {"command": "make"}
+    assert request["env"]["PATH"] == os.environ["PATH"]
+    asked.write({"work": "a1"})
+    answer = equipped.read()
+    assert (answer["id"], answer["result"]["structuredContent"]) == (7, {"work": "a1"})
+    equipped.write({"jsonrpc": "2.0", "id": 8, "method": "tools/call", "params": call})
+    second = Connection(harness.accept()[0])
+    second.write({"error": "cannot run in the background: no turn runs"})
+    answer = equipped.read()
+    assert answer["result"] == {
+        "content": [{"type": "text", "text": "cannot run in the background: no turn runs"}],
+        "isError": True,
+    }
+    asked.close()
+    second.close()
+
+
+def test_a_harness_that_is_gone_is_a_result_that_is_an_error(
+    host: Host, harness: socket.socket, equipped: Program
+) -> None:
+    shake_hands(host, equipped)
+    harness.close()
+    call = {"name": "run_in_background", "arguments": {"command": "make"}}
+    equipped.write({"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": call})
+    answer = equipped.read()["result"]
+    assert answer["isError"]
+    assert "the harness does not answer" in answer["content"][0]["text"]

@@ -17,6 +17,7 @@ import trio
 
 from hive_agent.own_command import own_command
 from tests.harness_host import HarnessConnection, HarnessHost, a_lease, open_host
+from tests.processes import look_until
 from tests.scripted_tools import ScriptedTools
 
 PATIENCE_S = 20.0
@@ -289,6 +290,25 @@ async def test_nothing_that_a_turn_started_outlives_its_process(start: Harnesses
         assert ack["outcome"] == "done"
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / "left").read_text()), 0)
+
+
+async def test_a_command_in_the_background_outlives_its_turns_process_and_ends_with_the_harness(
+    start: Harnesses, tmp_path: Path
+) -> None:
+    begin = {"tool": "run_in_background", "args": {"command": "echo $$ > pid; exec sleep 600"}, "save": "begun"}
+    async with open_host(tmp_path) as host:
+        harness = start()
+        connection = await welcomed(host)
+        _, ack = await connection.take_turn(a_lease(1, prompt=follow(begin), turns="cold"))
+        assert ack["outcome"] == "done"
+        await connection.take_turn(a_lease(2, prompt=follow({"say": "next"}), turns="cold"))
+        assert [(one["state"], one.get("turn")) for one in connection.told] == [("none", None), ("running", 1)]
+        pid = int(await trio.to_thread.run_sync(look_until, lambda: (tmp_path / "pid").read_text()))
+        os.kill(pid, 0)
+        harness.process.terminate()
+        assert (await harness.ended())[0] == 0
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 async def test_a_child_that_holds_the_pipes_does_not_hold_the_turn(start: Harnesses, tmp_path: Path) -> None:

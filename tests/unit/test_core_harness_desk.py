@@ -100,7 +100,7 @@ async def test_a_hello_needs_an_instance(door: Path, instance: object) -> None:
         assert "1 to 64 characters" in (await peer.ask({**HELLO, "instance": instance}))["error"]["message"]
 
 
-@pytest.mark.parametrize("op", ["lease", "lines", "ack"])
+@pytest.mark.parametrize("op", ["lease", "lines", "ack", "background", "unasked_turn"])
 async def test_nothing_is_done_before_hello(hive: Services, door: Path, op: str) -> None:
     await hive.say("hm1nd", "iris", "hello")
     async with connect(door) as peer:
@@ -160,6 +160,23 @@ async def test_the_place_that_was_taken_over_gets_no_mail(hive: Services, door: 
             await trio.testing.wait_all_tasks_blocked()
             message = await hive.say("hm1nd", "iris", "hello")
             assert (await new.read())["message"]["id"] == message
+
+
+async def test_what_a_harness_tells_beside_its_turns_is_answered_while_its_lease_waits(
+    hive: Services, door: Path
+) -> None:
+    async with greeted(door) as peer:
+        await peer.send(LEASE)
+        await trio.testing.wait_all_tasks_blocked()
+        work = {"id": 3, "op": "background", "work": "a1", "turn": 1, "command": "make", "note": "", "output": "/x"}
+        assert await peer.ask({**work, "state": "running"}) == {"id": 3, "ok": True, "counted": True}
+        assert await peer.ask({"id": 4, "op": "unasked_turn", "key": "k"}) == {"id": 4, "ok": True, "counted": True}
+        assert (await peer.ask({**work, "state": "gone"}))["error"]["code"] == "usage"
+        await peer.send({**work, "id": 5, "state": "ended", "code": 0})
+        answers = {answer["id"]: answer for answer in (await peer.read(), await peer.read())}
+        assert answers[5]["counted"] is True
+        assert "work a1 has ended with exit code 0" in answers[2]["message"]["body"]
+        assert await peer.ask({"id": 6, "op": "background", "state": "none"}) == {"id": 6, "ok": True, "counted": False}
 
 
 # -- lease, lines, ack ------------------------------------------------------------------------------------------------
