@@ -130,7 +130,8 @@ async def test_one_that_runs_for_too_long_is_ended_politely_then_by_force(
         mock_clock.jump(5)
         mock_clock.autojump_threshold = 0.05
         ended = await bench.told.of(answer["work"], "timed_out")
-    assert (ended["code"], ended["took_ms"]) == (-signal.SIGKILL, 8000)
+    assert ended["code"] == -signal.SIGKILL
+    assert 8000 <= ended["took_ms"] < 20_000
 
 
 async def test_only_so_many_run_at_once(tmp_path: Path) -> None:
