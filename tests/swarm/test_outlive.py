@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hive_core.cli.client import Client
-from hive_core.protocol.harness import PROTOCOL_VERSION
+from hive_core.protocol.harness import OLDEST_VERSION, PROTOCOL_VERSION
 from hive_core.protocol.refusal import Refusal
 from tests.daemons import WITHIN_S, Daemon, open_daemon
 from tests.needs import ROOT
@@ -109,11 +109,10 @@ def test_sigterm_ends_the_daemon_alone_and_interrupts_no_turn() -> None:
 
 
 def the_release_before(folder: Path) -> Path:
-    """This whole program as it was before the protocol's version was raised last."""
-    this = f"PROTOCOL_VERSION = {PROTOCOL_VERSION}"
+    """The last release whose harness speaks an older version: what was there before its successor's tables were."""
     git = ["git", "-C", str(ROOT)]
     found = subprocess.run(
-        [*git, "log", "-1", "--format=%H", f"-S{this}", "--", "hive_core/protocol/harness.py"],
+        [*git, "log", "-1", "--diff-filter=A", "--format=%H", "--", "hive_core/store/migrations/0006_turn_loop.sql"],
         capture_output=True,
         text=True,
     )
@@ -137,7 +136,7 @@ def test_a_harness_of_the_release_before_finishes_its_turn_and_one_of_this_relea
         daemon.kill()
         client = daemon.start()
         told = daemon.events(client, lambda e: e["kind"] == "harness_outdated" and e["agent"] == "iris")
-        assert (told["data"]["version"], told["data"]["current"]) == (PROTOCOL_VERSION - 1, PROTOCOL_VERSION)
+        assert (told["data"]["version"], told["data"]["current"]) == (OLDEST_VERSION, PROTOCOL_VERSION)
         client.call("send", to="iris", body="who are you?")
         assert pid_of(daemon, "iris") == old
         (daemon.state / "agents" / "iris" / "state" / "go").touch()
