@@ -158,7 +158,7 @@ class Broker:
         ending = _Ending(outcome, error, usage, session, on_purpose)
         acked = await self._store.write(lambda tx: self._ack(tx, agent, turn, ending, next_fence))
         if acked.counted:
-            self._heard.pop(turn.id, None)
+            self._forget(turn.id)
         if acked.lease is not None:
             self._note(agent, acked.lease)
         return acked
@@ -239,7 +239,7 @@ class Broker:
             return int(row["id"])
 
         turn_id = await self._store.write(write)
-        self._heard.pop(turn_id, None)
+        self._forget(turn_id)
         return turn_id
 
     async def close_lost_turns(self, agent: AgentName, fences: Sequence[str] = ()) -> Found:
@@ -254,9 +254,10 @@ class Broker:
 
         found = await self._store.write(write)
         for turn_id in found.lost:
-            self._heard.pop(turn_id, None)
+            self._forget(turn_id)
         if found.alive is not None:
             self._heard[found.alive] = (agent, trio.current_time())
+            self.ledger.turn_began(agent, found.alive)
         return found
 
     def put_back(self, tx: Transaction, agent: AgentName) -> None:
@@ -286,7 +287,7 @@ class Broker:
             for turn_id, agent in silent:
                 # Forgotten behind the commit: a harness that is told so while the turn still runs would ack it.
                 await self._lose(turn_id, agent)
-                self._heard.pop(turn_id, None)
+                self._forget(turn_id)
             await trio.sleep(silence_s / 4)
 
     async def _lose(self, turn_id: int, agent: AgentName) -> None:
@@ -305,6 +306,11 @@ class Broker:
         self._heard[lease.turn.id] = (agent, trio.current_time())
         self.ledger.turn_began(agent, lease.turn.id)
         return lease
+
+    def _forget(self, turn_id: int) -> None:
+        """Behind the commit that has ended a turn."""
+        self._heard.pop(turn_id, None)
+        self.ledger.turn_ended(turn_id)
 
     def end_turn(self, tx: Transaction, agent: str, turn_id: int, ending: _Ending) -> None:
         """Close a running turn and settle every message it leased, by one rule for all ways to end."""

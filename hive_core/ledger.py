@@ -283,21 +283,27 @@ class Ledger:
             self._turns[turn_id] = _Turn(turn_id, agent, reserved)
         self._running[agent] = self._turns[turn_id]
 
+    def turn_ended(self, turn_id: int) -> None:
+        """A turn has ended: calls that begin from now on belong to none, and its reservation is free."""
+        turn = self._turns.get(turn_id)
+        if turn is not None and not turn.ended:
+            turn.ended = True
+            if self._running.get(turn.agent) is turn:
+                del self._running[turn.agent]
+            self._moved()
+
     async def _find_ended_turns(self) -> None:
         known = set(self._turns)  # those were on disk before it is read, so one that does not run there has ended
         sql = "SELECT id, agent, reserved_micro_usd, cost_micro_usd FROM turns INDEXED BY turns_running"
         rows = {row["id"]: row for row in await self._store.rows(f"{sql} WHERE state = 'running'")}
-        ended = [turn for turn in map(self._turns.__getitem__, known - rows.keys()) if not turn.ended]
-        for turn in ended:
-            turn.ended = True
-            if self._running.get(turn.agent) is turn:
-                del self._running[turn.agent]
+        for turn_id in known - rows.keys():
+            self.turn_ended(turn_id)
         for turn_id in rows.keys() - self._turns.keys():
             row = rows[turn_id]
             turn = _Turn(turn_id, row["agent"], row["reserved_micro_usd"], row["cost_micro_usd"] or 0, whole=False)
             self._turns[turn_id] = turn
             self._running.setdefault(turn.agent, turn)
-        if await self._settle() or ended:
+        if await self._settle():
             self._moved()
 
     async def _settle(self) -> bool:

@@ -17,7 +17,7 @@ from hive_core.access import Closed
 from hive_core.budgets import parse_change, parse_kinds, parse_scope
 from hive_core.charges import DAY_MS
 from hive_core.history import forget_history
-from hive_core.leases import Lease
+from hive_core.leases import Lease, begin_turn
 from hive_core.ledger import Ledger
 from hive_core.limits import Limits
 from hive_core.prices import KINDS, load_prices
@@ -549,6 +549,17 @@ def test_every_sum_is_that_of_the_charges(calls: list[tuple[str, str, int, str, 
         assert sums == ledger.spent("*", "total")
 
     run_in_hive(check, "iris", "damocles")
+
+
+async def test_a_turn_that_its_harness_comes_back_for_is_known_at_once(hive: Services) -> None:
+    await hive.say("operator", "iris", "work")
+    begun = await hive.store.write(lambda tx: begin_turn(tx, IRIS, "f", Limits()))
+    assert begun is not None, "whoever asked for it hung up before the answer"
+    assert hive.broker.ledger.running(IRIS) is None
+    await hive.broker.close_lost_turns(IRIS, ["f"])
+    assert hive.broker.ledger.running(IRIS) == begun.turn.id
+    await hive.broker.cancel_turn(IRIS, OPERATOR)
+    assert hive.broker.ledger.running(IRIS) is None
 
 
 # -- two counts -------------------------------------------------------------------------------------------------------
