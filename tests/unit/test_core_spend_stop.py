@@ -16,12 +16,11 @@ import trio
 from hive_core.budgets import parse_change
 from hive_core.credentials import Credential
 from hive_core.protocol.words import OPERATOR, AgentName
-from hive_core.sockets.harness import HarnessDesk
 from hive_core.sockets.http import serve_asgi
 from hive_core.sockets.model import ModelRelay
 from hive_core.sockets.unix import listen_unix
 from tests.hives import PATIENCE_S, Peer, Services, connect, serve, wait_until
-from tests.unit.test_core_harness_desk import HELLO
+from tests.unit.test_core_harness_desk import HELLO, desk_for
 from tests.unit.test_core_model_relay import STREAM_HEAD, Call, Provider, chunk
 
 IRIS = AgentName("iris")
@@ -70,7 +69,7 @@ async def rogue(hive: Services, tmp_path: Path) -> AsyncIterator[Rogue]:
     """iris, which may spend 1 USD a day, before a provider each of whose answers costs 0.40."""
     ledger, access, provider = hive.broker.ledger, hive.agents.access, Provider(whole)
     await ledger.set_budget(parse_change({"scope": "iris", "day": "1"}, 80), OPERATOR)
-    desk = HarnessDesk(IRIS, "agent", hive.broker, hive.turns, hive.agents, lambda: "api_key")
+    desk = desk_for(hive)
     transport = httpx2.AsyncHTTPTransport(uds=str(tmp_path / "model.sock"))
     async with (
         httpx2.AsyncClient(timeout=PATIENCE_S, trust_env=False) as client,
