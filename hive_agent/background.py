@@ -13,6 +13,8 @@ import contextlib
 import os
 import secrets
 import signal
+import socket
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +41,7 @@ POLITE_S = 5.0  # from SIGTERM to SIGKILL
 DRAIN_S = 1.0
 ASK_WITHIN_S = 10.0
 COMMAND_LIMIT_BYTES = 64 * 1024
+PEER = struct.Struct("3i")  # of SO_PEERCRED: pid, uid, gid
 
 
 class Background:
@@ -85,6 +88,7 @@ class Background:
             async with stream:
                 with trio.move_on_after(ASK_WITHIN_S):
                     try:
+                        _check_user(stream)
                         request = await _read_request(stream)
                         answer = await self._begin(request.get("arguments"), request.get("env"))
                     except Refusal as refusal:
@@ -226,6 +230,13 @@ def _parsed(arguments: object) -> tuple[str, str]:
         what = f"`note` must be text of at most {BACKGROUND_NOTE_LIMIT} characters"
         raise Refusal("usage", f"cannot run in the background: {what}")
     return command, note
+
+
+def _check_user(stream: trio.SocketStream) -> None:
+    """Where no sandbox is around us, every user of the machine sees the socket's name, and may connect."""
+    told = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size)
+    if PEER.unpack(told)[1] != os.getuid():
+        raise Refusal("refused", "cannot run in the background: this is only for its own user")
 
 
 async def _read_request(stream: trio.SocketStream) -> dict[str, Any]:

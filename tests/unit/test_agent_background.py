@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -249,3 +250,22 @@ async def test_old_logs_go_and_those_of_what_runs_stay(tmp_path: Path) -> None:
         answer = await bench.call("sleep 600")
         left = sorted(path.stem for path in folder.glob("*.log"))
         assert left == sorted([*(f"{number:03}" for number in range(10, LOGS_KEPT + 10)), answer["work"]])
+
+
+ASK_AS_NOBODY = """
+import json, os, socket, sys
+os.setuid(65534)
+with socket.socket(socket.AF_UNIX) as harness:
+    harness.connect("\\0" + sys.argv[1])
+    harness.sendall(json.dumps({"arguments": {"command": "id"}, "env": {}}).encode() + b"\\n")
+    sys.stdout.write(harness.recv(65536).decode())
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+async def test_another_user_of_the_machine_runs_nothing_by_the_sockets_name_that_everybody_sees(tmp_path: Path) -> None:
+    async with a_bench(tmp_path) as bench:
+        command = [sys.executable, "-c", ASK_AS_NOBODY, bench.background.address]
+        answer = await trio.run_process(command, capture_stdout=True)
+        assert "only for its own user" in json.loads(answer.stdout)["error"]
+        assert not bench.folder.exists()
