@@ -102,7 +102,7 @@ def _things(event: dict[str, Any]) -> list[tuple[str, Any]]:
         things.append(("turn", data.get("turn")))
     if event["kind"] == "turn_ended":
         things.append(("settled", data.get("turn")))
-    if event["kind"] in MESSAGES_OF_EVENT:
+    if event["kind"] in MESSAGES_OF_EVENT and "errand" not in data:
         things += [("message", id_) for id_ in (data.get("messages") or [data["message"]])]
     if event["kind"] in MOVED | {"message_dead"} or (event["kind"] == "message_sent" and data.get("held")):
         things.append(("aside", data["message"]))

@@ -8,6 +8,7 @@ the same stream.
 from __future__ import annotations
 
 import json
+import math
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,23 +17,28 @@ from typing import Any
 
 import trio
 
-from hive_agent.claude_stream import Report, begins_turn
+from hive_agent.claude_stream import DENIED, Report, begins_turn
+from hive_agent.claude_usage import added
+from hive_agent.errands import compact, run_errand
 from hive_agent.own_command import own_command
 from hive_agent.program import Command, Line, Program
-from hive_agent.runner import Ending, Runner, Seat
+from hive_agent.runner import Activity, Ending, Runner, Seat
 from hive_agent.turn_lines import hive_line
 from hive_agent.wake import wake_prompt
-from hive_agent.watch import Watch, cpu_of_descendants_s
+from hive_agent.watch import Stuck, Watch, cpu_of_descendants_s
 from hive_core.protocol.harness import TURN_SILENCE_S, WARM_IDLE_S, WARM_MEMORY_MIB, WARM_TURNS
 from hive_core.protocol.lines import encode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from hive_core.protocol.harness import Lease, Settings
+    from hive_agent.errands import Attempt
+    from hive_core.protocol.harness import Lease, Outcome, Settings
 
 MAX_RETRIES = 5  # 17 s against 529, which is retried whatever the server says; the default of 10 is 3 minutes
 TOOLS_PATIENCE_MS = 60_000  # a daemon that starts anew in that time costs a turn nothing
 INTERRUPT_S = 5.0  # that a program which is asked to end its turn has for it
+LATE_S = 3.0  # that a program which has told its result may take to end, before it is shown as one that does not
+NEVER_STARTED_TWICE = 2  # turns in a row: the session that they were to go on with is given up
 BETWEEN_LIMIT = 100  # lines that are kept of what is printed between two turns
 INTERRUPT = encode({"type": "control_request", "request_id": "interrupt", "request": {"subtype": "interrupt"}})
 # The shape of a real credential, so that the program takes it; the host's relay puts the real one in its place.
@@ -55,6 +61,7 @@ class Claude(Runner):
         self._idle_until = 0.0
         self._between: list[str] = []  # what was printed since
         self._unwanted = trio.Event()
+        self._never_started = 0  # turns in a row
 
     def executable(self) -> list[str] | None:
         return [self.seat.claude] if self.seat.claude else None
@@ -64,16 +71,54 @@ class Claude(Runner):
 
     async def take_turn(self, lease: Lease, pass_on: Callable[[str], None]) -> Ending:
         self._unwanted = trio.Event()
-        session = lease["session"]
+        usage: dict[str, Any] | None = None
+        lost = False
+
+        async def attempt(session: str | None, prompt: str) -> tuple[Report, Ending]:
+            nonlocal usage, lost
+            report, ending = await self._persist(lease, session, prompt, pass_on)
+            usage, lost = added(usage, ending.usage), lost or ending.session_lost
+            return report, ending
+
+        ending = await self._play(lease, attempt, pass_on)
+        return replace(ending, usage=usage, session_lost=lost)
+
+    async def _play(self, lease: Lease, attempt: Attempt, pass_on: Callable[[str], None]) -> Ending:
+        """All prompts of a turn: one, unless it is an errand or too long."""
+        if lease["message"] is None:
+            return await run_errand(lease, attempt)
+        prompt = wake_prompt(lease["message"], lease["waiting"], lease["refused"])
+        _, ending = await attempt(lease["session"], prompt)
+        if ending.reason != "prompt_too_long" or ending.session is None:
+            return ending
+        pass_on(hive_line("too_long", error=ending.error, then="compact, and try once more"))
+        compacted = await compact(ending.session, attempt)
+        if compacted.outcome == "failed":
+            return ending
+        return (await attempt(ending.session, prompt))[1] if compacted.outcome == "done" else compacted
+
+    async def _persist(
+        self, lease: Lease, session: str | None, prompt: str, pass_on: Callable[[str], None]
+    ) -> tuple[Report, Ending]:
+        """One prompt, whatever became meanwhile of the process and the session that it is for."""
+        if session is not None and self._never_started >= NEVER_STARTED_TWICE:
+            return await self._without(session, lease, prompt, pass_on)
         kept = self._program is not None
-        report, ending = await self._attempt(lease, session, pass_on)
+        report, ending = await self._attempt(lease, session, prompt, pass_on)
         if kept and not report.began and not self._unwanted.is_set() and self._program is None:
             # It had ended since its last turn, and nobody had seen it yet.
-            report, ending = await self._attempt(lease, session, pass_on)
+            report, ending = await self._attempt(lease, session, prompt, pass_on)
         if session is not None and report.session_lost:
-            pass_on(hive_line("session_lost", session=session))
-            report, ending = await self._attempt(lease, None, pass_on)
-        return ending
+            return await self._without(session, lease, prompt, pass_on)
+        return report, ending
+
+    async def _without(
+        self, session: str, lease: Lease, prompt: str, pass_on: Callable[[str], None]
+    ) -> tuple[Report, Ending]:
+        """The prompt in a session of its own, where the one to go on with is lost."""
+        pass_on(hive_line("session_lost", session=session))
+        report, ending = await self._attempt(lease, None, prompt, pass_on)
+        return report, replace(ending, session_lost=True)
 
     async def rest(self) -> bool:
         """Keep the process until it was idle for long enough; end one that begins a turn which nobody asked for."""
@@ -98,41 +143,46 @@ class Claude(Runner):
         await self._finish()
 
     async def _attempt(
-        self, lease: Lease, session: str | None, pass_on: Callable[[str], None]
+        self, lease: Lease, session: str | None, prompt: str, pass_on: Callable[[str], None]
     ) -> tuple[Report, Ending]:
-        """One turn of a process, which may be a new one."""
+        """One prompt to a process, which may be a new one."""
         settings, executable = lease["settings"], self.executable()
         if executable is None:
-            return Report(), Ending(
-                "waiting", session, f"cannot start {self.name}: this host has no {self.name} program; install it"
-            )
+            why = f"cannot start {self.name}: this host has no {self.name} program; install it"
+            return Report(), Ending("waiting", session, why, reason="no_program")
         try:
             program = await self._ready(executable, lease, session)
         except OSError as exc:
-            return Report(), Ending("waiting", session, f"cannot start {executable[0]}: {exc.strerror}")
+            why = f"cannot start {executable[0]}: {exc.strerror}"
+            return Report(), Ending("waiting", session, why, reason="no_program")
         for line in self._between:
             pass_on(line)
         self._between.clear()
-        report = Report(self._last)
-        prompt = wake_prompt(lease["message"], lease["waiting"], lease["refused"])
+        report = Report(self._last, settings.get("context_window"))
         try:
             ended, stuck = await self._listen(program, user_line(prompt), report, pass_on, silence_s(settings))
             self._turns += 1
             self._session, self._last = report.session, report.result
+            self._never_started = self._never_started + 1 if stuck and stuck.kind == "never_started" else 0
             if stuck is not None:
-                await self._finish()
-                usage = report.ending(None).usage
-                return report, Ending("failed", report.session or session, f"the turn was stuck: {stuck}", usage)
+                # Who has not begun has nothing to finish.
+                await (self._kill() if stuck.kind == "never_started" else self._finish())
+                return report, self._cut(report, session, "failed", "stuck", f"the turn was stuck: {stuck.sentence}")
             if self._unwanted.is_set():
                 await self._finish()
-                return report, Ending("cancelled", report.session or session, "the host has taken this turn away")
+                return report, self._cut(report, session, "cancelled", "cancelled", "the host has taken this turn away")
             if ended and report.began and report.has_tools and self._stays(program, settings):
                 self._idle_until = trio.current_time() + settings.get("warm_idle_s", WARM_IDLE_S)
                 return report, report.ending(None)
-            return report, report.ending(await self._finish(report, pass_on))
+            return report, report.ending(await self._end(report, pass_on))
         except BaseException:
             await self._kill()
             raise
+
+    def _cut(self, report: Report, session: str | None, outcome: Outcome, reason: str, error: str) -> Ending:
+        """How a turn ended that was not let go on."""
+        told = report.usage(), reason, None, report.context()
+        return Ending(outcome, report.session or session, error, *told)
 
     async def _ready(self, executable: list[str], lease: Lease, session: str | None) -> Program:
         """The process for a turn: the one that runs, if it is still the right one. Raises OSError."""
@@ -149,39 +199,56 @@ class Claude(Runner):
 
     async def _listen(
         self, program: Program, line: bytes, report: Report, pass_on: Callable[[str], None], silence_s: float
-    ) -> tuple[bool, str | None]:
+    ) -> tuple[bool, Stuck | None]:
         """Give the program its prompt and read until the turn has ended.
 
         False when the program ended instead, or had to; and why the turn was stuck, if it was.
         """
         ended, stuck = False, None
         watch = Watch(report, silence_s, cpu_of_descendants_s)
+        say, said = trio.open_memory_channel[bytes](math.inf)
+        say.send_nowait(line)
+        self.activity = report.activity
 
         def read_stdout(line: Line) -> bool:
-            pass_on(report.read_stdout(line))
+            passed = report.read_stdout(line)
+            self.activity = report.activity if stuck is None else self.activity
+            pass_on(passed)
+            while report.replies:
+                say.send_nowait(report.replies.pop())
+                pass_on(hive_line("denied", error=DENIED))
             watch.heard()
             return report.result is not None
 
         with trio.CancelScope() as patience:
 
             async def tell() -> None:
-                await program.tell(line)
+                async for order in said:
+                    await program.tell(order)
+
+            async def obey() -> None:
                 await self._unwanted.wait()
                 patience.deadline = trio.current_time() + INTERRUPT_S
-                await program.tell(INTERRUPT)
+                say.send_nowait(INTERRUPT)
 
             async def look() -> None:
                 nonlocal stuck
                 stuck = await watch.stuck()
-                pass_on(hive_line("stuck", error=stuck))
+                self._show_stuck(stuck, pass_on)
+                if stuck.kind == "never_started":
+                    patience.cancel()
                 self.interrupt()
 
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(tell)
-                nursery.start_soon(look)
+                for task in (tell, obey, look):
+                    nursery.start_soon(task)
                 ended = await program.read(read_stdout, lambda line: pass_on(report.read_stderr(line)))
                 nursery.cancel_scope.cancel()
         return ended, stuck
+
+    def _show_stuck(self, stuck: Stuck, pass_on: Callable[[str], None]) -> None:
+        self.activity = Activity("stuck", stuck.kind)
+        pass_on(hive_line("stuck", kind=stuck.kind, error=stuck.sentence))
 
     def _stays(self, program: Program, settings: Settings) -> bool:
         """Whether the process is kept for the next turn."""
@@ -195,16 +262,33 @@ class Claude(Runner):
         if len(self._between) < BETWEEN_LIMIT:
             self._between.append(line)
 
-    async def _finish(self, report: Report | None = None, pass_on: Callable[[str], None] | None = None) -> int | None:
-        """End the process politely, if one runs; its exit code, None when it was killed."""
+    async def _end(self, report: Report, pass_on: Callable[[str], None]) -> int | None:
+        """Let the process end behind its last turn, and show one that does not.
+
+        Its exit code, None when it was killed.
+        """
         program, self._program = self._program, None
         if program is None:
             return None
-        if report is None or pass_on is None:
-            return await program.finish()
-        return await program.finish(
-            lambda line: pass_on(report.read_stdout(line)), lambda line: pass_on(report.read_stderr(line))
-        )
+
+        async def show_late() -> None:
+            await trio.sleep(LATE_S)
+            told = "it has told its result and does not end" if report.result else "its output ended and it goes on"
+            self._show_stuck(Stuck("not_ending", told), pass_on)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(show_late)
+            code = await program.finish(
+                lambda line: pass_on(report.read_stdout(line)), lambda line: pass_on(report.read_stderr(line))
+            )
+            nursery.cancel_scope.cancel()
+        return code
+
+    async def _finish(self) -> None:
+        """End the process politely, if one runs."""
+        program, self._program = self._program, None
+        if program is not None:
+            await program.finish()
 
     async def _kill(self) -> None:
         program, self._program = self._program, None
@@ -280,6 +364,8 @@ def environment(seat: Seat, credential: str) -> dict[str, str]:
         "MCP_CONNECT_TIMEOUT_MS": str(TOOLS_PATIENCE_MS),
         "MCP_TIMEOUT": str(TOOLS_PATIENCE_MS),
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        # The harness compacts, visibly and between turns.
+        "DISABLE_AUTO_COMPACT": "1",
         "DISABLE_TELEMETRY": "1",
         "DISABLE_ERROR_REPORTING": "1",
         "DISABLE_AUTOUPDATER": "1",

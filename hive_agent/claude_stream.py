@@ -1,45 +1,52 @@
-"""Claude Code's stream: what its events say of a turn, its session, its errors and its cost."""
+"""Claude Code's stream: what its events say of a turn, its state, its session, its errors and its cost."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
-from hive_agent.runner import Ending
+from hive_agent.claude_errors import WAITING, describe_exit, error_sentence, reason_of, shortened
+from hive_agent.claude_usage import context, summed_usage, tokens_of, whole_number
+from hive_agent.runner import Activity, Ending
 from hive_agent.turn_lines import hive_line
 from hive_core.protocol.harness import STREAM_LINE_LIMIT_BYTES
-from hive_core.protocol.lines import decode
+from hive_core.protocol.lines import decode, encode
 from hive_core.protocol.refusal import Refusal
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from hive_core.protocol.harness import Outcome
-
-# Errors that are not the turn's own fault: no login, no credit, an overloaded or unreachable provider.
-WAITING_ERRORS = frozenset({"authentication_failed", "billing_error", "rate_limit", "server_error", "overloaded"})
-WAITING_STATUSES = frozenset({401, 402, 403, 408, 429})
-ERROR_LIMIT = 500
-# In a process that takes many turns these count all of them, and `usage` the last one alone.
-_COUNTED = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens", "webSearchRequests")
+# Tools that wait for a person. They are not among `--tools`; a call all the same will never be answered.
+INTERACTIVE = frozenset({"AskUserQuestion", "ExitPlanMode", "EnterPlanMode"})
+DENIED = "nobody can answer here: go on without it, or ask with the hive's tools"
+THINKING = Activity("thinking")
+SYNTHETIC = "<synthetic>"  # the model of a message that the program wrote itself
 
 
 class Report:
     """Reads along one turn's output: gives each line the form in which it is passed on, and knows the ending.
 
     before   the last result of the turns that the same process took before
+    window   the tokens that fit into the model's context, where agent.toml says so
     """
 
-    def __init__(self, before: dict[str, Any] | None = None) -> None:
+    def __init__(self, before: dict[str, Any] | None = None, window: int | None = None) -> None:
         self.result: dict[str, Any] | None = None
         self.session: str | None = None
-        self._before = before or {}
+        self.activity = Activity("starting")
         self.tools: dict[str, str] = {}  # the calls that have no result yet: their ids and names
         self.repeats = 0  # how often the last call was made in a row, with the same arguments and the same answer
+        self.replies: list[bytes] = []  # what the program has to be told; whoever tells it empties the list
+        self.malformed = 0
+        self.began = False
+        self.has_tools = True
+        self.limited_until_ms: int | None = None
+        self.compacted: str | None = None  # how a compaction ended: "success", or why it failed
+        self._before = before or {}
+        self._window = window
+        self._tokens = 0
+        self._model = ""
         self._last_call: object = None
         self._last_answer: object = None
         self._api_error: str | None = None
         self._last_stderr: str | None = None
-        self.began = False
-        self.has_tools = True
 
     def read_stdout(self, line: bytes | Refusal) -> str:
         if isinstance(line, Refusal):
@@ -48,7 +55,8 @@ class Report:
         try:
             self._take(decode(line))
         except Refusal as refusal:
-            return hive_line("malformed", text=text[:2000], error=refusal.message)
+            self.malformed += 1
+            return hive_line("malformed", text=text[:2000], error=refusal.message, count=self.malformed)
         if len(line) > STREAM_LINE_LIMIT_BYTES:
             return hive_line("line_too_long", bytes=len(line))
         return text
@@ -66,38 +74,102 @@ class Report:
         told = " ".join(str(error) for error in errors) if isinstance(errors, list) else ""
         return not self.began and ("No conversation found" in told or "--resume requires a valid session" in told)
 
+    @property
+    def asks(self) -> bool:
+        """Whether it waits for a person, who is not there."""
+        return any(name in INTERACTIVE for name in self.tools.values())
+
     def ending(self, exit_code: int | None) -> Ending:
         """`exit_code` is None for a program that goes on after its result, or was killed because it did not end."""
         if self.result is None:
-            return Ending("failed", self.session, shortened(self._last_stderr or describe_exit(exit_code)))
-        usage = summed_usage(self.result, self._before)
+            reason = "stuck" if exit_code is None else "crashed"
+            return self._failed(reason, self._last_stderr or describe_exit(exit_code))
         if self.result.get("is_error"):
-            return Ending(self._error_outcome(), self.session, shortened(error_sentence(self.result)), usage)
+            return self._failed(reason_of(self.result, self._api_error), error_sentence(self.result))
         if exit_code not in (0, None):
-            return Ending("failed", self.session, shortened(self._last_stderr or describe_exit(exit_code)), usage)
+            return self._failed("crashed", self._last_stderr or describe_exit(exit_code))
         if not self.has_tools:
             # It could not answer anybody, so nobody may take the message for handled.
-            return Ending("waiting", self.session, "the hive's tools could not be reached from the turn", usage)
-        return Ending("done", self.session, None, usage)
+            return self._failed("no_tools", "the hive's tools could not be reached from the turn")
+        return Ending("done", self.session, None, self.usage(), context=self.context())
+
+    def usage(self) -> dict[str, Any] | None:
+        return summed_usage(self.result, self._before) if self.result is not None else None
+
+    def context(self) -> Any:
+        """How full the session was at the end: protocol.harness.Context, None when nobody said."""
+        return context(self._tokens, self._model, self.result, self._window)
+
+    def _failed(self, reason: str, error: str) -> Ending:
+        return Ending(
+            "waiting" if reason in WAITING else "failed",
+            self.session,
+            shortened(error),
+            self.usage(),
+            reason=reason,
+            limited_until_ms=self.limited_until_ms if reason == "rate_limited" else None,
+            context=self.context(),
+        )
 
     def _take(self, event: dict[str, Any]) -> None:
         match event.get("type"):
-            case "system" if event.get("subtype") == "init":
-                self.began = True
-                self.session = text_or_none(event.get("session_id"))
-                self.has_tools = hive_connected(event.get("mcp_servers"))
+            case "system":
+                self._take_system(event)
             case "assistant":
-                self._api_error = text_or_none(event.get("error"))
-                for block in _blocks(event, "tool_use"):
-                    self._note_call(block)
+                self._take_answer(event)
             case "user":
                 for block in _blocks(event, "tool_result"):
                     self.tools.pop(str(block.get("tool_use_id")), None)
                     if block.get("content") != self._last_answer:
                         self.repeats = min(self.repeats, 1)
                     self._last_answer = block.get("content")
+                self._show_tool()
+            case "rate_limit_event":
+                self._take_limit(event.get("rate_limit_info"))
+            case "control_request":
+                self.replies.append(denial(event))
             case "result":
                 self.result = event
+
+    def _take_system(self, event: dict[str, Any]) -> None:
+        match event.get("subtype"):
+            case "init":
+                self.began = True
+                self.session = text_or_none(event.get("session_id"))
+                self.has_tools = hive_connected(event.get("mcp_servers"))
+                self.activity = THINKING
+            case "status":
+                self.activity = Activity("compacting") if event.get("status") == "compacting" else THINKING
+                if (told := event.get("compact_result")) is not None:
+                    self.compacted = str(event.get("compact_error") or told)
+            case "compact_boundary":
+                told = event.get("compact_metadata")
+                self._tokens = whole_number(told.get("post_tokens")) if isinstance(told, dict) else 0
+                self.compacted = "success"
+            case "api_retry":
+                limited = event.get("error_status") == 429
+                delay_ms = _number(event.get("retry_delay_ms"))
+                until_ms = None if delay_ms is None else _now_ms() + int(delay_ms)
+                tries = f"attempt {event.get('attempt')} of {event.get('max_retries')}"
+                self.activity = Activity("rate_limited" if limited else "overloaded", tries, until_ms)
+
+    def _take_answer(self, event: dict[str, Any]) -> None:
+        self._api_error = text_or_none(event.get("error"))
+        message = event.get("message")
+        model = text_or_none(message.get("model")) if isinstance(message, dict) else None
+        # What a sub-agent was told does not stand in this context.
+        if model != SYNTHETIC and event.get("parent_tool_use_id") is None and (tokens := tokens_of(message)):
+            self._tokens, self._model = tokens, model or ""
+        for block in _blocks(event, "tool_use"):
+            self._note_call(block)
+        self._show_tool()
+
+    def _take_limit(self, told: object) -> None:
+        if not isinstance(told, dict) or told.get("status") != "rejected":
+            return
+        resets_at_s = _number(told.get("resetsAt"))
+        self.limited_until_ms = None if resets_at_s is None else int(resets_at_s * 1000)
+        self.activity = Activity("rate_limited", str(told.get("rateLimitType") or "")[:60], self.limited_until_ms)
 
     def _note_call(self, block: dict[str, Any]) -> None:
         call = block.get("name"), block.get("input")
@@ -105,65 +177,25 @@ class Report:
         self._last_call = call
         self.tools[str(block.get("id"))] = str(block.get("name"))
 
-    def _error_outcome(self) -> Outcome:
-        assert self.result is not None
-        status = self.result.get("api_error_status")
-        not_its_fault = self._api_error in WAITING_ERRORS
-        if isinstance(status, int):
-            not_its_fault = not_its_fault or status in WAITING_STATUSES or status >= 500
-        return "waiting" if not_its_fault else "failed"
+    def _show_tool(self) -> None:
+        names = list(self.tools.values())
+        self.activity = Activity("tool", names[-1][:60]) if names else THINKING
+
+
+def denial(request: dict[str, Any]) -> bytes:
+    """The answer to what the program asks of a person: no, at once."""
+    asked = request.get("request")
+    if isinstance(asked, dict) and asked.get("subtype") == "can_use_tool":
+        told: dict[str, Any] = {"subtype": "success", "response": {"behavior": "deny", "message": DENIED}}
+    else:
+        told = {"subtype": "error", "error": DENIED}
+    return encode({"type": "control_response", "response": {**told, "request_id": request.get("request_id")}})
 
 
 def hive_connected(servers: object) -> bool:
     """Whether the stream's list of MCP servers says that the hive's own is there."""
     found = [server for server in servers if isinstance(server, dict)] if isinstance(servers, list) else []
     return any(server.get("name") == "hive" and server.get("status") == "connected" for server in found)
-
-
-def error_sentence(result: dict[str, Any]) -> str:
-    errors = result.get("errors")
-    if isinstance(errors, list) and errors:
-        return str(errors[0])
-    return str(result.get("result") or result.get("subtype") or "the program gave no reason")
-
-
-def summed_usage(result: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """What the turn took: of what its process counts over all its turns, what was not there `before`."""
-    usage = result.get("usage")
-    tokens = usage if isinstance(usage, dict) else {}
-    kinds = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
-    return {
-        **{kind: whole_number(tokens.get(kind)) for kind in kinds},
-        "cost_usd": _more(result, before, "total_cost_usd"),
-        "num_turns": result.get("num_turns"),
-        "duration_ms": result.get("duration_ms"),
-        "models": _models(result.get("modelUsage"), before.get("modelUsage")),
-    }
-
-
-def _models(now: object, before: object) -> dict[str, Any] | None:
-    """What each model that was used took."""
-    if not isinstance(now, dict):
-        return None
-    earlier = before if isinstance(before, dict) else {}
-    models = {}
-    for name, told in now.items():
-        if isinstance(told, dict):
-            was = earlier.get(name)
-            was = was if isinstance(was, dict) else {}
-            more = {key: _more(told, was, key) for key in (*_COUNTED, "costUSD") if key in told}
-            if any(more.values()):
-                models[name] = {**told, **more}
-    return models
-
-
-def _more(now: dict[str, Any], before: dict[str, Any], key: str) -> float | int | None:
-    """How much more there is of it now; None where nothing is known."""
-    value, was = now.get(key), before.get(key, 0)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    was = was if isinstance(was, int | float) else 0
-    return round(value - was, 10) if isinstance(value, float) or isinstance(was, float) else value - was
 
 
 def _blocks(event: dict[str, Any], kind: str) -> list[dict[str, Any]]:
@@ -186,21 +218,16 @@ def begins_turn(line: bytes | Refusal) -> bool:
     )
 
 
-def describe_exit(exit_code: int | None) -> str:
-    if exit_code is None:
-        return "the program closed its output before its result and did not end"
-    if exit_code < 0:
-        return f"the program was ended by signal {-exit_code} before its result"
-    return f"the program ended with exit code {exit_code} before its result"
-
-
-def shortened(text: str) -> str:
-    return text if len(text) <= ERROR_LIMIT else text[: ERROR_LIMIT - 1] + "…"
-
-
 def text_or_none(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def whole_number(value: object) -> int:
-    return value if isinstance(value, int) else 0
+def _number(value: object) -> float | None:
+    """A finite number of a sensible size, which is all that int() takes."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if abs(value) < 2**53 else None
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

@@ -136,6 +136,9 @@ class Rehearsal:
     def play(self, prompt: str) -> int | None:
         """Speak one whole turn. The exit code if the script ends the process with it, None otherwise."""
         self._begin()
+        if prompt == "/compact":
+            self._compact()
+            return None
         self._init()
         try:
             exit_code = self._follow(prompt)
@@ -145,6 +148,15 @@ class Rehearsal:
         if exit_code is None:
             self._result(self._last_text)
         return exit_code
+
+    def _compact(self) -> None:
+        """Say what claude says; there is nothing to make smaller."""
+        self._emit(type="system", subtype="status", status="compacting")
+        self._emit(type="system", subtype="status", status=None, compact_result="success")
+        self._init()
+        told = {"trigger": "manual", "pre_tokens": 2, "post_tokens": 1}
+        self._emit(type="system", subtype="compact_boundary", compact_metadata=told)
+        self._result("")
 
     def interrupted(self) -> None:
         """End the turn as claude does that is told to."""

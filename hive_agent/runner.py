@@ -9,12 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from typing import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from hive_core.protocol.harness import Lease, Outcome
+    from hive_core.protocol.harness import Context, Lease, Outcome
 
 # The name in agent.toml → module and class. Only the one that is used is imported.
 RUNNERS = {
@@ -40,30 +41,44 @@ class Seat:
     configs_dir: str = "/agents"  # every agent's configuration, where this is the manager
 
 
+class Activity(NamedTuple):
+    """What the program does now: the fields of protocol.harness.State."""
+
+    state: str
+    detail: str = ""
+    until_ms: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a turn ended, for the host's ack."""
+    """How a turn ended, for the host's ack: the fields of protocol.harness.Ack."""
 
     outcome: Outcome
     session: str | None
     error: str | None = None
     usage: dict[str, Any] | None = None
+    reason: str | None = None
+    limited_until_ms: int | None = None
+    context: Context | None = None
+    session_lost: bool = False
 
 
 class Runner(ABC):
     """Runs an agent's turns, one at a time. Whoever makes one closes it: then nothing that it started runs on.
 
-    name   what agent.toml calls its program
+    name      what agent.toml calls its program
+    activity  what it does now; whoever changes it passes a line on after that
     """
 
     name: str
 
     def __init__(self, seat: Seat) -> None:
         self.seat = seat
+        self.activity = Activity("starting")
 
     @abstractmethod
     async def take_turn(self, lease: Lease, pass_on: Callable[[str], None]) -> Ending:
-        """Run the program for one message; each line of its stream goes to `pass_on` as it comes.
+        """Run the program for one message or errand; each line of its stream goes to `pass_on` as it comes.
 
         Cancelled, the program and all that it started are gone.
         """

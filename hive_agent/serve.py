@@ -25,7 +25,7 @@ from hive_agent.descendants import adopt_orphans
 from hive_agent.link import EXIT_DONE, HostLink, Unwelcome
 from hive_agent.loopback import serve_loopback
 from hive_agent.reports import Reports
-from hive_agent.runner import Ending, Runner, Seat, make_runner
+from hive_agent.runner import Activity, Ending, Runner, Seat, make_runner
 from hive_agent.turn_lines import TurnLines
 from hive_core.protocol.harness import RENEW_EVERY_S
 from hive_core.protocol.refusal import Refusal
@@ -145,18 +145,19 @@ async def take_turn(link: HostLink, runner: Runner, lease: Lease) -> Ack:
     """Run one turn to its end, and return what the host is to know of it once all its lines are there."""
     lines = TurnLines(runner.seat.state_dir)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(ship_lines, link, lease["turn"], lines, runner.interrupt)
+        nursery.start_soon(ship_lines, link, lease["turn"], lines, runner)
         ending = await runner.take_turn(lease, lines.add)
         link.program_ended()
         lines.close()
     return as_ack(lease, ending)
 
 
-async def ship_lines(link: HostLink, turn: int, lines: TurnLines, interrupt: Callable[[], None]) -> None:
+async def ship_lines(link: HostLink, turn: int, lines: TurnLines, runner: Runner) -> None:
     """Hand a turn's lines to the host until they are closed and gone; with none, say that this harness lives.
 
-    Calls `interrupt` when the host says that the turn is not this harness's any more.
+    Interrupts the turn when the host says that it is not this harness's any more.
     """
+    told: Activity | None = None
     while True:
         batch: tuple[int, list[str]] | None = (0, [])
         with trio.move_on_after(RENEW_EVERY_S):
@@ -165,12 +166,16 @@ async def ship_lines(link: HostLink, turn: int, lines: TurnLines, interrupt: Cal
             return
         first, texts = batch
         try:
-            answer = await link.request({"op": "lines", "turn": turn, "first": first, "lines": texts})
+            request = {"op": "lines", "turn": turn, "first": first, "lines": texts}
+            if (activity := runner.activity) != told:
+                request["state"] = activity._asdict()
+            answer = await link.request(request)
+            told = activity
         except Refusal as refusal:
             print(f"cannot store lines of turn {turn}: {refusal.message}", file=sys.stderr)
         else:
             if answer.get("running") is False:
-                interrupt()
+                runner.interrupt()
 
 
 async def acknowledge(link: HostLink, ack: Ack, stop: Stop) -> Lease | None:
@@ -208,6 +213,10 @@ def as_ack(lease: Lease, ending: Ending) -> Ack:
         "session": ending.session,
         "error": ending.error,
         "usage": ending.usage,
+        "reason": ending.reason,
+        "limited_until_ms": ending.limited_until_ms,
+        "context": ending.context,
+        "session_lost": ending.session_lost,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import trio
 
@@ -13,8 +14,17 @@ from hive_agent.descendants import descendants
 
 SAME_CALLS = 25  # in a row, with the same arguments and answers: nobody learns anything by the next one
 WORKING_TIMES = 4  # as long as another may be silent whose processes use the cpu
+STARTING_S = 300  # a program that prints nothing for so long never starts: it waits a minute for its tools at most
+PROMPT_S = 10  # that it may wait for a person; what can be denied is denied at once, and it goes on
 BUSY_SHARE = 0.02  # of a core: below it nothing works
 TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
+
+
+class Stuck(NamedTuple):
+    """kind: one of protocol.harness.STUCK."""
+
+    kind: str
+    sentence: str
 
 
 class Watch:
@@ -25,30 +35,31 @@ class Watch:
 
     def __init__(self, report: Report, silence_s: float, cpu_s: Callable[[], float]) -> None:
         self._report = report
-        self._silence_s = silence_s
+        self._given_silence_s = silence_s
         self._cpu_s = cpu_s
         self._heard_at = trio.current_time()
         self._lines = 0
-        self._loops = trio.Event()
+        self._seen = trio.Event()  # what needs no silence to be seen
 
     def heard(self) -> None:
         self._heard_at = trio.current_time()
         self._lines += 1
-        if self._report.repeats >= SAME_CALLS:
-            self._loops.set()
+        if self._report.repeats >= SAME_CALLS or self._report.asks:
+            self._seen.set()
 
-    async def stuck(self) -> str:
-        """Why the turn has to end, in a sentence."""
-        half_s = self._silence_s / 2
+    async def stuck(self) -> Stuck:
+        """Why the turn has to end."""
         lines, halves, used_s = -1, 0, 0.0
         while True:
+            half_s = self._silence_s / 2
             if lines != self._lines:
                 lines, halves, used_s = self._lines, 0, self._cpu_s()
             with trio.move_on_at(self._heard_at + (halves + 1) * half_s):
-                await self._loops.wait()
-                return (
-                    f"it called the same tool {SAME_CALLS} times in a row, with the same arguments and the same answer"
-                )
+                await self._seen.wait()
+            if self._seen.is_set():
+                if (stuck := await self._look()) is not None:
+                    return stuck
+                continue
             if lines != self._lines:
                 continue
             halves, before_s, used_s = halves + 1, used_s, self._cpu_s()
@@ -56,15 +67,31 @@ class Watch:
             if halves >= 2 and (not works or halves >= 2 * WORKING_TIMES):
                 return self._describe(works, halves * half_s)
 
-    def _describe(self, works: bool, silent_s: float) -> str:
-        silent = (
-            f"for {silent_s:.0f} s, {'while its processes used the cpu' if works else 'and its processes did nothing'}"
-        )
+    @property
+    def _silence_s(self) -> float:
+        return self._given_silence_s if self._lines else min(self._given_silence_s, STARTING_S)
+
+    async def _look(self) -> Stuck | None:
+        """What is seen without a silence: None when a call for a person was answered after all."""
+        if self._report.repeats < SAME_CALLS:
+            await trio.sleep_until(self._heard_at + PROMPT_S)
+            if not self._report.asks:
+                self._seen = trio.Event()
+                return None
+        if self._report.repeats >= SAME_CALLS:
+            same = "with the same arguments and the same answer"
+            return Stuck("loop", f"it called the same tool {SAME_CALLS} times in a row, {same}")
+        asked = ", ".join(self._report.tools.values())
+        return Stuck("unanswered_prompt", f"it waits for a person, who is not there, in the tool {asked}")
+
+    def _describe(self, works: bool, silent_s: float) -> Stuck:
+        does = "while its processes used the cpu" if works else "and its processes did nothing"
+        silent = f"for {silent_s:.0f} s, {does}"
         if self._lines == 0:
-            return f"it did not begin {silent}"
-        if self._report.tools:
-            return f"it printed nothing {silent}, in the tool {', '.join(self._report.tools.values())}"
-        return f"it printed nothing {silent}, outside any tool"
+            return Stuck("never_started", f"it did not begin {silent}")
+        tools = ", ".join(self._report.tools.values())
+        where = f"in the tool {tools}" if tools else "outside any tool"
+        return Stuck("silent_busy" if works else "silent", f"it printed nothing {silent}, {where}")
 
 
 def cpu_of_descendants_s() -> float:

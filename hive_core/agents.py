@@ -57,6 +57,11 @@ class Agent:
     held: int = 0  # messages to it that wait for the operator
     dead: int = 0  # messages to it that were given up
     status: str | None = None  # what it says that it is about
+    context_tokens: int | None = None  # how full its session is; None: nobody knows
+    context_window: int | None = None  # how many fit
+    errand: str | None = None  # what its next turn does with its session
+    chosen_model: str | None = None  # by the operator, in the place of agent.toml's
+    chosen_effort: str | None = None
     rests_until_ms: int | None = None  # its last turn had to wait, and no other begins before; None when that is over
 
 
@@ -236,6 +241,11 @@ class Agents:
                 status=row["status"],
                 held=row["held"],
                 dead=row["dead"],
+                context_tokens=row["context_tokens"],
+                context_window=row["context_window"],
+                errand=row["errand"],
+                chosen_model=row["chosen_model"],
+                chosen_effort=row["chosen_effort"],
                 rests_until_ms=row["rests_until_ms"] if (row["rests_until_ms"] or 0) > now_ms else None,
             )
             for row in await self._store.rows(sql, parameters)

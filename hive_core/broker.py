@@ -42,6 +42,7 @@ from hive_core.store.bus import RESTING, TURN_ENDS, mail
 from hive_core.store.door import Store
 from hive_core.store.schema import StoreError
 from hive_core.store.writer import Transaction
+from hive_core.turn_ends import Told, TurnEnd, end_seat, too_full
 
 log = logging.getLogger(__name__)
 
@@ -63,14 +64,6 @@ class Found(NamedTuple):
 
     alive: int | None  # the turn that it holds
     lost: list[int]
-
-
-class _Ending(NamedTuple):
-    outcome: str
-    error: str | None = None
-    usage: object = None
-    session: str | None = None
-    on_purpose: bool = False  # by whoever ended the agent or closed its way: nothing to rest from
 
 
 class Broker:
@@ -144,6 +137,7 @@ class Broker:
         usage: object = None,
         session: str | None = None,
         next_fence: str | None = None,
+        told: Told = Told(),  # noqa: B008 - it is immutable
     ) -> Acked:
         """End a turn: `done` and `cancelled` ack what it leased, `failed` puts it back, `waiting` without a try.
 
@@ -155,7 +149,7 @@ class Broker:
             raise Refusal("usage", f"cannot end the turn: its outcome must be one of {', '.join(sorted(OUTCOMES))}")
         # What a closed way has cut short rests until it opens, and no longer.
         on_purpose = outcome == "waiting" and self._closed(agent) is not None
-        ending = _Ending(outcome, error, usage, session, on_purpose)
+        ending = TurnEnd(outcome, error, usage, session, on_purpose, told)
         acked = await self._store.write(lambda tx: self._ack(tx, agent, turn, ending, next_fence))
         if acked.counted:
             self._forget(turn.id)
@@ -166,13 +160,14 @@ class Broker:
     def _begin_turn(self, tx: Transaction, agent: AgentName, fence: str) -> Lease | None:
         return begin_turn(tx, agent, fence, self.limits, self._closed, self.ledger.to_reserve)
 
-    def _ack(self, tx: Transaction, agent: AgentName, turn: Turn, ending: _Ending, next_fence: str | None) -> Acked:
-        sql = "SELECT state FROM turns WHERE id = ? AND agent = ? AND fence = ?"
-        row = tx.execute(sql, (turn.id, agent, turn.fence)).fetchone()
+    def _ack(self, tx: Transaction, agent: AgentName, turn: Turn, ending: TurnEnd, next_fence: str | None) -> Acked:
+        row = tx.execute(_ENDING, (turn.id, agent, turn.fence)).fetchone()
         if row is None or row["state"] not in ("running", ending.outcome):
             return Acked(False)
         if row["state"] == "running":
-            self.end_turn(tx, agent, turn.id, ending)
+            may_be = not (row["turn_errand"] or row["errand"] or row["errand_rest"])
+            full = may_be and too_full(ending.told, row["compact_at_percent"])
+            self.end_turn(tx, agent, turn.id, ending._replace(too_full=full))
         try:
             lease = self._begin_turn(tx, agent, next_fence) if next_fence else None
         except Refusal:
@@ -235,7 +230,7 @@ class Broker:
             row = tx.execute("SELECT id FROM turns WHERE agent = ? AND state = 'running'", (agent,)).fetchone()
             if row is None:
                 raise Refusal("not_found", f"cannot cancel: no turn of {agent} runs")
-            self.end_turn(tx, agent, row["id"], _Ending("cancelled", f"cancelled by {actor}"))
+            self.end_turn(tx, agent, row["id"], TurnEnd("cancelled", f"cancelled by {actor}"))
             return int(row["id"])
 
         turn_id = await self._store.write(write)
@@ -249,7 +244,7 @@ class Broker:
             rows = tx.execute("SELECT id, fence FROM turns WHERE agent = ? AND state = 'running'", (agent,)).fetchall()
             lost = [int(row["id"]) for row in rows if row["fence"] not in fences]
             for turn_id in lost:
-                self.end_turn(tx, agent, turn_id, _Ending("lost", "its harness went away"))
+                self.end_turn(tx, agent, turn_id, TurnEnd("lost", "its harness went away"))
             return Found(next((int(row["id"]) for row in rows if row["fence"] in fences), None), lost)
 
         found = await self._store.write(write)
@@ -264,7 +259,7 @@ class Broker:
         """Close the running turn of an agent that was ended on purpose: its messages wait, and no try is counted."""
         row = tx.execute("SELECT id FROM turns WHERE agent = ? AND state = 'running'", (agent,)).fetchone()
         if row is not None:
-            self.end_turn(tx, agent, row["id"], _Ending("waiting", "its agent was ended on purpose", on_purpose=True))
+            self.end_turn(tx, agent, row["id"], TurnEnd("waiting", "its agent was ended on purpose", on_purpose=True))
 
     def renew(self, agent: AgentName, turn_id: int) -> bool:
         """Note that the harness of a turn lives. False when no such turn of `agent` runs any more."""
@@ -296,7 +291,7 @@ class Broker:
         def write(tx: Transaction) -> bool:
             if tx.execute("SELECT 1 FROM turns WHERE id = ? AND state = 'running'", (turn_id,)).fetchone() is None:
                 return False
-            self.end_turn(tx, agent, turn_id, _Ending("lost", f"its harness was silent for {silence_s:.0f} s"))
+            self.end_turn(tx, agent, turn_id, TurnEnd("lost", f"its harness was silent for {silence_s:.0f} s"))
             return True
 
         if await self._store.insist(write):
@@ -312,22 +307,18 @@ class Broker:
         self._heard.pop(turn_id, None)
         self.ledger.turn_ended(turn_id)
 
-    def end_turn(self, tx: Transaction, agent: str, turn_id: int, ending: _Ending) -> None:
+    def end_turn(self, tx: Transaction, agent: str, turn_id: int, ending: TurnEnd) -> None:
         """Close a running turn and settle every message it leased, by one rule for all ways to end."""
         usage = json.dumps(ending.usage) if ending.usage is not None else None
         tx.execute(
-            "UPDATE turns SET state = ?, ended_at_ms = ?, error = ?, usage = ? WHERE id = ?",
-            (ending.outcome, tx.now_ms, ending.error, usage, turn_id),
+            "UPDATE turns SET state = ?, ended_at_ms = ?, error = ?, reason = ?, usage = ? WHERE id = ?",
+            (ending.outcome, tx.now_ms, ending.error, ending.told.reason, usage, turn_id),
         )
-        rest_s = provider_rest_s(self.limits, self._chance.random())
-        rests_until = tx.now_ms + int(rest_s * 1000) if ending.outcome == "waiting" and not ending.on_purpose else None
-        tx.execute(
-            "UPDATE agents SET session = coalesce(?, session), rests_until_ms = ? WHERE name = ?",
-            (ending.session or None, rests_until, agent),
-        )
+        end_seat(tx, agent, turn_id, ending, provider_rest_s(self.limits, self._chance.random()))
         dead, waits = [], False
         for row in tx.execute(_LEASED, (turn_id,)).fetchall():
-            end = settle(ending.outcome, row["failures"], self.limits, self._chance.random())
+            refused = ending.told.reason == "refusal"
+            end = settle(ending.outcome, row["failures"], self.limits, self._chance.random(), final=refused)
             settled_at = None if end.state == "queued" else tx.now_ms
             waits_s = 0.0 if ending.on_purpose else end.rest_s
             due_at = tx.now_ms + int(waits_s * 1000) if waits_s else AT_ONCE
@@ -345,7 +336,13 @@ class Broker:
         if waits:
             forget_depth(tx, agent)
         tx.wake(TURN_ENDS)
-        tx.emit("turn_ended", agent, agent, turn=turn_id, state=ending.outcome, error=ending.error)
+        claims = ending.told
+        why = {"error": ending.error, "reason": claims.reason, "limited_until_ms": claims.limited_until_ms}
+        tx.emit("turn_ended", agent, agent, None, turn=turn_id, state=ending.outcome, **why)
+        if claims.session_lost:
+            tx.emit("session_lost", SYSTEM, agent, turn=turn_id)
+        if ending.too_full:
+            tx.emit("errand_set", SYSTEM, agent, errand="save_and_compact", turn=turn_id)
         for message_id, failures in dead:
             told = {"message": message_id, "attempts": failures, "turn": turn_id}
             tx.emit("message_dead", SYSTEM, agent, about=message_id, **told)
@@ -516,6 +513,11 @@ def _unread(rows: Sequence[sqlite3.Row]) -> list[int]:
     return [row["id"] for row in reversed(rows) if row["state"] == "queued"]
 
 
+_ENDING = """
+    SELECT t.state, t.errand AS turn_errand, a.errand, a.errand_rest,
+           a.settings ->> 'compact_at_percent' AS compact_at_percent
+    FROM turns t JOIN agents a ON a.name = t.agent WHERE t.id = ? AND t.agent = ? AND t.fence = ?
+"""
 _LEASED = """
     SELECT d.message_id, d.failures FROM leases l JOIN turns t ON t.id = l.turn_id
     JOIN deliveries d ON d.message_id = l.message_id AND d.recipient = t.agent

@@ -30,14 +30,15 @@ class Turn:
 
 
 class Lease(NamedTuple):
-    """What a turn begins with."""
+    """What a turn begins with: a message, or an errand."""
 
     turn: Turn
-    message: dict[str, Any]  # protocol.harness.LeasedMessage
+    message: Any  # protocol.harness.LeasedMessage; None on an errand
     waiting: int  # how many more messages wait
     refused: int  # how many the agent's full inbox did not take, ever
     settings: dict[str, Any] | None
     session: str | None
+    errand: str | None = None  # what is to be done with the session: compact, or save_and_compact
 
 
 def begin_turn(
@@ -48,7 +49,7 @@ def begin_turn(
     closed: Reason = lambda _: None,
     to_reserve: Callable[[AgentName], int | None] = lambda _: 0,
 ) -> Lease | None:
-    """Begin a turn with the first message that is due, or find the one that this fence began already.
+    """Begin a turn with the agent's errand or its first message that is due, or find the one this fence began already.
 
     None begins while the agent's way to the model is `closed`, nor where a budget does not hold what is `to_reserve`
     for it, in micro-USD.
@@ -59,10 +60,16 @@ def begin_turn(
     if seat["turn_id"] is not None:
         if seat["fence"] != fence:
             raise Refusal("conflict", f"cannot lease: turn {seat['turn_id']} of {agent} still runs; ack it first")
+        if seat["turn_errand"]:
+            return _as_lease(seat, Turn(seat["turn_id"], fence), None, 0, seat["queued"])
         (message,) = tx.execute(_ONE_MAIL, (agent, seat["begun_with"])).fetchall()
         return _as_lease(seat, Turn(seat["turn_id"], fence), message, message["attempts"], seat["queued"])
-    may_begin = seat["wanted"] == "up" and closed(agent) is None
-    first = _first_due(tx, agent, seat, limits) if may_begin else None
+    if seat["wanted"] != "up" or closed(agent) is not None or _rests(tx, seat, limits):
+        return None
+    if seat["errand"]:
+        reserved = to_reserve(agent)
+        return None if reserved is None else _begin_errand(tx, agent, fence, seat, reserved)
+    first = _first_due(tx, agent, seat, limits)
     if first is None or (reserved := to_reserve(agent)) is None:
         return None
     cursor = tx.execute(
@@ -79,9 +86,26 @@ def begin_turn(
     return _as_lease(seat, turn, first, first["attempts"] + 1, waiting)
 
 
-def _as_lease(seat: sqlite3.Row, turn: Turn, message: sqlite3.Row, attempt: int, waiting: int) -> Lease:
+def _begin_errand(tx: Transaction, agent: AgentName, fence: str, seat: sqlite3.Row, reserved: int) -> Lease:
+    """A turn without a message. The errand stays on the agent's row until it has ended."""
+    cursor = tx.execute(
+        "INSERT INTO turns (agent, fence, state, errand, errand_by, started_at_ms, reserved_micro_usd)"
+        " VALUES (?, ?, 'running', ?, ?, ?, ?)",
+        (agent, fence, seat["errand"], seat["errand_by"], tx.now_ms, reserved),
+    )
+    assert cursor.lastrowid is not None
+    tx.emit("turn_started", agent, agent, turn=cursor.lastrowid, errand=seat["errand"], by=seat["errand_by"])
+    return _as_lease(seat, Turn(cursor.lastrowid, fence), None, 0, seat["queued"])
+
+
+def _as_lease(seat: sqlite3.Row, turn: Turn, message: sqlite3.Row | None, attempt: int, waiting: int) -> Lease:
     settings = json.loads(seat["settings"]) if seat["settings"] else None
-    return Lease(turn, _for_agent(message, attempt), waiting, seat["refused"], settings, seat["session"])
+    # What the operator has chosen wins over agent.toml, from the edge of a turn on.
+    chosen = {key: seat[f"chosen_{key}"] for key in ("model", "effort") if seat[f"chosen_{key}"]}
+    settings = {**settings, **chosen} if settings else settings
+    shown = _for_agent(message, attempt) if message is not None else None
+    errand = (seat["turn_errand"] or seat["errand"]) if message is None else None
+    return Lease(turn, shown, waiting, seat["refused"], settings, seat["session"], errand)
 
 
 @dataclass(slots=True)
@@ -166,7 +190,8 @@ _DUE_MAIL = f"""
 """
 # All that a lease asks for: the agent, the turn that it may have, and the first message that is due.
 _SEAT = f"""
-    SELECT wanted, settings, session, refused, rests_until_ms, t.id AS turn_id, t.fence, t.message_id AS begun_with,
+    SELECT wanted, settings, session, refused, rests_until_ms, agents.errand, agents.errand_by,
+           chosen_model, chosen_effort, t.id AS turn_id, t.fence, t.message_id AS begun_with, t.errand AS turn_errand,
            (SELECT count(*) FROM deliveries INDEXED BY deliveries_queued
             WHERE recipient = name AND state = 'queued') AS queued,
            {_WHAT}
@@ -186,18 +211,21 @@ def _due(tx: Transaction, agent: str, limit: int, limits: Limits) -> list[sqlite
     return tx.execute(_DUE_MAIL, given).fetchall()
 
 
+def _rests(tx: Transaction, seat: sqlite3.Row, limits: Limits) -> bool:
+    until_ms = seat["rests_until_ms"]
+    return until_ms is not None and tx.now_ms < until_ms <= tx.now_ms + agent_far_ms(limits)
+
+
 def _first_due(tx: Transaction, agent: str, seat: sqlite3.Row, limits: Limits) -> sqlite3.Row | None:
-    """The message for the agent's next turn, where there is one and the agent does not rest.
+    """The message for the agent's next turn, where there is one.
 
     After a rest it is the one that was handed out least often: the message whose turn had to wait has rested too, and
     were it always the next, a turn that has to wait for the message's own sake would keep all others back.
     """
     if seat["id"] is None:
         return None
-    if (rests_until_ms := seat["rests_until_ms"]) is None:
+    if seat["rests_until_ms"] is None:
         return seat
-    if tx.now_ms < rests_until_ms <= tx.now_ms + agent_far_ms(limits):
-        return None
     given = {"agent": agent, "now": tx.now_ms, "far": far_ms(limits)}
     least = tx.execute(_LEAST_HANDED_OUT, given).fetchone()
     first: sqlite3.Row = tx.execute(_ONE_MAIL, (agent, least["message_id"])).fetchone()

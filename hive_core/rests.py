@@ -17,14 +17,17 @@ class Settled(NamedTuple):
     rest_s: float
 
 
-def settle(turn_state: str, failures: int, limits: Limits, chance: float) -> Settled:
-    """What becomes of a delivery when its turn ends. `chance`, 0 to 1, spreads the rests by half of each."""
+def settle(turn_state: str, failures: int, limits: Limits, chance: float, final: bool = False) -> Settled:
+    """What becomes of a delivery when its turn ends. `chance`, 0 to 1, spreads the rests by half of each.
+
+    final: another turn would fail as this one did
+    """
     match turn_state:
         case "done" | "cancelled":
             return Settled("acked", failures, 0.0)
         case "waiting":
             return Settled("queued", failures, provider_rest_s(limits, chance))
-        case _ if failures + 1 >= limits.tries:
+        case _ if final or failures + 1 >= limits.tries:
             return Settled("dead", failures + 1, 0.0)
         case "lost" if failures == 0:
             return Settled("queued", 1, 0.0)

@@ -8,7 +8,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from hive_core import credentials
-from hive_core.protocol.harness import BACKGROUND_S, TURN_SILENCE_S, WARM_IDLE_S, WARM_MEMORY_MIB, WARM_TURNS
+from hive_core.protocol.harness import (
+    BACKGROUND_S,
+    COMPACT_AT_PERCENT,
+    TURN_SILENCE_S,
+    WARM_IDLE_S,
+    WARM_MEMORY_MIB,
+    WARM_TURNS,
+)
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import named
 from hive_core.protocol.words import NAME_LIMIT
@@ -41,6 +48,8 @@ class AgentSettings(BaseModel):
     warm_memory_mib: Annotated[int, Field(ge=64, le=1_048_576)] = WARM_MEMORY_MIB
     background_s: Annotated[int, Field(ge=1, le=7 * 86_400)] = BACKGROUND_S
     turn_silence_s: Annotated[int, Field(ge=10, le=86_400)] = TURN_SILENCE_S
+    context_window: Annotated[int, Field(ge=1_000, le=100_000_000)] | None = None
+    compact_at_percent: Annotated[int, Field(ge=0, le=100)] = COMPACT_AT_PERCENT
     description: Annotated[str, StringConstraints(max_length=200)] = ""
     credential: CredentialName = credentials.DEFAULT  # of the host's, by its name
     recipients: Annotated[list[Recipient], Field(max_length=200)] | None = None  # whom it may write to; None: everybody

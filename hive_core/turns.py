@@ -107,7 +107,8 @@ class Turns:
         cost_micro_usd: of its calls to the model, as the ledger has it; None when it made none.
         """
         sql = """
-            SELECT id, state, started_at_ms, ended_at_ms, error, usage, lines, cost_micro_usd FROM turns
+            SELECT id, state, started_at_ms, ended_at_ms, error, reason, usage, lines, cost_micro_usd, errand, errand_by
+            FROM turns
             WHERE agent = ? ORDER BY id DESC LIMIT ?
         """
         rows = await self._store.rows(sql, (agent, limit))

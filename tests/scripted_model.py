@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -51,6 +51,7 @@ class Reply:
     input_tokens: int = 10
     output_tokens: int = 5
     cut_after: int | None = None
+    stop: str | None = None  # the stop_reason, where it is another than the blocks say: "refusal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +239,7 @@ class ScriptedModel:
             else block
             for block in reply.blocks
         )
-        return Reply(blocks, reply.input_tokens, reply.output_tokens, reply.cut_after)
+        return replace(reply, blocks=blocks)
 
 
 def in_order(answers: Iterable[Answer]) -> AnswerFunction:
@@ -407,4 +408,6 @@ def block_form(block: Text | ToolUse, filled: bool) -> dict[str, Any]:
 
 
 def stop_reason(reply: Reply) -> str:
+    if reply.stop is not None:
+        return reply.stop
     return "tool_use" if any(isinstance(block, ToolUse) for block in reply.blocks) else "end_turn"

@@ -5,7 +5,7 @@ JSON lines, one request at a time, answered in order: `{"id": n, "op": …}` get
 
     hello  version, instance, fences            → version, agent, role
     lease  fence                                → turn, or stop: true
-    lines  turn, first, lines                   → kept, running
+    lines  turn, first, lines, state            → kept, running
     ack    turn, fence, outcome, next, …        → counted, stop, and lease where the next turn began with it
     background  state, work, …                  → counted, also while a lease waits: a command in the background began
                                                   or ended (protocol.harness.BackgroundWork); state none: no other runs
@@ -13,7 +13,8 @@ JSON lines, one request at a time, answered in order: `{"id": n, "op": …}` get
 
 The harness chooses the fence of each turn, so a request that is asked again after a lost connection finds the turn that
 the first one began. `lines` without lines, every RENEW_EVERY_S, says that the harness of a quiet turn lives; `running`
-false in its answer says that the turn was taken away or cancelled, and its program has to end.
+false in its answer says that the turn was taken away or cancelled, and its program has to end. `state` in it is what
+the program does now, when that has changed.
 
 A hello is answered in the harness's own version. One that is older than the host's gets no new turn: `stop` comes with
 the answer to its ack, or instead of a lease, and the host starts a harness of its own version in its place.
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
         warm_memory_mib: NotRequired[int]  # above which it takes no more
         background_s: NotRequired[int]  # after so long a command in the background is ended
         turn_silence_s: NotRequired[int]  # a turn that prints nothing for so long is stuck
+        context_window: NotRequired[int]  # the tokens that fit into the model's context; absent: as the program says
+        compact_at_percent: NotRequired[int]  # of that, above which the session is compacted; 0: never
 
     class LeasedMessage(TypedDict):
         id: int
@@ -56,7 +59,8 @@ if TYPE_CHECKING:
     class Lease(TypedDict):
         turn: int
         fence: str
-        message: LeasedMessage
+        message: LeasedMessage | None  # None on an errand
+        errand: NotRequired[str | None]  # what is to be done with the session: one of ERRANDS
         waiting: int  # how many more messages wait
         refused: int  # how many messages the agent's full inbox did not take, ever
         settings: Settings
@@ -76,14 +80,31 @@ if TYPE_CHECKING:
         took_ms: int | None
         tail: NotRequired[str]  # the last lines that it printed
 
+    class State(TypedDict):
+        """What the program does now, by the evidence of its stream: one of STATES."""
+
+        state: str
+        detail: str  # tool: which; stuck: one of STUCK; rate_limited, overloaded: which try
+        until_ms: int | None  # when the program tries again, or the provider's limit ends
+
+    class Context(TypedDict):
+        """How full the session is."""
+
+        tokens: int
+        window: int | None  # how many fit; None where nobody knows
+
     class Ack(TypedDict):
         turn: int
         fence: str
         outcome: Outcome
         next: str | None  # the fence of the turn to begin with the same commit; None: begin none
         session: str | None
-        error: str | None
+        error: str | None  # a sentence
         usage: dict[str, Any] | None
+        reason: NotRequired[str | None]  # why it did not end well: one of REASONS
+        limited_until_ms: NotRequired[int | None]  # when the provider's limit ends, where it said so
+        context: NotRequired[Context | None]
+        session_lost: NotRequired[bool]  # the session to go on with was unknown, so another was begun
 
 
 PROTOCOL_VERSION = 3
@@ -92,8 +113,32 @@ LINES_PER_REQUEST = 64
 STREAM_LINE_LIMIT_BYTES = 64 * 1024
 # A whole request of `lines`: each line is JSON, whose quotes take a backslash more inside a string.
 REQUEST_LIMIT_BYTES = 2 * LINES_PER_REQUEST * STREAM_LINE_LIMIT_BYTES
+# A turn without a message: compact the session, or let it save its notes to /state before.
+ERRANDS = frozenset({"compact", "save_and_compact"})
 # `waiting` in an ack: the turn could not run for a reason that is not its own (no login, an overloaded provider).
 OUTCOMES = frozenset({"done", "failed", "waiting", "cancelled"})
+STATES = frozenset({"starting", "thinking", "tool", "compacting", "rate_limited", "overloaded", "stuck"})
+# How a turn can be stuck. never_started: the program printed nothing; silent_busy: silent while its processes use the
+# cpu; silent: they do nothing; not_ending: its result came, or its output ended, and it goes on; unanswered_prompt: it
+# asks what nobody can answer; loop: it calls the same tool over and over.
+STUCK = frozenset({"never_started", "silent_busy", "silent", "not_ending", "unanswered_prompt", "loop"})
+# Why a turn did not end well.
+REASONS = frozenset(
+    {
+        "rate_limited",
+        "overloaded",  # the provider is overloaded, unreachable, or the hive does not let the agent call it
+        "authentication",
+        "billing",
+        "prompt_too_long",
+        "refusal",  # the model declined the request
+        "error",  # another error of the provider or the program
+        "crashed",  # the program ended before its result
+        "stuck",
+        "cancelled",
+        "no_tools",  # the hive's tools could not be reached
+        "no_program",
+    }
+)
 RENEW_EVERY_S = 10.0
 # A process is kept no longer than the provider's cache of its session, which is five minutes.
 WARM_IDLE_S = 300
@@ -101,6 +146,8 @@ WARM_TURNS = 50
 WARM_MEMORY_MIB = 1024
 # Longer than any tool of the program waits, and than a model thinks before its first word.
 TURN_SILENCE_S = 1800
+# Behind it there is room for a turn, and for the one that saves notes.
+COMPACT_AT_PERCENT = 75
 FENCE_LIMIT = 64
 BACKGROUND_AT_ONCE = 8
 BACKGROUND_S = 6 * 3600

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from hive_core.protocol.harness import (
 )
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_id
+from hive_core.sockets.claims import claimed_end, claimed_session, claimed_state, claimed_usage, printable
 from hive_core.sockets.unix import Connection, Lines
 from hive_core.turns import Turns
 
@@ -34,7 +34,6 @@ FENCES_LIMIT = 2  # the turn that runs, and one that is asked for
 READ_AHEAD = 2  # requests that may lie behind a lease: a harness asks one at a time, and each may have 8 MiB
 ERROR_LIMIT = 2000
 BESIDE = ("background", "unasked_turn")  # what a harness tells of while its lease waits
-USAGE_LIMIT_BYTES = 16 * 1024
 
 
 @dataclass(slots=True)
@@ -205,11 +204,12 @@ class _Session:
 
     def _as_form(self, lease: Lease) -> dict[str, Any]:
         desk = self._desk
-        desk.agents.observe(desk.name, "thinking")
+        desk.agents.observe(desk.name, "compacting" if lease.errand == "compact" else "thinking")
         return {
             "turn": lease.turn.id,
             "fence": lease.turn.fence,
             "message": lease.message,
+            "errand": lease.errand,
             "waiting": lease.waiting,
             "refused": lease.refused,
             "settings": lease.settings,
@@ -229,11 +229,11 @@ class _Session:
         if any(len(line.encode("utf-8", "replace")) > STREAM_LINE_LIMIT_BYTES for line in lines):
             raise Refusal("usage", f"cannot take a line over {STREAM_LINE_LIMIT_BYTES:,} bytes")
         clean = [line.encode("utf-8", "replace").decode() for line in lines]
-        for line in clean:
-            if seen := activity(line):
-                desk.agents.observe(desk.name, *seen)
         kept = await desk.turns.add_lines(desk.name, turn_id, first, clean) if clean else 0
-        return {"kept": kept, "running": desk.broker.renew(desk.name, turn_id)}
+        running = desk.broker.renew(desk.name, turn_id)
+        if running and (seen := claimed_state(request.get("state"))):
+            desk.agents.observe(desk.name, seen.state, seen.detail, until_ms=seen.until_ms)
+        return {"kept": kept, "running": running}
 
     async def _background(self, request: dict[str, Any]) -> dict[str, Any]:
         desk = self._desk
@@ -245,24 +245,25 @@ class _Session:
         desk = self._desk
         turn_id, fence = parse_id(request.get("turn"), "a turn"), _fence(request.get("fence"))
         next_fence = None if request.get("next") is None else _fence(request["next"])
-        session, error = request.get("session"), request.get("error")
+        error = request.get("error")
         # Whoever acks lives: while the disk takes no ack, the turn must not be lost for silence.
         desk.broker.renew(desk.name, turn_id)
         acked = await desk.broker.ack(
             desk.name,
             Turn(turn_id, fence),
             str(request.get("outcome")),
-            error=_printable(error, ERROR_LIMIT) if isinstance(error, str) and error else None,
-            usage=_bounded_usage(request.get("usage")),
-            session=session if isinstance(session, str) and session.isascii() and len(session) <= 64 else None,
+            error=printable(error, ERROR_LIMIT) if isinstance(error, str) and error else None,
+            usage=claimed_usage(request.get("usage")),
+            session=claimed_session(request.get("session")),
             next_fence=None if desk.begins_none else next_fence,
+            told=claimed_end(request),
         )
         answer = {"counted": acked.counted, "stop": desk.begins_none}
         if acked.lease is not None:
             return {**answer, "lease": self._as_form(acked.lease)}
         # What kept a turn from ending well stays in view until the next one begins.
         state = "waiting" if request.get("outcome") == "waiting" else "idle"
-        detail = _printable(error, 200) if isinstance(error, str) else ""
+        detail = printable(error, 200) if isinstance(error, str) else ""
         desk.agents.observe_rest(desk.name, state, detail)
         return answer
 
@@ -295,34 +296,3 @@ def _number(request: dict[str, Any]) -> int | None:
     if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
         raise Refusal("usage", "cannot answer: `id` must be a whole number")
     return number
-
-
-def _printable(text: str, limit: int) -> str:
-    """At most `limit` characters; JSON can hold half a surrogate pair, and neither sqlite nor a page can."""
-    return text[:limit].encode("utf-8", "replace").decode()
-
-
-def _bounded_usage(raw: object) -> dict[str, Any] | None:
-    """What a program told of its usage, or None when it is not an object of a sensible size."""
-    try:
-        fits = isinstance(raw, dict) and len(json.dumps(raw, allow_nan=False)) <= USAGE_LIMIT_BYTES
-    except (ValueError, RecursionError):
-        return None
-    return raw if fits and isinstance(raw, dict) else None
-
-
-def activity(line: str) -> tuple[str, str] | None:
-    """What a line of the program's stream says that it does now: (state, detail), or None. Hostile input."""
-    try:
-        event = json.loads(line)
-        kind = event["type"]
-        if kind == "system" and event.get("subtype") == "init":
-            return "thinking", ""
-        if kind == "assistant":
-            tools = [part["name"] for part in event["message"]["content"] if part.get("type") == "tool_use"]
-            return ("tool", _printable(str(tools[-1]), 60)) if tools else ("thinking", "")
-        if kind == "user":
-            return "thinking", ""
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    return None

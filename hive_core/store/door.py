@@ -125,7 +125,7 @@ class Store:
 def _wake_recipients(tx: Transaction) -> None:
     # By agent and not by delivery: what waits unread for the operator may be long.
     sql = """
-        SELECT name FROM agents WHERE EXISTS (
+        SELECT name FROM agents WHERE errand IS NOT NULL OR EXISTS (
             SELECT 1 FROM deliveries INDEXED BY deliveries_queued WHERE recipient = name AND state = 'queued'
         )
     """

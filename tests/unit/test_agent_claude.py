@@ -10,7 +10,8 @@ import pytest
 
 from hive_agent.claude import environment, flags, session_flags
 from hive_agent.claude_stream import Report
-from hive_agent.runner import Ending, Seat
+from hive_agent.claude_usage import window_of
+from hive_agent.runner import Activity, Ending, Seat
 from hive_core.protocol.harness import STREAM_LINE_LIMIT_BYTES
 from hive_core.protocol.lines import LineSplitter
 from tests.harness_host import a_lease
@@ -48,29 +49,131 @@ def test_a_good_turn_is_done_and_tells_its_session_and_usage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "reason", "said"),
     [
-        ("unauthorized_401", "Invalid API key"),
-        ("rate_limit_429", "Request rejected (429)"),
-        ("overloaded_529", "529 Overloaded"),
-        ("paused_503", "503 iris is paused"),
-        ("no_credit_400", "Credit balance is too low"),
-        ("stream_cut", "Unable to connect to API"),
+        ("unauthorized_401", "authentication", "Invalid API key"),
+        ("rate_limit_429", "rate_limited", "Request rejected (429)"),
+        ("rate_limit_event", "rate_limited", "You've hit your session limit"),
+        ("overloaded_529", "overloaded", "529 Overloaded"),
+        ("paused_503", "overloaded", "503 iris is paused"),
+        ("no_credit_400", "billing", "Credit balance is too low"),
+        ("stream_cut", "overloaded", "Unable to connect to API"),
     ],
 )
-def test_trouble_with_the_provider_makes_a_turn_wait(name: str, said: str) -> None:
+def test_trouble_with_the_provider_makes_a_turn_wait(name: str, reason: str, said: str) -> None:
     _, ending = replay(name)
-    assert ending.outcome == "waiting"
+    assert (ending.outcome, ending.reason) == ("waiting", reason)
     assert ending.error is not None
     assert said in ending.error
     assert ending.session is not None
 
 
-def test_a_prompt_that_is_too_long_is_the_turns_own_failure() -> None:
-    _, ending = replay("prompt_too_long_400")
-    assert ending.outcome == "failed"
+@pytest.mark.parametrize(
+    ("name", "reason", "said"),
+    [
+        ("prompt_too_long_400", "prompt_too_long", "Prompt is too long"),
+        ("blocking_limit", "prompt_too_long", "Prompt is too long"),
+        ("refusal", "refusal", "API Error: Claude Code is unable to respond"),
+    ],
+)
+def test_what_another_turn_would_meet_again_is_the_turns_own_failure(name: str, reason: str, said: str) -> None:
+    _, ending = replay(name)
+    assert (ending.outcome, ending.reason) == ("failed", reason)
     assert ending.error is not None
-    assert ending.error.startswith("Prompt is too long")
+    assert ending.error.startswith(said)
+
+
+def test_when_the_providers_limit_ends_is_told_where_the_stream_says_so() -> None:
+    report, ending = replay("rate_limit_event")
+    assert ending.limited_until_ms == 1_900_000_000_000
+    assert replay("rate_limit_429")[1].limited_until_ms is None
+    assert replay("success")[1].limited_until_ms is None
+    assert report.result is not None
+
+
+def test_words_about_a_limit_are_a_result_like_any_other() -> None:
+    _, ending = replay("limit_as_text")
+    assert (ending.outcome, ending.reason, ending.error) == ("done", None, None)
+
+
+def test_a_result_that_says_success_and_is_an_error_is_an_error() -> None:
+    for name in ("rate_limit_429", "rate_limit_event", "refusal"):
+        report, ending = replay(name)
+        assert report.result is not None
+        assert report.result["subtype"] == "success"
+        assert ending.outcome != "done"
+
+
+def states(name: str) -> list[Activity]:
+    """What the program did at each line, without repetitions."""
+    report, seen = Report(), [Activity("starting")]
+    for line in (FIXTURES / f"{name}.jsonl").read_bytes().splitlines()[:-1]:
+        report.read_stdout(line)
+        if report.activity != seen[-1]:
+            seen.append(report.activity)
+    return seen
+
+
+def test_what_the_program_does_is_read_from_its_stream() -> None:
+    assert [(one.state, one.detail) for one in states("success")] == [
+        ("starting", ""),
+        ("thinking", ""),
+        ("tool", "Bash"),
+        ("tool", "mcp__hive__send"),
+        ("thinking", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "detail"),
+    [
+        ("rate_limit_429_retried", "rate_limited", "attempt 1 of 1"),
+        ("overloaded_529", "overloaded", "attempt 1 of 1"),
+        ("stream_cut", "overloaded", "attempt 1 of 1"),
+        ("rate_limit_event", "rate_limited", "five_hour"),
+    ],
+)
+def test_a_wait_for_the_provider_is_shown_with_its_end(name: str, state: str, detail: str) -> None:
+    (waits,) = [one for one in states(name) if one.state in ("rate_limited", "overloaded")]
+    assert (waits.state, waits.detail) == (state, detail)
+    assert waits.until_ms is not None
+    assert waits.until_ms > 1_700_000_000_000
+
+
+def test_a_compaction_is_seen_and_leaves_a_smaller_context() -> None:
+    assert "compacting" in [one.state for one in states("compaction")]
+    report, ending = replay("compaction")
+    assert (report.compacted, ending.outcome) == ("success", "done")
+    assert ending.context is not None
+    assert ending.context["tokens"] == 176
+    failed, _ = replay("compaction_failed")
+    assert failed.compacted == "Not enough messages to compact."
+
+
+def test_how_full_the_session_is_is_what_the_last_answer_counted() -> None:
+    assert replay("success")[1].context == {"tokens": 11, "window": 200_000}
+    answer = {
+        "model": "claude-x",
+        "usage": {
+            "input_tokens": 1,
+            "cache_read_input_tokens": 20,
+            "cache_creation_input_tokens": 300,
+            "output_tokens": 4000,
+        },
+    }
+    report = Report(window=9_000)
+    for parent in (None, "toolu_of_a_sub_agent"):
+        report.read_stdout(json.dumps({"type": "assistant", "message": answer, "parent_tool_use_id": parent}).encode())
+        answer = {**answer, "usage": {"input_tokens": 7}}
+    report.read_stdout(b'{"type":"result","is_error":false}')
+    assert report.ending(None).context == {"tokens": 4321, "window": 9_000}
+
+
+@pytest.mark.parametrize(
+    ("model", "window"), [("claude-sonnet-5", 200_000), ("sonnet[1m]", 1_000_000), ("gpt", None), ("", None)]
+)
+def test_windows_are_known_by_the_models_name(model: str, window: int | None) -> None:
+    assert window_of(model) == window
 
 
 def test_a_lost_session_is_recognised() -> None:
@@ -105,7 +208,7 @@ def test_a_program_that_ends_before_its_result_has_failed_with_its_last_words() 
     report.read_stdout(b'{"type":"system","subtype":"init","session_id":"s"}')
     report.read_stderr(b"Segmentation fault")
     report.read_stderr(b"")
-    assert report.ending(139) == Ending("failed", "s", "Segmentation fault")
+    assert report.ending(139) == Ending("failed", "s", "Segmentation fault", reason="crashed")
 
 
 @pytest.mark.parametrize(("code", "said"), [(0, "exit code 0"), (3, "exit code 3"), (-9, "signal 9")])
@@ -132,8 +235,10 @@ def test_a_turn_without_the_hives_tools_waits_for_another(servers: object) -> No
 
 @pytest.mark.parametrize("line", [b"oops", b"[1]", b'{"type":', b'"\xff"', b"[" * 100_000])
 def test_a_malformed_line_is_kept_as_such_and_breaks_nothing(line: bytes) -> None:
-    event = json.loads(Report().read_stdout(line))
-    assert (event["type"], event["subtype"]) == ("hive", "malformed")
+    report = Report()
+    report.read_stdout(line)
+    event = json.loads(report.read_stdout(line))
+    assert (event["type"], event["subtype"], event["count"]) == ("hive", "malformed", 2)
     assert len(event["text"]) <= 2000
 
 
@@ -189,6 +294,10 @@ def test_the_environment_holds_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) 
     assert made["CLAUDE_CODE_OAUTH_TOKEN"].startswith("sk-ant-oat01-")
     assert environment(SEAT, "api_key")["ANTHROPIC_API_KEY"].startswith("sk-ant-api03-placeholder")
     assert made["GIT_COMMITTER_EMAIL"] == "iris@hive"
+
+
+def test_the_program_does_not_compact_by_itself() -> None:
+    assert environment(SEAT, "api_key")["DISABLE_AUTO_COMPACT"] == "1"
 
 
 def test_an_at_sign_in_a_message_reads_no_file() -> None:

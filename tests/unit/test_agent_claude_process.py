@@ -12,7 +12,7 @@ import trio
 from hive_agent import claude
 from hive_agent.claude import Claude
 from hive_agent.claude_stream import Report
-from hive_agent.runner import Ending, Seat
+from hive_agent.runner import Activity, Ending, Seat
 from tests.harness_host import a_lease
 from tests.processes import look_until
 
@@ -138,31 +138,103 @@ TOOL = '{"type":"assistant","message":{"content":[{"type":"tool_use","id":"t","n
 IN_A_TOOL = f"turn; echo '{TOOL}'"
 
 
+ASKS = TOOL.replace("Bash", "AskUserQuestion")
+
+
 @pytest.mark.parametrize(
-    ("script", "why"),
+    ("script", "kind", "why"),
     [
+        ("exec sleep 600", "never_started", "it did not begin for 1 s, and its processes did nothing"),
         (
             f"{IN_A_TOOL}; exec sleep 600",
-            "it printed nothing for 3 s, and its processes did nothing, in the tool Bash",
+            "silent",
+            "it printed nothing for 1 s, and its processes did nothing, in the tool Bash",
+        ),
+        (
+            "turn; while :; do :; done",
+            "silent_busy",
+            "it printed nothing for 4 s, while its processes used the cpu, outside any tool",
         ),
         (
             f"turn; while :; do echo '{TOOL}'; done",
+            "loop",
             "it called the same tool 25 times in a row, with the same arguments and the same answer",
         ),
+        (
+            f"turn; echo '{ASKS}'; exec sleep 600",
+            "unanswered_prompt",
+            "it waits for a person, who is not there, in the tool AskUserQuestion",
+        ),
     ],
-    ids=["silent", "in a loop"],
+    ids=["never started", "silent", "silent with cpu", "in a loop", "asks"],
 )
 async def test_a_turn_that_is_stuck_is_ended_and_says_how(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, why: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, kind: str, why: str
 ) -> None:
-    monkeypatch.setattr(claude, "INTERRUPT_S", 0.05)
-    monkeypatch.setattr("hive_agent.program.LINGER_S", 0.05)
+    make_impatient(monkeypatch)
     runner = a_runner(tmp_path, script)
     lines: list[dict[str, Any]] = []
-    ending = await take(runner, lines, turn_silence_s=3)
-    assert (ending.outcome, ending.error) == ("failed", f"the turn was stuck: {why}")
-    assert {"type": "hive", "subtype": "stuck", "error": why} in lines
+    ending = await take(runner, lines, turn_silence_s=1)
+    assert (ending.outcome, ending.reason, ending.error) == ("failed", "stuck", f"the turn was stuck: {why}")
+    assert {"type": "hive", "subtype": "stuck", "kind": kind, "error": why} in lines
+    assert runner.activity == Activity("stuck", kind)
     assert runner._program is None
+
+
+def make_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claude, "INTERRUPT_S", 0.05)
+    monkeypatch.setattr(claude, "LATE_S", 0.05)
+    monkeypatch.setattr("hive_agent.program.LINGER_S", 0.3)
+    monkeypatch.setattr("hive_agent.watch.PROMPT_S", 0.2)
+
+
+@pytest.mark.parametrize("last", ["good; exec sleep 600", "good; exec >&-; exec sleep 600"])
+async def test_a_program_that_has_finished_and_goes_on_is_shown_and_ended_and_its_turn_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    make_impatient(monkeypatch)
+    runner = a_runner(tmp_path, f"turn; {last}")
+    lines: list[dict[str, Any]] = []
+    ending = await take(runner, lines, turns="cold")
+    assert (ending.outcome, ending.reason) == ("done", None)
+    assert [line["kind"] for line in lines if line.get("subtype") == "stuck"] == ["not_ending"]
+    assert runner._program is None
+
+
+async def test_a_program_that_closes_its_output_and_goes_on_is_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_impatient(monkeypatch)
+    runner = a_runner(tmp_path, "turn; exec >&- 2>&-; exec sleep 600")
+    lines: list[dict[str, Any]] = []
+    ending = await take(runner, lines)
+    assert (ending.outcome, ending.reason) == ("failed", "stuck")
+    assert [line["kind"] for line in lines if line.get("subtype") == "stuck"] == ["not_ending"]
+
+
+async def test_a_program_that_asks_for_a_permission_is_told_no_at_once_and_goes_on(tmp_path: Path) -> None:
+    asked = '{"type":"control_request","request_id":"r1","request":{"subtype":"can_use_tool","tool_name":"Bash"}}'
+    runner = a_runner(tmp_path, f"turn; echo '{asked}'; read -r no; echo \"$no\" > told; good; read _")
+    lines: list[dict[str, Any]] = []
+    assert (await take(runner, lines)).outcome == "done"
+    told = json.loads((tmp_path / "told").read_text())["response"]
+    assert (told["request_id"], told["subtype"], told["response"]["behavior"]) == ("r1", "success", "deny")
+    assert "denied" in [line["subtype"] for line in lines if line["type"] == "hive"]
+    await runner.close()
+
+
+async def test_a_session_with_which_the_program_never_starts_is_given_up_after_two_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_impatient(monkeypatch)
+    resumes = 'case "$*" in *--resume*) exec sleep 600;; esac'
+    runner = a_runner(tmp_path, f"{resumes}; turn; good; read _")
+    assert [(await take(runner, [], turn_silence_s=1)).reason for _ in range(2)] == ["stuck", "stuck"]
+    lines: list[dict[str, Any]] = []
+    third = await take(runner, lines, turn_silence_s=1)
+    assert (third.outcome, third.session_lost) == ("done", True)
+    assert lines[0] == {"type": "hive", "subtype": "session_lost", "session": "s"}
+    await runner.close()
 
 
 async def test_a_call_whose_arguments_change_is_no_loop(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import trio
 from trio.testing import MockClock
 
 from hive_agent.claude_stream import Report
-from hive_agent.watch import SAME_CALLS, WORKING_TIMES, Watch, cpu_of_descendants_s
+from hive_agent.watch import PROMPT_S, SAME_CALLS, STARTING_S, WORKING_TIMES, Stuck, Watch, cpu_of_descendants_s
+from hive_core.protocol.harness import STUCK
 from tests.processes import look_until
 
 SILENCE_S = 1800.0
@@ -43,8 +44,8 @@ class Played:
     def _cpu_s(self) -> float:
         return self._share * trio.current_time()
 
-    async def stuck(self) -> tuple[str, float]:
-        """Why it is stuck, and when that was said."""
+    async def stuck(self) -> tuple[Stuck, float]:
+        """How it is stuck, and when that was said."""
         begun = trio.current_time()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._play)
@@ -59,50 +60,82 @@ class Played:
             self.watch.heard()
 
 
+def asks(name: str) -> dict[str, Any]:
+    return {"type": "assistant", "message": {"content": [{"type": "tool_use", "id": "t0", "name": name, "input": {}}]}}
+
+
 @pytest.mark.parametrize(
-    ("play", "why", "at_s"),
+    ("play", "kind", "why", "at_s"),
     [
-        (lambda: Played(), "it did not begin for 1800 s, and its processes did nothing", SILENCE_S),
+        (
+            lambda: Played(),
+            "never_started",
+            f"it did not begin for {STARTING_S} s, and its processes did nothing",
+            STARTING_S,
+        ),
+        (
+            lambda: Played(share=0.5),
+            "never_started",
+            f"it did not begin for {WORKING_TIMES * STARTING_S} s, while its processes used the cpu",
+            WORKING_TIMES * STARTING_S,
+        ),
         (
             lambda: Played(INIT),
+            "silent",
             "it printed nothing for 1800 s, and its processes did nothing, outside any tool",
             SILENCE_S + 1,
         ),
         (
             lambda: Played(INIT, a_call()),
+            "silent",
             "it printed nothing for 1800 s, and its processes did nothing, in the tool Bash",
             SILENCE_S + 2,
         ),
         (
             lambda: Played(INIT, a_call(), a_result()),
+            "silent",
             "it printed nothing for 1800 s, and its processes did nothing, outside any tool",
             SILENCE_S + 3,
         ),
         (
             lambda: Played(INIT, a_call(), share=0.5),
+            "silent_busy",
             "it printed nothing for 7200 s, while its processes used the cpu, in the tool Bash",
             WORKING_TIMES * SILENCE_S + 2,
         ),
         (
             lambda: Played(INIT, *[e for n in range(99) for e in (a_call(n, command="ls"), a_result(n))]),
+            "loop",
             f"it called the same tool {SAME_CALLS} times in a row, with the same arguments and the same answer",
             2 * SAME_CALLS,
         ),
+        (
+            lambda: Played(INIT, asks("AskUserQuestion")),
+            "unanswered_prompt",
+            "it waits for a person, who is not there, in the tool AskUserQuestion",
+            2 + PROMPT_S,
+        ),
     ],
-    ids=["never began", "silent", "in a tool", "after a tool", "silent with cpu", "in a loop"],
+    ids=["never", "never, busy", "silent", "in a tool", "after a tool", "silent with cpu", "in a loop", "asks"],
 )
-async def test_each_way_of_being_stuck_has_its_time_and_its_words(
-    autojump_clock: MockClock, play: Callable[[], Played], why: str, at_s: float
+async def test_each_way_of_being_stuck_has_its_name_its_time_and_its_words(
+    autojump_clock: MockClock, play: Callable[[], Played], kind: str, why: str, at_s: float
 ) -> None:
-    said, after_s = await play().stuck()
-    assert said == why
+    stuck, after_s = await play().stuck()
+    assert stuck == Stuck(kind, why)
+    assert kind in STUCK
     assert after_s == pytest.approx(at_s)
 
 
+async def test_a_call_for_a_person_that_is_answered_after_all_is_not_stuck(autojump_clock: MockClock) -> None:
+    stuck, after_s = await Played(INIT, asks("AskUserQuestion"), a_result()).stuck()
+    assert (stuck.kind, after_s) == ("silent", SILENCE_S + 3)
+
+
 async def test_who_prints_a_line_now_and_then_is_not_stuck(autojump_clock: MockClock) -> None:
-    played = Played(*[a_call(n, command=n) for n in range(40)], every_s=SILENCE_S - 1)
+    played = Played(*[a_call(n, command=n) for n in range(40)], every_s=STARTING_S - 1)
     _, after_s = await played.stuck()
-    assert after_s == pytest.approx(40 * (SILENCE_S - 1) + SILENCE_S)
+    assert after_s == pytest.approx(40 * (STARTING_S - 1) + SILENCE_S)
 
 
 async def test_one_that_stops_working_is_ended_before_one_that_works(autojump_clock: MockClock) -> None:
@@ -115,22 +148,22 @@ async def test_one_that_stops_working_is_ended_before_one_that_works(autojump_cl
             played.watch._cpu_s = lambda: used_s
 
         nursery.start_soon(stop_working)
-        why, after_s = await played.stuck()
-    assert why == "it printed nothing for 4500 s, and its processes did nothing, outside any tool"
+        stuck, after_s = await played.stuck()
+    assert stuck.sentence == "it printed nothing for 4500 s, and its processes did nothing, outside any tool"
     assert 2 * SILENCE_S < after_s < 3 * SILENCE_S + 2
 
 
 async def test_a_call_that_is_answered_otherwise_is_no_loop(autojump_clock: MockClock) -> None:
     """Whoever waits for mail or a build asks again and again."""
     rounds = [event for n in range(100) for event in (a_call(n, wait_s=180), a_result(n, f"{n} %"))]
-    why, _ = await Played(*rounds).stuck()
-    assert why.startswith("it printed nothing")
+    stuck, _ = await Played(*rounds).stuck()
+    assert stuck.sentence.startswith("it printed nothing")
 
 
 async def test_a_call_with_other_arguments_begins_to_count_anew(autojump_clock: MockClock) -> None:
     calls = [a_call(n, command="ls" if n % 20 else "pwd") for n in range(200)]
-    why, _ = await Played(*calls).stuck()
-    assert why.startswith("it printed nothing")
+    stuck, _ = await Played(*calls).stuck()
+    assert stuck.sentence.startswith("it printed nothing")
 
 
 def test_the_cpu_of_the_processes_that_come_from_this_one_is_counted() -> None:

@@ -9,7 +9,6 @@ import pytest
 from trio_asyncio import aio_as_trio
 
 from hive_core.archive import _NEWEST_OF_AGENT, Archive, Query, _whose
-from hive_core.broker import _Ending
 from hive_core.leases import begin_turn
 from hive_core.limits import Limits
 from hive_core.post import Letter, forget_depth, post
@@ -19,6 +18,7 @@ from hive_core.rests import Rests
 from hive_core.retention import Retention
 from hive_core.store.door import READERS, _wake_recipients
 from hive_core.store.writer import Transaction
+from hive_core.turn_ends import TurnEnd
 from tests.hives import Services
 
 IRIS, HM1ND, DAMOCLES = AgentName("iris"), AgentName("hm1nd"), AgentName("damocles")
@@ -33,7 +33,7 @@ def send(hive: Services, tx: Transaction) -> None:
 def lease_and_end(hive: Services, tx: Transaction) -> None:
     lease = begin_turn(tx, IRIS, "f", Limits())
     assert lease is not None
-    hive.broker.end_turn(tx, IRIS, lease.turn.id, _Ending("done"))
+    hive.broker.end_turn(tx, IRIS, lease.turn.id, TurnEnd("done"))
 
 
 def look_again(hive: Services, tx: Transaction) -> None:

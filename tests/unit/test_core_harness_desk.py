@@ -23,7 +23,8 @@ from hive_core.protocol.harness import (
     STREAM_LINE_LIMIT_BYTES,
 )
 from hive_core.protocol.words import AgentName
-from hive_core.sockets.harness import HarnessDesk, activity
+from hive_core.sockets.claims import claimed_end, claimed_state
+from hive_core.sockets.harness import HarnessDesk
 from tests.hives import PATIENCE_S, SETTINGS, Peer, Services, connect, run_in_hive, serve
 
 HELLO = {"id": 1, "op": "hello", "version": PROTOCOL_VERSION, "instance": "one", "fences": []}
@@ -190,9 +191,13 @@ async def test_a_turn_walks_from_lease_over_lines_to_ack(hive: Services, door: P
         assert lease["message"].items() >= {"id": message, "sender": "hm1nd", "body": "do it", "attempt": 1}.items()
         assert (lease["settings"], lease["credential"]) == (SETTINGS, "api_key")
         assert hive.agents.live("iris").state == "thinking"
-        tool = {"type": "assistant", "message": {"content": [{"type": "tool_use", "name": "Bash"}]}}
-        lines = {"id": 3, "op": "lines", "turn": lease["turn"], "first": 0, "lines": [json.dumps(tool), "not json"]}
-        assert await peer.ask(lines) == {"id": 3, "ok": True, "kept": 2, "running": True}
+        lines = {"id": 3, "op": "lines", "turn": lease["turn"], "first": 0, "lines": ["{}", "not json"]}
+        assert await peer.ask({**lines, "state": state("tool", "Bash")}) == {
+            "id": 3,
+            "ok": True,
+            "kept": 2,
+            "running": True,
+        }
         live = hive.agents.live("iris")
         assert (live.state, live.detail) == ("tool", "Bash")
         ack = {"id": 4, "op": "ack", "turn": lease["turn"], "fence": lease["fence"], "outcome": "done"}
@@ -610,50 +615,112 @@ async def test_half_a_line_of_a_harness_that_is_gone_frees_the_agent_and_logs_no
     assert caplog.messages == []
 
 
-# -- what a line says -------------------------------------------------------------------------------------------------
+# -- what a harness claims ---------------------------------------------------------------------------------------------
+
+
+def state(name: object, detail: object = "", until_ms: object = None) -> dict[str, Any]:
+    return {"state": name, "detail": detail, "until_ms": until_ms}
 
 
 @pytest.mark.parametrize(
-    ("event", "seen"),
+    "claimed",
     [
-        ({"type": "system", "subtype": "init"}, ("thinking", "")),
-        ({"type": "system", "subtype": "status"}, None),
-        ({"type": "assistant", "message": {"content": [{"type": "text", "text": "hm"}]}}, ("thinking", "")),
-        (
-            {"type": "assistant", "message": {"content": [{"type": "tool_use", "name": n} for n in ("Read", "Bash")]}},
-            ("tool", "Bash"),
-        ),
-        ({"type": "user", "message": {}}, ("thinking", "")),
-        ({"type": "result"}, None),
-        ({"type": ["assistant"]}, None),
-        ({"type": "assistant", "message": {"content": "text"}}, None),
-        ({"type": "assistant", "message": None}, None),
-        ({}, None),
-        ([], None),
-        (7, None),
-        (None, None),
+        state("thinking"),
+        state("tool", "Bash"),
+        state("rate_limited", "five_hour", 1_800_000_000_000),
+        state("stuck", "never_started"),
     ],
 )
-def test_a_line_of_the_stream_tells_what_the_program_does(event: object, seen: tuple[str, str] | None) -> None:
-    assert activity(json.dumps(event)) == seen
+async def test_what_the_program_does_is_shown_with_its_detail_and_its_end(
+    hive: Services, door: Path, claimed: dict[str, Any]
+) -> None:
+    await hive.say("hm1nd", "iris", "hello")
+    async with greeted(door) as peer:
+        turn = (await peer.ask(LEASE))["turn"]
+        answer = await peer.ask({"id": 3, "op": "lines", "turn": turn, "first": 0, "lines": ["{}"], "state": claimed})
+        assert (answer["kept"], answer["running"]) == (1, True)
+        live = hive.agents.live("iris")
+        assert (live.state, live.detail, live.until_ms) == tuple(claimed.values())
+
+
+async def test_a_state_of_a_turn_that_is_over_is_not_shown(hive: Services, door: Path) -> None:
+    await hive.say("hm1nd", "iris", "hello")
+    async with greeted(door) as peer:
+        turn = (await peer.ask(LEASE))["turn"]
+        await hive.broker.cancel_turn(AgentName("iris"), AgentName("operator"))
+        await peer.ask({"id": 3, "op": "lines", "turn": turn, "first": 0, "lines": [], "state": state("compacting")})
+        assert hive.agents.live("iris").state != "compacting"
+
+
+@pytest.mark.parametrize(
+    "claimed",
+    [state("down"), state("stuck", "well"), state(["tool"]), state("tool", 7), state("tool", None), "tool", 7, [], {}],
+)
+async def test_a_state_of_another_form_costs_no_line(hive: Services, door: Path, claimed: object) -> None:
+    await hive.say("hm1nd", "iris", "hello")
+    async with greeted(door) as peer:
+        turn = (await peer.ask(LEASE))["turn"]
+        answer = await peer.ask({"id": 3, "op": "lines", "turn": turn, "first": 0, "lines": ["{}"], "state": claimed})
+        assert answer["kept"] == 1
+        assert hive.agents.live("iris").state == "thinking"
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
 
 
 @settings(deadline=None)
-@given(st.text() | st.text(max_size=70).map(lambda name: json.dumps(tool_use(name))))
-def test_whatever_a_line_holds_what_is_seen_is_short_text(line: str) -> None:
-    seen = activity(line)
-    if seen is not None:
-        assert seen[0] in ("thinking", "tool")
-        assert len(seen[1].encode()) <= 240
+@given(ANYTHING, ANYTHING, ANYTHING)
+def test_whatever_is_claimed_what_is_kept_is_short_and_of_its_form(one: object, two: object, three: object) -> None:
+    seen = claimed_state(state(one, two, three)) or claimed_state(state("tool", two, three))
+    assert seen is None or (len(seen.detail.encode()) <= 240 and isinstance(seen.until_ms, int | None))
+    told = claimed_end({"reason": one, "limited_until_ms": two, "context": three, "session_lost": two})
+    numbers = (told.limited_until_ms, told.context_tokens, told.context_window)
+    assert all(number is None or 0 < number < 2**63 for number in numbers)
 
 
-def tool_use(name: object) -> dict[str, Any]:
-    return {"type": "assistant", "message": {"content": [{"type": "tool_use", "name": name}]}}
+@pytest.mark.parametrize("name", ["\ud800", "x" * 1000], ids=["half", "long"])
+def test_a_tool_of_any_name_can_be_shown(name: str) -> None:
+    seen = claimed_state(state("tool", name))
+    assert seen is not None
+    assert 0 < len(seen.detail.encode()) <= 240
+
+
+async def test_an_ack_keeps_why_the_turn_failed_and_how_full_the_session_is(hive: Services, door: Path) -> None:
+    await hive.say("hm1nd", "iris", "hello")
+    async with greeted(door) as peer:
+        turn = (await peer.ask(LEASE))["turn"]
+        told = {"reason": "overloaded", "context": {"tokens": 7, "window": 200}, "session_lost": True, "next": None}
+        ack = {"id": 3, "op": "ack", "turn": turn, "fence": "f-1", "outcome": "failed", "error": "529"}
+        assert (await peer.ask({**ack, **told}))["counted"]
+    assert await hive.value("SELECT reason FROM turns") == "overloaded"
+    row = await hive.store.row("SELECT context_tokens, context_window FROM agents WHERE name = 'iris'")
+    assert row is not None
+    assert tuple(row) == (7, 200)
+    assert "session_lost" in await hive.kinds()
 
 
 @pytest.mark.parametrize(
-    "name", ["\ud800", "x" * 1000, DEEP, {"a": 1}, None], ids=["half", "long", "deep", "dict", "none"]
+    "told",
+    [
+        {"reason": "because"},
+        {"reason": ["stuck"]},
+        {"context": {"tokens": -1, "window": "many"}},
+        {"context": [1, 2]},
+        {"limited_until_ms": 2**80},
+        {"session_lost": "yes"},
+    ],
 )
-def test_a_tool_of_any_name_can_be_shown(name: object) -> None:
-    seen = activity(json.dumps(tool_use(name)))
-    assert seen is None or len(seen[1].encode()) <= 240
+async def test_a_claim_of_another_form_costs_no_ack(hive: Services, door: Path, told: dict[str, Any]) -> None:
+    await hive.say("hm1nd", "iris", "hello")
+    async with greeted(door) as peer:
+        turn = (await peer.ask(LEASE))["turn"]
+        ack = {"id": 3, "op": "ack", "turn": turn, "fence": "f-1", "outcome": "done", "next": None}
+        assert (await peer.ask({**ack, **told}))["counted"]
+    row = await hive.store.row("SELECT reason, context_tokens, rests_until_ms FROM turns JOIN agents ON name = agent")
+    assert row is not None
+    assert tuple(row) == (None, None, None)
+    assert "session_lost" not in await hive.kinds()

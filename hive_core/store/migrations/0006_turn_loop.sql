@@ -102,3 +102,17 @@ CREATE TABLE background_works (
 
 CREATE INDEX background_works_running ON background_works (agent) WHERE state = 'running';
 CREATE INDEX background_works_ended ON background_works (ended_at_ms) WHERE ended_at_ms IS NOT NULL;
+
+-- Context and errands: how full an agent's session is, and what is to be done with it in a turn without a message.
+
+ALTER TABLE agents ADD COLUMN context_tokens INTEGER;              -- of its session; NULL: nobody knows
+ALTER TABLE agents ADD COLUMN context_window INTEGER;              -- how many fit
+ALTER TABLE agents ADD COLUMN errand TEXT CHECK (errand IN ('compact', 'save_and_compact'));  -- its next turn's
+ALTER TABLE agents ADD COLUMN errand_by TEXT;                      -- operator or system
+ALTER TABLE agents ADD COLUMN errand_rest INTEGER NOT NULL DEFAULT 0;  -- turns that end before a full context sets another
+ALTER TABLE agents ADD COLUMN new_session_turn INTEGER NOT NULL DEFAULT 0;  -- no turn up to it brings its session back
+ALTER TABLE agents ADD COLUMN chosen_model TEXT;                   -- by the operator, in the place of agent.toml's
+ALTER TABLE agents ADD COLUMN chosen_effort TEXT;
+ALTER TABLE turns ADD COLUMN errand TEXT;                          -- of a turn without a message
+ALTER TABLE turns ADD COLUMN errand_by TEXT;
+ALTER TABLE turns ADD COLUMN reason TEXT;                          -- why it did not end well: a word for `error`
