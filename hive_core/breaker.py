@@ -95,6 +95,7 @@ class Breaker:
         self._follow: dict[AgentName, int] = {}  # who goes on at which instant, after the one that tried
         self._claims: dict[AgentName, int] = {}
         self._unsaved: dict[str, list[_News]] = {}
+        self._one_writes = trio.Lock()  # else two would write the same news
 
     async def load(self) -> None:
         """Take up what an earlier daemon knew. To be awaited before anything is asked."""
@@ -345,6 +346,16 @@ class Breaker:
 
     async def tick(self) -> float:
         """Do what is due now; how many seconds later to look again."""
+        async with self._one_writes:
+            await self._save()
+        now_ms = self._now_ms()
+        self._look_at_files()
+        self._try_rested(now_ms)
+        self._let_go(self._follow, now_ms)
+        self._let_go(self._claims, now_ms)
+        return (min(self._instants(now_ms), default=now_ms + FAR_MS) - now_ms) / 1000
+
+    async def _save(self) -> None:
         unsaved = {name: list(news) for name, news in self._unsaved.items()}
         states = {name: self._states[name] for name in unsaved if name in self._states}
         self._uses = await self._store.insist(lambda tx: self._write(tx, states, unsaved))
@@ -354,12 +365,6 @@ class Breaker:
                 self._unsaved[name] = left
             else:
                 self._unsaved.pop(name, None)
-        now_ms = self._now_ms()
-        self._look_at_files()
-        self._try_rested(now_ms)
-        self._let_go(self._follow, now_ms)
-        self._let_go(self._claims, now_ms)
-        return (min(self._instants(now_ms), default=now_ms + FAR_MS) - now_ms) / 1000
 
     def _write(
         self, tx: Transaction, states: dict[str, CredentialState], unsaved: dict[str, list[_News]]

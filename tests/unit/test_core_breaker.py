@@ -387,6 +387,18 @@ async def test_a_hive_without_hm1nd_keeps_the_event(hive: Services, desk: Desk) 
     assert await desk.kinds() == ["refused"]
 
 
+async def test_what_two_write_down_at_once_is_written_once(desk: Desk) -> None:
+    desk.breaker.claimed(IRIS, int(desk.now_s * 1000) + 60_000)
+    credential = desk.breaker.credential_for(IRIS)
+    assert credential is not None
+    desk.breaker.answered(IRIS, credential, 401, httpx2.Headers())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(desk.breaker.tick)
+        nursery.start_soon(desk.breaker.tick)
+    assert await desk.kinds() == ["refused"]
+    assert len(await desk.messages()) == 1
+
+
 async def test_a_removed_credential_is_forgotten(desk: Desk) -> None:
     await desk.answer(IRIS, 401)
     desk.credentials.remove("default")
