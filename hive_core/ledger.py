@@ -22,7 +22,7 @@ import trio
 
 from hive_core.access import Access, Closed
 from hive_core.budgets import THE_HIVE, Budget, Budgets, Change, Kind, midnight_after
-from hive_core.charges import DAY_MS, ESTIMATED_OUTPUT, FREE_PATHS, Bill, Charge, bill, write_charges
+from hive_core.charges import DAY_MS, ESTIMATED_OUTPUT, FREE_PATHS, Bill, Charge, Tokens, bill, write_charges
 from hive_core.limits import Limits
 from hive_core.prices import Prices
 from hive_core.protocol.money import usd
@@ -55,7 +55,7 @@ class _Turn:
     agent: AgentName
     reserved: int
     cost: int = 0
-    bills: list[Bill] = field(default_factory=list)
+    seen: dict[bool, list[Tokens]] = field(default_factory=lambda: {True: [], False: []})  # of calls: whole, cut
     whole: bool = True  # the daemon has seen it from its beginning
     ended: bool = False
 
@@ -258,7 +258,7 @@ class Ledger:
                 self._models[call.agent] = call.model
             if way.turn is not None:
                 way.turn.cost += charge.bill.micro_usd
-                way.turn.bills.append(charge.bill)
+                way.turn.seen[call.complete].append(charge.bill.tokens)
         self._moved()
 
     def _bill(self, call: Call) -> Bill:
@@ -320,9 +320,9 @@ class Ledger:
             row = rows.get(turn.id)
             if turn.whole and row is not None:
                 told = json.loads(row["usage"]) if row["usage"] else None
-                if difference := compare(told, [one.tokens for one in turn.bills], row["state"] == "done"):
+                if difference := compare(told, turn.seen[True], turn.seen[False], row["state"] == "done"):
                     events.append(("usage_differs", turn.agent, {"turn": turn.id, **difference}))
-            if turn.bills:
+            if any(turn.seen.values()):
                 told_of = {"turn": turn.id, "reserved_micro_usd": turn.reserved, "cost_micro_usd": turn.cost}
                 events.append(("turn_settled", turn.agent, told_of))
             self._lately.setdefault(turn.agent, deque(maxlen=TURNS_REMEMBERED)).append(turn.cost)

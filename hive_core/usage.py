@@ -16,7 +16,7 @@ BYTES_PER_TOKEN = 3  # fewer than text has: what is estimated by them is rather 
 class UsageReader:
     """Reads along an answer, streaming or whole, in bounded memory. Its counts are right at any moment, so far.
 
-    model  as the provider names it; None until it has
+    model  as the provider names it, with "-fast" behind it in fast mode, which has a price of its own; None until then
     usage  token counts by kind, the last word of each; one of an object within has its name behind a dot, such as
            cache_creation.ephemeral_1h_input_tokens. A stream begins with a first count of `output_tokens`, which says
            nothing of how many come: until the last one has come `estimated_output_tokens` stands in its place, by the
@@ -68,11 +68,13 @@ class UsageReader:
             begins = not event.get("usage")
             answer = event["message"] if begins else event
             counts = dict(_counts(answer["usage"]))
-            model = answer.get("model")
+            model, fast = answer.get("model"), answer["usage"].get("speed") == "fast"
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return
         if isinstance(model, str) and model:
             self.model = model[:MODEL_LIMIT].encode("utf-8", "replace").decode()
+        if fast and self.model is not None:
+            self.model = self.model.removesuffix("-fast") + "-fast"
         self._usage.update(counts)
         self._told += 1
         self._output_told = self._output_told or (not begins and "output_tokens" in counts)

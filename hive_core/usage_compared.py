@@ -16,26 +16,36 @@ _KINDS = {
 }
 
 
-def compare(told: Mapping[str, Any] | None, seen: Sequence[Tokens], done: bool) -> dict[str, Any] | None:
+def compare(
+    told: Mapping[str, Any] | None, whole: Sequence[Tokens], cut: Sequence[Tokens], done: bool
+) -> dict[str, Any] | None:
     """{"told", "seen"} by kind where the two differ; None where they agree.
 
-    told  what the turn's ack said: an agent's claim. Its counts by model go before those of the turn, which leave out
-          the calls that the program made on its own account
-    seen  of each call of the turn. A kind that is not known of one of them is not compared
-    done  the turn ended well: then to tell nothing is a difference, too
+    told   what the turn's ack said: an agent's claim. Its counts by model go before those of the turn, which leave out
+           the calls that the program made on its own account
+    whole  of each call of the turn whose answer was passed on to its end
+    cut    of the others, which the program counts, or not, or in part
+    done   the turn ended well: then to tell nothing is a difference, too
     """
-    sums = {kind: _sum(seen, kind) for kind in _KINDS}
+    least = {kind: _sum(whole, kind) for kind in _KINDS}
+    most = {kind: _sum([*whole, *cut], kind) for kind in _KINDS}
     if told is None:
-        return {"told": None, "seen": sums} if done and any(sums.values()) else None
+        return {"told": None, "seen": most} if done and any(least.values()) else None
     claims = {kind: _claim(told, *names) for kind, names in _KINDS.items()}
-    both = [kind for kind in _KINDS if sums[kind] is not None and claims[kind] is not None]
-    return {"told": claims, "seen": sums} if any(sums[kind] != claims[kind] for kind in both) else None
+    agree = all(_between(claims[kind], least[kind], most[kind]) for kind in _KINDS)
+    return None if agree else {"told": claims, "seen": most}
+
+
+def _between(claim: int | None, least: int | None, most: int | None) -> bool:
+    return claim is None or ((least is None or least <= claim) and (most is None or claim <= most))
 
 
 def _sum(seen: Sequence[Tokens], kind: str) -> int | None:
+    """None when it is not known of some call."""
     kinds = ("cache_write_5m", "cache_write_1h") if kind == "cache_write" else (kind,)
-    if kind in ("input", "output") and any(tokens[kind] is None for tokens in seen):
-        return None  # of what is kept in a cache the provider says nothing where there is nothing
+    # Of what is kept in a cache the provider may say nothing where there is nothing.
+    if any(tokens["input"] is None or (kind == "output" and tokens[kind] is None) for tokens in seen):
+        return None
     return sum(tokens[one] or 0 for tokens in seen for one in kinds)
 
 

@@ -85,7 +85,7 @@ async def test_what_is_unknown_is_shown_as_unknown_and_what_is_estimated_as_an_e
     shown = [line.split("  ") for line in (await command("costs")).splitlines()]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in shown]
     assert cells[1] == ["iris", "2", "1,000,000 + ?", "1,000 + ?", "?", "?", "?", "~1.011 USD"]
-    assert cells[2] == ["damocles", "1", "?", "?", "?", "?", "?", "~0.09 USD"]
+    assert cells[2] == ["damocles", "1", "?", "?", "?", "?", "?", "~0.18 USD"]
     assert cells[3][0] == "together"
     text = await command("costs")
     assert "?: the tokens of 2 calls are not known" in text

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hive_core.access import Closed
 from hive_core.budgets import parse_change, parse_kinds, parse_scope
-from hive_core.charges import DAY_MS
+from hive_core.charges import DAY_MS, Tokens
 from hive_core.history import forget_history
 from hive_core.leases import Lease, begin_turn
 from hive_core.ledger import Ledger
@@ -25,6 +25,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.store.bus import EVENTS, TURN_ENDS
 from hive_core.usage import Call
+from hive_core.usage_compared import compare
 from tests.hives import Services, run_in_hive, wait_until
 
 IRIS, DAMOCLES, HM1ND = AgentName("iris"), AgentName("damocles"), AgentName("hm1nd")
@@ -106,7 +107,7 @@ async def test_a_call_that_was_cut_before_its_first_count_is_estimated_and_its_c
     call.reached = True
     ledger.call_ended(call)
     found = await rows(hive, f"SELECT model, input_tokens, output_tokens, cache_read_tokens, {COSTS} FROM charges")
-    dearest = 15 * 10_000 + 75 * 1_000
+    dearest = 30 * 10_000 + 150 * 1_000
     assert found == [(None, None, None, None, dearest, 1, 0)]
     days = "SELECT calls, unknown_calls, input_tokens, cost_micro_usd, estimated_micro_usd FROM spend_days"
     assert await rows(hive, days) == [(1, 1, 0, dearest, dearest)]
@@ -589,6 +590,7 @@ async def test_a_turn_that_tells_of_other_tokens_than_the_relay_saw_is_an_event(
         lease = await take_turn(hive)
         call = begin(ledger)
         answer(call, {"input_tokens": 10, "output_tokens": 2})
+        call.complete = True
         await hive.broker.ack(IRIS, lease.turn, "done", usage=told)
         await wait_until(hive.store, lambda: _ended(ledger, lease.turn.id), TURN_ENDS, "spent", EVENTS)
         assert "usage_differs" not in await hive.kinds(), "not before the turn's last call has ended"
@@ -607,19 +609,27 @@ async def _ended(ledger: Ledger, turn: int) -> bool:
     return ledger._turns[turn].ended
 
 
-async def test_a_turn_that_did_not_end_well_owes_no_count_and_one_that_was_cut_is_not_compared(hive: Services) -> None:
+@pytest.mark.parametrize(
+    ("input_told", "output_told", "differs"),
+    [(10, 2, False), (17, 2, False), (14, 900, False), (9, 2, True), (18, 2, True), (10, 1, True)],
+)
+def test_a_call_that_was_cut_may_be_counted_by_the_program_or_not(
+    input_told: int, output_told: int, differs: bool
+) -> None:
+    none: Tokens = dict.fromkeys(KINDS)
+    whole, cut = [{**none, "input": 10, "output": 2}], [{**none, "input": 7}]
+    told = {"input_tokens": input_told, "output_tokens": output_told}
+    assert (compare(told, whole, cut, True) is not None) == differs
+    assert compare({"input_tokens": 5}, [], [none], True) is None, "nothing is known of it"
+
+
+async def test_a_turn_that_did_not_end_well_owes_no_count(hive: Services) -> None:
     ledger = hive.broker.ledger
     async with served(ledger):
-        for outcome, usage in (("failed", None), ("done", {"output_tokens": 5, "input_tokens": 9})):
-            await hive.sql("UPDATE deliveries SET available_at_ms = 0")
-            lease = await take_turn(hive)
-            call = begin(ledger)
-            if outcome == "failed":
-                answer(call, {"input_tokens": 10, "output_tokens": 2})
-            call.reached = True
-            ledger.call_ended(call)
-            await hive.broker.ack(IRIS, lease.turn, outcome, usage=usage)
-            await wait_until(hive.store, lambda id_=lease.turn.id: _settled(ledger, id_), TURN_ENDS, "spent", EVENTS)  # type: ignore[misc]
+        lease = await take_turn(hive)
+        spend(ledger, 10)
+        await hive.broker.ack(IRIS, lease.turn, "failed")
+        await wait_until(hive.store, lambda: _settled(ledger, lease.turn.id), TURN_ENDS, "spent", EVENTS)
     assert "usage_differs" not in await hive.kinds()
 
 

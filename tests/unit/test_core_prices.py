@@ -39,8 +39,9 @@ def test_a_model_is_known_with_its_date_and_without(model: str) -> None:
         ("claude-opus-4-55", 75),
         ("claude-haiku-9-20300101", 5),
         ("claude-sonnet-next", 22.5),  # the dearest of its family is that of long requests
-        ("somebody-else", 75),
-        (None, 75),
+        ("claude-opus-9-fast", 150),
+        ("somebody-else", 150),
+        (None, 150),
     ],
 )
 def test_a_model_of_unknown_price_counts_at_the_dearest_of_its_family(model: str | None, usd_of_output: float) -> None:

@@ -49,6 +49,16 @@ def test_the_first_count_of_a_stream_that_is_cut_is_not_taken_for_its_last() -> 
     assert 300 <= reader.end()["estimated_output_tokens"] <= 600
 
 
+def test_fast_mode_is_a_model_of_its_own() -> None:
+    reader = UsageReader()
+    start = {"type": "message_start", "message": {"model": "claude-opus-4-6", "usage": {"input_tokens": 3}}}
+    reader.feed(b"data: " + json.dumps(start).encode() + b"\n")
+    assert reader.model == "claude-opus-4-6"
+    for _ in range(2):
+        reader.feed(b'data: {"type":"message_delta","usage":{"output_tokens":15,"speed":"fast"}}\n')
+        assert reader.model == "claude-opus-4-6-fast"
+
+
 def test_a_name_of_a_model_is_kept_within_bounds() -> None:
     reader = UsageReader()
     reader.feed(json.dumps({"model": "m" * 5000, "usage": {"input_tokens": 3}}).encode())

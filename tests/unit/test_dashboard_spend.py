@@ -46,12 +46,12 @@ async def test_the_dashboard_shows_today_each_agent_and_every_budget_with_a_bar(
     async with browse(hive_of(hive)) as client:
         page = (await client.get("/")).text
     shown = section(page)
-    assert "today <b>1.09 USD</b>" in shown
+    assert "today <b>1.18 USD</b>" in shown
     assert '<th scope="row">iris</th><td>1</td><td>1,000,000</td><td>0</td><td>1.00 USD</td>' in shown
-    assert '<th scope="row">damocles</th><td>1</td><td>0 + ?</td><td>0 + ?</td><td>~0.09 USD</td>' in shown
+    assert '<th scope="row">damocles</th><td>1</td><td>0 + ?</td><td>0 + ?</td><td>~0.18 USD</td>' in shown
     assert "<b>the hive</b> in total" in shown
-    assert 'value="43" aria-label="how much of it is used">43 %</meter>' in shown
-    assert "1.09 USD of 2.50 USD" in shown
+    assert 'value="47" aria-label="how much of it is used">47 %</meter>' in shown
+    assert "1.18 USD of 2.50 USD" in shown
     assert "unknown of 50 %" in shown
     for name in ("hm1nd", "damocles", "iris"):
         assert f'<option id="budget-of-{name}" value="{name}">' in page
