@@ -279,6 +279,15 @@ class OpenReminder(BaseModel):
     due: Annotated[bool, Field(description="its instant has passed, and it waits for room in the inbox")] = False
 
 
+class RunningWork(BaseModel):
+    work: str
+    command: str
+    note: str
+    output: str
+    begun_at_ms: int
+    turn: int | None
+
+
 class WaitsOnYou(BaseModel):
     questions: list[OpenQuestion]
     unread: int
@@ -289,6 +298,7 @@ class YouWaitFor(BaseModel):
     questions: list[OpenQuestion]
     approvals: list[OpenApproval]
     reminders: list[OpenReminder]
+    background: list[RunningWork]
     held: list[AsideMessage]
 
 

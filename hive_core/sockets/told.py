@@ -96,6 +96,9 @@ def loose_ends(result: Result) -> str:
         f"approval {one['approval']} ({one['kind']} {one['agent']}): {one['state']}" for one in you_wait["approvals"]
     ]
     lines += [_reminder(one) for one in you_wait["reminders"]]
+    lines += [
+        f"in the background, {quoted(one['command'])}, output in {one['output']}" for one in you_wait["background"]
+    ]
     return "\n".join(lines + [_aside("held", one) for one in you_wait["held"]])
 
 

@@ -56,7 +56,7 @@ def test_each_name_of_the_command_gives_its_own_in_its_help(tmp_path: Path, name
         done = shell(f"{tmp_path}/{name} {words}")
         assert done.stdout.startswith(f"usage: {name} serve [")
     assert the_one_line(shell(f"{tmp_path}/{name} serve --frob"), 2).startswith(f"{name} serve: cannot ")
-    assert shell(f"{tmp_path}/{name} mcp").stderr == f"usage: {name} mcp --socket PATH\n"
+    assert shell(f"{tmp_path}/{name} mcp").stderr == f"usage: {name} mcp --socket PATH [--harness ADDRESS]\n"
 
 
 def test_a_command_that_is_started_as_a_module_goes_by_its_own_name() -> None:

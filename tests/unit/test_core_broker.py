@@ -421,7 +421,7 @@ async def test_an_agent_that_was_ended_on_purpose_needs_no_rest(hive: Services) 
         await hive.say("hm1nd", "iris", str(n))
     await lease(hive)
     await hive.store.write(lambda tx: hive.broker.put_back(tx, IRIS))
-    assert await begins(hive) == 2
+    assert await begins(hive) == 1
 
 
 async def test_an_agent_that_rested_before_the_clock_was_set_back_takes_a_turn_at_once(hive: Services) -> None:
