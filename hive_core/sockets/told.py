@@ -96,9 +96,7 @@ def loose_ends(result: Result) -> str:
         f"approval {one['approval']} ({one['kind']} {one['agent']}): {one['state']}" for one in you_wait["approvals"]
     ]
     lines += [_reminder(one) for one in you_wait["reminders"]]
-    lines += [
-        f"in the background, {quoted(one['command'])}, output in {one['output']}" for one in you_wait["background"]
-    ]
+    lines += [_work(one) for one in you_wait["background"]]
     return "\n".join(lines + [_aside("held", one) for one in you_wait["held"]])
 
 
@@ -111,6 +109,10 @@ def _question(one: Result, who: str, state: str) -> str:
 def _reminder(one: Result) -> str:
     due = "; it waits for room in your inbox" if one.get("due") else ""
     return f"reminder {one['reminder']} at {instant(one['at_ms'])}: {quoted(one['body'])}{due}"
+
+
+def _work(one: Result) -> str:
+    return f"in the background: {quoted(one['command'])}; its output: {quoted(one['output'])}"
 
 
 def _aside(state: str, one: Result) -> str:

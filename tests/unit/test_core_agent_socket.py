@@ -15,6 +15,7 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hive_core.background import Work
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
 from hive_core.protocol.visible import HIDDEN
 from hive_core.protocol.words import BODY_LIMIT_BYTES, MANAGER, OPERATOR, AgentName
@@ -94,7 +95,8 @@ async def work(hive: Services, tmp_path: Path) -> AsyncIterator[Path]:
     await hive.questions.ask(MANAGER, Ask(OPERATOR, "May I?"))
     await hive.reminders.remind(MANAGER, When(after_s=600), "look again")
     await hive.sql("UPDATE deliveries SET state = 'dead', note = 'it broke' WHERE recipient = 'iris'")
-    await hive.broker.lease(MANAGER)
+    turn = (await hive.broker.lease(MANAGER)).turn.id
+    await hive.background.tell(MANAGER, Work("a1", "running", turn, "make test", "", "/state/background/a1.log"))
 
     async def kill(agent: AgentName, actor: AgentName) -> None:
         await hive.agents.want(agent, "down", actor)
@@ -105,7 +107,11 @@ async def work(hive: Services, tmp_path: Path) -> AsyncIterator[Path]:
 
 # Each tool's arguments, and what its text has to say of its answer.
 CALLS: list[tuple[str, dict[str, Any], list[str]]] = [
-    ("loose_ends", {}, ["question 1", '"red or blue?"', '"blue"', "question 2", '"look again"', "unread", "message 4"]),
+    (
+        "loose_ends",
+        {},
+        ["question 1", '"red or blue?"', '"blue"', "question 2", '"look again"', "unread", '"make test"', "message 4"],
+    ),
     ("recv", {}, ["message: 2", "from: iris", "> first line\n> second ⟨U+202E⟩ line\n", "message: 3", "> last\n"]),
     ("recv", {}, ["messages: 0"]),
     ("send", {"to": "iris", "body": "hi"}, ["sent as message 7"]),
