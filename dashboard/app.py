@@ -17,6 +17,7 @@ from dashboard.door import Door
 from dashboard.forms import Forms
 from dashboard.pages import HOME, Pages
 from dashboard.spend import SpendForms
+from dashboard.steering import SteeringForms
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
@@ -43,6 +44,7 @@ def build_app(hive: Hive) -> ASGIApp:
             *CredentialForms(hive).routes(),
             Route("/budgets", spend.set, methods=["POST"]),
             Route("/budgets/remove", spend.remove, methods=["POST"]),
+            Route("/agents/{name}/command", SteeringForms(hive).command, methods=["POST"]),
             Route("/messages", forms.send, methods=["POST"]),
             Route("/messages/{id}/release", forms.release, methods=["POST"]),
             Route("/messages/{id}/requeue", forms.requeue, methods=["POST"]),

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from dashboard.answers import yes
 from dashboard.door import COOKIE
 from hive_core.approvals import Approval
+from hive_core.commands import read_command, run_command
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
@@ -71,6 +72,8 @@ class Forms:
         form = await read_form(request)
         recipient = parse_agent_name(form.get("to"))
         body = parse_body(form.get("body"))
+        if form.get("commands") and (command := read_command(body)) is not None:
+            return yes(request, form.get("back", "/"), await run_command(self._hive, recipient, *command))
         in_reply_to = number(form["in_reply_to"], "a message") if form.get("in_reply_to") else None
         sent = await self._hive.broker.send(OPERATOR, recipient, body, in_reply_to)
         return yes(request, form.get("back", "/"), f"message {sent['message']} is on its way to {recipient}")

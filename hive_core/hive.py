@@ -27,6 +27,7 @@ from hive_core.reminders import Reminders
 from hive_core.retention import Retention
 from hive_core.schedules import Schedules
 from hive_core.sign_ins import SignIns
+from hive_core.steering import Steering
 from hive_core.store.door import Store
 from hive_core.turns import Turns
 
@@ -60,6 +61,7 @@ class Hive:
     reminders: Reminders = field(init=False)
     schedules: Schedules = field(init=False)
     background: Background = field(init=False)
+    steering: Steering = field(init=False)
     loose_ends: LooseEnds = field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,6 +75,7 @@ class Hive:
         self.questions, self.reminders = Questions(self.store, limits), Reminders(self.store, limits)
         self.schedules = Schedules(self.store, limits)
         self.background = Background(self.store, limits)
+        self.steering = Steering(self.store)
         self.loose_ends = LooseEnds(self.store, self.questions, self.reminders, self.schedules, self.background)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from hive_core import credentials
 from hive_core.protocol.harness import (
@@ -18,7 +18,7 @@ from hive_core.protocol.harness import (
 )
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import named
-from hive_core.protocol.words import NAME_LIMIT
+from hive_core.protocol.words import NAME_LIMIT, shown
 
 # The agent program's own tools that are on unless agent.toml lists others. Messaging, scheduling, sub-agents and the
 # web are the hive's to give, so they are not here.
@@ -54,6 +54,17 @@ class AgentSettings(BaseModel):
     credential: CredentialName = credentials.DEFAULT  # of the host's, by its name
     recipients: Annotated[list[Recipient], Field(max_length=200)] | None = None  # whom it may write to; None: everybody
     pair_rate_per_hour: Annotated[int, Field(ge=1, le=100_000)] | None = None  # to one recipient; None: the hive's
+
+
+EFFORTS: tuple[str, ...] = ("low", "medium", "high", "xhigh", "max")
+
+
+def parse_model(raw: object) -> str:
+    """The name of a model, as agent.toml takes it. Raises Refusal("usage")."""
+    try:
+        return TypeAdapter(Word).validate_python(raw)
+    except ValidationError:
+        raise Refusal("usage", f"cannot use {shown(raw)} as the model: give a name such as sonnet") from None
 
 
 # pydantic's kind of error → what we say; its own words speak of inputs, strings and instances.

@@ -57,7 +57,7 @@ def agents(result: dict[str, Any]) -> str:
             _state(agent),
             ago(agent["since_ms"]),
             _waiting(agent),
-            f"{agent['program']} · {agent['model']}",
+            f"{agent['program']} · {agent['model']}{' (chosen)' if agent['chosen_model'] else ''}",
             "no sandbox" if agent["sandbox"] == "none" else agent["sandbox"],
             agent["page"],
         ]
@@ -84,7 +84,15 @@ def _alarms(result: dict[str, Any]) -> list[str]:
 def _state(agent: dict[str, Any]) -> str:
     detail = f" ({safe(agent['detail'])[:60]})" if agent["detail"] else ""
     rest = f", rests until {clock(agent['rests_until_ms'])}" if agent["rests_until_ms"] else ""
-    return f"{agent['state']}{detail}{rest}"
+    until = f", until {clock(agent['until_ms'])}" if agent["until_ms"] else ""
+    return f"{agent['state']}{detail}{until}{rest}{_context(agent)}"
+
+
+def _context(agent: dict[str, Any]) -> str:
+    """How full its session is, and what is done about it."""
+    tokens, window = agent["context_tokens"], agent["context_window"]
+    full = f", context {round(100 * tokens / window)} %" if tokens and window else ""
+    return full + (", compacts next" if agent["errand"] else "")
 
 
 def _waiting(agent: dict[str, Any]) -> str:

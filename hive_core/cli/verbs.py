@@ -73,6 +73,21 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
     ),
     "release": ("messages.move", "let a held message go", [(("message",), {"type": _whole, "metavar": "ID"})]),
     "drop": ("messages.move", "put a dead or held message away", [(("message",), {"type": _whole, "metavar": "ID"})]),
+    "compact": ("steering.compact", "let an agent's next turn compact its session", [(("agent",), {})]),
+    "new-session": ("steering.new_session", "let an agent begin a new session with its next turn", [(("agent",), {})]),
+    "model": (
+        "steering.choose",
+        "choose an agent's model, in force from its next turn on",
+        [(("agent",), {}), (("choice",), {"metavar": "MODEL", "help": "such as opus; default: what agent.toml says"})],
+    ),
+    "effort": (
+        "steering.choose",
+        "choose how hard an agent thinks, in force from its next turn on",
+        [
+            (("agent",), {}),
+            (("choice",), {"metavar": "LEVEL", "help": "low, medium, high, xhigh or max; default: as agent.toml says"}),
+        ],
+    ),
     "cancel": ("agents.cancel", "end an agent's turn for good, its messages with it", [(("agent",), {})]),
     "search": (
         "messages.search",

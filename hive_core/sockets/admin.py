@@ -39,6 +39,7 @@ from hive_core.questions import parse_answer
 from hive_core.schedules import parse_plan
 from hive_core.sockets.admin_credentials import credential_streams, credential_verbs
 from hive_core.sockets.admin_spend import spend_verbs
+from hive_core.sockets.admin_steering import steering_verbs
 from hive_core.sockets.unix import Connection, Lines
 from hive_core.store.bus import EVENTS, WANTED
 from hive_core.version import __version__
@@ -95,6 +96,7 @@ class AdminDesk:
             "dashboard": (self._dashboard, set()),
             **credential_verbs(hive),
             **spend_verbs(hive),
+            **steering_verbs(hive),
         }
         self._streams: dict[str, tuple[Callable[[Args, Tell], Awaitable[None]], set[str]]] = {
             "watch": (self._watch, set()),
@@ -180,7 +182,14 @@ class AdminDesk:
                     "refused": agent.refused,
                     "inbox_full": agent.queued >= hive.broker.limits.inbox_depth,
                     "program": settings.get("program"),
-                    "model": settings.get("model"),
+                    "model": agent.chosen_model or settings.get("model"),
+                    "effort": agent.chosen_effort or settings.get("effort"),
+                    "chosen_model": agent.chosen_model,
+                    "chosen_effort": agent.chosen_effort,
+                    "session": agent.session,
+                    "context_tokens": agent.context_tokens,
+                    "context_window": agent.context_window,
+                    "errand": agent.errand,
                     "deployed_sha": agent.deployed_sha,
                     "page": hive.page_url(agent.name),
                     "status": agent.status,

@@ -105,7 +105,8 @@ def approval(text: str, kind: str = "spawn", state: str = "pending") -> Approval
 
 def turn(text: str) -> dict[str, Any]:
     times = {"started_at_ms": 1_700_000_000_000, "ended_at_ms": 1_700_000_002_000}
-    return {"id": 4, "state": "failed", **times, "error": text, "usage": {"input_tokens": text}, "cost_micro_usd": None}
+    told = {"error": text, "reason": text, "usage": {"input_tokens": text}, "cost_micro_usd": None}
+    return {"id": 4, "state": "failed", **times, **told, "errand": text, "errand_by": text}
 
 
 def said(*blocks: dict[str, Any], speaker: str = "assistant") -> str:
