@@ -387,11 +387,11 @@ class Breaker:
             credential = self._credentials.find(name)
             mark = credential.fingerprint if credential else None
             if self._found.get(name, mark) != mark:
-                self._forget(name)
+                known = self._states.get(name)
+                if known is None or known.fingerprint != mark:  # else a call with the new one was quicker
+                    self._forget(name)
                 if credential is not None:
-                    self._put(
-                        CredentialState(name, credential.fingerprint), _News("credential_changed", SYSTEM, None, {})
-                    )
+                    self._put(self._state(credential), _News("credential_changed", SYSTEM, None, {}))
                 self._store.bus.publish([CREDENTIALS])
                 self._tell(self.users(name))
             self._found[name] = mark

@@ -243,7 +243,8 @@ class _Rooms:
         hive, name, run = self.hive, agent.name, self.run_dir(agent.name)
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
         kind = partial(hive.breaker.kind_for, name)
-        harness = HarnessDesk(name, agent.role, hive.broker, hive.turns, hive.agents, hive.background, kind)
+        limited = partial(hive.breaker.claimed, name)
+        harness = HarnessDesk(name, agent.role, hive.broker, hive.turns, hive.agents, hive.background, kind, limited)
         tools = agent_socket.AgentDesk(
             name, hive.broker, hive.agents, hive.gate, hive.reconciler.kill, hive.archive, hive.loose_ends
         )

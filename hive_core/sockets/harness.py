@@ -47,6 +47,7 @@ class HarnessDesk:
     agents: Agents
     background: Background
     credential_kind: Callable[[], str]
+    limited: Callable[[int], None] = lambda _: None  # hears until when its program says that it is limited
     instance: str | None = None
     session: _Session | None = None
     stops: bool = False  # whatever harness there is has to end at its turn's edge
@@ -247,7 +248,9 @@ class _Session:
         next_fence = None if request.get("next") is None else _fence(request["next"])
         error = request.get("error")
         # Whoever acks lives: while the disk takes no ack, the turn must not be lost for silence.
-        desk.broker.renew(desk.name, turn_id)
+        runs, told = desk.broker.renew(desk.name, turn_id), claimed_end(request)
+        if runs and told.limited_until_ms is not None:
+            desk.limited(told.limited_until_ms)  # before the ack, which may begin the next turn
         acked = await desk.broker.ack(
             desk.name,
             Turn(turn_id, fence),
@@ -256,7 +259,7 @@ class _Session:
             usage=claimed_usage(request.get("usage")),
             session=claimed_session(request.get("session")),
             next_fence=None if desk.begins_none else next_fence,
-            told=claimed_end(request),
+            told=told,
         )
         answer = {"counted": acked.counted, "stop": desk.begins_none}
         if acked.lease is not None:

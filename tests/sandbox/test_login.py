@@ -194,6 +194,7 @@ async def test_a_cancelled_login_leaves_no_process_and_no_credential(tmp_path: P
         login = house.logins.begin("default", "the test")
         await until(house, login, "link")
         assert "was cancelled" in house.logins.cancel("default").sentence
+        assert login.link is None
         await trio.to_thread.run_sync(is_gone, tmp_path)
         assert house.credentials.find("default") is None
         with pytest.raises(Refusal, match="no login of default runs"):

@@ -210,6 +210,15 @@ async def test_calls_that_were_under_way_with_the_limited_one_are_the_same_event
     assert await desk.kinds() == ["limited"]
 
 
+async def test_calls_that_were_under_way_with_the_refused_one_are_the_same_event(desk: Desk) -> None:
+    await desk.answer(IRIS, 401)
+    until_s = desk.until_s()
+    for agent in (DAMOCLES, HM1ND):
+        await desk.answer(agent, 401)
+    assert desk.until_s() == until_s
+    assert await desk.kinds() == ["refused"]
+
+
 async def test_agents_on_another_credential_go_on(hive: Services, desk: Desk) -> None:
     desk.credentials.put("work", "api_key", OTHER)
     await hive.sql("""UPDATE agents SET policy = '{"credential": "work"}' WHERE name = 'iris'""")
@@ -251,6 +260,10 @@ async def test_another_secret_is_another_credential(desk: Desk) -> None:
     assert desk.closed(IRIS) is None
     desk.breaker.answered(IRIS, old, 429, httpx2.Headers({"retry-after": "60"}))
     assert desk.closed(IRIS) is None, "a late answer to the old one closed the new one"
+    await desk.answer(IRIS, 429, after_s=60)
+    desk.breaker.answered(IRIS, old, 429, httpx2.Headers({"retry-after": "600"}))
+    assert desk.until_s() == pytest.approx(60, abs=0.01), "a late answer to the old one changed the new one"
+    desk.credentials.put("default", "api_key", f"{OTHER}-again")
     await desk.begin().load()
     assert desk.closed(IRIS) is None
 
@@ -290,6 +303,9 @@ async def test_an_agent_that_does_nothing_with_its_try_loses_it_to_one_that_wait
     assert [agent for agent in (DAMOCLES, IRIS) if desk.closed(agent) is None] == [DAMOCLES]
     await desk.pass_s(61)
     assert desk.closed(IRIS) is None, "whoever calls first, when all have had their try"
+    assert desk.breaker.credential_for(IRIS) is not None
+    await desk.pass_s(61)
+    assert [agent for agent in (DAMOCLES, IRIS) if desk.closed(agent) is None] == [DAMOCLES], "then all may try again"
 
 
 async def test_when_nobody_has_anything_to_do_the_first_who_calls_tries(desk: Desk) -> None:

@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hive_core.breaker import Breaker
+from hive_core.credentials import Credentials
 from hive_core.protocol.harness import (
     FENCE_LIMIT,
     LINES_PER_REQUEST,
@@ -22,7 +25,7 @@ from hive_core.protocol.harness import (
     REQUEST_LIMIT_BYTES,
     STREAM_LINE_LIMIT_BYTES,
 )
-from hive_core.protocol.words import AgentName
+from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.sockets.claims import claimed_end, claimed_state
 from hive_core.sockets.harness import HarnessDesk
 from tests.hives import PATIENCE_S, SETTINGS, Peer, Services, connect, run_in_hive, serve
@@ -372,6 +375,29 @@ async def test_an_ack_that_names_a_fence_brings_the_next_lease(hive: Services, d
         last = {**ack, "turn": answer["lease"]["turn"], "fence": "f-2", "next": "f-3"}
         assert await peer.ask(last) == {"id": 4, "ok": True, "counted": True, "stop": False}
         assert hive.agents.live("iris").state == "idle"
+
+
+async def test_an_ack_that_says_until_when_its_program_is_limited_closes_that_agent_alone(
+    hive: Services, desk: HarnessDesk, door: Path
+) -> None:
+    await hive.sql("UPDATE agents SET settings = json_set(settings, '$.program', 'claude')")
+    credentials = Credentials(hive.state_dir, {"ANTHROPIC_API_KEY": "sk-ant-api03-canary"})
+    breaker = Breaker(hive.store, credentials, hive.agents.access, clock=hive.clock)
+    await breaker.load()
+    desk.limited = partial(breaker.claimed, desk.name)
+    for n in range(2):
+        await hive.say("hm1nd", "iris", str(n))
+    async with greeted(door) as peer:
+        lease = await peer.ask(LEASE)
+        ack = {"id": 4, "op": "ack", "turn": lease["turn"], "fence": "f-1", "outcome": "waiting", "next": "f-2"}
+        until_ms = hive.now_ms() + 60_000
+        assert "lease" not in await peer.ask({**ack, "reason": "rate_limited", "limited_until_ms": until_ms})
+        assert (hive.agents.live("iris").state, hive.agents.live("iris").until_ms) == ("rate_limited", until_ms)
+        assert hive.agents.access.closed(AgentName("damocles")) is None
+        await breaker.resume("default", OPERATOR)
+        # It is the word of a turn that runs: of one that has ended it counts for nothing.
+        await peer.ask({**ack, "next": None, "limited_until_ms": until_ms})
+        assert hive.agents.access.closed(desk.name) is None
 
 
 async def test_an_ack_brings_no_lease_to_a_harness_that_shall_stop(

@@ -187,6 +187,12 @@ async def test_the_credential_takes_the_place_of_every_placeholder(
     assert {name for name, _ in call.headers if name in ("x-api-key", "authorization")} == {header}
 
 
+async def test_a_token_goes_with_the_beta_without_which_it_would_be_refused(bench: Bench) -> None:
+    bench.credential = Credential("oauth_token", "file", "oauth-real")
+    await bench.post(headers={"anthropic-beta": "a,b"}, content=b"{}")
+    assert bench.provider.calls[0].values("anthropic-beta") == ["a,b", "oauth-2025-04-20"]
+
+
 async def test_what_the_agent_says_of_itself_passes_and_what_is_between_two_hops_does_not(bench: Bench) -> None:
     sent = {
         "anthropic-version": "2023-06-01",
