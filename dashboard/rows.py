@@ -18,7 +18,7 @@ from hive_core.agents import Agent
 from hive_core.approvals import Approval
 from hive_core.hive import Hive
 from hive_core.protocol.held import WHY_HELD
-from hive_core.protocol.money import usd
+from hive_core.protocol.money import about
 from hive_core.protocol.visible import counted
 from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM
 from hive_core.questions import Question
@@ -64,6 +64,13 @@ def measure(text: str) -> str:
     return f"{counted(lines, 'line')} · {counted(len(text.encode('utf-8', 'replace')), 'byte')}"
 
 
+def brief(count: int) -> Markup:
+    """A large count at a glance, and whole where somebody points at it."""
+    size, unit = next((one for one in ((10**9, "G"), (10**6, "M"), (10**3, "k")) if count >= one[0]), (1, ""))
+    text = f"{count / size:.1f}{unit}" if unit else str(count)
+    return Markup('<span title="{:,}">{}</span>').format(count, text)
+
+
 def voice(name: str) -> str:
     """The class that colours a name: who speaks is seen before it is read."""
     return VOICES.get(name, "by-agent")
@@ -86,7 +93,9 @@ def templates() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(visible=visible, clock=clock, day=day)
-    environment.filters.update(counted=counted, measure=measure, read_diff=read_diff, tokens=tokens, usd=usd)
+    environment.filters.update(
+        counted=counted, measure=measure, read_diff=read_diff, tokens=tokens, about=about, brief=brief
+    )
     environment.globals.update(asset=asset_url, voice=voice, state_word=state_word)
     return environment
 

@@ -15,7 +15,7 @@ from hive_core.budgets import KINDS, THE_HIVE, parse_change, parse_kinds, parse_
 from hive_core.charges import DAY_MS
 from hive_core.costs import of_agents
 from hive_core.hive import Hive
-from hive_core.protocol.money import usd
+from hive_core.protocol.money import about
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
 
@@ -31,9 +31,9 @@ async def spend_now(hive: Hive, agent: AgentName | None) -> Markup:
     return render(
         "rows/spend.html",
         scope=scope,
-        today=usd(ledger.spent(scope, "day")),
-        total=usd(ledger.spent(scope, "total")),
-        agents=[{"name": name, "cost": usd(ledger.spent(name, "day")), **sums[name]} for name in names],
+        today=about(ledger.spent(scope, "day")),
+        total=about(ledger.spent(scope, "total")),
+        agents=[{**sums[name], "name": name, "cost": about(ledger.spent(name, "day"))} for name in names],
         estimated=any(sums[name]["estimated_micro_usd"] for name in ([agent] if agent else sums) if name in sums),
         budgets=[_as_shown(row) for row in ledger.budget_rows() if agent is None or row["scope"] in (THE_HIVE, agent)],
     )
@@ -46,8 +46,8 @@ def _as_shown(row: dict[str, Any]) -> dict[str, Any]:
         "whose": "the hive" if row["scope"] == THE_HIVE else row["scope"],
         "kind": row["kind"],
         "word": KIND_WORDS[row["kind"]],
-        "used": "unknown" if used is None else f"{used} %" if percent else usd(used),
-        "amount": f"{row['amount']} %" if percent else usd(row["amount"]),
+        "used": "unknown" if used is None else f"{used} %" if percent else about(used),
+        "amount": f"{row['amount']} %" if percent else about(row["amount"]),
         "full": min(100, 100 * (used or 0) // row["amount"]),
         "warns": row["warn_percent"],
         "spent": row["spent"],

@@ -204,7 +204,7 @@ def _about(scope: AgentName) -> AgentName | None:
 def _letter(budget: Budget, used: float, spent: bool) -> str:
     so_far = f"{budget.shown(used)} of {budget.shown(budget.amount)}"
     if not spent:
-        return f"budget_warning: {budget.name} is used to {so_far}; when all is, whom it holds for is stopped."
+        return f"budget_warning: of {budget.name} {so_far} is used; whom it holds for is stopped when all is."
     return f"budget_spent: {budget.name} is spent ({so_far}); {budget.way_out}."
 
 

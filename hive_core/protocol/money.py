@@ -26,3 +26,9 @@ def usd(micro: int) -> str:
     whole, rest = divmod(abs(micro), MICRO)
     decimals = f"{rest:06}".rstrip("0").ljust(2, "0")
     return f"{'-' if micro < 0 else ''}{whole:,}.{decimals} USD"
+
+
+def about(micro: int) -> str:
+    """The amount at a glance: to the cent from 1 USD on, below that to a hundredth of one."""
+    step = MICRO // 100 if micro >= MICRO else MICRO // 10_000
+    return usd((micro + step // 2) // step * step)

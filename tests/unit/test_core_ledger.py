@@ -402,8 +402,8 @@ async def test_a_warning_comes_once_for_each_budget_and_day_and_then_that_it_is_
     assert told == ["budget_set", "budget_warned", "budget_spent"]
     warned, spent = [message["body"] for message in await hive.broker.messages("hm1nd")]
     assert warned == (
-        "budget_warning: the budget of iris for a day is used to 0.80 USD of 1.00 USD; when all is, whom it holds for "
-        "is stopped."
+        "budget_warning: of the budget of iris for a day 0.80 USD of 1.00 USD is used; whom it holds for is stopped "
+        "when all is."
     )
     assert spent.startswith("budget_spent: the budget of iris for a day is spent (1.00 USD of 1.00 USD); the operator")
     again = await reopened(hive)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hive_core.prices import KINDS, load_prices
-from hive_core.protocol.money import MICRO, parse_usd, usd
+from hive_core.protocol.money import MICRO, about, parse_usd, usd
 from hive_core.protocol.refusal import Refusal
 
 OURS = load_prices()
@@ -147,3 +147,11 @@ def test_what_is_no_amount_is_refused(raw: object) -> None:
 def test_what_is_shown_of_an_amount_is_all_of_it(micro: int) -> None:
     assert parse_usd(usd(micro).removesuffix(" USD").replace(",", ""), "it") == micro
     assert len(usd(micro).split(".")[1]) >= len("00 USD")
+
+
+@pytest.mark.parametrize(
+    ("micro", "shown"),
+    [(0, "0.00"), (49, "0.00"), (50, "0.0001"), (12_345, "0.0123"), (999_999, "1.00"), (1_234_567, "1.23")],
+)
+def test_at_a_glance_an_amount_is_short(micro: int, shown: str) -> None:
+    assert about(micro) == f"{shown} USD"
