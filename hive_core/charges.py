@@ -117,7 +117,7 @@ def _origin(tx: Transaction, turn: int | None) -> tuple[str | None, int | None, 
 def _root(row: sqlite3.Row) -> str:
     match row["root_cause"]:
         case None:
-            return "unknown" if row["message_id"] else SYSTEM
+            return str(row["errand_by"] or "unknown")  # an errand has no message, and old messages are forgotten
         case "operator":
             return OPERATOR
         case "schedule":
@@ -141,8 +141,8 @@ _ADD_TO_DAY = f"""
     ON CONFLICT DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in SUMS)}
 """
 _ORIGIN = """
-    SELECT t.agent, t.message_id, t.chain_id, m.cause, m.cause_id, root.sender, root.cause AS root_cause,
-           root.cause_id AS root_cause_id
+    SELECT t.agent, t.errand_by, t.chain_id, coalesce(m.cause, t.errand_by) AS cause, m.cause_id,
+           root.sender, root.cause AS root_cause, root.cause_id AS root_cause_id
     FROM turns t LEFT JOIN messages m ON m.id = t.message_id LEFT JOIN messages root ON root.id = t.chain_id
     WHERE t.id = ?
 """

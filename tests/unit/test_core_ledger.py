@@ -192,6 +192,14 @@ async def test_the_root_of_a_chain_may_be_a_schedule_an_agent_or_the_hive(hive: 
     ]
 
 
+async def test_an_errand_is_set_off_by_whoever_set_it(hive: Services) -> None:
+    await hive.sql("UPDATE agents SET errand = 'compact', errand_by = 'operator' WHERE name = 'iris'")
+    lease = await hive.broker.lease(IRIS)
+    spend(hive.broker.ledger, 1)
+    sql = "SELECT turn_id, cause, cause_id, chain_id, root FROM charges"
+    assert await rows(hive, sql) == [(lease.turn.id, "operator", None, None, "operator")]
+
+
 async def test_a_turn_shows_what_its_calls_cost_so_far(hive: Services) -> None:
     ledger = hive.broker.ledger
     turn = (await take_turn(hive)).turn
