@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,57 +12,12 @@ import pytest
 import trio
 
 from hive_agent.background import Background
-from hive_agent.claude import Claude
 from hive_agent.reports import Reports
-from hive_agent.runner import Ending, Seat
+from hive_agent.runner import Ending
+from tests.claude_desk import a_desk
 from tests.harness_host import a_lease
-from tests.needs import find_claude
 from tests.processes import look_until
-from tests.scripted_model import Answer, ScriptedModel, fail, say, tool
-from tests.scripted_tools import ScriptedTools
-
-PATIENCE_S = 60.0
-
-
-class Desk:
-    """One agent's program, and what it printed."""
-
-    def __init__(self, runner: Claude, model: ScriptedModel) -> None:
-        self.runner = runner
-        self.model = model
-        self.lines: list[dict[str, Any]] = []
-        self._session: str | None = None
-        self._turns = 0
-
-    @property
-    def pid(self) -> int | None:
-        program = self.runner._program
-        return program._process.pid if program is not None else None
-
-    async def turn(self, body: str, **settings: Any) -> Ending:
-        self._turns += 1
-        lease = a_lease(self._turns, body, program="claude", session=self._session, prompt="You are iris.", **settings)
-        with trio.fail_after(PATIENCE_S):
-            ending = await self.runner.take_turn(cast("Any", lease), lambda line: self.lines.append(json.loads(line)))
-        self._session = ending.session
-        return ending
-
-    def prompts(self) -> list[str]:
-        return [request.last_user_text for request in self.model.turns]
-
-
-@asynccontextmanager
-async def a_desk(folder: Path, answers: list[Answer], harness: str = "") -> AsyncIterator[Desk]:
-    with ScriptedTools(folder / "mcp.sock"), ScriptedModel(answers) as model:
-        port = int(model.base_url.rpartition(":")[2])
-        where = str(folder)
-        seat = Seat("iris", where, where, where, f"{where}/.claude", "/usr/bin:/bin", str(find_claude()), True, port)
-        runner = Claude(replace(seat, harness=harness))
-        try:
-            yield Desk(runner, model)
-        finally:
-            with trio.CancelScope(shield=True):
-                await runner.close()
+from tests.scripted_model import Answer, fail, say, tool
 
 
 async def test_one_process_takes_many_turns_and_each_tells_what_it_cost_alone(tmp_path: Path) -> None:

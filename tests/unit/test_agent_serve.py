@@ -525,3 +525,52 @@ def test_the_signal_of_an_interrupted_terminal_is_polite_too(start: Harnesses, t
             assert await harness.ended() == (0, "")
 
     trio.run(main)
+
+
+# -- errands and states -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("errand", "prompts"), [("compact", 1), ("save_and_compact", 2)])
+async def test_an_errand_is_a_turn_without_a_message(
+    start: Harnesses, tmp_path: Path, errand: str, prompts: int
+) -> None:
+    async with open_host(tmp_path) as host:
+        harness = start()
+        connection = await welcomed(host)
+        _, first = await connection.take_turn(a_lease(1, prompt=follow({"say": "first"})))
+        lease = {**a_lease(2, session=first["session"]), "message": None, "errand": errand}
+        lines, ack = await connection.take_turn(lease)
+        told = [json.loads(line) for line in lines]
+        assert "compact_boundary" in [line.get("subtype") for line in told]
+        assert [line["type"] for line in told].count("result") == prompts
+        assert (ack["outcome"], ack["session"]) == ("done", first["session"])
+        assert ack["context"]["tokens"] == 1
+        await connection.give({"stop": True})
+        assert (await harness.ended())[0] == 0
+
+
+async def test_an_errand_of_an_agent_that_has_no_session_is_done_at_once(start: Harnesses, tmp_path: Path) -> None:
+    async with open_host(tmp_path) as host:
+        harness = start()
+        connection = await welcomed(host)
+        lines, ack = await connection.take_turn({**a_lease(1), "message": None, "errand": "compact"})
+        assert (lines, ack["outcome"], ack["session"]) == ([], "done", None)
+        await connection.give({"stop": True})
+        assert (await harness.ended())[0] == 0
+
+
+async def test_what_the_program_does_goes_with_the_lines_that_say_so(
+    start: Harnesses, tmp_path: Path, gate: Gate
+) -> None:
+    async with open_host(tmp_path) as host:
+        start()
+        connection = await welcomed(host)
+        await connection.give(a_lease(1, prompt=follow(gate.step)))
+        states: list[dict[str, Any]] = []
+        await gate.reached()
+        while not states or states[-1]["state"] != "tool":
+            request = await connection.expect("lines")
+            states += [request["state"]] if "state" in request else []
+            await connection.answer(request, kept=request["first"] + len(request["lines"]), running=True)
+        assert states[-1] == {"state": "tool", "detail": "Bash", "until_ms": None}
+        await gate.open()
