@@ -402,17 +402,29 @@ class Breaker:
         for state in self._states.values():
             if state.reason is None or state.rests(now_ms):
                 continue
-            trial = self._trials.setdefault(state.name, _Trial(None, 0))
-            if trial.agent is not None and 0 <= now_ms - trial.since_ms < patience_ms:
-                continue
-            if trial.agent is not None:
+            trial = self._trials.get(state.name)
+            if trial is None:
+                trial = self._trials[state.name] = _Trial(None, now_ms)
+                self._tell(self.users(state.name))
+            elif trial.agent is not None:
+                if 0 <= now_ms - trial.since_ms < patience_ms:
+                    continue
                 trial.tried.add(trial.agent)
-            waiting = [agent for agent in self.users(state.name) if self._uses[agent].waits]
-            left = sorted((agent for agent in waiting if agent not in trial.tried), key=lambda a: (a != state.agent, a))
-            if not left:
-                trial.tried.clear()  # nobody has anything to do with it: whoever calls first tries it
-            trial.agent, trial.since_ms = (left[0] if left else None), now_ms
-            self._tell(left[:1] or self.users(state.name))
+            self._give_to_next(state, trial, now_ms)
+
+    def _give_to_next(self, state: CredentialState, trial: _Trial, now_ms: int) -> None:
+        """To the one that found it out, else the first by name, of those that wait for nothing but this."""
+        before, trial.since_ms = trial.agent, now_ms
+        waiting = [agent for agent in self.users(state.name) if self._uses[agent].waits]
+        for trial.agent in sorted(waiting, key=lambda agent: (agent != state.agent, agent)):
+            if trial.agent not in trial.tried and self._access.closed(trial.agent) is None:
+                self._tell([trial.agent])
+                return
+        # Nobody has anything to do with it, or all have had their try: whoever calls first has it.
+        trial.agent = None
+        trial.tried.clear()
+        if before is not None:
+            self._tell(self.users(state.name))
 
     def _let_go(self, until: dict[AgentName, int], now_ms: int) -> None:
         due = [agent for agent, at_ms in until.items() if not now_ms < at_ms <= now_ms + FAR_MS]

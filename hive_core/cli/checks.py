@@ -22,6 +22,7 @@ from hive_core.config import Config, load_config
 from hive_core.containers.bubblewrap import HOME, AgentDirs, bwrap_command, in_memory, sandbox_trouble
 from hive_core.containers.process import harness_environment
 from hive_core.containers.seccomp import filter_program
+from hive_core.credentials import DEFAULT, Credentials
 from hive_core.daemon import listen_dashboard, listen_tcp, look_for_credential, manager_prompt
 from hive_core.lock import check_owner
 from hive_core.prices import load_prices
@@ -207,6 +208,10 @@ def check_credential(name: str, machine: Machine) -> Iterator[Finding]:
         yield Finding(name, "warning", f"{source}, which others may read; `chmod 600 {source}`")
     else:
         yield Finding(name, "ok", source)
+    credentials = Credentials(machine.config.state_dir)
+    for other in credentials.names():
+        if other != DEFAULT and (missing := credentials.missing(other)):
+            yield Finding(name, "warning", missing)
 
 
 def check_claude(name: str, machine: Machine) -> Iterator[Finding]:

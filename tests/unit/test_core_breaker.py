@@ -308,6 +308,31 @@ async def test_an_agent_that_does_nothing_with_its_try_loses_it_to_one_that_wait
     assert [agent for agent in (DAMOCLES, IRIS) if desk.closed(agent) is None] == [DAMOCLES], "then all may try again"
 
 
+async def test_an_agent_that_something_else_keeps_from_the_model_is_not_the_one_to_try(
+    hive: Services, desk: Desk
+) -> None:
+    for agent in (DAMOCLES, IRIS):
+        await hive.say("operator", agent, "work")
+    desk.access.add(lambda name: Closed("over_budget", "no money") if name == IRIS else None)
+    await desk.answer(IRIS, 429, after_s=60)
+    await desk.pass_s(61)
+    assert desk.closed(DAMOCLES) is None
+    assert desk.state_of(IRIS) == "rate_limited"
+
+
+async def test_when_nobody_has_anything_to_do_nobody_is_woken_again_and_again(hive: Services, desk: Desk) -> None:
+    await desk.answer(IRIS, 429, after_s=60)
+    await desk.pass_s(61)
+    with hive.store.bus.listen("access") as listener:
+        await desk.pass_s(30)
+        await desk.pass_s(30)
+        assert not listener._woken.is_set()
+        await hive.say("operator", DAMOCLES, "work")
+        await desk.pass_s(30)
+        assert listener._woken.is_set()
+    assert [agent for agent in (HM1ND, DAMOCLES, IRIS) if desk.closed(agent) is None] == [DAMOCLES]
+
+
 async def test_when_nobody_has_anything_to_do_the_first_who_calls_tries(desk: Desk) -> None:
     await desk.answer(IRIS, 429, after_s=60)
     await desk.pass_s(61)

@@ -232,6 +232,20 @@ def test_a_credential_is_told_by_its_place_alone(machine: Machine) -> None:
     assert (status, "it must be one word of printable ASCII" in message) == ("trouble", True)
 
 
+def test_a_named_credential_that_others_may_read_is_told_beside_the_default(machine: Machine) -> None:
+    folder = machine.state / "credentials"
+    folder.mkdir(mode=0o700, parents=True)
+    machine.state.chmod(0o700)
+    for name, mode in (("open", 0o644), ("work", 0o600)):
+        key = folder / f"{name}.api-key"
+        key.write_text(SECRET)
+        key.chmod(mode)
+    told = json.loads(machine.run("--json").stdout)["checks"]
+    found = [(one["status"], one["message"]) for one in told if one["check"] == "credential"]
+    assert [status for status, _ in found] == ["ok", "warning"]
+    assert f"chmod 600 {folder}/open.api-key" in found[1][1]
+
+
 def test_claude_that_is_missing_or_cannot_run_is_trouble(machine: Machine) -> None:
     program = machine.folder / "claude"
     program.touch()
