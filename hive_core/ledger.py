@@ -88,6 +88,7 @@ class Ledger:
         self._totals: dict[str, int] = {}  # scope → micro-USD
         self._days: dict[int, dict[str, int]] = {}  # the same of each day that was seen
         self._under_way: dict[Call, _UnderWay] = {}
+        self._of_calls: tuple[dict[str, int], dict[str, int]] = {}, {}  # what those cost so far, and may yet, by scope
         self._turns: dict[int, _Turn] = {}
         self._running: dict[str, _Turn] = {}
         self._promised: dict[str, tuple[int, float]] = {}  # reserved for a turn that is about to begin, and when
@@ -109,9 +110,7 @@ class Ledger:
     def spent(self, scope: str, kind: Kind) -> int:
         """Micro-USD: what is charged and what calls under way have cost so far."""
         sums = self._totals if kind == "total" else self._days.get(self.now_ms // DAY_MS, {})
-        return sums.get(scope, 0) + sum(
-            way.bill.micro_usd for call, way in self._calls(scope) if call.usage is not None
-        )
+        return sums.get(scope, 0) + self._of_calls[0].get(scope, 0)
 
     def used(self, budget: Budget) -> float | None:
         """In the budget's own unit; None of a window that nobody has told of."""
@@ -143,28 +142,32 @@ class Ledger:
             for used in [self.used(budget)]
         ]
 
-    def _calls(self, scope: str) -> Iterable[tuple[Call, _UnderWay]]:
-        return [(call, way) for call, way in self._under_way.items() if scope in (THE_HIVE, call.agent)]
-
     def _expected(self, scope: str, kind: Kind) -> int:
         """As `spent`, with what calls under way may cost yet."""
-        more = 0
-        for call, way in self._calls(scope):
-            if call.usage is None:
-                more += way.bill.micro_usd
-            elif way.bill.tokens["output"] is None:
-                more += self.prices.cost(call.model, {"output": ESTIMATED_OUTPUT}).micro_usd
-        return self.spent(scope, kind) + more
+        return self.spent(scope, kind) + self._of_calls[1].get(scope, 0)
 
-    def _reserved(self, scope: str, but: str) -> int:
+    def _count_calls(self) -> None:
+        """Sum up, by scope, what calls under way have cost so far and what they may cost yet."""
+        so_far: dict[str, int] = {}
+        may_yet: dict[str, int] = {}
+        for call, way in self._under_way.items():
+            if call.usage is None:
+                sums, more = may_yet, way.bill.micro_usd
+            else:
+                sums, more = so_far, way.bill.micro_usd
+                if way.bill.tokens["output"] is None:
+                    _add(may_yet, call.agent, self.prices.cost(call.model, {"output": ESTIMATED_OUTPUT}).micro_usd)
+            _add(sums, call.agent, more)
+        self._of_calls = so_far, may_yet
+
+    def _reserved(self, but: str) -> int:
         """What is reserved for turns and not spent by them, but for those of one agent."""
         now = trio.current_time()
         self._promised = {name: one for name, one in self._promised.items() if now - one[1] < BEGINS_WITHIN_S}
         left = {name: amount for name, (amount, _) in self._promised.items()}
         for name, turn in self._running.items():
-            so_far = turn.cost + sum(way.bill.micro_usd for way in self._under_way.values() if way.turn is turn)
-            left[name] = max(0, turn.reserved - so_far)
-        return sum(amount for name, amount in left.items() if name != but and scope in (THE_HIVE, name))
+            left[name] = max(0, turn.reserved - turn.cost - self._of_calls[0].get(name, 0))
+        return sum(left.values()) - left.get(but, 0)
 
     def _next_turn(self, agent: str) -> int:
         """What the next turn of an agent may cost: as the dearest of its last ones, within bounds."""
@@ -205,9 +208,11 @@ class Ledger:
         if spent >= budget.amount:
             sentence = f"{budget.name}, {usd(budget.amount)}, is spent ({usd(spent)}); {opens}{budget.way_out}"
             return Closed("over_budget", sentence, midnight)
+        if not between_turns:
+            return None
         needed = min(self._next_turn(agent), budget.amount)
-        reserved = self._reserved(budget.scope, agent)
-        if between_turns and spent + reserved + needed > budget.amount:
+        reserved = self._reserved(agent) if budget.scope == THE_HIVE else 0
+        if spent + reserved + needed > budget.amount:
             left = f"{budget.name}, {usd(budget.amount)}, has {usd(budget.amount - spent - reserved)} left"
             others = f" beside {usd(reserved)} for turns that run" if reserved else ""
             sentence = f"{left}{others}, and {agent}'s next turn may take {usd(needed)}; {opens}{budget.way_out}"
@@ -240,16 +245,19 @@ class Ledger:
                 why = f"calls under way may cost all that {budget.name}, {usd(budget.amount)}, has left"
                 return Closed("over_budget", f"{why}; try again when they have ended, or {budget.way_out}", status=429)
         self._under_way[call] = _UnderWay(self._running.get(call.agent), self._bill(call))
+        self._count_calls()
         return None
 
     def call_moved(self, call: Call) -> None:
         """The provider has told more of what a call takes."""
         self._under_way[call].bill = self._bill(call)
+        self._count_calls()
         self._moved()
 
     def call_ended(self, call: Call) -> None:
         """Charge a call. It counts at once; its row is written a little later."""
         way = self._under_way.pop(call)
+        self._count_calls()
         if call.reached:
             charge = Charge(self.now_ms, call.agent, way.turn.id if way.turn else None, call, self._bill(call))
             self._queue.append(charge)
@@ -265,9 +273,8 @@ class Ledger:
         return bill(call, self.prices, self._models.get(call.agent))
 
     def _count(self, agent: str, day: int, micro_usd: int) -> None:
-        for scope in (THE_HIVE, agent):
-            for sums in (self._totals, self._days.setdefault(day, {})):
-                sums[scope] = sums.get(scope, 0) + micro_usd
+        for sums in (self._totals, self._days.setdefault(day, {})):
+            _add(sums, agent, micro_usd)
 
     # -- turns --------------------------------------------------------------------------------------------------------
 
@@ -292,26 +299,25 @@ class Ledger:
                 del self._running[turn.agent]
             self._moved()
 
-    async def _find_ended_turns(self) -> None:
+    async def _find_turns(self) -> None:
+        """Take over which turns run from the database, for ends and beginnings that nobody told of."""
         known = set(self._turns)  # those were on disk before it is read, so one that does not run there has ended
         sql = "SELECT id, agent, reserved_micro_usd, cost_micro_usd FROM turns INDEXED BY turns_running"
         rows = {row["id"]: row for row in await self._store.rows(f"{sql} WHERE state = 'running'")}
         for turn_id in known - rows.keys():
             self.turn_ended(turn_id)
-        for turn_id in rows.keys() - self._turns.keys():
+        for turn_id in rows.keys() - self._turns.keys() - known:
             row = rows[turn_id]
             turn = _Turn(turn_id, row["agent"], row["reserved_micro_usd"], row["cost_micro_usd"] or 0, whole=False)
             self._turns[turn_id] = turn
             self._running.setdefault(turn.agent, turn)
-        if await self._settle():
-            self._moved()
 
-    async def _settle(self) -> bool:
-        """Of turns that have ended, as have their calls: remember the cost, compare the counts. Whether any did."""
+    async def _settle(self) -> None:
+        """Of turns that have ended, as have their calls: remember the cost, and compare the counts."""
         busy = {way.turn.id for way in self._under_way.values() if way.turn is not None}
         over = [turn for turn in self._turns.values() if turn.ended and turn.id not in busy]
         if not over:
-            return False
+            return
         await self.flush()  # what a turn's event tells stands in its row
         sql = "SELECT id, state, usage FROM turns WHERE id IN (SELECT value FROM json_each(?))"
         rows = {row["id"]: row for row in await self._store.rows(sql, (json.dumps([turn.id for turn in over]),))}
@@ -329,7 +335,7 @@ class Ledger:
             del self._turns[turn.id]
         if events:
             await self._store.insist(partial(_tell, events=events))
-        return True
+        self._moved()
 
     # -- the database -------------------------------------------------------------------------------------------------
 
@@ -338,31 +344,37 @@ class Ledger:
         await self.budgets.load()
         yesterday = self.now_ms // DAY_MS - 1
         for row in await self._store.rows("SELECT agent, sum(cost_micro_usd) AS cost FROM spend_days GROUP BY agent"):
-            for scope in (THE_HIVE, row["agent"]):
-                self._totals[scope] = self._totals.get(scope, 0) + row["cost"]
+            _add(self._totals, row["agent"], row["cost"])
         sql = "SELECT day, agent, sum(cost_micro_usd) AS cost FROM spend_days WHERE day >= ? GROUP BY day, agent"
         for row in await self._store.rows(sql, (yesterday,)):
-            for scope in (THE_HIVE, row["agent"]):
-                sums = self._days.setdefault(row["day"], {})
-                sums[scope] = sums.get(scope, 0) + row["cost"]
+            _add(self._days.setdefault(row["day"], {}), row["agent"], row["cost"])
         for row in await self._store.rows(_LATELY, (TURNS_REMEMBERED,)):
             self._lately.setdefault(row["agent"], deque(maxlen=TURNS_REMEMBERED)).append(row["cost"])
-        await self._find_ended_turns()
+        await self._find_turns()
 
     async def serve(self) -> None:
         """Write what is charged, settle turns that end, and open what a new day opens, until cancelled."""
-        today = self.now_ms // DAY_MS
-        with self._store.bus.listen(SPENT, TURN_ENDS) as listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._follow_turns)
+            with self._store.bus.listen(SPENT) as listener:
+                today = self.now_ms // DAY_MS
+                while True:
+                    await self._settle()
+                    await self.flush()
+                    self.look()
+                    if (day := self.now_ms // DAY_MS) != today:
+                        today = day
+                        self._days = {day: sums for day, sums in self._days.items() if abs(day - today) <= 2}
+                        self._moved()
+                    rest_s = (midnight_after(self.now_ms) - self.now_ms) / 1000
+                    with trio.move_on_after(min(rest_s, LOOK_AGAIN_S)):
+                        await listener.wait()
+
+    async def _follow_turns(self) -> None:
+        with self._store.bus.listen(TURN_ENDS) as listener:
             while True:
-                await self._find_ended_turns()
-                await self.flush()
-                self.look()
-                if (day := self.now_ms // DAY_MS) != today:
-                    today = day
-                    self._days = {day: sums for day, sums in self._days.items() if abs(day - today) <= 2}
-                    self._moved()
-                rest_s = (midnight_after(self.now_ms) - self.now_ms) / 1000
-                with trio.move_on_after(min(rest_s, LOOK_AGAIN_S)):
+                await self._find_turns()
+                with trio.move_on_after(LOOK_AGAIN_S):
                     await listener.wait()
 
     async def flush(self) -> None:
@@ -421,6 +433,12 @@ class Ledger:
         gone = await self.budgets.remove(scope, kinds, actor)
         self._moved()
         return gone
+
+
+def _add(sums: dict[str, int], agent: str, micro_usd: int) -> None:
+    """To the sums of an agent and of the hive."""
+    for scope in (THE_HIVE, agent):
+        sums[scope] = sums.get(scope, 0) + micro_usd
 
 
 def _tell(tx: Transaction, events: Iterable[tuple[str, AgentName, dict[str, Any]]]) -> None:

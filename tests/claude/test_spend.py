@@ -28,7 +28,7 @@ def answer(request: Request) -> Answer:
 @pytest.fixture
 def stage() -> Iterator[tuple[Daemon, ScriptedModel]]:
     with ScriptedModel(answer) as model:
-        flags = (f"--claude={find_claude()}", f"--provider-base-url={model.base_url}", "--provider-rest-s=0.2")
+        flags = (f"--claude={find_claude()}", f"--provider-base-url={model.base_url}", "--end-agents-with-daemon")
         with open_daemon(*flags, ANTHROPIC_API_KEY="sk-ant-api03-of-a-test") as daemon:
             yield daemon, model
 

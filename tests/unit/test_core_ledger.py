@@ -264,6 +264,24 @@ async def test_a_new_day_opens_by_itself_and_whoever_waits_goes_on(hive: Service
     await wait_until(hive.store, lambda: _given(leases), EVENTS)
 
 
+async def test_midnight_opens_what_a_day_has_closed(hive: Services) -> None:
+    ledger, access = hive.broker.ledger, hive.agents.access
+    hive.clock.ahead_s += DAY_MS / 1000 - hive.clock() % (DAY_MS / 1000) - 1
+    await set_budget(hive, day="1")
+    spend(ledger, 1_000_000)
+    closed = access.closed(IRIS)
+    assert closed is not None
+    assert closed.until_ms is not None
+    assert 0 < closed.until_ms - hive.now_ms() <= 1_000
+
+    async def opened() -> bool:
+        await trio.lowlevel.checkpoint()
+        return access.closed(IRIS) is None
+
+    async with served(ledger):
+        await wait_until(hive.store, opened, "access")
+
+
 async def _given(leases: list[Lease]) -> bool:
     await trio.lowlevel.checkpoint()
     return bool(leases)
