@@ -88,8 +88,8 @@ class Background:
             async with stream:
                 with trio.move_on_after(ASK_WITHIN_S):
                     try:
-                        _check_user(stream)
                         request = await _read_request(stream)
+                        _check_user(stream)
                         answer = await self._begin(request.get("arguments"), request.get("env"))
                     except Refusal as refusal:
                         answer = {"error": refusal.message}

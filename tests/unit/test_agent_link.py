@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
 from hive_agent.link import EXIT_CONFLICT, EXIT_MISMATCH, HostLink, Unwelcome
+from hive_agent.runner import Ending, Runner, Seat
 from hive_agent.serve import ship_lines
 from hive_agent.turn_lines import TurnLines
 from hive_core.protocol.harness import PROTOCOL_VERSION
 from hive_core.protocol.refusal import Refusal
 from tests.harness_host import open_host
+
+if TYPE_CHECKING:
+    from hive_core.protocol.harness import Lease
+
+
+class Stopwatch(Runner):
+    """A program that runs no process, and notes when its turn is interrupted."""
+
+    name = "stopwatch"
+    interrupted = False
+
+    def __init__(self) -> None:
+        super().__init__(Seat("iris", "", "", "", "", "", None, False, 0))
+
+    async def take_turn(self, lease: Lease, pass_on: Callable[[str], None]) -> Ending:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    def interrupt(self) -> None:
+        self.interrupted = True
+
+    async def rest(self) -> bool:
+        await trio.lowlevel.checkpoint()
+        return False
+
+    async def close(self) -> None:
+        await trio.lowlevel.checkpoint()
 
 
 @asynccontextmanager
@@ -99,7 +128,7 @@ async def test_lines_that_were_not_kept_are_sent_again_with_their_numbers(tmp_pa
         async with open_host(tmp_path) as host:
             connection = await host.accept()
             await connection.welcome()
-            nursery.start_soon(ship_lines, link, 3, lines, trio.CancelScope())
+            nursery.start_soon(ship_lines, link, 3, lines, Stopwatch())
             lines.add("one")
             request = await connection.expect("lines")
             await connection.answer(request, kept=1)
@@ -122,19 +151,19 @@ async def test_a_quiet_turn_says_that_it_lives_and_one_that_was_taken_away_ends_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hive_agent.serve.RENEW_EVERY_S", 0.01)
-    program = trio.CancelScope()
+    program = Stopwatch()
     async with open_host(tmp_path) as host, running(link := a_link(tmp_path)), trio.open_nursery() as nursery:
         lines = TurnLines()
         connection = await host.accept()
         await connection.welcome()
-        nursery.start_soon(ship_lines, link, 3, lines, program.cancel)
+        nursery.start_soon(ship_lines, link, 3, lines, program)
         for alive in (True, True, False):
-            assert not program.cancel_called
+            assert not program.interrupted
             renewal = await connection.expect("lines")
             assert (renewal["turn"], renewal["lines"]) == (3, [])
             await connection.answer(renewal, kept=0, running=alive)
         await connection.answer(await connection.expect("lines"), kept=0, running=False)
-        assert program.cancel_called
+        assert program.interrupted
         nursery.cancel_scope.cancel()
 
 

@@ -505,7 +505,7 @@ async def main():
     async with trio_asyncio.open_loop(), open_store(Path(sys.argv[1])) as store:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (800_000, hard))
         refused = []
         for n in range(200):
             try:
