@@ -98,7 +98,7 @@ class Ledger:
         self._queue: list[Charge] = []
         self._writing = trio.Lock()
         self._closed: dict[AgentName, bool] = {}  # as `look` has found and told
-        self._turned_away: set[AgentName] = set()  # whose turn did not fit
+        self._refused: set[AgentName] = set()  # who was told no since then
         access.add(self.reason)
 
     # -- what counts --------------------------------------------------------------------------------------------------
@@ -180,12 +180,14 @@ class Ledger:
         """That a budget is spent; of an agent between turns also that it does not hold another one."""
         closed = self._reason(agent, agent not in self._running)
         self._closed.setdefault(agent, closed is not None)
+        if closed is not None:
+            self._refused.add(agent)
         return closed
 
     def to_reserve(self, agent: AgentName) -> int | None:
         """Micro-USD to set aside for a turn that begins; None when a budget does not hold that."""
         if self._reason(agent, True) is not None:
-            self._turned_away.add(agent)
+            self._refused.add(agent)
             return None
         amount = self._next_turn(agent)
         self._promised[agent] = (amount, trio.current_time())
@@ -221,15 +223,16 @@ class Ledger:
 
     def look(self) -> None:
         """Tell whose way to the model is another one now, and note which budgets there is something to say of."""
-        names = [name for name in self._turned_away if self._reason(name, True) is None]
-        self._turned_away.difference_update(names)
+        opened = {name for name in self._refused if self._reason(name, name not in self._running) is None}
+        self._refused -= opened
+        turned = set()
         for agent, before in self._closed.items():
             closed = self._reason(agent, agent not in self._running) is not None
             if closed != before:
                 self._closed[agent] = closed
-                names.append(agent)
-        if names:
-            self._access.changed(*names)
+                turned.add(agent)
+        if opened or turned:
+            self._access.changed(*sorted(opened | turned))
 
     def _moved(self) -> None:
         self.moves += 1

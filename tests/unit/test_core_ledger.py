@@ -313,6 +313,7 @@ async def test_what_was_reserved_and_not_spent_is_free_again_when_the_turn_ends(
     hive: Services, nursery: trio.Nursery
 ) -> None:
     await set_budget(hive, "hive", total="0.015")
+    assert hive.agents.access.closed(DAMOCLES) is None, "before anything is reserved"
     first = await take_turn(hive)
     leases: list[Lease] = []
 
@@ -328,6 +329,18 @@ async def test_what_was_reserved_and_not_spent_is_free_again_when_the_turn_ends(
         spend(hive.broker.ledger, 5_000)
         await hive.broker.ack(IRIS, first.turn, "done")
         await wait_until(hive.store, lambda: _given(leases), EVENTS)
+
+
+async def test_whoever_was_told_no_is_woken_although_nobody_else_was_told_of_it(hive: Services) -> None:
+    access = hive.agents.access
+    await set_budget(hive, "hive", total="0.015")
+    assert access.closed(DAMOCLES) is None
+    lease = await take_turn(hive)
+    assert access.closed(DAMOCLES) is not None
+    with hive.store.bus.listen("access") as listener, trio.fail_after(5):
+        await hive.broker.ack(IRIS, lease.turn, "done")
+        await listener.wait()
+    assert access.closed(DAMOCLES) is None
 
 
 async def test_an_ack_does_not_begin_the_next_turn_when_the_budget_does_not_hold_it(hive: Services) -> None:
