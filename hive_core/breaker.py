@@ -11,29 +11,39 @@ first, since the next call must be refused at once; `serve` writes it down and w
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import trio
 
 from hive_core.access import Access, Closed
-from hive_core.credential_states import LIMITED, REFUSED, CredentialState, forget_state, keep_state, state_from_row
+from hive_core.credential_states import (
+    LIMITED,
+    REFUSED,
+    CredentialState,
+    CredentialStates,
+    News,
+    Unsaved,
+    forget_state,
+)
 from hive_core.credentials import DEFAULT, Credential, Credentials
 from hive_core.limits import Limits
-from hive_core.post import put_message
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import MANAGER, SYSTEM, AgentName, parse_body
+from hive_core.protocol.words import SYSTEM, AgentName
 from hive_core.provider_limits import FAR_MS, Window, reset_of, windows_of
+from hive_core.reopening import Reopening
 from hive_core.rests import REST_MOST_S
 from hive_core.store.bus import CREDENTIALS, DEPLOYED
-from hive_core.store.door import Store
+from hive_core.store.door import BUSY_REST_S, Store
+from hive_core.store.schema import StoreBusy
 from hive_core.store.writer import Transaction
 
+log = logging.getLogger(__name__)
 LOOK_AGAIN_S = 30.0  # the clock may be set, and a credential's file changed by hand
 WORKED_EVERY_MS = 600_000  # that it still works is written down no more often
 BREAKER = "breaker"  # bus topic: there is something to write down
@@ -48,25 +58,6 @@ class _Use(NamedTuple):
 
     credential: str
     waits: bool
-
-
-@dataclass(slots=True)
-class _Trial:
-    """A credential whose rest is over: one agent tries it. None: whoever calls first does."""
-
-    agent: AgentName | None
-    since_ms: int
-    tried: set[AgentName] = field(default_factory=set)
-
-
-class _News(NamedTuple):
-    """An event to be written with the state, and what hm1nd is told of it."""
-
-    kind: str
-    actor: str
-    agent: str | None
-    data: dict[str, Any]
-    message: str = ""
 
 
 class Breaker:
@@ -87,24 +78,17 @@ class Breaker:
         access.add(self.closed)
         self._limits = limits or Limits()
         self._chance = chance or random.Random()
+        self._reopening = Reopening(self._limits, self._chance)
         self._clock = clock
         self._uses: dict[AgentName, _Use] = {}
-        self._states: dict[str, CredentialState] = {}
+        self._states = CredentialStates(self._limits)
         self._found: dict[str, str | None] = {}  # credential → the fingerprint that agents were last woken for
-        self._trials: dict[str, _Trial] = {}
-        self._follow: dict[AgentName, int] = {}  # who goes on at which instant, after the one that tried
         self._claims: dict[AgentName, int] = {}
-        self._unsaved: dict[str, list[_News]] = {}
         self._one_writes = trio.Lock()  # else two would write the same news
 
     async def load(self) -> None:
         """Take up what an earlier daemon knew. To be awaited before anything is asked."""
-        for row in await self._store.rows("SELECT * FROM credential_states"):
-            self._states[row["name"]] = state_from_row(row)
-        for name, state in list(self._states.items()):
-            credential = self._credentials.find(name)
-            if credential is not None and credential.fingerprint != state.fingerprint:
-                del self._states[name]  # another was put in its place meanwhile
+        self._states.load(await self._store.rows("SELECT * FROM credential_states"), self._credentials)
         await self.tick()
 
     # -- what others ask ----------------------------------------------------------------------------------------------
@@ -129,15 +113,15 @@ class Breaker:
         credential = self._credentials.find(name)
         if credential is None:
             return _Wait(REFUSED, f"no credential for the model provider: {self._credentials.missing(name)}")
-        state = self._state(credential)
+        state = self._states.of(credential)
         if state.reason is not None:
             return self._closed_by(state, agent, now_ms)
-        if now_ms < (until_ms := self._follow.get(agent, 0)) <= now_ms + FAR_MS:
-            return _Wait(LIMITED, f"the credential {name} works again; its agents go on one after another", until_ms)
+        if (at_ms := self._reopening.follows_at(agent, now_ms)) is not None:
+            return _Wait(LIMITED, f"the credential {name} works again; its agents go on one after another", at_ms)
         return None
 
     def _closed_by(self, state: CredentialState, agent: AgentName, now_ms: int) -> Closed | None:
-        trial = self._trials.get(state.name)
+        trial = self._reopening.trial(state.name)
         if trial is None or state.rests(now_ms):
             until_ms = None if state.stays else state.until_ms
             return _Wait(state.reason or LIMITED, state.sentence(now_ms), until_ms)
@@ -153,16 +137,14 @@ class Breaker:
         name = self.name_of(agent)
         if name is None:
             return None
-        trial = self._trials.get(name)
-        if trial is not None and trial.agent is None:
-            trial.agent, trial.since_ms = agent, self._now_ms()
+        self._reopening.called(name, agent, self._now_ms())
         return self._credentials.find(name)
 
     def windows_used(self, agent: AgentName) -> dict[str, float]:
         """Of the account that an agent uses: window → the share that is used, of those that are told and not over."""
         name = self.name_of(agent)
         credential = self._credentials.find(name) if name is not None else None
-        windows = self._state(credential).windows_at(self._now_ms()) if credential is not None else {}
+        windows = self._states.of(credential).windows_at(self._now_ms()) if credential is not None else {}
         return {key: one.used for key, one in windows.items()}
 
     def users(self, name: str) -> list[AgentName]:
@@ -177,7 +159,7 @@ class Breaker:
         """The same of one."""
         now_ms = self._now_ms()
         credential = self._credentials.find(name)
-        state = self._state(credential) if credential else None
+        state = self._states.of(credential) if credential else None
         windows = state.windows_at(now_ms) if state else {}
         return {
             "name": name,
@@ -201,9 +183,9 @@ class Breaker:
         current = self._credentials.find(credential.name)
         if current is None or current.fingerprint != credential.fingerprint:
             return  # another was put in its place while the call ran
-        state = self._state(credential)
+        state = self._states.of(credential)
         self._note_windows(state, windows_of(headers, now_ms))
-        state = self._state(credential)
+        state = self._states.of(credential)
         if status in (429, 529):
             self._limited(state, agent, status, reset_of(headers, now_ms), now_ms)
         elif status in (401, 403):
@@ -226,7 +208,7 @@ class Breaker:
         if _as_shown(windows) != _as_shown(state.windows):
             self._put(replace(state, windows=windows))
         else:
-            self._states[state.name] = replace(state, windows=windows)
+            self._states.note(replace(state, windows=windows))
 
     def _limited(
         self, state: CredentialState, agent: AgentName, status: int, reset_ms: int | None, now_ms: int
@@ -257,9 +239,8 @@ class Breaker:
         if reason == REFUSED and first:
             said = f"Agents wait: {state.sentence(self._now_ms())}. Only the operator can log in."
         data = {"status": state.status, "until_ms": state.until_ms, "stays": state.stays or None}
-        self._trials.pop(state.name, None)
-        self._stop_following(state.name)
-        self._put(state, _News(kind, SYSTEM, agent, data, said))
+        self._reopening.forget(state.name, self.users(state.name))
+        self._put(state, News(kind, SYSTEM, agent, data, said))
         self._tell(self.users(state.name))
 
     def _worked(self, state: CredentialState, agent: AgentName, now_ms: int) -> None:
@@ -267,17 +248,12 @@ class Breaker:
             if state.worked_at_ms is None or not 0 <= now_ms - state.worked_at_ms < WORKED_EVERY_MS:
                 self._put(replace(state, worked_at_ms=now_ms))
             return
-        if state.name not in self._trials or state.rests(now_ms):
+        if self._reopening.trial(state.name) is None or state.rests(now_ms):
             return  # of a call that began before the limit was reached
         again = f"The credential {state.name} works again; agents go on by themselves."
-        self._trials.pop(state.name)
-        others = [name for name in self.users(state.name) if name != agent]
-        self._chance.shuffle(others)
-        for place, name in enumerate(others):
-            part = (place + self._chance.random()) / len(others)
-            self._follow[name] = now_ms + int(self._limits.resume_spread_s * 1000 * part)
+        self._reopening.worked(state.name, [name for name in self.users(state.name) if name != agent], now_ms)
         fresh = CredentialState(state.name, state.fingerprint, worked_at_ms=now_ms, windows=state.windows)
-        self._put(fresh, _News("credential_reopened", SYSTEM, agent, {}, again if state.reason == REFUSED else ""))
+        self._put(fresh, News("credential_reopened", SYSTEM, agent, {}, again if state.reason == REFUSED else ""))
 
     def _rest_ms(self, first_s: float, failures: int) -> int:
         rest_s = min(first_s * 2 ** min(failures - 1, 30), max(first_s, REST_MOST_S))
@@ -290,11 +266,11 @@ class Breaker:
         credential = self._credentials.find(name)
         if credential is None:
             raise Refusal("not_found", f"cannot resume the credential {name}: {self._credentials.missing(name)}")
-        state = self._state(credential)
+        state = self._states.of(credential)
         claims = [agent for agent in self.users(name) if self._claims.pop(agent, None)]
         if state.reason is None and not claims:
             raise Refusal("conflict", f"cannot resume the credential {name}: nothing stops it")
-        self._put(replace(state, stays=False, until_ms=self._now_ms()), _News("credential_resumed", actor, None, {}))
+        self._put(replace(state, stays=False, until_ms=self._now_ms()), News("credential_resumed", actor, None, {}))
         self._tell(claims)
         await self.tick()
         return {"credential": name, "agents": self.users(name)}
@@ -308,7 +284,7 @@ class Breaker:
         self._found[name] = credential.fingerprint
         data = {"credential_kind": credential.kind}
         said = f"The operator gave the credential {name}; agents on it go on by themselves."
-        self._put(CredentialState(name, credential.fingerprint), _News("credential_logged_in", actor, None, data, said))
+        self._put(CredentialState(name, credential.fingerprint), News("credential_logged_in", actor, None, data, said))
         self._tell(self.users(name))
         await self.tick()
         return {"kind": credential.kind, "source": credential.source, "agents": self.users(name)}
@@ -316,21 +292,20 @@ class Breaker:
     async def removed(self, name: str, actor: AgentName) -> dict[str, Any]:
         """A credential was taken away."""
         self._forget(name)
-        self._states.pop(name, None)
-        self._unsaved.pop(name, None)
+        self._states.forget(name)
 
         def write(tx: Transaction) -> None:
             forget_state(tx, name)
             tx.emit("credential_removed", actor, credential=name)
             tx.wake(CREDENTIALS)
 
-        await self._store.write(write)
+        async with self._one_writes:
+            await self._store.write(write)
         self._tell(self.users(name))
         return {"agents": self.users(name)}
 
     def _forget(self, name: str) -> None:
-        self._trials.pop(name, None)
-        self._stop_following(name)
+        self._reopening.forget(name, self.users(name))
         for agent in self.users(name):
             self._claims.pop(agent, None)
 
@@ -346,40 +321,34 @@ class Breaker:
 
     async def tick(self) -> float:
         """Do what is due now; how many seconds later to look again."""
+        least_s = 0.0
         async with self._one_writes:
-            await self._save()
+            unsaved = self._states.unsaved()
+            with trio.CancelScope(shield=True):  # else what was written down would be so again
+                try:
+                    self._uses = await self._store.write(lambda tx: self._save(tx, unsaved))
+                    self._states.saved(unsaved)
+                except StoreBusy as busy:
+                    log.warning("cannot write down what is known of credentials: %s", busy.message)
+                    least_s = BUSY_REST_S
         now_ms = self._now_ms()
         self._look_at_files()
-        self._try_rested(now_ms)
-        self._let_go(self._follow, now_ms)
-        self._let_go(self._claims, now_ms)
-        return (min(self._instants(now_ms), default=now_ms + FAR_MS) - now_ms) / 1000
+        for state in self._states.all():
+            if state.reason is not None and not state.rests(now_ms):
+                self._tell(self._reopening.hand_on(state, self.users(state.name), self._waits, now_ms))
+        self._tell(self._reopening.let_follow(now_ms))
+        self._tell(self._end_claims(now_ms))
+        return max(least_s, (min(self._instants(now_ms), default=now_ms + FAR_MS) - now_ms) / 1000)
 
-    async def _save(self) -> None:
-        unsaved = {name: list(news) for name, news in self._unsaved.items()}
-        states = {name: self._states[name] for name in unsaved if name in self._states}
-        self._uses = await self._store.insist(lambda tx: self._write(tx, states, unsaved))
-        for name, news in unsaved.items():
-            left = self._unsaved.get(name, [])[len(news) :]
-            if left or self._states.get(name) != states.get(name):
-                self._unsaved[name] = left
-            else:
-                self._unsaved.pop(name, None)
-
-    def _write(
-        self, tx: Transaction, states: dict[str, CredentialState], unsaved: dict[str, list[_News]]
-    ) -> dict[AgentName, _Use]:
-        for name, news in unsaved.items():
-            if name in states:
-                keep_state(tx, states[name])
-            for one in news:
-                tx.emit(one.kind, one.actor, one.agent, credential=name, **one.data)
-                if one.message:
-                    _tell_manager(tx, one.message, self._limits)
-            tx.wake(CREDENTIALS)
+    def _save(self, tx: Transaction, unsaved: Unsaved | None) -> dict[AgentName, _Use]:
+        self._states.write(tx, unsaved)
         return {
             AgentName(row["name"]): _Use(row["credential"], bool(row["waits"])) for row in tx.execute(_USES).fetchall()
         }
+
+    def _waits(self, agent: AgentName) -> bool:
+        """Whether an agent has something to do with its credential, and nothing else keeps it from that."""
+        return self._uses[agent].waits and self._access.closed(agent) is None
 
     def _look_at_files(self) -> None:
         """Wake the agents of each credential that came, went or changed since they were woken last."""
@@ -387,76 +356,34 @@ class Breaker:
             credential = self._credentials.find(name)
             mark = credential.fingerprint if credential else None
             if self._found.get(name, mark) != mark:
-                known = self._states.get(name)
+                known = self._states.known(name)
                 if known is None or known.fingerprint != mark:  # else a call with the new one was quicker
                     self._forget(name)
                 if credential is not None:
-                    self._put(self._state(credential), _News("credential_changed", SYSTEM, None, {}))
+                    self._put(self._states.of(credential), News("credential_changed", SYSTEM, None, {}))
                 self._store.bus.publish([CREDENTIALS])
                 self._tell(self.users(name))
             self._found[name] = mark
 
-    def _try_rested(self, now_ms: int) -> None:
-        """Give each credential whose rest is over to one agent, and to another when that one does nothing with it."""
-        patience_ms = int(self._limits.probe_s * 1000)
-        for state in self._states.values():
-            if state.reason is None or state.rests(now_ms):
-                continue
-            trial = self._trials.get(state.name)
-            if trial is None:
-                trial = self._trials[state.name] = _Trial(None, now_ms)
-                self._tell(self.users(state.name))
-            elif trial.agent is not None:
-                if 0 <= now_ms - trial.since_ms < patience_ms:
-                    continue
-                trial.tried.add(trial.agent)
-            self._give_to_next(state, trial, now_ms)
-
-    def _give_to_next(self, state: CredentialState, trial: _Trial, now_ms: int) -> None:
-        """To the one that found it out, else the first by name, of those that wait for nothing but this."""
-        before, trial.since_ms = trial.agent, now_ms
-        waiting = [agent for agent in self.users(state.name) if self._uses[agent].waits]
-        for trial.agent in sorted(waiting, key=lambda agent: (agent != state.agent, agent)):
-            if trial.agent not in trial.tried and self._access.closed(trial.agent) is None:
-                self._tell([trial.agent])
-                return
-        # Nobody has anything to do with it, or all have had their try: whoever calls first has it.
-        trial.agent = None
-        trial.tried.clear()
-        if before is not None:
-            self._tell(self.users(state.name))
-
-    def _let_go(self, until: dict[AgentName, int], now_ms: int) -> None:
-        due = [agent for agent, at_ms in until.items() if not now_ms < at_ms <= now_ms + FAR_MS]
-        for agent in due:
-            del until[agent]
-        if due:
-            self._tell(due)
+    def _end_claims(self, now_ms: int) -> list[AgentName]:
+        over = [agent for agent, at_ms in self._claims.items() if not now_ms < at_ms <= now_ms + FAR_MS]
+        for agent in over:
+            del self._claims[agent]
+        return over
 
     def _instants(self, now_ms: int) -> Iterable[int]:
-        yield from self._follow.values()
+        yield from self._reopening.instants()
         yield from self._claims.values()
-        for state in self._states.values():
-            trial = self._trials.get(state.name)
-            if trial is not None and trial.agent is not None:
-                yield trial.since_ms + int(self._limits.probe_s * 1000)
-            elif state.rests(now_ms) and state.until_ms is not None and not state.stays:
+        for state in self._states.all():
+            if state.rests(now_ms) and state.until_ms is not None and not state.stays:
                 yield state.until_ms
-        if self._unsaved:
+        if self._states.unsaved():
             yield now_ms
 
     # -- its own memory -----------------------------------------------------------------------------------------------
 
-    def _state(self, credential: Credential) -> CredentialState:
-        """What is known of a credential: nothing, when what was known is of another secret."""
-        known = self._states.get(credential.name)
-        if known is None or known.fingerprint != credential.fingerprint:
-            return CredentialState(credential.name, credential.fingerprint)
-        return known
-
-    def _put(self, state: CredentialState, *news: _News) -> None:
-        self._states[state.name] = state
-        self._unsaved.setdefault(state.name, []).extend(news)
+    def _put(self, state: CredentialState, *news: News) -> None:
+        self._states.put(state, *news)
         self._wake()
 
     def _tell(self, agents: list[AgentName]) -> None:
@@ -465,10 +392,6 @@ class Breaker:
 
     def _wake(self) -> None:
         self._store.bus.publish([BREAKER])
-
-    def _stop_following(self, name: str) -> None:
-        for agent in self.users(name):
-            self._follow.pop(agent, None)
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)
@@ -487,8 +410,3 @@ _USES = """
 
 def _as_shown(windows: dict[str, Window]) -> dict[str, tuple[int, int | None]]:
     return {name: (round(window.used * 100), window.reset_ms) for name, window in windows.items()}
-
-
-def _tell_manager(tx: Transaction, text: str, limits: Limits) -> None:
-    with suppress(Refusal):  # it is not there, or its inbox is full: the event says the same
-        put_message(tx, SYSTEM, MANAGER, parse_body(text), limits=limits)

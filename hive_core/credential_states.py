@@ -7,11 +7,19 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
+from hive_core.credentials import Credential, Credentials
+from hive_core.limits import Limits
+from hive_core.post import put_message
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import MANAGER, SYSTEM, parse_body
 from hive_core.provider_limits import FAR_MS, WINDOWS, Window
+from hive_core.store.bus import CREDENTIALS
 from hive_core.store.writer import Transaction
 
 LIMITED, REFUSED = "rate_limited", "needs_login"  # as the agents' state is called meanwhile
@@ -112,3 +120,95 @@ def state_from_row(row: sqlite3.Row) -> CredentialState:
         worked_at_ms=row["worked_at_ms"],
         windows={name: Window(**window) for name, window in windows.items() if name in WINDOWS},
     )
+
+
+class News(NamedTuple):
+    """An event to be written with a state, and what hm1nd is told of it."""
+
+    kind: str
+    actor: str
+    agent: str | None
+    data: dict[str, Any]
+    message: str = ""
+
+
+class Unsaved(NamedTuple):
+    """What one transaction writes down."""
+
+    states: dict[str, CredentialState]
+    news: dict[str, list[News]]
+
+
+class CredentialStates:
+    """The states in memory, which go first, and what of them is still to be written down."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._states: dict[str, CredentialState] = {}
+        self._unsaved: dict[str, list[News]] = {}
+
+    def load(self, rows: Iterable[sqlite3.Row], credentials: Credentials) -> None:
+        """Take up what was written down, but of a secret that was changed meanwhile."""
+        for state in map(state_from_row, rows):
+            credential = credentials.find(state.name)
+            if credential is None or credential.fingerprint == state.fingerprint:
+                self._states[state.name] = state
+
+    def all(self) -> list[CredentialState]:
+        return list(self._states.values())
+
+    def known(self, name: str) -> CredentialState | None:
+        """Of whichever secret had that name last."""
+        return self._states.get(name)
+
+    def of(self, credential: Credential) -> CredentialState:
+        """What is known of a credential: nothing, when what was known is of another secret."""
+        known = self._states.get(credential.name)
+        if known is None or known.fingerprint != credential.fingerprint:
+            return CredentialState(credential.name, credential.fingerprint)
+        return known
+
+    def note(self, state: CredentialState) -> None:
+        """Know this, but write it down only with the next that counts."""
+        self._states[state.name] = state
+
+    def put(self, state: CredentialState, *news: News) -> None:
+        self._states[state.name] = state
+        self._unsaved.setdefault(state.name, []).extend(news)
+
+    def forget(self, name: str) -> None:
+        self._states.pop(name, None)
+        self._unsaved.pop(name, None)
+
+    def unsaved(self) -> Unsaved | None:
+        """What is to be written down now; None when nothing is."""
+        if not self._unsaved:
+            return None
+        states = {name: self._states[name] for name in self._unsaved}
+        return Unsaved(states, {name: list(news) for name, news in self._unsaved.items()})
+
+    def write(self, tx: Transaction, unsaved: Unsaved | None) -> None:
+        if unsaved is None:
+            return
+        for name, state in unsaved.states.items():
+            keep_state(tx, state)
+            for one in unsaved.news[name]:
+                tx.emit(one.kind, one.actor, one.agent, credential=name, **one.data)
+                if one.message:
+                    self._tell_manager(tx, one.message)
+            tx.wake(CREDENTIALS)
+
+    def saved(self, unsaved: Unsaved | None) -> None:
+        """That was committed; what came meanwhile is still to be written down."""
+        if unsaved is None:
+            return
+        for name, news in unsaved.news.items():
+            left = self._unsaved.get(name, [])[len(news) :]
+            if left or self._states.get(name, unsaved.states[name]) != unsaved.states[name]:
+                self._unsaved[name] = left
+            else:
+                self._unsaved.pop(name, None)
+
+    def _tell_manager(self, tx: Transaction, text: str) -> None:
+        with suppress(Refusal):  # it is not there, or its inbox is full: the event says the same
+            put_message(tx, SYSTEM, MANAGER, parse_body(text), limits=self._limits)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from hive_core.provider_limits import FAR_MS
 from hive_core.sockets.http import serve_asgi
 from hive_core.sockets.model import ModelRelay
 from hive_core.sockets.unix import listen_unix
+from hive_core.store import writer
 from tests.hives import PATIENCE_S, Services
 from tests.unit.test_core_model_relay import Call, Provider, plain_answer
 
@@ -426,6 +428,21 @@ async def test_a_hive_without_hm1nd_keeps_the_event(hive: Services, desk: Desk) 
     await hive.sql("DELETE FROM agents WHERE name = 'hm1nd'")
     await desk.answer(IRIS, 401)
     assert await desk.kinds() == ["refused"]
+
+
+async def test_while_nothing_can_be_written_a_limit_holds_and_is_written_down_later(
+    hive: Services, desk: Desk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "LOCKED_MS", 10)
+    with closing(sqlite3.connect(hive.state_dir / "hive.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        await desk.answer(IRIS, 401)
+        assert desk.state_of(DAMOCLES) == "needs_login"
+        assert await desk.breaker.tick() >= 1
+    assert await desk.kinds() == []
+    await desk.breaker.tick()
+    assert await desk.kinds() == ["refused"]
+    assert "cannot write down" in caplog.text
 
 
 async def test_what_two_write_down_at_once_is_written_once(desk: Desk) -> None:
