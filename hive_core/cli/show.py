@@ -19,6 +19,10 @@ _STATE_COLOURS = {
     "crashed": "red",
     "down": "dim",
     "frozen": "red",
+    "compacting": "mauve",
+    "rate_limited": "amber",
+    "overloaded": "amber",
+    "stuck": "red",
 }
 
 

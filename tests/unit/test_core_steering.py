@@ -14,7 +14,7 @@ from hive_core.protocol.words import AgentName
 from hive_core.sockets.admin import AdminDesk
 from hive_core.steering import Steering
 from tests.dashboards import browse, hive_of, signed_in
-from tests.hives import SETTINGS, Services, connect, run_hive, serve
+from tests.hives import SETTINGS, Services, connect, open_services, run_hive, serve
 
 IRIS = AgentName("iris")
 JSON = {"Accept": "application/json", "Origin": "http://hive.localhost:7000", "Sec-Fetch-Site": "same-origin"}
@@ -103,6 +103,19 @@ async def test_nobody_is_steered_who_does_not_exist(steering: Steering) -> None:
             await steer
     with pytest.raises(Refusal, match="cannot find nobody"):
         await steering.choose(nobody, "model", "opus", "operator")
+
+
+async def test_what_was_chosen_outlives_the_daemon(tmp_path: Path) -> None:
+    async with open_services(tmp_path) as before:
+        await before.add_agents("hm1nd", "iris")
+        await before.sql("UPDATE agents SET session = 'old'")
+        steering = Steering(before.store)
+        await steering.choose(IRIS, "model", "opus", "operator")
+        await steering.compact(IRIS, "operator")
+    async with open_services(tmp_path) as after:
+        lease = await after.broker.lease(IRIS)
+        assert lease.settings is not None
+        assert (lease.settings["model"], lease.errand) == ("opus", "compact")
 
 
 # -- from the command line --------------------------------------------------------------------------------------------
