@@ -7,6 +7,7 @@ the same stream.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import uuid
@@ -70,7 +71,7 @@ class Claude(Runner):
         self._unwanted.set()
 
     async def take_turn(self, lease: Lease, pass_on: Callable[[str], None]) -> Ending:
-        self._unwanted = trio.Event()
+        self._unwanted, self.asked = trio.Event(), None
         usage: dict[str, Any] | None = None
         lost = False
 
@@ -159,6 +160,8 @@ class Claude(Runner):
             pass_on(line)
         self._between.clear()
         report = Report(self._last, settings.get("context_window"))
+        if self.asked is None:
+            self.asked = hashlib.sha256(prompt.encode("utf-8", "replace")).hexdigest()
         try:
             ended, stuck = await self._listen(program, user_line(prompt), report, pass_on, silence_s(settings))
             self._turns += 1

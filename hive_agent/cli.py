@@ -15,6 +15,7 @@ def _usage(program: str) -> str:
         "serve [--run DIR] [--state DIR] [--claude PATH] …": "take turns for the agent whose sockets are in DIR",
         "mcp --socket PATH": "bridge stdio to the hive's tools",
         "rehearse [flags of claude]": "be a stand-in for claude",
+        "replay": "run a recorded turn again, which comes as JSON on stdin, and say what would differ",
         "check CLAUDE": "say as JSON whether a claude executable takes what we ask of it",
     }
     lines = [f"{program} {words:49}   {what}\n" for words, what in ways.items()]
@@ -43,6 +44,14 @@ def main(argv: list[str] | None = None, role: str = "", program: str = "hive-age
             from hive_agent.rehearse import main as rehearse
 
             return _run(lambda: rehearse(rest), program)
+        case ["replay"]:
+            from hive_agent.replay import main as replay
+
+            return replay()
+        case ["tape", path, *_]:
+            from hive_agent.tape import main as tape
+
+            return tape(path)
         case ["check", claude]:
             from hive_agent.check import main as check
 

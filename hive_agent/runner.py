@@ -68,9 +68,11 @@ class Runner(ABC):
 
     name      what agent.toml calls its program
     activity  what it does now; whoever changes it passes a line on after that
+    asked     the digest of the first prompt of its turn, once the program was told; None before
     """
 
     name: str
+    asked: str | None = None
 
     def __init__(self, seat: Seat) -> None:
         self.seat = seat

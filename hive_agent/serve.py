@@ -156,6 +156,7 @@ async def ship_lines(link: HostLink, turn: int, lines: TurnLines, runner: Runner
     """Hand a turn's lines to the host until they are closed and gone; with none, say that this harness lives.
 
     Interrupts the turn when the host says that it is not this harness's any more.
+    The first lines go with the digest of what the program was asked.
     """
     told: Activity | None = None
     while True:
@@ -165,11 +166,13 @@ async def ship_lines(link: HostLink, turn: int, lines: TurnLines, runner: Runner
         if batch is None:
             return
         first, texts = batch
+        form: dict[str, object] = {"op": "lines", "turn": turn, "first": first, "lines": texts}
+        if first == 0 and texts:
+            form["prompt_sha256"] = runner.asked
         try:
-            request = {"op": "lines", "turn": turn, "first": first, "lines": texts}
             if (activity := runner.activity) != told:
-                request["state"] = activity._asdict()
-            answer = await link.request(request)
+                form["state"] = activity._asdict()
+            answer = await link.request(form)
             told = activity
         except Refusal as refusal:
             print(f"cannot store lines of turn {turn}: {refusal.message}", file=sys.stderr)

@@ -346,6 +346,7 @@ async def keep_house(hive: Hive) -> None:
     """Remove what is old: all of it by the clock that does not leap."""
     now_ms = await hive.retention.now_ms()
     await hive.turns.prune(now_ms)
+    await hive.turn_records.prune(now_ms)
     await hive.background.prune(now_ms)
     await forget_old_tool_calls(hive.store, now_ms)
     await hive.retention.forget_old()

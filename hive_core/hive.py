@@ -29,6 +29,7 @@ from hive_core.schedules import Schedules
 from hive_core.sign_ins import SignIns
 from hive_core.steering import Steering
 from hive_core.store.door import Store
+from hive_core.turn_records import TurnRecords
 from hive_core.turns import Turns
 
 HOST_NAME = "hive.localhost"
@@ -62,6 +63,7 @@ class Hive:
     schedules: Schedules = field(init=False)
     background: Background = field(init=False)
     steering: Steering = field(init=False)
+    turn_records: TurnRecords = field(init=False)
     loose_ends: LooseEnds = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,6 +78,7 @@ class Hive:
         self.schedules = Schedules(self.store, limits)
         self.background = Background(self.store, limits)
         self.steering = Steering(self.store)
+        self.turn_records = TurnRecords(self.store)
         self.loose_ends = LooseEnds(self.store, self.questions, self.reminders, self.schedules, self.background)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -39,8 +40,17 @@ class Turns:
         self._line_quota_bytes = line_quota_bytes
         self._unleased: dict[AgentName, float] = {}  # when it was told last
 
-    async def add_lines(self, agent: AgentName, turn_id: int, first: int, lines: list[str]) -> int:
+    async def add_lines(
+        self,
+        agent: AgentName,
+        turn_id: int,
+        first: int,
+        lines: list[str],
+        with_first: Callable[[Transaction], None] = lambda tx: None,
+    ) -> int:
         """Keep lines number `first` and up of a turn; those already there are left alone.
+
+        What is kept once for a turn is written by `with_first`, in the transaction of its first lines.
 
         Returns how many lines of the turn have arrived in all. The newest are kept when a bound is reached. A turn
         that is not the agent's, or not running, takes none.
@@ -55,6 +65,8 @@ class Turns:
             if not rows:
                 return int(row["lines"])
             arrived = first + len(lines)
+            if row["lines"] == 0 and not tx.short:
+                with_first(tx)
             if tx.short:
                 rows = []  # counted, not kept: the last space is for the mail
             tx.executemany("INSERT INTO turn_lines (agent, turn_id, n, at_ms, line) VALUES (?, ?, ?, ?, ?)", rows)

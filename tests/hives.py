@@ -43,6 +43,7 @@ from hive_core.store.ballast import Ballast
 from hive_core.store.bus import mail
 from hive_core.store.door import Store, open_store
 from hive_core.store.writer import Transaction
+from hive_core.turn_records import TurnRecords
 from hive_core.turns import Turns
 from tests.needs import ROOT
 
@@ -79,6 +80,7 @@ class Services:
         self.questions, self.reminders = Questions(self.store, limits), Reminders(self.store, limits)
         self.schedules = Schedules(self.store, limits)
         self.background = Background(self.store, limits)
+        self.turn_records = TurnRecords(self.store)
         self.loose_ends = LooseEnds(self.store, self.questions, self.reminders, self.schedules, self.background)
 
     async def add_agents(self, *names: str) -> None:

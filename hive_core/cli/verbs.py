@@ -89,6 +89,19 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
         ],
     ),
     "cancel": ("agents.cancel", "end an agent's turn for good, its messages with it", [(("agent",), {})]),
+    "turns": (
+        "turns.turns",
+        "the newest turns, of all agents or one",
+        [(("agent",), {"nargs": "?"}), (("--limit",), {"type": _whole, "default": 20})],
+    ),
+    "turn": (
+        "turns.turn",
+        "show a turn whole, or replay it: run it again with the code of now, at no cost",
+        [
+            (("what",), {"choices": ["show", "replay"], "help": "replay ends with 1 where it would differ now"}),
+            (("turn",), {"type": _whole, "metavar": "ID"}),
+        ],
+    ),
     "search": (
         "messages.search",
         "find messages by their words",

@@ -5,7 +5,7 @@ JSON lines, one request at a time, answered in order: `{"id": n, "op": …}` get
 
     hello  version, instance, fences            → version, agent, role
     lease  fence                                → turn, or stop: true
-    lines  turn, first, lines, state            → kept, running
+    lines  turn, first, lines, state, …         → kept, running; the first also with prompt_sha256, of what was asked
     ack    turn, fence, outcome, next, …        → counted, stop, and lease where the next turn began with it
     background  state, work, …                  → counted, also while a lease waits: a command in the background began
                                                   or ended (protocol.harness.BackgroundWork); state none: no other runs

@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import trio
@@ -26,6 +27,8 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_id
 from hive_core.sockets.claims import claimed_end, claimed_session, claimed_state, claimed_usage, printable
 from hive_core.sockets.unix import Connection, Lines
+from hive_core.store.writer import Transaction
+from hive_core.turn_records import add_record
 from hive_core.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -51,6 +54,7 @@ class HarnessDesk:
     instance: str | None = None
     session: _Session | None = None
     stops: bool = False  # whatever harness there is has to end at its turn's edge
+    given: dict[str, Any] | None = None  # the last turn, as its harness got it
     outdated: str | None = None  # the instance that has to, being of an older version
     said_hello: trio.Event = field(default_factory=trio.Event)
 
@@ -206,7 +210,7 @@ class _Session:
     def _as_form(self, lease: Lease) -> dict[str, Any]:
         desk = self._desk
         desk.agents.observe(desk.name, "compacting" if lease.errand == "compact" else "thinking")
-        return {
+        desk.given = {
             "turn": lease.turn.id,
             "fence": lease.turn.fence,
             "message": lease.message,
@@ -217,6 +221,7 @@ class _Session:
             "session": lease.session,
             "credential": desk.credential_kind(),
         }
+        return desk.given
 
     async def _lines(self, request: dict[str, Any]) -> dict[str, Any]:
         desk = self._desk
@@ -230,11 +235,17 @@ class _Session:
         if any(len(line.encode("utf-8", "replace")) > STREAM_LINE_LIMIT_BYTES for line in lines):
             raise Refusal("usage", f"cannot take a line over {STREAM_LINE_LIMIT_BYTES:,} bytes")
         clean = [line.encode("utf-8", "replace").decode() for line in lines]
-        kept = await desk.turns.add_lines(desk.name, turn_id, first, clean) if clean else 0
+        record = partial(self._record, turn_id, request.get("prompt_sha256"))
+        kept = await desk.turns.add_lines(desk.name, turn_id, first, clean, record) if clean else 0
         running = desk.broker.renew(desk.name, turn_id)
         if running and (seen := claimed_state(request.get("state"))):
             desk.agents.observe(desk.name, seen.state, seen.detail, until_ms=seen.until_ms)
         return {"kept": kept, "running": running}
+
+    def _record(self, turn_id: int, prompt_sha256: object, tx: Transaction) -> None:
+        # A daemon that began in the middle of the turn has not seen what it was given.
+        if self._desk.given is not None and self._desk.given["turn"] == turn_id:
+            add_record(tx, self._desk.name, self._desk.given, prompt_sha256)
 
     async def _background(self, request: dict[str, Any]) -> dict[str, Any]:
         desk = self._desk

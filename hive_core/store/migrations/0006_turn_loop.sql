@@ -116,3 +116,24 @@ ALTER TABLE agents ADD COLUMN chosen_effort TEXT;
 ALTER TABLE turns ADD COLUMN errand TEXT;                          -- of a turn without a message
 ALTER TABLE turns ADD COLUMN errand_by TEXT;
 ALTER TABLE turns ADD COLUMN reason TEXT;                          -- why it did not end well: a word for `error`
+
+-- Records of turns: what each was given, so that with its lines it can be shown whole, and replayed.
+
+CREATE TABLE turn_records (
+  turn_id       INTEGER PRIMARY KEY REFERENCES turns (id),
+  agent         TEXT NOT NULL,
+  at_ms         INTEGER NOT NULL,
+  given         TEXT NOT NULL,                  -- JSON: the lease as its harness got it, without the body and the prompt
+  prompt_sha256 TEXT NOT NULL REFERENCES turn_prompts (sha256),
+  asked_sha256  TEXT                            -- of what the harness told the program, as it claims
+) STRICT;
+
+CREATE INDEX turn_records_by_agent ON turn_records (agent, turn_id);
+CREATE INDEX turn_records_by_age ON turn_records (at_ms);
+CREATE INDEX turn_records_by_prompt ON turn_records (prompt_sha256);
+
+-- The prompts of settings: many turns have the same.
+CREATE TABLE turn_prompts (
+  sha256 TEXT PRIMARY KEY,
+  text   TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
