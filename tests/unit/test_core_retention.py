@@ -432,7 +432,7 @@ async def test_a_clock_that_is_a_year_ahead_takes_neither_lines_nor_the_answers_
     turn = (await hive.broker.lease(IRIS)).turn.id
     await hive.turns.add_lines(IRIS, turn, 0, ["a line"])
     answer = await hive.broker.recv(IRIS, 1, 0, key="k")
-    parts = {name: getattr(hive, name) for name in ("store", "turns", "broker", "background")}
+    parts = {name: getattr(hive, name) for name in ("store", "turns", "turn_records", "broker", "background")}
     house = cast("Hive", SimpleNamespace(**parts, retention=retention_of(hive)))
     await keep_house(house)
     hive.clock.ahead_s += YEAR_S
