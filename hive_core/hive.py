@@ -18,9 +18,9 @@ from hive_core.config import Config
 from hive_core.credentials import DEFAULT, Credential, Credentials
 from hive_core.freeze import Freeze
 from hive_core.ledger import Ledger
-from hive_core.logins import Logins
 from hive_core.loose_ends import LooseEnds
 from hive_core.procedures.gate import Gate
+from hive_core.procedures.logins import Logins
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.questions import Questions
 from hive_core.reminders import Reminders

@@ -9,7 +9,7 @@ import trio
 
 from hive_core.credentials import DEFAULT, SUFFIXES, parse_credential_name
 from hive_core.hive import Hive
-from hive_core.logins import ENDED
+from hive_core.procedures.logins import ENDED
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, shown
 from hive_core.store.bus import CREDENTIALS

@@ -16,12 +16,12 @@ from trio.testing import MockClock
 
 from hive_core.credentials import Credential
 from hive_core.hive import Hive
-from hive_core.logins import LINK_WITHIN_S, LOGIN_WITHIN_S, Login
+from hive_core.procedures.logins import LINK_WITHIN_S, LOGIN_WITHIN_S, Login
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.sockets.admin import AdminDesk
 from hive_core.store.bus import CREDENTIALS
-from tests.dashboards import hive_of
+from tests.dashboards import OURS, browse, hive_of
 from tests.hives import PATIENCE_S, connect, open_services, run_hive, serve
 from tests.needs import ROOT
 from tests.processes import look_until, pids_naming
@@ -255,6 +255,22 @@ def killed(main: str) -> Iterator[Callable[[], str]]:
             yield process.stdout.readline
         finally:
             process.send_signal(signal.SIGKILL)
+
+
+async def test_a_login_from_the_page_shows_its_link_and_takes_the_code_back(tmp_path: Path) -> None:
+    async with house_of(tmp_path, GOOD) as house, browse(house) as client:
+        data = {"credential": "work"}
+        assert (await client.post("/credentials/login", data=data, headers=OURS)).status_code == 303
+        login = await until(house, house.logins.all["work"], "link")
+        page = (await client.get("/")).text
+        assert LINK.replace("&", "&amp;") in page
+        answer = await client.post("/credentials/code", data={**data, "code": "the-code#state"}, headers=OURS)
+        assert answer.status_code == 303
+        await until(house, login, "done", "failed")
+        assert house.credentials.names() == ["default", "work"]
+        page = (await client.get("/")).text
+        assert 'id="code-work"' not in page
+        assert "canary" not in page
 
 
 # -- from the command line --------------------------------------------------------------------------------------------

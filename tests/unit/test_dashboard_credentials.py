@@ -8,7 +8,7 @@ import httpx2
 import pytest
 
 from hive_core.hive import Hive
-from hive_core.logins import Login
+from hive_core.procedures.logins import Login
 from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.store.bus import CREDENTIALS
 from tests.dashboards import OURS, browse, hive_of, served
