@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hive_core.access import Closed
 from hive_core.budgets import parse_change, parse_kinds, parse_scope
-from hive_core.charges import DAY_MS, Tokens
+from hive_core.charges import DAY_MS, Tokens, read_tokens
 from hive_core.history import forget_history
 from hive_core.leases import Lease, begin_turn
 from hive_core.ledger import Ledger
@@ -23,6 +23,8 @@ from hive_core.limits import Limits
 from hive_core.prices import KINDS, load_prices
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.reminders import When
+from hive_core.schedules import parse_plan
 from hive_core.store.bus import EVENTS, TURN_ENDS
 from hive_core.usage import Call
 from hive_core.usage_compared import compare
@@ -100,6 +102,23 @@ async def test_a_call_is_charged_by_every_kind_of_its_tokens(hive: Services) -> 
     assert ledger.spent("iris", "total") == ledger.spent("*", "day") == 735
 
 
+def test_what_is_written_to_a_cache_and_not_said_for_how_long_counts_at_the_dearer() -> None:
+    span = "cache_creation.ephemeral_5m_input_tokens"
+    told = read_tokens({"input_tokens": 1, "cache_creation_input_tokens": 9, span: 5})
+    assert (told["cache_write_5m"], told["cache_write_1h"]) == (5, 4)
+    told = read_tokens({"input_tokens": 1, "cache_creation_input_tokens": 9})
+    assert (told["cache_write_5m"], told["cache_write_1h"]) == (9, 0), "five minutes is what is meant by nothing"
+    assert read_tokens({})["cache_write_1h"] is None
+
+
+async def test_charges_of_one_day_agent_model_and_cause_are_one_sum(hive: Services) -> None:
+    for cost in (1, 2, 3):
+        spend(hive.broker.ledger, cost)
+        await hive.broker.ledger.flush()
+    sql = "SELECT agent, model, root, calls, input_tokens, cost_micro_usd FROM spend_days"
+    assert await rows(hive, sql) == [("iris", HAIKU, "no turn", 3, 6, 6)]
+
+
 async def test_a_call_that_was_cut_before_its_first_count_is_estimated_and_its_counts_stay_unknown(
     hive: Services,
 ) -> None:
@@ -175,20 +194,23 @@ async def test_the_root_of_a_chain_may_be_a_schedule_an_agent_or_the_hive(hive: 
     await hive.say("iris", "damocles", "of my own accord")
     await hive.broker.lease(DAMOCLES)
     spend(ledger, 1, DAMOCLES)
-    plan = {"agent": "iris", "body": "tick", "every_s": 60}
-    from hive_core.schedules import parse_plan
-
-    added = await hive.schedules.add(parse_plan(plan["agent"], plan["body"], None, None, 60), None)
+    added = await hive.schedules.add(parse_plan("iris", "tick", None, None, 60), None)
     await hive.schedules.run(added["schedule"], None)
     await hive.broker.lease(IRIS)
     spend(ledger, 2)
     await hive.say("system", "hm1nd", "a notice")
-    await hive.broker.lease(HM1ND)
+    lease = await hive.broker.lease(HM1ND)
     spend(ledger, 3, HM1ND)
+    await hive.broker.ack(HM1ND, lease.turn, "done")
+    await hive.reminders.remind(HM1ND, When(after_s=24 * 3600), "look")
+    await hive.let_time_pass()
+    await hive.broker.lease(HM1ND)
+    spend(ledger, 4, HM1ND)
     assert await rows(hive, "SELECT root FROM charges ORDER BY id") == [
         ("agent iris",),
         (f"schedule {added['schedule']}",),
         ("system",),
+        ("agent hm1nd",),
     ]
 
 
@@ -454,6 +476,17 @@ async def test_a_warning_comes_once_for_each_budget_and_day_and_then_that_it_is_
     assert len(await hive.broker.messages("hm1nd")) == 3
     await set_budget(hive, day="0.5")
     await ledger.flush()
+
+
+async def test_a_budget_that_stays_spent_is_told_again_on_the_next_day_and_not_before(hive: Services) -> None:
+    await set_budget(hive, total="1")
+    spend(hive.broker.ledger, 1_000_000)
+    hive.clock.ahead_s += DAY_MS / 1000 - hive.clock() % (DAY_MS / 1000) + 1  # a second after midnight
+    for hours, told in ((0, 1), (23, 1), (2, 2), (20, 2)):
+        hive.clock.ahead_s += hours * 3600
+        await hive.broker.ledger.flush()
+        assert (await hive.kinds()).count("budget_spent") == told
+    assert "budget_warned" not in await hive.kinds()
 
 
 async def test_budgets_are_removed_one_by_one_or_all(hive: Services) -> None:
