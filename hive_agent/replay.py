@@ -106,6 +106,8 @@ class Recorded:
                 self._printed.append((1, text))
                 if len(text) >= CUT:
                     self.missing.append("the end of a line that was no JSON")
+            case "session_lost":
+                self._printed.append((0, ""))
             case "line_too_long":
                 self.missing.append("a line that was too long to be kept")
             case "lines_dropped":

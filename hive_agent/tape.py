@@ -1,9 +1,10 @@
 """`hive-agent tape FILE`: a stand-in for a program that prints what one printed in a recorded turn.
 
-FILE holds JSON: {"lines": [[STREAM, TEXT], …], "code"}, where STREAM is 1 for stdout and 2 for stderr. Each prompt on
-stdin gets the lines up to the next result; behind a result stands what is printed when stdin has ended, up to the next
-`init`. A program that was started several times goes on where it stopped: FILE.n counts the lines. Behind the last one
-it ends with `code`, negative for a signal, or with its stdin where that is null. FILE.told keeps what it was told.
+FILE holds JSON: {"lines": [[STREAM, TEXT], …], "code"}, where STREAM is 1 for stdout, 2 for stderr, and 0 for the end
+of a process. Each prompt on stdin gets the lines up to the next result; behind a result stands what is printed when
+stdin has ended, up to the next `init` or such an end. A program that was started several times goes on where it
+stopped: FILE.n counts the lines. Behind the last one it ends with `code`, negative for a signal, or with its stdin
+where that is null. FILE.told keeps what it was told.
 Standard library alone.
 """
 
@@ -41,7 +42,10 @@ class Tape:
             if self._at == len(self._lines) and self._code is not None:
                 return self._end(self._code)
         while self._at < len(self._lines) and not _is(self._lines[self._at][1], "init"):
+            stream, _ = self._lines[self._at]
             self._print()
+            if stream == 0:
+                break
         return 0
 
     def _next_prompt(self) -> bool:
@@ -59,7 +63,7 @@ class Tape:
         self._at += 1
         with open(f"{self._path}.n", "w") as file:
             file.write(str(self._at))
-        data = text.encode("utf-8", "replace") + b"\n"
+        data = text.encode("utf-8", "replace") + b"\n" if stream else b""
         while data:
             data = data[os.write(stream, data) :]
         return stream == 1 and _is(text, "result")

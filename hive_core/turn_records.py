@@ -21,6 +21,7 @@ RECORDS_PER_AGENT = 2_000
 LINES_SHOWN = 500
 SENT_AMONG = 5_000  # messages after the one that a turn began with, among which those that it sent are looked for
 DROPPED_AT_ONCE = 1_000
+_LATER = "how many messages waited when it began, and its settings then: the daemon went away, and these are of later"
 _DIGITS = frozenset("0123456789abcdef")
 
 
@@ -108,12 +109,13 @@ class TurnRecords:
             return None, ["what it was given, which is kept from its first lines on, and as long as they are"]
         given: dict[str, Any] = json.loads(record["given"])
         given["settings"]["prompt"] = record["prompt"]
+        missing = [_LATER] if given.pop("later", False) else []
         if given.get("message") is None:
-            return given, []
+            return given, missing
         if record["body"] is None:
-            return given, ["the body of its message, which is forgotten"]
+            return given, [*missing, "the body of its message, which is forgotten"]
         given["message"]["body"] = record["body"]
-        return given, []
+        return given, missing
 
     async def _result_before(self, row: sqlite3.Row, given: dict[str, Any] | None) -> dict[str, Any] | None:
         """The last result of the turn before in the same session: its process may have gone on counting from there."""

@@ -14,7 +14,7 @@ import trio
 from hive_core.agents import Agents
 from hive_core.background import Background, parse_work
 from hive_core.broker import Broker
-from hive_core.leases import Lease, Turn
+from hive_core.leases import Lease, Turn, begin_turn
 from hive_core.protocol.harness import (
     FENCE_LIMIT,
     LINES_PER_REQUEST,
@@ -210,7 +210,11 @@ class _Session:
     def _as_form(self, lease: Lease) -> dict[str, Any]:
         desk = self._desk
         desk.agents.observe(desk.name, "compacting" if lease.errand == "compact" else "thinking")
-        desk.given = {
+        desk.given = self._given(lease)
+        return desk.given
+
+    def _given(self, lease: Lease) -> dict[str, Any]:
+        return {
             "turn": lease.turn.id,
             "fence": lease.turn.fence,
             "message": lease.message,
@@ -219,9 +223,8 @@ class _Session:
             "refused": lease.refused,
             "settings": lease.settings,
             "session": lease.session,
-            "credential": desk.credential_kind(),
+            "credential": self._desk.credential_kind(),
         }
-        return desk.given
 
     async def _lines(self, request: dict[str, Any]) -> dict[str, Any]:
         desk = self._desk
@@ -243,9 +246,14 @@ class _Session:
         return {"kept": kept, "running": running}
 
     def _record(self, turn_id: int, prompt_sha256: object, tx: Transaction) -> None:
-        # A daemon that began in the middle of the turn has not seen what it was given.
-        if self._desk.given is not None and self._desk.given["turn"] == turn_id:
-            add_record(tx, self._desk.name, self._desk.given, prompt_sha256)
+        desk, given = self._desk, self._desk.given
+        if given is None or given["turn"] != turn_id:
+            # The daemon that began the turn is gone. The same lease again says what is left of it.
+            (fence,) = tx.execute("SELECT fence FROM turns WHERE id = ?", (turn_id,)).fetchone()
+            lease = begin_turn(tx, desk.name, fence, desk.broker.limits)
+            given = {**self._given(lease), "later": True} if lease is not None else None
+        if given is not None:
+            add_record(tx, desk.name, given, prompt_sha256)
 
     async def _background(self, request: dict[str, Any]) -> dict[str, Any]:
         desk = self._desk

@@ -94,6 +94,33 @@ def test_a_turn_goes_on_while_the_daemon_is_killed_and_counts_once() -> None:
         assert list(client.call("down") or []) is not None
 
 
+def test_what_a_turn_does_while_the_daemon_is_away_arrives_whole_and_once() -> None:
+    says = [{"say": f"line {number} {'x' * 100}"} for number in range(200)]
+    ready = {"run": "touch /state/ready"}
+    gated = {**GATED, "do": [*GATED["do"][:2], *says, ready, *GATED["do"][2:]]}
+    with open_swarm() as daemon:
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME, gated])
+        client.call("send", to="iris", body="work")
+        daemon.wait_message(client, "begun")
+        before, state = pid_of(daemon, "iris"), daemon.state / "agents" / "iris" / "state"
+        daemon.kill()
+        (state / "go").touch()
+        look_until((state / "ready").exists)  # it sends now, and nobody is there
+        client = daemon.start()
+        daemon.wait_message(client, "finished")
+        ended = daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["data"]["turn"] == 2)
+        assert ended["data"]["state"] == "done"
+        assert copies_of(daemon, "iris") == [before]
+        bodies = [row["body"] for row in client.call("messages", agent="iris")["messages"]]
+        assert bodies.count("finished") == 1
+        turn = client.call("turn", turn=2)
+        stream = client.call("turn_lines", turn=2)["lines"]
+        assert turn["given"]["message"]["body"] == "work"
+        assert [line["n"] for line in stream] == list(range(turn["lines"]))
+        assert [n for n in range(200) if not any(f"line {n} x" in line["line"] for line in stream)] == []
+
+
 def test_sigterm_ends_the_daemon_alone_and_interrupts_no_turn() -> None:
     with open_swarm() as daemon:
         client = daemon.start()

@@ -17,6 +17,7 @@ from hive_agent.claude import Claude
 from hive_agent.replay import replay
 from hive_agent.runner import Ending, Seat
 from tests.harness_host import a_lease
+from tests.unit.test_agent_claude import FIXTURES
 from tests.unit.test_agent_claude_process import TOOL
 
 INIT = '{"type":"system","subtype":"init","session_id":"s","mcp_servers":[{"name":"hive","status":"connected"}]}'
@@ -121,6 +122,16 @@ def test_a_turn_goes_the_same_way_again(tmp_path: Path, play: str) -> None:
     assert record["state"] == outcome, record
     found = run_again(tmp_path, record)
     assert (found["same"], found["differences"], found["missing"]) == (True, [], [])
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FIXTURES.glob("*.jsonl")))
+def test_what_the_real_program_printed_goes_the_same_way_again(tmp_path: Path, name: str) -> None:
+    *lines, _ = (FIXTURES / f"{name}.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "stream").write_bytes(b"".join(lines))
+    record = record_of(tmp_path, "while read -r _; do cat stream; done", A_LEASE)
+    assert record["lines"]
+    found = run_again(tmp_path, record)
+    assert (found["same"], found["differences"]) == (True, [])
 
 
 def test_a_turn_that_was_taken_away_goes_the_same_way_again(tmp_path: Path) -> None:

@@ -232,6 +232,7 @@ async def test_a_turn_that_nobody_asked_for_ends_the_process_and_is_shown_with_t
         lines, ack = await connection.take_turn(a_lease(2, program="claude", session="s"))
     assert ack["outcome"] == "done"
     assert "unasked_turn" in [json.loads(line).get("subtype") for line in lines]
+    assert [one["op"] for one in connection.told] == ["background", "unasked_turn"]
 
 
 # -- how turns end ----------------------------------------------------------------------------------------------------

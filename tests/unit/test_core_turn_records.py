@@ -75,6 +75,21 @@ async def test_a_digest_that_is_none_is_not_kept(hive: Services, tmp_path: Path,
     assert (await hive.turn_records.show(turn))["asked_sha256"] is None
 
 
+async def test_a_daemon_that_began_in_the_middle_of_a_turn_keeps_what_is_left_of_what_it_was_given(
+    hive: Services, tmp_path: Path
+) -> None:
+    await hive.say("hm1nd", "iris", "do it")
+    lease = await hive.broker.lease(IRIS, "f-1")
+    async with serve(tmp_path / "harness.sock", desk_for(hive).serve) as door, connect(door) as peer:
+        assert (await peer.ask({**HELLO, "fences": ["f-1"]}))["ok"]
+        await hive.say("hm1nd", "iris", "another")
+        assert (await peer.ask(lines_of(lease.turn.id, "one", prompt_sha256=ASKED)))["kept"] == 1
+    shown = await hive.turn_records.show(lease.turn.id)
+    assert (shown["given"]["message"], shown["given"]["settings"]) == (lease.message, lease.settings)
+    assert shown["missing"] == [turn_records._LATER]
+    assert await hive.value("SELECT count(*) FROM turns") == 1
+
+
 async def test_the_prompt_of_many_turns_is_kept_once_and_their_bodies_stay_with_the_messages(hive: Services) -> None:
     for number in range(3):
         await take_turn(hive, f"body number {number}")
