@@ -155,7 +155,8 @@ async def take_turn(link: HostLink, runner: Runner, lease: Lease) -> Ack:
 async def ship_lines(link: HostLink, turn: int, lines: TurnLines, runner: Runner) -> None:
     """Hand a turn's lines to the host until they are closed and gone; with none, say that this harness lives.
 
-    Interrupts the turn when the host says that it is not this harness's any more.
+    What the program does goes with them when that has changed, and whenever there are none: the host may be another
+    one by then. Interrupts the turn when the host says that it is not this harness's any more.
     The first lines go with the digest of what the program was asked.
     """
     told: Activity | None = None
@@ -170,7 +171,7 @@ async def ship_lines(link: HostLink, turn: int, lines: TurnLines, runner: Runner
         if first == 0 and texts:
             form["prompt_sha256"] = runner.asked
         try:
-            if (activity := runner.activity) != told:
+            if (activity := runner.activity) != told or not texts:
                 form["state"] = activity._asdict()
             answer = await link.request(form)
             told = activity

@@ -160,7 +160,7 @@ async def test_a_quiet_turn_says_that_it_lives_and_one_that_was_taken_away_ends_
         for alive in (True, True, False):
             assert not program.interrupted
             renewal = await connection.expect("lines")
-            assert (renewal["turn"], renewal["lines"]) == (3, [])
+            assert (renewal["turn"], renewal["lines"], renewal["state"]["state"]) == (3, [], "starting")
             await connection.answer(renewal, kept=0, running=alive)
         await connection.answer(await connection.expect("lines"), kept=0, running=False)
         assert program.interrupted

@@ -22,6 +22,7 @@ from hive_core.procedures.gate import Gate
 from hive_core.procedures.restore import restore
 from hive_core.protocol.words import MANAGER, AgentName
 from hive_core.sockets.http import serve_asgi
+from hive_core.steering import Steering
 from hive_core.store.door import open_store
 from hive_core.store.writer import Transaction
 from tests.dashboards import hive_of, served, signed_in
@@ -122,6 +123,19 @@ async def test_an_agents_stream_tells_its_turns_its_lines_and_nothing_of_others(
             f"/agents/iris/live?after={hive.at(after, 0)}", "line-3", **{"Last-Event-ID": hive.at(last, 1)}
         )
         assert [frame.target for frame in more] == ["agent-iris", "spend-now", "line-2", "line-3"]
+
+
+async def test_an_errand_is_told_as_a_turn_of_its_own(hive: Services) -> None:
+    await hive.sql("UPDATE agents SET session = 'one' WHERE name = 'iris'")
+    async with served(hive_of(hive)) as browser:
+        after = await hive.store.last_seq()
+        await Steering(hive.store).compact(IRIS, "operator")
+        turn = (await hive.broker.lease(IRIS)).turn
+        await hive.broker.ack(IRIS, turn, "done")
+        told = await browser.told(f"/agents/iris/live?after={hive.at(after, 0)}", "turn-1-head")
+        (head,) = [frame for frame in told if frame.target == "turn-1-head"]
+        assert "compacts" in head.data["html"]
+        assert not [frame for frame in told if frame.target.startswith("message-")]
 
 
 async def test_a_page_that_is_too_far_behind_is_told_to_load_itself_again(hive: Services) -> None:
