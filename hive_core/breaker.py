@@ -356,10 +356,9 @@ class Breaker:
             credential = self._credentials.find(name)
             mark = credential.fingerprint if credential else None
             if self._found.get(name, mark) != mark:
-                known = self._states.known(name)
-                if known is None or known.fingerprint != mark:  # else a call with the new one was quicker
-                    self._forget(name)
+                self._forget(name)
                 if credential is not None:
+                    # Nothing is known of the new one, but where a call with it was quicker than this look.
                     self._put(self._states.of(credential), News("credential_changed", SYSTEM, None, {}))
                 self._store.bus.publish([CREDENTIALS])
                 self._tell(self.users(name))

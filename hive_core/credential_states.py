@@ -157,10 +157,6 @@ class CredentialStates:
     def all(self) -> list[CredentialState]:
         return list(self._states.values())
 
-    def known(self, name: str) -> CredentialState | None:
-        """Of whichever secret had that name last."""
-        return self._states.get(name)
-
     def of(self, credential: Credential) -> CredentialState:
         """What is known of a credential: nothing, when what was known is of another secret."""
         known = self._states.get(credential.name)

@@ -276,10 +276,10 @@ _CREDENTIAL_COLOURS = {"works": "green", "limited": "amber", "refused": "red", "
 
 
 def credential(row: dict[str, Any]) -> str:
-    kind = {"api_key": "API key", "oauth_token": "token", None: "none"}[row["kind"]]
     since = f" since {day(row['since_ms'])}" if row["since_ms"] else ""
     until = f" until {day(row['until_ms'])}" if row["until_ms"] else ""
-    parts = [f"{kind} from {safe(row['source'])}" if row["source"] else kind]
+    kind = "API key" if row["kind"] == "api_key" else "token"
+    parts = [f"{kind} from {safe(row['source'])}"] if row["source"] else []
     parts += [_window(name, window) for name, window in row["windows"].items()]
     parts.append(f"used by {', '.join(row['agents'])}" if row["agents"] else "used by nobody")
     state = paint(f"{row['state']}{since}{until}", _CREDENTIAL_COLOURS.get(row["state"], "dim"))

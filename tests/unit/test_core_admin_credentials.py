@@ -109,7 +109,7 @@ async def test_a_removed_credential_leaves_its_agents_waiting(house: Hive, tmp_p
     closed = house.access.closed(IRIS)
     assert closed is not None
     assert closed.state == "needs_login"
-    assert "credential default missing" in await hive_says(tmp_path, "credentials")
+    assert "credential default missing: used by damocles, hm1nd, iris" in await hive_says(tmp_path, "credentials")
 
 
 async def test_a_kind_that_is_none_is_refused(house: Hive, tmp_path: Path) -> None:

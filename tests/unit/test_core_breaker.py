@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 import trio
+import trio.testing
 
 from hive_core.access import Access, Closed
 from hive_core.breaker import Breaker
@@ -27,7 +28,7 @@ from hive_core.sockets.http import serve_asgi
 from hive_core.sockets.model import ModelRelay
 from hive_core.sockets.unix import listen_unix
 from hive_core.store import writer
-from tests.hives import PATIENCE_S, Services
+from tests.hives import PATIENCE_S, Services, held_writer
 from tests.unit.test_core_model_relay import Call, Provider, plain_answer
 
 KEY, OTHER = "sk-ant-api03-canary-one", "sk-ant-api03-canary-two"
@@ -240,6 +241,11 @@ async def test_a_clock_that_was_set_back_locks_nobody_out_for_ever(desk: Desk) -
     await desk.answer(IRIS, 429, after_s=60)
     await desk.pass_s(-FAR_MS / 1000)
     assert desk.closed(IRIS) is None
+    await desk.answer(IRIS, 200)
+    assert desk.state_of(DAMOCLES) == "rate_limited"
+    desk.breaker.claimed(HM1ND, int(desk.now_s * 1000) + 60_000)
+    await desk.pass_s(-FAR_MS / 1000)
+    assert [desk.closed(agent) for agent in (DAMOCLES, HM1ND)] == [None] * 2
 
 
 async def test_what_was_known_holds_in_the_next_daemon(desk: Desk) -> None:
@@ -349,6 +355,16 @@ async def test_a_try_that_is_limited_again_closes_again(hive: Services, desk: De
     await desk.answer(IRIS, 429, after_s=600)
     assert desk.until_s(DAMOCLES) == pytest.approx(600, abs=0.01)
     assert await desk.kinds() == ["limited", "limited"]
+
+
+async def test_a_login_lets_those_go_on_at_once_who_were_to_follow_later(desk: Desk) -> None:
+    await desk.answer(IRIS, 429, after_s=60)
+    await desk.pass_s(61)
+    await desk.answer(IRIS, 200)
+    assert desk.state_of(DAMOCLES) == "rate_limited"
+    desk.credentials.put("default", "api_key", OTHER)
+    await desk.breaker.renewed("default", OPERATOR)
+    assert [desk.closed(agent) for agent in (IRIS, DAMOCLES, HM1ND)] == [None] * 3
 
 
 async def test_stay_stopped_means_until_the_operator_resumes(hive: Services) -> None:
@@ -488,6 +504,19 @@ async def test_windows_that_look_the_same_are_not_written_again(hive: Services, 
     assert await hive.value("SELECT windows FROM credential_states") == before
     await desk.answer(IRIS, 200, **{f"{U}-5h-utilization": "0.26"})
     assert await hive.value("SELECT windows FROM credential_states") != before
+
+
+async def test_what_comes_while_the_rest_is_written_down_is_written_next(hive: Services, desk: Desk) -> None:
+    credential = desk.breaker.credential_for(IRIS)
+    assert credential is not None
+    desk.breaker.answered(IRIS, credential, 200, httpx2.Headers({f"{U}-5h-utilization": "0.25"}))
+    async with trio.open_nursery() as nursery, held_writer(hive.store, nursery):
+        nursery.start_soon(desk.breaker.tick)
+        await trio.testing.wait_all_tasks_blocked()
+        desk.breaker.answered(IRIS, credential, 200, httpx2.Headers({f"{U}-5h-utilization": "0.5"}))
+    assert '"used": 0.25' in await hive.value("SELECT windows FROM credential_states")
+    await desk.breaker.tick()
+    assert '"used": 0.5' in await hive.value("SELECT windows FROM credential_states")
 
 
 async def test_what_an_agent_claims_closes_that_agent_alone_and_not_for_ever(desk: Desk) -> None:
