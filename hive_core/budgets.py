@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import trio
 
+from hive_core.access import Closed
 from hive_core.charges import DAY_MS
 from hive_core.post import Cause, put_message
 from hive_core.protocol.money import parse_usd, usd
@@ -58,6 +59,32 @@ class Budget:
         whose = "hive" if self.scope == THE_HIVE else self.scope
         unit = "PERCENT" if self.window else "USD"
         return f"the operator can raise it: `hive budget set {whose} --{self.kind.replace('_', '-')} {unit}`"
+
+    def closed_at(self, used: float, now_ms: int) -> Closed | None:
+        """Why nothing more may be used, where all is."""
+        if used < self.amount:
+            return None
+        if self.window is not None:
+            why = f"the account's {self.window} window is used to {used:.0f} % and {self.name} ends at {self.amount} %"
+            return Closed("over_budget", f"{why}; it goes on with the next window, or {self.way_out}")
+        return self._closed(f"{self.name}, {usd(self.amount)}, is spent ({usd(int(used))})", now_ms)
+
+    def closed_for(self, agent: AgentName, next_turn: int, spent: int, reserved: int, now_ms: int) -> Closed | None:
+        """Why no turn of an agent may begin, where what it may cost does not fit beside what others have reserved.
+
+        One that may cost more than the whole budget begins when all of that is left.
+        """
+        left, needed = self.amount - spent - reserved, min(next_turn, self.amount)
+        if needed <= left:
+            return None
+        others = f" beside {usd(reserved)} for turns that run" if reserved else ""
+        why = f"{self.name}, {usd(self.amount)}, has {usd(left)} left{others}"
+        return self._closed(f"{why}, and {agent}'s next turn may take {usd(needed)}", now_ms)
+
+    def _closed(self, why: str, now_ms: int) -> Closed:
+        if self.kind != "day":
+            return Closed("over_budget", f"{why}; {self.way_out}")
+        return Closed("over_budget", f"{why}; it goes on at midnight UTC, or {self.way_out}", midnight_after(now_ms))
 
     def when_told(self, used: float, today: int) -> Budget:
         """The budget behind what has to be said of it now: each of the two once a day. Else itself."""

@@ -9,30 +9,27 @@ A charge that is not on disk when the daemon is killed is lost, and so is a call
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import trio
 
 from hive_core.access import Access, Closed
 from hive_core.budgets import THE_HIVE, Budget, Budgets, Change, Kind, midnight_after
-from hive_core.charges import DAY_MS, ESTIMATED_OUTPUT, FREE_PATHS, Bill, Charge, Tokens, bill, write_charges
+from hive_core.charges import DAY_MS, ESTIMATED_OUTPUT, FREE_PATHS, Bill, Charge, bill, write_charges
 from hive_core.limits import Limits
 from hive_core.prices import Prices
 from hive_core.protocol.money import usd
-from hive_core.protocol.words import SYSTEM, AgentName
+from hive_core.protocol.words import AgentName
 from hive_core.store.bus import TURN_ENDS
 from hive_core.store.door import Store
 from hive_core.store.schema import StoreBusy, StoreError
 from hive_core.store.writer import Transaction
+from hive_core.turn_costs import TurnCost, TurnCosts
 from hive_core.usage import Call
-from hive_core.usage_compared import compare
 
 log = logging.getLogger(__name__)
 
@@ -41,28 +38,13 @@ BATCH = 200  # charges of one transaction
 LOOK_AGAIN_S = 30.0
 BUSY_REST_S = 1.0
 STOP_WITHIN_S = 2.0
-BEGINS_WITHIN_S = 10.0  # a reservation whose turn has not begun by then is for a turn that never will
-TURNS_REMEMBERED = 5  # of an agent: the dearest of them is what the next one may cost
 
 Windows = Callable[[AgentName], Mapping[str, float] | None]  # "5h" and "7d" → the share that is used, where known
 
 
 @dataclass(slots=True)
-class _Turn:
-    """A turn that runs, or has ended and has calls under way."""
-
-    id: int
-    agent: AgentName
-    reserved: int
-    cost: int = 0
-    seen: dict[bool, list[Tokens]] = field(default_factory=lambda: {True: [], False: []})  # of calls: whole, cut
-    whole: bool = True  # the daemon has seen it from its beginning
-    ended: bool = False
-
-
-@dataclass(slots=True)
 class _UnderWay:
-    turn: _Turn | None
+    turn: TurnCost | None
     bill: Bill
 
 
@@ -80,19 +62,15 @@ class Ledger:
     ) -> None:
         self.budgets = Budgets(store)
         self.prices = prices
+        self.turns = TurnCosts(store, limits or Limits())
         self._store = store
         self._access = access
-        self._limits = limits or Limits()
         self._clock = clock
         self.windows = windows
         self._totals: dict[str, int] = {}  # scope → micro-USD
         self._days: dict[int, dict[str, int]] = {}  # the same of each day that was seen
         self._under_way: dict[Call, _UnderWay] = {}
         self._of_calls: tuple[dict[str, int], dict[str, int]] = {}, {}  # what those cost so far, and may yet, by scope
-        self._turns: dict[int, _Turn] = {}
-        self._running: dict[str, _Turn] = {}
-        self._promised: dict[str, tuple[int, float]] = {}  # reserved for a turn that is about to begin, and when
-        self._lately: dict[str, deque[int]] = {}  # what the last turns of an agent cost
         self._models: dict[str, str] = {}  # that its last call used
         self.moves = 0  # how often what is spent, or may be, has changed
         self._queue: list[Charge] = []
@@ -160,25 +138,11 @@ class Ledger:
             _add(sums, call.agent, more)
         self._of_calls = so_far, may_yet
 
-    def _reserved(self, but: str) -> int:
-        """What is reserved for turns and not spent by them, but for those of one agent."""
-        now = trio.current_time()
-        self._promised = {name: one for name, one in self._promised.items() if now - one[1] < BEGINS_WITHIN_S}
-        left = {name: amount for name, (amount, _) in self._promised.items()}
-        for name, turn in self._running.items():
-            left[name] = max(0, turn.reserved - turn.cost - self._of_calls[0].get(name, 0))
-        return sum(left.values()) - left.get(but, 0)
-
-    def _next_turn(self, agent: str) -> int:
-        """What the next turn of an agent may cost: as the dearest of its last ones, within bounds."""
-        least, most = self._limits.reserve_least_micro_usd, self._limits.reserve_most_micro_usd
-        return min(max(least, *self._lately.get(agent, (0,))), most)
-
     # -- what may go on -----------------------------------------------------------------------------------------------
 
     def reason(self, agent: AgentName) -> Closed | None:
         """That a budget is spent; of an agent between turns also that it does not hold another one."""
-        closed = self._reason(agent, agent not in self._running)
+        closed = self._reason(agent, agent not in self.turns.running)
         self._closed.setdefault(agent, closed is not None)
         if closed is not None:
             self._refused.add(agent)
@@ -189,9 +153,7 @@ class Ledger:
         if self._reason(agent, True) is not None:
             self._refused.add(agent)
             return None
-        amount = self._next_turn(agent)
-        self._promised[agent] = (amount, trio.current_time())
-        return amount
+        return self.turns.reserve(agent)
 
     def _reason(self, agent: AgentName, between_turns: bool) -> Closed | None:
         found = [self._closed_by(budget, agent, between_turns) for budget in self.budgets.of(agent)]
@@ -199,35 +161,22 @@ class Ledger:
         return max(filter(None, found), key=lambda one: (one.until_ms is None, one.until_ms or 0), default=None)
 
     def _closed_by(self, budget: Budget, agent: AgentName, between_turns: bool) -> Closed | None:
-        midnight = midnight_after(self.now_ms) if budget.kind == "day" else None
-        opens = "it goes on at midnight UTC, or " if midnight else ""
         if budget.window is not None:
-            used = self._window(agent, budget.window) or 0.0
-            why = f"the account's {budget.window} window is used to {used:.0f} % and {budget.name} ends at"
-            sentence = f"{why} {budget.amount} %; it goes on with the next window, or {budget.way_out}"
-            return Closed("over_budget", sentence) if used >= budget.amount else None
+            return budget.closed_at(self._window(agent, budget.window) or 0.0, self.now_ms)
         spent = self.spent(budget.scope, budget.kind)
-        if spent >= budget.amount:
-            sentence = f"{budget.name}, {usd(budget.amount)}, is spent ({usd(spent)}); {opens}{budget.way_out}"
-            return Closed("over_budget", sentence, midnight)
-        if not between_turns:
-            return None
-        needed = min(self._next_turn(agent), budget.amount)
-        reserved = self._reserved(agent) if budget.scope == THE_HIVE else 0
-        if spent + reserved + needed > budget.amount:
-            left = f"{budget.name}, {usd(budget.amount)}, has {usd(budget.amount - spent - reserved)} left"
-            others = f" beside {usd(reserved)} for turns that run" if reserved else ""
-            sentence = f"{left}{others}, and {agent}'s next turn may take {usd(needed)}; {opens}{budget.way_out}"
-            return Closed("over_budget", sentence, midnight)
-        return None
+        closed = budget.closed_at(spent, self.now_ms)
+        if closed is not None or not between_turns:
+            return closed
+        reserved = self.turns.reserved(agent, self._of_calls[0]) if budget.scope == THE_HIVE else 0
+        return budget.closed_for(agent, self.turns.next_cost(agent), spent, reserved, self.now_ms)
 
     def look(self) -> None:
         """Tell whose way to the model is another one now, and note which budgets there is something to say of."""
-        opened = {name for name in self._refused if self._reason(name, name not in self._running) is None}
+        opened = {name for name in self._refused if self._reason(name, name not in self.turns.running) is None}
         self._refused -= opened
         turned = set()
         for agent, before in self._closed.items():
-            closed = self._reason(agent, agent not in self._running) is not None
+            closed = self._reason(agent, agent not in self.turns.running) is not None
             if closed != before:
                 self._closed[agent] = closed
                 turned.add(agent)
@@ -247,7 +196,7 @@ class Ledger:
             if budget.window is None and self._expected(budget.scope, budget.kind) >= budget.amount:
                 why = f"calls under way may cost all that {budget.name}, {usd(budget.amount)}, has left"
                 return Closed("over_budget", f"{why}; try again when they have ended, or {budget.way_out}", status=429)
-        self._under_way[call] = _UnderWay(self._running.get(call.agent), self._bill(call))
+        self._under_way[call] = _UnderWay(self.turns.running.get(call.agent), self._bill(call))
         self._count_calls()
         return None
 
@@ -268,8 +217,7 @@ class Ledger:
             if call.model is not None:
                 self._models[call.agent] = call.model
             if way.turn is not None:
-                way.turn.cost += charge.bill.micro_usd
-                way.turn.seen[call.complete].append(charge.bill.tokens)
+                way.turn.charge(charge.bill, call.complete)
         self._moved()
 
     def _bill(self, call: Call) -> Bill:
@@ -283,62 +231,31 @@ class Ledger:
 
     def running(self, agent: AgentName) -> int | None:
         """The turn of an agent that runs."""
-        turn = self._running.get(agent)
+        turn = self.turns.running.get(agent)
         return None if turn is None else turn.id
 
     def turn_began(self, agent: AgentName, turn_id: int) -> None:
         """A turn has begun, or was found running; the same again changes nothing."""
-        reserved, _ = self._promised.pop(agent, (0, 0.0))
-        if turn_id not in self._turns:
-            self._turns[turn_id] = _Turn(turn_id, agent, reserved)
-        self._running[agent] = self._turns[turn_id]
+        self.turns.began(agent, turn_id)
 
     def turn_ended(self, turn_id: int) -> None:
         """A turn has ended: calls that begin from now on belong to none, and its reservation is free."""
-        turn = self._turns.get(turn_id)
-        if turn is not None and not turn.ended:
-            turn.ended = True
-            if self._running.get(turn.agent) is turn:
-                del self._running[turn.agent]
+        if self.turns.ended(turn_id):
             self._moved()
 
-    async def _find_turns(self) -> None:
-        """Take over which turns run from the database, for ends and beginnings that nobody told of."""
-        known = set(self._turns)  # those were on disk before it is read, so one that does not run there has ended
-        sql = "SELECT id, agent, reserved_micro_usd, cost_micro_usd FROM turns INDEXED BY turns_running"
-        rows = {row["id"]: row for row in await self._store.rows(f"{sql} WHERE state = 'running'")}
-        for turn_id in known - rows.keys():
-            self.turn_ended(turn_id)
-        for turn_id in rows.keys() - self._turns.keys() - known:
-            row = rows[turn_id]
-            turn = _Turn(turn_id, row["agent"], row["reserved_micro_usd"], row["cost_micro_usd"] or 0, whole=False)
-            self._turns[turn_id] = turn
-            self._running.setdefault(turn.agent, turn)
+    async def _follow_turns(self) -> None:
+        with self._store.bus.listen(TURN_ENDS) as listener:
+            while True:
+                if await self.turns.find():
+                    self._moved()
+                with trio.move_on_after(LOOK_AGAIN_S):
+                    await listener.wait()
 
     async def _settle(self) -> None:
-        """Of turns that have ended, as have their calls: remember the cost, and compare the counts."""
-        busy = {way.turn.id for way in self._under_way.values() if way.turn is not None}
-        over = [turn for turn in self._turns.values() if turn.ended and turn.id not in busy]
-        if not over:
-            return
-        await self.flush()  # what a turn's event tells stands in its row
-        sql = "SELECT id, state, usage FROM turns WHERE id IN (SELECT value FROM json_each(?))"
-        rows = {row["id"]: row for row in await self._store.rows(sql, (json.dumps([turn.id for turn in over]),))}
-        events: list[tuple[str, AgentName, dict[str, Any]]] = []
-        for turn in over:
-            row = rows.get(turn.id)
-            if turn.whole and row is not None:
-                told = json.loads(row["usage"]) if row["usage"] else None
-                if difference := compare(told, turn.seen[True], turn.seen[False], row["state"] == "done"):
-                    events.append(("usage_differs", turn.agent, {"turn": turn.id, **difference}))
-            if any(turn.seen.values()):
-                told_of = {"turn": turn.id, "reserved_micro_usd": turn.reserved, "cost_micro_usd": turn.cost}
-                events.append(("turn_settled", turn.agent, told_of))
-            self._lately.setdefault(turn.agent, deque(maxlen=TURNS_REMEMBERED)).append(turn.cost)
-            del self._turns[turn.id]
-        if events:
-            await self._store.insist(partial(_tell, events=events))
-        self._moved()
+        if over := self.turns.over({way.turn.id for way in self._under_way.values() if way.turn is not None}):
+            await self.flush()
+            await self.turns.settle(over)
+            self._moved()
 
     # -- the database -------------------------------------------------------------------------------------------------
 
@@ -351,9 +268,7 @@ class Ledger:
         sql = "SELECT day, agent, sum(cost_micro_usd) AS cost FROM spend_days WHERE day >= ? GROUP BY day, agent"
         for row in await self._store.rows(sql, (yesterday,)):
             _add(self._days.setdefault(row["day"], {}), row["agent"], row["cost"])
-        for row in await self._store.rows(_LATELY, (TURNS_REMEMBERED,)):
-            self._lately.setdefault(row["agent"], deque(maxlen=TURNS_REMEMBERED)).append(row["cost"])
-        await self._find_turns()
+        await self.turns.load()
 
     async def serve(self) -> None:
         """Write what is charged, settle turns that end, and open what a new day opens, until cancelled."""
@@ -372,13 +287,6 @@ class Ledger:
                     rest_s = (midnight_after(self.now_ms) - self.now_ms) / 1000
                     with trio.move_on_after(min(rest_s, LOOK_AGAIN_S)):
                         await listener.wait()
-
-    async def _follow_turns(self) -> None:
-        with self._store.bus.listen(TURN_ENDS) as listener:
-            while True:
-                await self._find_turns()
-                with trio.move_on_after(LOOK_AGAIN_S):
-                    await listener.wait()
 
     async def flush(self) -> None:
         """Write every charge so far, and say what there is to say of budgets."""
@@ -442,16 +350,3 @@ def _add(sums: dict[str, int], agent: str, micro_usd: int) -> None:
     """To the sums of an agent and of the hive."""
     for scope in (THE_HIVE, agent):
         sums[scope] = sums.get(scope, 0) + micro_usd
-
-
-def _tell(tx: Transaction, events: Iterable[tuple[str, AgentName, dict[str, Any]]]) -> None:
-    for kind, agent, data in events:
-        tx.emit(kind, SYSTEM, agent, **data)
-
-
-# The newest turns of each agent, oldest first.
-_LATELY = """
-    SELECT agent, cost_micro_usd AS cost FROM agents JOIN turns t ON t.id IN (
-        SELECT id FROM turns WHERE agent = name AND state != 'running' ORDER BY id DESC LIMIT ?
-    ) WHERE cost_micro_usd IS NOT NULL ORDER BY t.id
-"""

@@ -387,12 +387,12 @@ async def test_the_next_turn_is_expected_to_cost_as_the_dearest_of_the_last_ones
             await wait_until(hive.store, lambda id_=lease.turn.id: _settled(ledger, id_), EVENTS, TURN_ENDS, "spent")  # type: ignore[misc]
     least, most = Limits().reserve_least_micro_usd, Limits().reserve_most_micro_usd
     assert reserved == [least, least, 30_000, most, most, most, most, most, least]
-    assert (await reopened(hive))._next_turn("iris") == least
+    assert (await reopened(hive)).turns.next_cost("iris") == least
 
 
 async def _settled(ledger: Ledger, turn: int) -> bool:
     await trio.lowlevel.checkpoint()
-    return turn not in ledger._turns
+    return turn not in ledger.turns._turns
 
 
 async def test_calls_side_by_side_cannot_all_slip_under_the_limit(hive: Services) -> None:
@@ -678,7 +678,7 @@ async def test_a_turn_that_tells_of_other_tokens_than_the_relay_saw_is_an_event(
 
 async def _ended(ledger: Ledger, turn: int) -> bool:
     await trio.lowlevel.checkpoint()
-    return ledger._turns[turn].ended
+    return ledger.turns._turns[turn].ended
 
 
 @pytest.mark.parametrize(
