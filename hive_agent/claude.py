@@ -18,7 +18,7 @@ from typing import Any
 
 import trio
 
-from hive_agent.claude_stream import DENIED, Report, begins_turn
+from hive_agent.claude_stream import DENIED, INTERACTIVE, Report, begins_turn
 from hive_agent.claude_usage import added
 from hive_agent.errands import compact, run_errand
 from hive_agent.own_command import own_command
@@ -313,7 +313,7 @@ def flags(seat: Seat, settings: Settings) -> list[str]:
     chosen = ["--print", "--verbose", "--input-format", "stream-json", "--output-format", "stream-json"]
     chosen += ["--mcp-config", json.dumps(servers), "--strict-mcp-config"]
     # Only what is listed is on; all others stay off, the program's own messaging, scheduling and web among them.
-    chosen += ["--tools", ",".join(settings["tools"])]
+    chosen += ["--tools", ",".join(tool for tool in settings["tools"] if tool not in INTERACTIVE)]
     if seat.sandboxed:
         chosen += ["--dangerously-skip-permissions"]
     else:

@@ -270,6 +270,10 @@ def test_only_listed_tools_and_only_our_server_are_on() -> None:
     assert value_of("--tools", flags(SEAT, settings(tools=[]))) == ""
 
 
+def test_a_tool_that_waits_for_a_person_is_off_whoever_lists_it() -> None:
+    assert value_of("--tools", flags(SEAT, settings(tools=["Bash", "AskUserQuestion", "ExitPlanMode"]))) == "Bash"
+
+
 def test_permissions_are_skipped_inside_a_sandbox_alone() -> None:
     bare = Seat("iris", "/r", "/s", "/h", "/h/.claude", "/bin", None, sandboxed=False, model_port=1)
     assert "--dangerously-skip-permissions" in flags(SEAT, settings())
