@@ -216,10 +216,9 @@ class _Exchange:
 
 
 def _announced_bytes(headers: list[tuple[bytes, bytes]]) -> int:
-    lengths = [
-        int(value) for name, value in headers if name == b"content-length" and value.isdigit() and len(value) < 12
-    ]
-    return min(lengths[0], BODY_LIMIT_BYTES) if lengths else 0
+    """How large a request says that it is; of one that does not say, how large it may be."""
+    lengths = [value for name, value in headers if name == b"content-length" and value.isdigit() and len(value) < 12]
+    return min(int(lengths[0]), BODY_LIMIT_BYTES) if lengths else BODY_LIMIT_BYTES
 
 
 def _length(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

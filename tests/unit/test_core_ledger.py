@@ -549,6 +549,21 @@ async def test_a_daemon_that_starts_again_counts_on(hive: Services) -> None:
     assert await hive.value("SELECT cost_micro_usd FROM turns WHERE id = ?", lease.turn.id) == 1_000_000
 
 
+async def test_a_turn_that_goes_on_under_another_daemon_is_charged_there_and_not_compared(hive: Services) -> None:
+    lease = await take_turn(hive)
+    spend(hive.broker.ledger, 5)
+    await hive.broker.ledger.flush()
+    again = await reopened(hive)
+    assert again.running(IRIS) == lease.turn.id
+    spend(again, 7)
+    async with served(again):
+        await hive.broker.ack(IRIS, lease.turn, "done", usage={"input_tokens": 0, "output_tokens": 0})
+        await wait_until(hive.store, lambda: _settled(again, lease.turn.id), TURN_ENDS, "spent", EVENTS)
+    settled = await hive.value("SELECT data FROM events WHERE kind = 'turn_settled'")
+    assert json.loads(settled)["cost_micro_usd"] == 12
+    assert "usage_differs" not in await hive.kinds(), "what was under way when the daemon died nobody counted"
+
+
 async def test_what_was_not_written_when_the_daemon_was_killed_is_all_that_is_lost(hive: Services) -> None:
     ledger = hive.broker.ledger
     spend(ledger, 1)

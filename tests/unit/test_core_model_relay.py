@@ -105,6 +105,7 @@ class Bench:
     credential: Credential | None = KEY
     closed: Closed | None = None
     full: Closed | None = None
+    begun: list[int] = field(default_factory=list)
     moved: list[dict[str, int]] = field(default_factory=list)
 
     async def ended(self) -> Ended:
@@ -154,7 +155,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
             lambda: bench.credential,
             lambda credential, status, headers: answers.append((credential.name, status, headers)),
             lambda call: tell.send_nowait(call) if call.reached else None,
-            lambda call: bench.full,
+            lambda call: bench.begun.append(call.request_bytes) or bench.full,  # type: ignore[func-returns-value]
             lambda call: bench.moved.append(dict(call.usage or {})),
         )
         path = tmp_path / "model.sock"
@@ -560,6 +561,17 @@ async def test_a_call_that_has_to_wait_for_others_is_refused_so_that_its_program
     assert bench.heard_nothing
     bench.full = None
     assert (await bench.post(content=b"{}")).status_code == 200
+
+
+async def test_a_call_begins_with_the_size_that_it_announces_or_the_largest_and_ends_with_its_own(bench: Bench) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"{"
+        yield b"}"
+
+    for content in (b"{}", pieces()):
+        await bench.post(content=content)
+        assert (await bench.ended()).request_bytes == 2
+    assert bench.begun == [2, model.BODY_LIMIT_BYTES]
 
 
 async def test_what_the_answer_tells_of_its_tokens_is_passed_on_before_it_ends(bench: Bench) -> None:
