@@ -20,7 +20,7 @@ import trio
 
 from hive_agent.claude_stream import DENIED, INTERACTIVE, Report, begins_turn
 from hive_agent.claude_usage import added
-from hive_agent.errands import compact, run_errand
+from hive_agent.errands import GO_ON, compact, run_errand
 from hive_agent.own_command import own_command
 from hive_agent.program import Command, Line, Program
 from hive_agent.runner import Activity, Ending, Runner, Seat
@@ -89,14 +89,16 @@ class Claude(Runner):
         if lease["message"] is None:
             return await run_errand(lease, attempt)
         prompt = wake_prompt(lease["message"], lease["waiting"], lease["refused"])
-        _, ending = await attempt(lease["session"], prompt)
+        report, ending = await attempt(lease["session"], prompt)
         if ending.reason != "prompt_too_long" or ending.session is None:
             return ending
         pass_on(hive_line("too_long", error=ending.error, then="compact, and try once more"))
         compacted = await compact(ending.session, attempt)
         if compacted.outcome == "failed":
             return ending
-        return (await attempt(ending.session, prompt))[1] if compacted.outcome == "done" else compacted
+        if compacted.outcome != "done":
+            return compacted
+        return (await attempt(ending.session, prompt + (GO_ON if report.worked else "")))[1]
 
     async def _persist(
         self, lease: Lease, session: str | None, prompt: str, pass_on: Callable[[str], None]

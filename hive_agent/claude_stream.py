@@ -75,6 +75,11 @@ class Report:
         return not self.began and ("No conversation found" in told or "--resume requires a valid session" in told)
 
     @property
+    def worked(self) -> bool:
+        """Whether it has called a tool: what that did stays done."""
+        return self._last_call is not None
+
+    @property
     def asks(self) -> bool:
         """Whether it waits for a person, who is not there."""
         return any(name in INTERACTIVE for name in self.tools.values())

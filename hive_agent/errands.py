@@ -22,6 +22,10 @@ SAVE_NOTES = (
     "you must not lose to a file in your working directory, the one you know best or NOTES.md: what you were asked to "
     "do and by whom, what is done, what comes next, what you learned. Keep it short, and send no message.\n"
 )
+GO_ON = (
+    "\nYou had begun with this when your context was full, and it has been compacted: go on where you were, and do "
+    "nothing twice that is done already.\n"
+)
 
 
 async def run_errand(lease: Lease, attempt: Attempt) -> Ending:

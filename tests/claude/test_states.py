@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from hive_agent import claude
-from hive_agent.errands import SAVE_NOTES
+from hive_agent.errands import GO_ON, SAVE_NOTES
 from hive_core.settings import DEFAULT_TOOLS
 from tests.claude_desk import Desk, a_desk
-from tests.scripted_model import Answer, Request, fail, say
+from tests.scripted_model import Answer, Request, fail, say, tool
 
 TOO_LONG = "prompt is too long: 219000 tokens > 200000 maximum"
 SUMMARY = "<summary>We said hello.</summary>"
@@ -156,8 +156,19 @@ async def test_a_prompt_that_is_too_long_is_compacted_and_tried_once_more(tmp_pa
         assert (third.outcome, third.reason) == ("done", None)
         assert [line["subtype"] for line in desk.of_hive()] == ["too_long"]
         assert "compacting" in desk.states
+        assert GO_ON.strip() not in desk.prompts()[-1]
         assert third.usage is not None
         assert third.usage["input_tokens"] == 10
+
+
+async def test_a_turn_that_is_full_in_the_middle_goes_on_where_it_was(tmp_path: Path) -> None:
+    works = say("I look.", tool("Bash", command="echo once >> done"))
+    async with a_desk(tmp_path, ["one", works, fail(400, TOO_LONG), SUMMARY, "The rest."]) as desk:
+        await desk.turn("first")
+        second = await desk.turn("second")
+        assert (second.outcome, second.reason) == ("done", None)
+        assert GO_ON.strip() in desk.prompts()[-1]
+        assert "second" in desk.prompts()[-1]
 
 
 async def test_a_prompt_that_is_still_too_long_fails_the_turn(tmp_path: Path) -> None:
