@@ -564,7 +564,7 @@ async def test_what_the_program_does_goes_with_the_lines_that_say_so(
     start: Harnesses, tmp_path: Path, gate: Gate
 ) -> None:
     async with open_host(tmp_path) as host:
-        start()
+        harness = start()
         connection = await welcomed(host)
         await connection.give(a_lease(1, prompt=follow(gate.step)))
         states: list[dict[str, Any]] = []
@@ -575,3 +575,7 @@ async def test_what_the_program_does_goes_with_the_lines_that_say_so(
             await connection.answer(request, kept=request["first"] + len(request["lines"]), running=True)
         assert states[-1] == {"state": "tool", "detail": "Bash", "until_ms": None}
         await gate.open()
+        while (request := await connection.next() or {}).get("op") == "lines":
+            await connection.answer(request, kept=request["first"] + len(request["lines"]), running=True)
+        await connection.answer(request, counted=True, stop=True)
+        assert (await harness.ended())[0] == 0
