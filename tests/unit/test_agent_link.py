@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+import trio.testing
 
 from hive_agent.link import EXIT_CONFLICT, EXIT_MISMATCH, HostLink, Unwelcome
 from hive_agent.runner import Ending, Runner, Seat
@@ -261,3 +262,35 @@ async def test_the_grace_counts_from_the_loss_of_the_host(tmp_path: Path) -> Non
                 await connection.next()
         begin = trio.current_time()
     assert trio.current_time() - begin >= 0.5
+
+
+async def test_what_is_told_beside_the_turns_does_not_wait_for_a_lease_and_both_are_asked_again(
+    tmp_path: Path,
+) -> None:
+    answers: dict[str, Any] = {}
+    link = a_link(tmp_path)
+
+    async def ask(name: str, request: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]) -> None:
+        answers[name] = await request({"op": name})
+
+    async with running(link) as nursery:
+        async with open_host(tmp_path) as host:
+            connection = await host.accept()
+            await connection.welcome()
+            nursery.start_soon(ask, "lease", link.request)
+            lease = await connection.expect("lease")
+            nursery.start_soon(ask, "unasked_turn", link.tell)
+            told = await connection._next()
+            assert told is not None
+            assert (told["op"], told["id"] != lease["id"]) == ("unasked_turn", True)
+        async with open_host(tmp_path) as host:
+            connection = await host.accept()
+            await connection.welcome()
+            again = [await connection._next(), await connection._next()]
+            assert sorted(again, key=lambda one: one["id"] if one else 0) == [lease, told]
+            await connection.answer(told, counted=True)
+            await connection.answer(lease, stop=True)
+            with trio.fail_after(10):
+                while len(answers) < 2:
+                    await trio.testing.wait_all_tasks_blocked()
+    assert (answers["lease"]["stop"], answers["unasked_turn"]["counted"]) == (True, True)
