@@ -18,6 +18,7 @@ import trio
 import trio.testing
 
 from hive_core.access import Access, Closed
+from hive_core.agents import set_deployed
 from hive_core.breaker import Breaker
 from hive_core.credentials import Credential, Credentials
 from hive_core.limits import Limits
@@ -28,7 +29,7 @@ from hive_core.sockets.http import serve_asgi
 from hive_core.sockets.model import ModelRelay
 from hive_core.sockets.unix import listen_unix
 from hive_core.store import writer
-from tests.hives import PATIENCE_S, Services, held_writer
+from tests.hives import PATIENCE_S, SETTINGS, Services, held_writer
 from tests.unit.test_core_model_relay import Call, Provider, plain_answer
 
 KEY, OTHER = "sk-ant-api03-canary-one", "sk-ant-api03-canary-two"
@@ -149,6 +150,20 @@ async def test_each_agent_uses_the_credential_that_its_settings_name(hive: Servi
         ("default", ["damocles", "hm1nd"]),
         ("work", ["iris"]),
     ]
+
+
+async def test_an_agent_whose_settings_name_another_credential_uses_that_from_then_on(
+    hive: Services, desk: Desk
+) -> None:
+    settings = {**SETTINGS, "program": "claude", "policy": {"credential": "work"}}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(desk.breaker.serve)
+        await trio.testing.wait_all_tasks_blocked()
+        await hive.store.write(lambda tx: set_deployed(tx, "iris", "1" * 40, settings))
+        with trio.fail_after(5):  # not at its next look, which is half a minute later
+            while desk.breaker.name_of(IRIS) != "work":
+                await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
 
 
 NONE = Closed("", "")
