@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import re
+import signal
 import struct
 import subprocess
 import termios
@@ -20,6 +21,7 @@ from pathlib import Path
 import trio
 
 from hive_core.containers.bubblewrap import HOME, in_memory, login_command
+from hive_core.containers.process_tree import all_pids, parent_of
 from hive_core.containers.seccomp import filter_program
 from hive_core.credentials import TOKEN
 from hive_core.protocol.refusal import Refusal
@@ -132,9 +134,8 @@ async def open_login_program(claude: Path) -> AsyncIterator[LoginProgram]:
         try:
             yield LoginProgram(process, ours)
         finally:
-            process.kill()
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(process.wait)
+                await trio.to_thread.run_sync(_end, process)
 
 
 def _start(claude: Path, terminal: int) -> subprocess.Popen[bytes]:
@@ -152,6 +153,18 @@ def _start(claude: Path, terminal: int) -> subprocess.Popen[bytes]:
             pass_fds=[file.fileno()],
             start_new_session=True,
         )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End bwrap and what is inside, at whatever moment: killed while it starts, bwrap would leave that behind."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        for pid in [pid for pid in all_pids() if parent_of(pid) == process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # process 1 of its namespace: all the others end with it
+        process.kill()
+    process.wait()
 
 
 def _environment() -> dict[str, str]:

@@ -203,6 +203,18 @@ async def test_a_cancelled_login_leaves_no_process_and_no_credential(tmp_path: P
             await house.logins.enter_code("default", "the-code#state")
 
 
+async def test_a_login_that_is_cancelled_while_its_sandbox_starts_leaves_no_process(tmp_path: Path) -> None:
+    async with house_of(tmp_path, "trap '' HUP; while :; do sleep 9; done") as house:
+        for number in range(30):
+            login = house.logins.begin("default", "the test")
+            with trio.move_on_after(number / 5000):  # another moment of its start each time
+                await until(house, login, "link")
+            house.logins.cancel("default")
+            while login.program is not None:
+                await trio.testing.wait_all_tasks_blocked(0.001)
+        await trio.to_thread.run_sync(is_gone, tmp_path)
+
+
 @pytest.mark.parametrize("code", ["", " ", "a b", "a\nb", "\x03", "\x1b[A", "é", "x" * 2000, None, 7])
 async def test_a_code_that_would_be_other_keys_is_not_typed(tmp_path: Path, code: object) -> None:
     async with house_of(tmp_path, GOOD) as house:
