@@ -16,6 +16,7 @@ from hive_core.cli.up import start_daemon
 from tests.processes import children_of, pids_naming
 
 WITHIN_S = 60.0
+KEY = "sk-ant-api03-of-a-test"  # without a credential an agent whose program is claude takes no turn
 
 
 class Daemon:

@@ -24,7 +24,7 @@ from tests.bench.figures import figure, say
 from tests.bench.group_start import all_idle, cpu_s, rss_mb, spawn
 from tests.bench.relay import relay_figures
 from tests.bench.stream import ASKED, many_lines, stream_10k
-from tests.daemons import Daemon, open_daemon
+from tests.daemons import KEY, Daemon, open_daemon
 from tests.needs import find_claude, missing
 from tests.processes import children_of
 from tests.scripted_model import Answer, Reply, Request, ScriptedModel, tool
@@ -34,7 +34,6 @@ ROUNDS = int(os.environ.get("HIVE_BENCH_ROUNDS", "20"))
 IDLE_AGENTS = 5
 HARNESSES = 20
 IDLE_S = 20
-KEY = "sk-ant-api03-of-a-measurement"
 
 
 def measure() -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 from hive_core.protocol.harness import PROTOCOL_VERSION
 from tests.bench.figures import figure, say
 from tests.bench.group_start import CHECKOUT, OPEN_BRAKES, cpu_s, spawn
-from tests.daemons import Daemon, open_daemon
+from tests.daemons import KEY, Daemon, open_daemon
 from tests.processes import look_until
 
 ROUNDS = 5
@@ -24,7 +24,6 @@ EVENTS = 500  # of each, at 50 a second: ten seconds
 CYCLES = 300  # of send, blocked lease and ack, one after the other
 TALKERS = [f"agent{number}" for number in range(4)]  # whose streams they are: one agent may have 16
 MAILER = "agent4"
-KEY = "sk-ant-api03-of-a-measurement"
 
 
 def relay_figures() -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ from hive_core.protocol.harness import PROTOCOL_VERSION
 from hive_core.protocol.lines import encode
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
-from tests.daemons import Daemon, open_daemon
+from tests.daemons import KEY, Daemon, open_daemon
 from tests.hives import Peer, connect, open_services
 from tests.proof import clients
 from tests.proof.clients import AGENTS, INITIALIZE, add_agents
@@ -113,7 +113,7 @@ def fill(path: Path) -> None:
 
 def test_after_a_failed_sync_nothing_is_answered_and_the_daemon_ends_and_starts_clean() -> None:
     told = Told(bodies_differ=True)
-    with open_daemon(*FLAGS) as daemon:
+    with open_daemon(*FLAGS, ANTHROPIC_API_KEY=KEY) as daemon:
         client = start(daemon)
         send(client, told, "before")
         with injected(daemon, "fdatasync", "EIO"):
@@ -130,7 +130,7 @@ def test_after_a_failed_sync_nothing_is_answered_and_the_daemon_ends_and_starts_
 def test_a_disk_that_takes_no_writes_refuses_with_a_true_error_and_resumes_when_it_does() -> None:
     """Who waits for mail waits on, though the send that was refused had found mail for him."""
     told = Told(bodies_differ=True)
-    with open_daemon(*FLAGS) as daemon:
+    with open_daemon(*FLAGS, ANTHROPIC_API_KEY=KEY) as daemon:
         client = start(daemon)
 
         async def main() -> None:
@@ -153,7 +153,7 @@ def test_a_disk_that_takes_no_writes_refuses_with_a_true_error_and_resumes_when_
 @small_disks
 def test_on_a_full_disk_sends_are_refused_and_acks_and_drops_work_and_with_room_it_goes_on() -> None:
     told = Told(bodies_differ=True, limits=Limits(tries=1))
-    with open_daemon(*FLAGS, "--tries", "1") as daemon, small_disk(daemon.state, "80m"):
+    with open_daemon(*FLAGS, "--tries", "1", ANTHROPIC_API_KEY=KEY) as daemon, small_disk(daemon.state, "80m"):
         client = start(daemon)
         for number in range(20):
             send(client, told, f"before {number}")
@@ -203,7 +203,7 @@ def ack_form(lease: dict[str, Any], outcome: str, following: str) -> dict[str, A
 @small_disks
 def test_a_daemon_starts_on_a_disk_that_is_full_by_giving_its_ballast_up() -> None:
     told = Told(bodies_differ=True)
-    with open_daemon(*FLAGS) as daemon, small_disk(daemon.state, "80m"):
+    with open_daemon(*FLAGS, ANTHROPIC_API_KEY=KEY) as daemon, small_disk(daemon.state, "80m"):
         trio.run(add_agents, daemon.state)
         send(daemon.start(), told, "before")
         daemon.kill()
@@ -221,7 +221,7 @@ def test_a_daemon_starts_on_a_disk_that_is_full_by_giving_its_ballast_up() -> No
 @small_disks
 def test_a_start_on_a_read_only_disk_says_so() -> None:
     told = Told(bodies_differ=True)
-    with open_daemon(*FLAGS) as daemon, small_disk(daemon.state, "80m"):
+    with open_daemon(*FLAGS, ANTHROPIC_API_KEY=KEY) as daemon, small_disk(daemon.state, "80m"):
         trio.run(add_agents, daemon.state)
         send(daemon.start(), told, "before")
         daemon.kill()
@@ -238,7 +238,7 @@ def test_a_start_on_a_read_only_disk_says_so() -> None:
 
 def test_a_database_that_another_program_locks_refuses_and_resumes() -> None:
     told = Told(bodies_differ=True)
-    with open_daemon(*FLAGS) as daemon:
+    with open_daemon(*FLAGS, ANTHROPIC_API_KEY=KEY) as daemon:
         client = start(daemon)
         client.give_up_after(60)
         send(client, told, "before")
@@ -272,7 +272,7 @@ async def remind_soon(mcp: Path) -> None:
 
 def test_a_harness_that_is_killed_in_its_turn_gives_its_message_back() -> None:
     told = Told(bodies_differ=True)
-    with open_daemon(*FLAGS) as daemon:
+    with open_daemon(*FLAGS, ANTHROPIC_API_KEY=KEY) as daemon:
         client = start(daemon)
         send(client, told, "work")
 
@@ -302,7 +302,7 @@ def test_a_harness_that_is_killed_in_its_turn_gives_its_message_back() -> None:
 
 def test_readers_that_never_read_hold_up_nobody_else() -> None:
     told = Told(bodies_differ=True)
-    with open_daemon(*FLAGS) as daemon:
+    with open_daemon(*FLAGS, ANTHROPIC_API_KEY=KEY) as daemon:
         client = start(daemon)
         client.give_up_after(60)
 

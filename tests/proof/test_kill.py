@@ -15,7 +15,7 @@ import trio
 
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
-from tests.daemons import Daemon, open_daemon
+from tests.daemons import KEY, Daemon, open_daemon
 from tests.proof.clients import AGENTS, RETRY_S, Harness, Operator, Program, Pulse, Sender, add_agents
 from tests.proof.promises import Told, broken_promises
 
@@ -141,7 +141,7 @@ def test_kills_at_random_moments_undo_nothing_that_was_answered(
     monkeypatch.setattr("hive_agent.link.RETRY_LAST_S", RETRY_S)
     monkeypatch.setattr("hive_agent.link.RETRY_FIRST_S", RETRY_S)
     told, starts_killed = Told(bodies_differ=True, limits=LIMITS), list[bool]()
-    with open_daemon(*FLAGS) as daemon:
+    with open_daemon(*FLAGS, ANTHROPIC_API_KEY=KEY) as daemon:
         pulse = trio.run(run, daemon, told, SEED, starts_killed)
         with sqlite3.connect(daemon.state / "hive.sqlite") as db:
             broken = pulse.broken + broken_promises(db, told)
