@@ -63,4 +63,4 @@ class CredentialForms:
 
 async def _named(request: Request) -> tuple[str, dict[str, str]]:
     form = await read_form(request)
-    return parse_credential_name(form.get("credential") or DEFAULT), form
+    return parse_credential_name(form.get("credential", DEFAULT)), form

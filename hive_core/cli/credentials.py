@@ -36,7 +36,7 @@ def credentials(arguments: Namespace) -> None:
 def login(arguments: Namespace) -> None:
     if arguments.api_key + arguments.token + arguments.cancel > 1:
         raise Refusal("usage", "cannot take them together: give --api-key, --token or --cancel")
-    name = arguments.credential or "default"
+    name = "default" if arguments.credential is None else arguments.credential
     if arguments.api_key or arguments.token:
         kind = "api_key" if arguments.api_key else "oauth_token"
         what = "API key" if arguments.api_key else "token"

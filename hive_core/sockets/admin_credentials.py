@@ -81,4 +81,6 @@ def credential_streams(hive: Hive) -> Streams:
 
 
 def _name(args: Args) -> str:
-    return parse_credential_name(args.get("credential") or DEFAULT)
+    # An empty name is none: a shell makes it of a variable that nobody set.
+    given = args.get("credential")
+    return parse_credential_name(DEFAULT if given is None else given)

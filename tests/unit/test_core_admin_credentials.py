@@ -112,6 +112,18 @@ async def test_a_removed_credential_leaves_its_agents_waiting(house: Hive, tmp_p
     assert "credential default missing: used by damocles, hm1nd, iris" in await hive_says(tmp_path, "credentials")
 
 
+@pytest.mark.parametrize(
+    "words", [("credentials", "remove", ""), ("credentials", "resume", ""), ("login", "", "--api-key"), ("login", "")]
+)
+async def test_an_empty_name_is_not_the_default(house: Hive, tmp_path: Path, words: tuple[str, ...]) -> None:
+    """It is what a shell makes of a variable that nobody set."""
+    await hive_says(tmp_path, "login", "--api-key", stdin=KEY)
+    assert "cannot use '' as a credential's name" in await hive_says(tmp_path, *words, stdin=KEY + "other", code=2)
+    found = house.credentials.find("default")
+    assert found is not None
+    assert found.secret == KEY
+
+
 async def test_a_kind_that_is_none_is_refused(house: Hive, tmp_path: Path) -> None:
     async with connect(tmp_path / "host.sock") as peer:
         for kind in (None, "password", ["api_key"]):
