@@ -64,7 +64,7 @@ def _ask_for_code(name: str, link: str) -> None:
 
     print(f"log in here, and bring back the code that is shown:\n\n  {safe(link)}\n", file=sys.stderr)
     print("code: ", end="", file=sys.stderr, flush=True)
-    if code := sys.stdin.readline(CODE_LIMIT).strip():
+    if code := sys.stdin.buffer.readline(CODE_LIMIT).decode(errors="replace").strip():
         # A connection of its own: on the other one the login goes on.
         Client().call("login_code", credential=name, code=code)
         return
@@ -85,7 +85,7 @@ def _secret(what: str) -> str:
     import sys
 
     if not sys.stdin.isatty():
-        return sys.stdin.read(4096)
+        return sys.stdin.buffer.read(4096).decode(errors="replace")  # no secret has what takes the place of junk
     from getpass import getpass
 
     try:

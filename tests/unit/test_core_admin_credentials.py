@@ -80,6 +80,14 @@ async def test_what_cannot_be_done_is_one_sentence_and_changes_nothing(
     assert not house.credentials.folder.exists()
 
 
+@pytest.mark.parametrize("option", ["--api-key", "--token"])
+async def test_a_secret_that_is_not_text_is_refused_in_one_line(house: Hive, tmp_path: Path, option: str) -> None:
+    done = await run_hive(tmp_path, "login", option, stdin=b"sk-ant-\xff\xfe-0123456789")
+    (line,) = done.stderr.decode().splitlines()
+    assert (done.returncode, "must be one word of printable ASCII" in line) == (2, True)
+    assert not house.credentials.folder.exists()
+
+
 async def test_a_default_from_the_environment_is_not_changed(hive: Services, tmp_path: Path) -> None:
     house = hive_of(hive, credentials=Credentials(hive.state_dir, {"ANTHROPIC_API_KEY": KEY}))
     async with serve(tmp_path / "host.sock", AdminDesk(house).serve):
