@@ -11,6 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+DETAIL_SHOWN = 60  # characters of it in a table
 _COLOURS = {"red": "31", "green": "32", "amber": "33", "mauve": "35", "dim": "2", "bold": "1"}
 _STATE_COLOURS = {
     "idle": "green",
@@ -71,7 +72,7 @@ def agents(result: dict[str, Any]) -> str:
     for agent in result["agents"]:
         if agent["status"]:
             text += f"\n{paint(agent['name'], 'bold')}: {safe(agent['status'])}"
-    return "\n".join([*_alarms(result), text])
+    return "\n".join([*_alarms(result), text, *_whole_details(result["agents"])])
 
 
 def _alarms(result: dict[str, Any]) -> list[str]:
@@ -85,8 +86,18 @@ def _alarms(result: dict[str, Any]) -> list[str]:
     return alarms
 
 
+def _whole_details(agents: list[dict[str, Any]]) -> list[str]:
+    """What was too long for the table: why agents do what they do, once for all that have the same reason."""
+    names: dict[str, list[str]] = {}
+    for agent in agents:
+        if len(detail := safe(agent["detail"])) > DETAIL_SHOWN:
+            names.setdefault(detail, []).append(agent["name"])
+    return [f"{paint(', '.join(who), 'bold')}: {detail}" for detail, who in names.items()]
+
+
 def _state(agent: dict[str, Any]) -> str:
-    detail = f" ({safe(agent['detail'])[:60]})" if agent["detail"] else ""
+    whole = safe(agent["detail"])
+    detail = f" ({whole if len(whole) <= DETAIL_SHOWN else whole[: DETAIL_SHOWN - 1] + '…'})" if whole else ""
     rest = f", rests until {clock(agent['rests_until_ms'])}" if agent["rests_until_ms"] else ""
     until = f", until {clock(agent['until_ms'])}" if agent["until_ms"] else ""
     return f"{agent['state']}{detail}{until}{rest}{_context(agent)}"

@@ -50,6 +50,19 @@ def spend(hive: Services, agent: str, model: str, input_tokens: int | None, outp
     ledger.call_ended(call)
 
 
+async def test_the_list_tells_whole_why_agents_are_stopped_and_who_lets_them_go_on(
+    hive: Services, command: Command
+) -> None:
+    await command("budget", "set", "hive", "--day", "0.01")
+    spend(hive, "iris", HAIKU, 20_000)
+    for name in ("hm1nd", "iris", "damocles"):
+        hive.agents.observe_rest(name)
+    closed = hive.agents.access.closed(AgentName("iris"))
+    assert closed is not None
+    assert closed.sentence.endswith("the operator can raise it: `hive budget set hive --day USD`")
+    assert f"hm1nd, damocles, iris: {closed.sentence}" in (await command("list")).splitlines()
+
+
 async def test_costs_are_summed_up_by_agent_model_cause_and_day(hive: Services, command: Command) -> None:
     spend(hive, "iris", HAIKU, 1_000_000)
     hive.clock.ahead_s += DAY_S
