@@ -21,6 +21,7 @@ from hive_core.protocol.words import (
     BODY_LIMIT_BYTES,
     OPERATOR,
     AgentName,
+    MessageBody,
     parse_agent_name,
     parse_body,
     parse_id,
@@ -72,8 +73,10 @@ class Forms:
         form = await read_form(request)
         recipient = parse_agent_name(form.get("to"))
         body = parse_body(form.get("body"))
-        if form.get("commands") and (command := read_command(body)) is not None:
-            return yes(request, form.get("back", "/"), await run_command(self._hive, recipient, *command))
+        if form.get("commands"):
+            if (command := read_command(body)) is not None:
+                return yes(request, form.get("back", "/"), await run_command(self._hive, recipient, *command))
+            body = MessageBody(body.removeprefix("/"))  # one that begins with a slash began with two
         in_reply_to = number(form["in_reply_to"], "a message") if form.get("in_reply_to") else None
         sent = await self._hive.broker.send(OPERATOR, recipient, body, in_reply_to)
         return yes(request, form.get("back", "/"), f"message {sent['message']} is on its way to {recipient}")

@@ -213,6 +213,8 @@ async def test_what_only_looks_like_a_command_is_a_message(hive: Services, steer
     for fields in ({"commands": "1", "body": "//compact"}, {"body": "/compact"}, {"commands": "1", "body": " /x"}):
         assert "is on its way" in (await post(hive, "/messages", to="iris", **fields))["said"]
     assert read_command("model") is None
+    rows = await hive.store.rows("SELECT body FROM messages ORDER BY id")
+    assert [row["body"] for row in rows] == ["/compact", "/compact", " /x"], "of two slashes one is the message's own"
 
 
 async def test_the_page_shows_what_was_chosen_and_how_full_the_session_is(hive: Services, steering: Steering) -> None:
