@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hive_core.cli.verbs import VERBS
 from tests.needs import ROOT
 
 
@@ -95,6 +96,11 @@ def test_a_make_target_listed_in_help_exists(target: str) -> None:
 
 def test_make_adds_nothing_of_its_own_to_stdout() -> None:
     assert all(re.match(r"make [a-z-]+ ", line) for line in run("make", "help").stdout.splitlines())
+
+
+def test_the_readme_names_every_verb() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert not [verb for verb in VERBS if not re.search(rf"`hive {verb}\b(?!-)", text)]
 
 
 def test_the_docs_name_tests_that_exist() -> None:

@@ -4,11 +4,17 @@ import pytest
 
 from hive_core.config import Config
 from hive_core.limits import Limits
+from hive_core.turns import LINES_PER_AGENT, LINES_PER_TURN
 from tests.defaults_page import PAGE, in_words, page
 
 
 def test_the_page_of_defaults_says_what_the_code_says() -> None:
     assert PAGE.read_text("utf-8") == page(), "write it anew: python -m tests.defaults_page"
+
+
+def test_the_page_on_keeping_says_how_many_lines_are_kept() -> None:
+    said = f"{LINES_PER_TURN:,} lines a turn, {LINES_PER_AGENT:,} lines and"
+    assert said in PAGE.with_name("keeping.md").read_text("utf-8")
 
 
 def test_the_defaults_are_those_that_were_promised() -> None:
