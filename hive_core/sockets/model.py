@@ -131,7 +131,7 @@ class _Exchange:
         self._call = call
         self._scope = scope
         self._send = send
-        self._body = _Body(receive)
+        self._body = _Body(receive, _content_length(scope["headers"]))
 
     async def run(self) -> None:
         cut: Closed | None = None
@@ -215,10 +215,15 @@ class _Exchange:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+def _content_length(headers: list[tuple[bytes, bytes]]) -> int | None:
+    lengths = [value for name, value in headers if name == b"content-length" and value.isdigit() and len(value) < 12]
+    return int(lengths[0]) if lengths else None
+
+
 def _announced_bytes(headers: list[tuple[bytes, bytes]]) -> int:
     """How large a request says that it is; of one that does not say, how large it may be."""
-    lengths = [value for name, value in headers if name == b"content-length" and value.isdigit() and len(value) < 12]
-    return min(int(lengths[0]), BODY_LIMIT_BYTES) if lengths else BODY_LIMIT_BYTES
+    length = _content_length(headers)
+    return BODY_LIMIT_BYTES if length is None else min(length, BODY_LIMIT_BYTES)
 
 
 def _length(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
@@ -229,10 +234,14 @@ def _length(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
 
 
 class _Body:
-    """A request's body as it comes, and after it the wait for the hang-up: ASGI tells both on one channel."""
+    """A request's body as it comes, and after it the wait for the hang-up: ASGI tells both on one channel.
 
-    def __init__(self, receive: Receive) -> None:
+    With its `length` it is whole: the provider begins to work then, although HTTP/2 can leave the stream open.
+    """
+
+    def __init__(self, receive: Receive, length: int | None) -> None:
         self._receive = receive
+        self._length = length
         self._whole = trio.Event()
         self.size = 0
         self.too_long = False
@@ -253,9 +262,10 @@ class _Body:
             if self.size > BODY_LIMIT_BYTES:
                 self.too_long = True
                 raise httpx2.WriteError("the body is too long")
+            more = message.get("more_body", False) and self.size != self._length
+            if not more:
+                self._whole.set()
             yield message.get("body", b"")
-            more = message.get("more_body", False)
-        self._whole.set()
 
     async def wait_hung_up(self, scope: trio.CancelScope) -> None:
         """Cancel `scope` when the agent hangs up: nobody waits for the answer, and it costs."""

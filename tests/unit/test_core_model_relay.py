@@ -622,6 +622,29 @@ async def test_an_agent_that_hangs_up_in_the_middle_of_its_request_harms_nobody(
     assert (await bench.post(content=b"{}")).status_code == 200
 
 
+async def test_a_request_whose_announced_bytes_have_come_is_a_call_though_its_stream_is_left_open(bench: Bench) -> None:
+    asked = trio.Event()
+
+    async def goes_on(call: Call) -> None:
+        asked.set()
+        await call.wait_hung_up()
+
+    async def left_open() -> AsyncIterator[bytes]:
+        yield b"{}"
+        await trio.sleep_forever()
+
+    bench.provider.answer = goes_on
+    transport = httpx2.AsyncHTTPTransport(uds=str(bench.path), http1=False, http2=True)  # where a length ends nothing
+    async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1:9") as client:
+        headers = {"content-length": "2"}
+        with trio.fail_after(PATIENCE_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(client.post, "/v1/messages", content=left_open(), headers=headers))
+                await asked.wait()
+                nursery.cancel_scope.cancel()
+    assert (await bench.ended()).reached, "the provider works on it, and charges it"
+
+
 # -- pure parts -------------------------------------------------------------------------------------------------------
 
 
