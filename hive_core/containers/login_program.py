@@ -86,6 +86,7 @@ class LoginProgram:
         self._process = process
         self._terminal = terminal
         self._printed = trio.Event()
+        self._left = False
         self.screen = Screen()
 
     async def read(self) -> bool:
@@ -114,7 +115,14 @@ class LoginProgram:
             await self._printed.wait()
         self._write(b"\r")
 
+    def leave(self) -> None:
+        """Type no more, not the rest of a code either: the terminal's number may be another file's from now on."""
+        self._left = True
+        self._printed.set()
+
     def _write(self, data: bytes) -> None:
+        if self._left:
+            return
         with contextlib.suppress(OSError):  # it has left, which `read` tells
             os.write(self._terminal, data)
 
@@ -131,9 +139,11 @@ async def open_login_program(claude: Path) -> AsyncIterator[LoginProgram]:
             process = _start(claude, theirs)
         finally:
             os.close(theirs)
+        login = LoginProgram(process, ours)
         try:
-            yield LoginProgram(process, ours)
+            yield login
         finally:
+            login.leave()
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(_end, process)
 

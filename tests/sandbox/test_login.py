@@ -203,6 +203,30 @@ async def test_a_cancelled_login_leaves_no_process_and_no_credential(tmp_path: P
             await house.logins.enter_code("default", "the-code#state")
 
 
+async def test_what_is_left_of_a_code_is_typed_into_no_other_file_when_its_login_has_ended(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
+    async with house_of(tmp_path, "stty -echo\n" + SHOW_LINK + "read -r x; sleep 9") as house:
+        login = house.logins.begin("default", "the test")
+        await until(house, login, "link")
+        assert login.program is not None
+        number = login.program._terminal
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(house.logins.enter_code, "default", "the-code#state")  # waits for an echo
+            await until(house, login, "code")
+            await trio.testing.wait_all_tasks_blocked()
+            house.logins.cancel("default")
+            while login.program is not None:
+                await trio.testing.wait_all_tasks_blocked(0.001)
+            another = os.open(tmp_path / "another", os.O_WRONLY | os.O_CREAT)
+            os.dup2(another, number)  # as any file may have it, that is opened next
+            mock_clock.jump(2)
+            await trio.testing.wait_all_tasks_blocked()
+            for descriptor in {another, number}:
+                os.close(descriptor)
+    assert (tmp_path / "another").read_bytes() == b""
+
+
 async def test_a_login_that_is_cancelled_while_its_sandbox_starts_leaves_no_process(tmp_path: Path) -> None:
     async with house_of(tmp_path, "trap '' HUP; while :; do sleep 9; done") as house:
         for number in range(30):
