@@ -33,7 +33,7 @@ ERROR_LIMIT = 500
 def reason_of(result: dict[str, Any], api_error: str | None) -> str:
     """One of protocol.harness.REASONS for a result that is an error; `api_error` is its last message's."""
     status = result.get("api_error_status")
-    if result.get("terminal_reason") in _TOO_LONG:
+    if str(result.get("terminal_reason")) in _TOO_LONG:
         return "prompt_too_long"
     if result.get("stop_reason") == "refusal":
         return "refusal"

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from hive_agent.claude_errors import WAITING, describe_exit, error_sentence, reason_of, shortened
-from hive_agent.claude_usage import context, summed_usage, tokens_of, whole_number
+from hive_agent.claude_usage import context, number, summed_usage, tokens_of, whole_number
 from hive_agent.runner import Activity, Ending
 from hive_agent.turn_lines import hive_line
 from hive_core.protocol.harness import STREAM_LINE_LIMIT_BYTES
@@ -17,6 +17,8 @@ from hive_core.protocol.refusal import Refusal
 INTERACTIVE = frozenset({"AskUserQuestion", "ExitPlanMode", "EnterPlanMode"})
 DENIED = "nobody can answer here: go on without it, or ask with the hive's tools"
 THINKING = Activity("thinking")
+DETAIL_LIMIT = 60  # characters of what stands beside a state
+SESSION_LIMIT = 64  # of a session's number
 SYNTHETIC = "<synthetic>"  # the model of a message that the program wrote itself
 
 
@@ -140,23 +142,24 @@ class Report:
         match event.get("subtype"):
             case "init":
                 self.began = True
-                self.session = text_or_none(event.get("session_id"))
+                session = text_or_none(event.get("session_id"))
+                self.session = session if session and len(session) <= SESSION_LIMIT else None
                 self.has_tools = hive_connected(event.get("mcp_servers"))
                 self.activity = THINKING
             case "status":
                 self.activity = Activity("compacting") if event.get("status") == "compacting" else THINKING
                 if (told := event.get("compact_result")) is not None:
-                    self.compacted = str(event.get("compact_error") or told)
+                    self.compacted = shortened(str(event.get("compact_error") or told))
             case "compact_boundary":
                 told = event.get("compact_metadata")
                 self._tokens = whole_number(told.get("post_tokens")) if isinstance(told, dict) else 0
                 self.compacted = "success"
             case "api_retry":
                 limited = event.get("error_status") == 429
-                delay_ms = _number(event.get("retry_delay_ms"))
+                delay_ms = number(event.get("retry_delay_ms"))
                 until_ms = None if delay_ms is None else _now_ms() + int(delay_ms)
                 tries = f"attempt {event.get('attempt')} of {event.get('max_retries')}"
-                self.activity = Activity("rate_limited" if limited else "overloaded", tries, until_ms)
+                self.activity = Activity("rate_limited" if limited else "overloaded", tries[:DETAIL_LIMIT], until_ms)
 
     def _take_answer(self, event: dict[str, Any]) -> None:
         self._api_error = text_or_none(event.get("error"))
@@ -172,19 +175,21 @@ class Report:
     def _take_limit(self, told: object) -> None:
         if not isinstance(told, dict) or told.get("status") != "rejected":
             return
-        resets_at_s = _number(told.get("resetsAt"))
+        resets_at_s = number(told.get("resetsAt"))
         self.limited_until_ms = None if resets_at_s is None else int(resets_at_s * 1000)
-        self.activity = Activity("rate_limited", str(told.get("rateLimitType") or "")[:60], self.limited_until_ms)
+        self.activity = Activity(
+            "rate_limited", str(told.get("rateLimitType") or "")[:DETAIL_LIMIT], self.limited_until_ms
+        )
 
     def _note_call(self, block: dict[str, Any]) -> None:
         call = block.get("name"), block.get("input")
         self.repeats = self.repeats + 1 if call == self._last_call else 1
         self._last_call = call
-        self.tools[str(block.get("id"))] = str(block.get("name"))
+        self.tools[str(block.get("id"))] = str(block.get("name"))[:DETAIL_LIMIT]
 
     def _show_tool(self) -> None:
         names = list(self.tools.values())
-        self.activity = Activity("tool", names[-1][:60]) if names else THINKING
+        self.activity = Activity("tool", names[-1]) if names else THINKING
 
 
 def denial(request: dict[str, Any]) -> bytes:
@@ -225,13 +230,6 @@ def begins_turn(line: bytes | Refusal) -> bool:
 
 def text_or_none(value: object) -> str | None:
     return value if isinstance(value, str) else None
-
-
-def _number(value: object) -> float | None:
-    """A finite number of a sensible size, which is all that int() takes."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if abs(value) < 2**53 else None
 
 
 def _now_ms() -> int:

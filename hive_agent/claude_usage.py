@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 _COUNTED = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens", "webSearchRequests")
 _NOT_COUNTED = ("contextWindow", "maxOutputTokens")
 _KINDS = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+MODELS_LIMIT = 20  # that one turn's usage tells of
+NAME_LIMIT = 100
 # The tokens that fit into one request, by a pattern of the model's name; the first that fits. It is asked where neither
 # agent.toml nor the program says how many there are.
 WINDOWS = (
@@ -29,8 +31,8 @@ def summed_usage(result: dict[str, Any], before: dict[str, Any]) -> dict[str, An
     return {
         **{kind: whole_number(tokens.get(kind)) for kind in _KINDS},
         "cost_usd": _more(result, before, "total_cost_usd"),
-        "num_turns": result.get("num_turns"),
-        "duration_ms": result.get("duration_ms"),
+        "num_turns": number(result.get("num_turns")),
+        "duration_ms": number(result.get("duration_ms")),
         "models": _models(result.get("modelUsage"), before.get("modelUsage")),
     }
 
@@ -87,25 +89,32 @@ def _models(now: object, before: object) -> dict[str, Any] | None:
     if not isinstance(now, dict):
         return None
     earlier = before if isinstance(before, dict) else {}
-    models = {}
+    models: dict[str, dict[str, Any]] = {}
     for name, told in now.items():
         if isinstance(told, dict):
             was = earlier.get(name)
             was = was if isinstance(was, dict) else {}
             more = {key: _more(told, was, key) for key in (*_COUNTED, "costUSD") if key in told}
-            if any(more.values()):
-                models[name] = {**told, **more}
+            if any(more.values()) and len(name) <= NAME_LIMIT and len(models) < MODELS_LIMIT:
+                models[name] = {**{key: number(told[key]) for key in _NOT_COUNTED if key in told}, **more}
     return models
 
 
 def _more(now: dict[str, Any], before: dict[str, Any], key: str) -> float | int | None:
     """How much more there is of it now; None where nothing is known."""
-    value, was = now.get(key), before.get(key, 0)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    value, was = number(now.get(key)), number(before.get(key)) or 0
+    if value is None:
         return None
-    was = was if isinstance(was, int | float) else 0
     return round(value - was, 10) if isinstance(value, float) or isinstance(was, float) else value - was
 
 
+def number(value: object) -> float | int | None:
+    """A finite number of a sensible size: one that int() takes, and that the host can read."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if abs(value) < 2**53 else None
+
+
 def whole_number(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+    found = number(value)
+    return found if isinstance(found, int) else 0

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import trio
 
+from hive_agent.claude_errors import shortened
 from hive_agent.claude_stream import Report
 from hive_agent.descendants import descendants
 
@@ -81,7 +82,7 @@ class Watch:
         if self._report.repeats >= SAME_CALLS:
             same = "with the same arguments and the same answer"
             return Stuck("loop", f"it called the same tool {SAME_CALLS} times in a row, {same}")
-        asked = ", ".join(self._report.tools.values())
+        asked = self._tools()
         return Stuck("unanswered_prompt", f"it waits for a person, who is not there, in the tool {asked}")
 
     def _describe(self, works: bool, silent_s: float) -> Stuck:
@@ -89,9 +90,12 @@ class Watch:
         silent = f"for {silent_s:.0f} s, {does}"
         if self._lines == 0:
             return Stuck("never_started", f"it did not begin {silent}")
-        tools = ", ".join(self._report.tools.values())
+        tools = self._tools()
         where = f"in the tool {tools}" if tools else "outside any tool"
         return Stuck("silent_busy" if works else "silent", f"it printed nothing {silent}, {where}")
+
+    def _tools(self) -> str:
+        return shortened(", ".join(self._report.tools.values()))
 
 
 def cpu_of_descendants_s() -> float:

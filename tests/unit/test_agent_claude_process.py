@@ -13,6 +13,9 @@ from hive_agent import claude
 from hive_agent.claude import Claude
 from hive_agent.claude_stream import Report
 from hive_agent.runner import Activity, Ending, Seat
+from hive_agent.serve import as_ack
+from hive_core.protocol.harness import REQUEST_LIMIT_BYTES
+from hive_core.protocol.lines import decode, encode
 from tests.harness_host import a_lease
 from tests.processes import look_until
 
@@ -242,3 +245,40 @@ async def test_a_call_whose_arguments_change_is_no_loop(tmp_path: Path) -> None:
     runner = a_runner(tmp_path, f"turn; for n in $(seq 60); do echo '{call}'; done; good; read _")
     assert (await take(runner, [])).outcome == "done"
     await runner.close()
+
+
+def a_call(name: str) -> str:
+    return json.dumps({"type": "assistant", "message": {"content": [{"type": "tool_use", "id": "1", "name": name}]}})
+
+
+def a_result_with(more: str) -> str:
+    return f'{{"type":"result","is_error":false,{more}}}'
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [INIT, a_result_with('"total_cost_usd":1e999')],
+        [INIT, a_result_with(f'"total_cost_usd":{10**400}')],
+        [INIT, a_result_with('"num_turns":1e999,"duration_ms":-1e999')],
+        [INIT, a_result_with('"terminal_reason":[]').replace("false", "true")],
+        [INIT, a_result_with(f'"modelUsage":{{"m":{{"costUSD":1,"note":"{"y" * REQUEST_LIMIT_BYTES}"}}}}')],
+        [INIT, a_result_with(f'"modelUsage":{{"{"m" * REQUEST_LIMIT_BYTES}":{{"costUSD":1}}}}')],
+        [INIT, a_result_with(f'"num_turns":"{"y" * REQUEST_LIMIT_BYTES}"')],
+        [INIT.replace('"s"', f'"{"s" * REQUEST_LIMIT_BYTES}"'), RESULT],
+        [INIT, f'{{"type":"system","subtype":"api_retry","attempt":"{"y" * REQUEST_LIMIT_BYTES}"}}', RESULT],
+        [INIT, a_call("y" * REQUEST_LIMIT_BYTES), RESULT],
+    ],
+    ids=lambda lines: str(lines[-1])[:60],
+)
+def test_whatever_its_program_prints_the_harness_asks_only_what_its_host_can_read(lines: list[str]) -> None:
+    """A request that the host cannot read would be sent again for ever, and its turn would never end."""
+    report = Report({"total_cost_usd": 0.5})
+    for line in lines:
+        report.read_stdout(line.encode())
+        state = encode({"op": "lines", "state": report.activity._asdict()})
+        assert decode(state)
+        assert len(state) < 1000
+    ack = encode({"op": "ack", **as_ack(cast("Any", a_lease()), report.ending(0))})
+    assert decode(ack)["outcome"]
+    assert len(ack) < 2000
