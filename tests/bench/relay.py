@@ -117,7 +117,8 @@ def _provider() -> Iterator[str]:
 @contextmanager
 def _swarm(port: str) -> Iterator[Daemon]:
     """A daemon whose agents have no program: their sockets are there for a client to speak to."""
-    flags = (*OPEN_BRAKES, f"--provider-base-url=http://127.0.0.1:{port}")
+    # Their harnesses do not say that they live.
+    flags = (*OPEN_BRAKES, "--lease-silence-s=86400", f"--provider-base-url=http://127.0.0.1:{port}")
     with open_daemon(*flags, ANTHROPIC_API_KEY=KEY) as daemon:
         names = [*TALKERS, MAILER]
         spawn(daemon.start(), len(names))
