@@ -368,6 +368,9 @@ def environment(seat: Seat, credential: str) -> dict[str, str]:
         "MCP_CONNECTION_NONBLOCKING": "0",
         "MCP_CONNECT_TIMEOUT_MS": str(TOOLS_PATIENCE_MS),
         "MCP_TIMEOUT": str(TOOLS_PATIENCE_MS),
+        # Otherwise each new process puts the git status of its working directory into the system prompt, and a file
+        # more or less there throws away the provider's cache of the whole session.
+        "CLAUDE_CODE_DISABLE_GIT_INSTRUCTIONS": "1",
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         # The harness compacts, visibly and between turns.
         "DISABLE_AUTO_COMPACT": "1",
