@@ -18,6 +18,7 @@ import trio
 from starlette.types import Message, Receive, Scope, Send
 
 from hive_core.access import ACCESS, Access, Closed
+from hive_core.charges import FREE_PATHS
 from hive_core.credentials import Credential
 from hive_core.protocol.words import AgentName
 from hive_core.usage import Call
@@ -62,7 +63,8 @@ class ModelRelay:
     """One agent's relay, an ASGI application.
 
     credential  of the agent, None when there is none
-    answered    is called with the status and the headers of each answer of the provider, before its body
+    answered    is called with the status and the headers of each answer of the provider, before its body; of one that
+                counts tokens only when it refuses the credential
     call_ended  is called once for each call that began, at its end
     call_begins is asked before: what it answers refuses the call, for now
     call_moved  is called when the answer has told a count of tokens
@@ -180,7 +182,9 @@ class _Exchange:
             return
         self._call.reached = True
         try:
-            relay.answered(self._credential, response.status_code, response.headers)
+            # Counting tokens has limits of its own, and costs nothing: those must stop nobody's calls.
+            if self._call.path not in FREE_PATHS or response.status_code in (401, 403):
+                relay.answered(self._credential, response.status_code, response.headers)
             await self._stream_back(response)
         finally:
             with trio.CancelScope(shield=True):

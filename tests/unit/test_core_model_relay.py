@@ -325,6 +325,20 @@ async def test_tokens_may_be_counted(bench: Bench) -> None:
     assert bench.provider.calls[0].target == "/v1/messages/count_tokens"
 
 
+@pytest.mark.parametrize(("status", "told"), [(429, False), (529, False), (200, False), (401, True), (403, True)])
+async def test_how_often_tokens_may_be_counted_says_nothing_of_how_often_the_model_may_be_called(
+    bench: Bench, status: int, told: bool
+) -> None:
+    async def answers(call: Call) -> None:
+        await call.say(f"HTTP/1.1 {status} X\r\ncontent-length: 2\r\n\r\n{{}}".encode())
+
+    bench.provider.answer = answers
+    assert (await bench.post("/v1/messages/count_tokens", content=b"{}")).status_code == status
+    assert bool(bench.answers) == told
+    await bench.post(content=b"{}")
+    assert len(bench.answers) == 1 + told
+
+
 # -- when it cannot be ------------------------------------------------------------------------------------------------
 
 
