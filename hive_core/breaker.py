@@ -239,7 +239,7 @@ class Breaker:
         if reason == REFUSED and first:
             said = f"Agents wait: {state.sentence(self._now_ms())}. Only the operator can log in."
         data = {"status": state.status, "until_ms": state.until_ms, "stays": state.stays or None}
-        self._reopening.forget(state.name, self.users(state.name))
+        self._reopening.failed(state.name, agent, self.users(state.name))
         self._put(state, News(kind, SYSTEM, agent, data, said))
         self._tell(self.users(state.name))
 

@@ -29,6 +29,7 @@ class Reopening:
         self._patience_ms = int(limits.probe_s * 1000)
         self._chance = chance
         self._trials: dict[str, Trial] = {}
+        self._failed: dict[str, set[AgentName]] = {}  # whose try failed, since the credential was closed first
         self._follow: dict[AgentName, int] = {}  # who goes on at which instant
 
     def trial(self, name: str) -> Trial | None:
@@ -45,15 +46,27 @@ class Reopening:
         if trial is not None and trial.agent is None:
             trial.agent, trial.since_ms = agent, now_ms
 
+    def failed(self, name: str, agent: AgentName, users: Iterable[AgentName]) -> None:
+        """The credential was closed, or closed again by the agent that tried it: the next time another one tries.
+
+        Else an agent whose own requests are what the provider refuses would keep all others waiting.
+        """
+        trial = self._trials.get(name)
+        self.forget(name, users)
+        if trial is not None:
+            self._failed[name] = {*trial.tried, agent}
+
     def forget(self, name: str, users: Iterable[AgentName]) -> None:
-        """Nothing of the credential comes back: it was closed again, or is another."""
+        """Nothing of the credential comes back: it was closed, or is another."""
         self._trials.pop(name, None)
+        self._failed.pop(name, None)
         for agent in users:
             self._follow.pop(agent, None)
 
     def worked(self, name: str, others: list[AgentName], now_ms: int) -> None:
         """The trial is over, and the others follow."""
         del self._trials[name]
+        self._failed.pop(name, None)
         self._chance.shuffle(others)
         for place, agent in enumerate(others):
             part = (place + self._chance.random()) / len(others)
@@ -67,11 +80,11 @@ class Reopening:
         now_ms: int,
     ) -> list[AgentName]:
         """Give a rested credential to an agent that `waits` for nothing but it, the one that found it out first; to
-        another when that one did nothing with it. Whom to wake."""
+        another when that one failed, or did nothing with it. Whom to wake."""
         trial = self._trials.get(state.name)
         begins = trial is None
         if trial is None:
-            trial = self._trials[state.name] = Trial(None, now_ms)
+            trial = self._trials[state.name] = Trial(None, now_ms, self._failed.pop(state.name, set()))
         before = trial.agent
         if before is not None:
             if 0 <= now_ms - trial.since_ms < self._patience_ms:

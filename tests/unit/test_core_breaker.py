@@ -372,6 +372,21 @@ async def test_a_try_that_is_limited_again_closes_again(hive: Services, desk: De
     assert await desk.kinds() == ["limited", "limited"]
 
 
+@pytest.mark.parametrize("status", [403, 429])
+async def test_after_a_try_that_failed_another_that_waits_is_the_next(hive: Services, desk: Desk, status: int) -> None:
+    for agent in (DAMOCLES, HM1ND, IRIS):
+        await hive.say("operator", agent, "work")
+    tried = []
+    for _ in range(4):
+        await desk.answer(IRIS if not tried else tried[-1], status)  # its own request may be what is refused
+        await desk.pass_s(desk.until_s() + 0.01)
+        tried += [agent for agent in (DAMOCLES, HM1ND, IRIS) if desk.closed(agent) is None]
+    assert tried[:3] == [IRIS, DAMOCLES, HM1ND]
+    assert len(tried) == 6, "when all have failed whoever calls first tries"
+    await desk.answer(DAMOCLES, 200)
+    assert desk.row()["state"] == "works"
+
+
 async def test_a_login_lets_those_go_on_at_once_who_were_to_follow_later(desk: Desk) -> None:
     await desk.answer(IRIS, 429, after_s=60)
     await desk.pass_s(61)
