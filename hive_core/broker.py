@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 RECV_LIMIT = 32
 RECV_WAIT_LIMIT_S = 180.0
 UNDO_WAIT_S = 30.0  # the end of a daemon waits as long
+ENDED_KEPT = 1_000  # turns: whoever was answered in the same commit has heard of it long before
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class Broker:
         self.ledger = ledger or Ledger(store, access, load_prices(), self.limits)
         self._chance = chance or random.Random()
         self._heard: dict[int, tuple[AgentName, float]] = {}  # running turn → its agent, when its harness last spoke
+        self._ended: dict[int, None] = {}  # turns that ended lately, the oldest first
         self._post_all = self._post  # one object, so that the sends of a batch find each other
 
     # -- sending ------------------------------------------------------------------------------------------------------
@@ -251,8 +253,7 @@ class Broker:
         for turn_id in found.lost:
             self._forget(turn_id)
         if found.alive is not None:
-            self._heard[found.alive] = (agent, trio.current_time())
-            self.ledger.turn_began(agent, found.alive)
+            self._runs(agent, found.alive)
         return found
 
     def put_back(self, tx: Transaction, agent: AgentName) -> None:
@@ -276,7 +277,8 @@ class Broker:
         """
         while True:
             for row in await self._store.rows("SELECT id, agent FROM turns WHERE state = 'running'"):
-                self._heard.setdefault(row["id"], (row["agent"], trio.current_time()))
+                if row["id"] not in self._ended:  # while this was read
+                    self._heard.setdefault(row["id"], (row["agent"], trio.current_time()))
             now, silence_s = trio.current_time(), self.limits.lease_silence_s
             silent = [(turn, agent) for turn, (agent, heard) in self._heard.items() if now - heard >= silence_s]
             for turn_id, agent in silent:
@@ -298,13 +300,21 @@ class Broker:
             log.warning("turn %d of %s was taken away: its harness is silent", turn_id, agent, extra={"agent": agent})
 
     def _note(self, agent: AgentName, lease: Lease) -> Lease:
-        self._heard[lease.turn.id] = (agent, trio.current_time())
-        self.ledger.turn_began(agent, lease.turn.id)
+        self._runs(agent, lease.turn.id)
         return lease
+
+    def _runs(self, agent: AgentName, turn_id: int) -> None:
+        """Behind the commit that has begun or found a turn. One that has ended it may have been answered before."""
+        if turn_id not in self._ended:
+            self._heard[turn_id] = (agent, trio.current_time())
+            self.ledger.turn_began(agent, turn_id)
 
     def _forget(self, turn_id: int) -> None:
         """Behind the commit that has ended a turn."""
         self._heard.pop(turn_id, None)
+        self._ended[turn_id] = None
+        if len(self._ended) > ENDED_KEPT:
+            del self._ended[next(iter(self._ended))]
         self.ledger.turn_ended(turn_id)
 
     def end_turn(self, tx: Transaction, agent: str, turn_id: int, ending: TurnEnd) -> None:

@@ -595,6 +595,23 @@ async def test_a_turn_cancelled_by_the_operator_acks_its_messages_as_cancelled(h
     assert (await lease(hive)).message["body"] == "2"
 
 
+async def test_a_turn_that_is_cancelled_in_the_commit_that_began_it_is_over_for_its_harness(hive: Services) -> None:
+    """Which of the two is answered first is chance. Told that it runs, the harness would go on for ever."""
+    for number in range(20):
+        await hive.say("hm1nd", "iris", f"{number}")
+        cancelled: list[int] = []
+
+        async def cancel(turns: list[int] = cancelled) -> None:
+            turns.append(await hive.broker.cancel_turn(IRIS, OPERATOR))
+
+        async with trio.open_nursery() as nursery, held_writer(hive.store, nursery):
+            for one in (partial(lease, hive), cancel):
+                nursery.start_soon(one)
+                await trio.testing.wait_all_tasks_blocked()
+        assert not hive.broker.renew(IRIS, cancelled[0])
+        assert hive.broker.ledger.running(IRIS) is None
+
+
 async def test_cancelling_where_no_turn_runs_is_refused(hive: Services) -> None:
     with refused("not_found", "cannot cancel: no turn of iris runs"):
         await hive.broker.cancel_turn(IRIS, OPERATOR)
