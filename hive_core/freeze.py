@@ -17,6 +17,7 @@ class Freeze:
         self._store = store
         self._access = access
         self.since_ms: int | None = None  # when the swarm was stopped; None while it is not
+        self._stops = 0  # how often it was to be
         access.add(self.reason)
 
     async def load(self) -> None:
@@ -34,6 +35,7 @@ class Freeze:
 
         It holds at once, also when the disk then takes nothing and Refusal is raised.
         """
+        self._stops += 1
         if self.since_ms is None:
             self.since_ms = int(time.time() * 1000)
             self._access.changed()
@@ -53,8 +55,14 @@ class Freeze:
             tx.emit("swarm_frozen" if frozen else "swarm_thawed", actor)
             return True, since_ms
 
+        stops = self._stops
         with trio.CancelScope(shield=True):  # else what is written and what holds could be two things
-            changed, self.since_ms = await self._store.write(write)
+            changed, since_ms = await self._store.write(write)
+        if not frozen and self._stops != stops:
+            return changed  # a stop has come meanwhile, and holds
+        # One that the disk did not take is in memory alone.
+        changed = changed or (self.since_ms is None) != (since_ms is None)
+        self.since_ms = since_ms
         if changed:
             self._access.changed()
         return changed

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 import pytest
 import trio
@@ -14,6 +15,8 @@ from hive_core.agents import Agents
 from hive_core.freeze import Freeze
 from hive_core.leases import Lease
 from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.store import writer
+from hive_core.store.schema import StoreBusy
 from tests.hives import PATIENCE_S, Services, held_writer
 
 IRIS = AgentName("iris")
@@ -132,3 +135,40 @@ async def test_the_emergency_stop_holds_before_the_disk_has_taken_it(hive: Servi
         await trio.testing.wait_all_tasks_blocked()
         assert hive.agents.access.closed(IRIS) is not None
     assert await hive.kinds() == ["agent_created", "settings_deployed"] * 3 + ["swarm_frozen"]
+
+
+async def test_an_emergency_stop_that_no_disk_took_is_let_go_as_any_other(
+    hive: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freeze = Freeze(hive.store, hive.agents.access)
+    await hive.say("operator", "iris", "hello")
+    monkeypatch.setattr(writer, "LOCKED_MS", 10)
+    with closing(sqlite3.connect(hive.state_dir / "hive.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreBusy):
+            await freeze.estop(OPERATOR)
+    async with a_lease(hive) as leased:
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        with pytest.raises(trio.WouldBlock):
+            leased.receive_nowait()
+        assert await freeze.thaw(OPERATOR), "it was stopped"
+        assert (await leased.receive()).message["id"] == 1
+
+
+async def test_an_emergency_stop_holds_though_a_thaw_before_it_is_still_being_written(hive: Services) -> None:
+    freeze = Freeze(hive.store, hive.agents.access)
+    await freeze.estop(OPERATOR)
+    closed = []
+
+    async def thaw() -> None:
+        await freeze.thaw(OPERATOR)
+        closed.append(hive.agents.access.closed(IRIS))
+
+    async with trio.open_nursery() as nursery, held_writer(hive.store, nursery):
+        nursery.start_soon(thaw)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(freeze.estop, OPERATOR)
+        await trio.testing.wait_all_tasks_blocked()
+    assert closed[0] is not None
+    assert hive.agents.access.closed(IRIS) is not None
+    assert await hive.value("SELECT frozen_at_ms FROM swarm") is not None
