@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from hive_core.access import ACCESS, Access, Closed
+from hive_core.protocol.harness import STATES
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, SYSTEM, AgentName, parse_text
 from hive_core.store.bus import DEPLOYED, WANTED, mail, stream
@@ -21,6 +22,7 @@ from hive_core.store.writer import Transaction
 LIVE = "live"  # the bus topic: what is seen of some agent changed
 SHUT = ("paused", "frozen", "over_budget", "rate_limited", "needs_login")  # between turns, and none may begin
 AT_REST = ("idle", "waiting", *SHUT)
+IN_TURN = STATES - {"starting"}
 STATUS_LIMIT = 200  # characters
 STATUS_LIMIT_BYTES = 4 * STATUS_LIMIT
 
@@ -197,6 +199,12 @@ class Agents:
             self.observe(name, state, detail)
         else:
             self.observe(name, closed.state, closed.sentence, until_ms=closed.until_ms)
+
+    def observe_silence(self, name: str, silence_s: float) -> None:
+        """Note that a turn was taken away from a silent harness: what that said of it last is not so any more."""
+        if self.live(name).state in IN_TURN:
+            way_out = f"`hive kill {name}` and then `hive start {name}` give it another"
+            self.observe(name, "stuck", f"its harness said nothing for {silence_s:.0f} s and lost its turn; {way_out}")
 
     async def all(self) -> list[Agent]:
         """Every agent, the manager first, then by name."""

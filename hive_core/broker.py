@@ -68,7 +68,11 @@ class Found(NamedTuple):
 
 
 class Broker:
-    """chance: for the jitter of rests; given by a test that wants the same again. Without `bodies` all stand inline."""
+    """Without `bodies` all stand inline.
+
+    chance  for the jitter of rests; given by a test that wants the same again
+    silent  hears of an agent whose turn was taken away because its harness said nothing, and for how many seconds
+    """
 
     def __init__(
         self,
@@ -78,6 +82,7 @@ class Broker:
         bodies: Bodies | None = None,
         access: Access | None = None,
         ledger: Ledger | None = None,
+        silent: Callable[[AgentName, float], None] = lambda *_: None,
     ) -> None:
         self._store = store
         access = access or Access(store.bus)
@@ -86,6 +91,7 @@ class Broker:
         self.limits = limits or Limits()
         self.ledger = ledger or Ledger(store, access, load_prices(), self.limits)
         self._chance = chance or random.Random()
+        self._silent = silent
         self._heard: dict[int, tuple[AgentName, float]] = {}  # running turn → its agent, when its harness last spoke
         self._ended: dict[int, None] = {}  # turns that ended lately, the oldest first
         self._post_all = self._post  # one object, so that the sends of a batch find each other
@@ -297,6 +303,7 @@ class Broker:
             return True
 
         if await self._store.insist(write):
+            self._silent(agent, silence_s)
             log.warning("turn %d of %s was taken away: its harness is silent", turn_id, agent, extra={"agent": agent})
 
     def _note(self, agent: AgentName, lease: Lease) -> Lease:

@@ -168,7 +168,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
         ledger = Ledger(store, access, load_prices(config.prices), config)
         stack.push_async_callback(ledger.aclose)
         bodies = Bodies(config.state_dir / "bodies", store)
-        broker = Broker(store, config, bodies=bodies, access=access, ledger=ledger)
+        broker = Broker(store, config, bodies=bodies, access=access, ledger=ledger, silent=agents.observe_silence)
         hive = Hive(
             config=config,
             store=store,

@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hive_core.breaker import Breaker
+from hive_core.broker import Broker
 from hive_core.credentials import Credentials
+from hive_core.limits import Limits
 from hive_core.protocol.harness import (
     FENCE_LIMIT,
     LINES_PER_REQUEST,
@@ -667,6 +669,41 @@ async def test_what_the_program_does_is_shown_with_its_detail_and_its_end(
         assert (answer["kept"], answer["running"]) == (1, True)
         live = hive.agents.live("iris")
         assert (live.state, live.detail, live.until_ms) == tuple(claimed.values())
+
+
+async def test_a_harness_that_lost_its_turn_in_silence_is_shown_as_stuck_until_it_speaks(
+    hive: Services, tmp_path: Path
+) -> None:
+    hive.broker = Broker(hive.store, Limits(lease_silence_s=0.2), silent=hive.agents.observe_silence)
+    await hive.say("hm1nd", "iris", "hello")
+    async with (
+        serve(tmp_path / "harness.sock", desk_for(hive).serve) as door,
+        greeted(door) as peer,
+        trio.open_nursery() as nursery,
+    ):
+        turn = (await peer.ask(LEASE))["turn"]
+        await peer.ask(
+            {"id": 3, "op": "lines", "turn": turn, "first": 0, "lines": ["x"], "state": state("tool", "Bash")}
+        )
+        nursery.start_soon(hive.broker.serve_leases)
+        with trio.fail_after(PATIENCE_S), hive.store.bus.listen("live") as listener:
+            while hive.agents.live("iris").state == "tool":
+                await listener.wait()
+        nursery.cancel_scope.cancel()
+        live = hive.agents.live("iris")
+        assert (live.state, live.detail.partition(";")[0]) == (
+            "stuck",
+            "its harness said nothing for 0 s and lost its turn",
+        )
+        ack = {"id": 4, "op": "ack", "turn": turn, "fence": "f-1", "outcome": "cancelled"}
+        assert not (await peer.ask(ack))["counted"]
+        assert hive.agents.live("iris").state == "idle"
+
+
+async def test_a_silent_turn_of_an_agent_that_is_down_leaves_it_shown_as_down(hive: Services) -> None:
+    hive.agents.observe("iris", "crashed", "ended with code 1")
+    hive.agents.observe_silence("iris", 60)
+    assert hive.agents.live("iris").state == "crashed"
 
 
 async def test_a_state_of_a_turn_that_is_over_is_not_shown(hive: Services, door: Path) -> None:
