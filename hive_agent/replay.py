@@ -31,6 +31,7 @@ from hive_agent.claude import Claude
 from hive_agent.own_command import own_command
 from hive_agent.program import Program
 from hive_agent.runner import Ending, Seat
+from hive_core.protocol.harness import REASONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -188,6 +189,8 @@ def _of_ending(recorded: Recorded, ending: Ending) -> list[dict[str, Any]]:
     if recorded.state == "cancelled":
         # The host's own words about who did it, and it did not wait for what the harness would say.
         was.update({key: now[key] for key in ("reason", "error", "usage")})
+    elif recorded.reason is not None and recorded.reason not in REASONS:
+        was["reason"] = now["reason"]  # the host's own word for why it cut the turn short
     elif (recorded.error or "").startswith(STUCK) and (ending.error or "").startswith(STUCK):
         was["error"] = now["error"]  # for how long, and with how much cpu, is not repeated
     return [{"what": key, "recorded": _short(was[key]), "now": _short(now[key])} for key in was if was[key] != now[key]]

@@ -33,7 +33,7 @@ from hive_core.ledger import Ledger
 from hive_core.limits import Limits
 from hive_core.post import AT_ONCE, Cause, Letter, forget_depth, post, put_message
 from hive_core.prices import load_prices
-from hive_core.protocol.harness import OUTCOMES
+from hive_core.protocol.harness import OUTCOMES, REASONS
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted, quoted
 from hive_core.protocol.words import EVERYONE, OPERATOR, SYSTEM, AgentName, MessageBody
@@ -156,8 +156,10 @@ class Broker:
         if outcome not in OUTCOMES:
             raise Refusal("usage", f"cannot end the turn: its outcome must be one of {', '.join(sorted(OUTCOMES))}")
         # What a closed way has cut short rests until it opens, and no longer.
-        on_purpose = outcome == "waiting" and self._closed(agent) is not None
-        ending = TurnEnd(outcome, error, usage, session, on_purpose, told)
+        closed = self._closed(agent) if outcome == "waiting" else None
+        if closed is not None and told.reason == "overloaded" and closed.state not in REASONS:
+            told = told._replace(reason=closed.state)  # the program took the relay's refusal for the provider's
+        ending = TurnEnd(outcome, error, usage, session, closed is not None, told)
         acked = await self._store.write(lambda tx: self._ack(tx, agent, turn, ending, next_fence))
         if acked.counted:
             self._forget(turn.id)

@@ -14,7 +14,7 @@ ERRAND_EVERY = 5
 class Told(NamedTuple):
     """What a harness tells of a turn's end besides its outcome: claims, checked for their form alone."""
 
-    reason: str | None = None  # one of protocol.harness.REASONS
+    reason: str | None = None  # one of protocol.harness.REASONS, or the state of what closed the way
     limited_until_ms: int | None = None
     context_tokens: int | None = None
     context_window: int | None = None

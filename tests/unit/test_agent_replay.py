@@ -140,6 +140,13 @@ def test_a_turn_that_was_taken_away_goes_the_same_way_again(tmp_path: Path) -> N
     assert run_again(tmp_path, record)["same"]
 
 
+def test_the_hosts_own_word_for_why_a_turn_was_cut_short_is_no_difference(tmp_path: Path) -> None:
+    record = record_of(tmp_path, f"turn; {prints(result())}; read _", A_LEASE)
+    assert run_again(tmp_path, {**record, "reason": "paused"})["same"]
+    (tmp_path / "replay").rename(tmp_path / "first")
+    assert not run_again(tmp_path, {**record, "reason": "overloaded"})["same"]
+
+
 def test_a_turn_of_a_process_that_had_others_counts_its_own_part_again(tmp_path: Path) -> None:
     script = f"turn; {prints(result(0.25))}; turn; {prints(result(0.75))}; read _"
     record = record_of(tmp_path, script, A_LEASE, turns=2)

@@ -17,6 +17,7 @@ from hive_core.leases import Lease
 from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.store import writer
 from hive_core.store.schema import StoreBusy
+from hive_core.turn_ends import Told
 from tests.hives import PATIENCE_S, Services, held_writer
 
 IRIS = AgentName("iris")
@@ -75,6 +76,22 @@ async def test_what_a_closed_way_cut_short_waits_for_nothing_else(hive: Services
     closed.clear()
     with trio.fail_after(PATIENCE_S):
         assert (await hive.broker.lease(IRIS)).message["attempt"] == 2
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"), [("paused", "paused"), ("rate_limited", "overloaded"), (None, "overloaded")]
+)
+async def test_a_turn_that_the_hive_itself_has_cut_short_is_not_said_to_have_met_an_overloaded_provider(
+    hive: Services, state: str | None, reason: str
+) -> None:
+    closed: list[Closed] = []
+    hive.agents.access.add(lambda _: closed[0] if closed else None)
+    await hive.say("operator", "iris", "hello")
+    turn = (await hive.broker.lease(IRIS)).turn
+    closed += [Closed(state, "not now")] if state else []
+    await hive.broker.ack(IRIS, turn, "waiting", error="503 not now", told=Told(reason="overloaded"))
+    assert await hive.value("SELECT reason FROM turns") == reason
+    assert await hive.value("SELECT data ->> '$.reason' FROM events WHERE kind = 'turn_ended'") == reason
 
 
 async def test_the_row_of_an_agent_at_rest_shows_why_its_way_is_closed_and_until_when(hive: Services) -> None:
