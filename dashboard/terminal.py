@@ -161,13 +161,27 @@ def _count(value: object, noun: str) -> str:
 
 
 def tokens(usage: object) -> str:
-    """What a turn took and gave, as a few words; "" when it does not say."""
+    """What a turn took and gave, as a few words; "" when it does not say.
+
+    Its counts by model go before its own, which leave out the calls that the program made by itself.
+    """
     if not isinstance(usage, dict):
         return ""
-    keys = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
-    counts = [value for key in keys if isinstance(value := usage.get(key), int)]
-    taken, given = _count(sum(counts), "in"), _count(usage.get("output_tokens"), "out")
-    return " / ".join(word for word in (taken, given) if word)
+    models = usage.get("models")
+    if isinstance(models, dict) and models:
+        of_models = [one for one in models.values() if isinstance(one, dict)]
+        taken = _sum(of_models, "inputTokens", "cacheCreationInputTokens", "cacheReadInputTokens")
+        given = _sum(of_models, "outputTokens")
+    else:
+        taken = _sum([usage], "input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+        given = _sum([usage], "output_tokens")
+    return " / ".join(word for word in (_count(taken, "in"), _count(given, "out")) if word)
+
+
+def _sum(counts: list[dict[str, Any]], *kinds: str) -> int | None:
+    """None when nothing tells."""
+    found = [value for one in counts for kind in kinds if type(value := one.get(kind)) is int]
+    return sum(found) if found else None
 
 
 def _raw(title: str, line: str) -> Part:

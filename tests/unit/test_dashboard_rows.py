@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dashboard.diff import compare, read_diff
 from dashboard.rows import Rows
-from dashboard.terminal import read_line
+from dashboard.terminal import read_line, tokens
 from dashboard.visible import SHOWN_CHARACTERS, visible
 from hive_core.agents import Agent, Live
 from hive_core.approvals import Approval
@@ -285,6 +285,22 @@ def test_the_lines_of_a_turn_read_as_a_person_would_tell_them() -> None:
     assert (end.title, end.short) == ("turn done", "1.5 s · 2,000 in / 50 out · 3 steps")
     (note,) = read_line(json.dumps({"type": "hive", "subtype": "lines_dropped", "count": 12}))
     assert (note.kind, note.title, note.short) == ("note", "lines dropped", '{"count": 12}')
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        ({"a": {"inputTokens": 50_000, "cacheReadInputTokens": 2_000, "outputTokens": 800}}, "52,000 in / 800 out"),
+        ({"a": {"inputTokens": 1, "outputTokens": 2}, "b": {"inputTokens": 3, "outputTokens": 4}}, "4 in / 6 out"),
+        ({"a": {"inputTokens": "x", "outputTokens": True}}, ""),
+        ({"a": None}, ""),
+        ({}, "0 in / 0 out"),
+        ([], "0 in / 0 out"),
+    ],
+)
+def test_the_tokens_of_a_turn_are_those_of_all_its_models(models: object, said: str) -> None:
+    """A turn's own counts leave out what the program does by itself, as to compact a session."""
+    assert tokens({"input_tokens": 0, "output_tokens": 0, "models": models}) == said
 
 
 async def test_an_agent_that_rests_says_until_when(hive: Services) -> None:
