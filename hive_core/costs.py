@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -43,7 +44,8 @@ def parse_since(raw: object, now_ms: int) -> Span:
         if match := re.fullmatch(r"([1-9]\d{0,4})d", raw, re.ASCII):
             return Span(first_day=now_ms // DAY_MS - int(match[1]) + 1)
         if re.fullmatch(r"\d{4}-\d\d-\d\d", raw, re.ASCII):
-            return Span(first_day=parse_instant(raw, "--since") // DAY_MS)
+            with suppress(Refusal):  # it speaks of instants, which are not taken here
+                return Span(first_day=parse_instant(raw, "--since") // DAY_MS)
     raise Refusal("usage", f"cannot use {shown(raw)} as --since: give hours (24h), days (7d) or a date (2026-01-31)")
 
 

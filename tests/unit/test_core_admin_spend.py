@@ -149,7 +149,10 @@ async def test_budgets_are_set_listed_and_removed(hive: Services, command: Comma
         (["budget", "remove", "iris", "--day", "1"], "cannot run `hive budget remove`"),
         (["costs", "--by", "moon"], "invalid choice"),
         (["costs", "--since", "yesterday"], "give hours (24h), days (7d) or a date"),
-        (["costs", "--since", "2026-13-01"], "cannot use '2026-13-01' as --since"),
+        (
+            ["costs", "--since", "2026-13-01"],
+            "cannot use '2026-13-01' as --since: give hours (24h), days (7d) or a date",
+        ),
         (["costs", "--since", "9999h"], "calls are kept one by one for 2160 hours (history_kept_s)"),
     ],
 )
