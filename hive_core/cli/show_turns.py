@@ -34,12 +34,12 @@ def whole(turn: dict[str, Any]) -> str:
     lines = [row(turn)]
     if given := turn["given"]:
         settings, session = given["settings"], given["session"]
-        lines.append(f"given: {settings['program']} · {settings['model']} · session {session or 'new'}")
+        lines.append(f"given: {settings['program']} · {settings['model']} · session {safe(session or 'new')}")
         if message := given["message"]:
             head = f"message {message['id']} of {message['sender']}, attempt {message['attempt']}"
             lines.append(f"  {head}, {given['waiting']} more waiting")
             lines += [f"  | {line}" for line in safe(message.get("body", "")).splitlines()]
-    lines += [paint(f"not there: {missing}", "amber") for missing in turn["missing"]]
+    lines += [paint(f"not there: {safe(missing)}", "amber") for missing in turn["missing"]]
     lines.append(f"stream: {counted(turn['lines'], 'line')}")
     lines += [f"  {text}" for line in turn["stream"] for text in readable(line["line"])]
     ended = f"ended: {turn['state']}"
@@ -58,7 +58,7 @@ def replayed(found: dict[str, Any]) -> str:
         lines += ["the prompt now:", *(f"  | {line}" for line in safe(found["prompt"]).splitlines())]
     if found["missing"]:
         lines.append(paint("the record is not whole, so it may differ for that alone:", "amber"))
-        lines += [f"  not there: {missing}" for missing in found["missing"]]
+        lines += [f"  not there: {safe(missing)}" for missing in found["missing"]]
     same = f"turn {found['turn']} would go the same way now"
     return "\n".join(
         [*lines, paint(same, "green")] if found["same"] else [*lines, f"turn {found['turn']} would differ"]

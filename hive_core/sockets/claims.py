@@ -50,7 +50,8 @@ def claimed_end(request: dict[str, Any]) -> Told:
 
 
 def claimed_session(raw: object) -> str | None:
-    return raw if isinstance(raw, str) and raw.isascii() and len(raw) <= SESSION_LIMIT else None
+    fits = isinstance(raw, str) and raw.isascii() and raw.isprintable() and len(raw) <= SESSION_LIMIT
+    return raw if fits and isinstance(raw, str) else None
 
 
 def claimed_usage(raw: object) -> dict[str, Any] | None:

@@ -506,6 +506,7 @@ DEEP: Any = json.loads("[" * 900 + "]" * 900)
         {"error": "x" * 100_000},
         {"error": {"a": 1}},
         {"session": "\udc00"},
+        {"session": "\x1b[2J"},
         {"session": "x" * 10_000},
         {"session": 7},
         {"usage": DEEP},
@@ -525,7 +526,9 @@ async def test_whatever_an_ack_claims_it_counts_and_little_of_it_is_kept(
         assert await peer.ask({**ack, **change}) == {"id": 4, "ok": True, "counted": True, "stop": False}
     sizes = "SELECT length(coalesce(error, '')) + length(coalesce(usage, '')) FROM turns"
     assert await hive.value(sizes) < 20_000
-    assert len((await hive.agents.get("iris")).session or "") <= 64
+    session = (await hive.agents.get("iris")).session or ""
+    assert len(session) <= 64
+    assert session.isprintable()
 
 
 @pytest.mark.parametrize("fence", ["\ud800", "\0", "é", "", "x" * (FENCE_LIMIT + 1), "x" * 100_000, 7, ["f"]])

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from hive_agent.replay import Recorded
 from hive_core import turn_records
+from hive_core.cli import show_turns
 from hive_core.leases import Turn
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
@@ -165,3 +167,23 @@ async def test_a_full_disk_keeps_no_record_and_counts_the_lines(hive: Services) 
     record = partial(add_record, agent="iris", given=given, asked_sha256=None)
     assert await hive.turns.add_lines(IRIS, lease.turn.id, 0, ["one"], record) == 1
     assert await hive.value("SELECT count(*) FROM turn_records") == 0
+
+
+async def test_nothing_that_a_harness_or_its_program_says_reaches_the_terminal_as_more_than_text(
+    hive: Services,
+) -> None:
+    evil = "\x1b]0;owned\x07"
+    dropped = json.dumps({"type": "hive", "subtype": "lines_dropped", "count": evil})
+    await hive.say("hm1nd", "iris", "do it")
+    lease = await hive.broker.lease(IRIS)
+    given = {"turn": lease.turn.id, "message": lease.message, "settings": lease.settings, "session": evil}
+    record = partial(add_record, agent="iris", given=given, asked_sha256=ASKED)
+    await hive.turns.add_lines(IRIS, lease.turn.id, 0, [dropped], record)
+    await hive.broker.ack(IRIS, lease.turn, "failed", error=evil)
+    shown = await hive.turn_records.show(lease.turn.id)
+    stream = (await hive.turn_records.lines(lease.turn.id))["lines"]
+    missing = Recorded({**shown, "lines": [dropped]}).missing
+    replayed = show_turns.replayed({"turn": 1, "same": True, "differences": [], "missing": missing})
+    for text in (show_turns.whole({**shown, "stream": stream}), replayed):
+        assert "owned" in text
+        assert text.replace("\n", "").isprintable()
