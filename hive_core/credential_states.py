@@ -47,7 +47,7 @@ class CredentialState:
 
     def windows_at(self, now_ms: int) -> dict[str, Window]:
         """Those that are not over: of another nothing is known until the provider tells it."""
-        return {key: one for key, one in self.windows.items() if one.reset_ms is None or now_ms < one.reset_ms}
+        return {key: one for key, one in self.windows.items() if not one.is_over(key, now_ms)}
 
     @property
     def word(self) -> str:

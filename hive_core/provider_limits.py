@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 # No reset is believed that is further away: the longest window is of seven days, and a clock may have been set back.
 FAR_MS = 8 * 24 * 3600 * 1000
 WINDOWS = {"5h": "five_hour", "7d": "seven_day"}  # as a header has it → as `representative-claim` has it
+_LENGTH_MS = {"5h": 5 * 3600 * 1000, "7d": 7 * 24 * 3600 * 1000}
 _BUCKETS = ("requests", "tokens", "input-tokens", "output-tokens")
 _UNIFIED = "anthropic-ratelimit-unified"
 
@@ -27,6 +28,11 @@ class Window(NamedTuple):
     used: float  # 0 to 1, and above where the account may overdraw
     reset_ms: int | None
     seen_ms: int
+
+    def is_over(self, name: str, now_ms: int) -> bool:
+        """Whether nothing is known of it any more: it was reset, or was told longer ago, or later, than it lasts."""
+        was_reset = self.reset_ms is not None and self.reset_ms <= now_ms
+        return was_reset or abs(now_ms - self.seen_ms) >= _LENGTH_MS[name]
 
     def to_wire(self) -> dict[str, Any]:
         return {**self._asdict(), "left": max(0.0, 1 - self.used)}

@@ -526,6 +526,23 @@ async def test_how_much_of_the_windows_is_left_is_kept_as_it_was_told(desk: Desk
     assert desk.row()["windows"].keys() == {"7d"}, "one that is over is unknown again"
 
 
+async def test_a_window_whose_reset_nobody_told_is_over_after_its_own_length(desk: Desk) -> None:
+    await desk.answer(IRIS, 200, **{f"{U}-5h-utilization": "0.9", f"{U}-7d-utilization": "0.9"})
+    for seconds, known in ((5 * 3600 - 1, {"5h", "7d"}), (1, {"7d"}), (163 * 3600, set())):
+        await desk.pass_s(seconds)
+        assert desk.breaker.windows_used(IRIS).keys() == known
+
+
+@pytest.mark.parametrize("reset_s", [None, 60])
+async def test_a_window_that_was_told_under_a_clock_far_ahead_is_unknown_when_that_is_right(
+    desk: Desk, reset_s: float | None
+) -> None:
+    reset = {} if reset_s is None else {f"{U}-7d-reset": f"{desk.now_s + reset_s:.0f}"}
+    await desk.answer(IRIS, 200, **{f"{U}-7d-utilization": "0.9"}, **reset)
+    await desk.pass_s(-30 * 86_400)
+    assert desk.breaker.windows_used(IRIS) == {}
+
+
 async def test_windows_that_look_the_same_are_not_written_again(hive: Services, desk: Desk) -> None:
     await desk.answer(IRIS, 200, **{f"{U}-5h-utilization": "0.25"})
     before = await hive.value("SELECT windows FROM credential_states")
