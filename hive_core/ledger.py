@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 SPENT = "spent"  # the bus topic: what is spent, or may be, changed
 BATCH = 200  # charges of one transaction
 LOOK_AGAIN_S = 30.0
+DAYS_KEPT = 100  # the newest entries, whatever their dates: a clock that leapt may come back
 BUSY_REST_S = 1.0
 STOP_WITHIN_S = 2.0
 
@@ -282,7 +283,8 @@ class Ledger:
                     self.look()
                     if (day := self.now_ms // DAY_MS) != today:
                         today = day
-                        self._days = {day: sums for day, sums in self._days.items() if abs(day - today) <= 2}
+                        while len(self._days) > DAYS_KEPT:
+                            del self._days[next(iter(self._days))]
                         self._moved()
                     rest_s = (midnight_after(self.now_ms) - self.now_ms) / 1000
                     with trio.move_on_after(min(rest_s, LOOK_AGAIN_S)):

@@ -286,6 +286,19 @@ async def test_a_new_day_opens_by_itself_and_whoever_waits_goes_on(hive: Service
     await wait_until(hive.store, lambda: _given(leases), EVENTS)
 
 
+async def test_a_clock_that_leaps_ahead_and_back_makes_no_new_day(hive: Services) -> None:
+    ledger, access = hive.broker.ledger, hive.agents.access
+    await set_budget(hive, day="1")
+    spend(ledger, 1_000_000)
+    async with served(ledger):
+        for leap_s in (0, 40 * 86_400, -40 * 86_400):
+            hive.clock.ahead_s += leap_s
+            ledger._moved()
+            await trio.testing.wait_all_tasks_blocked(0.05)
+    assert access.closed(IRIS) is not None
+    assert ledger.spent("iris", "day") == 1_000_000
+
+
 async def test_midnight_opens_what_a_day_has_closed(hive: Services) -> None:
     ledger, access = hive.broker.ledger, hive.agents.access
     hive.clock.ahead_s += DAY_MS / 1000 - hive.clock() % (DAY_MS / 1000) - 1
