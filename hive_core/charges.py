@@ -13,7 +13,7 @@ from hive_core.store.writer import Transaction
 from hive_core.usage import BYTES_PER_TOKEN, Call
 
 DAY_MS = 24 * 3600 * 1000
-ESTIMATED_OUTPUT = 1_000  # tokens, of a call that has not told any
+ESTIMATED_OUTPUT = 1_000  # tokens, of a call that has not told any, or more by the size of its answer
 ESTIMATED_INPUT_MOST = 1_000_000  # tokens: no model takes more
 FREE_PATHS = frozenset({"/v1/messages/count_tokens"})
 _ERROR = 400  # from this status on the provider has done nothing that it charges
@@ -61,7 +61,9 @@ def bill(call: Call, prices: Prices, likely_model: str | None = None) -> Bill:
     if usage is None:
         counts["input"] = min(call.request_bytes // BYTES_PER_TOKEN, ESTIMATED_INPUT_MOST)
     if tokens["output"] is None:
-        counts["output"] = (usage or {}).get("estimated_output_tokens", ESTIMATED_OUTPUT)
+        # An answer in one piece tells its counts at its end, which an agent need not wait for.
+        by_size = max(ESTIMATED_OUTPUT, call.reader.size // BYTES_PER_TOKEN)
+        counts["output"] = by_size if usage is None else usage.get("estimated_output_tokens", ESTIMATED_OUTPUT)
     cost = prices.cost(call.model or likely_model, counts, (usage or {}).get("server_tool_use.web_search_requests", 0))
     estimated = usage is None or tokens["output"] is None or call.model is None or not cost.of_known_model
     return Bill(tokens, cost.micro_usd, estimated)

@@ -17,6 +17,7 @@ class UsageReader:
     """Reads along an answer, streaming or whole, in bounded memory. Its counts are right at any moment, so far.
 
     model  as the provider names it, with "-fast" behind it in fast mode, which has a price of its own; None until then
+    size   bytes so far
     usage  token counts by kind, the last word of each; one of an object within has its name behind a dot, such as
            cache_creation.ephemeral_1h_input_tokens. A stream begins with a first count of `output_tokens`, which says
            nothing of how many come: until the last one has come `estimated_output_tokens` stands in its place, by the
@@ -30,6 +31,7 @@ class UsageReader:
 
     def __init__(self) -> None:
         self.model: str | None = None
+        self.size = 0
         self._usage: dict[str, int] = {}
         self._rest = b""
         self._streamed_tokens = 0
@@ -45,6 +47,7 @@ class UsageReader:
 
     def feed(self, data: bytes) -> bool:
         """Read on; whether `usage` is another one now, or has grown by much."""
+        self.size += len(data)
         before = self._told + self._streamed_tokens // self._MUCH_TOKENS
         *lines, self._rest = (self._rest + data).split(b"\n")
         self._rest = self._rest[-self._KEPT_BYTES :]

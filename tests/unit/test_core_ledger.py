@@ -132,6 +132,17 @@ async def test_a_call_that_was_cut_before_its_first_count_is_estimated_and_its_c
     assert await rows(hive, days) == [(1, 1, 0, dearest, dearest)]
 
 
+async def test_an_answer_that_was_read_before_its_count_is_estimated_by_its_size(hive: Services) -> None:
+    ledger, call = hive.broker.ledger, begin(hive.broker.ledger, request_bytes=0)
+    answer(call, None)
+    text = json.dumps({"model": HAIKU, "content": [{"type": "text", "text": "x" * 300_000}], "usage": {}}).encode()
+    for at in range(0, 300_000, 10_000):
+        call.reader.feed(text[at : at + 10_000])  # and then the agent hangs up
+    ledger.call_ended(call)
+    ((tokens, cost),) = await rows(hive, "SELECT output_tokens, cost_micro_usd FROM charges")
+    assert (tokens, cost) == (None, 100_000 * 150), "the dearest model's output"
+
+
 async def test_a_call_that_was_cut_counts_what_was_told_and_estimates_its_output(hive: Services) -> None:
     ledger, call = hive.broker.ledger, begin(hive.broker.ledger)
     call.reached, call.status = True, 200
