@@ -176,7 +176,7 @@ async def test_nothing_that_a_harness_or_its_program_says_reaches_the_terminal_a
     dropped = json.dumps({"type": "hive", "subtype": "lines_dropped", "count": evil})
     await hive.say("hm1nd", "iris", "do it")
     lease = await hive.broker.lease(IRIS)
-    given = {"turn": lease.turn.id, "message": lease.message, "settings": lease.settings, "session": evil}
+    given = {"turn": lease.turn.id, "message": lease.message, "settings": lease.settings, "session": evil, "waiting": 0}
     record = partial(add_record, agent="iris", given=given, asked_sha256=ASKED)
     await hive.turns.add_lines(IRIS, lease.turn.id, 0, [dropped], record)
     await hive.broker.ack(IRIS, lease.turn, "failed", error=evil)
