@@ -1,13 +1,13 @@
 """Work that outlives a turn: an agent's commands in the background, as its harness tells of them, and the wake.
 
-The agent can say all of it: it can wake nobody but itself, and each wake belongs to the chain of the turn that began
-the work, so that the hop limit holds against an agent that wakes itself for ever.
+The agent can say all of it: it can wake nobody but itself, and each wake belongs to the chain of the turn in which the
+host was told that the work began, so that the hop limit holds against an agent that wakes itself for ever.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hive_core.limits import Limits
@@ -64,10 +64,12 @@ class Background:
             known = tx.execute(sql, (agent, work.id)).fetchone()
             if known is not None and (known["state"] != "running" or work.state == "running"):
                 return False
+            # Of the turn that it names itself an agent could choose the first of a chain, again and again.
+            told = replace(work, turn=known["turn_id"] or 0 if known else 0)
             if known is None:
-                self._begin(tx, agent, work)
+                self._begin(tx, agent, told)
             if work.state != "running":
-                self._end(tx, agent, work)
+                self._end(tx, agent, told)
             return True
 
         return await self._store.write(write)
@@ -185,7 +187,7 @@ def _whole(raw: object, least: int, most: int) -> int | None:
 
 
 def _turn(tx: Transaction, agent: str, turn_id: int) -> sqlite3.Row | None:
-    """The turn that a work names, if it is its agent's; else the newest that its agent had."""
+    """The turn that a work belongs to, if it is its agent's and still known; else the newest that its agent had."""
     turns = "SELECT id, chain_id, hops FROM turns WHERE agent = ?"
     row: sqlite3.Row | None = tx.execute(f"{turns} AND id = ?", (agent, turn_id)).fetchone()
     return row or tx.execute(f"{turns} ORDER BY id DESC LIMIT 1", (agent,)).fetchone()

@@ -105,6 +105,19 @@ async def test_an_agent_that_wakes_itself_for_ever_comes_to_the_hop_limit(tmp_pa
         assert (await newest(hive))["state"] == "held"
 
 
+async def test_an_agent_that_names_its_first_turn_again_and_again_comes_to_the_hop_limit_too(tmp_path: Path) -> None:
+    async with open_services(tmp_path, limits=Limits(hops=2)) as hive:
+        await hive.add_agents("hm1nd", "iris")
+        first = turn = await begin_turn(hive)
+        for number in range(2):
+            await hive.background.tell(IRIS, replace(ENDED, id=f"{number}", turn=first.id))
+            await hive.broker.ack(IRIS, turn, "done")
+            turn = (await hive.broker.lease(IRIS)).turn
+        await hive.background.tell(IRIS, replace(RUNS, id="9", turn=first.id))
+        await hive.background.tell(IRIS, replace(ENDED, id="9", turn=first.id))
+        assert (await newest(hive))["state"] == "held"
+
+
 async def test_a_turn_that_is_not_the_agents_own_lends_no_chain(hive: Services) -> None:
     await hive.say("hm1nd", "damocles", "test it")
     other = (await hive.broker.lease(AgentName("damocles"))).turn
