@@ -7,8 +7,11 @@ host was told that the work began, so that the hop limit holds against an agent 
 from __future__ import annotations
 
 import sqlite3
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
+
+import trio
 
 from hive_core.limits import Limits
 from hive_core.post import Cause, no_room, put_message
@@ -31,6 +34,7 @@ TOOK_LIMIT_MS = 2**53
 SHOWN_OF_COMMAND = 120
 RUNNING_LIMIT = 2 * BACKGROUND_AT_ONCE  # the harness before may have left as many
 KEPT_S = 14 * 24 * 3600
+UNASKED_PER_HOUR = 60  # turns that nobody asked for, of one agent: more of them tell the operator nothing new
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,7 @@ class Background:
     def __init__(self, store: Store, limits: Limits | None = None) -> None:
         self._store = store
         self._limits = limits or Limits()
+        self._unasked: dict[str, deque[float]] = {}  # when an agent's last ones were told
 
     async def tell(self, agent: AgentName, work: Work) -> bool:
         """Note that a command began, or wake its agent because it has ended. The same again does nothing: False.
@@ -85,8 +90,14 @@ class Background:
 
         return await self._store.write(write)
 
-    async def tell_unasked_turn(self, agent: AgentName, key: str) -> None:
-        """Note that an agent's program began a turn by itself and was ended; the same `key` again is the same one."""
+    async def tell_unasked_turn(self, agent: AgentName, key: str) -> bool:
+        """Note that an agent's program began a turn by itself and was ended; the same `key` again is the same one.
+
+        False when that was told UNASKED_PER_HOUR times within the hour: then nothing is written.
+        """
+        now, lately = trio.current_time(), self._unasked.setdefault(agent, deque(maxlen=UNASKED_PER_HOUR))
+        if len(lately) == UNASKED_PER_HOUR and now - lately[0] < 3600:
+            return False
 
         def write(tx: Transaction) -> None:
             sql = "INSERT INTO tool_calls (agent, key, tool, result, at_ms) VALUES (?, ?, 'unasked_turn', '{}', ?)"
@@ -96,6 +107,8 @@ class Background:
                 tx.emit("unasked_turn", SYSTEM, agent)
 
         await self._store.write(write)
+        lately.append(now)
+        return True
 
     async def running_of(self, agent: str) -> list[dict[str, Any]]:
         """The commands that run for an agent, the oldest first: {work, command, note, output, begun_at_ms, turn}."""

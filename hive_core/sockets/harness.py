@@ -161,8 +161,8 @@ class _Session:
             case "background":
                 return await self._background(request)
             case "unasked_turn":
-                await self._desk.background.tell_unasked_turn(self._desk.name, _fence(request.get("key")))
-                return {"counted": True}
+                key = _fence(request.get("key"))
+                return {"counted": await self._desk.background.tell_unasked_turn(self._desk.name, key)}
             case other:
                 verbs = "hello, lease, lines, ack, background, unasked_turn"
                 raise Refusal("usage", f"cannot do {ascii(other)[:40]}: the verbs are {verbs}")

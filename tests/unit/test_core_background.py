@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive_core.background import KEPT_S, RUNNING_LIMIT, Work, parse_work
+from hive_core.background import KEPT_S, RUNNING_LIMIT, UNASKED_PER_HOUR, Work, parse_work
 from hive_core.leases import Turn
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
@@ -162,6 +164,19 @@ async def test_a_turn_that_nobody_asked_for_is_one_event(hive: Services) -> None
     for key in ("one", "one", "two"):
         await hive.background.tell_unasked_turn(IRIS, key)
     assert (await hive.kinds()).count("unasked_turn") == 2
+
+
+async def test_a_flood_of_turns_that_nobody_asked_for_leaves_few_rows(
+    hive: Services, autojump_clock: trio.testing.MockClock
+) -> None:
+    for number in range(3 * UNASKED_PER_HOUR):
+        told = await hive.background.tell_unasked_turn(IRIS, f"{number}")
+        assert told == (number < UNASKED_PER_HOUR)
+    assert (await hive.kinds()).count("unasked_turn") == UNASKED_PER_HOUR
+    assert await hive.value("SELECT count(*) FROM tool_calls") == UNASKED_PER_HOUR
+    assert await hive.background.tell_unasked_turn(AgentName("damocles"), "one")
+    await trio.sleep(3600)
+    assert await hive.background.tell_unasked_turn(IRIS, "later")
 
 
 def test_a_works_number_is_short_and_hexadecimal() -> None:
