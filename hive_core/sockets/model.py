@@ -220,21 +220,24 @@ class _Exchange:
 
 
 def _content_length(headers: list[tuple[bytes, bytes]]) -> int | None:
-    lengths = [value for name, value in headers if name == b"content-length" and value.isdigit() and len(value) < 12]
+    """How large a request says that it is; None where only its end tells."""
+    if any(name == b"transfer-encoding" for name, _ in headers):
+        return None
+    lengths = [value for name, value in headers if name == b"content-length" and value.isdigit() and len(value) < 100]
     return int(lengths[0]) if lengths else None
 
 
 def _announced_bytes(headers: list[tuple[bytes, bytes]]) -> int:
-    """How large a request says that it is; of one that does not say, how large it may be."""
+    """The same; of one that does not say, how large it may be."""
     length = _content_length(headers)
     return BODY_LIMIT_BYTES if length is None else min(length, BODY_LIMIT_BYTES)
 
 
 def _length(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    chunked = any(name == b"transfer-encoding" for name, _ in headers)
-    length = [] if chunked else [(name, value) for name, value in headers if name == b"content-length"]
+    length = _content_length(headers)
+    told = [] if length is None else [(b"content-length", str(length).encode())]  # as we have understood it
     # Plain text, so that usage can be read along.
-    return [*length, (b"accept-encoding", b"identity")]
+    return [*told, (b"accept-encoding", b"identity")]
 
 
 class _Body:
