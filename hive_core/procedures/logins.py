@@ -151,7 +151,8 @@ class Logins:
                     token = await self._talk(login, login.program)
                 login.told = await self.give(login.name, "oauth_token", token, OPERATOR)
                 login.state = "done"
-                del self.all[login.name]
+                if self.all.get(login.name) is login:  # one that was cancelled as it ended may have a successor
+                    del self.all[login.name]
             if patience.cancelled_caught:
                 self._fail(login, f"it was not finished within {LOGIN_WITHIN_S / 60:.0f} minutes; begin again")
         except Refusal as refusal:

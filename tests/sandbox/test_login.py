@@ -22,7 +22,7 @@ from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.sockets.admin import AdminDesk
 from hive_core.store.bus import CREDENTIALS
 from tests.dashboards import OURS, browse, hive_of
-from tests.hives import PATIENCE_S, connect, open_services, run_hive, serve
+from tests.hives import PATIENCE_S, connect, held_writer, open_services, run_hive, serve
 from tests.needs import ROOT
 from tests.processes import look_until, pids_naming
 
@@ -225,6 +225,21 @@ async def test_what_is_left_of_a_code_is_typed_into_no_other_file_when_its_login
             for descriptor in {another, number}:
                 os.close(descriptor)
     assert (tmp_path / "another").read_bytes() == b""
+
+
+async def test_the_end_of_a_login_that_was_cancelled_late_is_not_taken_for_that_of_the_next(tmp_path: Path) -> None:
+    async with house_of(tmp_path, GOOD) as house:
+        first = house.logins.begin("default", "the test")
+        await until(house, first, "link")
+        async with trio.open_nursery() as nursery, held_writer(house.store, nursery):
+            await house.logins.enter_code("default", "the-code#state")
+            while house.credentials.find("default") is None:
+                await trio.testing.wait_all_tasks_blocked(0.001)
+            house.logins.cancel("default")  # while what it has brought is written down
+            second = house.logins.begin("default", "the test")
+        await until(house, second, "link")
+        assert first.state == "done"
+        assert house.logins.running("default") is second
 
 
 async def test_a_login_that_is_cancelled_while_its_sandbox_starts_leaves_no_process(tmp_path: Path) -> None:
