@@ -238,6 +238,8 @@ class _Session:
         if any(len(line.encode("utf-8", "replace")) > STREAM_LINE_LIMIT_BYTES for line in lines):
             raise Refusal("usage", f"cannot take a line over {STREAM_LINE_LIMIT_BYTES:,} bytes")
         clean = [line.encode("utf-8", "replace").decode() for line in lines]
+        # Whoever speaks lives, also while the disk takes no lines; whether the turn runs is asked behind them.
+        desk.broker.renew(desk.name, turn_id)
         record = partial(self._record, turn_id, request.get("prompt_sha256"))
         kept = await desk.turns.add_lines(desk.name, turn_id, first, clean, record) if clean else 0
         running = desk.broker.renew(desk.name, turn_id)

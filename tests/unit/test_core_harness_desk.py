@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sqlite3
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -701,6 +702,33 @@ async def test_a_harness_that_lost_its_turn_in_silence_is_shown_as_stuck_until_i
         ack = {"id": 4, "op": "ack", "turn": turn, "fence": "f-1", "outcome": "cancelled"}
         assert not (await peer.ask(ack))["counted"]
         assert hive.agents.live("iris").state == "idle"
+
+
+async def test_a_harness_whose_lines_the_disk_does_not_take_is_not_silent(
+    hive: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hive_core.store.writer.LOCKED_MS", 1)
+    monkeypatch.setattr("hive_core.store.door.BUSY_REST_S", 0.01)
+    silence_s = 0.5
+    hive.broker = Broker(hive.store, Limits(lease_silence_s=silence_s))
+    await hive.say("hm1nd", "iris", "hello")
+    other = sqlite3.connect(hive.state_dir / "hive.sqlite", isolation_level=None)
+    async with (
+        serve(tmp_path / "harness.sock", desk_for(hive).serve) as door,
+        greeted(door) as peer,
+        trio.open_nursery() as nursery,
+    ):
+        lines = {"id": 3, "op": "lines", "turn": (await peer.ask(LEASE))["turn"], "first": 0, "lines": ["x"]}
+        nursery.start_soon(hive.broker.serve_leases)
+        with contextlib.closing(other):
+            other.execute("BEGIN IMMEDIATE")
+            until = trio.current_time() + 2 * silence_s
+            while trio.current_time() < until:
+                assert (await peer.ask(lines))["error"]["code"] == "unavailable"
+        while trio.current_time() < until + silence_s:
+            assert (await peer.ask(lines))["running"]
+        nursery.cancel_scope.cancel()
+    assert await hive.value("SELECT state FROM turns") == "running"
 
 
 async def test_a_silent_turn_of_an_agent_that_is_down_leaves_it_shown_as_down(hive: Services) -> None:
