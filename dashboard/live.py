@@ -135,7 +135,7 @@ class Feed:
         self._agent = agent
         self._cookie = cookie
         self._rows = Rows(hive)
-        self._shown: dict[str, str] = {}  # agent → its row as this page has it
+        self._shown: dict[str, str] = {}  # target → a row of an agent, as this page has it
         self._credentials: dict[str, str] = {}  # target → the row of a credential, as well
         self._lacks = False  # whether the page says that a credential is missing
         self._moves_shown = -1  # of the ledger
@@ -200,10 +200,11 @@ class Feed:
         alone = self._agent is not None
         fragments = []
         for agent in [await self._hive.agents.get(self._agent)] if self._agent else await self._hive.agents.all():
-            html = self._rows.agent(agent, alone)
-            if self._shown.get(agent.name) != html:
-                self._shown[agent.name] = html
-                fragments.append(Fragment(f"agent-{agent.name}", html, "agents"))
+            rows = [Fragment(f"agent-{agent.name}", self._rows.agent(agent, alone), "agents")]
+            if alone:
+                rows += [Fragment(f"choice-{what}", self._rows.choice(agent, what)) for what in ("model", "effort")]
+            fragments += [row for row in rows if self._shown.get(row.target) != row.html]
+            self._shown.update({row.target: row.html for row in rows})
         return fragments
 
     def _credential_rows(self) -> list[Fragment]:

@@ -22,7 +22,9 @@ from hive_core.protocol.money import about
 from hive_core.protocol.visible import counted
 from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM
 from hive_core.questions import Question
+from hive_core.settings import EFFORTS
 
+MODELS = ("opus", "sonnet", "haiku")  # that the page offers; any other can be chosen by name
 NAMES_SHOWN = 6
 REASONS_SHOWN = 6
 VOICES: dict[str, str] = {OPERATOR: "by-operator", SYSTEM: "by-system", MANAGER: "by-manager"}
@@ -114,6 +116,11 @@ class Rows:
     def agent(self, agent: Agent, alone: bool = False) -> Markup:
         live = self._hive.agents.live(agent.name)
         return render("rows/agent.html", agent=agent, live=live, hive=self._hive, alone=alone)
+
+    def choice(self, agent: Agent, command: str) -> Markup:
+        """The form that chooses an agent's `model` or `effort`, on its page."""
+        chosen, values = {"model": (agent.chosen_model, MODELS), "effort": (agent.chosen_effort, EFFORTS)}[command]
+        return render("rows/choice.html", agent=agent, command=command, chosen=chosen, values=values)
 
     def freeze(self) -> Markup:
         """The switch that stops the whole swarm, or lets it go on."""

@@ -14,12 +14,16 @@ function localTime(root) {
   }
 }
 
-// What the reader did to a row survives its replacement: open details, typed text, focus.
+// What the reader did to a row survives its replacement: open details, typed text, what was picked, focus.
 function keep(old, fresh) {
   const opened = all("details", old);
   all("details", fresh).forEach((details, i) => { if (opened[i]) details.open = opened[i].open; });
   const typed = all("textarea, input:not([type=hidden])", old);
   all("textarea, input:not([type=hidden])", fresh).forEach((field, i) => { if (typed[i]) field.value = typed[i].value; });
+  const picked = all("select", old);
+  all("select", fresh).forEach((field, i) => {
+    if (picked[i] && !picked[i].selectedOptions[0]?.defaultSelected) field.value = picked[i].value;
+  });
   const focused = all(INSIDE, old).indexOf(document.activeElement);
   return () => { if (focused >= 0) all(INSIDE, fresh)[focused]?.focus({ preventScroll: true }); };
 }

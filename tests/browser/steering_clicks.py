@@ -36,6 +36,18 @@ def steer(link: str) -> list[str]:
         say(page, "/model opus")
         told(page, "the model of iris is opus")
         expect(row).to_contain_text("chosen by the operator")
+        # What was chosen elsewhere is what the field shows, and what somebody picks there meanwhile stays.
+        expect(page.get_by_label("model", exact=True)).to_have_value("opus")
+        page.get_by_label("effort", exact=True).select_option("low")
+        say(page, "/model haiku")
+        expect(page.get_by_label("model", exact=True)).to_have_value("haiku")
+        say(page, "/effort max")
+        told(page, "the effort of iris is max")
+        expect(row).to_contain_text("max")
+        expect(page.get_by_label("effort", exact=True)).to_have_value("low")
+        say(page, "/effort high")
+        say(page, "/model opus")
+        expect(page.get_by_label("model", exact=True)).to_have_value("opus")
         say(page, "/model")
         told(page, "it takes NAME")
 
