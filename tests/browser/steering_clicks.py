@@ -67,6 +67,11 @@ def steer(link: str) -> list[str]:
         steering.get_by_role("button", name="resume").click()
         told(page, "iris goes on")
 
+        for answer, swarm in (("accept", "thaw"), ("dismiss", "thaw"), ("accept", "estop")):
+            page.once("dialog", lambda dialog, answer=answer: getattr(dialog, answer)())  # both ask: keys repeat
+            page.locator("#freeze button").press("Enter")
+            expect(page.locator(f"#{swarm}")).to_be_visible()
+
         assert page.evaluate("window.notReloaded") is True
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         if folder := os.environ.get("HIVE_TEST_SCREENSHOTS"):
