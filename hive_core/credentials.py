@@ -114,8 +114,13 @@ def _default_files(state_dir: Path, environment: Mapping[str, str]) -> Iterator[
 
 def _read(path: Path, private: bool = False) -> str:
     try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        # A pipe is not waited for: who asks has the whole hive wait.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            found = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(found):
+                why = "it is no regular file; put the secret itself there"
+                raise Refusal("usage", f"cannot use the credential in {path}: {why}")
+            mode = stat.S_IMODE(found)
             if private and mode & 0o077:
                 way_out = f"`chmod 600 {path}`, and think of a new one"
                 why = f"others may read it ({mode:04o}); {way_out}"
@@ -265,7 +270,7 @@ def _mark(path: Path) -> tuple[int, ...] | None:
         found = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size, found.st_mode
+    return found.st_ino, found.st_ctime_ns, found.st_size, found.st_mode
 
 
 def _written_ns(path: Path) -> int:

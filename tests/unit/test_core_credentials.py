@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from hive_core.credentials import Credential, Credentials, parse_credential_name, parse_secret
 from hive_core.protocol.refusal import Refusal
+from tests.hives import PATIENCE_S
 
 KEY = "sk-ant-api03-canary-0123456789"
 TOKEN = "sk-ant-oat01-" + "canary" * 10
@@ -73,6 +75,31 @@ def test_a_changed_file_is_read_at_its_next_use_and_an_unchanged_one_is_not(
 
 
 NOBODY = Credential("api_key", "", "")
+
+
+def test_a_file_that_was_given_the_times_of_the_one_before_is_read_all_the_same(state: Path) -> None:
+    path = write(state, "work.api-key", KEY)
+    credentials = Credentials(state, {})
+    assert credentials.find("work") is not None
+    before = path.stat()
+    path.write_text(KEY[::-1] + "\n")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    found = credentials.find("work")
+    assert found is not None
+    assert found.secret == KEY[::-1]
+
+
+@pytest.mark.parametrize(("file", "name"), [("work.api-key", "work"), ("anthropic-api-key", "default")])
+def test_a_pipe_in_the_place_of_a_credential_is_refused_and_not_waited_for(state: Path, file: str, name: str) -> None:
+    path = state / "credentials" / file
+    os.mkfifo(path, 0o600)
+    told: list[str] = []
+    look = Thread(target=lambda: told.append(Credentials(state, {}).missing(name)), daemon=True)
+    look.start()
+    look.join(PATIENCE_S)
+    if look.is_alive():
+        os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))  # so that it ends
+    assert told == [f"cannot use the credential in {path}: it is no regular file; put the secret itself there"]
 
 
 def test_what_is_stored_is_private_and_takes_the_place_of_the_other_kind(tmp_path: Path) -> None:
