@@ -1,4 +1,8 @@
-"""What a harness tells its host beside the turns: in order, each again until the host has taken it."""
+"""What a harness tells its host beside the turns: each again until the host has taken it.
+
+In order, but for what the host has no room for now: that waits behind the others, or one wake that is held up would
+hold up all.
+"""
 
 from __future__ import annotations
 
@@ -33,18 +37,21 @@ class Reports:
         while True:
             while self._waiting:
                 form, told = self._waiting.popleft()
-                await self._tell(link, form)
-                told()
+                if await self._tell(link, form):
+                    told()
+                    continue
+                # "None runs" is no longer true behind a command that was begun since.
+                put_back = self._waiting.appendleft if form.get("state") == "none" else self._waiting.append
+                put_back((form, told))
+                await trio.sleep(REST_S)
             self._added = trio.Event()
             await self._added.wait()
 
-    async def _tell(self, link: HostLink, form: dict[str, Any]) -> None:
-        while True:
-            try:
-                await link.tell(form)
-                return
-            except Refusal as refusal:
-                print(f"cannot tell the host of {form['op']}: {refusal.message}", file=sys.stderr)
-                if refusal.code != "unavailable":
-                    return
-            await trio.sleep(REST_S)
+    async def _tell(self, link: HostLink, form: dict[str, Any]) -> bool:
+        """False when the host cannot take it now."""
+        try:
+            await link.tell(form)
+        except Refusal as refusal:
+            print(f"cannot tell the host of {form['op']}: {refusal.message}", file=sys.stderr)
+            return refusal.code != "unavailable"
+        return True

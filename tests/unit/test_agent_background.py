@@ -230,7 +230,7 @@ async def test_what_the_host_cannot_take_now_is_told_again_and_what_it_refuses_i
     done: list[str] = []
     async with trio.open_nursery() as nursery:
         nursery.start_soon(reports.serve, cast("Any", told))
-        for name in ("never", "one", "two"):
+        for name in ("one", "two", "never"):
             reports.add({"op": "background", "work": name, "state": name}, lambda name=name: done.append(name))  # type: ignore[misc]
         with trio.fail_after(100):
             await told.of("two", "two")
@@ -238,6 +238,26 @@ async def test_what_the_host_cannot_take_now_is_told_again_and_what_it_refuses_i
         nursery.cancel_scope.cancel()
     assert done == ["never", "one", "two"]
     assert [form["state"] for form in told.forms] == ["one", "two"]
+
+
+class FullFor(Told):
+    """A host that has no room for one work, ever."""
+
+    async def tell(self, form: dict[str, Any]) -> dict[str, Any]:
+        if form.get("work") == "a1":
+            raise Refusal("unavailable", "there is no room")
+        return await super().tell(form)
+
+
+async def test_an_end_that_the_host_has_no_room_for_holds_up_no_other(autojump_clock: trio.testing.MockClock) -> None:
+    reports, told = Reports(), FullFor()
+    for work in ("a1", "b2"):
+        reports.add({"op": "background", "work": work, "state": "ended"})
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reports.serve, cast("Any", told))
+        with trio.fail_after(60):
+            await told.of("b2", "ended")
+        nursery.cancel_scope.cancel()
 
 
 async def test_old_logs_go_and_those_of_what_runs_stay(tmp_path: Path) -> None:
