@@ -15,6 +15,7 @@ from hive_core.usage import BYTES_PER_TOKEN, Call
 DAY_MS = 24 * 3600 * 1000
 ESTIMATED_OUTPUT = 1_000  # tokens, of a call that has not told any, or more by the size of its answer
 ESTIMATED_INPUT_MOST = 1_000_000  # tokens: no model takes more
+COST_MOST = 10**12  # micro-USD of one call, whatever it tells: sums of millions stay within what sqlite counts
 FREE_PATHS = frozenset({"/v1/messages/count_tokens"})
 _ERROR = 400  # from this status on the provider has done nothing that it charges
 
@@ -66,7 +67,7 @@ def bill(call: Call, prices: Prices, likely_model: str | None = None) -> Bill:
         counts["output"] = by_size if usage is None else usage.get("estimated_output_tokens", ESTIMATED_OUTPUT)
     cost = prices.cost(call.model or likely_model, counts, (usage or {}).get("server_tool_use.web_search_requests", 0))
     estimated = usage is None or tokens["output"] is None or call.model is None or not cost.of_known_model
-    return Bill(tokens, cost.micro_usd, estimated)
+    return Bill(tokens, min(cost.micro_usd, COST_MOST), estimated)
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,6 +156,14 @@ async def test_a_call_that_was_cut_counts_what_was_told_and_estimates_its_output
     assert 7 + 5 * 1000 <= cost <= 7 + 5 * 1100
 
 
+async def test_counts_that_no_call_has_do_not_overflow_the_sums(hive: Services) -> None:
+    for _ in range(1_000):
+        spend(hive.broker.ledger, 2**40, server_tool_use={"web_search_requests": 2**40})
+    ((calls, cost),) = await rows(hive, "SELECT calls, cost_micro_usd FROM spend_days")
+    assert calls == 1_000
+    assert cost == hive.broker.ledger.spent("*", "day") > 0
+
+
 async def test_a_model_of_unknown_price_is_marked(hive: Services) -> None:
     ledger, call = hive.broker.ledger, begin(hive.broker.ledger)
     answer(call, {"input_tokens": 1, "output_tokens": 1}, "claude-haiku-99")
