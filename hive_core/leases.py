@@ -66,7 +66,8 @@ def begin_turn(
         return _as_lease(seat, Turn(seat["turn_id"], fence), message, message["attempts"], seat["queued"])
     if seat["wanted"] != "up" or closed(agent) is not None or _rests(tx, seat, limits):
         return None
-    if seat["errand"]:
+    # Behind a turn that had to wait mail goes first: an errand that waits for its own sake would keep all of it back.
+    if seat["errand"] and (seat["rests_until_ms"] is None or seat["id"] is None):
         reserved = to_reserve(agent)
         return None if reserved is None else _begin_errand(tx, agent, fence, seat, reserved)
     first = _first_due(tx, agent, seat, limits)

@@ -79,6 +79,17 @@ async def test_an_errand_that_had_to_wait_is_kept(hive: Services) -> None:
     assert (await hive.broker.lease(IRIS)).errand == "save_and_compact"
 
 
+async def test_an_errand_that_waits_again_and_again_keeps_no_mail_back(hive: Services) -> None:
+    await message_turn(hive, FULL)
+    message = await hive.say("hm1nd", "iris", "hello")
+    await end(hive, await hive.broker.lease(IRIS), "waiting")
+    await hive.let_time_pass()
+    lease = await hive.broker.lease(IRIS)
+    assert (lease.message["id"], lease.errand) == (message, None)
+    await end(hive, lease)
+    assert (await hive.broker.lease(IRIS)).errand == "save_and_compact"
+
+
 async def test_an_errand_that_is_lost_with_its_harness_is_over_and_costs_no_message_a_try(hive: Services) -> None:
     await message_turn(hive, FULL)
     lease = await hive.broker.lease(IRIS)
