@@ -81,6 +81,7 @@ def steer(link: str) -> list[str]:
 
 
 def say(page: Page, text: str) -> None:
+    expect(page.locator("#send")).not_to_have_attribute("aria-busy", "true")  # while it sends it takes no other
     page.locator("#body").fill(text)
     page.locator("#body").press("Enter")
 
