@@ -110,6 +110,7 @@ function toast(text, kind) {
 }
 
 async function send(form, button) {
+  const written = form.elements.body?.value;
   try {
     const answer = await fetch(form.action, {
       method: "POST", body: new URLSearchParams(new FormData(form)), headers: { Accept: "application/json" },
@@ -118,7 +119,8 @@ async function send(form, button) {
     if (answer.status === 401) return location.reload();
     if (said.error) return toast(said.error.message, "bad");
     toast(said.said, "good");
-    if ("reset" in form.dataset) { const to = form.elements.to.value; form.reset(); form.elements.to.value = to; reply("", ""); }
+    // What was written while this was on its way is not ours to throw away.
+    if ("reset" in form.dataset && form.elements.body.value === written) { const to = form.elements.to.value; form.reset(); form.elements.to.value = to; reply("", ""); }
   } catch {
     toast("cannot reach the hive: is its daemon running?", "bad");
   }

@@ -67,6 +67,14 @@ def steer(link: str) -> list[str]:
         steering.get_by_role("button", name="resume").click()
         told(page, "iris goes on")
 
+        page.evaluate("""() => {
+            const body = document.getElementById("body");
+            body.value = "//the first"; body.form.requestSubmit(); body.value = "written meanwhile";
+        }""")
+        told(page, "is on its way to iris")
+        expect(page.locator("#send")).not_to_have_attribute("aria-busy", "true")
+        expect(page.locator("#body")).to_have_value("written meanwhile")
+
         for answer, swarm in (("accept", "thaw"), ("dismiss", "thaw"), ("accept", "estop")):
             page.once("dialog", lambda dialog, answer=answer: getattr(dialog, answer)())  # both ask: keys repeat
             page.locator("#freeze button").press("Enter")
