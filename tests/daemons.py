@@ -16,7 +16,9 @@ from hive_core.cli.up import start_daemon
 from tests.processes import children_of, pids_naming
 
 WITHIN_S = 60.0
-KEY = "sk-ant-api03-of-a-test"  # without a credential an agent whose program is claude takes no turn
+# With both, agents whose program is claude have their sockets and no harness: a client may speak for them.
+KEY = "sk-ant-api03-of-a-test"
+NO_CLAUDE = "--claude=/dev/null"
 
 
 class Daemon:

@@ -22,7 +22,7 @@ from tests.bench.figures import figure, say
 from tests.bench.group_start import CHECKOUT, OPEN_BRAKES, cpu_s, plain_loop, rss_mb, spawn
 from tests.bench.old_messages import WORDS, fill
 from tests.bench.redis_peer import open_redis, redis_server
-from tests.daemons import KEY, Daemon, open_daemon
+from tests.daemons import KEY, NO_CLAUDE, Daemon, open_daemon
 from tests.processes import look_until
 
 ROUNDS = 5
@@ -54,7 +54,7 @@ def measure() -> Iterator[dict[str, Any]]:
 @contextmanager
 def open_swarm(count: int) -> Iterator[Daemon]:
     """A daemon with agent0, agent1 … that have no program: their sockets are there for a client to speak to."""
-    with open_daemon(*OPEN_BRAKES, ANTHROPIC_API_KEY=KEY) as daemon:
+    with open_daemon(*OPEN_BRAKES, NO_CLAUDE, ANTHROPIC_API_KEY=KEY) as daemon:
         spawn(daemon.start(), count)
         for name in names(count):
             look_until(daemon.runtime.joinpath("agents", name, "harness.sock").exists)
@@ -165,7 +165,7 @@ def send_10m() -> Iterator[dict[str, Any]]:
 
 def idle_1000() -> Iterator[dict[str, Any]]:
     say(f"idle_1000: {IDLE_AGENTS:,} agents wait in `lease` for {IDLE_S} s")
-    with open_daemon(*OPEN_BRAKES, ANTHROPIC_API_KEY=KEY) as daemon:
+    with open_daemon(*OPEN_BRAKES, NO_CLAUDE, ANTHROPIC_API_KEY=KEY) as daemon:
         daemon.start()
         before_mb = rss_mb(daemon.process.pid)
         daemon.stop()

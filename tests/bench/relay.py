@@ -14,7 +14,7 @@ from typing import Any
 from hive_core.protocol.harness import PROTOCOL_VERSION
 from tests.bench.figures import figure, say
 from tests.bench.group_start import CHECKOUT, OPEN_BRAKES, cpu_s, spawn
-from tests.daemons import KEY, Daemon, open_daemon
+from tests.daemons import KEY, NO_CLAUDE, Daemon, open_daemon
 from tests.processes import look_until
 
 ROUNDS = 5
@@ -119,7 +119,7 @@ def _provider() -> Iterator[str]:
 def _swarm(port: str) -> Iterator[Daemon]:
     """A daemon whose agents have no program: their sockets are there for a client to speak to."""
     # Their harnesses do not say that they live.
-    flags = (*OPEN_BRAKES, "--lease-silence-s=86400", f"--provider-base-url=http://127.0.0.1:{port}")
+    flags = (*OPEN_BRAKES, NO_CLAUDE, "--lease-silence-s=86400", f"--provider-base-url=http://127.0.0.1:{port}")
     with open_daemon(*flags, ANTHROPIC_API_KEY=KEY) as daemon:
         names = [*TALKERS, MAILER]
         spawn(daemon.start(), len(names))

@@ -19,13 +19,13 @@ from hive_core.protocol.harness import PROTOCOL_VERSION
 from hive_core.protocol.lines import encode
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
-from tests.daemons import KEY, Daemon, open_daemon
+from tests.daemons import KEY, NO_CLAUDE, Daemon, open_daemon
 from tests.hives import Peer, connect, open_services
 from tests.proof import clients
 from tests.proof.clients import AGENTS, INITIALIZE, add_agents
 from tests.proof.promises import Acked, Leased, Sent, Told, broken_promises
 
-FLAGS = ("--default-program", "claude", "--pair-rate-per-hour", "1000000", "--inbox-depth", "1000000")
+FLAGS = (NO_CLAUDE, "--default-program", "claude", "--pair-rate-per-hour", "1000000", "--inbox-depth", "1000000")
 MIB = 1024 * 1024
 SENDS_WHILE_QUIET = 200
 

@@ -15,7 +15,7 @@ import trio
 
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
-from tests.daemons import KEY, Daemon, open_daemon
+from tests.daemons import KEY, NO_CLAUDE, Daemon, open_daemon
 from tests.proof.clients import AGENTS, RETRY_S, Harness, Operator, Program, Pulse, Sender, add_agents
 from tests.proof.promises import Told, broken_promises
 
@@ -29,7 +29,7 @@ SEED = os.environ.get("HIVE_SEED", "kill")
 MANY = 1_000_000
 LIMITS = Limits(pair_rate_per_hour=MANY, hops=MANY, inbox_depth=MANY, tries=1000, backoff_s=0.001, provider_rest_s=0.01)
 FLAGS = (
-    *("--default-program", "claude"),
+    *(NO_CLAUDE, "--default-program", "claude"),
     *(f"--{name.replace('_', '-')}={value}" for name, value in LIMITS.model_dump(exclude_unset=True).items()),
 )
 
