@@ -203,8 +203,8 @@ class Agents:
     def observe_silence(self, name: str, silence_s: float) -> None:
         """Note that a turn was taken away from a silent harness: what that said of it last is not so any more."""
         if self.live(name).state in IN_TURN:
-            way_out = f"`hive kill {name}` and then `hive start {name}` give it another"
-            self.observe(name, "stuck", f"its harness said nothing for {silence_s:.0f} s and lost its turn; {way_out}")
+            then = "if it goes on so, it is ended and started again"
+            self.observe(name, "stuck", f"its harness said nothing for {silence_s:.0f} s and lost its turn; {then}")
 
     async def all(self) -> list[Agent]:
         """Every agent, the manager first, then by name."""

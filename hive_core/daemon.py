@@ -168,7 +168,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
         ledger = Ledger(store, access, load_prices(config.prices), config)
         stack.push_async_callback(ledger.aclose)
         bodies = Bodies(config.state_dir / "bodies", store)
-        broker = Broker(store, config, bodies=bodies, access=access, ledger=ledger, silent=agents.observe_silence)
+        broker = Broker(store, config, bodies=bodies, access=access, ledger=ledger, silent=rooms.lost_turn)
         hive = Hive(
             config=config,
             store=store,
@@ -210,6 +210,7 @@ class _Rooms:
     def __init__(self, config: Config, repos: Repos) -> None:
         self._config = config
         self._proposed = repos.proposed_dir
+        self._desks: dict[AgentName, HarnessDesk] = {}
 
     def dirs(self, name: AgentName) -> AgentDirs:
         state = self._config.state_dir / "agents" / name
@@ -228,6 +229,11 @@ class _Rooms:
         runtime = self._config.runtime_dir
         return runtime / "manager" if name == MANAGER else runtime / "agents" / name
 
+    def lost_turn(self, name: AgentName, silence_s: float) -> None:
+        """The harness of an agent said nothing for so long, and its turn was taken away."""
+        if (desk := self._desks.get(name)) is not None:
+            desk.lost_turn(silence_s)
+
     def may_run(self, agent: Agent) -> str | None:
         program = (agent.settings or {}).get("program")
         if program == "claude" and self.hive.sandbox == "none" and not self.hive.unsafe:
@@ -245,6 +251,7 @@ class _Rooms:
         kind = partial(hive.breaker.kind_for, name)
         limited = partial(hive.breaker.claimed, name)
         harness = HarnessDesk(name, agent.role, hive.broker, hive.turns, hive.agents, hive.background, kind, limited)
+        self._desks[name] = harness
         tools = agent_socket.AgentDesk(
             name, hive.broker, hive.agents, hive.gate, hive.reconciler.kill, hive.archive, hive.loose_ends
         )

@@ -35,6 +35,9 @@ class Desk(Protocol):
     def ask_to_stop(self) -> None:
         """Let the harness end at its turn's edge."""
 
+    async def hung(self) -> str:
+        """Return why the harness of a container that runs counts as hung, once it does."""
+
 
 @dataclass
 class Supervised:
@@ -226,20 +229,30 @@ class Reconciler:
         await self._watch(supervised, running)
 
     async def _watch(self, supervised: Supervised, running: Running) -> None:
-        exit_ = await running.wait()
+        hung = ""
+
+        async def end_hung() -> None:
+            nonlocal hung
+            hung = await supervised.desk.hung()
+            running.kill()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(end_hung)
+            exit_ = await running.wait()
+            nursery.cancel_scope.cancel()
         supervised.running = None
         self._driver.forget(supervised.name)
-        await self._tell_end(supervised.name, exit_, "")
+        await self._tell_end(supervised.name, exit_, "", hung)
         supervised.ended.set()
 
-    async def _tell_end(self, name: AgentName, exit_: Exit, when: str) -> None:
+    async def _tell_end(self, name: AgentName, exit_: Exit, when: str, hung: str = "") -> None:
         agent = await self._agents.get(name)
         expected = exit_.code == 0 or agent.wanted == "down" or self._draining
-        detail = "" if expected else f"ended with code {exit_.code} {when}".strip()
+        detail = "" if expected else f"was ended: {hung}" if hung else f"ended with code {exit_.code} {when}".strip()
         self._agents.observe(name, "down" if expected else "crashed", detail)
 
         def write(tx: Transaction) -> None:
-            tx.emit("agent_ended", SYSTEM, name, code=exit_.code, expected=expected, when=when)
+            tx.emit("agent_ended", SYSTEM, name, code=exit_.code, expected=expected, when=when, hung=hung)
             if expected:
                 self._put_back(tx, name)
             if not expected and name != MANAGER:

@@ -26,6 +26,7 @@ from hive_core.protocol.harness import (
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_id
 from hive_core.sockets.claims import claimed_end, claimed_session, claimed_state, claimed_usage, printable
+from hive_core.sockets.silence import Silence
 from hive_core.sockets.unix import Connection, Lines
 from hive_core.store.writer import Transaction
 from hive_core.turn_records import add_record
@@ -57,6 +58,19 @@ class HarnessDesk:
     given: dict[str, Any] | None = None  # the last turn, as its harness got it
     outdated: str | None = None  # the instance that has to, being of an older version
     said_hello: trio.Event = field(default_factory=trio.Event)
+    silence: Silence = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.silence = Silence(self.broker.limits.lease_silence_s)
+
+    def lost_turn(self, silence_s: float) -> None:
+        """Its harness said nothing for so long, and its turn was taken away."""
+        self.silence.lost_turn()
+        self.agents.observe_silence(self.name, silence_s)
+
+    async def hung(self) -> str:
+        """Return why the harness of a container that runs counts as hung, once it does."""
+        return await self.silence.lasts()
 
     def ask_to_stop(self) -> None:
         """Let no turn begin any more, and tell the harness so with its next answer."""
@@ -135,9 +149,12 @@ class _Session:
     def close(self) -> None:
         if self._welcome:
             self._desk.session = self._desk.instance = None
+            self._desk.silence.not_connected()
 
     async def answer(self, request: Request) -> dict[str, Any]:
         number = None
+        if self._welcome:
+            self._desk.silence.ended()
         try:
             if isinstance(request, Refusal):
                 raise request
@@ -194,6 +211,7 @@ class _Session:
         else:
             desk.agents.observe_rest(desk.name)
         desk.said_hello.set()
+        desk.silence.ended()
         return {"version": version, "agent": desk.name, "role": desk.role}
 
     async def _lease(self, fence: str) -> dict[str, Any]:

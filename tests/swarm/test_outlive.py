@@ -179,6 +179,30 @@ def test_a_harness_of_the_release_before_finishes_its_turn_and_one_of_this_relea
         assert copies_of(daemon, "iris") == [started["data"]["pid"]]
 
 
+def harness_of(daemon: Daemon, name: str) -> int:
+    """The pid of an agent's harness as the host sees it."""
+    status = (daemon.state / "processes" / f"{name}.status").read_text().splitlines()
+    return int(json.loads(status[-1])["child-pid"])
+
+
+def test_a_harness_that_hangs_in_a_turn_is_ended_and_its_message_is_done_by_the_next_one() -> None:
+    with open_swarm("--lease-silence-s=3") as daemon:
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME, GATED])
+        client.call("send", to="iris", body="work")
+        daemon.wait_message(client, "begun")
+        hung = pid_of(daemon, "iris")
+        os.kill(harness_of(daemon, "iris"), signal.SIGSTOP)
+        ended = daemon.events(client, lambda e: e["kind"] == "agent_ended" and e["agent"] == "iris")
+        (daemon.state / "agents" / "iris" / "state" / "go").touch()
+        why = "its harness said nothing for 3 s and lost its turn"
+        assert (ended["data"]["hung"], ended["data"]["expected"]) == (why, False)
+        daemon.wait_message(client, "finished")
+        daemon.wait_message(client, f"container_crash: iris was ended: {why}", "hm1nd")
+        wait_gone(hung)
+        assert copies_of(daemon, "iris") == [pid_of(daemon, "iris")]
+
+
 def test_an_exit_that_nobody_watched_is_told_by_the_next_daemon() -> None:
     with open_swarm() as daemon:
         client = daemon.start()

@@ -675,13 +675,14 @@ async def test_what_the_program_does_is_shown_with_its_detail_and_its_end(
         assert (live.state, live.detail, live.until_ms) == tuple(claimed.values())
 
 
-async def test_a_harness_that_lost_its_turn_in_silence_is_shown_as_stuck_until_it_speaks(
+async def test_a_harness_that_lost_its_turn_in_silence_is_shown_as_stuck_and_hangs_until_it_speaks(
     hive: Services, tmp_path: Path
 ) -> None:
-    hive.broker = Broker(hive.store, Limits(lease_silence_s=0.2), silent=hive.agents.observe_silence)
+    hive.broker = Broker(hive.store, Limits(lease_silence_s=0.2), silent=lambda _, after_s: desk.lost_turn(after_s))
+    desk = desk_for(hive)
     await hive.say("hm1nd", "iris", "hello")
     async with (
-        serve(tmp_path / "harness.sock", desk_for(hive).serve) as door,
+        serve(tmp_path / "harness.sock", desk.serve) as door,
         greeted(door) as peer,
         trio.open_nursery() as nursery,
     ):
@@ -694,14 +695,12 @@ async def test_a_harness_that_lost_its_turn_in_silence_is_shown_as_stuck_until_i
             while hive.agents.live("iris").state == "tool":
                 await listener.wait()
         nursery.cancel_scope.cancel()
-        live = hive.agents.live("iris")
-        assert (live.state, live.detail.partition(";")[0]) == (
-            "stuck",
-            "its harness said nothing for 0 s and lost its turn",
-        )
+        live, why = hive.agents.live("iris"), "its harness said nothing for 0 s and lost its turn"
+        assert (live.state, live.detail.partition(";")[0], await desk.hung()) == ("stuck", why, why)
         ack = {"id": 4, "op": "ack", "turn": turn, "fence": "f-1", "outcome": "cancelled"}
         assert not (await peer.ask(ack))["counted"]
-        assert hive.agents.live("iris").state == "idle"
+        assert (hive.agents.live("iris").state, desk.silence.why) == ("idle", "")
+    assert desk.silence.why == "its harness was not connected for 1 s"
 
 
 async def test_a_harness_whose_lines_the_disk_does_not_take_is_not_silent(
