@@ -24,6 +24,9 @@ _STATE_COLOURS = {
     "rate_limited": "amber",
     "overloaded": "amber",
     "stuck": "red",
+    "over_budget": "red",
+    "needs_login": "red",
+    "paused": "dim",
 }
 
 
@@ -305,7 +308,12 @@ def _window(name: str, window: dict[str, Any]) -> str:
 
 def status(result: dict[str, Any]) -> str:
     lines = [f"hyperhive {result['version']} · {result['dashboard']}", *_alarms(result)]
-    lines += [credential(row) for row in result["credentials"] if row["agents"] and (row["sentence"] or row["windows"])]
+    told = [row for row in result["credentials"] if row["agents"] and (row["sentence"] or row["windows"])]
+    lines += [credential(row) for row in told]
+    # The swarm's stop and what a credential lacks are told already, once for all agents.
+    sentences = [row["sentence"] for row in told if row["sentence"]]
+    still = [row for row in result["stopped"] if row["state"] != "frozen"]
+    lines += [_stopped(row) for row in still if not any(sentence in row["why"] for sentence in sentences)]
     lines += [approval_line(row) for row in result["pending"]]
     lines += [question(row) for row in result["questions"]]
     if result["unread"]:
@@ -316,6 +324,13 @@ def status(result: dict[str, Any]) -> str:
         lines.append(paint(f"{result['dead']} dead: `hive dead`", "red"))
     for name, refused in result["refused"].items():
         lines.append(paint(f"inbox full: {name} did not get {counted(refused, 'message')}", "red"))
-    if not any(result[key] for key in ("pending", "questions", "unread", "held", "dead")):
+    waits = ("pending", "questions", "unread", "held", "dead", "refused", "stopped", "frozen_since_ms")
+    if not any(result[key] for key in waits):
         lines.append("nothing waits for you")
     return "\n".join(lines)
+
+
+def _stopped(row: dict[str, Any]) -> str:
+    """Agents that stand still for one reason, and what lets them go on."""
+    state = paint(row["state"], _STATE_COLOURS.get(row["state"], "amber"))
+    return f"! {paint(', '.join(row['agents']), 'bold')} {state}: {safe(row['why'])}"

@@ -42,6 +42,7 @@ from hive_core.sockets.admin_spend import spend_verbs
 from hive_core.sockets.admin_steering import steering_verbs
 from hive_core.sockets.admin_turns import turn_verbs
 from hive_core.sockets.unix import Connection, Lines
+from hive_core.stopped import stopped
 from hive_core.store.bus import EVENTS, WANTED
 from hive_core.version import __version__
 
@@ -142,7 +143,7 @@ class AdminDesk:
 
     async def _status(self, _: Args) -> Any:
         hive = self._hive
-        approvals = await hive.approvals.pending()
+        approvals, agents = await hive.approvals.pending(), await hive.agents.all()
         return {
             "version": __version__,
             "state_dir": str(hive.config.state_dir),
@@ -156,11 +157,12 @@ class AdminDesk:
             "sandbox_trouble": hive.sandbox_trouble,
             "unsafe": hive.unsafe,
             "frozen_since_ms": hive.freeze.since_ms,
+            "stopped": stopped(hive.agents, agents),
             "pending": [{"id": a.id, "kind": a.kind, "agent": a.agent, "reason": a.reason} for a in approvals],
             "unread": await hive.broker.unread(),
             "questions": [one.to_wire() for one in await hive.questions.open_to(OPERATOR)],
             **await count_aside(hive.store),
-            "refused": {agent.name: agent.refused for agent in await hive.agents.all() if agent.refused},
+            "refused": {agent.name: agent.refused for agent in agents if agent.refused},
         }
 
     async def _list(self, _: Args) -> Any:

@@ -13,7 +13,7 @@ from hive_core.cli import show
 from hive_core.limits import Limits
 from hive_core.protocol.held import WHY_HELD, say_held
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import AgentName
+from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.sockets.admin import AdminDesk
 from tests.dashboards import hive_of
 from tests.hives import Services, open_services, run_hive, serve
@@ -212,6 +212,33 @@ async def test_hive_alone_and_the_list_tell_what_does_not_go_on_by_itself(hive: 
     turn = (await hive.broker.lease(DAMOCLES)).turn
     await hive.broker.ack(DAMOCLES, turn, "done")
     assert "2 · 1 held · 2 refused" in await command("list")
+
+
+async def test_hive_alone_tells_which_agents_are_stopped_why_and_what_to_do(hive: Services, command: Command) -> None:
+    hive.agents.observe_silence("iris", 90)
+    hive.agents.observe("damocles", "thinking")
+    assert (await command()).splitlines()[1:] == ["nothing waits for you"]
+    hive.agents.observe("iris", "tool", "Bash")
+    hive.agents.observe_silence("iris", 90)
+    hive.agents.observe("damocles", "stuck", "silent")
+    hive.agents.observe("hm1nd", "crashed", "ended with code 3\x1b[2J")
+    assert (await command()).splitlines()[1:] == [
+        "! hm1nd crashed: ended with code 3⟨U+001B⟩[2J; it is started again by itself",
+        "! damocles stuck: its turn is silent; `hive cancel damocles` ends it at once",
+        "! iris stuck: its harness said nothing for 90 s and lost its turn; "
+        "if it goes on so, it is ended and started again",
+    ]
+    await command("pause", "iris")
+    await hive.agents.want(AgentName("hm1nd"), "down", OPERATOR)
+    lines = (await command()).splitlines()[1:]
+    assert lines[1] == "! iris paused: iris is paused by the operator; `hive start iris` lets it go on"
+    assert len(lines) == 2, "one that shall not run is not told of"
+
+
+async def test_hive_alone_tells_of_a_stopped_swarm_once(hive: Services, command: Command) -> None:
+    await command("estop")
+    (line,) = (await command()).splitlines()[1:]
+    assert line == "! the whole swarm is stopped since 0 s: `hive thaw` lets it go on"
 
 
 async def test_the_list_tells_until_when_an_agent_rests_and_nothing_of_a_rest_that_is_over(

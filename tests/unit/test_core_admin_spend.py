@@ -63,6 +63,19 @@ async def test_the_list_tells_whole_why_agents_are_stopped_and_who_lets_them_go_
     assert f"hm1nd, damocles, iris: {closed.sentence}" in (await command("list")).splitlines()
 
 
+async def test_hive_alone_tells_whom_a_spent_budget_stops_and_what_lets_them_go_on(
+    hive: Services, command: Command
+) -> None:
+    assert (await command()).splitlines()[-1] == "nothing waits for you"
+    await command("budget", "set", "iris", "--total", "0.01")
+    spend(hive, "iris", HAIKU, 20_000)
+    closed = hive.agents.access.closed(AgentName("iris"))
+    assert closed is not None
+    assert (await command()).splitlines()[1:] == [f"! iris over_budget: {closed.sentence}"]
+    (row,) = json.loads(await command("--json"))["stopped"]
+    assert row == {"agents": ["iris"], "state": "over_budget", "why": closed.sentence, "until_ms": None}
+
+
 async def test_costs_are_summed_up_by_agent_model_cause_and_day(hive: Services, command: Command) -> None:
     spend(hive, "iris", HAIKU, 1_000_000)
     hive.clock.ahead_s += DAY_S
