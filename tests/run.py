@@ -1,7 +1,8 @@
 """Runs the groups of tests/groups.toml that this machine can run: `python -m tests.run [GROUP ...]`.
 
-One pytest process per group. The last line is `N passed, N failed, N skipped`; the exit code is 1 if a test failed, a
-group collected nothing, or, with HIVE_REQUIRE=ci, a group whose home is ci was left out or skipped every test.
+One pytest per group, in as many processes as the table says. The last line is `N passed, N failed, N skipped`; the
+exit code is 1 if a test failed, a group collected nothing, or, with HIVE_REQUIRE=ci, a group whose home is ci was left
+out or skipped every test.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Group:
     needs: list[str]
     home: str
     share_s: float
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def _environment(group: Group) -> dict[str, str]:
 
 
 def run_group(group: Group, root: Path) -> Counts:
-    """One pytest process; its output is ours."""
+    """One pytest, in as many processes as the group wants; its output is ours."""
     paths = [path for path in group.paths if (root / path).exists()]
     if not paths:
         return Counts()
@@ -89,6 +91,8 @@ def run_group(group: Group, root: Path) -> Counts:
         report = Path(scratch) / "report.xml"
         # A test that hangs shows where, instead of nothing.
         options = ["-o", "faulthandler_timeout=300", f"--junitxml={report}"]
+        if group.processes > 1:
+            options += [f"--numprocesses={group.processes}", "--dist=worksteal"]
         pytest = subprocess.Popen([sys.executable, "-m", "pytest", *options, *paths], cwd=root, env=_environment(group))
         try:
             code = pytest.wait()

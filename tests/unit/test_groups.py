@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,15 @@ def test_a_file_that_does_not_import_counts_as_a_failure(tmp_path: Path) -> None
 def test_a_pytest_that_dies_without_a_report_counts_as_a_failure(tmp_path: Path) -> None:
     write_group(tmp_path, "fatal", "import os\ndef test_dies(): os._exit(3)")
     assert run_group(group("fatal"), tmp_path) == Counts(failed=1)
+
+
+def test_a_group_of_several_processes_is_counted_as_one_and_a_process_that_dies_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_PLUGINS", "xdist.plugin")
+    spread = "import os\ndef test_spread(): assert os.environ['PYTEST_XDIST_WORKER_COUNT'] == '2'"
+    write_group(tmp_path, "wide", f"{spread}\ndef test_dies(): os._exit(3)\ndef test_more(): pass")
+    assert run_group(replace(group("wide"), processes=2), tmp_path) == Counts(passed=2, failed=1)
 
 
 def test_a_run_ends_with_the_sum_of_its_groups(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
