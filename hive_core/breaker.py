@@ -1,9 +1,11 @@
 """The breaker: one per credential, for all agents on it, so that a limit is found out once and not by each of them.
 
     works ── 429, 529 ──▶ limited ──┐  until the reset that was told, else after a rest that doubles
-      ▲  └── 401, 403 ──▶ refused ──┤  after a rest that doubles, or with another secret
+      ▲  └──── 401 ─────▶ refused ──┤  after a rest that doubles, or with another secret
       │                             ▼
       └──── first success ──── tried by one agent; then the others follow, spread by chance
+
+A 403 rests the agent that got it, and refuses the credential when another one gets it, too (own_refusals.py).
 
 It is fed by the relay, from the provider's own answers; what an agent claims closes that agent alone. Its memory goes
 first, since the next call must be refused at once; `serve` writes it down and wakes whoever may go on.
@@ -29,10 +31,12 @@ from hive_core.credential_states import (
     CredentialStates,
     News,
     Unsaved,
+    at_instant,
     forget_state,
 )
 from hive_core.credentials import DEFAULT, Credential, Credentials
 from hive_core.limits import Limits
+from hive_core.own_refusals import OwnRefusals
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import SYSTEM, AgentName
 from hive_core.provider_limits import FAR_MS, Window, reset_of, windows_of
@@ -84,6 +88,7 @@ class Breaker:
         self._states = CredentialStates(self._limits)
         self._found: dict[str, str | None] = {}  # credential → the fingerprint that agents were last woken for
         self._claims: dict[AgentName, int] = {}
+        self._own = OwnRefusals(partial(self._rest_ms, self._limits.refused_rest_s))
         self._one_writes = trio.Lock()  # else two would write the same news
 
     async def load(self) -> None:
@@ -113,6 +118,10 @@ class Breaker:
         credential = self._credentials.find(name)
         if credential is None:
             return _Wait(REFUSED, f"no credential for the model provider: {self._credentials.missing(name)}")
+        if (own_ms := self._own.until_ms(agent, name, now_ms)) is not None:
+            why = f"the provider refuses what {agent} asks for (403), and of no other agent on the credential {name}"
+            again = f"it tries again {at_instant(own_ms, now_ms)}, `hive credentials resume {name}` lets it at once"
+            return _Wait(REFUSED, f"{why}; {again}", own_ms)
         state = self._states.of(credential)
         if state.reason is not None:
             return self._closed_by(state, agent, now_ms)
@@ -188,7 +197,7 @@ class Breaker:
         state = self._states.of(credential)
         if status in (429, 529):
             self._limited(state, agent, status, reset_of(headers, now_ms), now_ms)
-        elif status in (401, 403):
+        elif status == 401 or (status == 403 and not self._refused_alone(state, agent, now_ms)):
             self._refused(state, agent, status, now_ms)
         elif 200 <= status < 300:
             self._worked(state, agent, now_ms)
@@ -223,6 +232,21 @@ class Breaker:
         stays = status == 429 and self._limits.after_limit == "stay"
         self._close(replace(state, status=status, failures=failures, until_ms=until_ms, stays=stays), LIMITED, agent)
 
+    def _refused_alone(self, state: CredentialState, agent: AgentName, now_ms: int) -> bool:
+        """Whether a 403 is about the agent that got it, as far as anybody knows: then that rests by itself."""
+        if state.reason == REFUSED:
+            return False
+        before = self._own.until_ms(agent, state.name, now_ms)
+        until_ms = self._own.refused(agent, state.name, self.users(state.name), now_ms)
+        if until_ms is None:
+            return False
+        if until_ms != before:
+            self._reopening.passes(state.name, agent, now_ms)
+            data = {"status": 403, "until_ms": until_ms}
+            self._put(state, News("credential_refused_to_agent", SYSTEM, agent, data))
+            self._tell([agent])
+        return True
+
     def _refused(self, state: CredentialState, agent: AgentName, status: int, now_ms: int) -> None:
         if state.reason == REFUSED and state.rests(now_ms):
             return
@@ -240,10 +264,13 @@ class Breaker:
             said = f"Agents wait: {state.sentence(self._now_ms())}. Only the operator can log in."
         data = {"status": state.status, "until_ms": state.until_ms, "stays": state.stays or None}
         self._reopening.failed(state.name, agent, self.users(state.name))
+        if reason == REFUSED:
+            self._own.forget(self.users(state.name))  # it was the credential
         self._put(state, News(kind, SYSTEM, agent, data, said))
         self._tell(self.users(state.name))
 
     def _worked(self, state: CredentialState, agent: AgentName, now_ms: int) -> None:
+        self._own.worked(agent, state.name)
         if state.reason is None:
             if state.worked_at_ms is None or not 0 <= now_ms - state.worked_at_ms < WORKED_EVERY_MS:
                 self._put(replace(state, worked_at_ms=now_ms))
@@ -268,6 +295,7 @@ class Breaker:
             raise Refusal("not_found", f"cannot resume the credential {name}: {self._credentials.missing(name)}")
         state = self._states.of(credential)
         claims = [agent for agent in self.users(name) if self._claims.pop(agent, None)]
+        claims += self._own.forget(self.users(name))
         if state.reason is None and not claims:
             raise Refusal("conflict", f"cannot resume the credential {name}: nothing stops it")
         self._put(replace(state, stays=False, until_ms=self._now_ms()), News("credential_resumed", actor, None, {}))
@@ -306,6 +334,7 @@ class Breaker:
 
     def _forget(self, name: str) -> None:
         self._reopening.forget(name, self.users(name))
+        self._own.forget(self.users(name))
         for agent in self.users(name):
             self._claims.pop(agent, None)
 
@@ -338,6 +367,7 @@ class Breaker:
                 self._tell(self._reopening.hand_on(state, self.users(state.name), self._waits, now_ms))
         self._tell(self._reopening.let_follow(now_ms))
         self._tell(self._end_claims(now_ms))
+        self._tell(self._own.end_rests(now_ms))
         return max(least_s, (min(self._instants(now_ms), default=now_ms + FAR_MS) - now_ms) / 1000)
 
     def _save(self, tx: Transaction, unsaved: Unsaved | None) -> dict[AgentName, _Use]:
@@ -373,6 +403,7 @@ class Breaker:
     def _instants(self, now_ms: int) -> Iterable[int]:
         yield from self._reopening.instants()
         yield from self._claims.values()
+        yield from self._own.instants()
         for state in self._states.all():
             if state.rests(now_ms) and state.until_ms is not None and not state.stays:
                 yield state.until_ms

@@ -62,7 +62,7 @@ class CredentialState:
         if self.reason == REFUSED:
             return (
                 f"the provider refuses the credential {self.name} ({self.status}); `hive login {self.name}` renews it, "
-                f"it is tried again {_at(self.until_ms, now_ms)}, {again}"
+                f"it is tried again {at_instant(self.until_ms, now_ms)}, {again}"
             )
         if self.stays:
             return (
@@ -70,10 +70,11 @@ class CredentialState:
                 f"(after_limit); `hive credentials resume {self.name}` lets its agents go on"
             )
         what = "is overloaded" if self.status == 529 else f"limits the credential {self.name}"
-        return f"the provider {what} ({self.status}); agents on it go on {_at(self.until_ms, now_ms)}, {again}"
+        return f"the provider {what} ({self.status}); agents on it go on {at_instant(self.until_ms, now_ms)}, {again}"
 
 
-def _at(at_ms: int | None, now_ms: int) -> str:
+def at_instant(at_ms: int | None, now_ms: int) -> str:
+    """When something is tried again, as words in a sentence."""
     if at_ms is None or at_ms <= now_ms:
         return "now"
     return f"at {datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"

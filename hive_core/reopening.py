@@ -56,6 +56,12 @@ class Reopening:
         if trial is not None:
             self._failed[name] = {*trial.tried, agent}
 
+    def passes(self, name: str, agent: AgentName, now_ms: int) -> None:
+        """Whoever tries the credential cannot: another one shall, at once."""
+        trial = self._trials.get(name)
+        if trial is not None and trial.agent == agent:
+            trial.since_ms = now_ms - self._patience_ms
+
     def forget(self, name: str, users: Iterable[AgentName]) -> None:
         """Nothing of the credential comes back: it was closed, or is another."""
         self._trials.pop(name, None)

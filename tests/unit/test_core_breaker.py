@@ -372,7 +372,7 @@ async def test_a_try_that_is_limited_again_closes_again(hive: Services, desk: De
     assert await desk.kinds() == ["limited", "limited"]
 
 
-@pytest.mark.parametrize("status", [403, 429])
+@pytest.mark.parametrize("status", [401, 429])
 async def test_after_a_try_that_failed_another_that_waits_is_the_next(hive: Services, desk: Desk, status: int) -> None:
     for agent in (DAMOCLES, HM1ND, IRIS):
         await hive.say("operator", agent, "work")
@@ -435,8 +435,10 @@ async def test_the_operator_may_try_a_limited_credential_at_once(desk: Desk) -> 
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_refused_credential_needs_a_login_and_is_tried_again_ever_more_seldom(desk: Desk, status: int) -> None:
     rests = []
+    if status == 403:
+        await desk.answer(IRIS, status)
     for _ in range(9):
-        (agent, *_) = (agent for agent in (IRIS, DAMOCLES, HM1ND) if desk.closed(agent) is None)
+        (agent, *_) = (agent for agent in (DAMOCLES, IRIS, HM1ND) if desk.closed(agent) is None)
         await desk.answer(agent, status)
         assert {desk.state_of(agent) for agent in (IRIS, DAMOCLES, HM1ND)} == {"needs_login"}
         rests.append(desk.until_s())
@@ -446,6 +448,85 @@ async def test_a_refused_credential_needs_a_login_and_is_tried_again_ever_more_s
     (message,) = await desk.messages()
     assert f"refuses the credential default ({status})" in message
     assert desk.row()["state"] == "refused"
+
+
+async def test_a_403_that_one_agent_gets_rests_that_agent_alone_ever_longer(desk: Desk) -> None:
+    rests = []
+    for _ in range(9):
+        await desk.answer(IRIS, 403)
+        await desk.answer(IRIS, 403)  # of a call that was under way with that one
+        closed = desk.closed(IRIS)
+        assert closed is not None
+        assert (closed.state, closed.cuts) == ("needs_login", False)
+        assert "refuses what iris asks for (403), and of no other agent" in closed.sentence
+        assert [desk.closed(agent) for agent in (DAMOCLES, HM1ND)] == [None] * 2
+        rests.append(desk.until_s())
+        with desk.hive.store.bus.listen("access") as listener:
+            await desk.pass_s(rests[-1] + 0.01)
+            assert listener._woken.is_set(), "it goes on by itself"
+        assert desk.closed(IRIS) is None
+    expected = [min(60 * 2**n, 3600) for n in range(9)]
+    assert all(at / 2 <= rest <= at * 1.5 for at, rest in zip(expected, rests, strict=True))
+    assert (await desk.messages(), desk.row()["state"]) == ([], "untried")
+    kind, data = (await desk.told())[0]
+    assert (kind, data["credential"], data["status"], len(await desk.told())) == ("refused_to_agent", "default", 403, 9)
+    await desk.answer(IRIS, 200)
+    await desk.answer(IRIS, 403)
+    assert desk.until_s() <= 90, "a success begins anew"
+
+
+async def test_a_403_closes_the_credential_when_a_second_agent_gets_one_and_no_call_worked_between(desk: Desk) -> None:
+    await desk.answer(IRIS, 403)
+    await desk.answer(HM1ND, 200)
+    await desk.answer(DAMOCLES, 403)
+    assert [desk.state_of(agent) for agent in (IRIS, DAMOCLES, HM1ND)] == ["needs_login", "needs_login", None]
+    assert desk.row()["state"] == "works"
+    await desk.answer(HM1ND, 403)
+    assert desk.row()["state"] == "refused"
+    assert "refuses the credential default (403)" in (desk.closed(IRIS) or NONE).sentence
+    assert await desk.kinds() == ["refused_to_agent", "refused_to_agent", "refused"]
+
+
+async def test_a_403_of_long_ago_says_nothing_of_the_credential(desk: Desk) -> None:
+    await desk.answer(IRIS, 403)
+    await desk.pass_s(desk.until_s() + 3601)
+    await desk.answer(DAMOCLES, 403)
+    assert [desk.state_of(agent) for agent in (IRIS, DAMOCLES, HM1ND)] == [None, "needs_login", None]
+
+
+async def test_a_403_of_the_only_agent_on_a_credential_is_the_credentials(hive: Services, desk: Desk) -> None:
+    desk.credentials.put("work", "api_key", OTHER)
+    await hive.sql("""UPDATE agents SET policy = '{"credential": "work"}' WHERE name = 'iris'""")
+    await desk.breaker.tick()
+    await desk.answer(IRIS, 403)
+    assert desk.row("work")["state"] == "refused"
+    assert "`hive login work`" in (desk.closed(IRIS) or NONE).sentence
+
+
+async def test_an_agent_that_tries_a_rested_credential_and_gets_a_403_leaves_the_try_to_another(
+    hive: Services, desk: Desk
+) -> None:
+    for agent in (DAMOCLES, IRIS):
+        await hive.say("operator", agent, "work")
+    await desk.answer(IRIS, 429, after_s=60)
+    await desk.pass_s(61)
+    await desk.answer(IRIS, 403)
+    assert [desk.state_of(agent) for agent in (IRIS, DAMOCLES)] == ["needs_login", None]
+    await desk.answer(DAMOCLES, 200)
+    assert desk.row()["state"] == "works"
+
+
+async def test_an_agent_that_rests_alone_can_be_let_on_by_the_operator_and_by_another_secret(desk: Desk) -> None:
+    await desk.answer(IRIS, 403)
+    await desk.breaker.resume("default", OPERATOR)
+    assert desk.closed(IRIS) is None
+    await desk.answer(IRIS, 403)
+    desk.credentials.put("default", "api_key", OTHER)
+    await desk.breaker.renewed("default", OPERATOR)
+    assert desk.closed(IRIS) is None
+    await desk.answer(IRIS, 403)
+    await desk.pass_s(-FAR_MS / 1000 - 120)
+    assert desk.closed(IRIS) is None, "a clock that was set back locks nobody out"
 
 
 async def test_a_401_that_was_no_more_than_a_hiccup_heals_by_itself(desk: Desk) -> None:
