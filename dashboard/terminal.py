@@ -160,10 +160,11 @@ def _count(value: object, noun: str) -> str:
     return f"{value:,} {noun}" if isinstance(value, int) and 0 <= value < 10**12 else ""
 
 
-def tokens(usage: object) -> str:
-    """What a turn took and gave, as a few words; "" when it does not say.
+def tokens(usage: object, unknown_calls: int = 0) -> str:
+    """What a turn took and gave, as a few words; "" when it does not say, or counts none.
 
-    Its counts by model go before its own, which leave out the calls that the program made by itself.
+    Its counts by model go before its own, which leave out the calls that the program made by itself. Where the counts
+    of some calls are not known, none of them is the whole.
     """
     if not isinstance(usage, dict):
         return ""
@@ -175,7 +176,15 @@ def tokens(usage: object) -> str:
     else:
         taken = _sum([usage], "input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
         given = _sum([usage], "output_tokens")
+    if unknown_calls:
+        return f"{_at_least(taken)} in / {_at_least(given)} out"
+    if not taken and not given:
+        return ""  # a program that was cut in its first call counts none, and that one may have cost
     return " / ".join(word for word in (_count(taken, "in"), _count(given, "out")) if word)
+
+
+def _at_least(count: int | None) -> str:
+    return f"{count:,} + ?" if count and 0 < count < 10**12 else "?"
 
 
 def _sum(counts: list[dict[str, Any]], *kinds: str) -> int | None:

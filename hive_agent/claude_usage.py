@@ -29,7 +29,7 @@ def summed_usage(result: dict[str, Any], before: dict[str, Any]) -> dict[str, An
     usage = result.get("usage")
     tokens = usage if isinstance(usage, dict) else {}
     return {
-        **{kind: whole_number(tokens.get(kind)) for kind in _KINDS},
+        **{kind: count if isinstance(count := number(tokens.get(kind)), int) else None for kind in _KINDS},
         "cost_usd": _more(result, before, "total_cost_usd"),
         "num_turns": number(result.get("num_turns")),
         "duration_ms": number(result.get("duration_ms")),

@@ -138,6 +138,13 @@ TOKEN_COLUMNS = tuple(f"{kind}_tokens" for kind in KINDS)
 _CHARGE = ("at_ms", "agent", "turn_id", "credential", "model", "status", *TOKEN_COLUMNS, "cost_micro_usd", "estimated",
            "complete", "cause", "cause_id", "chain_id", "root")
 # fmt: on
+# What is not known of the cost of a turn `t`, as columns of a query.
+UNSURE_OF_TURN = """
+    (SELECT count(*) FROM charges INDEXED BY charges_by_turn
+     WHERE turn_id = t.id AND (input_tokens IS NULL OR output_tokens IS NULL)) AS unknown_calls,
+    (SELECT coalesce(sum(cost_micro_usd), 0) FROM charges INDEXED BY charges_by_turn
+     WHERE turn_id = t.id AND estimated) AS estimated_micro_usd
+"""
 SUMS = ("calls", "unknown_calls", *TOKEN_COLUMNS, "cost_micro_usd", "estimated_micro_usd")
 _ADD_TO_DAY = f"""
     INSERT INTO spend_days (day, agent, model, root, {", ".join(SUMS)}) VALUES (?, ?, ?, ?{", ?" * len(SUMS)})

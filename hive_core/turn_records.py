@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Mapping
 from typing import Any
 
+from hive_core.charges import UNSURE_OF_TURN
 from hive_core.protocol.refusal import Refusal
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
@@ -144,9 +145,9 @@ def _turn(row: sqlite3.Row) -> dict[str, Any]:
     return {**dict(row), "usage": json.loads(row["usage"]) if row["usage"] else None}
 
 
-_TURN = """
+_TURN = f"""
     t.id AS turn, t.agent, t.state, t.message_id AS message, t.errand, t.started_at_ms, t.ended_at_ms, t.reason,
-    t.error, t.usage, t.lines, t.cost_micro_usd
+    t.error, t.usage, t.lines, t.cost_micro_usd, {UNSURE_OF_TURN}
 """
 _RECORD = """
     SELECT r.given, r.asked_sha256, p.text AS prompt, m.body FROM turn_records r

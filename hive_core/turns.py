@@ -10,6 +10,7 @@ from typing import Any
 
 import trio
 
+from hive_core.charges import UNSURE_OF_TURN
 from hive_core.limits import Limits
 from hive_core.protocol.words import SYSTEM, AgentName
 from hive_core.store.bus import stream
@@ -116,11 +117,14 @@ class Turns:
     async def recent(self, agent: str, limit: int = 20) -> list[dict[str, Any]]:
         """The newest turns of an agent, newest first; `usage` as the program told it, None when it did not.
 
-        cost_micro_usd: of its calls to the model, as the ledger has it; None when it made none.
+        cost_micro_usd       of its calls to the model, as the ledger has it; None when it made none
+        estimated_micro_usd  of that, as long as its charges are kept
+        unknown_calls        how many of its calls told no tokens, or not all: then `usage` lacks them
         """
-        sql = """
-            SELECT id, state, started_at_ms, ended_at_ms, error, reason, usage, lines, cost_micro_usd, errand, errand_by
-            FROM turns
+        sql = f"""
+            SELECT id, state, started_at_ms, ended_at_ms, error, reason, usage, lines, cost_micro_usd, errand,
+                   errand_by, {UNSURE_OF_TURN}
+            FROM turns t
             WHERE agent = ? ORDER BY id DESC LIMIT ?
         """
         rows = await self._store.rows(sql, (agent, limit))

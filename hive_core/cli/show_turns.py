@@ -24,7 +24,8 @@ def row(turn: dict[str, Any]) -> str:
         words.append(f"{(turn['ended_at_ms'] - turn['started_at_ms']) / 1000:.1f} s")
     words += [f"message {turn['message']}"] if turn["message"] else []
     words += [turn["errand"].replace("_", " ")] if turn["errand"] else []
-    words += [f"${turn['cost_micro_usd'] / 1e6:.4f}"] if turn["cost_micro_usd"] is not None else []
+    about = "~" if turn["estimated_micro_usd"] else ""
+    words += [f"{about}${turn['cost_micro_usd'] / 1e6:.4f}"] if turn["cost_micro_usd"] is not None else []
     words += [_short(turn["error"])] if turn["error"] else []
     return "  ".join(words)
 

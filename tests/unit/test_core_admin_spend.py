@@ -76,6 +76,21 @@ async def test_hive_alone_tells_whom_a_spent_budget_stops_and_what_lets_them_go_
     assert row == {"agents": ["iris"], "state": "over_budget", "why": closed.sentence, "until_ms": None}
 
 
+async def test_a_turn_whose_cost_is_estimated_says_so(hive: Services, command: Command) -> None:
+    for tokens in (None, 10_000):
+        await hive.say("operator", "iris", "work")
+        turn = (await hive.broker.lease(AgentName("iris"))).turn
+        spend(hive, "iris", HAIKU, tokens)
+        await hive.broker.ack(AgentName("iris"), turn, "cancelled")
+    await hive.broker.ledger.flush()
+    told, estimated = (await command("turns")).splitlines()
+    assert told.endswith("  $0.0100")
+    assert estimated.endswith("  ~$0.1800")
+    assert (await command("turn", "show", "1")).splitlines()[0] == estimated
+    found = json.loads(await command("turns", "--json"))["turns"]
+    assert [(one["unknown_calls"], one["estimated_micro_usd"]) for one in found] == [(0, 0), (1, 180_000)]
+
+
 async def test_costs_are_summed_up_by_agent_model_cause_and_day(hive: Services, command: Command) -> None:
     spend(hive, "iris", HAIKU, 1_000_000)
     hive.clock.ahead_s += DAY_S

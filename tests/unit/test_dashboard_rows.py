@@ -106,6 +106,7 @@ def approval(text: str, kind: str = "spawn", state: str = "pending") -> Approval
 def turn(text: str) -> dict[str, Any]:
     times = {"started_at_ms": 1_700_000_000_000, "ended_at_ms": 1_700_000_002_000}
     told = {"error": text, "reason": text, "usage": {"input_tokens": text}, "cost_micro_usd": None}
+    told |= {"unknown_calls": 0, "estimated_micro_usd": 0}
     return {"id": 4, "state": "failed", **times, **told, "errand": text, "errand_by": text}
 
 
@@ -294,13 +295,27 @@ def test_the_lines_of_a_turn_read_as_a_person_would_tell_them() -> None:
         ({"a": {"inputTokens": 1, "outputTokens": 2}, "b": {"inputTokens": 3, "outputTokens": 4}}, "4 in / 6 out"),
         ({"a": {"inputTokens": "x", "outputTokens": True}}, ""),
         ({"a": None}, ""),
-        ({}, "0 in / 0 out"),
-        ([], "0 in / 0 out"),
+        ({"a": {"inputTokens": 5, "outputTokens": 0}}, "5 in / 0 out"),
+        ({}, ""),
+        ([], ""),
     ],
 )
 def test_the_tokens_of_a_turn_are_those_of_all_its_models(models: object, said: str) -> None:
     """A turn's own counts leave out what the program does by itself, as to compact a session."""
     assert tokens({"input_tokens": 0, "output_tokens": 0, "models": models}) == said
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"input_tokens": 0, "output_tokens": 0}, "? in / ? out"),
+        ({"input_tokens": None, "models": None}, "? in / ? out"),
+        ({"input_tokens": 1_200, "output_tokens": 0}, "1,200 + ? in / ? out"),
+        (None, ""),
+    ],
+)
+def test_where_a_call_told_no_tokens_those_of_its_turn_are_not_all(told: object, said: str) -> None:
+    assert tokens(told, 1) == said
 
 
 async def test_an_agent_that_rests_says_until_when(hive: Services) -> None:

@@ -59,6 +59,20 @@ async def test_the_dashboard_shows_today_each_agent_and_every_budget_with_a_bar(
         assert f'<option id="budget-of-{name}" value="{name}">' in page
 
 
+async def test_a_turn_that_was_cut_in_a_call_shows_an_estimate_and_no_count_that_is_not_known(hive: Services) -> None:
+    await hive.say("operator", "iris", "work")
+    turn = (await hive.broker.lease(IRIS)).turn
+    spend(hive, None)
+    nothing = {"input_tokens": 0, "output_tokens": 0, "models": {}}
+    await hive.broker.ack(IRIS, turn, "failed", "cut", usage=nothing)
+    await hive.broker.ledger.flush()
+    async with browse(hive_of(hive)) as client:
+        page = " ".join((await client.get("/agents/iris")).text.split())
+    assert "? in / ? out" in page
+    assert "0 in / 0 out" not in page
+    assert 'as the relay counted them; some of it is estimated">~0.18 USD</span>' in page
+
+
 async def test_an_agents_page_shows_its_day_and_its_turns_and_no_other_agent(hive: Services) -> None:
     await set_budget(hive, scope="damocles", kind="day", amount="1")
     await set_budget(hive, scope="iris", kind="day", amount="0.3")
