@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 import httpx2
 import trio
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from hive_core.access import ACCESS, Access, Closed
 from hive_core.charges import FREE_PATHS
 from hive_core.credentials import Credential
 from hive_core.protocol.words import AgentName
+from hive_core.sockets.request_body import BODY_LIMIT_BYTES, RequestBody
 from hive_core.usage import Call
 
 log = logging.getLogger(__name__)
 
 ALLOWED = frozenset({("HEAD", "/"), ("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens")})
 CALLS_LIMIT = 16  # of one agent at a time
-PIECE_WITHIN_S = 60.0  # how long a body may pause
-BODY_LIMIT_BYTES = 64 * 1024 * 1024
+# What the library says of a connection that ended where an answer would have begun.
+_CLOSED_UNANSWERED = "Server disconnected without sending a response."
 # RFC 9110 7.6.1, and what the relay sets itself.
 _HOP_BY_HOP = frozenset(
     {
@@ -133,7 +135,7 @@ class _Exchange:
         self._call = call
         self._scope = scope
         self._send = send
-        self._body = _Body(receive, _content_length(scope["headers"]))
+        self._body = RequestBody(receive, _content_length(scope["headers"]))
 
     async def run(self) -> None:
         cut: Closed | None = None
@@ -164,23 +166,14 @@ class _Exchange:
         return closed
 
     async def _pass_on(self) -> None:
-        relay, scope = self._relay, self._scope
-        query = f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else ""
-        headers = self._credential.put_on(passed_headers(scope["headers"], _REPLACED))
-        # Not the client's build_request: that adds its own headers, and the cookies of every agent's answers.
-        request = httpx2.Request(
-            scope["method"],
-            f"{relay.base_url.rstrip('/')}{scope['path']}{query}",
-            headers=[*headers, *_length(scope["headers"])],
-            content=self._body.pieces(),
-            extensions={"timeout": relay.client.timeout.as_dict()},
-        )
+        relay = self._relay
         try:
-            response = await relay.client.send(request, stream=True, follow_redirects=False)
+            response = await self._ask()
         except httpx2.HTTPError as exc:
             await self._say_why(exc)
             return
         self._call.reached = True
+        self._body.forget()
         try:
             # Counting tokens has limits of its own, and costs nothing: those must stop nobody's calls.
             if self._call.path not in FREE_PATHS or response.status_code in (401, 403):
@@ -189,6 +182,40 @@ class _Exchange:
         finally:
             with trio.CancelScope(shield=True):
                 await response.aclose()
+
+    async def _ask(self) -> httpx2.Response:
+        """The provider's answer. Asked once more where it closed a kept connection just as the call went out.
+
+        That sends no work twice: the connection was at rest, it closed at once, and no answer began, so its close was
+        on the way before the request was. (Without this the program would be told 502, and would ask again itself.)
+        """
+        connected: list[str] = []
+
+        async def trace(event: str, _: Mapping[str, object]) -> None:
+            if event.startswith("connection."):
+                connected.append(event)
+
+        try:
+            return await self._relay.client.send(self._request(trace), stream=True, follow_redirects=False)
+        except (httpx2.RemoteProtocolError, httpx2.ReadError) as exc:
+            closed = isinstance(exc, httpx2.ReadError) or str(exc) == _CLOSED_UNANSWERED
+            if connected or not closed or not self._body.can_be_sent_again():
+                raise
+        return await self._relay.client.send(self._request(), stream=True, follow_redirects=False)
+
+    def _request(self, trace: Callable[..., Awaitable[None]] | None = None) -> httpx2.Request:
+        # Not the client's build_request: that adds its own headers, and the cookies of every agent's answers.
+        relay, scope = self._relay, self._scope
+        query = f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else ""
+        headers = self._credential.put_on(passed_headers(scope["headers"], _REPLACED))
+        extensions: dict[str, Any] = {"timeout": relay.client.timeout.as_dict()}
+        return httpx2.Request(
+            scope["method"],
+            f"{relay.base_url.rstrip('/')}{scope['path']}{query}",
+            headers=[*headers, *_length(scope["headers"])],
+            content=self._body.pieces(),
+            extensions={**extensions, "trace": trace} if trace else extensions,
+        )
 
     async def _say_why(self, exc: httpx2.HTTPError) -> None:
         relay = self._relay
@@ -238,48 +265,6 @@ def _length(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     told = [] if length is None else [(b"content-length", str(length).encode())]  # as we have understood it
     # Plain text, so that usage can be read along.
     return [*told, (b"accept-encoding", b"identity")]
-
-
-class _Body:
-    """A request's body as it comes, and after it the wait for the hang-up: ASGI tells both on one channel.
-
-    With its `length` it is whole: the provider begins to work then, although HTTP/2 can leave the stream open.
-    """
-
-    def __init__(self, receive: Receive, length: int | None) -> None:
-        self._receive = receive
-        self._length = length
-        self._whole = trio.Event()
-        self.size = 0
-        self.too_long = False
-
-    @property
-    def was_read(self) -> bool:
-        """Whether all of it was handed on: then the provider may have begun to work, whatever came back."""
-        return self._whole.is_set()
-
-    async def pieces(self) -> AsyncIterator[bytes]:
-        more = True
-        while more:
-            with trio.move_on_after(PIECE_WITHIN_S) as pause:
-                message: Message = await self._receive()
-            if pause.cancelled_caught or message["type"] == "http.disconnect":
-                raise httpx2.ReadError("the agent hung up")
-            self.size += len(message.get("body", b""))
-            if self.size > BODY_LIMIT_BYTES:
-                self.too_long = True
-                raise httpx2.WriteError("the body is too long")
-            more = message.get("more_body", False) and self.size != self._length
-            if not more:
-                self._whole.set()
-            yield message.get("body", b"")
-
-    async def wait_hung_up(self, scope: trio.CancelScope) -> None:
-        """Cancel `scope` when the agent hangs up: nobody waits for the answer, and it costs."""
-        await self._whole.wait()
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        scope.cancel()
 
 
 async def _refuse(send: Send, closed: Closed) -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hive_core.access import Access, Closed
 from hive_core.credentials import Credential
 from hive_core.protocol.words import AgentName
-from hive_core.sockets import model
+from hive_core.sockets import model, request_body
 from hive_core.sockets.http import serve_asgi
 from hive_core.sockets.model import ModelRelay, passed_headers
 from hive_core.sockets.unix import listen_unix
@@ -256,7 +256,8 @@ async def test_a_body_of_unknown_length_arrives_whole(bench: Bench) -> None:
 async def test_a_body_over_the_limit_is_refused_with_it(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, announced: bool
 ) -> None:
-    monkeypatch.setattr(model, "BODY_LIMIT_BYTES", 1000)
+    for module in (model, request_body):
+        monkeypatch.setattr(module, "BODY_LIMIT_BYTES", 1000)
 
     async def pieces() -> AsyncIterator[bytes]:
         for _ in range(20):
@@ -447,6 +448,52 @@ async def test_a_provider_that_hangs_up_without_an_answer_is_502(bench: Bench) -
 
     bench.provider.answer = leaves
     assert (await bench.post(content=b"{}")).status_code == 502
+    assert len(bench.provider.calls) == 1, "on a connection of its own the work may have begun"
+
+
+async def leaves_at_the_next_call(call: Call, read_bytes: int = 65_536) -> None:
+    """The connection is kept, and closed when another call comes on it. Of that some bytes are read."""
+    await plain_answer(call)
+    assert await call.stream.receive_some(read_bytes)
+
+
+# What is not read when a connection is closed resets it.
+@pytest.mark.parametrize("read_bytes", [65_536, 1])
+async def test_a_call_that_meets_the_end_of_a_kept_connection_goes_out_once_more(bench: Bench, read_bytes: int) -> None:
+    bench.provider.answer = partial(leaves_at_the_next_call, read_bytes=read_bytes)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for piece in (b"{", b"1", b"}"):
+            yield piece
+
+    for content in (b"first", b"whole", pieces()):
+        assert (await bench.post(content=content)).status_code == 200
+    assert [call.body for call in bench.provider.calls] == [b"first", b"whole", b"{1}"]
+    for _ in range(3):
+        assert (await bench.ended()).complete
+    assert len(bench.answers) == 3
+
+
+@pytest.mark.parametrize(("bound", "value"), [("AT_ONCE_S", 0.0), ("KEPT_BYTES", 1)])
+async def test_a_call_whose_work_may_have_begun_or_whose_body_is_gone_does_not_go_out_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, bound: str, value: float
+) -> None:
+    monkeypatch.setattr(request_body, bound, value)
+    bench.provider.answer = leaves_at_the_next_call
+    assert (await bench.post(content=b"{}")).status_code == 200
+    assert (await bench.post(content=b"{}")).status_code == 502
+    assert len(bench.provider.calls) == 1
+
+
+async def test_a_call_goes_out_once_more_and_no_more(bench: Bench) -> None:
+    async def answers_once(call: Call) -> None:
+        if len(bench.provider.calls) == 1:
+            await leaves_at_the_next_call(call)
+
+    bench.provider.answer = answers_once
+    assert (await bench.post(content=b"{}")).status_code == 200
+    assert (await bench.post(content=b"{}")).status_code == 502
+    assert len(bench.provider.calls) == 2
 
 
 @pytest.mark.parametrize("status", [400, 401, 429, 529])
