@@ -22,6 +22,7 @@ from hive_core.access import ACCESS, Access, Closed
 from hive_core.charges import FREE_PATHS
 from hive_core.credentials import Credential
 from hive_core.protocol.words import AgentName
+from hive_core.sockets.pieces import Pieces
 from hive_core.sockets.request_body import BODY_LIMIT_BYTES, RequestBody
 from hive_core.usage import Call
 
@@ -232,18 +233,25 @@ class _Exchange:
         headers = passed_headers(response.headers.raw, frozenset())
         call.status = response.status_code
         await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
-        try:
-            async with aclosing(response.aiter_raw()) as chunks:
-                async for chunk in chunks:
-                    if call.reader.feed(chunk):
-                        self._relay.call_moved(call)
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        except httpx2.HTTPError as exc:
-            # Left without an end, so that the program sees that it was cut.
-            log.warning("the answer to %s was cut: %s", name, exc, extra={"agent": name})
-        else:
-            call.complete = True
+        pieces = Pieces()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send_all, pieces)
+            try:
+                async with aclosing(response.aiter_raw()) as chunks:
+                    async for chunk in chunks:
+                        if call.reader.feed(chunk):
+                            self._relay.call_moved(call)
+                        await pieces.add(chunk)
+                call.complete = True
+            except httpx2.HTTPError as exc:
+                log.warning("the answer to %s was cut: %s", name, exc, extra={"agent": name})
+            pieces.close()
+        if call.complete:  # else left without an end, so that the program sees that it was cut
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_all(self, pieces: Pieces) -> None:
+        while piece := await pieces.take():
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
 
 
 def _content_length(headers: list[tuple[bytes, bytes]]) -> int | None:
