@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hive_core.protocol.harness import Ack, Lease
 
 REFUSED_REST_S = 2.0
+LATE_TRIES = 30  # of lines that the host cannot take, when their turn is over
 CLOSE_S = 3.0  # that a program has which waits for a next turn, when its harness ends
 
 SeatMaker = Callable[[str, int], Seat]  # from the agent's name and the port that leads to the model
@@ -170,16 +171,31 @@ async def ship_lines(link: HostLink, turn: int, lines: TurnLines, runner: Runner
         form: dict[str, object] = {"op": "lines", "turn": turn, "first": first, "lines": texts}
         if first == 0 and texts:
             form["prompt_sha256"] = runner.asked
-        try:
-            if (activity := runner.activity) != told or not texts:
-                form["state"] = activity._asdict()
-            answer = await link.request(form)
+        if (activity := runner.activity) != told or not texts:
+            form["state"] = activity._asdict()
+        if (answer := await hand_over(link, form, lines)) is not None:
             told = activity
-        except Refusal as refusal:
-            print(f"cannot store lines of turn {turn}: {refusal.message}", file=sys.stderr)
-        else:
             if answer.get("running") is False:
                 runner.interrupt()
+
+
+async def hand_over(link: HostLink, form: dict[str, object], lines: TurnLines) -> dict[str, object] | None:
+    """The host's answer to some lines; None when they are lost, or it took no word of a turn without any.
+
+    While it cannot write them down they are offered again, and those behind them wait with their own bounds. When the
+    turn is over that goes on for a while only, as its end is what counts.
+    """
+    late, refused = 0, False
+    while True:
+        try:
+            return await link.request(form)
+        except Refusal as refusal:
+            if not refused:
+                print(f"cannot store lines of turn {form['turn']}: {refusal.message}", file=sys.stderr)
+            if refusal.code != "unavailable" or not form["lines"] or late >= LATE_TRIES:
+                return None
+        refused, late = True, late + int(lines.closed)
+        await trio.sleep(REFUSED_REST_S)
 
 
 async def acknowledge(link: HostLink, ack: Ack, stop: Stop) -> Lease | None:

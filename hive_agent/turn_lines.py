@@ -60,6 +60,10 @@ class TurnLines:
         self._next += 1
         self._wake()
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def close(self) -> None:
         """No more lines come: `take` hands out what is left, then None."""
         self._closed = True

@@ -148,6 +148,48 @@ async def test_lines_that_were_not_kept_are_sent_again_with_their_numbers(tmp_pa
             await connection.answer(last, kept=3)
 
 
+async def test_lines_that_the_host_cannot_write_down_are_offered_again_and_those_behind_them_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hive_agent.serve.REFUSED_REST_S", 0.01)
+    link, lines = a_link(tmp_path), TurnLines()
+    async with open_host(tmp_path) as host, running(link), trio.open_nursery() as nursery:
+        connection = await host.accept()
+        await connection.welcome()
+        nursery.start_soon(ship_lines, link, 3, lines, Stopwatch())
+        lines.add("one")
+        refused = await connection.expect("lines")
+        for _ in range(3):
+            await connection.refuse(refused, "unavailable", "the disk is full")
+            lines.add("more")
+            again = await connection.expect("lines")
+            assert {**again, "id": 0} == {**refused, "id": 0}
+            refused = again
+        await connection.answer(again, kept=1)
+        rest = await connection.expect("lines")
+        assert (rest["first"], rest["lines"]) == (1, ["more"] * 3)
+        await connection.answer(rest, kept=4)
+        lines.close()
+    assert capfd.readouterr().err == "cannot store lines of turn 3: the disk is full\n"
+
+
+@pytest.mark.parametrize(("code", "times"), [("usage", 1), ("unavailable", 4)])
+async def test_lines_that_are_refused_for_good_or_long_after_their_turn_are_lost_and_hold_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, times: int
+) -> None:
+    monkeypatch.setattr("hive_agent.serve.REFUSED_REST_S", 0.01)
+    monkeypatch.setattr("hive_agent.serve.LATE_TRIES", 3)
+    link, lines = a_link(tmp_path), TurnLines()
+    lines.add("one")
+    lines.close()
+    async with open_host(tmp_path) as host, running(link), trio.open_nursery() as nursery:
+        connection = await host.accept()
+        await connection.welcome()
+        nursery.start_soon(ship_lines, link, 3, lines, Stopwatch())
+        for _ in range(times):
+            await connection.refuse(await connection.expect("lines"), code, "never")
+
+
 async def test_a_quiet_turn_says_that_it_lives_and_one_that_was_taken_away_ends_its_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
