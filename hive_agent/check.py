@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from hive_agent.claude import environment, flags, session_flags, tried_version
+from hive_agent.claude_command import environment, flags, session_flags, tried_version
 from hive_agent.claude_errors import describe_exit, shortened
 from hive_agent.claude_stream import Report
 from hive_agent.descendants import adopt_orphans

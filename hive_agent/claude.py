@@ -1,6 +1,6 @@
-"""Claude Code: its flags, its environment, its process. What its stream says stands in claude_stream.
+"""Claude Code: its process. How that is started stands in claude_command, what its stream says in claude_stream.
 
-Tried with the version in the file claude-version. One process takes many turns: a line of stdin begins one, a `result`
+One process takes many turns: a line of stdin begins one, a `result`
 ends it, in a hundredth of a second where a new process takes half of one. The rehearsal takes the same flags and speaks
 the same stream.
 """
@@ -8,20 +8,17 @@ the same stream.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import uuid
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import trio
 
-from hive_agent.claude_stream import DENIED, INTERACTIVE, Report, begins_turn
+from hive_agent.claude_command import environment, flags, session_flags, user_line
+from hive_agent.claude_stream import DENIED, Report, begins_turn
 from hive_agent.claude_usage import added
 from hive_agent.errands import GO_ON, compact, run_errand
-from hive_agent.own_command import own_command
 from hive_agent.program import Command, Line, Program
 from hive_agent.runner import Activity, Ending, Runner, Seat
 from hive_agent.turn_lines import hive_line
@@ -35,18 +32,11 @@ if TYPE_CHECKING:
     from hive_agent.errands import Attempt
     from hive_core.protocol.harness import Lease, Outcome, Settings
 
-MAX_RETRIES = 5  # 17 s against 529, which is retried whatever the server says; the default of 10 is 3 minutes
-TOOLS_PATIENCE_MS = 60_000  # a daemon that starts anew in that time costs a turn nothing
 INTERRUPT_S = 5.0  # that a program which is asked to end its turn has for it
 LATE_S = 3.0  # that a program which has told its result may take to end, before it is shown as one that does not
 NEVER_STARTED_TWICE = 2  # turns in a row: the session that they were to go on with is given up
 BETWEEN_LIMIT = 100  # lines that are kept of what is printed between two turns
 INTERRUPT = encode({"type": "control_request", "request_id": "interrupt", "request": {"subtype": "interrupt"}})
-# The shape of a real credential, so that the program takes it; the host's relay puts the real one in its place.
-PLACEHOLDERS = {
-    "api_key": ("ANTHROPIC_API_KEY", "sk-ant-api03-" + "placeholder-" * 7 + "placeholderAA"),
-    "oauth_token": ("CLAUDE_CODE_OAUTH_TOKEN", "sk-ant-oat01-" + "placeholder-" * 7 + "placeholderAA"),
-}
 
 
 class Claude(Runner):
@@ -301,81 +291,5 @@ class Claude(Runner):
             await program.kill()
 
 
-def tried_version() -> str:
-    """The version of Claude Code that all this was tried with."""
-    return Path(__file__).with_name("claude-version").read_text("ascii").strip()
-
-
-def flags(seat: Seat, settings: Settings) -> list[str]:
-    """All that is the same for every turn of an agent with these settings."""
-    python, *arguments = own_command(
-        "mcp", "--socket", f"{seat.run_dir}/mcp.sock", *(("--harness", seat.harness) if seat.harness else ())
-    )
-    servers = {"mcpServers": {"hive": {"command": python, "args": arguments}}}
-    chosen = ["--print", "--verbose", "--input-format", "stream-json", "--output-format", "stream-json"]
-    chosen += ["--mcp-config", json.dumps(servers), "--strict-mcp-config"]
-    # Only what is listed is on; all others stay off, the program's own messaging, scheduling and web among them.
-    chosen += ["--tools", ",".join(tool for tool in settings["tools"] if tool not in INTERACTIVE)]
-    if seat.sandboxed:
-        chosen += ["--dangerously-skip-permissions"]
-    else:
-        chosen += ["--allowedTools", "mcp__hive__*"]
-    chosen += ["--model", settings["model"]]
-    if effort := settings.get("effort"):
-        chosen += ["--effort", effort]
-    if settings["prompt"].strip():
-        chosen += ["--append-system-prompt", settings["prompt"]]
-    return chosen
-
-
 def silence_s(settings: Settings) -> float:
     return float(settings.get("turn_silence_s", TURN_SILENCE_S))
-
-
-def session_flags(session: str | None) -> list[str]:
-    return ["--resume", session] if session else ["--session-id", str(uuid.uuid4())]
-
-
-def user_line(prompt: str) -> bytes:
-    """The line of stdin that begins a turn."""
-    return encode({"type": "user", "message": {"role": "user", "content": prompt}})
-
-
-def environment(seat: Seat, credential: str) -> dict[str, str]:
-    """The program's whole environment: nothing of the harness's own reaches it."""
-    name, placeholder = PLACEHOLDERS[credential]
-    email = f"{seat.agent}@hive"
-    return {
-        "PATH": seat.path,
-        "HOME": seat.home,
-        "LANG": "C.UTF-8",
-        "TERM": "dumb",
-        "HIVE_AGENT": seat.agent,
-        "HIVE_CONFIGS": seat.configs_dir,
-        "GIT_AUTHOR_NAME": seat.agent,
-        "GIT_AUTHOR_EMAIL": email,
-        "GIT_COMMITTER_NAME": seat.agent,
-        "GIT_COMMITTER_EMAIL": email,
-        "CLAUDE_CONFIG_DIR": seat.config_dir,
-        "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{seat.model_port}",
-        name: placeholder,
-        "CLAUDE_CODE_MAX_RETRIES": str(MAX_RETRIES),
-        # Otherwise an "@path" in a message makes the program read that file into the turn by itself.
-        "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
-        # What runs on behind a turn is the harness's, which outlives this process and tells how it ended.
-        "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",
-        # Otherwise a turn begins without the hive's tools when they are not there within 2 s.
-        "MCP_CONNECTION_NONBLOCKING": "0",
-        "MCP_CONNECT_TIMEOUT_MS": str(TOOLS_PATIENCE_MS),
-        "MCP_TIMEOUT": str(TOOLS_PATIENCE_MS),
-        # Otherwise each new process puts the git status of its working directory into the system prompt, and a file
-        # more or less there throws away the provider's cache of the whole session.
-        "CLAUDE_CODE_DISABLE_GIT_INSTRUCTIONS": "1",
-        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-        # The harness compacts, visibly and between turns.
-        "DISABLE_AUTO_COMPACT": "1",
-        "DISABLE_TELEMETRY": "1",
-        "DISABLE_ERROR_REPORTING": "1",
-        "DISABLE_AUTOUPDATER": "1",
-        **({"IS_SANDBOX": "1"} if seat.sandboxed else {}),
-    }

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from hive_agent.claude import tried_version
+from hive_agent.claude_command import tried_version
 
 ROOT = Path(__file__).resolve().parent.parent
 ACCOUNT_KEYS = ("ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN")

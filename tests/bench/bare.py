@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hive_agent.claude import environment, session_flags, user_line
+from hive_agent.claude_command import environment, session_flags, user_line
 from hive_agent.runner import Seat
 from hive_core.containers.bubblewrap import HOME, AgentDirs, bwrap_command, in_memory
 from hive_core.containers.seccomp import filter_program

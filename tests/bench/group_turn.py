@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hive_agent.claude import flags
+from hive_agent.claude_command import flags
 from hive_agent.wake import parse_wake
 from hive_core.cli.client import Client
 from tests.bench.bare import bare_seat, open_bare

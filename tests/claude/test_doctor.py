@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hive_agent.check import command_lines, flags_of
-from hive_agent.claude import tried_version
+from hive_agent.claude_command import tried_version
 from hive_agent.runner import Seat
 from tests.daemons import Daemon, open_daemon
 from tests.needs import find_claude

@@ -14,7 +14,7 @@ import pytest
 
 import hive_agent.program
 from hive_agent.check import Check, command_lines, flags_of
-from hive_agent.claude import flags, session_flags, tried_version
+from hive_agent.claude_command import flags, session_flags, tried_version
 from hive_agent.runner import Seat
 from tests.processes import pids_naming
 

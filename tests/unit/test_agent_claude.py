@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from hive_agent.claude import environment, flags, session_flags
+from hive_agent.claude_command import environment, flags, session_flags
 from hive_agent.claude_stream import Report
 from hive_agent.claude_usage import window_of
 from hive_agent.runner import Activity, Ending, Seat

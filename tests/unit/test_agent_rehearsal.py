@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive_agent.claude import environment, flags, session_flags, user_line
+from hive_agent.claude_command import environment, flags, session_flags, user_line
 from hive_agent.claude_stream import Report
 from hive_agent.own_command import own_command
 from hive_agent.rehearsal_script import BadScript, fill, fill_command, find_rules, purpose
