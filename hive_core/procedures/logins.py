@@ -33,6 +33,7 @@ class Login:
     state     starting, link (the operator is asked for the code), code (it is being checked), done or failed
     sentence  why it failed
     told      when done: {credential, kind, source, agents: who goes on}
+    stores    the token has come, and nothing cancels the login any more
     """
 
     name: str
@@ -44,6 +45,7 @@ class Login:
     told: dict[str, Any] = field(default_factory=dict)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     program: LoginProgram | None = None
+    stores: bool = False
 
     def to_wire(self) -> dict[str, Any]:
         shown = {"credential": self.name, "state": self.state, "link": self.link, "sentence": self.sentence or None}
@@ -136,10 +138,15 @@ class Logins:
         return login
 
     def cancel(self, name: str) -> Login:
-        """End a login that runs. Raises Refusal("not_found") when none does."""
+        """End a login that runs. Raises Refusal when none does, or its token is being stored."""
         login = self.running(name)
         if login is None:
             raise Refusal("not_found", f"cannot cancel: no login of {name} runs")
+        if login.stores:
+            way_out = f"`hive credentials remove {name}` takes it away again"
+            raise Refusal(
+                "conflict", f"cannot cancel: the login of {name} is done, its token is being stored; {way_out}"
+            )
         self._fail(login, "it was cancelled")
         login.scope.cancel()
         return login
@@ -149,10 +156,11 @@ class Logins:
             with login.scope, trio.move_on_after(LOGIN_WITHIN_S) as patience:
                 async with open_login_program(claude) as login.program:
                     token = await self._talk(login, login.program)
+                await trio.lowlevel.checkpoint()  # the last moment in which it can be cancelled
+                login.stores = True
                 login.told = await self.give(login.name, "oauth_token", token, OPERATOR)
                 login.state = "done"
-                if self.all.get(login.name) is login:  # one that was cancelled as it ended may have a successor
-                    del self.all[login.name]
+                del self.all[login.name]
             if patience.cancelled_caught:
                 self._fail(login, f"it was not finished within {LOGIN_WITHIN_S / 60:.0f} minutes; begin again")
         except Refusal as refusal:

@@ -71,7 +71,7 @@ def credential_streams(hive: Hive) -> Streams:
                     with trio.move_on_after(LOOK_S):
                         await listener.wait()
             finally:
-                if login.state not in ENDED:
+                if login.state not in ENDED and not login.stores:
                     hive.logins.cancel(login.name)
         if login.state == "failed":
             raise Refusal("unavailable", login.sentence)

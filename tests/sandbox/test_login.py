@@ -14,8 +14,10 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from hive_core.containers.login_program import LoginProgram, open_login_program
 from hive_core.credentials import Credential
 from hive_core.hive import Hive
+from hive_core.procedures import logins
 from hive_core.procedures.logins import LINK_WITHIN_S, LOGIN_WITHIN_S, Login
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
@@ -227,19 +229,36 @@ async def test_what_is_left_of_a_code_is_typed_into_no_other_file_when_its_login
     assert (tmp_path / "another").read_bytes() == b""
 
 
-async def test_the_end_of_a_login_that_was_cancelled_late_is_not_taken_for_that_of_the_next(tmp_path: Path) -> None:
+async def test_a_login_whose_token_is_being_stored_cannot_be_cancelled_and_is_done(tmp_path: Path) -> None:
     async with house_of(tmp_path, GOOD) as house:
-        first = house.logins.begin("default", "the test")
-        await until(house, first, "link")
+        login = house.logins.begin("default", "the test")
+        await until(house, login, "link")
         async with trio.open_nursery() as nursery, held_writer(house.store, nursery):
             await house.logins.enter_code("default", "the-code#state")
             while house.credentials.find("default") is None:
                 await trio.testing.wait_all_tasks_blocked(0.001)
-            house.logins.cancel("default")  # while what it has brought is written down
-            second = house.logins.begin("default", "the test")
-        await until(house, second, "link")
-        assert first.state == "done"
-        assert house.logins.running("default") is second
+            with pytest.raises(Refusal, match="its token is being stored; `hive credentials remove default` takes it"):
+                house.logins.cancel("default")
+        await until(house, login, "done")
+        assert (login.sentence, house.logins.all) == ("", {})
+        assert house.credentials.find("default") is not None
+
+
+async def test_a_login_that_is_cancelled_when_its_program_has_ended_stores_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def open_and_cancel(claude: Path) -> AsyncIterator[LoginProgram]:
+        async with open_login_program(claude) as program:
+            yield program
+        house.logins.cancel("default")
+
+    monkeypatch.setattr(logins, "open_login_program", open_and_cancel)
+    async with house_of(tmp_path, GOOD) as house:
+        login = await finished(house)
+        while login.program is not None:
+            await trio.testing.wait_all_tasks_blocked(0.001)
+        assert (login.state, house.credentials.find("default")) == ("failed", None)
 
 
 async def test_a_login_that_is_cancelled_while_its_sandbox_starts_leaves_no_process(tmp_path: Path) -> None:
