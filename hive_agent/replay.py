@@ -28,6 +28,7 @@ import trio
 import trio.testing
 
 from hive_agent.claude import Claude
+from hive_agent.claude_usage import number
 from hive_agent.own_command import own_command
 from hive_agent.program import Program
 from hive_agent.runner import Ending, Seat
@@ -88,8 +89,8 @@ class Recorded:
 
     def _counts_from_0(self) -> bool:
         """Whether its process had no turn before this one, so that what it counted over all is this one's."""
-        costs = [result.get("total_cost_usd") for result in self._results]
-        known = [cost for cost in costs if isinstance(cost, int | float)]
+        costs = [number(result.get("total_cost_usd")) for result in self._results]
+        known = [cost for cost in costs if cost is not None]
         return not known or (self.usage or {}).get("cost_usd") in (known[-1], round(sum(known), 10))
 
     def _read(self, line: str) -> None:
@@ -202,9 +203,9 @@ def _of_lines(recorded: Recorded, lines: list[str]) -> list[dict[str, Any]]:
     for of_stderr in (False, True):
         was = [line for line in recorded.passed_on if _is_stderr(line) == of_stderr and not _is_stuck(line)]
         now = [line for line in lines if _is_stderr(line) == of_stderr and not _is_stuck(line)]
-        for number, (old, new) in enumerate(zip_longest(was, now), 1):
+        for place, (old, new) in enumerate(zip_longest(was, now), 1):
             if old != new:
-                what = f"line {number}{' of stderr' if of_stderr else ''}"
+                what = f"line {place}{' of stderr' if of_stderr else ''}"
                 differences.append({"what": what, "recorded": _short(old), "now": _short(new)})
     return differences[:LINES_SHOWN]
 

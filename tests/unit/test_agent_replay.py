@@ -157,6 +157,16 @@ def test_a_turn_of_a_process_that_had_others_counts_its_own_part_again(tmp_path:
     assert [one["what"] for one in run_again(tmp_path, record)["differences"]] == ["usage"]
 
 
+@pytest.mark.parametrize("cost", [10**400, -(10**400)])
+def test_a_cost_of_400_digits_is_unknown_and_stops_no_replay(tmp_path: Path, cost: int) -> None:
+    record = record_of(tmp_path, f"turn; {prints(result(cost))}; read _", A_LEASE)
+    assert record["usage"]["cost_usd"] is None
+    assert run_again(tmp_path, record)["same"]
+    record["lines"].insert(1, result(0.25))
+    (tmp_path / "replay").rename(tmp_path / "first")
+    assert [one["what"] for one in run_again(tmp_path, record)["differences"]][-1:] == ["line 3"]
+
+
 def changed_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claude_stream, "WAITING", frozenset())
 
