@@ -32,6 +32,15 @@ TITLES = {
 _BACK = re.compile(r"/(agents/[a-z0-9-]{1,30})?")
 
 
+class Unsure(Exception):
+    """A form whose sender is to be asked before it acts: the sentence, and the fields to send then."""
+
+    def __init__(self, ask: str, fields: dict[str, str]) -> None:
+        super().__init__(ask)
+        self.ask = ask
+        self.fields = fields
+
+
 def wants_json(scope: Scope) -> bool:
     accepted = next((value for name, value in scope["headers"] if name == b"accept"), b"")
     return b"application/json" in accepted
@@ -75,6 +84,14 @@ def notice(
         moves_on=moves_on,
     )
     return HTMLResponse(html, status)
+
+
+def asked(path: str, unsure: Unsure) -> Response:
+    """The page that asks: yes sends the same form without its `ask`, no goes back."""
+    page = re.match(r"/agents/[^/]+", path)
+    back = page[0] if page else unsure.fields.get("back", "")
+    html = render("asking.html", path=path, unsure=unsure, back=back if _BACK.fullmatch(back) else "/")
+    return HTMLResponse(html)
 
 
 def _sign_in_first(sentence: str) -> Response:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dashboard.answers import no, refused
+from dashboard.answers import Unsure, asked, no, refused
 from dashboard.credentials import CredentialForms
 from dashboard.door import Door
 from dashboard.forms import Forms
@@ -53,7 +53,12 @@ def build_app(hive: Hive) -> ASGIApp:
             Route("/approvals/{id}/approve", forms.approve, methods=["POST"]),
             Route("/approvals/{id}/deny", forms.deny, methods=["POST"]),
         ],
-        exception_handlers={Refusal: _on_refusal, HTTPException: _on_http_error, Exception: _on_bug},
+        exception_handlers={
+            Refusal: _on_refusal,
+            Unsure: _on_unsure,
+            HTTPException: _on_http_error,
+            Exception: _on_bug,
+        },
     )
     return Door(app, hive.sign_ins.valid, no)
 
@@ -70,6 +75,11 @@ def at_home(app: ASGIApp, home: AgentName) -> ASGIApp:
 async def _on_refusal(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, Refusal)
     return refused(request.scope, exc)
+
+
+async def _on_unsure(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, Unsure)
+    return asked(request.url.path, exc)
 
 
 async def _on_http_error(request: Request, exc: Exception) -> Response:

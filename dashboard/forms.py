@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dashboard.answers import yes
+from dashboard.answers import Unsure, wants_json, yes
 from dashboard.door import COOKIE
 from hive_core.approvals import Approval
 from hive_core.commands import read_command, run_command
@@ -38,7 +38,10 @@ Mover = Callable[[int, AgentName], Awaitable[list[str]]]
 
 
 async def read_form(request: Request) -> dict[str, str]:
-    """The fields of an urlencoded form, with plain line ends. Raises HTTPException 413 or 415, or Refusal."""
+    """The fields of an urlencoded form, with plain line ends. Raises HTTPException 413 or 415, Refusal, or Unsure.
+
+    `ask` is what its sender is to be asked before it acts. The script does that; a plain form comes here first.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
         raise HTTPException(415, "cannot take this form: send it as application/x-www-form-urlencoded")
@@ -56,7 +59,11 @@ async def read_form(request: Request) -> dict[str, str]:
         pairs = parse_qsl(body.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=FIELDS_LIMIT)
     except ValueError:
         raise Refusal("usage", "cannot read this form: it is not urlencoded UTF-8") from None
-    return {name: value.replace("\r\n", "\n") for name, value in pairs}
+    fields = {name: value.replace("\r\n", "\n") for name, value in pairs}
+    ask = fields.pop("ask", "")
+    if ask and not wants_json(request.scope):
+        raise Unsure(ask, fields)
+    return fields
 
 
 def number(raw: str, what: str) -> int:

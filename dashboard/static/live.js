@@ -14,12 +14,16 @@ function localTime(root) {
   }
 }
 
-// What the reader did to a row survives its replacement: open details, typed text, what was picked, focus.
+// What the reader did to a row survives its replacement: open details, typed text, what was ticked or picked, focus.
 function keep(old, fresh) {
   const opened = all("details", old);
   all("details", fresh).forEach((details, i) => { if (opened[i]) details.open = opened[i].open; });
   const typed = all("textarea, input:not([type=hidden])", old);
-  all("textarea, input:not([type=hidden])", fresh).forEach((field, i) => { if (typed[i]) field.value = typed[i].value; });
+  all("textarea, input:not([type=hidden])", fresh).forEach((field, i) => {
+    if (!typed[i]) return;
+    field.value = typed[i].value;
+    field.checked = typed[i].checked;
+  });
   const picked = all("select", old);
   all("select", fresh).forEach((field, i) => {
     if (picked[i] && !picked[i].selectedOptions[0]?.defaultSelected) field.value = picked[i].value;
@@ -131,7 +135,8 @@ document.addEventListener("submit", async (event) => {
   if (!("fetch" in form.dataset)) return;
   event.preventDefault();
   if (button.getAttribute("aria-busy") === "true") return;
-  if ("ask" in form.dataset && !confirm(form.dataset.ask)) return;
+  const ask = form.elements.ask?.value;
+  if (ask && !confirm(ask)) return;
   button.setAttribute("aria-busy", "true");
   await send(form, button);
   button.removeAttribute("aria-busy");

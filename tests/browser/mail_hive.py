@@ -8,7 +8,8 @@ from pathlib import Path
 import trio
 
 from hive_core.limits import Limits
-from hive_core.protocol.words import AgentName
+from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.questions import Ask
 from tests.dashboards import hive_of, served
 from tests.hives import open_services
 from tests.needs import ROOT
@@ -24,6 +25,7 @@ async def main(folder: Path) -> None:
             await hive.say("damocles", "hm1nd", f"message {number}")
         await hive.say("operator", "iris", "work")
         await hive.broker.ack(IRIS, (await hive.broker.lease(IRIS)).turn, "failed", "it broke")
+        await hive.questions.ask(IRIS, Ask(OPERATOR, "which?", ("red", "green", "blue"), multi=True))
         ours = hive_of(hive)
         async with served(ours) as browser:
             ours.dashboard_port = browser.port

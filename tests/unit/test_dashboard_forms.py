@@ -60,6 +60,41 @@ async def test_a_plain_form_goes_back_to_one_of_our_pages_and_nowhere_else(hive:
             assert (answer.status_code, answer.headers["location"]) == (303, goes)
 
 
+async def test_a_plain_form_that_has_something_to_ask_asks_before_it_acts(hive: Services) -> None:
+    house = hive_of(hive)
+    fields = {"ask": "begin a <new> session?", "command": "new-session", "value": ""}
+    async with browse(house) as client:
+        before = await hive.kinds()
+        asked = await client.post("/agents/iris/command", headers=OURS, data=fields)
+        assert (asked.status_code, await hive.kinds()) == (200, before)
+        for shown in (
+            "begin a &lt;new&gt; session?",
+            '<form method="post" action="/agents/iris/command">',
+            '<input type="hidden" name="command" value="new-session">',
+            '<a href="/agents/iris">no, go back</a>',
+        ):
+            assert shown in asked.text
+        assert 'name="ask"' not in asked.text
+        del fields["ask"]
+        done = await client.post("/agents/iris/command", headers=OURS, data=fields)
+        assert (done.status_code, done.headers["location"]) == (303, "/agents/iris")
+        assert len(await hive.kinds()) > len(before)
+        assert (await post(client, "/estop", ask="sure?"))[0] == 200, "the script has asked"
+        assert house.freeze.since_ms is not None
+
+
+async def test_estop_thaw_and_what_forgets_ask_without_the_script_too(hive: Services) -> None:
+    house = hive_of(hive)
+    async with browse(house) as client:
+        for path in ("/", "/agents/iris"):
+            page = (await client.get(path)).text
+            assert 'action="/estop" data-fetch><input type="hidden" name="ask" value="stop the whole swarm?' in page
+        assert 'name="ask" value="begin a new session? iris forgets' in page
+        assert 'name="ask" value="cancel the turn of iris?' in page
+        await post(client, "/estop", back="/")
+        assert 'action="/thaw" data-fetch><input type="hidden" name="ask"' in (await client.get("/")).text
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "word"),
     [
