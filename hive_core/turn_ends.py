@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from hive_core.protocol.harness import COMPACT_AT_PERCENT
+from hive_core.store.bus import RESTING
 from hive_core.store.writer import Transaction
 
 # Turns with messages between two errands that a full context sets: one that frees nothing must not come again at once.
@@ -51,6 +52,7 @@ def end_seat(tx: Transaction, agent: str, turn_id: int, end: TurnEnd, rest_s: fl
         "turn": turn_id,
         "session": end.session or None,
         "rests_until": tx.now_ms + int(rest_s * 1000) if waits else None,
+        "now": tx.now_ms,
         "tokens": end.told.context_tokens,
         "window": end.told.context_window,
         "kept": end.outcome == "waiting",
@@ -58,16 +60,19 @@ def end_seat(tx: Transaction, agent: str, turn_id: int, end: TurnEnd, rest_s: fl
         "every": ERRAND_EVERY,
     }
     tx.execute(_END_SEAT, given)
+    if waits:
+        tx.wake(RESTING)
 
 
 _IS_ERRAND = "(SELECT errand IS NOT NULL FROM turns WHERE id = :turn)"
-# An errand that had to wait is kept; of any other end there is no second try.
+# An errand that had to wait is kept, behind mail; of any other end there is no second try. Where the way to the model
+# was closed it does not rest, and is behind mail all the same: it may be what closes the way each time.
 _END_SEAT = f"""
     UPDATE agents SET
         session = iif(new_session_turn >= :turn, session, coalesce(:session, session)),
         context_tokens = iif(new_session_turn >= :turn, NULL, coalesce(:tokens, context_tokens)),
         context_window = coalesce(:window, context_window),
-        rests_until_ms = :rests_until,
+        rests_until_ms = coalesce(:rests_until, iif(:kept AND {_IS_ERRAND}, :now, NULL)),
         errand = iif({_IS_ERRAND} AND NOT :kept, NULL, coalesce(errand, :due)),
         errand_by = iif(errand IS NULL, 'system', errand_by),
         errand_rest = iif({_IS_ERRAND} AND NOT :kept, :every, max(0, errand_rest - 1))

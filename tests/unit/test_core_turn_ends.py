@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import trio
 
+from hive_core.freeze import Freeze
 from hive_core.leases import Lease
 from hive_core.protocol.words import AgentName
+from hive_core.store.bus import RESTING
 from hive_core.turn_ends import ERRAND_EVERY, Told
 from tests.hives import Services
 
@@ -84,6 +87,29 @@ async def test_an_errand_that_waits_again_and_again_keeps_no_mail_back(hive: Ser
     message = await hive.say("hm1nd", "iris", "hello")
     await end(hive, await hive.broker.lease(IRIS), "waiting")
     await hive.let_time_pass()
+    lease = await hive.broker.lease(IRIS)
+    assert (lease.message["id"], lease.errand) == (message, None)
+    await end(hive, lease)
+    assert (await hive.broker.lease(IRIS)).errand == "save_and_compact"
+
+
+async def test_the_clock_is_told_that_an_agent_rests_from_an_errand(hive: Services) -> None:
+    """No message rests with it, and mail that is due waits for the agent's rest alone."""
+    await message_turn(hive, FULL)
+    lease = await hive.broker.lease(IRIS)
+    with hive.store.bus.listen(RESTING) as listener, trio.fail_after(5):
+        await end(hive, lease, "waiting")
+        await listener.wait()
+
+
+async def test_an_errand_that_closes_the_way_to_the_model_again_and_again_keeps_no_mail_back(hive: Services) -> None:
+    await message_turn(hive, FULL)
+    message = await hive.say("hm1nd", "iris", "hello")
+    lease = await hive.broker.lease(IRIS)
+    freeze = Freeze(hive.store, hive.agents.access)  # one of those that close the way
+    await freeze.estop("operator")
+    await end(hive, lease, "waiting")
+    await freeze.thaw("operator")
     lease = await hive.broker.lease(IRIS)
     assert (lease.message["id"], lease.errand) == (message, None)
     await end(hive, lease)
