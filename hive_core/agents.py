@@ -93,8 +93,8 @@ class Agents:
         self.access.add(self.reason)
         self._manager_port = manager_port
         self._ports = agent_ports
-        self._sandbox = sandbox
         self._live: dict[str, Live] = {}
+        self._unseen = Live(sandbox=sandbox)  # of whom nothing was seen yet: the same at every look
         self._paused: set[str] = set()
 
     async def load(self) -> None:
@@ -118,7 +118,7 @@ class Agents:
                 await listener.wait()
 
     def live(self, name: str) -> Live:
-        return self._live.get(name) or Live(sandbox=self._sandbox)
+        return self._live.get(name, self._unseen)
 
     def observe(
         self, name: str, state: str, detail: str = "", sandbox: str | None = None, until_ms: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
@@ -330,3 +331,12 @@ async def test_an_agent_without_a_sandbox_is_red_wherever_it_is_shown(hive: Serv
     assert 'class="agent bare"' in Rows(hive_of(hive, sandbox="none")).agent(iris)
     hive.agents.observe("iris", "idle", sandbox="none")
     assert 'class="agent bare"' in Rows(hive_of(hive)).agent(replace(iris, queued=2))
+
+
+async def test_an_agent_of_which_nothing_was_seen_yet_has_the_same_row_at_every_look(
+    hive: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, iris = Rows(hive_of(hive)), await hive.agents.get("iris")
+    before = rows.agent(iris)
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    assert rows.agent(iris) == before
