@@ -33,8 +33,9 @@ bench: ## one measurement as JSON lines (NAME=start)
 BUILD_NEEDS = .venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])'
 COMPILE = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate $(ARGS)
 
-lock: ## both lock files anew with uv (ARGS=--upgrade takes newer versions)
+lock: ## both lock files and nix/wheels.json anew with uv (ARGS=--upgrade takes newer versions)
 	@command -v uv >/dev/null || { echo "hyperhive: make lock needs uv, and it is not on PATH." >&2; exit 1; }
 	@bin/setup dev
 	@$(BUILD_NEEDS) | $(COMPILE) pyproject.toml - -o requirements.lock
 	@$(BUILD_NEEDS) | $(COMPILE) pyproject.toml - --group dev -c requirements.lock -o requirements-dev.lock
+	@.venv/bin/python nix/wheels.py

@@ -49,6 +49,11 @@ Url = Annotated[
     Allowed("an http:// or https:// address without a user name and spaces"),
 ]
 Model = Annotated[Word, Allowed("a model's name: 1 to 80 of A-Z, a-z, 0-9 and ._:[]-, and the first a letter or digit")]
+Pronouns = Annotated[
+    str | None,
+    Field(pattern=r"^[^\W\d_]+(/[^\W\d_]+){0,5}\z", max_length=40),
+    Allowed("up to 40 letters, words with / between, such as they/them"),
+]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 DRAIN_MOST_S = 24 * 3600  # the daemon waits no longer for whoever asks it to: PATIENCE_MOST_S in sockets/admin.py
 
@@ -70,6 +75,7 @@ class Config(Limits):
     prices: Path | None = None  # a list of what models cost, before ours
     default_program: Literal["claude", "rehearsal"] = "claude"
     default_model: Model = "sonnet"
+    operator_pronouns: Pronouns = None  # in the prompt of each agent that is created from then on
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     orphan_grace_s: Seconds = 600.0
@@ -156,9 +162,14 @@ def _bounds(marks: Sequence[object]) -> Iterator[str]:
         yield f"and below {bound['lt']}"
 
 
-def load_config(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Config:
-    """The configuration that counts. Raises Refusal("usage") naming the key, what it may be and where it stands."""
-    path, from_file = _from_file()
+def load_config(
+    flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ, file: str | None = None
+) -> Config:
+    """The configuration that counts. Raises Refusal("usage") naming the key, what it may be and where it stands.
+
+    file     the configuration file; None is the first that exists of those of the system and the user
+    """
+    path, from_file = _from_file() if file is None else (file, read_config(file))
     from_environment = _from_environment(environment)
     for where, values in ((path, from_file), ("the environment", from_environment), ("the flags", flags)):
         unknown = sorted(set(values) - set(Config.model_fields))

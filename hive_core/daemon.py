@@ -54,7 +54,7 @@ from hive_core.sockets.model import ModelRelay
 from hive_core.sockets.unix import listen_unix, serve_unix
 from hive_core.store.door import open_store
 from hive_core.store.schema import StoreBusy
-from hive_core.systemd import notify
+from hive_core.systemd import notify, serve_watchdog
 from hive_core.tool_calls import forget_old_tool_calls
 from hive_core.turns import Turns
 
@@ -100,14 +100,16 @@ def look_for_credential(config: Config) -> tuple[Credential | None, str]:
     return credential, "" if credential else how_to_give_one(config.state_dir)
 
 
-def _templates() -> Environment:
-    return Environment(
+def _templates(config: Config) -> Environment:
+    templates = Environment(
         loader=PackageLoader("hive_core"),
         undefined=StrictUndefined,
         keep_trailing_newline=True,
         trim_blocks=True,
         autoescape=False,
     )
+    templates.globals["operator_pronouns"] = config.operator_pronouns
+    return templates
 
 
 def manager_prompt(config: Config) -> str:
@@ -115,7 +117,7 @@ def manager_prompt(config: Config) -> str:
     path = config.manager_prompt
     if path is None:
         templates = Environment(loader=PackageLoader("hive_mind"), undefined=StrictUndefined)
-        return templates.get_template("CLAUDE.md.j2").render()
+        return templates.get_template("CLAUDE.md.j2").render(operator_pronouns=config.operator_pronouns)
     try:
         # Checked before it is committed: with one that is no good in hm1nd's repository no start would come through.
         return parse_text(path.read_text("utf-8"), f"manager_prompt {path}", PERSONA_LIMIT_BYTES)
@@ -153,7 +155,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             agents,
             approvals,
             repos,
-            _templates(),
+            _templates(config),
             default_program=config.default_program,
             default_model=config.default_model,
         )
@@ -326,6 +328,7 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(serve_clock, hive.store, timers)
         nursery.start_soon(_serve_pruning, hive)
         nursery.start_soon(hive.reconciler.serve)
+        nursery.start_soon(serve_watchdog)
         gc.freeze()  # what was loaded stays: to look through it at each collection is a tenth of a busy daemon's work
         task_status.started()
         notify("READY=1")

@@ -20,7 +20,9 @@ def _parser() -> argparse.ArgumentParser:
         description="The hyperhive daemon.",
         epilog="Every flag is also HIVE_<NAME> and a key of config.toml.",
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="serve")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="serve|check")
+    check = verbs.add_parser("check", help="say whether a configuration file could be used; start nothing")
+    check.add_argument("file", help="a config.toml")
     serve = verbs.add_parser(
         "serve", help="serve the hive in the foreground until SIGTERM", argument_default=argparse.SUPPRESS
     )
@@ -36,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         ("manager-prompt", "a file: the first CLAUDE.md of hm1nd, in the place of ours"),
         ("default-program", "what new agents run: claude or rehearsal"),
         ("default-model", "what new agents think with"),
+        ("operator-pronouns", "how agents speak of the operator, such as they/them"),
         ("log-format", "text or json"),
         ("log-level", "debug, info, warning or error"),
         ("orphan-grace-s", "how long agents wait for a daemon that is gone (600)"),
@@ -57,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         flags = vars(_parser().parse_args(argv))
     except Refusal as refusal:
         return _explain(refusal)
-    del flags["verb"]
+    if flags.pop("verb") == "check":
+        return _check(flags["file"])
     life = flags.pop("life_fd", None)
     os.umask(0o077)
     # A caller's git environment would point our own repositories elsewhere.
@@ -85,6 +89,16 @@ def main(argv: list[str] | None = None) -> int:
         return _explain(group)
     except (Refusal, StoreError, OSError) as exc:
         return _explain(exc)
+    return 0
+
+
+def _check(file: str) -> int:
+    from hive_core.config import load_config
+
+    try:
+        load_config({}, {}, file)
+    except Refusal as refusal:
+        return _explain(refusal)
     return 0
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 
+import trio
+
 
 def notify(state: str) -> None:
     """Tell the service manager; silent when it does not listen, since nothing depends on it."""
@@ -19,3 +21,16 @@ def notify(state: str) -> None:
             sock.sendall(state.encode())
         except OSError:
             pass
+
+
+async def serve_watchdog() -> None:
+    """Tell the service manager again and again that this loop runs, twice in each of its WATCHDOG_USEC.
+
+    It restarts a daemon that hangs. Returns at once where no watchdog was asked for, or of another process.
+    """
+    asked, process = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
+    if not asked.isdecimal() or not int(asked) or process not in ("", str(os.getpid())):
+        return
+    while True:
+        notify("WATCHDOG=1")
+        await trio.sleep(int(asked) / 1e6 / 2)

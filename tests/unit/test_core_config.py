@@ -438,3 +438,21 @@ def test_the_service_manager_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_service_manager_that_does_not_listen_is_no_trouble(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", address)
     notify("READY=1")
+
+
+@pytest.mark.parametrize("given", ["they/them", "she", "xe/xem/xyr"])
+def test_pronouns_are_words(file: Path, given: str) -> None:
+    assert load_config({"operator_pronouns": given}, {}).operator_pronouns == given
+
+
+@pytest.mark.parametrize("given", ["", "he him", "they/", "it's", "x" * 41, "a\n/b", 7, True])
+def test_pronouns_that_could_be_more_than_words_are_refused(file: Path, given: object) -> None:
+    said = refusal({"operator_pronouns": given}, {})
+    assert "as operator_pronouns: it must be up to 40 letters, words with / between, such as they/them" in said
+
+
+def test_a_file_that_is_named_is_read_in_the_place_of_the_usual_ones(file: Path, tmp_path: Path) -> None:
+    file.write_text("dashboard_port = 1\n")
+    other = tmp_path / "other.toml"
+    other.write_text("dashboard_port = 2\n")
+    assert load_config({}, {}, str(other)).dashboard_port == 2

@@ -14,7 +14,7 @@ import pytest
 import trio_asyncio
 
 from hive_core.config import Config
-from hive_core.daemon import listen_dashboard, manager_prompt, take_lock
+from hive_core.daemon import _templates, listen_dashboard, manager_prompt, take_lock
 from hive_core.protocol.refusal import Refusal
 from hive_core.store.door import open_store
 from hive_core.store.schema import StoreError
@@ -203,6 +203,15 @@ def test_a_prompt_that_cannot_be_is_refused_before_it_is_committed(tmp_path: Pat
 def test_a_prompt_in_utf_8_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "prompt").write_text("You are the café's manager.\n")
     assert manager_prompt(Config(manager_prompt=tmp_path / "prompt")) == "You are the café's manager.\n"
+
+
+@pytest.mark.parametrize("pronouns", [None, "she/her"])
+def test_prompts_say_how_the_operator_is_spoken_of_where_it_is_known(pronouns: str | None) -> None:
+    config = Config(operator_pronouns=pronouns)
+    agents = _templates(config).get_template("CLAUDE.md.j2").render(name="iris", persona="You read.")
+    for prompt in (manager_prompt(config), agents):
+        assert ("The operator's pronouns: she/her." in prompt) == (pronouns is not None)
+        assert "\n\n\n" not in prompt
 
 
 # -- hive-core, the command -------------------------------------------------------------------------------------------
