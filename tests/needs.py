@@ -136,6 +136,11 @@ def _nixos() -> str | None:
     return None if ok else f"this looks like NixOS, and nixos-version does not run: {said}"
 
 
+def _nix() -> str | None:
+    ok, said = _output("nix-instantiate", "--version")
+    return None if ok else f"nix does not run: {said} (apt-get install nix-bin)"
+
+
 def _nixpkgs() -> str | None:
     given = os.environ.get("HIVE_TEST_NIXPKGS")
     if not given:
@@ -183,6 +188,7 @@ PROBES = {
     "claude": _claude,
     "chromium": _chromium,
     "nixos": _nixos,
+    "nix": _nix,
     "nixpkgs": _nixpkgs,
     "cgroup2": _cgroup2,
     "strace": _strace,

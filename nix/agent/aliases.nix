@@ -1,0 +1,23 @@
+# The names for people: an agent.nix says hyperhive.model, the table under hyperhive.settings is agent.toml's.
+{ lib, ... }:
+let
+  alias =
+    name: key:
+    lib.mkAliasOptionModule ([ "hyperhive" ] ++ name) [
+      "hyperhive"
+      "settings"
+      key
+    ];
+in
+{
+  imports = [
+    (alias [ "model" ] "model")
+    (alias [ "effort" ] "effort")
+    (alias [ "tools" ] "tools")
+    (alias [ "description" ] "description")
+    (alias [ "credential" ] "credential")
+    (alias [ "allowedRecipients" ] "recipients")
+    (alias [ "autoCompact" "atPercent" ] "compact_at_percent")
+    (alias [ "autoCompact" "contextWindow" ] "context_window")
+  ];
+}

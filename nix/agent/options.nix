@@ -1,0 +1,75 @@
+{ flake }:
+{ lib, pkgs, ... }:
+let
+  inherit (lib) mkOption types;
+  word = types.strMatching "[A-Za-z0-9][]A-Za-z0-9._:[-]{0,79}";
+  setting =
+    type: default: description:
+    mkOption { inherit type default description; };
+  optional = type: setting (types.nullOr type) null;
+in
+{
+  options.hyperhive = {
+    role = setting (types.enum [
+      "agent"
+      "manager"
+    ]) "agent" "Whether this is an agent or hm1nd, the manager.";
+
+    persona = setting types.lines "" "Who the agent is: its CLAUDE.md.";
+
+    availableModels = setting (types.listOf word) [ ] "The models that may be chosen as `model`; with none, any.";
+
+    package = mkOption {
+      type = types.package;
+      default = flake.packages.${pkgs.stdenv.hostPlatform.system}.hive-agent;
+      defaultText = lib.literalExpression "hyperhive.packages.\${system}.hive-agent";
+      description = "The package with `hive-agent`, the turn loop.";
+    };
+
+    claude = mkOption {
+      type = types.nullOr types.package;
+      default = null;
+      example = lib.literalExpression "pkgs.claude-code";
+      description = "The package with `claude`. Its licence is not free; choosing it here allows it for this container, and for nothing else.";
+    };
+
+    # The keys of agent.toml, under their own names: `hyperhive.settings = fromTOML (readFile ./agent.toml)`.
+    settings = {
+      program = setting (types.enum [
+        "claude"
+        "rehearsal"
+      ]) "claude" "What takes the agent's turns; `rehearsal` is a stand-in that needs no account.";
+      model = setting word "sonnet" "The model that the agent thinks with.";
+      effort = optional (types.enum [
+        "low"
+        "medium"
+        "high"
+        "xhigh"
+        "max"
+      ]) "How hard the model thinks; with none, as the program has it.";
+      tools = setting (types.listOf word) [
+        "Bash"
+        "Read"
+        "Edit"
+        "Write"
+        "Glob"
+        "Grep"
+      ] "The program's own tools that are on.";
+      turns = setting (types.enum [
+        "warm"
+        "cold"
+      ]) "warm" "`warm`: one process of the program takes many turns; `cold`: each has its own.";
+      warm_idle_s = setting (types.ints.between 1 86400) 300 "Seconds that a warm process is kept without a turn.";
+      warm_turns = setting (types.ints.between 1 100000) 50 "Turns that a warm process takes.";
+      warm_memory_mib = setting (types.ints.between 64 1048576) 1024 "MiB of memory above which it takes no more.";
+      background_s = setting (types.ints.between 1 604800) 21600 "Seconds after which a command in the background is ended.";
+      turn_silence_s = setting (types.ints.between 10 86400) 1800 "Seconds without a line after which a turn is stuck.";
+      context_window = optional (types.ints.between 1000 100000000) "Tokens that fit into the model's context; with none, as the program says.";
+      compact_at_percent = setting (types.ints.between 0 100) 75 "Percent of the context above which the session is compacted by itself; 0: never.";
+      description = setting types.str "" "What others read of the agent, at most 200 characters.";
+      credential = setting (types.strMatching "[a-z][a-z0-9]*(-[a-z0-9]+)*") "default" "The credential of the host that it uses, by its name.";
+      recipients = optional (types.listOf (types.strMatching "[a-z][a-z0-9-]{0,29}")) "Whom it may write to; with none, everybody.";
+      pair_rate_per_hour = optional (types.ints.between 1 100000) "Messages to one recipient before they are held; with none, the hive's.";
+    };
+  };
+}

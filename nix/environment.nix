@@ -1,0 +1,94 @@
+# A virtual environment as bin/setup makes it, of one set of the wheels in wheels.json and of our own sources.
+{ pkgs }:
+{
+  pname,
+  set,
+  sources ? [ ],
+  scripts ? { },
+  mainProgram ? pname,
+}:
+let
+  inherit (pkgs) lib;
+  inherit (pkgs.stdenv.hostPlatform) system;
+  table = builtins.fromJSON (builtins.readFile ./wheels.json);
+  python = pkgs.${"python" + builtins.replaceStrings [ "." ] [ "" ] table.python};
+  site = "$out/lib/python${table.python}/site-packages";
+
+  wheel =
+    {
+      pname,
+      version,
+      files,
+      ...
+    }:
+    let
+      file = files.any or files.${system};
+    in
+    pkgs.fetchPypi {
+      inherit pname version;
+      inherit (file)
+        python
+        abi
+        platform
+        sha256
+        ;
+      dist = file.python;
+      format = "wheel";
+    };
+
+  # Only what is named is read, so that a change of the documents builds nothing anew.
+  root = ../.;
+  tree = builtins.path {
+    name = "hyperhive-source";
+    path = root;
+    filter =
+      path: _:
+      let
+        relative = lib.removePrefix (toString root + "/") path;
+      in
+      lib.any (
+        name:
+        relative == name || lib.hasPrefix (name + "/") relative || lib.hasPrefix (relative + "/") name
+      ) sources;
+  };
+
+  script =
+    name: target:
+    let
+      module = builtins.head (lib.splitString ":" target);
+    in
+    ''
+      printf '#!%s -P\nimport sys\nfrom ${module} import main\nsys.exit(main())\n' "$out/bin/python" > $out/bin/${name}
+      chmod 755 $out/bin/${name}
+    '';
+in
+pkgs.stdenv.mkDerivation {
+  inherit pname;
+  version = lib.head (builtins.match ".*__version__ = \"([0-9.a-z]+)\".*" (builtins.readFile ../hive_core/version.py));
+  dontUnpack = true;
+  nativeBuildInputs = [
+    python.pkgs.pip
+    pkgs.autoPatchelfHook
+  ];
+  # What compiled wheels expect of a system.
+  buildInputs = [ pkgs.stdenv.cc.cc.lib ];
+  wheels = map wheel (lib.filter (one: lib.elem set one.sets) table.wheels);
+  installPhase = ''
+    ${python}/bin/python -m venv --without-pip $out
+    mkdir wheels
+    for wheel in $wheels; do cp $wheel wheels/$(stripHash $wheel); done
+    pip --python $out/bin/python install --no-index --no-deps --no-warn-script-location wheels/*.whl
+  ''
+  + lib.optionalString (sources != [ ]) ''
+    cp -r ${tree}/. ${site}/
+    chmod -R u+w ${site}
+  ''
+  + lib.concatStrings (lib.mapAttrsToList script scripts);
+  meta = {
+    inherit mainProgram;
+    platforms = lib.attrNames {
+      x86_64-linux = { };
+      aarch64-linux = { };
+    };
+  };
+}

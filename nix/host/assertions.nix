@@ -1,0 +1,38 @@
+{ config, lib, ... }:
+let
+  cfg = config.services.hyperhive;
+  kinds = [
+    "anthropic-api-key"
+    "claude-oauth-token"
+  ];
+  unknown = lib.filter (name: !lib.elem name kinds) (lib.attrNames cfg.credentials);
+  stored = lib.filter (name: lib.hasPrefix builtins.storeDir (toString cfg.credentials.${name})) (
+    lib.attrNames cfg.credentials
+  );
+  openFiles = lib.filter (path: lib.hasPrefix builtins.storeDir (toString path)) cfg.environmentFiles;
+  managerPort = cfg.settings.manager_port or 8000;
+  loopback = lib.elem cfg.dashboard.address [
+    "127.0.0.1"
+    "::1"
+    "localhost"
+  ];
+in
+{
+  config = lib.mkIf cfg.enable {
+    assertions = [
+      {
+        assertion = unknown == [ ];
+        message = "services.hyperhive.credentials has no use for ${lib.concatStringsSep ", " unknown}: a credential is ${lib.concatStringsSep " or " kinds}; others are given with `hive login NAME`.";
+      }
+      {
+        assertion = stored == [ ] && openFiles == [ ];
+        message = "services.hyperhive would put a secret into the Nix store, where every user can read it (${lib.concatStringsSep ", " (stored ++ map toString openFiles)}): give the path as a string, of a file outside the store.";
+      }
+      {
+        assertion = cfg.dashboard.port == 0 || cfg.dashboard.port != managerPort;
+        message = "services.hyperhive.dashboard.port is ${toString managerPort}, the port of the manager's page: choose another, or set services.hyperhive.settings.manager_port.";
+      }
+    ];
+    warnings = lib.optional (!loopback) "services.hyperhive.dashboard.address is ${cfg.dashboard.address}: the dashboard has no encryption of its own, so whoever can listen on that network can sign in; put a proxy with TLS before it, or use 127.0.0.1 and `ssh -L`.";
+  };
+}

@@ -1,0 +1,68 @@
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
+let
+  cfg = config.services.hyperhive;
+  unit = import ../systemd/unit.nix;
+  written = (pkgs.formats.toml { }).generate "hyperhive-config.toml" cfg.settings;
+  # The daemon's own parser reads it, so a setting that it would refuse ends the build.
+  checked = pkgs.runCommand "hyperhive-config-checked.toml" { } ''
+    ${cfg.package}/bin/hive-core check ${written}
+    cp ${written} $out
+  '';
+in
+{
+  config = lib.mkIf cfg.enable {
+    services.hyperhive.settings = {
+      state_dir = lib.mkDefault "/var/lib/hyperhive";
+      runtime_dir = lib.mkDefault "/run/hyperhive";
+      dashboard_host = lib.mkDefault cfg.dashboard.address;
+      dashboard_port = lib.mkDefault cfg.dashboard.port;
+      claude = lib.mkIf (cfg.claude != null) (lib.mkDefault (lib.getExe' cfg.claude "claude"));
+      operator_pronouns = lib.mkIf (cfg.operatorPronouns != null) (lib.mkDefault cfg.operatorPronouns);
+    };
+
+    environment.etc."hyperhive/config.toml".source = checked;
+    environment.systemPackages = [ cfg.package ];
+
+    users.users.hyperhive = {
+      isSystemUser = true;
+      group = "hive-admin";
+      home = "/var/lib/hyperhive";
+      description = "hyperhive";
+    };
+    users.groups.hive-admin.members = cfg.adminUsers;
+
+    systemd.slices.hyperhive.sliceConfig =
+      lib.optionalAttrs (cfg.limits.memoryMax != null) { MemoryMax = cfg.limits.memoryMax; }
+      // lib.optionalAttrs (cfg.limits.cpuQuota != null) { CPUQuota = cfg.limits.cpuQuota; }
+      // lib.optionalAttrs (cfg.limits.tasksMax != null) { TasksMax = cfg.limits.tasksMax; };
+
+    systemd.services.hyperhive = {
+      description = unit.Unit.Description;
+      wantedBy = [ unit.Install.WantedBy ];
+      aliases = [ unit.Install.Alias ];
+      wants = [ unit.Unit.Wants ];
+      after = [ unit.Unit.After ];
+      startLimitIntervalSec = unit.Unit.StartLimitIntervalSec;
+      # Units see nothing of the system's PATH.
+      path = [
+        pkgs.bubblewrap
+        pkgs.git
+      ];
+      restartTriggers = [ checked ];
+      serviceConfig =
+        unit.Service
+        // {
+          ExecStart = "${cfg.package}/bin/hive-core serve";
+        }
+        // lib.optionalAttrs (cfg.environmentFiles != [ ]) { EnvironmentFile = map toString cfg.environmentFiles; }
+        // lib.optionalAttrs (cfg.credentials != { }) {
+          LoadCredential = lib.mapAttrsToList (name: path: "${name}:${toString path}") cfg.credentials;
+        };
+    };
+  };
+}

@@ -1,0 +1,27 @@
+# `nix develop -c make lint test`: all that .ci/run would install, but for Claude Code and a browser.
+{ pkgs }:
+let
+  environment = import ./environment.nix { inherit pkgs; } {
+    pname = "hyperhive-development";
+    set = "dev";
+  };
+in
+{
+  default = pkgs.mkShell {
+    packages = [
+      environment
+      pkgs.bubblewrap
+      pkgs.git
+      pkgs.gnumake
+      pkgs.nix
+      pkgs.nixfmt
+      pkgs.strace
+      pkgs.systemd
+      pkgs.taplo
+      pkgs.uv
+    ];
+    # bin/setup lets .venv point to it; our own packages come from the checkout.
+    HIVE_NIX_ENVIRONMENT = environment;
+    shellHook = "export PYTHONPATH=$PWD";
+  };
+}

@@ -1,0 +1,46 @@
+# As much of NixOS as our modules set: options that hold what they are given, and the assertions' check.
+{ lib, pkgsFor }:
+{ modules, system ? null, specialArgs ? { } }:
+let
+  inherit (lib) mkOption types;
+  bag = description: mkOption { inherit description; type = types.attrsOf types.anything; default = { }; };
+  list = mkOption { type = types.listOf types.unspecified; default = [ ]; };
+  base = { config, lib, ... }: {
+    options = {
+      assertions = list;
+      warnings = list;
+      boot = bag "boot";
+      environment.etc = bag "files of /etc";
+      environment.systemPackages = list;
+      environment.variables = bag "variables of every shell";
+      fileSystems = bag "file systems";
+      networking = bag "network";
+      nix = bag "nix";
+      nixpkgs.config = bag "configuration of nixpkgs";
+      nixpkgs.hostPlatform = mkOption { type = types.str; default = if system == null then throw "no system" else system; };
+      security = bag "security";
+      system.stateVersion = mkOption { type = types.str; };
+      system.build.toplevel = mkOption { type = types.unspecified; };
+      systemd = {
+        services = bag "units";
+        slices = bag "slices";
+        tmpfiles.rules = list;
+      };
+      users.users = bag "users";
+      users.groups = bag "groups";
+    };
+    config = {
+      _module.args.pkgs = lib.mkDefault (pkgsFor config.nixpkgs.hostPlatform config.nixpkgs.config);
+      system.build.toplevel =
+        let failed = builtins.filter (one: !one.assertion) config.assertions; in
+        if failed != [ ] then throw "Failed assertions:\n${builtins.concatStringsSep "\n" (map (one: "- ${one.message}") failed)}"
+        else derivation {
+          name = "nixos-system";
+          system = config.nixpkgs.hostPlatform;
+          builder = "/bin/sh";
+          units = builtins.unsafeDiscardStringContext (builtins.toJSON (builtins.mapAttrs (_: unit: unit.serviceConfig or { }) config.systemd.services));
+        };
+    };
+  };
+in
+lib.evalModules { modules = [ base ] ++ modules; inherit specialArgs; }

@@ -1,0 +1,271 @@
+"""services.hyperhive, evaluated by real nix on the stand-in for nixpkgs, and on a nixpkgs where one is given."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from hive_core.config import Config, load_config
+from hive_core.daemon_cli import main as hive_core
+from tests import nix_pages
+from tests.nixes import NIXPKGS, ROOT, Nix
+
+everywhere = pytest.mark.parametrize("nixpkgs", NIXPKGS, ids=lambda given: "given" if given else "stand-in")
+
+
+def settings(nix: Nix, module: str, nixpkgs: str = "") -> dict[str, object]:
+    found: dict[str, object] = nix.value(f"(host {{ {module} }}).config.services.hyperhive.settings", nixpkgs)
+    return found
+
+
+@everywhere
+def test_enable_alone_gives_a_unit_a_group_and_settings_that_the_daemon_takes(nix: Nix, nixpkgs: str) -> None:
+    found = nix.value(
+        "let config = (host { services.hyperhive.enable = true; }).config; unit = config.systemd.services.hyperhive; in"
+        " { inherit (config.services.hyperhive) settings; inherit (unit) aliases wantedBy;"
+        " service = unit.serviceConfig; user = config.users.users.hyperhive.group; }",
+        nixpkgs,
+    )
+    assert found["user"] == found["service"]["Group"] == "hive-admin"
+    assert found["aliases"] == ["hive-c0re.service"]
+    assert found["wantedBy"] == ["multi-user.target"]
+    assert found["service"]["ExecStart"].endswith("/bin/hive-core serve")
+    config = Config(**found["settings"])
+    assert (config.state_dir, config.runtime_dir) == (Path("/var/lib/hyperhive"), Path("/run/hyperhive"))
+    assert config.dashboard_port == 7000
+
+
+@everywhere
+def test_the_first_readme_of_the_original_evaluates_as_written(nix: Nix, nixpkgs: str) -> None:
+    flake = """
+        { outputs = { self, nixpkgs, hyperhive }: {
+            nixosConfigurations.my-host = nixpkgs.lib.nixosSystem {
+              system = "x86_64-linux";
+              modules = [
+                hyperhive.nixosModules.hive-c0re
+                ({ ... }: {
+                  services.hive-c0re.enable = true;
+                  system.stateVersion = "25.11";
+                })
+              ];
+            };
+          }; }
+    """
+    machine = f"(({flake}).outputs {{ self = {{ }}; inherit nixpkgs; hyperhive = self; }}).nixosConfigurations.my-host"
+    assert nix.value(f"{machine}.config.systemd.services.hyperhive.serviceConfig.Type", nixpkgs) == "notify"
+
+
+@everywhere
+def test_the_later_name_of_the_original_enables_it_too(nix: Nix, nixpkgs: str) -> None:
+    assert nix.value("(host { hyperhive.enable = true; }).config.services.hyperhive.enable", nixpkgs) is True
+
+
+def test_every_option_has_the_name_of_the_original_too(nix: Nix) -> None:
+    paths = (
+        "let flat = path: set: if lib.isOption set then [ path ] else lib.concatMap (name: flat (path ++ [ name ])"
+        " set.${name}) (lib.attrNames set); options = (host { }).options.services; in"
+        ' { ours = flat [ ] options.hyperhive; theirs = flat [ ] options."hive-c0re"; }'
+    )
+    found = nix.value(paths)
+    assert found["theirs"] == found["ours"]
+    assert len(found["ours"]) > 10
+
+
+@everywhere
+def test_what_is_given_under_the_original_names_keeps_its_properties(nix: Nix, nixpkgs: str) -> None:
+    module = (
+        "imports = [ ({ lib, ... }: { services.hive-c0re.dashboard.port = lib.mkForce 7003;"
+        " services.hive-c0re.adminUsers = lib.mkIf false [ ]; }) ];"
+        " services.hive-c0re.enable = true; services.hyperhive.dashboard.port = 7002;"
+    )
+    assert settings(nix, module, nixpkgs)["dashboard_port"] == 7003
+
+
+def test_options_become_settings_and_settings_win_over_them(nix: Nix) -> None:
+    module = """
+        services.hyperhive = { enable = true; operatorPronouns = "she/her"; dashboard.port = 7777;
+          settings = { tries = 3; dashboard_port = 7778; }; };
+    """
+    found = settings(nix, module)
+    assert Config(**found).operator_pronouns == "she/her"  # type: ignore[arg-type]
+    assert (found["tries"], found["dashboard_port"]) == (3, 7778)
+
+
+def test_claude_is_taken_from_a_package_and_needs_its_licence_allowed(nix: Nix) -> None:
+    module = (
+        "imports = [ ({ lib, pkgs, ... }: { services.hyperhive.claude = pkgs.claude-code; "
+        'nixpkgs.config.allowUnfreePredicate = package: lib.getName package == "claude-code"; }) ];'
+        " services.hyperhive.enable = true;"
+    )
+    assert str(settings(nix, module)["claude"]).endswith("/bin/claude")
+    denied = module.replace('lib.getName package == "claude-code"', "false")
+    assert "unfree" in nix.failure(f"(host {{ {denied} }}).config.services.hyperhive.settings.claude")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ('credentials.github = "/run/secrets/x"', "has no use for github: a credential is anthropic-api-key or"),
+        ('credentials.anthropic-api-key = "/nix/store/x"', "would put a secret into the Nix store"),
+        ('environmentFiles = [ "/nix/store/env" ]', "would put a secret into the Nix store"),
+        ("dashboard.port = 8000", "the port of the manager's page"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence_with_the_way_out(nix: Nix, given: str, said: str) -> None:
+    machine = f"(host {{ services.hyperhive.enable = true; services.hyperhive.{given}; }})"
+    assert said in nix.failure(f"{machine}.config.system.build.toplevel.drvPath")
+
+
+@pytest.mark.parametrize(
+    "given", ['dashboard.port = "7000"', "adminUsers = true", "frob = 1", "dashboard.port = 65536"]
+)
+def test_an_option_that_does_not_exist_or_has_another_type_is_refused(nix: Nix, given: str) -> None:
+    said = nix.failure(f"(host {{ services.hyperhive.{given}; }}).config.services.hyperhive.{given.split(' ')[0]}")
+    assert "does not exist" in said or "is not of type" in said
+
+
+def test_a_dashboard_on_a_network_is_warned_of(nix: Nix) -> None:
+    of = "(host {{ services.hyperhive.enable = true; services.hyperhive.dashboard.address = {0}; }}).config.warnings"
+    assert nix.value(of.format('"127.0.0.1"')) == []
+    (said,) = nix.value(of.format('"0.0.0.0"'))
+    assert "no encryption" in said
+
+
+def test_the_build_runs_the_daemons_own_parser_over_the_settings(nix: Nix) -> None:
+    script = nix.value(
+        '(host { services.hyperhive.enable = true; }).config.environment.etc."hyperhive/config.toml".source.given.text'
+    )
+    assert "/bin/hive-core check /nix/store/" in script
+
+
+def test_check_takes_a_file_that_fits_and_names_what_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('state_dir = "/var/lib/hyperhive"\nruntime_dir = "/run/hyperhive"\n')
+    assert hive_core(["check", str(file)]) == 0
+    file.write_text("dashboard_prot = 1\n")
+    assert hive_core(["check", str(file)]) == 2
+    assert f"cannot use {file}: there is no setting dashboard_prot" in capsys.readouterr().err
+    assert hive_core(["check", str(tmp_path / "none.toml")]) == 2
+    assert load_config({}, {}, "/dev/null").dashboard_port == 7000
+
+
+def test_credentials_and_variables_are_systemds_to_hand_over(nix: Nix) -> None:
+    module = """
+        services.hyperhive = { enable = true; environmentFiles = [ "/run/secrets/env" ];
+          credentials.anthropic-api-key = "/run/secrets/key"; };
+    """
+    service = nix.value(f"(host {{ {module} }}).config.systemd.services.hyperhive.serviceConfig")
+    assert service["LoadCredential"] == ["anthropic-api-key:/run/secrets/key"]
+    assert service["EnvironmentFile"] == ["/run/secrets/env"]
+
+
+def test_limits_hold_the_slice_of_the_daemon_and_its_agents(nix: Nix) -> None:
+    module = 'services.hyperhive = { enable = true; limits.memoryMax = "16G"; limits.tasksMax = 9000; };'
+    config = nix.value(
+        f"let c = (host {{ {module} }}).config.systemd; in [ c.slices.hyperhive.sliceConfig"
+        " c.services.hyperhive.serviceConfig.Slice ]"
+    )
+    assert config == [{"MemoryMax": "16G", "TasksMax": 9000}, "hyperhive.slice"]
+
+
+# -- the unit ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_unit_of_other_systems_is_made_from_the_same_source(nix: Nix) -> None:
+    assert nix_pages.UNIT.read_text() == nix_pages.unit_text(nix.value("import ./nix/systemd/unit.nix"))
+
+
+@pytest.fixture
+def unit_file(tmp_path: Path) -> Path:
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("systemd is not installed")
+    file = tmp_path / "hyperhive.service"
+    file.write_text(nix_pages.UNIT.read_text().replace("/usr/local/bin/hive-core serve", shutil.which("true") or ""))
+    return file
+
+
+def test_systemd_takes_every_line_of_the_unit(unit_file: Path) -> None:
+    done = subprocess.run(["systemd-analyze", "verify", unit_file], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_unit_is_exposed_less_than_three(unit_file: Path) -> None:
+    command = ["systemd-analyze", "security", "--offline=yes", "--json=short", "--threshold=30", unit_file]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    open_holes = [row["name"] for row in json.loads(done.stdout) if row["exposure"]]
+    assert done.returncode == 0, open_holes
+
+
+def test_the_unit_leaves_out_what_keeps_bubblewrap_from_its_sandbox(nix: Nix) -> None:
+    service = nix.value("(import ./nix/systemd/unit.nix).Service")
+    broken_by = {"RestrictNamespaces", "ProtectKernelTunables", "ProtectKernelLogs", "ProcSubset", "ProtectHostname"}
+    assert broken_by.isdisjoint(service)
+    assert "@mount" in service["SystemCallFilter"]
+    assert "AF_NETLINK" in service["RestrictAddressFamilies"]
+
+
+# -- the flake --------------------------------------------------------------------------------------------------------
+
+
+def test_everything_parses(nix: Nix) -> None:
+    nix.parses([ROOT / "flake.nix", *(ROOT / "nix").rglob("*.nix"), *(ROOT / "tests/nix").rglob("*.nix")])
+
+
+@everywhere
+@pytest.mark.parametrize("system", ["x86_64-linux", "aarch64-linux"])
+def test_every_output_evaluates_for_both_processors(nix: Nix, nixpkgs: str, system: str) -> None:
+    outputs = nix.value(
+        "builtins.mapAttrs (_: builtins.mapAttrs (_: one: one.drvPath or one.program))"
+        f" {{ inherit (self.packages) {system}; checks = self.checks.{system}; apps = self.apps.{system};"
+        f" shells = self.devShells.{system}; formatter.it = self.formatter.{system}; }}",
+        nixpkgs,
+    )
+    assert {"default", "hive-agent"} <= set(outputs[system])
+    assert {
+        "python-format",
+        "python-types",
+        "nix-format",
+        "toml-format",
+        "option-docs",
+        "modules",
+        "fast-tests",
+    } <= set(outputs["checks"])
+    assert {"demo"} == set(outputs["apps"])
+
+
+@everywhere
+def test_the_pages_of_options_are_what_the_modules_say(nix: Nix, nixpkgs: str) -> None:
+    assert nix_pages.OPTIONS_PAGE.read_text() == nix_pages.options_page(nix.value("options", nixpkgs))
+
+
+def test_the_wheels_are_those_of_the_lock_files_for_both_processors() -> None:
+    table = json.loads((ROOT / "nix/wheels.json").read_text())
+    target = {"sys_platform": "linux", "python_version": table["python"], "python_full_version": table["python"] + ".0"}
+    for lock, part in (("requirements.lock", "run"), ("requirements-dev.lock", "dev")):
+        text = (ROOT / lock).read_text()
+        needs = [Requirement(line.rstrip(" \\")) for line in text.splitlines() if line[0].isalnum()]
+        locked = {need.name for need in needs if need.marker is None or need.marker.evaluate(target)}
+        wheels = [wheel for wheel in table["wheels"] if part in wheel["sets"]]
+        assert {wheel["pname"].lower().replace("_", "-").replace(".", "-") for wheel in wheels} == locked
+        for wheel in wheels:
+            assert set(wheel["files"]) in ({"any"}, {"x86_64-linux", "aarch64-linux"})
+            assert all(f"sha256:{file['sha256']}" in text for file in wheel["files"].values())
+
+
+def test_the_closure_of_an_agent_is_its_loop_and_one_library(nix: Nix) -> None:
+    wheels = nix.value("map (wheel: wheel.pname) self.packages.x86_64-linux.hive-agent.given.wheels")
+    assert wheels == ["attrs", "idna", "outcome", "sniffio", "sortedcontainers", "trio"]
+
+
+def test_python_in_nix_is_one_that_the_project_takes() -> None:
+    least = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    python = json.loads((ROOT / "nix/wheels.json").read_text())["python"]
+    assert tuple(map(int, python.split("."))) >= tuple(map(int, least.split(".")))
