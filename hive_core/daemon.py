@@ -30,7 +30,8 @@ from hive_core.approvals import Approvals
 from hive_core.bodies import Bodies
 from hive_core.broker import Broker
 from hive_core.config import Config
-from hive_core.containers.bubblewrap import AgentDirs, sandbox_trouble
+from hive_core.containers.bubblewrap import sandbox_trouble
+from hive_core.containers.driver import AgentDirs
 from hive_core.containers.process import ProcessDriver
 from hive_core.credentials import Credential, Credentials, find_credential, how_to_give_one
 from hive_core.hive import Hive

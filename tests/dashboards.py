@@ -16,7 +16,7 @@ import trio
 from dashboard.app import at_home, build_app
 from hive_core.agents import Agent
 from hive_core.config import Config
-from hive_core.containers.bubblewrap import AgentDirs
+from hive_core.containers.driver import AgentDirs
 from hive_core.containers.process import ProcessDriver
 from hive_core.credentials import Credentials
 from hive_core.hive import Hive

@@ -19,8 +19,9 @@ from hive_core.cli.client import Client
 from hive_core.cli.doctor import Finding, Progress, Status
 from hive_core.cli.up import orphans
 from hive_core.config import Config, load_config
-from hive_core.containers.bubblewrap import HOME, AgentDirs, bwrap_command, in_memory, sandbox_trouble
-from hive_core.containers.process import harness_environment
+from hive_core.containers.bubblewrap import bwrap_command, sandbox_trouble
+from hive_core.containers.driver import AgentDirs
+from hive_core.containers.inside import HOME, harness_environment, in_memory
 from hive_core.containers.seccomp import filter_program
 from hive_core.credentials import DEFAULT, Credentials
 from hive_core.daemon import listen_dashboard, listen_tcp, look_for_credential, manager_prompt

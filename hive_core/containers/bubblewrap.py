@@ -2,53 +2,39 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from hive_core.containers.driver import AgentDirs
+from hive_core.containers.inside import (
+    ETC_FILES,
+    HOME,
+    KEYS_OF_THE_HOST,
+    PROC_OF_THE_HOST,
+    SYSTEM_PATHS,
+    in_memory,
+    is_below,
+    links_of,
+    program_paths,
+)
 from hive_core.containers.seccomp import filter_program
 
-# What a program needs of the host to run, read-only, where it exists.
-_SYSTEM_PATHS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/run/current-system/sw")
-# Settings of the whole kernel, which go by the uid alone: under a root daemon the sandbox's 0 is the host's.
-_PROC_OF_THE_HOST = tuple(
-    f"/proc/{name}"
-    for name in ("sys", "sysrq-trigger", "irq", "bus", "acpi", "fs", "scsi", "pressure", "driver", "mtrr")
-)
-# The host's keys, told to whoever has the same uid.
-_KEYS_OF_THE_HOST = ("/proc/keys", "/proc/key-users")
-_ETC_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/ssl/certs", "/etc/localtime")
 # How the network's names are found.
 _ETC_OF_THE_NETWORK = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/ssl", "/etc/pki", "/etc/static")
-HOME = "/root"  # inside
-_PACKAGES = ("hive_core", "hive_agent", "hive_mind")
-
-
-@dataclass(frozen=True, slots=True)
-class AgentDirs:
-    """The host's directories of one agent; they are all of the host that it can write."""
-
-    run: Path  # → /run/hive: its sockets
-    state: Path  # → /state: durable notes
-    claude: Path  # → ~/.claude: sessions of the program
-    proposed: Path | None  # → /agents: everybody's configuration, for the manager alone
 
 
 def bwrap_command(dirs: AgentDirs, claude: Path | None, status_fd: int, filter_fd: int | None) -> list[str]:
     """bwrap with its options, to be followed by what runs inside; it inherits both descriptors."""
     # The harness is process 1: when it ends, the kernel ends everything else in its pid namespace.
     argv = [*_bwrap(filter_fd), "--json-status-fd", str(status_fd), "--as-pid-1", *_system()]
-    bound = _program_paths(claude)
+    bound = program_paths(claude)
     for path in sorted(bound):
         argv += ["--ro-bind", path, path]
-    for path, target in _links_of(sys.executable):
-        if not _is_below(path, {*_SYSTEM_PATHS, *bound}):
+    for path, target in links_of(sys.executable):
+        if not is_below(path, {*SYSTEM_PATHS, *bound}):
             argv += ["--symlink", target, path]
     # Its sockets can be connected to, not replaced.
     argv += ["--ro-bind", str(dirs.run), "/run/hive", "--bind", str(dirs.state), "/state"]
@@ -66,7 +52,7 @@ def login_command(claude: Path, filter_fd: int | None) -> list[str]:
     argv = [*_bwrap(filter_fd), "--share-net", "--die-with-parent", *_system()]
     for path in _ETC_OF_THE_NETWORK:
         argv += ["--ro-bind-try", path, path]
-    if not _is_below(str(claude), _SYSTEM_PATHS):
+    if not is_below(str(claude), SYSTEM_PATHS):
         argv += ["--ro-bind", str(claude), str(claude)]
     return [*argv, "--chdir", HOME, "--", str(claude)]
 
@@ -81,57 +67,20 @@ def _bwrap(filter_fd: int | None) -> list[str]:
 def _system() -> list[str]:
     """What a program needs of the host to run, over an empty root."""
     argv = ["--tmpfs", "/", "--proc", "/proc"]
-    for path in _PROC_OF_THE_HOST:
+    for path in PROC_OF_THE_HOST:
         argv += ["--ro-bind-try", path, path]
-    for path in _KEYS_OF_THE_HOST:
+    for path in KEYS_OF_THE_HOST:
         argv += ["--ro-bind", "/dev/null", path] if os.path.exists(path) else []
     argv += ["--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", HOME]
-    for path in _SYSTEM_PATHS:
+    for path in SYSTEM_PATHS:
         # A link (/bin → usr/bin) stays a link; a directory is bound.
         if os.path.islink(path):
             argv += ["--symlink", os.readlink(path), path]
         elif os.path.isdir(path):
             argv += ["--ro-bind", path, path]
-    for path in _ETC_FILES:
+    for path in ETC_FILES:
         argv += ["--ro-bind-try", path, path]
     return argv
-
-
-def _program_paths(claude: Path | None) -> set[str]:
-    """The interpreter, the libraries and our own packages, where they are not part of the system already."""
-    paths = {sys.prefix, sys.base_prefix, sysconfig.get_paths()["purelib"], os.path.realpath(sys.executable)}
-    paths |= {os.path.join(parent, package) for parent in package_parents() for package in _PACKAGES}
-    if claude is not None:
-        paths |= {str(claude), os.path.realpath(claude)}
-    outside = {path for path in paths if not _is_below(path, _SYSTEM_PATHS) and os.path.exists(path)}
-    return {path for path in outside if not _is_below(path, outside - {path})}
-
-
-def package_parents() -> list[str]:
-    """The folder our packages are imported from: site-packages, or the checkout."""
-    return [str(Path(__file__).resolve().parents[2])]
-
-
-def _links_of(path: str) -> list[tuple[str, str]]:
-    """Every link on the way from a path to its file: (where it stands, what it says)."""
-    links: list[tuple[str, str]] = []
-    while os.path.islink(path) and len(links) < 40:
-        target = os.readlink(path)
-        links.append((path, target))
-        path = os.path.normpath(os.path.join(os.path.dirname(path), target))
-    return links
-
-
-def _is_below(path: str, parents: Sequence[str] | set[str]) -> bool:
-    return any(path == parent or path.startswith(parent.rstrip("/") + "/") for parent in parents)
-
-
-def in_memory(content: bytes) -> io.FileIO:
-    """A file without a path, to be read by whoever inherits it."""
-    file = io.FileIO(os.memfd_create("hive", os.MFD_CLOEXEC), "r+")
-    file.write(content)
-    file.seek(0)
-    return file
 
 
 def sandbox_trouble() -> str | None:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import trio
 
-from hive_core.containers.bubblewrap import HOME, in_memory, login_command
+from hive_core.containers.bubblewrap import login_command
+from hive_core.containers.inside import HOME, in_memory
 from hive_core.containers.process_tree import all_pids, parent_of
 from hive_core.containers.seccomp import filter_program
 from hive_core.credentials import TOKEN

@@ -96,3 +96,13 @@ def wait_stopped(pid: int) -> None:
             if _stat_fields(pid)[0] in "TtZX":
                 return
             time.sleep(0.0001)
+
+
+def usage_below(root: int) -> tuple[int, int]:
+    """How many processes there are from one downwards, itself among them, and the bytes they hold in memory."""
+    page, held, count = os.sysconf("SC_PAGE_SIZE"), 0, 0
+    for pid in (root, *(pid for pid, _ in _descendants(root))):
+        with contextlib.suppress(OSError):
+            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            held, count = held + pages * page, count + (pages > 0)  # who has ended has none
+    return count, held

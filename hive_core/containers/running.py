@@ -7,13 +7,14 @@ import os
 import select
 import signal
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
 from hive_core.containers.process_tree import kill_descendants, wait_stopped
-from hive_core.containers.status_file import end_inside, is_locked, status_value
+from hive_core.containers.status_file import is_locked, status_value
 
 _KILL_PATIENCE_S = 5.0  # a process can be past killing for a while
 _LOG_PATIENCE_S = 1.0  # what an agent left behind may print on: its exit is told all the same
@@ -24,22 +25,47 @@ class Exit:
     code: int | None  # None: it was ended from outside and left no code
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an agent takes of the host."""
+
+    processes: int
+    memory_bytes: int  # what its processes hold in memory; what two share counts twice
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A command that ended in an agent's container."""
+
+    code: int  # negative for a signal
+    output: str  # what it printed, both ways in one; at most OUTPUT_LIMIT_BYTES of its beginning
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """What a driver knows of its agents' processes."""
+
+    first_inside: Callable[[], int | None]  # the host's number of an agent's first process in its container
+    end_left: Callable[[], None]  # ends what may be left of an agent whose wrapper has ended
+    entering: Callable[[int], list[str]]  # what a command is given to, so that it runs beside that first process
+
+
 class Running:
-    """An agent that runs, whether this daemon started it or an earlier one."""
+    """An agent that runs, whether this daemon started it or an earlier one. `pid` is its wrapper's."""
 
     def __init__(
         self,
         pid: int,
         process: subprocess.Popen[bytes] | None,
         status: Path,
-        state: Path,
+        ways: Ways,
         keeper: subprocess.Popen[bytes] | None = None,
     ) -> None:
         self.pid = pid
+        self.ways = ways
         self._process = process
         self._keeper = keeper
         self._status = status
-        self._state = state
         self._pidfd = os.pidfd_open(pid)
         self._ended = False
 
@@ -61,6 +87,17 @@ class Running:
         self.kill()
         select.select([self._pidfd], [], [], _KILL_PATIENCE_S)
         self._close()
+
+    @property
+    def ended(self) -> bool:
+        """Whether its end was seen."""
+        return self._ended
+
+    def stop(self) -> None:
+        """Ask the harness to end at its turn's edge, by SIGTERM; nothing when it has ended."""
+        if not self._ended and (first := self.ways.first_inside()) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(first, signal.SIGTERM)
 
     def kill(self) -> None:
         """End the whole agent at once, also what has a session of its own; nothing when it has ended."""
@@ -84,7 +121,7 @@ class Running:
         if not self._ended:
             self._ended = True
             os.close(self._pidfd)
-        end_inside(self._status, self._state)
+        self.ways.end_left()
 
     def _is_printing(self) -> bool:
         if self._keeper is not None:

@@ -10,8 +10,7 @@ from typing import Protocol
 import trio
 
 from hive_core.agents import Agent, Agents
-from hive_core.containers.bubblewrap import AgentDirs
-from hive_core.containers.process import ProcessDriver
+from hive_core.containers.driver import AgentDirs, Driver
 from hive_core.containers.running import Exit, Running
 from hive_core.post import put_message
 from hive_core.protocol.refusal import Refusal
@@ -74,7 +73,7 @@ class Reconciler:
         self,
         store: Store,
         agents: Agents,
-        driver: ProcessDriver,
+        driver: Driver,
         dirs: Callable[[AgentName], AgentDirs],
         may_run: Callable[[Agent], str | None],
         serve: Callable[[Agent, trio.TaskStatus[Desk]], Awaitable[None]],

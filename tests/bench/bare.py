@@ -14,7 +14,9 @@ from typing import Any
 
 from hive_agent.claude_command import environment, session_flags, user_line
 from hive_agent.runner import Seat
-from hive_core.containers.bubblewrap import HOME, AgentDirs, bwrap_command, in_memory
+from hive_core.containers.bubblewrap import bwrap_command
+from hive_core.containers.driver import AgentDirs
+from hive_core.containers.inside import HOME, in_memory
 from hive_core.containers.seccomp import filter_program
 from tests.bench import bare_program
 from tests.daemons import Daemon

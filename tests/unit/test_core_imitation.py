@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from hive_core.agents import Agent
-from hive_core.containers.bubblewrap import AgentDirs
+from hive_core.containers.driver import AgentDirs
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.running import Exit
 from hive_core.limits import Limits
@@ -66,8 +66,8 @@ async def test_a_crash_quotes_the_last_words(hive: Services, hostile: str) -> No
         raise AssertionError("no agent is started here")
 
     driver = ProcessDriver(hive.state_dir, sandbox="none", claude=None, orphan_grace_s=1.0, life_fd=None)
-    driver._logs.mkdir(parents=True, exist_ok=True)
-    (driver._logs / "iris.log").write_bytes(hostile.encode())
+    driver._files.mkdir(parents=True, exist_ok=True)
+    (driver._files / "iris.log").write_bytes(hostile.encode())
 
     def may_run(agent: Agent) -> str | None:
         return None

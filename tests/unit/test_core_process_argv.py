@@ -1,7 +1,8 @@
-"""What the process driver asks bwrap for; what bwrap makes of it is in tests/sandbox."""
+"""What the process driver asks bwrap for; what bwrap makes of it is in tests/containers."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hive_core.containers.bubblewrap import _PROC_OF_THE_HOST, _SYSTEM_PATHS, AgentDirs, _is_below, bwrap_command
+from hive_core.containers.bubblewrap import bwrap_command
+from hive_core.containers.driver import AgentDirs
+from hive_core.containers.inside import PROC_OF_THE_HOST, SYSTEM_PATHS, is_below
 from hive_core.containers.printed import keep_printed
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.seccomp import filter_program
@@ -91,14 +94,14 @@ def test_nothing_of_the_host_is_seen_but_the_system_and_the_program(tmp_path: Pa
     argv = bwrap_command(dirs_in(tmp_path), claude, 7, 8)
     seen = [option[1] for option in options(argv) if option[0].startswith("--ro-bind")]
     assert str(claude) in seen
-    seen = [path for path in seen if path not in ("/dev/null", *_PROC_OF_THE_HOST, str(dirs_in(tmp_path).run))]
+    seen = [path for path in seen if path not in ("/dev/null", *PROC_OF_THE_HOST, str(dirs_in(tmp_path).run))]
     for path in seen:
         private = [str(tmp_path), "/", "/root", "/home", "/etc", "/var", "/run", "/tmp", os.getcwd(), str(Path.home())]
         assert path not in private
         assert (
-            path in (*_SYSTEM_PATHS, str(claude))
+            path in (*SYSTEM_PATHS, str(claude))
             or path.startswith(("/etc/", sys.prefix, sys.base_prefix))
-            or (Path(path).name in ("hive_core", "hive_agent", "hive_mind") or _is_below(sys.executable, {path}))
+            or (Path(path).name in ("hive_core", "hive_agent", "hive_mind") or is_below(sys.executable, {path}))
         )
     for secret in ("credentials", "hive.sqlite", "applied", ".ssh", "passwd", "shadow"):
         assert not any(secret in path for path in seen)
@@ -109,7 +112,8 @@ def test_the_environment_is_built_from_nothing(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("LD_PRELOAD", "/canary.so")
     monkeypatch.setenv("PYTHONSTARTUP", "/canary.py")
     for sandbox in ("bwrap", "none"):
-        environment = driver_in(tmp_path, sandbox)._environment(dirs_in(tmp_path))
+        with contextlib.ExitStack() as opened:
+            environment = driver_in(tmp_path, sandbox)._launch(IRIS, dirs_in(tmp_path), 7, opened).environment
         assert set(environment) == {"PATH", "LANG", "PYTHONPATH", "HOME"}
         assert "canary" not in str(environment)
 

@@ -1,4 +1,4 @@
-"""The panel of credentials: what it shows, what its forms do, and that it is live. Logins run in tests/sandbox."""
+"""The panel of credentials: what it shows, what its forms do, and that it is live. Logins run in tests/containers."""
 
 from __future__ import annotations
 

@@ -1,0 +1,137 @@
+"""Runs a command with an agent's rights: no capability, no new ones, our filter of system calls, no foreign setting.
+
+Run by its path inside a container, by whatever was just put there and still may do more:
+
+    python -I -S confined.py [OPTION …] -- COMMAND …
+
+    --empty DIR       put an empty, read-only directory over one
+    --read-only PATH  nothing below it can be written
+    --hide FILE       put /dev/null over a file
+    --no-namespaces   nobody in here can make a user namespace
+    --link PATH TO    make a link where nothing is yet
+    --output-of-stdout  what it prints goes where descriptor 1 goes; descriptor 0 becomes 3, if it is a pipe
+    --filter HEX      a classic BPF program
+    --chdir DIR
+    --env NAME=VALUE  its environment is these alone
+
+It ends when the process that it comes from does. It imports little: an agent's start waits for it.
+"""
+
+import ctypes
+import os
+import stat
+import sys
+
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC = 1, 2, 4, 8, 32, 4096, 16384
+_MNT_DETACH = 2
+_QUIET = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 1, 22, 24, 38, 47
+_CAPABILITIES_V3 = 0x20080522
+_SIGKILL = 9
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
+
+
+def confine(words: list[str]) -> None:
+    """Do what the options say, in their order, give up every right, and become the command."""
+    environment: dict[str, str] = {}
+    program = b""
+    given = iter(words)
+    for option in given:
+        if option == "--":
+            break
+        if option == "--empty":
+            _empty(next(given))
+        elif option == "--read-only":
+            _read_only(next(given))
+        elif option == "--hide":
+            _mount("/dev/null", next(given), None, _MS_BIND)
+        elif option == "--no-namespaces":
+            _no_namespaces()
+        elif option == "--link":
+            _link(next(given), next(given))
+        elif option == "--output-of-stdout":
+            _arrange_descriptors()
+        elif option == "--filter":
+            program = bytes.fromhex(next(given))
+        elif option == "--chdir":
+            os.chdir(next(given))
+        elif option == "--env":
+            name, _, value = next(given).partition("=")
+            environment[name] = value
+        else:
+            raise SystemExit(f"confined.py: there is no option {option}")
+    command = list(given)
+    _give_up_rights(program)
+    os.execvpe(command[0], command, environment)
+
+
+def _checked(done: int, what: str) -> None:
+    if done < 0:
+        reason = ctypes.get_errno()
+        raise OSError(reason, f"{what}: {os.strerror(reason)}")
+
+
+def _mount(source: str, target: str, kind: "str | None", flags: int) -> None:
+    kind_bytes = None if kind is None else kind.encode()
+    done = _libc.mount(source.encode(), target.encode(), kind_bytes, ctypes.c_ulong(flags), None)
+    _checked(done, f"cannot mount {target}")
+
+
+def _empty(folder: str) -> None:
+    if os.path.isdir(folder):
+        _mount("tmpfs", folder, "tmpfs", _MS_RDONLY | _QUIET)
+
+
+def _read_only(path: str) -> None:
+    if os.path.exists(path):
+        _mount(path, path, None, _MS_BIND | _MS_REC)
+        _mount(path, path, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _QUIET)
+
+
+def _no_namespaces() -> None:
+    # It is read-only, but for what lies under it.
+    _libc.umount2(b"/proc/sys", _MNT_DETACH)
+    with open("/proc/sys/user/max_user_namespaces", "w", encoding="ascii") as limit:
+        limit.write("0")
+
+
+def _link(path: str, target: str) -> None:
+    if not os.path.lexists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.symlink(target, path)
+
+
+def _arrange_descriptors() -> None:
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        os.dup2(0, 3)
+    null = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(1, 2)
+
+
+def _give_up_rights(program: bytes) -> None:
+    zero = ctypes.c_ulong(0)
+
+    def control(option: int, value: int, more: object = zero) -> int:
+        return int(_libc.prctl(option, ctypes.c_ulong(value), more, zero, zero))
+
+    _checked(control(_PR_SET_NO_NEW_PRIVS, 1), "cannot refuse new privileges")
+    control(_PR_CAP_AMBIENT, 4)
+    number = 0
+    while control(_PR_CAPBSET_DROP, number) == 0:
+        number += 1
+    header = (ctypes.c_uint32 * 2)(_CAPABILITIES_V3, 0)
+    _checked(_libc.capset(header, (ctypes.c_uint32 * 6)()), "cannot drop capabilities")
+    if program:
+        filtered = _Program(len(program) // 8, program)
+        _checked(control(_PR_SET_SECCOMP, 2, ctypes.byref(filtered)), "cannot filter system calls")
+    # Last: a change of rights takes it back.
+    control(_PR_SET_PDEATHSIG, _SIGKILL)
+
+
+if __name__ == "__main__":
+    confine(sys.argv[1:])

@@ -1,0 +1,69 @@
+"""What every driver offers: it starts an agent in a container of its own, finds it again, looks into it, and ends it.
+
+A driver knows no messages and no settings. What an agent is told it hears over its sockets, so a new commit needs no
+other container; a driver whose containers are built from the commit offers its generations besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from hive_core.containers.running import Done, Exit, Running, Usage
+from hive_core.protocol.words import AgentName
+
+
+@dataclass(frozen=True, slots=True)
+class AgentDirs:
+    """The host's directories of one agent; they are all of the host that it can write."""
+
+    run: Path  # → /run/hive: its sockets
+    state: Path  # → /state: durable notes
+    claude: Path  # → ~/.claude: sessions of the program
+    proposed: Path | None  # → /agents: everybody's configuration, for the manager alone
+
+
+class Driver(Protocol):
+    """Starts, finds and ends agents. tests/containers/test_every_driver.py is the contract, run with each of them.
+
+    Calls that concern one agent are made one at a time.
+    """
+
+    @property
+    def sandbox(self) -> str:
+        """What is around an agent, in one word: "none" is nothing at all."""
+
+    async def start(self, name: AgentName, dirs: AgentDirs) -> Running:
+        """Start the agent's harness. Raises OSError when it cannot be started, or the agent runs already."""
+
+    def find(self, name: AgentName, dirs: AgentDirs) -> Running | None:
+        """The agent that an earlier daemon left running, or None.
+
+        One that was given another run directory can never reach us: it is ended, and counts as not running.
+        """
+
+    def missed_exit(self, name: AgentName) -> Exit | None:
+        """How the agent ended while no daemon watched, told once; None when there is nothing to tell."""
+
+    def forget(self, name: AgentName) -> None:
+        """The end of the agent was seen and told."""
+
+    def last_words(self, name: AgentName, limit: int = 600) -> str:
+        """The end of what the harness printed, at most `limit` bytes of it."""
+
+    def logs(self, name: AgentName, lines: int = 50) -> list[str]:
+        """The last lines that the harness printed, the oldest first."""
+
+    def usage(self, running: Running) -> Usage:
+        """What the agent takes of the host now."""
+
+    async def exec(self, running: Running, command: Sequence[str], patience_s: float = 60.0) -> Done:
+        """Run a command in the agent's container, with no more rights than the agent has.
+
+        Raises Refusal when the agent has ended, or the command not within `patience_s`: then it was killed.
+        """
+
+    def destroy(self, name: AgentName) -> None:
+        """Forget that there ever was such an agent, which has ended; its directories stay. Nothing when it is gone."""

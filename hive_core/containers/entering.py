@@ -1,0 +1,30 @@
+"""How a command comes into a container that runs, and gives up there what the agent has not."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+
+from hive_core.containers import confined as confined_file
+
+
+def nsenter(first: int) -> list[str]:
+    """nsenter into every namespace of an agent's first process, its root and its working directory."""
+    program = shutil.which("nsenter") or "nsenter"
+    kinds = ("user", "mount", "pid", "ipc", "net", "uts", "cgroup", "root", "wd")
+    return [program, f"--target={first}", *(f"--{kind}" for kind in kinds)]
+
+
+def confined(program: bytes | None, environment: Mapping[str, str], *options: str) -> list[str]:
+    """What runs a command inside with an agent's rights; `options` are those of confined.py that come first."""
+
+    def words() -> Iterator[str]:
+        yield from (sys.executable, "-I", "-S", str(confined_file.__file__), *options)
+        if program:
+            yield from ("--filter", program.hex())
+        for name, value in environment.items():
+            yield from ("--env", f"{name}={value}")
+        yield "--"
+
+    return list(words())

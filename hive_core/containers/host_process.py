@@ -1,0 +1,307 @@
+"""What every driver shares whose agents are processes of this host: their files, their fence, and how they are found.
+
+An agent has a wrapper outside of its container, which lives exactly as long as the agent does: bwrap, say. An agent
+that must end with the daemon watches a pipe, since a wrapper that is to die with its parent would watch the *thread*
+that forked it. One that may outlive the daemon is found again by the pid and start time in its process file, and its
+exit code is in its status file even when nobody watched.
+
+The status file is locked before an agent is started, and the wrapper holds that lock by the descriptor it was started
+with. So there is never a second copy, and one whose daemon was killed before it could write the process file is found
+as the process that holds the lock. Nothing inside the container has the descriptor.
+
+Before an agent is started its run file says which run directory it is given: one that has another than the daemon of
+later would wait for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from hive_core.containers import printed
+from hive_core.containers.driver import AgentDirs
+from hive_core.containers.keyring import leave_session_keyring
+from hive_core.containers.process_tree import boot_id, start_time, usage_below
+from hive_core.containers.run_command import run_command
+from hive_core.containers.running import Done, Exit, Running, Usage, Ways
+from hive_core.containers.seccomp import filter_program
+from hive_core.containers.status_file import claim, lock_holder, status_value
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import MANAGER, AgentName
+
+log = logging.getLogger(__name__)
+LINES_MOST = 500
+LINES_LIMIT_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How an agent's wrapper is started."""
+
+    command: list[str]
+    environment: dict[str, str]
+    kept_fds: list[int] = field(default_factory=list)
+
+
+class HostProcessDriver:
+    """A driver but for what is around an agent: `_launch` says that.
+
+    life_fd: the read end of a pipe whose write end only this daemon holds; None lets agents outlive it.
+    """
+
+    sandbox: str
+
+    def __init__(
+        self, state_dir: Path, *, claude: Path | None, orphan_grace_s: float, life_fd: int | None = None
+    ) -> None:
+        self._files = state_dir / "processes"
+        self._claude = claude
+        self._orphan_grace_s = orphan_grace_s
+        self._life_fd = life_fd
+        self._filter = filter_program()
+
+    @property
+    def life_fd_inside(self) -> int | None:
+        """The number that the life pipe has in the container."""
+        return self._life_fd
+
+    def _launch(self, name: AgentName, dirs: AgentDirs, status_fd: int, opened: contextlib.ExitStack) -> Launch:
+        """The wrapper's command; it writes into `status_fd` how the agent ended. `opened` closes what it needs."""
+        raise NotImplementedError
+
+    def _first_inside(self, name: AgentName) -> int | None:
+        """The host's number of the agent's first process in its container; None when there is none (yet)."""
+        raise NotImplementedError
+
+    def _end_left(self, name: AgentName, dirs: AgentDirs) -> None:
+        """End what may be left of an agent whose wrapper has ended."""
+        raise NotImplementedError
+
+    def _entering(self, dirs: AgentDirs, first: int) -> list[str]:
+        """What a command is given to, so that it runs beside an agent's first process and has no other rights."""
+        raise NotImplementedError
+
+    async def start(self, name: AgentName, dirs: AgentDirs) -> Running:
+        """Start the agent's harness. Raises OSError when the program cannot be run, or the agent runs already."""
+        self._files.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in (dirs.state, dirs.claude):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = self._file(name, "status")
+        with status.open("ab", buffering=0) as status_file:
+            claim(status_file)
+            self._file(name, "run").write_text(json.dumps({"run": str(dirs.run), "id": _folder_id(dirs.run)}))
+            process, keeper = await trio.to_thread.run_sync(self._start, name, dirs, status_file.fileno())
+        running = Running(process.pid, process, status, self._ways(name, dirs), keeper)
+        try:
+            self._remember(name, process.pid)
+        except BaseException:
+            # Whoever asked is told that it does not run.
+            running.kill()
+            with trio.CancelScope(shield=True):
+                await running.wait()
+            raise
+        return running
+
+    def _start(
+        self, name: AgentName, dirs: AgentDirs, status_fd: int
+    ) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]:
+        """Start the harness, and before it what keeps its prints; in a thread of its own for the keyring's sake."""
+        leave_session_keyring()
+        output, keeper = _start_keeper(self._file(name, "log"))
+        try:
+            with output, contextlib.ExitStack() as opened:
+                launch = self._launch(name, dirs, status_fd, opened)
+                keep = [status_fd, *launch.kept_fds, *([] if self._life_fd is None else [self._life_fd])]
+                process = subprocess.Popen(
+                    launch.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output.fileno(),
+                    stderr=output.fileno(),
+                    env=launch.environment,
+                    cwd="/",
+                    pass_fds=keep,
+                    start_new_session=True,
+                )
+                return process, keeper
+        except BaseException:
+            keeper.wait()  # nobody prints: it ends
+            raise
+
+    def find(self, name: AgentName, dirs: AgentDirs) -> Running | None:
+        """The agent that an earlier daemon left running, or None.
+
+        One that was given another run directory can never reach us: it is ended, and counts as not running.
+        """
+        status = self._file(name, "status")
+        pid = self._remembered(name)
+        if pid is None and (pid := lock_holder(status)) is not None:
+            # What could not be written makes it no less ours: the next daemon finds it by the lock again.
+            with contextlib.suppress(OSError):
+                self._remember(name, pid)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                running = Running(pid, None, status, self._ways(name, dirs))
+                if (given := _other_run_dir(self._file(name, "run"), dirs.run)) is None:
+                    return running
+                log.warning(
+                    "ended %s (pid %d): it was started with its sockets in %s, and this daemon has them in %s",
+                    name,
+                    pid,
+                    given,
+                    dirs.run,
+                    extra={"agent": name},
+                )
+                running.end()
+                self.forget(name)
+        self._end_left(name, dirs)
+        return None
+
+    def _ways(self, name: AgentName, dirs: AgentDirs) -> Ways:
+        return Ways(
+            partial(self._first_inside, name), partial(self._end_left, name, dirs), partial(self._entering, dirs)
+        )
+
+    def missed_exit(self, name: AgentName) -> Exit | None:
+        """How the agent ended while no daemon watched, told once; None when there is nothing to tell."""
+        identity = self._file(name, "json")
+        if not identity.exists():
+            return None
+        identity.unlink()
+        return Exit(status_value(self._file(name, "status"), "exit-code"))
+
+    def forget(self, name: AgentName) -> None:
+        """The end of the agent was seen and told."""
+        self._file(name, "json").unlink(missing_ok=True)
+
+    def usage(self, running: Running) -> Usage:
+        """What the agent takes of the host now."""
+        first = None if running.ended else running.ways.first_inside()
+        return Usage(0, 0) if first is None else Usage(*usage_below(first))
+
+    async def exec(self, running: Running, command: Sequence[str], patience_s: float = 60.0) -> Done:
+        """Run a command in the agent's container, with no more rights than the agent has.
+
+        Raises Refusal when the agent has ended, or the command not within `patience_s`: then it was killed.
+        """
+        first = None if running.ended else running.ways.first_inside()
+        if first is None:
+            raise Refusal("conflict", "cannot run a command in the container: the agent does not run; start it first")
+        return await run_command([*running.ways.entering(first), *command], patience_s)
+
+    def destroy(self, name: AgentName) -> None:
+        """Forget that there ever was such an agent, which has ended; its directories stay. Nothing when it is gone."""
+        for suffix in ("json", "run", "log", "status"):
+            self._file(name, suffix).unlink(missing_ok=True)
+
+    def last_words(self, name: AgentName, limit: int = 600) -> str:
+        """The end of what the harness printed, at most `limit` bytes of it, for whoever asks why it ended."""
+        return self._printed(name, limit).decode("utf-8", "replace").strip()
+
+    def logs(self, name: AgentName, lines: int = 50) -> list[str]:
+        """The last lines that the harness printed, the oldest first; at most LINES_MOST, and LINES_LIMIT_BYTES."""
+        end = self._printed(name, LINES_LIMIT_BYTES)
+        found = end.decode("utf-8", "replace").splitlines()
+        if len(end) == LINES_LIMIT_BYTES and len(found) > 1:
+            found = found[1:]  # its beginning is lost
+        return found[-max(1, min(lines, LINES_MOST)) :]
+
+    def _printed(self, name: AgentName, limit: int) -> bytes:
+        try:
+            with self._file(name, "log").open("rb") as printed_file:
+                printed_file.seek(max(0, printed_file.seek(0, os.SEEK_END) - limit))
+                return printed_file.read(limit)
+        except OSError:
+            return b""
+
+    def _file(self, name: AgentName, suffix: str) -> Path:
+        return self._files / f"{name}.{suffix}"
+
+    def _remember(self, name: AgentName, pid: int) -> None:
+        identity = {"pid": pid, "started": start_time(pid), "boot": boot_id()}
+        fresh = self._files / f".{name}.json"
+        fresh.write_text(json.dumps(identity))
+        fresh.rename(self._file(name, "json"))
+
+    def _remembered(self, name: AgentName) -> int | None:
+        """The pid in the process file, when it still is the agent's."""
+        try:
+            identity = json.loads(self._file(name, "json").read_text())
+            pid = int(identity["pid"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        started = start_time(pid)
+        if started is None or (started, boot_id()) != (identity.get("started"), identity.get("boot")):
+            return None
+        return pid
+
+    def _command(self, name: AgentName, dirs: AgentDirs) -> list[str]:
+        """The harness and its arguments, as it is to be run in the container."""
+        inside = self.sandbox != "none"
+        module = "hive_mind.cli" if name == MANAGER else "hive_agent.cli"
+        command = [sys.executable, "-P", "-m", module, "serve"]
+        command += ["--run", "/run/hive" if inside else str(dirs.run)]
+        command += ["--state", "/state" if inside else str(dirs.state)]
+        if dirs.proposed is not None:
+            command += ["--configs", "/agents" if inside else str(dirs.proposed)]
+        if not inside:
+            command += ["--claude-dir", str(dirs.claude)]
+        command += ["--sandbox", self.sandbox, "--orphan-grace", str(self._orphan_grace_s)]
+        if self._claude is not None:
+            command += ["--claude", str(self._claude)]
+        if self.life_fd_inside is not None:
+            command += ["--life-fd", str(self.life_fd_inside)]
+        return command
+
+
+def _folder_id(folder: Path) -> list[int]:
+    """Names a directory, also when another has its path by now."""
+    found = folder.stat()
+    return [found.st_dev, found.st_ino]
+
+
+def _other_run_dir(given: Path, run: Path) -> str | None:
+    """The run directory that the agent was given, when it is not this one; None too when nobody wrote it down."""
+    try:
+        told = json.loads(given.read_text())
+        path, number = told["run"], told["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    with contextlib.suppress(OSError):
+        if _folder_id(run) == number:
+            return None
+    return str(path)
+
+
+def _start_keeper(path: Path) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Start what keeps an agent's prints in a file: (where to print, it). Raises OSError."""
+    ours, theirs = socket.socketpair()
+    with ours, contextlib.ExitStack() as undo:
+        undo.callback(theirs.close)
+        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", buffering=0) as file:
+            # Held for as long as something may still be written; what an agent of before left behind may hold it.
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # By its path, not as a module: it needs nothing of the package, and nothing of site-packages.
+            keeper = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(printed.__file__)],
+                stdin=ours.fileno(),
+                stdout=file,
+                stderr=subprocess.DEVNULL,
+                env={},
+                cwd="/",
+                start_new_session=True,
+            )
+        undo.pop_all()
+    return theirs, keeper

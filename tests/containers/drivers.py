@@ -1,0 +1,190 @@
+"""Agents whose harness is a shell's script, in the containers of each driver, as tests start and watch them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from hive_core.containers.driver import AgentDirs
+from hive_core.containers.host_process import HostProcessDriver
+from hive_core.containers.process import ProcessDriver
+from hive_core.containers.running import Running
+from hive_core.protocol.words import AgentName
+from tests.needs import ROOT, missing
+from tests.processes import children_of, pids_naming
+
+IRIS = AgentName("iris")
+PATIENCE_S = 20.0
+SANDBOXES = ["bwrap"]
+KINDS = [*SANDBOXES, "none"]
+
+
+def need(kind: str) -> str:
+    """The kind of driver, when this machine has what it needs; with HIVE_REQUIRE=ci a test fails without."""
+    if kind in SANDBOXES and (why := missing(kind)):
+        assert os.environ.get("HIVE_REQUIRE") != "ci", why
+        pytest.skip(why)
+    return kind
+
+
+class _Script:
+    """The driver as it is, but the agent is a script."""
+
+    script = ""
+
+    def _command(self, name: AgentName, dirs: AgentDirs) -> list[str]:
+        return ["/bin/sh", "-c", self.script]
+
+
+class _Processes(_Script, ProcessDriver):
+    pass
+
+
+def driver_in(folder: Path, kind: str, script: str, life_fd: int | None = None) -> HostProcessDriver:
+    driver = _Processes(folder, sandbox=kind, claude=None, orphan_grace_s=600, life_fd=life_fd)
+    driver.script = script
+    return driver
+
+
+def dirs_in(folder: Path, manager: bool = False, name: str = "iris") -> AgentDirs:
+    own = folder / "agents" / name
+    for path in (own / "run", folder / "proposed"):
+        path.mkdir(parents=True, exist_ok=True)
+    return AgentDirs(own / "run", own / "state", own / "claude", folder / "proposed" if manager else None)
+
+
+def inside(folder: Path, kind: str, where: str = "state") -> str:
+    """Where an agent finds its own directory."""
+    names = {"state": "/state", "run": "/run/hive"}
+    return str(getattr(dirs_in(folder), where)) if kind == "none" else names[where]
+
+
+async def run(folder: Path, kind: str, script: str, manager: bool = False) -> tuple[int | None, str]:
+    """Run a script as an agent to its end: (exit code, what it printed)."""
+    driver = driver_in(folder, kind, script)
+    with trio.fail_after(PATIENCE_S):
+        running = await driver.start(IRIS, dirs_in(folder, manager))
+        code = (await running.wait()).code
+    return code, driver.last_words(IRIS, 100_000)
+
+
+async def run_program(folder: Path, kind: str, program: str, then: str = "true") -> tuple[int | None, str]:
+    """The same with a Python program, and a command behind it."""
+    (dirs_in(folder).run / "program.py").write_text(program)
+    return await run(folder, kind, f"{sys.executable} {inside(folder, kind, 'run')}/program.py && {then}")
+
+
+@asynccontextmanager
+async def started(folder: Path, kind: str, script: str) -> AsyncIterator[tuple[HostProcessDriver, Running]]:
+    """An agent that runs until the block ends, and has said that it is ready. STATE is its directory."""
+    ready = make_fifo(folder, "ready")
+    driver = driver_in(folder, kind, script.replace("STATE", inside(folder, kind)))
+    running = await driver.start(IRIS, dirs_in(folder))
+    try:
+        await read_fifo(ready)
+        yield driver, running
+    finally:
+        running.kill()
+        with trio.CancelScope(shield=True), trio.move_on_after(PATIENCE_S):
+            await running.wait()
+
+
+def mates(running: Running) -> list[int]:
+    """The host's numbers of all processes of the agent's: below its first one, that too."""
+    first = running.ways.first_inside()
+    found = [] if first is None else [first]
+    for pid in found:
+        found += [child for task in _tasks(pid) for child in _children(pid, task)]
+    return found
+
+
+def _tasks(pid: int) -> list[str]:
+    with contextlib.suppress(OSError):
+        return os.listdir(f"/proc/{pid}/task")
+    return []
+
+
+def _children(pid: int, task: str) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
+    return []
+
+
+async def wait_gone(pids: list[int]) -> None:
+    with trio.fail_after(PATIENCE_S):
+        for pid in pids:
+            try:
+                descriptor = os.pidfd_open(pid)
+            except ProcessLookupError:
+                continue
+            try:
+                await trio.lowlevel.wait_readable(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+async def read_fifo(path: Path) -> str:
+    """Wait for what an agent writes into a pipe with a name."""
+    with trio.fail_after(PATIENCE_S):
+        return await trio.to_thread.run_sync(path.read_text, abandon_on_cancel=True)
+
+
+async def say_go(path: Path) -> None:
+    """Write into a pipe with a name that an agent reads."""
+    with trio.fail_after(PATIENCE_S):
+        await trio.to_thread.run_sync(path.write_text, "go\n", abandon_on_cancel=True)
+
+
+def make_fifo(folder: Path, name: str) -> Path:
+    path = dirs_in(folder).state / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    return path
+
+
+_STARTER = """
+import os, sys, trio
+from pathlib import Path
+from tests.containers.drivers import IRIS, dirs_in, driver_in
+
+async def main(folder, kind, script, with_life_pipe):
+    life_fd, held = os.pipe() if with_life_pipe else (None, None)
+    driver = driver_in(folder, kind, script, life_fd=life_fd)
+    driver.script = script.replace("LIFE", str(driver.life_fd_inside))
+    running = await driver.start(IRIS, dirs_in(folder))
+    print(running.pid, flush=True)
+    await trio.sleep_forever()
+
+trio.run(main, Path(sys.argv[1]), *sys.argv[2:4], sys.argv[4] == "life")
+"""
+
+
+def start_and_die(folder: Path, kind: str, script: str, life: str = "") -> int:
+    """Another process starts the agent and is killed by SIGKILL. Returns the pid of the agent's wrapper."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _STARTER, str(folder), kind, script, life],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as starter:
+        assert starter.stdout is not None
+        pid = int(starter.stdout.readline())
+        starter.send_signal(signal.SIGKILL)
+    return pid
+
+
+def end_all(folder: Path) -> None:
+    """Many agents here outlive who started them; those of a test that failed are ended by pid."""
+    for pid in pids_naming(str(folder)):
+        for each in (*children_of(pid), pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)

@@ -1,0 +1,820 @@
+"""What every driver does alike, each with its real containers; in the place of a harness it runs a shell."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from hive_core.containers.host_process import LINES_MOST
+from hive_core.containers.printed import LOG_LIMIT_BYTES
+from hive_core.containers.process_tree import all_pids, parent_of
+from hive_core.containers.run_command import OUTPUT_LIMIT_BYTES
+from hive_core.containers.running import Done, Exit, Usage
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import AgentName
+from tests.containers.drivers import (
+    IRIS,
+    KINDS,
+    PATIENCE_S,
+    SANDBOXES,
+    dirs_in,
+    driver_in,
+    end_all,
+    inside,
+    make_fifo,
+    mates,
+    need,
+    read_fifo,
+    run,
+    say_go,
+    start_and_die,
+    started,
+    wait_gone,
+)
+from tests.needs import ROOT
+from tests.processes import pids_naming
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
+    yield
+    end_all(tmp_path)
+
+
+@pytest.fixture(params=SANDBOXES)
+def sandbox(request: pytest.FixtureRequest) -> str:
+    """Each driver that puts an agent into a container."""
+    return need(request.param)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each driver, and the one that puts nothing around an agent."""
+    return need(request.param)
+
+
+# -- what an agent sees -----------------------------------------------------------------------------------------------
+
+
+async def test_an_agent_writes_its_own_directories_and_finds_what_it_wrote(tmp_path: Path, sandbox: str) -> None:
+    code, said = await run(tmp_path, sandbox, "pwd; touch /state/b ~/.claude/c ~/d /tmp/e && echo $HOME")
+    assert (code, said.split()) == (0, ["/state", "/root"])
+    dirs = dirs_in(tmp_path)
+    assert [(dirs.state / "b").exists(), (dirs.claude / "c").exists()] == [True] * 2
+    assert not Path("~/d").expanduser().exists()
+    code, said = await run(tmp_path, sandbox, "ls /state ~/.claude ~ /tmp")
+    assert code == 0
+    assert {"b", "c"} <= set(said.split())
+    assert not {"d", "e"} & set(said.split())
+
+
+async def test_an_agent_sees_nothing_else_of_the_state_directory(tmp_path: Path, sandbox: str) -> None:
+    for secret in (
+        "hive.sqlite",
+        "credentials/anthropic-api-key",
+        "applied/iris.git/HEAD",
+        "agents/damocles/state/note",
+    ):
+        (tmp_path / secret).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / secret).write_text("canary")
+    look = f"ls {tmp_path} /agents /home/* /var/* /etc/passwd /etc/shadow /root/.ssh; cat {tmp_path}/* {tmp_path}/*/*"
+    code, said = await run(tmp_path, sandbox, look)
+    assert code != 0
+    assert "canary" not in said
+    assert said.count("No such file") == len(look.replace(";", "").split()) - 2
+
+
+async def test_the_manager_alone_sees_the_configurations(tmp_path: Path, sandbox: str) -> None:
+    dirs_in(tmp_path)
+    (tmp_path / "proposed" / "iris").mkdir()
+    assert await run(tmp_path, sandbox, "ls /agents && touch /agents/iris/written", manager=True) == (0, "iris")
+    assert (tmp_path / "proposed" / "iris" / "written").exists()
+
+
+async def test_the_system_can_be_used_and_not_changed(tmp_path: Path, sandbox: str) -> None:
+    places = ["/usr/canary", "/bin/canary", f"{sys.prefix}/canary", f"{ROOT}/hive_core/canary"]
+    script = f"for f in {' '.join(places)}; do touch $f 2>/dev/null && echo wrote $f; done"
+    script += "; mount -o remount,rw /usr; echo end"
+    _, said = await run(tmp_path, sandbox, script)
+    assert "wrote" not in said
+    assert said.endswith("end")
+    assert not any(Path(place).exists() for place in places)
+
+
+async def test_our_own_program_can_be_run(tmp_path: Path, sandbox: str) -> None:
+    code, said = await run(
+        tmp_path, sandbox, f"{sys.executable} -P -c 'import hive_core.protocol.lines, hive_agent; print(\"ran\")'"
+    )
+    assert (code, said) == (0, "ran")
+
+
+async def test_an_agent_has_no_network_but_its_own_loopback(tmp_path: Path, sandbox: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind(f"\0{tmp_path}")
+        abstract.listen()
+        port = server.getsockname()[1]
+        program = (
+            "import socket\n"
+            f"for family, address in ((socket.AF_INET, ('127.0.0.1', {port})), (socket.AF_UNIX, '\\0{tmp_path}'),\n"
+            "                         (socket.AF_INET, ('192.0.2.1', 80))):\n"
+            "    try: socket.socket(family).connect(address); print('reached')\n"
+            "    except OSError as exc: print(exc.errno)\n"
+            "with socket.create_server(('127.0.0.1', 0)) as own:\n"
+            "    socket.create_connection(own.getsockname()); print('own')\n"
+        )
+        (dirs_in(tmp_path).run / "program.py").write_text(program)
+        code, said = await run(
+            tmp_path, sandbox, f"cut -d: -f1 /proc/net/dev | tail -n +3; {sys.executable} /run/hive/program.py"
+        )
+    assert code == 0
+    assert said.split() == ["lo", "111", "111", "101", "own"]
+
+
+async def test_an_agent_sees_no_process_of_the_host_and_has_no_capability(tmp_path: Path, sandbox: str) -> None:
+    _, said = await run(tmp_path, sandbox, "cat /proc/[0-9]*/comm; grep -h Cap /proc/self/status; hostname; id -u")
+    names, _, rest = said.partition("CapInh")
+    assert set(names.split()) <= {"bwrap", "sh", "cat"}
+    assert rest.count("0000000000000000") == 5
+    assert rest.split()[-2:] == ["hive", "0"]
+    code, _ = await run(tmp_path, sandbox, f"kill -0 {os.getpid()}")
+    assert code != 0
+
+
+async def test_an_agent_is_handed_no_open_file_of_the_daemon(tmp_path: Path, sandbox: str) -> None:
+    _, said = await run(tmp_path, sandbox, "ls /proc/self/fd; readlink /proc/self/fd/0")
+    assert said.split() == ["0", "1", "2", "3", "/dev/null"]  # 3 is ls itself, reading the directory
+
+
+async def test_an_agent_inherits_nothing_of_the_environment(
+    tmp_path: Path, sandbox: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-canary")
+    code, said = await run(tmp_path, sandbox, "env; cat /proc/1/environ")
+    assert code == 0
+    assert "canary" not in said
+    assert {line.split("=")[0] for line in said.replace("\0", "\n").splitlines() if "=" in line} <= {
+        "HOME",
+        "PATH",
+        "LANG",
+        "PYTHONPATH",
+        "PWD",
+        "OLDPWD",
+        "SHLVL",
+        "_",
+    }
+
+
+# -- how an agent ends ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [0, 7])
+async def test_an_exit_code_is_told(tmp_path: Path, kind: str, code: int) -> None:
+    assert await run(tmp_path, kind, f"echo last words; exit {code}") == (code, "last words")
+
+
+async def test_a_program_that_cannot_be_run_is_an_end_and_leaves_nothing(tmp_path: Path, sandbox: str) -> None:
+    code, _ = await run(tmp_path, sandbox, "exec /nowhere/python")
+    assert code not in (0, None)
+
+
+async def test_kill_ends_every_process_of_the_agent(tmp_path: Path, sandbox: str) -> None:
+    script = "setsid sleep 1000 & (trap '' TERM HUP; sleep 1000) & echo > STATE/ready; sleep 1000"
+    async with started(tmp_path, sandbox, script) as (_, running):
+        with trio.fail_after(PATIENCE_S):
+            while len(found := mates(running)) < 4:
+                await trio.lowlevel.checkpoint()
+        running.kill()
+        with trio.fail_after(PATIENCE_S):
+            exit_ = await running.wait()
+        await wait_gone(found)
+        assert exit_.code != 0
+
+
+async def test_kill_in_the_very_moment_of_the_start_leaves_nothing(tmp_path: Path, sandbox: str) -> None:
+    driver = driver_in(tmp_path, sandbox, "sleep 1000")
+    for step in range(25):
+        running = await driver.start(IRIS, dirs_in(tmp_path))
+        with trio.move_on_after(step * 0.0002):
+            await trio.lowlevel.wait_readable(running._pidfd)
+        running.kill()
+        with trio.fail_after(PATIENCE_S):
+            await running.wait()
+    left = pids_naming(str(tmp_path))
+    try:
+        await wait_gone(left)
+    except trio.TooSlowError:
+        for pid in left:  # ours, by their number
+            os.kill(pid, signal.SIGKILL)
+        raise
+
+
+async def test_a_harness_that_is_asked_to_stop_ends_as_it_likes(tmp_path: Path, kind: str) -> None:
+    script = "trap 'echo goes; exit 5' TERM; echo > STATE/ready; while :; do sleep 0.05; done"
+    async with started(tmp_path, kind, script) as (driver, running):
+        running.stop()
+        with trio.fail_after(PATIENCE_S):
+            assert await running.wait() == Exit(5)
+        running.stop()  # once more, when it is gone, is nothing
+        assert driver.last_words(IRIS) == "goes"
+
+
+async def test_an_agent_that_is_killed_by_a_signal_has_crashed_and_can_be_started_again(
+    tmp_path: Path, kind: str
+) -> None:
+    script = "echo > STATE/ready; exec sleep 1000" if kind == "none" else "sleep 1000 & echo > STATE/ready; wait"
+    async with started(tmp_path, kind, script) as (driver, running):
+        first, everything = running.ways.first_inside(), mates(running)
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        with trio.fail_after(PATIENCE_S):
+            assert (await running.wait()).code not in (0, None)
+        await wait_gone(everything)
+        driver.forget(IRIS)
+    assert await run(tmp_path, kind, "echo again") == (0, "again")
+
+
+async def test_an_agent_whose_wrapper_is_killed_ends_whole(tmp_path: Path, sandbox: str) -> None:
+    async with started(tmp_path, sandbox, "setsid sleep 1000 & echo > STATE/ready; wait") as (_, running):
+        everything = mates(running)
+        os.kill(running.pid, signal.SIGKILL)
+        with trio.fail_after(PATIENCE_S):
+            await running.wait()
+        await wait_gone(everything)
+    assert await run(tmp_path, sandbox, "echo again") == (0, "again")
+
+
+async def test_what_a_killed_wrapper_left_is_ended_by_the_next_daemon_or_adopted(tmp_path: Path, sandbox: str) -> None:
+    ready = make_fifo(tmp_path, "ready")
+    wrapper = start_and_die(tmp_path, sandbox, "sleep 1000 & echo > /state/ready; wait")
+    await read_fifo(ready)
+    driver, dirs = driver_in(tmp_path, sandbox, "echo again"), dirs_in(tmp_path)
+    running = driver.find(IRIS, dirs)
+    assert running is not None
+    everything = mates(running)
+    assert len(everything) == 2
+    os.kill(wrapper, signal.SIGKILL)
+    await wait_gone([wrapper])
+    if (found := driver.find(IRIS, dirs)) is not None:
+        found.kill()
+        with trio.fail_after(PATIENCE_S):
+            await found.wait()
+    await wait_gone(everything)
+    driver.forget(IRIS)
+    assert await run(tmp_path, sandbox, "echo again") == (0, "again")
+
+
+# -- how an agent is looked into --------------------------------------------------------------------------------------
+
+
+async def test_what_an_agent_takes_of_the_host_is_told(tmp_path: Path, kind: str) -> None:
+    async with started(tmp_path, kind, "sleep 1000 & echo > STATE/ready; wait") as (driver, running):
+        usage = driver.usage(running)
+        assert usage.processes == 2
+        assert 100_000 < usage.memory_bytes < 100_000_000
+        running.kill()
+        with trio.fail_after(PATIENCE_S):
+            await running.wait()
+        assert driver.usage(running) == Usage(0, 0)
+
+
+async def test_the_last_lines_of_an_agent_are_told_in_their_order(tmp_path: Path, kind: str) -> None:
+    await run(tmp_path, kind, "seq 1 100000")
+    driver = driver_in(tmp_path, kind, "")
+    assert driver.logs(IRIS, 3) == ["99998", "99999", "100000"]
+    assert len(driver.logs(IRIS, 10**9)) == LINES_MOST
+    assert driver.logs(AgentName("argus")) == []
+
+
+async def test_a_command_runs_beside_the_agent_and_tells_its_code_and_what_it_printed(
+    tmp_path: Path, kind: str
+) -> None:
+    async with started(tmp_path, kind, "echo > STATE/ready; exec sleep 1000") as (driver, running):
+        script = "pwd; echo hi > note; echo $HOME; echo bad >&2; exit 3"
+        done = await driver.exec(running, ["/bin/sh", "-c", script])
+        home = "/root" if kind != "none" else inside(tmp_path, kind)
+        assert (done.code, done.output.split()) == (3, [inside(tmp_path, kind), home, "bad"])
+        assert (dirs_in(tmp_path).state / "note").read_text() == "hi\n"
+
+
+async def test_a_command_in_a_container_has_no_more_rights_than_the_agent(tmp_path: Path, sandbox: str) -> None:
+    look = (
+        "grep -E '^(Cap|NoNewPrivs|Seccomp:)' /proc/self/status; id -u; hostname; ls / /etc /run /state;"
+        " for kind in user mnt pid ipc net uts; do readlink /proc/self/ns/$kind; done; env | sort; ls /proc/self/fd"
+    )
+    script = f"({look}) > /state/agent 2>&1; echo > STATE/ready; exec sleep 1000"
+    async with started(tmp_path, sandbox, script) as (driver, running):
+        done = await driver.exec(running, ["/bin/sh", "-c", f"({look}) > /state/command 2>&1"])
+        assert done == Done(0, "")
+    state = dirs_in(tmp_path).state
+    said = (state / "agent").read_text().replace("agent\n", "")
+    assert (state / "command").read_text().replace("agent\ncommand\n", "") == said
+    assert said.count("0000000000000000") == 5
+
+
+async def test_a_command_that_does_not_end_is_killed_with_all_that_it_started(tmp_path: Path, kind: str) -> None:
+    async with started(tmp_path, kind, "echo > STATE/ready; exec sleep 1000") as (driver, running):
+        with pytest.raises(Refusal, match=r"did not end within 0\.5 s"):
+            await driver.exec(running, ["/bin/sh", "-c", "setsid sleep 7.0031 & sleep 1000"], 0.5)
+        await wait_gone(pids_naming("sleep\x007.0031"))
+        with trio.fail_after(PATIENCE_S):
+            while driver.usage(running).processes > 1:
+                await trio.lowlevel.checkpoint()
+
+
+async def test_a_command_that_floods_is_cut_and_one_for_an_agent_that_has_ended_is_refused(
+    tmp_path: Path, kind: str
+) -> None:
+    async with started(tmp_path, kind, "echo > STATE/ready; exec sleep 1000") as (driver, running):
+        done = await driver.exec(running, ["/bin/sh", "-c", "yes floods | head -c 10000000"])
+        assert (done.code, len(done.output)) == (0, OUTPUT_LIMIT_BYTES)
+        running.kill()
+        with trio.fail_after(PATIENCE_S):
+            await running.wait()
+        with pytest.raises(Refusal, match="does not run"):
+            await driver.exec(running, ["true"])
+
+
+# -- what stays, and what does not ------------------------------------------------------------------------------------
+
+
+async def test_nothing_but_its_own_directories_survives_an_agents_end(tmp_path: Path, sandbox: str) -> None:
+    places = ["/etc/canary", "/tmp/canary", "/canary", "/root/.profile", "/root/canary", "/var/canary", "/run/canary"]
+    script = f"for f in {' '.join(places)} /dev/shm/canary; do echo canary > $f; done 2>/dev/null; ls $HOME -A"
+    _, said = await run(tmp_path, sandbox, f"{script}; echo kept > ~/.claude/canary")
+    assert "canary" in said.split()
+    _, said = await run(tmp_path, sandbox, f"cat {' '.join(places)} /dev/shm/canary; cat ~/.claude/canary")
+    assert said.splitlines()[-1] == "kept"
+    assert said.count("No such file") == len(places) + 1
+
+
+async def test_an_agent_that_removes_everything_removes_only_what_is_its_own(tmp_path: Path, sandbox: str) -> None:
+    others = dirs_in(tmp_path, name="argus")
+    others.state.mkdir()
+    mine = dirs_in(tmp_path)
+    kept = [tmp_path / "hive.sqlite", others.state / "note", mine.run / "mcp.sock", tmp_path / "proposed" / "agent"]
+    for path in kept:
+        path.write_text("whole")
+    mine.state.mkdir()
+    (mine.state / "note").write_text("lost")
+    host = [sorted(os.listdir(path)) for path in ("/etc", "/usr/bin", sys.prefix, ROOT / "hive_core", Path.home())]
+    await run(tmp_path, sandbox, "rm -rf --no-preserve-root / 2>/dev/null; rm -rf /* ~/.[a-z]* 2>/dev/null")
+    assert [path.read_text() for path in kept] == ["whole"] * len(kept)
+    assert host == [
+        sorted(os.listdir(path)) for path in ("/etc", "/usr/bin", sys.prefix, ROOT / "hive_core", Path.home())
+    ]
+    assert list(mine.state.iterdir()) == []
+
+
+async def test_what_an_agent_makes_belongs_to_the_daemons_user(tmp_path: Path, sandbox: str) -> None:
+    assert (await run(tmp_path, sandbox, "mkdir /state/folder; echo > ~/.claude/file; stat -c %u /state/folder"))[
+        0
+    ] == 0
+    dirs = dirs_in(tmp_path)
+    assert {os.lstat(path).st_uid for path in (dirs.state / "folder", dirs.claude / "file")} == {os.getuid()}
+
+
+async def test_a_name_has_up_to_thirty_characters(tmp_path: Path, kind: str) -> None:
+    names = [AgentName("a" * 30), AgentName("a" * 29 + "b")]
+    driver = driver_in(tmp_path, kind, "hostname; exit 4")
+    running = [await driver.start(name, dirs_in(tmp_path, name=name)) for name in names]
+    with trio.fail_after(PATIENCE_S):
+        assert [await each.wait() for each in running] == [Exit(4), Exit(4)]
+
+
+async def test_several_agents_run_side_by_side_and_each_ends_alone(tmp_path: Path, sandbox: str) -> None:
+    driver, names = driver_in(tmp_path, sandbox, "exec sleep 1000"), [AgentName(f"agent-{n}") for n in range(4)]
+    running = [await driver.start(name, dirs_in(tmp_path, name=name)) for name in names]
+    running[0].kill()
+    with trio.fail_after(PATIENCE_S):
+        await running[0].wait()
+    assert [driver.find(name, dirs_in(tmp_path, name=name)) is not None for name in names] == [False, True, True, True]
+    for each in running[1:]:
+        each.kill()
+        with trio.fail_after(PATIENCE_S):
+            await each.wait()
+
+
+async def test_a_destroyed_agent_leaves_its_directories_and_nothing_else(tmp_path: Path, kind: str) -> None:
+    await run(tmp_path, kind, f"echo kept > {inside(tmp_path, kind)}/note")
+    driver = driver_in(tmp_path, kind, "")
+    driver.destroy(IRIS)
+    driver.destroy(IRIS)
+    assert list((tmp_path / "processes").iterdir()) == []
+    assert (dirs_in(tmp_path).state / "note").read_text() == "kept\n"
+    assert (driver.find(IRIS, dirs_in(tmp_path)), driver.missed_exit(IRIS), driver.logs(IRIS)) == (None, None, [])
+
+
+# -- daemons that die -------------------------------------------------------------------------------------------------
+
+
+async def test_an_agent_outlives_its_daemon_and_the_next_one_adopts_it_and_reads_its_exit_code(
+    tmp_path: Path, sandbox: str
+) -> None:
+    go = make_fifo(tmp_path, "go")
+    pid = start_and_die(tmp_path, sandbox, "read word < /state/go; exit 7")
+    driver = driver_in(tmp_path, sandbox, "")
+    running = driver.find(IRIS, dirs_in(tmp_path))
+    assert running is not None
+    assert running.pid == pid
+    with trio.fail_after(PATIENCE_S):
+        await say_go(go)
+        assert await running.wait() == Exit(7)
+    assert driver.find(IRIS, dirs_in(tmp_path)) is None
+    driver.forget(IRIS)
+    assert driver.missed_exit(IRIS) is None
+
+
+async def test_an_adopted_agent_can_be_killed_whole(tmp_path: Path, sandbox: str) -> None:
+    ready = make_fifo(tmp_path, "ready")
+    start_and_die(tmp_path, sandbox, "setsid sleep 1000 & echo > /state/ready; sleep 1000")
+    await read_fifo(ready)
+    running = driver_in(tmp_path, sandbox, "").find(IRIS, dirs_in(tmp_path))
+    assert running is not None
+    found = mates(running)
+    running.kill()
+    with trio.fail_after(PATIENCE_S):
+        await running.wait()
+    await wait_gone(found)
+
+
+async def test_an_exit_that_nobody_watched_is_told_once(tmp_path: Path, sandbox: str) -> None:
+    go = make_fifo(tmp_path, "go")
+    pid = start_and_die(tmp_path, sandbox, "read word < /state/go; exit 9")
+    descriptor = os.pidfd_open(pid)
+    with trio.fail_after(PATIENCE_S):
+        await say_go(go)
+        await trio.lowlevel.wait_readable(descriptor)
+    os.close(descriptor)
+    driver = driver_in(tmp_path, sandbox, "")
+    assert driver.find(IRIS, dirs_in(tmp_path)) is None
+    assert driver.missed_exit(IRIS) == Exit(9)
+    assert driver.missed_exit(IRIS) is None
+
+
+async def test_an_agent_that_watches_the_life_pipe_ends_with_its_daemon(tmp_path: Path, sandbox: str) -> None:
+    pid = start_and_die(tmp_path, sandbox, "cat <&LIFE; exit 5", "life")
+    await wait_gone([pid])
+    assert driver_in(tmp_path, sandbox, "").missed_exit(IRIS) == Exit(5)
+
+
+# Kills its own process at the Nth step that shows from outside of the program, counted from the start of the agent.
+STARTER_THAT_IS_KILLED = """
+import os, signal, sys, trio
+from pathlib import Path
+from tests.containers.drivers import IRIS, dirs_in, driver_in
+
+STEPS = ("open", "os.mkdir", "os.rename", "fcntl.flock", "subprocess.Popen")
+folder, script, kind, left = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+
+def count(event, arguments):
+    global left
+    if event in STEPS:
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+driver, dirs = driver_in(folder, kind, script), dirs_in(folder)
+sys.addaudithook(count)
+trio.run(driver.start, IRIS, dirs)
+left = 1
+print("started", flush=True)
+"""
+
+
+async def test_at_whatever_step_of_a_start_a_daemon_is_killed_the_next_one_finds_what_it_started(
+    tmp_path: Path, kind: str
+) -> None:
+    ready = make_fifo(tmp_path, "ready")
+    script = f"echo > {inside(tmp_path, kind)}/ready; sleep 1000"
+    driver, dirs = driver_in(tmp_path, kind, script), dirs_in(tmp_path)
+    never_started = not_remembered = step = 0
+    while True:
+        starter = await trio.run_process(
+            [sys.executable, "-c", STARTER_THAT_IS_KILLED, str(tmp_path), script, kind, str(step)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_stdout=True,
+            check=False,
+        )
+        not_remembered += not (tmp_path / "processes" / "iris.json").exists()
+        running = driver.find(IRIS, dirs)
+        if running is None:
+            never_started += 1
+            assert pids_naming(str(tmp_path)) == [], f"killed at step {step}, it left an agent that nobody finds"
+        else:
+            await read_fifo(ready)
+            with pytest.raises(BlockingIOError, match="runs already"):
+                await driver.start(IRIS, dirs)
+            running.kill()
+            with trio.fail_after(PATIENCE_S):
+                await running.wait()
+            driver.forget(IRIS)
+            await wait_gone(pids_naming(str(tmp_path)))
+        if starter.returncode == 0:
+            break
+        step += 1
+    # There are steps before the agent runs, and steps between that and its process file.
+    assert 0 < never_started < not_remembered
+
+
+async def test_whoever_only_reads_the_status_file_is_not_taken_for_the_agent(tmp_path: Path, sandbox: str) -> None:
+    go = make_fifo(tmp_path, "go")
+    pid = start_and_die(tmp_path, sandbox, "read word < /state/go")
+    (tmp_path / "processes" / "iris.json").unlink()
+    with (tmp_path / "processes" / "iris.status").open():
+        driver, dirs = driver_in(tmp_path, sandbox, ""), dirs_in(tmp_path)
+        running = driver.find(IRIS, dirs)
+        assert running is not None
+        assert running.pid == pid
+        with trio.fail_after(PATIENCE_S):
+            await say_go(go)
+            await running.wait()
+        driver.forget(IRIS)
+        assert driver.find(IRIS, dirs) is None
+
+
+async def test_nothing_that_an_agent_does_inside_hides_it_from_the_next_daemon(tmp_path: Path, sandbox: str) -> None:
+    ready = make_fifo(tmp_path, "ready")
+    let_go = (
+        "import contextlib, fcntl, os\n"
+        "for number in range(1024):\n"
+        "    with contextlib.suppress(OSError): fcntl.flock(number, fcntl.LOCK_UN)\n"
+        "os.closerange(0, 1024)\n"
+        "open('/state/ready', 'w').write('ready')\n"
+        "import time; time.sleep(1000)\n"
+    )
+    dirs = dirs_in(tmp_path)
+    (dirs.run / "let_go.py").write_text(let_go)
+    pid = start_and_die(tmp_path, sandbox, f"exec {sys.executable} /run/hive/let_go.py")
+    await read_fifo(ready)
+    (tmp_path / "processes" / "iris.json").unlink()
+    running = driver_in(tmp_path, sandbox, "").find(IRIS, dirs)
+    assert running is not None
+    assert running.pid == pid
+    running.kill()
+    with trio.fail_after(PATIENCE_S):
+        await running.wait()
+
+
+async def test_it_is_the_agent_that_is_found_by_its_lock_and_not_what_it_started(tmp_path: Path, kind: str) -> None:
+    async with started(tmp_path, kind, "sleep 1000 & echo > STATE/ready; wait") as (driver, running):
+        (tmp_path / "processes" / "iris.json").unlink()
+        found = driver.find(IRIS, dirs_in(tmp_path))
+        assert found is not None
+        assert found.pid == running.pid
+        found.kill()
+        with trio.fail_after(PATIENCE_S):
+            await found.wait()
+            await running.wait()
+
+
+async def test_an_agent_whose_process_file_cannot_be_written_is_ended_again(tmp_path: Path, sandbox: str) -> None:
+    (tmp_path / "processes" / ".iris.json").mkdir(parents=True)
+    driver, dirs = driver_in(tmp_path, sandbox, "sleep 1000"), dirs_in(tmp_path)
+    with pytest.raises(IsADirectoryError):
+        await driver.start(IRIS, dirs)
+    await wait_gone(pids_naming(str(tmp_path)))
+    assert driver.find(IRIS, dirs) is None
+
+
+async def test_its_sockets_can_be_connected_to_and_not_replaced(tmp_path: Path, sandbox: str) -> None:
+    code, said = await run(tmp_path, sandbox, "touch /run/hive/a || rm -r /run/hive")
+    assert code != 0
+    assert "Read-only file system" in said
+
+
+async def test_no_setting_of_the_kernel_can_be_opened_for_writing(tmp_path: Path, sandbox: str) -> None:
+    look = (
+        "find /proc -maxdepth 4 -path '/proc/[0-9]*' -prune -o -path /proc/self -prune"
+        " -o -path /proc/thread-self -prune -o -type f -print 2>/dev/null"
+        " | while read f; do (: >> $f) 2>/dev/null && echo OPEN $f; done; echo looked"
+    )
+    code, said = await run(tmp_path, sandbox, look)
+    assert code == 0
+    assert said.split() == ["looked"]
+
+
+async def test_when_the_harness_ends_the_kernel_ends_all_that_it_started(tmp_path: Path, sandbox: str) -> None:
+    code, _ = await run(tmp_path, sandbox, "setsid sleep 4567 & exit 3")
+    assert code == 3
+    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"sleep\x004567" in p.read_bytes()]
+    assert left == []
+
+
+# -- what the kernel does for an agent --------------------------------------------------------------------------------
+
+# What Python has no name for: the numbers are those of the processor this runs on.
+SYSCALLS = {
+    "x86_64": {"keyctl": 250, "add_key": 248, "request_key": 249, "bpf": 321, "userfaultfd": 323, "io_uring_setup": 425}
+    | {"perf_event_open": 298, "syslog": 103, "fsopen": 430, "x32_getpid": 0x40000000 + 39},
+    "aarch64": {
+        "keyctl": 219,
+        "add_key": 217,
+        "request_key": 218,
+        "bpf": 280,
+        "userfaultfd": 282,
+        "io_uring_setup": 425,
+    }
+    | {"perf_event_open": 241, "syslog": 116, "fsopen": 430},
+}.get(os.uname().machine, {})
+needs_a_known_processor = pytest.mark.skipif(not SYSCALLS, reason="there is no filter for this processor")
+# Finds a key in its session keyring and prints it: keyctl(SEARCH), keyctl(READ).
+READ_A_KEY = f"""
+import ctypes
+keyctl = lambda *arguments: ctypes.CDLL(None, use_errno=True).syscall({SYSCALLS.get("keyctl")}, *arguments)
+found = keyctl(10, -3, b"user", b"hive-canary", 0)
+text = ctypes.create_string_buffer(64)
+length = keyctl(11, found, text, 64) if found > 0 else -1
+print(text.raw[:length] if length > 0 else "no key")
+"""
+
+
+# A process of its own, in a login session with a key, as an operator's is; it starts an agent and waits for its end.
+STARTER_WITH_A_KEY = """
+import ctypes, os, subprocess, sys, trio
+from pathlib import Path
+from tests.containers.drivers import IRIS, dirs_in, driver_in
+from tests.containers.test_every_driver import READ_A_KEY, SYSCALLS
+
+async def main(folder, script, kind, filtered):
+    driver = driver_in(folder, kind, script)
+    if not filtered:  # as on a processor that there is no filter for
+        driver._filter = None
+    await (await driver.start(IRIS, dirs_in(folder))).wait()
+
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.syscall(SYSCALLS["keyctl"], 1, b"hive-test") < 0:
+    sys.exit("no kernel keys")
+assert libc.syscall(SYSCALLS["add_key"], b"user", b"hive-canary", b"canary", 6, -3) > 0
+print(subprocess.check_output([sys.executable, "-c", READ_A_KEY], text=True).strip())
+trio.run(main, Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4] == "filtered")
+"""
+
+
+@needs_a_known_processor
+@pytest.mark.parametrize("filtered", ["filtered", "not filtered"])
+async def test_an_agent_has_no_key_of_the_session_that_its_daemon_was_started_in(
+    tmp_path: Path, kind: str, filtered: str
+) -> None:
+    run_dir = dirs_in(tmp_path).run
+    (run_dir / "read.py").write_text(READ_A_KEY)
+    script = f"{sys.executable} {inside(tmp_path, kind, 'run')}/read.py"
+    starter = await trio.run_process(
+        [sys.executable, "-c", STARTER_WITH_A_KEY, str(tmp_path), script, kind, filtered],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_stdout=True,
+        capture_stderr=True,
+        check=False,
+    )
+    if b"no kernel keys" in starter.stderr:
+        pytest.skip("this machine has no kernel keys")
+    assert starter.stdout.decode().strip() == "b'canary'", starter.stderr
+    assert driver_in(tmp_path, kind, "").last_words(IRIS) == "no key"
+
+
+async def test_the_list_of_the_hosts_keys_cannot_be_read(tmp_path: Path, sandbox: str) -> None:
+    _, said = await run(tmp_path, sandbox, "cat /proc/keys /proc/key-users; echo end")
+    assert not any(line[:1].isdigit() for line in said.splitlines())
+    assert said.endswith("end")
+
+
+@needs_a_known_processor
+async def test_calls_that_no_agent_needs_are_refused(tmp_path: Path, sandbox: str) -> None:
+    program = (
+        "import ctypes, errno\n"
+        "libc = ctypes.CDLL(None, use_errno=True)\n"
+        f"for name, number in {SYSCALLS}.items():\n"
+        "    done = libc.syscall(number, 3, 0, 0, 0, 0)\n"
+        "    print(name, done, errno.errorcode.get(ctypes.get_errno()))\n"
+    )
+    (dirs_in(tmp_path).run / "program.py").write_text(program)
+    code, said = await run(tmp_path, sandbox, f"{sys.executable} /run/hive/program.py")
+    assert code == 0, said
+    foreign = {"x32_getpid"}
+    assert said.splitlines() == [f"{name} -1 {'ENOSYS' if name in foreign else 'EPERM'}" for name in SYSCALLS]
+
+
+@needs_a_known_processor
+async def test_only_sockets_that_stay_in_the_sandbox_can_be_made(tmp_path: Path, sandbox: str) -> None:
+    program = (
+        "import errno, socket\n"
+        "for family in (1, 2, 10, 16, 15, 21, 29, 30, 31, 38, 40, 42, 44):\n"
+        "    kind = {38: socket.SOCK_SEQPACKET, 16: socket.SOCK_RAW}.get(family, socket.SOCK_STREAM)\n"
+        "    try: socket.socket(family, kind).close(); print(family, 'made')\n"
+        "    except OSError as exc: print(family, errno.errorcode[exc.errno])\n"
+        "try: socket.socket(2**32 + 40, socket.SOCK_STREAM)\n"
+        "except (OSError, OverflowError): print('none')\n"
+    )
+    (dirs_in(tmp_path).run / "program.py").write_text(program)
+    code, said = await run(tmp_path, sandbox, f"{sys.executable} /run/hive/program.py; grep Seccomp: /proc/self/status")
+    assert code == 0, said
+    made = [line for line in said.splitlines() if line.endswith(" made")]
+    assert set(made) <= {"1 made", "2 made", "10 made", "16 made"}  # unix, inet, inet6, netlink
+    assert {"1 made", "2 made", "16 made"} <= set(made)
+    assert {"40 EAFNOSUPPORT", "38 EAFNOSUPPORT"} <= set(said.splitlines())
+    assert said.splitlines()[-1].split() == ["Seccomp:", "2"]
+
+
+async def test_what_an_agent_works_with_runs_under_the_filter(tmp_path: Path, sandbox: str) -> None:
+    script = (
+        "cd ~ && git init -q repo && cd repo && echo hi > file && git add file"
+        " && git -c user.name=i -c user.email=i@i commit -q -m one && git log --format=%s && git gc -q"
+        f" && {sys.executable} -c 'import subprocess, threading, multiprocessing, ssl, sqlite3, asyncio, socket;"
+        ' subprocess.run(["true"], check=True); threading.Thread(target=print, args=("thread",)).start();'
+        " asyncio.run(asyncio.sleep(0)); multiprocessing.Lock(); socket.if_nameindex();"
+        ' socket.getaddrinfo("127.0.0.1", 80)\''
+    )
+    assert await run(tmp_path, sandbox, script) == (0, "one\nthread")
+
+
+# -- what an agent prints ---------------------------------------------------------------------------------------------
+
+
+async def test_what_an_agent_prints_is_kept_from_its_end_and_takes_no_more_than_a_megabyte(
+    tmp_path: Path, kind: str
+) -> None:
+    code, said = await run(tmp_path, kind, "yes floods | head -c 20000000; echo; echo the end")
+    assert code == 0
+    assert said.endswith("\nthe end")
+    log = tmp_path / "processes" / "iris.log"
+    assert 200_000 < log.stat().st_size <= LOG_LIMIT_BYTES
+    await run(tmp_path, kind, "echo again")
+    assert b"the end\nagain\n" in log.read_bytes()
+
+
+async def test_what_an_agent_printed_cannot_be_opened_or_emptied_from_inside(tmp_path: Path, sandbox: str) -> None:
+    script = (
+        "echo first >&2; for f in /proc/1/fd/1 /proc/1/fd/2 /proc/self/fd/1; do"
+        " (: > $f) 2>/dev/null && echo emptied; (: < $f) 2>/dev/null && echo opened; done;"
+        f" {sys.executable} -c 'import os; os.ftruncate(2, 0)' 2>&1 | tail -n 1 | cut -c 1-7"
+    )
+    _, said = await run(tmp_path, sandbox, script)
+    assert said.split() == ["first", "OSError"]
+
+
+async def test_an_agent_whose_daemon_is_gone_goes_on_printing_and_the_next_daemon_reads_it(
+    tmp_path: Path, sandbox: str
+) -> None:
+    go = make_fifo(tmp_path, "go")
+    start_and_die(tmp_path, sandbox, "read word < /state/go; yes floods | head -c 3000000; echo; echo the end; exit 4")
+    driver = driver_in(tmp_path, sandbox, "")
+    running = driver.find(IRIS, dirs_in(tmp_path))
+    assert running is not None
+    with trio.fail_after(PATIENCE_S):
+        await say_go(go)
+        assert await running.wait() == Exit(4)
+    assert driver.last_words(IRIS).endswith("\nthe end")
+
+
+async def test_no_reader_of_what_an_agent_prints_is_left_behind(tmp_path: Path, sandbox: str) -> None:
+    def own() -> list[int]:  # of whichever thread
+        return [pid for pid in all_pids() if parent_of(pid) == os.getpid()]
+
+    before = own()
+    await run(tmp_path, sandbox, "echo hi")
+    assert own() == before
+
+
+# -- another runtime directory ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remembered", [True, False])
+async def test_an_agent_that_knows_another_runtime_directory_is_ended_and_can_be_started_again(
+    tmp_path: Path, sandbox: str, caplog: pytest.LogCaptureFixture, remembered: bool
+) -> None:
+    ready = make_fifo(tmp_path, "ready")
+    pid = start_and_die(tmp_path, sandbox, "echo > /state/ready; sleep 1000")
+    await read_fifo(ready)
+    if not remembered:
+        (tmp_path / "processes" / "iris.json").unlink()
+    dirs = dirs_in(tmp_path)
+    moved = dataclasses.replace(dirs, run=tmp_path / "elsewhere")
+    moved.run.mkdir()
+    driver = driver_in(tmp_path, sandbox, "ls /run/hive")
+    assert driver.find(IRIS, moved) is None
+    await wait_gone([pid])
+    assert driver.missed_exit(IRIS) is None, "it did not crash"
+    assert str(dirs.run) in caplog.text
+    assert str(moved.run) in caplog.text
+    (moved.run / "sockets").touch()
+    with trio.fail_after(PATIENCE_S):
+        await (await driver.start(IRIS, moved)).wait()
+    assert driver.last_words(IRIS).endswith("sockets")
+
+
+async def test_an_agent_whose_runtime_directory_was_made_anew_is_ended(tmp_path: Path, sandbox: str) -> None:
+    ready = make_fifo(tmp_path, "ready")
+    pid = start_and_die(tmp_path, sandbox, "echo > /state/ready; sleep 1000")
+    await read_fifo(ready)
+    dirs = dirs_in(tmp_path)
+    dirs.run.rename(tmp_path / "kept")  # so that the new one cannot get its number
+    dirs.run.mkdir()
+    assert driver_in(tmp_path, sandbox, "").find(IRIS, dirs) is None
+    await wait_gone([pid])
