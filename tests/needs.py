@@ -110,6 +110,16 @@ def _bwrap() -> str | None:
     return f"bwrap is installed and makes no sandbox: {said} (a container needs leave to make user namespaces)"
 
 
+def _nspawn() -> str | None:
+    if not shutil.which("systemd-nspawn"):
+        return "systemd-nspawn is not installed (apt-get install systemd-container)"
+    if os.geteuid() != 0:
+        return "systemd-nspawn needs root"
+    options = ("--quiet", "--register=no", "--keep-unit", "--directory=/", "--volatile=yes", "--private-network")
+    ok, said = _output("systemd-nspawn", *options, "--private-users=identity", "--", "true")
+    return None if ok else f"systemd-nspawn is installed and makes no container: {said} (a container needs more rights)"
+
+
 def _claude() -> str | None:
     if find_claude():
         return None
@@ -185,6 +195,7 @@ def _cgroup2() -> str | None:
 PROBES = {
     "git": _git,
     "bwrap": _bwrap,
+    "nspawn": _nspawn,
     "claude": _claude,
     "chromium": _chromium,
     "nixos": _nixos,

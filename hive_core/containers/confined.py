@@ -48,7 +48,7 @@ def confine(words: list[str]) -> None:
         elif option == "--read-only":
             _read_only(next(given))
         elif option == "--hide":
-            _mount("/dev/null", next(given), None, _MS_BIND)
+            _hide(next(given))
         elif option == "--no-namespaces":
             _no_namespaces()
         elif option == "--link":
@@ -90,6 +90,11 @@ def _read_only(path: str) -> None:
     if os.path.exists(path):
         _mount(path, path, None, _MS_BIND | _MS_REC)
         _mount(path, path, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _QUIET)
+
+
+def _hide(file: str) -> None:
+    _mount("/dev/null", file, None, _MS_BIND)
+    _mount("/dev/null", file, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NOEXEC)
 
 
 def _no_namespaces() -> None:

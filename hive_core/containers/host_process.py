@@ -53,6 +53,8 @@ class Launch:
     command: list[str]
     environment: dict[str, str]
     kept_fds: list[int] = field(default_factory=list)
+    stdin_fd: int | None = None  # None: it has nothing to read
+    error_fd: int | None = None  # None: what it says is the agent's print
 
 
 class HostProcessDriver:
@@ -126,9 +128,9 @@ class HostProcessDriver:
                 keep = [status_fd, *launch.kept_fds, *([] if self._life_fd is None else [self._life_fd])]
                 process = subprocess.Popen(
                     launch.command,
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.DEVNULL if launch.stdin_fd is None else launch.stdin_fd,
                     stdout=output.fileno(),
-                    stderr=output.fileno(),
+                    stderr=output.fileno() if launch.error_fd is None else launch.error_fd,
                     env=launch.environment,
                     cwd="/",
                     pass_fds=keep,

@@ -98,6 +98,28 @@ def wait_stopped(pid: int) -> None:
             time.sleep(0.0001)
 
 
+def first_in_namespace(root: int) -> int | None:
+    """The first process of a pid namespace below ours that comes from one, by its number here; None: there is none."""
+    for pid in sorted(pid for pid, _ in _descendants(root)):
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{pid}/status").read_text()
+            numbers = next(line.split()[1:] for line in status.splitlines() if line.startswith("NSpid:"))
+            if len(numbers) > 1 and numbers[-1] == "1":
+                return pid
+    return None
+
+
+def kill_that_see(folder: Path, at: str) -> None:
+    """Kill every process in another mount namespace than ours that has a directory of the host's at a path."""
+    ours = os.stat("/proc/self/ns/mnt")
+    for pid in all_pids():
+        with contextlib.suppress(OSError):
+            started = start_time(pid)
+            foreign = started is not None and not os.path.samestat(os.stat(f"/proc/{pid}/ns/mnt"), ours)
+            if started is not None and foreign and os.path.samefile(f"/proc/{pid}/root{at}", folder):
+                _kill_the(pid, started)
+
+
 def usage_below(root: int) -> tuple[int, int]:
     """How many processes there are from one downwards, itself among them, and the bytes they hold in memory."""
     page, held, count = os.sysconf("SC_PAGE_SIZE"), 0, 0

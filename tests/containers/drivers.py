@@ -16,21 +16,23 @@ import trio
 
 from hive_core.containers.driver import AgentDirs
 from hive_core.containers.host_process import HostProcessDriver
+from hive_core.containers.nspawn import HOST_UIDS, NspawnDriver
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.running import Running
 from hive_core.protocol.words import AgentName
+from hive_core.uid_ranges import pick_range
 from tests.needs import ROOT, missing
 from tests.processes import children_of, pids_naming
 
 IRIS = AgentName("iris")
 PATIENCE_S = 20.0
-SANDBOXES = ["bwrap"]
+SANDBOXES = ["bwrap", "nspawn", HOST_UIDS]
 KINDS = [*SANDBOXES, "none"]
 
 
 def need(kind: str) -> str:
     """The kind of driver, when this machine has what it needs; with HIVE_REQUIRE=ci a test fails without."""
-    if kind in SANDBOXES and (why := missing(kind)):
+    if kind in SANDBOXES and (why := missing(kind.partition("-")[0])):
         assert os.environ.get("HIVE_REQUIRE") != "ci", why
         pytest.skip(why)
     return kind
@@ -49,8 +51,23 @@ class _Processes(_Script, ProcessDriver):
     pass
 
 
-def driver_in(folder: Path, kind: str, script: str, life_fd: int | None = None) -> HostProcessDriver:
-    driver = _Processes(folder, sandbox=kind, claude=None, orphan_grace_s=600, life_fd=life_fd)
+class _Containers(_Script, NspawnDriver):
+    pass
+
+
+async def base_of(name: AgentName) -> int:
+    return pick_range(name, ())
+
+
+def driver_in(folder: Path, kind: str, script: str, life_fd: int | None = None) -> _Processes | _Containers:
+    driver: _Processes | _Containers
+    if kind in ("bwrap", "none"):
+        driver = _Processes(folder, sandbox=kind, claude=None, orphan_grace_s=600, life_fd=life_fd)
+    else:
+        own_uids = kind != HOST_UIDS
+        driver = _Containers(
+            folder, base_of=base_of, own_uids=own_uids, claude=None, orphan_grace_s=600, life_fd=life_fd
+        )
     driver.script = script
     return driver
 
