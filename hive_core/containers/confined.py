@@ -93,8 +93,9 @@ def _read_only(path: str) -> None:
 
 
 def _hide(file: str) -> None:
+    _libc.umount2(file.encode(), _MNT_DETACH)  # what is mounted there and deleted, nothing can be mounted over
     _mount("/dev/null", file, None, _MS_BIND)
-    _mount("/dev/null", file, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NOEXEC)
+    _mount("/dev/null", file, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _QUIET)
 
 
 def _no_namespaces() -> None:

@@ -100,7 +100,7 @@ def inside_options(claude: Path | None) -> list[str]:
         options += ["--empty", path]
     for path in PROC_OF_THE_HOST:
         options += ["--read-only", path]
-    for path in KEYS_OF_THE_HOST:
+    for path in (*KEYS_OF_THE_HOST, "/proc/kmsg"):
         options += ["--hide", path] if os.path.exists(path) else []
     bound = {*SYSTEM_PATHS, *program_paths(claude)}
     for path, target in links_of(sys.executable):

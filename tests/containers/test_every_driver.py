@@ -85,7 +85,7 @@ async def test_an_agent_sees_nothing_else_of_the_state_directory(tmp_path: Path,
     ):
         (tmp_path / secret).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / secret).write_text("canary")
-    look = f"ls {tmp_path} /agents /home/* /var/* /etc/passwd /etc/shadow /root/.ssh; cat {tmp_path}/* {tmp_path}/*/*"
+    look = f"ls {tmp_path} /agents /home/* /var/* /etc/passwd /etc/shadow $HOME/.ssh; cat {tmp_path}/* {tmp_path}/*/*"
     code, said = await run(tmp_path, sandbox, look)
     assert code != 0
     assert "canary" not in said
@@ -346,7 +346,7 @@ async def test_a_command_that_floods_is_cut_and_one_for_an_agent_that_has_ended_
 
 
 async def test_nothing_but_its_own_directories_survives_an_agents_end(tmp_path: Path, sandbox: str) -> None:
-    places = ["/etc/canary", "/tmp/canary", "/canary", "/root/.profile", "/root/canary", "/var/canary", "/run/canary"]
+    places = ["/etc/canary", "/tmp/canary", "/canary", "$HOME/.profile", "$HOME/canary", "/var/canary", "/run/canary"]
     script = f"for f in {' '.join(places)} /dev/shm/canary; do echo canary > $f; done 2>/dev/null; ls $HOME -A"
     _, said = await run(tmp_path, sandbox, f"{script}; echo kept > ~/.claude/canary")
     assert "canary" in said.split()
