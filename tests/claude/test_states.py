@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hive_agent import claude
+from hive_agent import claude, claude_command
 from hive_agent.errands import GO_ON, SAVE_NOTES
 from hive_core.settings import DEFAULT_TOOLS
 from tests.claude_desk import Desk, a_desk
@@ -23,7 +23,7 @@ SUMMARY = "<summary>We said hello.</summary>"
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that asks the provider once more, a harness that waits for no program for long."""
-    monkeypatch.setattr(claude, "MAX_RETRIES", 1)
+    monkeypatch.setattr(claude_command, "MAX_RETRIES", 1)
     monkeypatch.setattr(claude, "INTERRUPT_S", 1.0)
     monkeypatch.setattr(claude, "LATE_S", 0.1)
     monkeypatch.setattr("hive_agent.program.LINGER_S", 1.0)
