@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from hive_core.access import ACCESS, Access, Closed
+from hive_core.container_states import forgive
 from hive_core.protocol.harness import STATES
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, SYSTEM, AgentName, parse_text
@@ -31,8 +32,8 @@ STATUS_LIMIT_BYTES = 4 * STATUS_LIMIT
 class Live:
     """What an agent is doing as far as the host can see.
 
-    state     down, starting, idle, thinking, tool, stopping, crashed, waiting (for what its last turn lacked), or why
-              its way to the model is closed: the states of `access.Closed`
+    state     down, starting, idle, thinking, tool, stopping, crashed, quarantined (it crashed too often), waiting (for
+              what its last turn lacked), or why its way to the model is closed: the states of `access.Closed`
     detail    which tool; why it is down or waits; why its last turn failed
     until_ms  when it ends by itself, where that is known
     """
@@ -157,6 +158,8 @@ class Agents:
                 raise Refusal(
                     "not_found", f"cannot find {name}: no agent has that name; `list_agents` or `hive list` shows them"
                 )
+            if wanted == "up":
+                forgive(tx, name)
             tx.emit("agent_wanted", actor, name, wanted=wanted)
             tx.wake(WANTED)
             tx.wake(mail(name))

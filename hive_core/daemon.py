@@ -40,7 +40,8 @@ from hive_core.lock import take_lock
 from hive_core.prices import load_prices
 from hive_core.procedures.clock import Timer, serve_clock
 from hive_core.procedures.gate import Gate
-from hive_core.procedures.reconcile import Desk, Reconciler
+from hive_core.procedures.reconcile import Reconciler
+from hive_core.procedures.supervise import Desk
 from hive_core.programs import find_claude
 from hive_core.protocol.paths import explain, host_socket
 from hive_core.protocol.refusal import Refusal
@@ -180,7 +181,9 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             agents=agents,
             approvals=approvals,
             gate=gate,
-            reconciler=Reconciler(store, agents, driver, rooms.dirs, rooms.may_run, rooms.serve, broker.put_back),
+            reconciler=Reconciler(
+                store, agents, driver, rooms.dirs, rooms.may_run, rooms.serve, broker.put_back, config
+            ),
             sign_ins=SignIns(store),
             credentials=Credentials(config.state_dir),
             claude=claude,

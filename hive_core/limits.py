@@ -54,6 +54,22 @@ class Limits(BaseModel):
     lease_silence_s: Annotated[
         Seconds, Field(description="how long a harness may be silent before its turn is lost")
     ] = 60.0
+    restart_s: Annotated[
+        Rest, Field(description="rest of a container after a crash, doubled with each in a row up to 1 minute")
+    ] = 1.0
+    crash_loop: Annotated[
+        Count,
+        Field(description="crashes in a row before an agent is quarantined: not started again until `hive start NAME`"),
+    ] = 8
+    crash_loop_s: Annotated[
+        Seconds, Field(description="how long after a crash the next one counts as in a row with it")
+    ] = 600.0
+    starts_at_once: Annotated[
+        Count, Field(description="containers that start at once; the others wait, the manager first, then by name")
+    ] = 4
+    start_s: Annotated[
+        Seconds, Field(description="how long a container that has not said hello yet holds up the starts of others")
+    ] = 20.0
     hops: Annotated[
         Count, Field(description="turns that one cause may set off in a chain before the next message is held")
     ] = 24

@@ -18,6 +18,7 @@ _STATE_COLOURS = {
     "thinking": "mauve",
     "tool": "mauve",
     "crashed": "red",
+    "quarantined": "red",
     "down": "dim",
     "frozen": "red",
     "compacting": "mauve",

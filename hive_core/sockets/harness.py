@@ -72,6 +72,15 @@ class HarnessDesk:
         """Return why the harness of a container that runs counts as hung, once it does."""
         return await self.silence.lasts()
 
+    def expect(self) -> None:
+        """Its container is started: what is known of the harness before does not hold for the next one."""
+        self.stops, self.outdated, self.said_hello = False, None, trio.Event()
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether its harness is to end at its turn's edge, or was when it was connected."""
+        return self.stops or self.outdated is not None
+
     def ask_to_stop(self) -> None:
         """Let no turn begin any more, and tell the harness so with its next answer."""
         self.stops = True

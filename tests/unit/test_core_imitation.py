@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from hive_core.agents import Agent
+from hive_core.container_states import ContainerStates
 from hive_core.containers.driver import AgentDirs
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.running import Exit
 from hive_core.limits import Limits
-from hive_core.procedures.reconcile import Reconciler
+from hive_core.procedures.starts import Starts
+from hive_core.procedures.supervise import Supervisor, Tools
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import HIDDEN, named
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
@@ -59,12 +62,6 @@ async def test_a_dead_letter_quotes_how_the_turn_ended(tmp_path: Path, hostile: 
 
 @pytest.mark.parametrize("hostile", HOSTILE, ids=range(len(HOSTILE)))
 async def test_a_crash_quotes_the_last_words(hive: Services, hostile: str) -> None:
-    def nowhere(*_: object) -> AgentDirs:
-        raise AssertionError("no agent is started here")
-
-    async def never(*_: object, **__: object) -> None:
-        raise AssertionError("no agent is started here")
-
     driver = ProcessDriver(hive.state_dir, sandbox="none", claude=None, orphan_grace_s=1.0, life_fd=None)
     driver._files.mkdir(parents=True, exist_ok=True)
     (driver._files / "iris.log").write_bytes(hostile.encode())
@@ -72,8 +69,12 @@ async def test_a_crash_quotes_the_last_words(hive: Services, hostile: str) -> No
     def may_run(agent: Agent) -> str | None:
         return None
 
-    reconciler = Reconciler(hive.store, hive.agents, driver, nowhere, may_run, never, hive.broker.put_back)
-    await reconciler._tell_end(IRIS, Exit(1), "while nobody watched")
+    limits = Limits()
+    states, starts = ContainerStates(hive.store, limits), Starts(1)
+    tools = Tools(hive.store, hive.agents, driver, may_run, hive.broker.put_back, limits, states, starts)
+    dirs = AgentDirs(hive.state_dir, hive.state_dir, hive.state_dir, None)
+    desk: Any = None
+    await Supervisor(tools, IRIS, desk, dirs)._note_end(Exit(1), "ended with code 1")
     body = (await hive.broker.lease(MANAGER)).message["body"]
     assert "approval_resolved" not in words_of_the_hive(body, hostile)
 

@@ -340,3 +340,12 @@ async def test_an_agent_of_which_nothing_was_seen_yet_has_the_same_row_at_every_
     before = rows.agent(iris)
     monkeypatch.setattr(time, "time", lambda: 2e9)
     assert rows.agent(iris) == before
+
+
+async def test_a_quarantined_agent_can_be_started_by_its_row(hive: Services) -> None:
+    agent = await hive.agents.get("iris")
+    assert "ST4RT" not in Rows(hive_of(hive)).agent(agent)
+    hive.agents.observe("iris", "quarantined", "it crashed")
+    row = Rows(hive_of(hive)).agent(agent)
+    assert 'action="/agents/iris/command"' in row
+    assert 'value="resume"' in row

@@ -1,0 +1,97 @@
+"""What is remembered of each agent's container: its crashes, how long it rests, and whether it is quarantined.
+
+It stands in the database, so a daemon that starts again begins no rest anew, and starts no crash loop at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from hive_core.limits import Limits
+from hive_core.protocol.visible import counted, quoted
+from hive_core.protocol.words import AgentName
+from hive_core.store.door import Store
+from hive_core.store.writer import Transaction
+
+REST_MOST_S = 60.0  # where doubling ends
+
+
+class Hindrance(NamedTuple):
+    """Why a container is not started now.
+
+    state     crashed (it rests) or quarantined
+    until_ms  when it is started by itself; None: not before the operator says so
+    rest_s    until then
+    """
+
+    state: str
+    sentence: str
+    until_ms: int | None
+    rest_s: float
+
+
+class ContainerStates:
+    def __init__(self, store: Store, limits: Limits, clock: Callable[[], float] = time.time) -> None:
+        self._store = store
+        self._limits = limits
+        self._clock = clock
+
+    async def hindrance(self, name: AgentName) -> Hindrance | None:
+        """What keeps an agent's container from being started now, or None."""
+        row = await self._store.row("SELECT * FROM container_states WHERE agent = ?", (name,))
+        if row is None or not row["crashes"]:
+            return None
+        if row["quarantined_at_ms"] is not None:
+            return Hindrance("quarantined", _quarantine(name, row["crashes"], row["why"], row["last_words"]), None, 0.0)
+        rest_s = row["next_start_at_ms"] / 1000 - self._clock()
+        # Longer than any rest: the clock was set back since.
+        if not 0 < rest_s <= max(REST_MOST_S, self._limits.restart_s):
+            return None
+        return Hindrance("crashed", row["why"], row["next_start_at_ms"], rest_s)
+
+    def note_crash(self, tx: Transaction, name: AgentName, why: str, last_words: str) -> tuple[int, str]:
+        """Count a crash: how many there were in a row, and why the agent is quarantined by it, or an empty text."""
+        sql = "SELECT crashes FROM container_states WHERE agent = ? AND crashed_at_ms > ?"
+        row = tx.execute(sql, (name, tx.now_ms - int(self._limits.crash_loop_s * 1000))).fetchone()
+        crashes = (row["crashes"] if row else 0) + 1
+        rest_s = min(self._limits.restart_s * 2 ** min(crashes - 1, 30), max(REST_MOST_S, self._limits.restart_s))
+        quarantined = crashes >= self._limits.crash_loop
+        given = {
+            "agent": name,
+            "crashes": crashes,
+            "crashed_at_ms": tx.now_ms,
+            "next_start_at_ms": tx.now_ms + int(rest_s * 1000),
+            "quarantined_at_ms": tx.now_ms if quarantined else None,
+            "why": why,
+            "last_words": last_words,
+        }
+        tx.execute(_NOTE, given)
+        if not quarantined:
+            return crashes, ""
+        tx.emit("agent_quarantined", "system", name, crashes=crashes, why=why)
+        return crashes, _quarantine(name, crashes, why, last_words)
+
+
+def forgive(tx: Transaction, name: AgentName) -> None:
+    """The operator starts an agent: its crashes count no more."""
+    sql = "UPDATE container_states SET crashes = 0, quarantined_at_ms = NULL, next_start_at_ms = NULL WHERE agent = ?"
+    tx.execute(sql, (name,))
+
+
+def _quarantine(name: AgentName, crashes: int, why: str, last_words: str) -> str:
+    said = f" Its last words: {quoted(last_words)}." if last_words else ""
+    times = counted(crashes, "time")
+    return f"it crashed {times} in a row; the last time it {why}.{said} `hive start {name}` starts it again"
+
+
+_NOTE = """
+    INSERT INTO container_states (
+        agent, crashes, crashed_at_ms, next_start_at_ms, quarantined_at_ms, why, last_words
+    ) VALUES (:agent, :crashes, :crashed_at_ms, :next_start_at_ms, :quarantined_at_ms, :why, :last_words)
+    ON CONFLICT (agent) DO UPDATE SET
+        crashes = excluded.crashes, crashed_at_ms = excluded.crashed_at_ms,
+        next_start_at_ms = excluded.next_start_at_ms, quarantined_at_ms = excluded.quarantined_at_ms,
+        why = excluded.why, last_words = excluded.last_words
+"""

@@ -1,0 +1,245 @@
+"""One agent's container: started when it is wanted and may be, watched to its end, and started again after a rest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from hive_core.agents import Agent, Agents
+from hive_core.container_states import ContainerStates
+from hive_core.containers.driver import AgentDirs, Driver
+from hive_core.containers.running import Exit, Running
+from hive_core.limits import Limits
+from hive_core.post import put_message
+from hive_core.procedures.starts import Starts
+from hive_core.protocol.visible import quoted
+from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName, parse_body
+from hive_core.store.door import Store
+from hive_core.store.writer import Transaction
+
+log = logging.getLogger(__name__)
+
+
+class Desk(Protocol):
+    """What is asked and told of an agent's harness."""
+
+    said_hello: trio.Event
+
+    def expect(self) -> None:
+        """Its container is started: what is known of the harness before does not hold for the next one."""
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether its harness is to end at its turn's edge."""
+
+    def ask_to_stop(self) -> None:
+        """Let the harness end at its turn's edge."""
+
+    async def hung(self) -> str:
+        """Return why the harness of a container that runs counts as hung, once it does."""
+
+
+@dataclass
+class Tools:
+    """What all supervisors share.
+
+    may_run   the sentence that says why an agent may not be started here, or None
+    put_back  closes the running turn of an agent that was ended on purpose
+    draining  every agent ends, and none is started any more
+    """
+
+    store: Store
+    agents: Agents
+    driver: Driver
+    may_run: Callable[[Agent], str | None]
+    put_back: Callable[[Transaction, AgentName], None]
+    limits: Limits
+    states: ContainerStates
+    starts: Starts
+    draining: bool = False
+
+
+class Supervisor:
+    def __init__(self, tools: Tools, name: AgentName, desk: Desk, dirs: AgentDirs) -> None:
+        self.name = name
+        self.desk = desk
+        self.running: Running | None = None
+        self.changed = trio.Event()  # what is wanted of it may be something else
+        self.ended = trio.Event()
+        self._tools = tools
+        self._dirs = dirs
+        self._looked = trio.Event()  # whether one of an earlier daemon runs is known
+        self._beginning = trio.Lock()  # held while it is started: an end waits for it
+
+    async def now_running(self) -> Running | None:
+        """What runs, also when it was just being looked for or started."""
+        await self._looked.wait()
+        async with self._beginning:
+            return self.running
+
+    async def serve(self) -> None:
+        """Keep what is wanted true, until cancelled, which ends nothing."""
+        await self._adopt()
+        while True:
+            agent = await self._agent()
+            if self._unwanted(agent):
+                self._observe("down")
+            elif reason := self._tools.may_run(agent):
+                self._observe("down", reason)
+            elif hindrance := await self._tools.states.hindrance(self.name):
+                self._observe(hindrance.state, hindrance.sentence, hindrance.until_ms)
+                with trio.move_on_after(hindrance.rest_s or float("inf")):
+                    await self._wait_changed()
+                continue
+            else:
+                if await self._take_place():
+                    await self._run()
+                continue
+            await self._wait_changed()
+
+    async def _agent(self) -> Agent:
+        return await self._tools.agents.get(self.name)
+
+    def _unwanted(self, agent: Agent) -> bool:
+        return agent.wanted == "down" or self._tools.draining
+
+    def _observe(self, state: str, detail: str = "", until_ms: int | None = None) -> None:
+        self._tools.agents.observe(self.name, state, detail, self._tools.driver.sandbox, until_ms)
+
+    async def _wait_changed(self) -> None:
+        await self.changed.wait()
+        self.changed = trio.Event()
+
+    def _begin(self, running: Running) -> None:
+        self.running, self.ended = running, trio.Event()
+
+    async def _adopt(self) -> None:
+        """Go on with an agent that outlived the daemon before, or tell how it ended meanwhile."""
+        driver = self._tools.driver
+        if running := driver.find(self.name, self._dirs):
+            self._begin(running)
+            self._looked.set()
+            log.info("adopted %s (pid %d)", self.name, running.pid, extra={"agent": self.name})
+            await self._tools.store.insist(lambda tx: tx.emit("agent_adopted", SYSTEM, self.name, pid=running.pid))
+            if not self.desk.said_hello.is_set():
+                self._observe("starting", "waits for its hello")
+            if (await self._agent()).wanted == "down":
+                running.kill()
+            await self._watch(running, adopted=True)
+            return
+        self._looked.set()
+        if missed := driver.missed_exit(self.name):
+            when = "while the daemon was away"
+            await self._note_end(missed, "" if missed.code == 0 else f"{_how(missed)} {when}", when=when)
+
+    async def _take_place(self) -> bool:
+        """Wait for a place among those that start at once; False when it is not wanted any more."""
+
+        def tell(before: int) -> None:
+            self._observe("starting", f"waits for {before} {'other' if before == 1 else 'others'}")
+
+        async def unless_unwanted(scope: trio.CancelScope) -> None:
+            while not self._unwanted(await self._agent()):
+                await self._wait_changed()
+            scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(unless_unwanted, nursery.cancel_scope)
+            await self._tools.starts.take(self.name, tell)
+            nursery.cancel_scope.cancel()
+            return True
+        return False
+
+    async def _run(self) -> None:
+        try:
+            async with self._beginning:
+                if self._unwanted(await self._agent()):
+                    return
+                self._observe("starting")
+                self.desk.expect()
+                try:
+                    running = await self._tools.driver.start(self.name, self._dirs)
+                except OSError as exc:
+                    log.error("cannot start %s: %s", self.name, exc, extra={"agent": self.name})
+                    await self._note_end(None, f"could not be started: {exc}")
+                    return
+                self._begin(running)
+            await self._tools.store.insist(lambda tx: tx.emit("agent_started", SYSTEM, self.name, pid=running.pid))
+            await self._watch(running)
+        finally:
+            self._tools.starts.give_back(self.name)
+
+    async def _watch(self, running: Running, adopted: bool = False) -> None:
+        hung = ""
+
+        async def end_hung() -> None:
+            nonlocal hung
+            hung = await self.desk.hung()
+            running.kill()
+
+        async def let_others_start() -> None:
+            with trio.move_on_after(self._tools.limits.start_s):
+                await self.desk.said_hello.wait()
+            self._tools.starts.give_back(self.name)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(end_hung)
+            nursery.start_soon(let_others_start)
+            exit_ = await running.wait()
+            nursery.cancel_scope.cancel()
+        await self._note_end(exit_, self._crash(exit_, adopted, hung), hung=hung)
+        self._tools.driver.forget(self.name)
+        self.running = None
+        self.ended.set()
+
+    def _crash(self, exit_: Exit, adopted: bool, hung: str) -> str:
+        """What is said of an end that nobody asked for, or an empty text."""
+        if hung:
+            return f"was ended: {hung}"
+        # An adopted one may have been asked by the daemon before.
+        if self.desk.asked_to_stop or (exit_.code == 0 and adopted):
+            return ""
+        return _how(exit_) + (", and nobody had asked it to" if exit_.code == 0 else "")
+
+    async def _note_end(self, exit_: Exit | None, crash: str, when: str = "", hung: str = "") -> None:
+        """Write down how it ended, and tell of a crash. exit_: None when it never began."""
+        if self._unwanted(await self._agent()):
+            crash = ""
+        last_words = self._tools.driver.last_words(self.name) if exit_ is not None else ""
+        code = exit_.code if exit_ is not None else None
+
+        def write(tx: Transaction) -> None:
+            if exit_ is not None:
+                tx.emit("agent_ended", SYSTEM, self.name, code=code, expected=not crash, when=when, hung=hung)
+            if crash:
+                self._tell_crash(tx, crash, last_words)
+            else:
+                self._tools.put_back(tx, self.name)
+
+        await self._tools.store.insist(write)
+        self._observe("crashed" if crash else "down", crash)
+        if crash:
+            log.warning("%s %s", self.name, crash, extra={"agent": self.name})
+
+    def _tell_crash(self, tx: Transaction, crash: str, last_words: str) -> None:
+        """Count it. The first in a row is told to the manager, and the one that brings the quarantine to both."""
+        crashes, quarantine = self._tools.states.note_crash(tx, self.name, crash, last_words)
+        if quarantine:
+            told, text = (
+                [MANAGER, OPERATOR],
+                f"container_quarantined: {self.name} is not started any more: {quarantine}.",
+            )
+        else:
+            told = [MANAGER] if crashes == 1 else []
+            text = f"container_crash: {self.name} {crash}. Its last words: {quoted(last_words)}"
+        for who in told:
+            if who != self.name:
+                put_message(tx, SYSTEM, who, parse_body(text))
+
+
+def _how(exit_: Exit) -> str:
+    return "was ended from outside" if exit_.code is None else f"ended with code {exit_.code}"
