@@ -157,6 +157,8 @@ class Budgets:
 
     def of(self, agent: AgentName) -> list[Budget]:
         """Those that hold for an agent."""
+        if not self._kept:
+            return []  # as mostly, and asked for every agent whenever anything is spent
         every = ((scope, kind) for scope in (THE_HIVE, agent) for kind in KINDS)
         return [self._kept[key] for key in every if key in self._kept]
 

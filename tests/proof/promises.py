@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hive_core.limits import Limits
+from hive_core.turn_ends import ERRAND_EVERY
 
 Broken = Iterator[str]
 
@@ -59,6 +60,7 @@ class Told:
     unsettled       (message, recipient) that somebody saw unsettled, so lately that retention must not have them yet
     limits          those that the broker of the run had
     refused         (sender, body) of each send that was refused; the body is its own
+    excused         turns that ended because their agent's way to the model was closed: nobody rests from them
     """
 
     sends: list[Sent] = field(default_factory=list)
@@ -70,6 +72,7 @@ class Told:
     unsettled: frozenset[tuple[int, str]] = frozenset()
     limits: Limits = field(default_factory=Limits)
     refused: list[tuple[str, str]] = field(default_factory=list)
+    excused: set[int] = field(default_factory=set)
     bodies: Path | None = None  # the folder of large bodies, as hive_core.bodies keeps them
 
 
@@ -194,7 +197,7 @@ def an_agent_runs_one_turn_at_a_time(db: sqlite3.Connection, told: Told) -> Brok
     for agent, count in db.execute(sql):
         yield f"{agent} runs {count} turns"
     sql = """
-        SELECT t.id, t.agent FROM turns t WHERE t.state = 'running' AND NOT EXISTS (
+        SELECT t.id, t.agent FROM turns t WHERE t.state = 'running' AND t.errand IS NULL AND NOT EXISTS (
             SELECT 1 FROM deliveries d WHERE d.message_id = t.message_id AND d.recipient = t.agent AND d.turn_id = t.id
               AND d.state = 'leased')
     """
@@ -355,14 +358,17 @@ def a_rest_is_kept(db: sqlite3.Connection, told: Told) -> Broken:
     """What failed comes back after its rest, and what met a provider that was away after that one's."""
     sql = """
         SELECT * FROM (
-            SELECT message_id, agent, at_ms - lag(ended_at_ms) OVER same AS rest_ms, lag(state) OVER same AS was
+            SELECT message_id, agent, at_ms - lag(ended_at_ms) OVER same AS rest_ms, lag(state) OVER same AS was,
+                   lag(turn_id) OVER same AS before
             FROM (SELECT l.*, t.agent, t.state, t.ended_at_ms FROM leases l JOIN turns t ON t.id = l.turn_id)
             WINDOW same AS (PARTITION BY agent, message_id ORDER BY turn_id)
         ) WHERE was IN ('failed', 'waiting') AND rest_ms < iif(was = 'failed', :failed_ms, :waiting_ms)
           AND message_id NOT IN (SELECT message_id FROM events WHERE kind = 'message_requeued')
     """
     least = {"failed_ms": told.limits.backoff_s * 500, "waiting_ms": told.limits.provider_rest_s * 500}
-    for message, agent, rest_ms, was in db.execute(sql, least):
+    for message, agent, rest_ms, was, before in db.execute(sql, least):
+        if before in told.excused:
+            continue
         yield f"message {message} came back to {agent} {rest_ms} ms after a turn with it was {was}"
     sql = """
         SELECT d.message_id, recipient, failures, available_at_ms - ended_at_ms FROM deliveries d
@@ -378,7 +384,8 @@ def an_agent_rests_after_a_turn_that_had_to_wait(db: sqlite3.Connection, told: T
     """As long as a message does, and no longer: unless somebody starts or resumes it, or has ended it on purpose."""
     sql = """
         SELECT * FROM (
-            SELECT id, agent, started_at_ms, lag(state) OVER same AS was, lag(ended_at_ms) OVER same AS ended_at_ms
+            SELECT id, agent, started_at_ms, lag(state) OVER same AS was, lag(ended_at_ms) OVER same AS ended_at_ms,
+                   lag(id) OVER same AS before
             FROM turns WINDOW same AS (PARTITION BY agent ORDER BY id)
         ) AS t WHERE was = 'waiting' AND started_at_ms - ended_at_ms < :least_ms AND ended_at_ms >= :since
           AND NOT EXISTS (
@@ -387,7 +394,9 @@ def an_agent_rests_after_a_turn_that_had_to_wait(db: sqlite3.Connection, told: T
         )
     """
     bounds = {"least_ms": told.limits.provider_rest_s * 500, "since": told.kept_since_ms}
-    for turn, agent, started_at_ms, _, ended_at_ms in db.execute(sql, bounds):
+    for turn, agent, started_at_ms, _, ended_at_ms, before in db.execute(sql, bounds):
+        if before in told.excused:
+            continue
         yield f"turn {turn} of {agent} began {started_at_ms - ended_at_ms} ms after one that had to wait"
     sql = """
         SELECT name, rests_until_ms - max(ended_at_ms) AS rest_ms FROM agents JOIN turns ON agent = name
@@ -396,6 +405,54 @@ def an_agent_rests_after_a_turn_that_had_to_wait(db: sqlite3.Connection, told: T
     bounds = {"most_ms": told.limits.provider_rest_s * 1500, "since": told.kept_since_ms}
     for name, rest_ms in db.execute(sql, bounds):
         yield f"{name} rests for {rest_ms} ms"
+
+
+def housekeeping_ends(db: sqlite3.Connection, told: Told) -> Broken:
+    """Behind an errand that has ended the hive sets no other before some turns with messages."""
+    sql = """
+        SELECT * FROM (
+            SELECT t.*, max(iif(errand IS NOT NULL AND state != 'waiting', nth, NULL)) OVER before AS done
+            FROM (SELECT *, row_number() OVER (PARTITION BY agent ORDER BY id) AS nth FROM turns
+                  WHERE started_at_ms >= :since) AS t
+            WINDOW before AS (PARTITION BY agent ORDER BY id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)
+        ) WHERE errand_by = 'system' AND nth - done <= :every
+    """
+    for row in db.execute(sql, {"since": told.kept_since_ms, "every": ERRAND_EVERY}):
+        yield f"turn {row['id']} of {row['agent']} is an errand, {row['nth'] - row['done']} turns after another"
+
+
+def every_errand_is_done_or_waits(db: sqlite3.Connection, told: Told) -> Broken:
+    """Where nobody began another session meanwhile."""
+    sql = """
+        SELECT e.agent, max(e.at_ms) AS set_at_ms FROM events e JOIN agents ON name = e.agent
+        WHERE e.kind = 'errand_set' AND e.at_ms >= :since AND errand IS NULL GROUP BY e.agent
+        HAVING NOT EXISTS (SELECT 1 FROM turns t WHERE t.agent = e.agent AND t.errand IS NOT NULL
+                           AND t.started_at_ms >= set_at_ms)
+           AND NOT EXISTS (SELECT 1 FROM events n WHERE n.kind = 'new_session' AND n.agent = e.agent
+                           AND n.at_ms >= set_at_ms)
+    """
+    for agent, set_at_ms in db.execute(sql, {"since": told.kept_since_ms}):
+        yield f"the errand that was set for {agent} at {set_at_ms} was never begun"
+
+
+def what_calls_cost_adds_up(db: sqlite3.Connection, told: Told) -> Broken:
+    """By turn, and by day; the days stay when their calls are forgotten."""
+    sql = """
+        SELECT t.id, t.agent, coalesce(t.cost_micro_usd, 0) AS told, sum(c.cost_micro_usd) AS cost
+        FROM charges c JOIN turns t ON t.id = c.turn_id WHERE t.started_at_ms >= :since
+        GROUP BY t.id HAVING told != cost
+    """
+    for turn, agent, told_cost, cost in db.execute(sql, {"since": told.kept_since_ms}):
+        yield f"the calls of turn {turn} of {agent} cost {cost} micro-USD, and it says {told_cost}"
+    sql = """
+        SELECT day, agent, s.cost, s.calls, c.cost, c.calls
+        FROM (SELECT day, agent, sum(cost_micro_usd) AS cost, sum(calls) AS calls FROM spend_days GROUP BY day, agent) s
+        LEFT JOIN (SELECT at_ms / 86400000 AS day, agent, sum(cost_micro_usd) AS cost, count(*) AS calls FROM charges
+                   GROUP BY 1, 2) c USING (day, agent)
+        WHERE day > :since / 86400000 AND (s.cost IS NOT c.cost OR s.calls IS NOT c.calls)
+    """
+    for day, agent, told_cost, calls, cost, made in db.execute(sql, {"since": told.kept_since_ms}):
+        yield f"day {day} of {agent} says {calls} calls and {told_cost} micro-USD, and there are {made} for {cost}"
 
 
 def each_firing_is_one_message(db: sqlite3.Connection, told: Told) -> Broken:
@@ -445,6 +502,11 @@ def nothing_is_left_unsettled(db: sqlite3.Connection, told: Told) -> Broken:
         yield f"message {message} to {recipient} is still {state}"
 
 
+def no_errand_is_left(db: sqlite3.Connection, told: Told) -> Broken:
+    for name, errand in db.execute("SELECT name, errand FROM agents WHERE wanted = 'up' AND errand IS NOT NULL"):
+        yield f"the errand of {name}, {errand}, still waits"
+
+
 Promise = Callable[[sqlite3.Connection, Told], Broken]
 PROMISES: tuple[Promise, ...] = (
     the_database_is_whole,
@@ -468,6 +530,9 @@ PROMISES: tuple[Promise, ...] = (
     a_runaway_chain_or_pair_is_held,
     each_firing_is_one_message,
     no_reminder_fires_early,
+    housekeeping_ends,
+    every_errand_is_done_or_waits,
+    what_calls_cost_adds_up,
 )
 # What is seen only where the clock was never set back, and where everything came to rest.
 WITH_A_TRUE_CLOCK = (
@@ -476,7 +541,7 @@ WITH_A_TRUE_CLOCK = (
     an_agent_rests_after_a_turn_that_had_to_wait,
     no_firing_is_left_out,
 )
-AT_REST = (*WITH_A_TRUE_CLOCK, nothing_is_left_unsettled)
+AT_REST = (*WITH_A_TRUE_CLOCK, nothing_is_left_unsettled, no_errand_is_left)
 
 
 def _says(row: sqlite3.Row, body: str) -> bool:

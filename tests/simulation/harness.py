@@ -24,8 +24,15 @@ from tests.simulation.weather import Chance
 
 RETRY_LAST_S = 2.0
 LONGEST_REBOOT_S = 600.0
+NEXT_CONTAINER_S = 10.0
 LATEST_REMINDER_S = 7200.0
 RENEWALS_A_DAY = 100  # of an agent, about
+TURNS_A_DAY = 35
+WINDOW_TOKENS = 200_000
+LONGEST_TURN_TOKENS = 40_000  # of what a turn leaves behind in its session
+COMPACTED_TOKENS = 20_000
+CALL_AGAIN_S = 5.0
+CALLS_IN_A_ROW = 3  # of one that is turned away
 
 
 class _Hangup(Exception):
@@ -102,7 +109,8 @@ class Agent:
         self._weather = host.weather
         self._numbers = 0
         self._instances = 0
-        self._session = ""
+        self._context_tokens = 0
+        self._said: dict[str, Any] = {}  # what the next ack tells besides its outcome
         self.wanted = trio.Event()  # set when it is wanted up again
 
     def _new(self, what: str) -> str:
@@ -115,9 +123,13 @@ class Agent:
             while self.name in self._host.wanted_down:
                 await self.wanted.wait()
             with trio.move_on_after(self._chance.rest_s(self._weather.crashes_a_day)) as life:
+                self._host.containers[self.name] = life
                 async with self._linked() as link:
                     await self._take_turns(link)
-            if life.cancelled_caught:
+            del self._host.containers[self.name]
+            if self._host.witness.hung_since_ms.pop(self.name, None) is not None:
+                await trio.sleep(self._chance.random() * NEXT_CONTAINER_S)
+            elif life.cancelled_caught:
                 self._host.witness.counts["crashes"] += 1
                 await trio.sleep(self._chance.random() * LONGEST_REBOOT_S)
             else:
@@ -155,14 +167,17 @@ class Agent:
         witness = self._host.witness
         if lease["fence"] != fence:
             raise witness.broken(f"{self.name} asked for a turn with {fence} and got {lease['fence']}")
-        witness.began(self.name, lease["turn"], lease["message"]["id"])
-        witness.leased(self.name, lease["turn"], fence, [lease["message"]])
+        messages = [] if lease["errand"] else [lease["message"]]
+        witness.began(self.name, lease["turn"], None if lease["errand"] else lease["message"]["id"])
+        witness.leased(self.name, lease["turn"], fence, messages)
         return lease
 
     async def _take_turn(self, link: Link, lease: dict[str, Any]) -> dict[str, Any] | None:
         """Run the program, and ack. Returns the next lease, where the host began it with the same commit."""
         turn, fence = lease["turn"], lease["fence"]
-        outcome = "cancelled"
+        outcome, self._said = "cancelled", {}
+        if self._host.troubled and self._chance.happens(self._weather.hangs_a_day / TURNS_A_DAY):
+            await self._hang()
         async with trio.open_nursery() as nursery:
             with trio.CancelScope() as program:
                 nursery.start_soon(self._renew, link, turn, program)
@@ -170,7 +185,8 @@ class Agent:
             nursery.cancel_scope.cancel()
         next_fence = self._new("fence")
         link.fences = [fence, next_fence]
-        ack = {"turn": turn, "fence": fence, "outcome": outcome, "session": None, "error": None, "usage": None}
+        ack = {"turn": turn, "fence": fence, "outcome": outcome, "session": f"session of {self.name}", "error": None}
+        ack |= {"usage": None, "context": {"tokens": self._context_tokens, "window": WINDOW_TOKENS}, **self._said}
         if outcome != "done":
             ack["error"] = "the program said no"
         if self._chance.happens(0.01):
@@ -185,6 +201,13 @@ class Agent:
             return None
         link.fences = [next_fence]
         return self._begin(answer["lease"], next_fence)
+
+    async def _hang(self) -> None:
+        """The harness and its program stand still, until somebody ends the container."""
+        witness = self._host.witness
+        witness.counts["hangs"] += 1
+        witness.hung_since_ms[self.name] = self._host.now_ms()
+        await trio.sleep_forever()
 
     async def _forge(self, link: Link, ack: dict[str, Any]) -> None:
         """An ack with the fence of another turn must not count, whatever it says."""
@@ -206,14 +229,19 @@ class Agent:
     # -- the program ------------------------------------------------------------------------------------------------
 
     async def _think(self, lease: dict[str, Any]) -> str:
-        """What a turn does with its message; returns how it ends."""
+        """What a turn does; returns how it ends."""
         chance, message = self._chance, lease["message"]
+        if lease["errand"]:
+            return await self._run_errand(lease)
         kind = message["body"].split()[0]
         if kind == "loop":  # two that thank each other
             await trio.sleep(chance.uniform(1, 5))
             await self._send(AgentName(message["sender"]), "loop", message["id"])
             return "done"
         await trio.sleep(chance.work_s(self._weather.median_work_s))
+        self._context_tokens = min(self._context_tokens + chance.randint(1, LONGEST_TURN_TOKENS), WINDOW_TOKENS)
+        if (ending := await self._call_model(lease)) is not None:
+            return ending
         if kind == "poison":
             return "failed"
         if kind == "flood":
@@ -223,8 +251,37 @@ class Agent:
         if self._host.troubled:
             await self._write_to_others(message)
             await trio.sleep(chance.work_s(self._weather.median_work_s / 4))
-            return chance.choices(("done", "failed", "waiting"), (90, 6, 4))[0]
+            ending = chance.choices(("done", "failed", "waiting"), (90, 6, 4))[0]
+            return ending if ending != "done" else await self._call_model(lease, 0.1) or "done"
         return "done"
+
+    async def _run_errand(self, lease: dict[str, Any]) -> str:
+        """Save notes, and let the session be compacted; what frees nothing now and then is no error."""
+        chance = self._chance
+        if lease["errand"] == "save_and_compact" and chance.happens(0.2):
+            await self._recv(lease)
+        for _ in range(1 + (lease["errand"] == "save_and_compact")):
+            if (ending := await self._call_model(lease)) is not None:
+                return ending
+        if chance.happens(0.9):
+            self._context_tokens = COMPACTED_TOKENS
+        return chance.choices(("done", "failed", "waiting"), (80, 10, 10))[0] if self._host.troubled else "done"
+
+    async def _call_model(self, lease: dict[str, Any], share: float = 1.0) -> str | None:
+        """Call the model, and again when that is turned away; how the turn ends where it has to."""
+        if not self._chance.happens(share):
+            return None
+        for _ in range(CALLS_IN_A_ROW):
+            self._host.witness.counts["calls"] += 1
+            answer = await self._host.call_model(self.name, lease["turn"], self._chance)
+            if answer.why is None:
+                told = self._said.setdefault("usage", {"input_tokens": 0, "output_tokens": 0})
+                for kind, tokens in zip(told, answer.tokens, strict=True):
+                    told[kind] += tokens
+                return None
+            await trio.sleep(self._chance.random() * CALL_AGAIN_S)
+        self._said |= {"reason": answer.why, "limited_until_ms": answer.until_ms}
+        return "waiting"
 
     async def _write_to_others(self, message: dict[str, Any]) -> None:
         chance = self._chance

@@ -81,31 +81,55 @@ class LossyBatches(Batches):
         return [] if jobs and self._losses.take(topic) else jobs
 
 
+class DaemonDied(Exception):
+    """Raised in whoever waits for a commit when the daemon dies, and cannot be cancelled."""
+
+
 class InlineWriter(Writes):
     """Commits in the task of `serve`. A slow disk is a sleep before a commit, or between it and its answers."""
 
     def __init__(self, batches: Batches, bus: Bus, chance: random.Random, slow_share: float) -> None:
         super().__init__(batches, bus)
         self._queued: list[Job] = []
+        self._batch: list[Job] = []
+        self._died = False
         self._some = trio.Event()
         self._chance = chance
         self._slow_share = slow_share
 
     def _take(self, job: Job) -> None:
+        if self._died:
+            trio.lowlevel.current_trio_token().run_sync_soon(self._fail, [job])
+            return
         self._queued.append(job)
         self._some.set()
 
     async def serve(self) -> None:
         """Commit what is asked for. Cancelled it is a crash: what is queued is gone, what is stored stays."""
+        try:
+            await self._commit_all()
+        finally:
+            self._died = True
+            self._fail([*self._batch, *self._queued])
+
+    async def _commit_all(self) -> None:
         while True:
             await self._some.wait()
             self._some = trio.Event()
             while self._queued:
                 await self._be_slow()
-                batch, self._queued = next_batch(self._queued)
-                answered, topics = run_now(self._batches.commit(batch))
+                self._batch, self._queued = next_batch(self._queued)
+                answered, topics = run_now(self._batches.commit(self._batch))
+                self._batch = answered  # those that wait on do so where they are cancelled
                 await self._be_slow()
                 self._deliver(answered, topics)
+                self._batch = []
+
+    def _fail(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            if job.task is not None:
+                task, job.task = job.task, None
+                trio.lowlevel.reschedule(task, outcome.Error(DaemonDied()))
 
     async def _be_slow(self) -> None:
         if self._chance.random() < self._slow_share:

@@ -9,6 +9,8 @@ from typing import Any
 import trio
 
 from hive_core.broker import Broker
+from hive_core.budgets import THE_HIVE, Change, Kind
+from hive_core.credentials import DEFAULT
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import EVERYONE, OPERATOR, AgentName, MessageBody
 from hive_core.schedules import parse_plan
@@ -18,6 +20,9 @@ from tests.simulation.weather import HOUR_S, Chance
 from tests.simulation.witness import NEVER
 
 LONGEST_PAUSE_S = 2 * HOUR_S
+LONGEST_STOP_S = HOUR_S
+LONGEST_BUDGET_S = 2 * HOUR_S
+MOST_MICRO_USD = 5_000_000
 SCHEDULES: tuple[dict[str, Any], ...] = (
     {"every_s": 1800.0},
     {"every_s": 5000.0},
@@ -34,6 +39,7 @@ class Operator:
         self._agents = agents
         self._seed = seed
         self._numbers = 0
+        self._budgets: dict[tuple[AgentName, Kind], None] = {}  # that are set, or about to be
 
     async def serve(self) -> None:
         """Do everything from time to time, each by a task and a luck of its own, until cancelled."""
@@ -45,6 +51,10 @@ class Operator:
             "cancel": (weather.cancels_in_all, self._cancel_a_turn),
             "pause": (weather.pauses_in_all, self._pause),
             "rounds": (weather.rounds_in_all, self.make_rounds),
+            "compact": (weather.compacts_in_all, self._compact),
+            "resume": (weather.resumes_in_all, self._resume),
+            "budget": (weather.budgets_in_all, self._set_a_budget),
+            "stop": (weather.stops_in_all, self._stop),
         }
         chance = Chance(self._seed, "operator", "schedules")
         for number, (words, name) in enumerate(zip(SCHEDULES, self._host.names, strict=False)):
@@ -116,10 +126,64 @@ class Operator:
                 verb = chance.choice(verbs)
                 await self._try(partial(_do, verb, row["id"]), chance)
 
+    async def _compact(self, chance: Chance) -> None:
+        name = self._any(chance)
+        await self._attempt(lambda daemon: daemon.steering.compact(name, OPERATOR), chance)
+
+    async def _resume(self, chance: Chance) -> None:
+        """Try the credential before its rest is over."""
+        self._host.witness.books.resumes()
+        await self._attempt(lambda daemon: daemon.breaker.resume(DEFAULT, OPERATOR), chance)
+
+    async def _stop(self, chance: Chance) -> None:
+        """The emergency stop, and after a while the end of it."""
+        await self._host.call(lambda daemon: daemon.freeze.estop(OPERATOR), chance)
+        self._host.witness.books.stopped()
+        await trio.sleep(chance.random() * LONGEST_STOP_S)
+        await self._thaw(chance)
+
+    async def _thaw(self, chance: Chance) -> None:
+        self._host.witness.books.lets_go()
+        await self._host.call(lambda daemon: daemon.freeze.thaw(OPERATOR), chance)
+
+    async def _set_a_budget(self, chance: Chance) -> None:
+        """One that will soon be spent; after a while it is removed."""
+        scope = THE_HIVE if chance.happens(0.5) else self._any(chance)
+        kind: Kind = chance.choice(("day", "total"))
+        if (scope, kind) in self._budgets:
+            return
+        self._budgets[scope, kind] = None
+        most = MOST_MICRO_USD if scope == THE_HIVE else MOST_MICRO_USD // 10
+        more = chance.randint(1, most)
+
+        async def set_it(daemon: Daemon) -> int:
+            amount = daemon.ledger.spent(scope, kind) + more
+            await daemon.ledger.set_budget(Change(scope, {kind: amount}, 80), OPERATOR)
+            return amount
+
+        amount = await self._host.call(set_it, chance)
+        self._host.witness.books.budget_set(scope, kind, amount)
+        await trio.sleep(chance.random() * LONGEST_BUDGET_S)
+        await self._remove_budget(scope, kind, chance)
+
+    async def _remove_budget(self, scope: AgentName, kind: Kind, chance: Chance) -> None:
+        self._host.witness.books.budget_goes(scope, kind)
+        await self._attempt(lambda daemon: daemon.ledger.remove_budget(scope, [kind], OPERATOR), chance)
+        self._budgets.pop((scope, kind), None)
+
+    async def lift_everything(self, chance: Chance) -> None:
+        """What the operator was about when the run came to its end."""
+        await self._thaw(chance)
+        for scope, kind in list(self._budgets):
+            await self._remove_budget(scope, kind, chance)
+
     async def _try(self, deed: Callable[[Broker], Awaitable[Any]], chance: Chance) -> None:
+        await self._attempt(lambda daemon: deed(daemon.broker), chance)
+
+    async def _attempt(self, deed: Callable[[Daemon], Awaitable[Any]], chance: Chance) -> None:
         """A deed that may come too late, or for the second time because its first answer was lost."""
         try:
-            await self._host.call(lambda daemon: deed(daemon.broker), chance)
+            await self._host.call(deed, chance)
         except Refusal:
             self._host.witness.counts["refusals"] += 1
 

@@ -20,19 +20,20 @@ from hive_core.protocol.words import AgentName
 from hive_core.store.bus import Bus
 from hive_core.store.door import Store, open_store
 from hive_core.store.writer import Batches, Transaction
-from tests.proof.promises import AT_REST, nothing_is_left_unsettled
+from tests.proof.promises import AT_REST, no_errand_is_left, nothing_is_left_unsettled
 from tests.simulation.harness import Agent
-from tests.simulation.host import BEGAN_AT_S, Host, wall_clock
+from tests.simulation.host import Host
 from tests.simulation.inline_store import InlineStore, InlineWriter, Losses, LossyBatches, LossyBus, open_memory
 from tests.simulation.operator import Operator
 from tests.simulation.replay import run_in_virtual_time
 from tests.simulation.weather import DAY_S, HOUR_S, Chance, Weather
-from tests.simulation.witness import PromiseBroken, Witness
+from tests.simulation.witness import BEGAN_AT_S, PromiseBroken, Witness, wall_clock
 
+LEFT = (nothing_is_left_unsettled, no_errand_is_left)
 LOOK_EVERY_S = 60.0
 CALM_AT_MOST_S = 12 * HOUR_S
 SEED_VARIABLE = "HIVE_TEST_SEED"
-SETTINGS = {"program": "rehearsal", "model": "sonnet", "tools": [], "prompt": "You are simulated."}
+SETTINGS = {"program": "claude", "model": "sonnet", "tools": [], "prompt": "You are simulated."}
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Run:
 def simulate(seed: int, weather: Weather, broker: type[Broker] = Broker) -> Run:
     """A run in virtual time. Raises PromiseBroken, with the way to see it again."""
     with closing(open_memory()) as db, told_how_to_replay(seed):
-        main = partial(_run, seed, weather, db, partial(open_inline, seed, weather, db), broker)
+        main = partial(_run, seed, weather, db, partial(open_inline, seed, weather, db), wall_clock, broker)
         return run_in_virtual_time(seed, main)
 
 
@@ -62,11 +63,14 @@ def simulate_shipped(seed: int, weather: Weather, path: Path, speed: float) -> R
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
             db.row_factory = sqlite3.Row
             async with trio_asyncio.open_loop():
-                return await _run(seed, weather, db, open_shipped, Broker)
+                return await _run(seed, weather, db, open_shipped, shipped_clock, Broker)
+
+    def shipped_clock() -> float:
+        return BEGAN_AT_S + clock.current_time()
 
     clock = trio.testing.MockClock(rate=speed)
     # The writer's thread asks for the time too, where trio's own word for it is not to be had.
-    open_shipped = partial(open_store, path, clock=lambda: BEGAN_AT_S + clock.current_time())
+    open_shipped = partial(open_store, path, clock=shipped_clock)
     with told_how_to_replay(seed):
         return trio.run(main, clock=clock)
 
@@ -101,10 +105,11 @@ async def _run(
     weather: Weather,
     db: sqlite3.Connection,
     open_store: Callable[[], AbstractAsyncContextManager[Store]],
+    wall: Callable[[], float],
     broker: type[Broker],
 ) -> Run:
     names = [AgentName(f"agent-{number}") for number in range(1, weather.agents + 1)]
-    witness = Witness(db, weather)
+    witness = Witness(db, weather, wall)
     async with open_store() as store:
         await store.write(partial(_make_agents, Agents(store, manager_port=8000, agent_ports=range(8100, 9000)), names))
     host = Host(seed, weather, names, open_store, broker, witness)
@@ -112,6 +117,7 @@ async def _run(
     operator = Operator(host, agents, seed)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(host.serve)
+        nursery.start_soon(host.provider.serve)
         nursery.start_soon(_look, host, db)
         for agent in agents.values():
             nursery.start_soon(agent.live)
@@ -146,10 +152,12 @@ async def _look(host: Host, db: sqlite3.Connection) -> None:
         host.witness.look_for_waiting()
         host.witness.look_for_the_lost()
         host.witness.look_for_the_overdue()
+        host.witness.look_for_the_hung()
+        host.witness.books.look(host.daemon)
         if trio.current_time() >= audit_at:
             audit_at += audit_every_s
             host.witness.audit()
-        if not host.troubled and not any(nothing_is_left_unsettled(db, host.witness.told)):
+        if not host.troubled and not any(broken for left in LEFT for broken in left(db, host.witness.told)):
             host.at_rest.set()
 
 
@@ -157,6 +165,8 @@ async def _calm_down(host: Host, operator: Operator) -> None:
     """No more trouble, everybody up: what was sent comes to its end."""
     chance = Chance("calm")
     host.troubled = False
+    host.provider.be_well()
+    await operator.lift_everything(chance)
     for name in host.names:
         await operator.wake(name, chance)
     with trio.move_on_after(CALM_AT_MOST_S):

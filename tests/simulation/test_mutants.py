@@ -137,8 +137,9 @@ class TellsNobodyOfTheDead(Broker):
 
 
 class BrakesNobody(Broker):
-    def __init__(self, store: Store, limits: Limits, *args: Any) -> None:
-        super().__init__(store, limits.model_copy(update={"hops": 1_000, "pair_rate_per_hour": 10_000}), *args)
+    def __init__(self, store: Store, limits: Limits, *args: Any, **more: Any) -> None:
+        lax = limits.model_copy(update={"hops": 1_000, "pair_rate_per_hour": 10_000})
+        super().__init__(store, lax, *args, **more)
 
 
 FOUND = {

@@ -27,6 +27,14 @@ class Weather:
     broadcasts_in_all: float = 1.0
     floods_in_all: float = 2.0
     rounds_in_all: float = 12.0  # of the operator through what is held or dead
+    hangs_a_day: float = 0.3  # in the middle of a turn, until somebody ends the container
+    compacts_in_all: float = 10.0
+    limits_in_all: float = 3.0  # of the provider's, and so on
+    overloads_in_all: float = 4.0
+    refusals_in_all: float = 1.0
+    resumes_in_all: float = 3.0  # by the operator, of a credential that is stopped
+    budgets_in_all: float = 3.0  # that will soon be spent
+    stops_in_all: float = 1.0
     median_work_s: float = 25.0
     lost_wakes: float = 0.05  # the share of wake-ups that get lost
     slow_commits: float = 0.1
