@@ -13,6 +13,7 @@ import trio
 
 from hive_core.access import ACCESS, Access, Closed
 from hive_core.container_states import forgive
+from hive_core.protocol.container_id import container_id
 from hive_core.protocol.harness import STATES
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, SYSTEM, AgentName, parse_text
@@ -79,6 +80,17 @@ def pick_port(name: str, ports: range, taken: Iterable[int]) -> int:
     raise Refusal("refused", f"cannot create {name}: all {len(ports)} page ports are allocated; widen agent_ports")
 
 
+def check_free(tx: Transaction, name: AgentName, deed: str) -> None:
+    """Raise Refusal("conflict") when an agent has this name, or a container of the same id."""
+    if tx.execute("SELECT 1 FROM agents WHERE name = ?", (name,)).fetchone():
+        raise Refusal("conflict", f"cannot {deed} {name}: an agent of that name exists")
+    ours = container_id(name)
+    for row in tx.execute("SELECT name FROM agents").fetchall():
+        if container_id(row["name"]) == ours:
+            why = f"its container would be called {ours}, as that of {row['name']} is"
+            raise Refusal("conflict", f"cannot {deed} {name}: {why}; choose another name")
+
+
 class Agents:
     def __init__(
         self,
@@ -133,9 +145,11 @@ class Agents:
         self._store.bus.publish([LIVE, stream(name)])
 
     def create(self, tx: Transaction, name: AgentName, actor: str) -> None:
-        """Make the agent's row, wanted up, with a page port of its own. Raises Refusal("conflict") if it exists."""
-        if tx.execute("SELECT 1 FROM agents WHERE name = ?", (name,)).fetchone():
-            raise Refusal("conflict", f"cannot create {name}: an agent of that name exists")
+        """Make the agent's row, wanted up, with a page port of its own.
+
+        Raises Refusal("conflict") when its name or its container's is taken.
+        """
+        check_free(tx, name, "create")
         if name == MANAGER:
             role, port = "manager", self._manager_port
         else:

@@ -151,6 +151,7 @@ async def open_services(
     templates = Environment(
         loader=PackageLoader("hive_core"), undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True
     )
+    templates.globals["operator_pronouns"] = ""
     clock = Clock()
     async with trio_asyncio.open_loop(), open_store(state_dir / "hive.sqlite", clock=clock) as store:
         access = Access(store.bus)

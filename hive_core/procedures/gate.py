@@ -10,7 +10,7 @@ import logging
 
 from jinja2 import Environment
 
-from hive_core.agents import Agents, set_deployed
+from hive_core.agents import Agents, check_free, set_deployed
 from hive_core.approvals import Approval, Approvals, digest_of, put_request, settle
 from hive_core.post import no_room, put_message
 from hive_core.protocol.refusal import Refusal
@@ -93,8 +93,7 @@ class Gate:
         payload = {"files": self._files(name, "", prompt)}
 
         def ask(tx: Transaction) -> dict[str, int]:
-            if tx.execute("SELECT 1 FROM agents WHERE name = ?", (name,)).fetchone():
-                raise Refusal("refused", f"cannot ask for {name}: an agent of that name exists")
+            check_free(tx, name, "ask for")
             digest = digest_of("spawn", name, payload)
             sql = """
                 SELECT id FROM approvals

@@ -22,6 +22,7 @@ from hive_core.hive import Hive
 from hive_core.life import life_of
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.call_key import CallKey
+from hive_core.protocol.container_id import container_id
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
@@ -173,6 +174,7 @@ class AdminDesk:
             agents.append(
                 {
                     "name": agent.name,
+                    "container": container_id(agent.name),
                     "role": agent.role,
                     "wanted": agent.wanted,
                     "state": live.state,

@@ -1,0 +1,67 @@
+"""What containers are called on the host."""
+
+from __future__ import annotations
+
+import re
+import string
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from hive_core.protocol.container_id import CONTAINER_ID_LIMIT, container_id
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import MANAGER, OPERATOR, AgentName, parse_agent_name
+from hive_core.sockets.admin import AdminDesk
+from tests.dashboards import hive_of
+from tests.hives import Services
+
+PARTS = st.text(string.ascii_lowercase + string.digits, min_size=1, max_size=9)
+NAMES = st.lists(PARTS, min_size=1, max_size=3).map(lambda parts: "a" + "-".join(parts)).map(parse_agent_name)
+# Two names of one beginning and one digest, found by trying.
+TWINS = ("agent-0141", "agent-3948")
+
+
+@given(NAMES)
+def test_every_name_has_an_id_that_a_machine_and_its_interfaces_can_have(name: AgentName) -> None:
+    found = container_id(name)
+    assert len(found) <= CONTAINER_ID_LIMIT
+    assert len(f"ve-{found}") <= 15
+    assert re.fullmatch(r"hm1nd|h-[a-z0-9]([a-z0-9-]*[a-z0-9])?", found)
+    assert found == container_id(name)
+
+
+@given(NAMES, NAMES)
+def test_a_short_name_shares_its_id_with_no_other(one: AgentName, other: AgentName) -> None:
+    assume(one != other and min(len(one), len(other)) <= 9)
+    assert container_id(one) != container_id(other)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("hm1nd", "hm1nd"), ("iris", "h-iris"), ("damocles9", "h-damocles9"), ("release-notes", "h-rel--jlq6")],
+)
+def test_short_names_are_kept_and_long_ones_are_cut(name: str, found: str) -> None:
+    assert container_id(AgentName(name)) == found
+
+
+async def test_a_name_whose_container_would_have_the_id_of_another_is_refused_when_it_is_asked_for(
+    hive: Services,
+) -> None:
+    first, second = TWINS
+    await hive.add_agents(first)
+    assert container_id(AgentName(first)) == container_id(AgentName(second))
+    why = f"cannot ask for {second}: its container would be called {container_id(AgentName(first))}, as that of {first}"
+    with pytest.raises(Refusal, match=why):
+        await hive.gate.request_spawn(MANAGER, AgentName(second), "You are late.", "a test")
+    with pytest.raises(Refusal, match=f"cannot create {second}"):
+        await hive.store.write(lambda tx: hive.agents.create(tx, AgentName(second), OPERATOR))
+    assert await hive.value("SELECT count(*) FROM approvals") == 0
+
+
+async def test_list_tells_the_id_of_each_container(hive: Services) -> None:
+    await hive.add_agents("release-notes")
+    listed = (await AdminDesk(hive_of(hive))._list({}))["agents"]
+    assert {agent["name"]: agent["container"] for agent in listed} == {
+        name: container_id(AgentName(name)) for name in ("hm1nd", "iris", "damocles", "release-notes")
+    }
