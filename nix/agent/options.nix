@@ -1,5 +1,10 @@
 { flake }:
-{ lib, pkgs, ... }:
+{
+  config,
+  lib,
+  pkgs,
+  ...
+}:
 let
   inherit (lib) mkOption types;
   word = types.strMatching "[A-Za-z0-9][]A-Za-z0-9._:[-]{0,79}";
@@ -26,11 +31,18 @@ in
       description = "The package with `hive-agent`, the turn loop.";
     };
 
-    claude = mkOption {
-      type = types.nullOr types.package;
-      default = null;
-      example = lib.literalExpression "pkgs.claude-code";
-      description = "The package with `claude`. Its licence is not free; choosing it here allows it for this container, and for nothing else.";
+    claude.enable = mkOption {
+      type = types.bool;
+      default = config.hyperhive.settings.program == "claude";
+      defaultText = lib.literalExpression ''config.hyperhive.settings.program == "claude"'';
+      description = "Whether the container has Claude Code. Its licence is not free; this allows it for the container, and allows nothing else.";
+    };
+
+    claude.package = mkOption {
+      type = types.package;
+      default = pkgs.claude-code;
+      defaultText = lib.literalExpression "pkgs.claude-code";
+      description = "The package with `claude`.";
     };
 
     # The keys of agent.toml, under their own names: `hyperhive.settings = fromTOML (readFile ./agent.toml)`.

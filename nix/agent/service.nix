@@ -8,7 +8,7 @@
 let
   cfg = config.hyperhive;
   program = if cfg.role == "manager" then "hive-mind" else "hive-agent";
-  claude = lib.optionalString (cfg.claude != null) " --claude ${lib.getExe' cfg.claude "claude"}";
+  claude = lib.optionalString cfg.claude.enable " --claude ${lib.getExe' cfg.claude.package "claude"}";
 in
 {
   config = {
@@ -24,7 +24,7 @@ in
     ];
 
     nixpkgs.config.allowUnfreePredicate = lib.mkDefault (
-      package: cfg.claude != null && lib.getName package == "claude-code"
+      package: cfg.claude.enable && lib.getName package == "claude-code"
     );
 
     # The sockets are bound to /run/hive from the host; the harness waits for the daemon behind them by itself.

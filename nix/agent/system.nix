@@ -12,6 +12,7 @@ nixpkgs.lib.nixosSystem {
     {
       boot.isContainer = true;
       networking.hostName = name;
+      hyperhive.role = if name == "hm1nd" then "manager" else "agent";
       # Names and addresses are the host's to give; the model is reached through a socket.
       networking.useDHCP = false;
       system.stateVersion = "25.11";
