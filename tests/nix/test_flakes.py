@@ -253,7 +253,8 @@ async def test_two_who_stage_at_once_wait_for_each_other(desk: Desk) -> None:
     desk.commit(argus)
     async with desk.meta.staged(desk.flake(IRIS), "first"):
         with trio.move_on_after(0.5) as scope:
-            await desk.deploy(argus)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(desk.deploy, argus)
         assert scope.cancelled_caught
     async with trio.open_nursery() as nursery:
         nursery.start_soon(desk.deploy, IRIS)
