@@ -288,25 +288,34 @@ class Broker:
                 if row["id"] not in self._ended:  # while this was read
                     self._heard.setdefault(row["id"], (row["agent"], trio.current_time()))
             now, silence_s = trio.current_time(), self.limits.lease_silence_s
-            silent = [(turn, agent) for turn, (agent, heard) in self._heard.items() if now - heard >= silence_s]
-            for turn_id, agent in silent:
+            silent = [(turn, *heard) for turn, heard in self._heard.items() if now - heard[1] >= silence_s]
+            if silent:
+                # A harness whose request the disk keeps waiting cannot speak meanwhile: it is answered before this is.
+                await self._store.insist(lambda tx: None)
+                await trio.lowlevel.checkpoint()
+            for turn_id, agent, heard in silent:
                 # Forgotten behind the commit: a harness that is told so while the turn still runs would ack it.
-                await self._lose(turn_id, agent)
-                self._forget(turn_id)
+                if await self._lose(turn_id, agent, heard):
+                    self._forget(turn_id)
             await trio.sleep(silence_s / 4)
 
-    async def _lose(self, turn_id: int, agent: AgentName) -> None:
+    async def _lose(self, turn_id: int, agent: AgentName, heard: float) -> bool:
+        """Take a turn away, unless its harness was heard again. Whether it runs no more."""
         silence_s = self.limits.lease_silence_s
 
-        def write(tx: Transaction) -> bool:
+        def write(tx: Transaction) -> str:
+            if self._heard.get(turn_id, (agent, heard))[1] != heard:
+                return "heard"
             if tx.execute("SELECT 1 FROM turns WHERE id = ? AND state = 'running'", (turn_id,)).fetchone() is None:
-                return False
+                return "ended"
             self.end_turn(tx, agent, turn_id, TurnEnd("lost", f"its harness was silent for {silence_s:.0f} s"))
-            return True
+            return "lost"
 
-        if await self._store.insist(write):
+        found = await self._store.insist(write)
+        if found == "lost":
             self._silent(agent, silence_s)
             log.warning("turn %d of %s was taken away: its harness is silent", turn_id, agent, extra={"agent": agent})
+        return found != "heard"
 
     def _note(self, agent: AgentName, lease: Lease) -> Lease:
         self._runs(agent, lease.turn.id)

@@ -31,7 +31,7 @@ from hive_core.protocol.harness import (
 from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.sockets.claims import claimed_end, claimed_state
 from hive_core.sockets.harness import HarnessDesk
-from tests.hives import PATIENCE_S, SETTINGS, Peer, Services, connect, run_in_hive, serve
+from tests.hives import PATIENCE_S, SETTINGS, Peer, Services, connect, held_writer, run_in_hive, serve
 
 HELLO = {"id": 1, "op": "hello", "version": PROTOCOL_VERSION, "instance": "one", "fences": []}
 OUTDATED = "harness_outdated"
@@ -726,6 +726,27 @@ async def test_a_harness_whose_lines_the_disk_does_not_take_is_not_silent(
                 assert (await peer.ask(lines))["error"]["code"] == "unavailable"
         while trio.current_time() < until + silence_s:
             assert (await peer.ask(lines))["running"]
+        nursery.cancel_scope.cancel()
+    assert await hive.value("SELECT state FROM turns") == "running"
+
+
+async def test_a_harness_whose_lines_a_slow_disk_keeps_waiting_is_not_silent(hive: Services, tmp_path: Path) -> None:
+    hive.broker = Broker(hive.store, Limits(lease_silence_s=0.4))
+    await hive.say("hm1nd", "iris", "hello")
+    async with (
+        serve(tmp_path / "harness.sock", desk_for(hive).serve) as door,
+        greeted(door) as peer,
+        trio.open_nursery() as nursery,
+    ):
+        lines = {"id": 3, "op": "lines", "turn": (await peer.ask(LEASE))["turn"], "first": 0, "lines": ["x"]}
+        async with held_writer(hive.store, nursery):
+            await peer.send(lines)
+            nursery.start_soon(hive.broker.serve_leases)
+            with trio.move_on_after(1.0):
+                await trio.sleep_forever()
+        assert (await peer.read())["running"]
+        await hive.store.write(lambda tx: None)  # what waited is written
+        assert (await peer.ask(lines))["running"]
         nursery.cancel_scope.cancel()
     assert await hive.value("SELECT state FROM turns") == "running"
 
