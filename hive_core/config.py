@@ -81,9 +81,11 @@ class Config(Limits):
     orphan_grace_s: Seconds = 600.0
     drain_s: Annotated[Seconds, Field(le=DRAIN_MOST_S)] = 30.0  # how long `hive down` waits for turns to end
     end_agents_with_daemon: bool = False
+    sandbox: Literal["bwrap", "nspawn"] = "bwrap"  # what agents run in
+    nspawn_root: Path = Path("/")  # whose /usr agents see, with sandbox = "nspawn"
     unsafe_no_sandbox: bool = False
 
-    @field_validator("state_dir", "runtime_dir", "claude", "manager_prompt", "prices", mode="before")
+    @field_validator("state_dir", "runtime_dir", "claude", "manager_prompt", "prices", "nspawn_root", mode="before")
     @classmethod
     def _absolute(cls, raw: object) -> str | None:
         return None if raw is None else absolute(str(raw) if isinstance(raw, Path) else raw)

@@ -30,9 +30,8 @@ from hive_core.approvals import Approvals
 from hive_core.bodies import Bodies
 from hive_core.broker import Broker
 from hive_core.config import Config
-from hive_core.containers.bubblewrap import sandbox_trouble
+from hive_core.containers.choice import choose_sandbox, make_driver
 from hive_core.containers.driver import AgentDirs
-from hive_core.containers.process import ProcessDriver
 from hive_core.credentials import Credential, Credentials, find_credential, how_to_give_one
 from hive_core.hive import Hive
 from hive_core.ledger import Ledger
@@ -59,6 +58,7 @@ from hive_core.store.schema import StoreBusy
 from hive_core.systemd import notify, serve_watchdog
 from hive_core.tool_calls import forget_old_tool_calls
 from hive_core.turns import Turns
+from hive_core.uid_ranges import UidRanges
 
 log = logging.getLogger(__name__)
 STOP_WITHIN_S = 4.0
@@ -135,11 +135,11 @@ def manager_prompt(config: Config) -> str:
 @asynccontextmanager
 async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator[Hive]:
     """Open the state directory and every service on it; nothing listens yet. Raises Refusal or StoreError."""
-    trouble = await trio.to_thread.run_sync(sandbox_trouble)
-    sandbox = "none" if trouble or config.unsafe_no_sandbox else "bwrap"
+    claude = find_claude(config.claude)
     async with AsyncExitStack() as stack:
         for folder in (config.state_dir, config.runtime_dir):
             stack.callback(os.close, take_lock(folder))
+        choice = await trio.to_thread.run_sync(choose_sandbox, config, claude)
         await stack.enter_async_context(trio_asyncio.open_loop())
         store = await stack.enter_async_context(open_store(config.database, ballast=True))
         access = Access(store.bus)
@@ -147,11 +147,10 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             store,
             manager_port=config.manager_port,
             agent_ports=config.agent_port_range,
-            sandbox=sandbox,
+            sandbox=choice.sandbox,
             access=access,
         )
         approvals, repos = Approvals(store), Repos(config.state_dir)
-        claude = find_claude(config.claude)
         gate = Gate(
             store,
             agents,
@@ -161,13 +160,8 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             default_program=config.default_program,
             default_model=config.default_model,
         )
-        driver = ProcessDriver(
-            config.state_dir,
-            sandbox=sandbox,
-            claude=claude,
-            orphan_grace_s=config.orphan_grace_s,
-            life_fd=life_fd,
-        )
+        uids = UidRanges(store, str(config.state_dir))
+        driver = make_driver(config, choice, claude=claude, life_fd=life_fd, first_uid=uids.first_uid)
         rooms = _Rooms(config, repos)
         ledger = Ledger(store, access, load_prices(config.prices), config)
         stack.push_async_callback(ledger.aclose)
@@ -187,8 +181,10 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             sign_ins=SignIns(store),
             credentials=Credentials(config.state_dir),
             claude=claude,
-            sandbox=sandbox,
-            sandbox_trouble=trouble,
+            sandbox=choice.sandbox,
+            sandbox_trouble=choice.trouble,
+            sandbox_weakness=choice.weakness,
+            bwrap_trouble=choice.bwrap_trouble,
         )
         await agents.load()
         await hive.freeze.load()

@@ -36,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
         ("provider-base-url", "where the model relay sends requests"),
         ("claude", "the claude executable"),
         ("manager-prompt", "a file: the first CLAUDE.md of hm1nd, in the place of ours"),
+        ("sandbox", "what agents run in: bwrap or nspawn"),
+        ("nspawn-root", "the root directory whose /usr agents see under nspawn (/)"),
         ("default-program", "what new agents run: claude or rehearsal"),
         ("default-model", "what new agents think with"),
         ("operator-pronouns", "how agents speak of the operator, such as they/them"),

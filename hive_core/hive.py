@@ -48,8 +48,10 @@ class Hive:
     sign_ins: SignIns
     credentials: Credentials
     claude: Path | None  # the agent program, where it was found
-    sandbox: str  # "bwrap" or "none"
-    sandbox_trouble: str | None  # why bwrap does not work here and what would mend it
+    sandbox: str  # what agents run in: "bwrap", "nspawn" or "none"
+    sandbox_trouble: str | None  # why what is set does not work here, and what would mend it
+    sandbox_weakness: str | None = None  # what it does not do here, and what would mend it
+    bwrap_trouble: str | None = None  # why there is no bubblewrap, which logins run in
     dashboard_port: int = 0  # the port that is really bound; 0 until it is
     page_ports: dict[str, int] = field(default_factory=dict)  # agent → the port its page is really served on
     stopping: trio.Event = field(default_factory=trio.Event)
@@ -70,7 +72,7 @@ class Hive:
         self.freeze = Freeze(self.store, self.access)
         self.breaker = Breaker(self.store, self.credentials, self.access, self.broker.limits)
         self.ledger.windows = self.breaker.windows_used
-        self.logins = Logins(self.store.bus, self.credentials, self.breaker, self.claude, self.sandbox_trouble)
+        self.logins = Logins(self.store.bus, self.credentials, self.breaker, self.claude, self.bwrap_trouble)
         self.archive = Archive(self.store, self.config, self.config.bodies_dir)
         self.retention = Retention(self.store, self.config, self.archive.index)
         limits = self.broker.limits

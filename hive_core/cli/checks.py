@@ -17,11 +17,13 @@ from typing import Any, cast
 
 from hive_core.cli.client import Client
 from hive_core.cli.doctor import Finding, Progress, Status
-from hive_core.cli.up import orphans
+from hive_core.cli.up import SANDBOXES, orphans
 from hive_core.config import Config, load_config
-from hive_core.containers.bubblewrap import bwrap_command, sandbox_trouble
+from hive_core.containers.bubblewrap import bwrap_command
+from hive_core.containers.choice import Choice, choose_sandbox
 from hive_core.containers.driver import AgentDirs
 from hive_core.containers.inside import HOME, harness_environment, in_memory
+from hive_core.containers.nspawn import look_for_nspawn
 from hive_core.containers.seccomp import filter_program
 from hive_core.credentials import DEFAULT, Credentials
 from hive_core.daemon import listen_dashboard, listen_tcp, look_for_credential, manager_prompt
@@ -48,7 +50,7 @@ class Machine:
 
     config: Config
     daemon: dict[str, Any] | None = None  # the status of the one that runs
-    sandbox_works: bool = False
+    bwrap_works: bool = False
 
     @property
     def agents_need(self) -> Status:
@@ -185,16 +187,30 @@ def _is_free(config: Config, port: int) -> bool:
 
 
 def check_sandbox(name: str, machine: Machine) -> Iterator[Finding]:
-    trouble = sandbox_trouble()
-    machine.sandbox_works = trouble is None
-    if machine.config.unsafe_no_sandbox:
+    config = machine.config
+    choice = choose_sandbox(config, find_claude(config.claude))
+    machine.bwrap_works = choice.bwrap_trouble is None
+    called = SANDBOXES[config.sandbox]
+    if config.unsafe_no_sandbox:
         yield Finding(name, "warning", "none (unsafe_no_sandbox): agents can do all that you can; unset it")
-    elif trouble:
-        yield Finding(name, machine.agents_need, trouble)
+    elif choice.trouble:
+        yield Finding(name, machine.agents_need, choice.trouble)
+    elif choice.weakness:
+        yield Finding(name, "warning", f"{called}; {choice.weakness}")
     elif filter_program() is None:
-        yield Finding(name, "warning", "bubblewrap, without a filter of system calls: there is none for this processor")
+        yield Finding(name, "warning", f"{called}, without a filter of system calls: there is none for this processor")
     else:
-        yield Finding(name, "ok", "bubblewrap, with a filter of system calls")
+        yield Finding(name, "ok", f"{called}, with a filter of system calls; {_other_sandbox(config, choice)}")
+
+
+def _other_sandbox(config: Config, choice: Choice) -> str:
+    """Whether the one that is not set would work here, and why not."""
+    if config.sandbox == "nspawn":
+        return choice.bwrap_trouble or "bubblewrap works too"
+    found = look_for_nspawn(config.state_dir, config.runtime_dir, None)
+    if found.trouble or found.weakness:
+        return f'sandbox = "nspawn" would not do all here: {found.trouble or found.weakness}'
+    return 'sandbox = "nspawn" works too'
 
 
 def check_credential(name: str, machine: Machine) -> Iterator[Finding]:
@@ -222,7 +238,7 @@ def check_claude(name: str, machine: Machine) -> Iterator[Finding]:
         chosen = chosen if daemon is None else daemon["claude_chosen"]
         yield Finding(name, machine.agents_need, how_to_get_claude(chosen))
         return
-    for told in _ask_agent(claude, inside=machine.sandbox_works and not machine.config.unsafe_no_sandbox):
+    for told in _ask_agent(claude, inside=machine.bwrap_works and not machine.config.unsafe_no_sandbox):
         status = machine.agents_need if told["status"] == "trouble" else told["status"]
         yield Finding(told["check"], cast("Status", status), told["message"])
 

@@ -23,6 +23,8 @@ from hive_core.protocol.refusal import EXIT_CODES, Refusal
 READY_WITHIN_S = 60.0
 NAMED_MOST = 5  # agents in one sentence
 
+SANDBOXES = {"bwrap": "bubblewrap", "nspawn": "systemd-nspawn"}
+
 
 def start_daemon(
     flags: list[str], log: Path, environment: dict[str, str] | None = None, **popen: Any
@@ -121,8 +123,10 @@ def up(*, as_json: bool, unsafe_no_sandbox: bool) -> int:
 def findings(status: dict[str, Any]) -> list[str]:
     """What the daemon found to run agents with, a line each; what is missing says how to get it."""
     lines = []
-    if status["sandbox"] == "bwrap":
-        lines.append("sandbox: bubblewrap")
+    if status["sandbox"] != "none":
+        lines.append(f"sandbox: {SANDBOXES[status['sandbox']]}")
+        if status["sandbox_weakness"]:
+            lines.append(show.paint(f"sandbox: {status['sandbox_weakness']}", "amber"))
     elif status["unsafe"]:
         lines.append(show.paint("sandbox: none (--unsafe-no-sandbox)", "red"))
     else:

@@ -9,7 +9,7 @@ Run by its path inside a container, by whatever was just put there and still may
     --hide FILE       put /dev/null over a file
     --no-namespaces   nobody in here can make a user namespace
     --link PATH TO    make a link where nothing is yet
-    --output-of-stdout  what it prints goes where descriptor 1 goes; descriptor 0 becomes 3, if it is a pipe
+    --output-of-stdout  what it prints goes where descriptor 1 goes; descriptor 0 becomes 3, but for a device
     --filter HEX      a classic BPF program
     --chdir DIR
     --env NAME=VALUE  its environment is these alone
@@ -112,7 +112,7 @@ def _link(path: str, target: str) -> None:
 
 
 def _arrange_descriptors() -> None:
-    if stat.S_ISFIFO(os.fstat(0).st_mode):
+    if not stat.S_ISCHR(os.fstat(0).st_mode):
         os.dup2(0, 3)
     null = os.open("/dev/null", os.O_RDONLY)
     os.dup2(null, 0)

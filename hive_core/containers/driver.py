@@ -41,7 +41,8 @@ class Driver(Protocol):
     def find(self, name: AgentName, dirs: AgentDirs) -> Running | None:
         """The agent that an earlier daemon left running, or None.
 
-        One that was given another run directory can never reach us: it is ended, and counts as not running.
+        One that was given another run directory can never reach us, and one in another kind of container is not as it
+        is wanted: it is ended, and counts as not running.
         """
 
     def missed_exit(self, name: AgentName) -> Exit | None:

@@ -33,7 +33,7 @@ import trio
 from hive_core.containers import printed
 from hive_core.containers.driver import AgentDirs
 from hive_core.containers.keyring import leave_session_keyring
-from hive_core.containers.process_tree import boot_id, start_time, usage_below
+from hive_core.containers.process_tree import boot_id, first_in_namespace, start_time, usage_below
 from hive_core.containers.run_command import run_command
 from hive_core.containers.running import Done, Exit, Running, Usage, Ways
 from hive_core.containers.seccomp import filter_program
@@ -85,7 +85,8 @@ class HostProcessDriver:
 
     def _first_inside(self, name: AgentName) -> int | None:
         """The host's number of the agent's first process in its container; None when there is none (yet)."""
-        raise NotImplementedError
+        wrapper = self._remembered(name)
+        return None if wrapper is None else first_in_namespace(wrapper)
 
     def _end_left(self, name: AgentName, dirs: AgentDirs) -> None:
         """End what may be left of an agent whose wrapper has ended."""
@@ -103,7 +104,8 @@ class HostProcessDriver:
         status = self._file(name, "status")
         with status.open("ab", buffering=0) as status_file:
             claim(status_file)
-            self._file(name, "run").write_text(json.dumps({"run": str(dirs.run), "id": _folder_id(dirs.run)}))
+            told = {"run": str(dirs.run), "id": _folder_id(dirs.run), "sandbox": self.sandbox}
+            self._file(name, "run").write_text(json.dumps(told))
             process, keeper = await trio.to_thread.run_sync(self._start, name, dirs, status_file.fileno())
         running = Running(process.pid, process, status, self._ways(name, dirs), keeper)
         try:
@@ -144,7 +146,8 @@ class HostProcessDriver:
     def find(self, name: AgentName, dirs: AgentDirs) -> Running | None:
         """The agent that an earlier daemon left running, or None.
 
-        One that was given another run directory can never reach us: it is ended, and counts as not running.
+        One that was given another run directory can never reach us, and one in another kind of container is not as it
+        is wanted: it is ended, and counts as not running.
         """
         status = self._file(name, "status")
         pid = self._remembered(name)
@@ -155,16 +158,9 @@ class HostProcessDriver:
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 running = Running(pid, None, status, self._ways(name, dirs))
-                if (given := _other_run_dir(self._file(name, "run"), dirs.run)) is None:
+                if (difference := self._difference(name, dirs.run)) is None:
                     return running
-                log.warning(
-                    "ended %s (pid %d): it was started with its sockets in %s, and this daemon has them in %s",
-                    name,
-                    pid,
-                    given,
-                    dirs.run,
-                    extra={"agent": name},
-                )
+                log.warning("ended %s (pid %d): it was started %s", name, pid, difference, extra={"agent": name})
                 running.end()
                 self.forget(name)
         self._end_left(name, dirs)
@@ -174,6 +170,20 @@ class HostProcessDriver:
         return Ways(
             partial(self._first_inside, name), partial(self._end_left, name, dirs), partial(self._entering, dirs)
         )
+
+    def _difference(self, name: AgentName, run: Path) -> str | None:
+        """How the agent was started otherwise than this daemon would; None too when nobody wrote it down."""
+        try:
+            told = json.loads(self._file(name, "run").read_text())
+            path, number, sandbox = told["run"], told["id"], told.get("sandbox", self.sandbox)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        if sandbox != self.sandbox:
+            return f"with sandbox {sandbox}, and this daemon has {self.sandbox}"
+        with contextlib.suppress(OSError):
+            if _folder_id(run) == number:
+                return None
+        return f"with its sockets in {path}, and this daemon has them in {run}"
 
     def missed_exit(self, name: AgentName) -> Exit | None:
         """How the agent ended while no daemon watched, told once; None when there is nothing to tell."""
@@ -271,19 +281,6 @@ def _folder_id(folder: Path) -> list[int]:
     """Names a directory, also when another has its path by now."""
     found = folder.stat()
     return [found.st_dev, found.st_ino]
-
-
-def _other_run_dir(given: Path, run: Path) -> str | None:
-    """The run directory that the agent was given, when it is not this one; None too when nobody wrote it down."""
-    try:
-        told = json.loads(given.read_text())
-        path, number = told["run"], told["id"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    with contextlib.suppress(OSError):
-        if _folder_id(run) == number:
-            return None
-    return str(path)
 
 
 def _start_keeper(path: Path) -> tuple[socket.socket, subprocess.Popen[bytes]]:

@@ -37,7 +37,7 @@ from hive_core.containers.inside import (
     links_of,
     program_paths,
 )
-from hive_core.containers.process_tree import first_in_namespace, kill_that_see
+from hive_core.containers.process_tree import kill_that_see
 from hive_core.containers.running import Running
 from hive_core.containers.seccomp import filter_program
 from hive_core.containers.status_file import end_holders
@@ -152,7 +152,7 @@ class NspawnDriver(HostProcessDriver):
         own_words = opened.enter_context(self._file(name, "nspawn").open("wb"))
         return Launch(
             ["/bin/sh", "-c", _WRAPPER, "hive-agent", str(self._file(name, "status")), *command],
-            {"PATH": os.environ.get("PATH", os.defpath)},
+            _environment(),
             stdin_fd=self._life_fd,
             error_fd=own_words.fileno(),
         )
@@ -171,10 +171,6 @@ class NspawnDriver(HostProcessDriver):
     def destroy(self, name: AgentName) -> None:
         super().destroy(name)
         self._file(name, "nspawn").unlink(missing_ok=True)
-
-    def _first_inside(self, name: AgentName) -> int | None:
-        wrapper = self._remembered(name)
-        return None if wrapper is None else first_in_namespace(wrapper)
 
     def _end_left(self, name: AgentName, dirs: AgentDirs) -> None:
         # systemd-nspawn that is killed leaves all that is inside.
@@ -224,7 +220,12 @@ def _try(state_dir: Path, runtime_dir: Path, claude: Path | None, root: Path, ba
         command += ["/bin/sh", "-c", "ls /run/hive && echo works > /state/probe"]
         try:
             done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PROBE_PATIENCE_S
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                env=_environment(),
+                timeout=_PROBE_PATIENCE_S,
             )
         except subprocess.TimeoutExpired:
             return f"it did not end within {_PROBE_PATIENCE_S:.0f} s"
@@ -232,6 +233,11 @@ def _try(state_dir: Path, runtime_dir: Path, claude: Path | None, root: Path, ba
             return None
         said = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith(_OF_NO_AGENT)]
         return said[-1].strip()[:300] if said else "no reason given"
+
+
+def _environment() -> dict[str, str]:
+    """systemd-nspawn's own: with the daemon's NOTIFY_SOCKET it would tell systemd that the daemon is ready."""
+    return {"PATH": os.environ.get("PATH", os.defpath)}
 
 
 def _existing(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from hive_core.containers.driver import AgentDirs
 from hive_core.containers.entering import confined, nsenter
 from hive_core.containers.host_process import HostProcessDriver, Launch
 from hive_core.containers.inside import HOME, harness_environment, in_memory
-from hive_core.containers.status_file import end_inside, status_value
+from hive_core.containers.status_file import end_inside
 from hive_core.protocol.words import AgentName
 
 log = logging.getLogger(__name__)
@@ -33,9 +33,8 @@ class ProcessDriver(HostProcessDriver):
             log.warning("there is no filter of system calls for this processor: agents can make all of them")
 
     def _first_inside(self, name: AgentName) -> int | None:
-        if self.sandbox == "none":
-            return self._remembered(name)
-        return status_value(self._file(name, "status"), "child-pid")
+        # Bare, the harness is what was started.
+        return self._remembered(name) if self.sandbox == "none" else super()._first_inside(name)
 
     def _end_left(self, name: AgentName, dirs: AgentDirs) -> None:
         end_inside(self._file(name, "status"), dirs.state)

@@ -156,6 +156,7 @@ class AdminDesk:
             "claude_chosen": str(hive.config.claude) if hive.config.claude else None,
             "sandbox": hive.sandbox,
             "sandbox_trouble": hive.sandbox_trouble,
+            "sandbox_weakness": hive.sandbox_weakness,
             "unsafe": hive.unsafe,
             "frozen_since_ms": hive.freeze.since_ms,
             "stopped": stopped(hive.agents, agents),

@@ -1,4 +1,4 @@
-"""The demo's story once more with the real Claude Code, in its sandbox, through the relay, against a scripted model."""
+"""The demo's story with the real Claude Code, through the relay, against a scripted model, in each sandbox."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.containers.drivers import need
 from tests.daemons import Daemon, open_daemon
 from tests.needs import find_claude
 from tests.scripted_model import Answer, Request, ScriptedModel, say, tool
@@ -93,10 +94,11 @@ SCENES: dict[tuple[str, str], list[Any]] = {
 }
 
 
-@pytest.fixture
-def stage() -> Iterator[tuple[Daemon, ScriptedModel]]:
+@pytest.fixture(params=["bwrap", "nspawn"])
+def stage(request: pytest.FixtureRequest) -> Iterator[tuple[Daemon, ScriptedModel]]:
     with ScriptedModel(lambda request: play(SCENES, request)) as model:
         flags = (f"--claude={find_claude()}", f"--provider-base-url={model.base_url}", "--end-agents-with-daemon")
+        flags = (*flags, f"--sandbox={need(request.param)}")
         with open_daemon(*flags, ANTHROPIC_API_KEY=SECRET) as daemon:
             yield daemon, model
 

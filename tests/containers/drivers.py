@@ -169,13 +169,13 @@ def make_fifo(folder: Path, name: str) -> Path:
 
 
 _STARTER = """
-import os, sys, trio
+import socket, sys, trio
 from pathlib import Path
 from tests.containers.drivers import IRIS, dirs_in, driver_in
 
 async def main(folder, kind, script, with_life_pipe):
-    life_fd, held = os.pipe() if with_life_pipe else (None, None)
-    driver = driver_in(folder, kind, script, life_fd=life_fd)
+    theirs, ours = socket.socketpair()
+    driver = driver_in(folder, kind, script, life_fd=theirs.fileno() if with_life_pipe else None)
     driver.script = script.replace("LIFE", str(driver.life_fd_inside))
     running = await driver.start(IRIS, dirs_in(folder))
     print(running.pid, flush=True)

@@ -811,6 +811,24 @@ async def test_an_agent_that_knows_another_runtime_directory_is_ended_and_can_be
     assert driver.last_words(IRIS).endswith("sockets")
 
 
+@pytest.mark.parametrize(("before", "now"), [("bwrap", "nspawn"), ("nspawn", "bwrap")])
+async def test_an_agent_in_another_kind_of_container_than_is_set_is_ended_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, before: str, now: str
+) -> None:
+    need("nspawn")
+    ready = make_fifo(tmp_path, "ready")
+    start_and_die(tmp_path, before, "setsid sleep 1000 & echo > /state/ready; wait")
+    await read_fifo(ready)
+    as_before = driver_in(tmp_path, before, "").find(IRIS, dirs_in(tmp_path))
+    assert as_before is not None
+    everything = mates(as_before)
+    assert len(everything) == 2
+    assert driver_in(tmp_path, now, "").find(IRIS, dirs_in(tmp_path)) is None
+    await wait_gone([as_before.pid, *everything])
+    assert f"with sandbox {before}, and this daemon has {now}" in caplog.text
+    assert await run(tmp_path, now, "echo again") == (0, "again")
+
+
 async def test_an_agent_whose_runtime_directory_was_made_anew_is_ended(tmp_path: Path, sandbox: str) -> None:
     ready = make_fifo(tmp_path, "ready")
     pid = start_and_die(tmp_path, sandbox, "echo > /state/ready; sleep 1000")

@@ -171,7 +171,9 @@ def test_of_every_setting_there_is_a_sentence_that_says_what_it_may_be(file: Pat
     file.write_text(f"{name} = [[]]\n")
     said = refusal({}, {})
     assert said.startswith(f"cannot use [[]] as {name}: it must be ")
-    assert ("path" in said) == (name in ("state_dir", "runtime_dir", "claude", "manager_prompt", "prices"))
+    assert ("path" in said) == (
+        name in ("state_dir", "runtime_dir", "claude", "manager_prompt", "prices", "nspawn_root")
+    )
 
 
 def test_an_empty_variable_is_none_as_for_the_clients(file: Path) -> None:

@@ -22,7 +22,7 @@ IRIS = AgentName("iris")
 @pytest.fixture
 async def house(hive: Services) -> Hive:
     await hive.sql("UPDATE agents SET settings = json_set(settings, '$.program', 'claude') WHERE name = 'iris'")
-    house = hive_of(hive, claude=Path("claude"), sandbox_trouble="bwrap is missing")
+    house = hive_of(hive, claude=Path("claude"), bwrap_trouble="bwrap is missing")
     await house.breaker.load()
     return house
 

@@ -1,0 +1,63 @@
+"""Which driver a daemon has: the one that is set, where it works here."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hive_core.config import Config
+from hive_core.containers.bubblewrap import sandbox_trouble
+from hive_core.containers.driver import Driver
+from hive_core.containers.nspawn import NspawnDriver, look_for_nspawn
+from hive_core.containers.process import ProcessDriver
+from hive_core.protocol.words import AgentName
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was found of the sandbox that is set, by trying it."""
+
+    sandbox: str  # what agents get: "bwrap", "nspawn", or "none"
+    trouble: str | None = None  # why they cannot have what is set, and what would mend it
+    weakness: str | None = None  # what it does not do here, and what would mend it
+    bwrap_trouble: str | None = None  # why there is no bubblewrap, which logins run in whatever is set
+
+
+def choose_sandbox(config: Config, claude: Path | None) -> Choice:
+    """Try what is set. Agents without a sandbox are those of a hive whose sandbox does not work, or is not wanted."""
+    bwrap_trouble = trouble = sandbox_trouble()
+    weakness = None
+    if config.sandbox == "nspawn":
+        found = look_for_nspawn(config.state_dir, config.runtime_dir, claude, config.nspawn_root)
+        trouble, weakness = found.trouble, found.weakness
+    sandbox = "none" if trouble or config.unsafe_no_sandbox else config.sandbox
+    return Choice(sandbox, trouble, None if sandbox == "none" else weakness, bwrap_trouble)
+
+
+def make_driver(
+    config: Config,
+    choice: Choice,
+    *,
+    claude: Path | None,
+    life_fd: int | None,
+    first_uid: Callable[[AgentName], Awaitable[int]],
+) -> Driver:
+    """The driver that the choice asks for; `first_uid` says where an agent's range of uids begins."""
+    if choice.sandbox == "nspawn":
+        return NspawnDriver(
+            config.state_dir,
+            base_of=first_uid,
+            own_uids=choice.weakness is None,
+            root=config.nspawn_root,
+            claude=claude,
+            orphan_grace_s=config.orphan_grace_s,
+            life_fd=life_fd,
+        )
+    return ProcessDriver(
+        config.state_dir,
+        sandbox=choice.sandbox,
+        claude=claude,
+        orphan_grace_s=config.orphan_grace_s,
+        life_fd=life_fd,
+    )
