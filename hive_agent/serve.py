@@ -14,7 +14,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import cast
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hive_core.protocol.harness import Ack, Lease
 
 REFUSED_REST_S = 2.0
-LATE_TRIES = 30  # of lines that the host cannot take, when their turn is over
+LATE_TRIES = 30  # of all lines of a turn that the host cannot take, when the turn is over
 CLOSE_S = 3.0  # that a program has which waits for a next turn, when its harness ends
 
 SeatMaker = Callable[[str, int], Seat]  # from the agent's name and the port that leads to the model
@@ -161,6 +161,7 @@ async def ship_lines(link: HostLink, turn: int, lines: TurnLines, runner: Runner
     The first lines go with the digest of what the program was asked.
     """
     told: Activity | None = None
+    late = iter(range(LATE_TRIES))
     while True:
         batch: tuple[int, list[str]] | None = (0, [])
         with trio.move_on_after(RENEW_EVERY_S):
@@ -173,28 +174,30 @@ async def ship_lines(link: HostLink, turn: int, lines: TurnLines, runner: Runner
             form["prompt_sha256"] = runner.asked
         if (activity := runner.activity) != told or not texts:
             form["state"] = activity._asdict()
-        if (answer := await hand_over(link, form, lines)) is not None:
+        if (answer := await hand_over(link, form, lines, late)) is not None:
             told = activity
             if answer.get("running") is False:
                 runner.interrupt()
 
 
-async def hand_over(link: HostLink, form: dict[str, object], lines: TurnLines) -> dict[str, object] | None:
+async def hand_over(
+    link: HostLink, form: dict[str, object], lines: TurnLines, late: Iterator[int]
+) -> dict[str, object] | None:
     """The host's answer to some lines; None when they are lost, or it took no word of a turn without any.
 
     While it cannot write them down they are offered again, and those behind them wait with their own bounds. When the
-    turn is over that goes on for a while only, as its end is what counts.
+    turn is over that goes on as long as there are `late` tries, which all its lines share: its end is what counts.
     """
-    late, refused = 0, False
+    refused = False
     while True:
         try:
             return await link.request(form)
         except Refusal as refusal:
             if not refused:
                 print(f"cannot store lines of turn {form['turn']}: {refusal.message}", file=sys.stderr)
-            if refusal.code != "unavailable" or not form["lines"] or late >= LATE_TRIES:
+            if refusal.code != "unavailable" or not form["lines"] or (lines.closed and next(late, None) is None):
                 return None
-        refused, late = True, late + int(lines.closed)
+        refused = True
         await trio.sleep(REFUSED_REST_S)
 
 

@@ -15,7 +15,7 @@ from hive_agent.link import EXIT_CONFLICT, EXIT_MISMATCH, HostLink, Unwelcome
 from hive_agent.runner import Ending, Runner, Seat
 from hive_agent.serve import ship_lines
 from hive_agent.turn_lines import TurnLines
-from hive_core.protocol.harness import PROTOCOL_VERSION
+from hive_core.protocol.harness import LINES_PER_REQUEST, PROTOCOL_VERSION
 from hive_core.protocol.refusal import Refusal
 from tests.harness_host import open_host
 
@@ -173,21 +173,32 @@ async def test_lines_that_the_host_cannot_write_down_are_offered_again_and_those
     assert capfd.readouterr().err == "cannot store lines of turn 3: the disk is full\n"
 
 
-@pytest.mark.parametrize(("code", "times"), [("usage", 1), ("unavailable", 4)])
+@pytest.mark.parametrize(("code", "times"), [("usage", 3), ("unavailable", 3 + 3)])
 async def test_lines_that_are_refused_for_good_or_long_after_their_turn_are_lost_and_hold_up_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, times: int
 ) -> None:
     monkeypatch.setattr("hive_agent.serve.REFUSED_REST_S", 0.01)
     monkeypatch.setattr("hive_agent.serve.LATE_TRIES", 3)
     link, lines = a_link(tmp_path), TurnLines()
-    lines.add("one")
+    for _ in range(2 * LINES_PER_REQUEST + 1):
+        lines.add("one of three batches")
     lines.close()
+    refused = 0
     async with open_host(tmp_path) as host, running(link), trio.open_nursery() as nursery:
         connection = await host.accept()
         await connection.welcome()
-        nursery.start_soon(ship_lines, link, 3, lines, Stopwatch())
-        for _ in range(times):
-            await connection.refuse(await connection.expect("lines"), code, "never")
+
+        async def refuse() -> None:
+            nonlocal refused
+            while True:
+                request = await connection.expect("lines")
+                refused += 1
+                await connection.refuse(request, code, "never")
+
+        nursery.start_soon(refuse)
+        await ship_lines(link, 3, lines, Stopwatch())
+        nursery.cancel_scope.cancel()
+    assert refused == times
 
 
 async def test_a_quiet_turn_says_that_it_lives_and_one_that_was_taken_away_ends_its_program(
