@@ -18,6 +18,7 @@ from dashboard.forms import Forms
 from dashboard.pages import HOME, Pages
 from dashboard.spend import SpendForms
 from dashboard.steering import SteeringForms
+from dashboard.tombstones import TombstoneForms
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
@@ -42,6 +43,7 @@ def build_app(hive: Hive) -> ASGIApp:
             Route("/estop", forms.estop, methods=["POST"]),
             Route("/thaw", forms.thaw, methods=["POST"]),
             *CredentialForms(hive).routes(),
+            *TombstoneForms(hive).routes(),
             Route("/budgets", spend.set, methods=["POST"]),
             Route("/budgets/remove", spend.remove, methods=["POST"]),
             Route("/agents/{name}/command", SteeringForms(hive).command, methods=["POST"]),

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import trio
+from markupsafe import Markup
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Message, Receive, Scope, Send
 
 from dashboard.credentials import credential_rows, lacks_credential
 from dashboard.rows import Rows
 from dashboard.spend import spend_now
+from dashboard.tombstones import tombstone_rows
 from hive_core.agents import LIVE
 from hive_core.events import events_after, first_kept, timeline
 from hive_core.flow import messages_of_turns, these_messages
@@ -38,7 +40,14 @@ REST_S = 0.05  # between two looks, so that a flood of events costs a bounded nu
 RETRY_MS = 1_000
 BEGINNINGS = {("message", "message_sent"), ("turn", "turn_started")}
 MOVED = frozenset({"message_released", "message_requeued", "message_dropped"})
-MESSAGES_OF_EVENT = MOVED | {"message_sent", "message_dead", "turn_started", "messages_taken", "inbox_read"}
+MESSAGES_OF_EVENT = MOVED | {
+    "message_sent",
+    "message_dead",
+    "messages_given_up",
+    "turn_started",
+    "messages_taken",
+    "inbox_read",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +105,7 @@ def touched_by(events: Iterable[dict[str, Any]]) -> list[Touched]:
 
 def _things(event: dict[str, Any]) -> list[tuple[str, Any]]:
     data, things = event["data"], []
-    if event["kind"] == "agent_created":
+    if event["kind"] in ("agent_created", "agent_reviving"):
         things.append(("agent", event["agent"]))
     if event["kind"] in ("turn_started", "turn_ended", "turn_settled"):
         things.append(("turn", data.get("turn")))
@@ -106,6 +115,12 @@ def _things(event: dict[str, Any]) -> list[tuple[str, Any]]:
         things += [("message", id_) for id_ in (data.get("messages") or [data["message"]])]
     if event["kind"] in MOVED | {"message_dead"} or (event["kind"] == "message_sent" and data.get("held")):
         things.append(("aside", data["message"]))
+    if event["kind"] == "agent_destroyed":
+        things.append(("agent_gone", event["agent"]))
+    if event["kind"] in ("agent_revived", "agent_purged"):
+        things.append(("tombstone_gone", data["number"]))
+    if event["kind"] == "messages_given_up":
+        things += [("aside", id_) for id_ in data["messages"]]
     if event["kind"] in ("swarm_frozen", "swarm_thawed"):
         things.append(("freeze", None))
     if event["kind"].startswith("question_"):
@@ -137,6 +152,7 @@ class Feed:
         self._rows = Rows(hive)
         self._shown: dict[str, str] = {}  # target → a row of an agent, as this page has it
         self._credentials: dict[str, str] = {}  # target → the row of a credential, as well
+        self._tombs: dict[str, Markup] = {}  # target → the row of a tombstone
         self._lacks = False  # whether the page says that a credential is missing
         self._moves_shown = -1  # of the ledger
 
@@ -166,7 +182,11 @@ class Feed:
         last = await self._hive.store.last_seq()
         if len(events) > REPLAY_LIMIT or len(lines) > REPLAY_LIMIT or at.seq > last or await self._has_gap(at):
             return None
-        states = [*await self._agent_rows(), *self._credential_rows(), *await self._spend()]
+        try:
+            agents = await self._agent_rows()
+        except Refusal:
+            return None  # it was destroyed: the page that is loaded then says so
+        states = [*agents, *self._credential_rows(), *await self._tombstones(), *await self._spend()]
         frames = [fragment.frame(None) for fragment in states]
         told = touched_by(events)
         fragments = await self._render(told)
@@ -198,7 +218,7 @@ class Feed:
     async def _agent_rows(self) -> list[Fragment]:
         """The rows of agents that differ from what this page has."""
         alone = self._agent is not None
-        fragments = []
+        fragments: list[Fragment] = []
         for agent in [await self._hive.agents.get(self._agent)] if self._agent else await self._hive.agents.all():
             rows = [Fragment(f"agent-{agent.name}", self._rows.agent(agent, alone), "agents")]
             if alone:
@@ -206,6 +226,14 @@ class Feed:
             fragments += [row for row in rows if self._shown.get(row.target) != row.html]
             self._shown.update({row.target: row.html for row in rows})
         return fragments
+
+    async def _tombstones(self) -> list[Fragment]:
+        """The rows of tombstones that differ from what this page has."""
+        if self._agent is not None:
+            return []
+        before, self._tombs = self._tombs, await tombstone_rows(self._hive)
+        changed = [(target, html) for target, html in self._tombs.items() if before.get(target) != html]
+        return [Fragment(target, html, "tombstones", "prepend") for target, html in reversed(changed)]
 
     def _credential_rows(self) -> list[Fragment]:
         """The rows of credentials that differ from what this page has, those that are gone as well."""
@@ -271,12 +299,20 @@ class Feed:
                 return await self._question(await self._hive.questions.find(thing.id))
             case "question_of" if self._agent is None:
                 return await self._question(await self._hive.questions.put_with(thing.id))
+            case "agent_gone" if self._agent is None and not await self._is_there(thing.id):
+                self._shown.pop(f"agent-{thing.id}", None)
+                return [Fragment(f"{what}-{thing.id}", "") for what in ("agent", "to", "budget-of")]
+            case "tombstone_gone" if self._agent is None:
+                return [Fragment(f"tombstone-{thing.id}", "")]
             case "agent" if self._agent is None:
                 return [
                     Fragment(f"to-{thing.id}", self._rows.recipient(thing.id), "recipients"),
                     Fragment(f"budget-of-{thing.id}", self._rows.recipient(thing.id, "budget-of"), "budget-scope"),
                 ]
         return []
+
+    async def _is_there(self, name: str) -> bool:
+        return any(agent.name == name for agent in await self._hive.agents.all())
 
     def _message(self, message: dict[str, Any], new: bool) -> Fragment:
         return Fragment(f"message-{message['id']}", self._rows.message(message), "flow" if new else None)

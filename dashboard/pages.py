@@ -14,6 +14,7 @@ from dashboard.door import COOKIE
 from dashboard.live import Position, live_response
 from dashboard.rows import ASSETS, Rows, asset_bytes, asset_hash, render
 from dashboard.spend import spend_now
+from dashboard.tombstones import tombstone_rows
 from hive_core.agents import Agent
 from hive_core.archive import parse_query
 from hive_core.events import timeline
@@ -128,6 +129,7 @@ class Pages:
             aside=await messages_aside(hive.store, ASIDE_SHOWN),
             messages=await newest_messages(hive.store, None, MESSAGES_SHOWN),
             spend=await spend_now(hive, None),
+            tombstones=(await tombstone_rows(hive)).values(),
         )
 
     async def _agent_page(self, name: AgentName) -> Response:

@@ -156,11 +156,23 @@ class Agents:
             taken = [row["page_port"] for row in tx.execute("SELECT page_port FROM agents").fetchall()]
             role, port = "agent", pick_port(name, self._ports, taken)
         tx.execute(
-            "INSERT INTO agents (name, role, wanted, page_port, created_at_ms) VALUES (?, ?, 'up', ?, ?)",
+            "INSERT INTO agents (name, role, wanted, page_port, created_at_ms, line_bytes) VALUES (?, ?, 'up', ?, ?, ("
+            "SELECT coalesce(sum(length(CAST(line AS BLOB))), 0) FROM turn_lines WHERE agent = ?1))",
             (name, role, port, tx.now_ms),
         )
         tx.emit("agent_created", actor, name, page_port=port)
         tx.wake(WANTED)
+
+    def forget(self, name: AgentName) -> None:
+        """It is no agent any more: what was seen of it goes."""
+        self._live.pop(name, None)
+        self._paused.discard(name)
+        self._store.bus.publish([LIVE, stream(name)])
+
+    @property
+    def ports(self) -> range:
+        """Those that pages of agents have."""
+        return self._ports
 
     async def want(self, name: AgentName, wanted: str, actor: str) -> None:
         """Set what is wanted of an agent: up, paused (runs, but takes no turn) or down. Raises Refusal("not_found")."""

@@ -31,7 +31,7 @@ from hive_core.bodies import Bodies, is_large, piece
 from hive_core.leases import Lease, Take, Turn, begin_turn
 from hive_core.ledger import Ledger
 from hive_core.limits import Limits
-from hive_core.post import AT_ONCE, Cause, Letter, forget_depth, post, put_message
+from hive_core.post import AT_ONCE, Cause, Letter, check_there, forget_depth, post, put_message
 from hive_core.prices import load_prices
 from hive_core.protocol.harness import OUTCOMES, REASONS
 from hive_core.protocol.refusal import Refusal
@@ -427,6 +427,8 @@ class Broker:
             names = [row[0] for row in tx.execute(sql, (message_id, json.dumps(states))).fetchall()]
             if not names:
                 raise Refusal("not_found", f"cannot {verb} message {message_id}: it is not {' or '.join(states)}")
+            if verb != "drop":
+                check_there(tx, names, f"{verb} message {message_id} for {{}}")
             tx.executemany(
                 "UPDATE deliveries SET state = ?, failures = 0, available_at_ms = ?, settled_at_ms = ?"
                 " WHERE message_id = ? AND recipient = ?",

@@ -34,6 +34,7 @@ from hive_core.containers.choice import choose_sandbox, make_driver
 from hive_core.containers.driver import AgentDirs
 from hive_core.credentials import Credential, Credentials, find_credential, how_to_give_one
 from hive_core.hive import Hive
+from hive_core.kept import Keeper
 from hive_core.ledger import Ledger
 from hive_core.lock import take_lock
 from hive_core.prices import load_prices
@@ -178,6 +179,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             reconciler=Reconciler(
                 store, agents, driver, rooms.dirs, rooms.may_run, rooms.serve, broker.put_back, config
             ),
+            keeper=Keeper(config.state_dir, rooms.run_dir),
             sign_ins=SignIns(store),
             credentials=Credentials(config.state_dir),
             claude=claude,
@@ -275,12 +277,16 @@ class _Rooms:
                 opened.enter_context(listen_unix(run / f"{name}.sock")) for name in ("harness", "mcp", "model")
             )
             opened.pop_all()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve_unix, harness_sock, harness.serve)
-            nursery.start_soon(serve_unix, mcp_sock, partial(agent_socket.serve_agent, tools))
-            nursery.start_soon(serve_asgi, relay, model_sock)
-            self._serve_page(agent, nursery)
-            task_status.started(harness)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(serve_unix, harness_sock, harness.serve)
+                nursery.start_soon(serve_unix, mcp_sock, partial(agent_socket.serve_agent, tools))
+                nursery.start_soon(serve_asgi, relay, model_sock)
+                self._serve_page(agent, nursery)
+                task_status.started(harness)
+        finally:
+            self._desks.pop(name, None)
+            hive.page_ports.pop(name, None)
 
     def _serve_page(self, agent: Agent, nursery: trio.Nursery) -> None:
         # With any-port dashboards (the demo, tests) the pages take any port too.
@@ -328,6 +334,7 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(serve_clock, hive.store, timers)
         nursery.start_soon(_serve_pruning, hive)
         nursery.start_soon(hive.reconciler.serve)
+        nursery.start_soon(hive.destruction.serve)
         nursery.start_soon(serve_watchdog)
         gc.freeze()  # what was loaded stays: to look through it at each collection is a tenth of a busy daemon's work
         task_status.started()

@@ -17,8 +17,10 @@ from hive_core.broker import Broker
 from hive_core.config import Config
 from hive_core.credentials import DEFAULT, Credential, Credentials
 from hive_core.freeze import Freeze
+from hive_core.kept import Keeper
 from hive_core.ledger import Ledger
 from hive_core.loose_ends import LooseEnds
+from hive_core.procedures.destruction import Destruction
 from hive_core.procedures.gate import Gate
 from hive_core.procedures.logins import Logins
 from hive_core.procedures.reconcile import Reconciler
@@ -29,6 +31,7 @@ from hive_core.schedules import Schedules
 from hive_core.sign_ins import SignIns
 from hive_core.steering import Steering
 from hive_core.store.door import Store
+from hive_core.tombstones import Tombstones
 from hive_core.turn_records import TurnRecords
 from hive_core.turns import Turns
 
@@ -45,6 +48,7 @@ class Hive:
     approvals: Approvals
     gate: Gate
     reconciler: Reconciler
+    keeper: Keeper
     sign_ins: SignIns
     credentials: Credentials
     claude: Path | None  # the agent program, where it was found
@@ -67,11 +71,17 @@ class Hive:
     steering: Steering = field(init=False)
     turn_records: TurnRecords = field(init=False)
     loose_ends: LooseEnds = field(init=False)
+    tombstones: Tombstones = field(init=False)
+    destruction: Destruction = field(init=False)
 
     def __post_init__(self) -> None:
         self.freeze = Freeze(self.store, self.access)
         self.breaker = Breaker(self.store, self.credentials, self.access, self.broker.limits)
         self.ledger.windows = self.breaker.windows_used
+        self.tombstones = Tombstones(self.store)
+        self.destruction = Destruction(
+            self.store, self.agents, self.reconciler, self.tombstones, self.keeper, self.broker
+        )
         self.logins = Logins(self.store.bus, self.credentials, self.breaker, self.claude, self.bwrap_trouble)
         self.archive = Archive(self.store, self.config, self.config.bodies_dir)
         self.retention = Retention(self.store, self.config, self.archive.index)

@@ -90,6 +90,7 @@ class _Facts:
     agents: dict[str, _Agent] = field(default_factory=dict)
     replied: dict[int, tuple[int, set[str]]] = field(default_factory=dict)  # id → its thread, who sent or got it
     firsts: dict[tuple[str, str], _First] = field(default_factory=dict)  # by sender and client id
+    destroyed: set[str] = field(default_factory=set)  # of those that are no agents
 
 
 def post(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> list[Outcome[dict[str, Any]]]:
@@ -229,10 +230,7 @@ def _judge(letter: Letter, facts: _Facts, limits: Limits) -> tuple[tuple[AgentNa
             "usage", f"cannot send to {len(recipients)} recipients at once: the limit is {limits.fan_out} (fan_out)"
         )
     if unknown := [name for name in recipients if name not in facts.agents and name != OPERATOR]:
-        raise Refusal(
-            "not_found",
-            f"cannot send to {', '.join(unknown)}: no agent has that name; `list_agents` or `hive list` shows them",
-        )
+        raise _not_there(unknown, facts.destroyed, "send to {}")
     if barred := [name for name in recipients if allowed is not None and name not in allowed]:
         raise Refusal(
             "refused",
@@ -251,6 +249,26 @@ def _judge(letter: Letter, facts: _Facts, limits: Limits) -> tuple[tuple[AgentNa
             "messages are gone",
         )
     return recipients, letter.cause or _cause_of(letter.sender, sender)
+
+
+def _not_there(unknown: Sequence[str], destroyed: set[str], deed: str) -> Refusal:
+    if gone := [name for name in unknown if name in destroyed]:
+        why = "it was destroyed" if len(gone) == 1 else "they were destroyed"
+        way_out = f"`hive revive {gone[0]}` brings it back"
+        return Refusal("not_found", f"cannot {deed.format(', '.join(gone))}: {why}; {way_out}")
+    why = "no agent has that name; `list_agents` or `hive list` shows them"
+    return Refusal("not_found", f"cannot {deed.format(', '.join(unknown))}: {why}")
+
+
+def check_there(tx: Transaction, names: Sequence[str], deed: str) -> None:
+    """Raise Refusal("not_found") when one of these is neither an agent nor the operator. deed: with {} for the names"""
+    found = {row[0] for row in tx.execute(_THERE, (json.dumps(names),)).fetchall()} | {OPERATOR}
+    if unknown := [name for name in names if name not in found]:
+        raise _not_there(unknown, _destroyed(tx, unknown), deed)
+
+
+def _destroyed(tx: Transaction, names: Iterable[str]) -> set[str]:
+    return {row["name"] for row in tx.execute(_DESTROYED, (json.dumps(sorted(names)),)).fetchall()}
 
 
 def _cause_of(name: AgentName, sender: _Agent | None) -> Cause:
@@ -331,6 +349,8 @@ def _look_up(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> _Fac
             kept_bytes=0,
             turn=Cause("turn", row["turn_id"], row["chain_id"], hops),
         )
+    if strange := names - facts.agents.keys() - {OPERATOR, SYSTEM, EVERYONE}:
+        facts.destroyed = _destroyed(tx, strange)
     if doubtful := [name for name, agent in facts.agents.items() if agent.waiting >= limits.inbox_depth]:
         for row in tx.execute(_WAITING, (json.dumps(doubtful),)).fetchall():
             facts.agents[row["name"]].waiting = row["waiting"]
@@ -383,6 +403,8 @@ _FIRST = """
     ) AS held
     FROM json_each(?) k JOIN messages m ON m.sender = k.value ->> 0 AND m.client_id = k.value ->> 1
 """
+_THERE = "SELECT name FROM agents WHERE name IN (SELECT value FROM json_each(?))"
+_DESTROYED = "SELECT DISTINCT name FROM tombstones WHERE name IN (SELECT value FROM json_each(?))"
 _KEPT = "SELECT coalesce(sum(body_bytes), 0) FROM messages WHERE body_sha256 IS NOT NULL AND sender = ?"
 
 

@@ -52,6 +52,20 @@ def drop_message(tx: Transaction, message_id: int, limits: Limits) -> None:
     _tell_asker(tx, number, f"question_dropped: the operator dropped {what}.", limits)
 
 
+def end_with_agent(tx: Transaction, name: AgentName, limits: Limits) -> None:
+    """An agent is destroyed: its open questions are cancelled, and those to it dropped, which their askers are told."""
+    sql = "SELECT id, answerer FROM questions INDEXED BY questions_from WHERE asker = ? AND state = 'open'"
+    for row in tx.execute(sql, (name,)).fetchall():
+        _settle(tx, row["id"], "cancelled")
+        tx.emit("question_cancelled", SYSTEM, row["answerer"], question=row["id"])
+    sql = "SELECT id, asker FROM questions INDEXED BY questions_to WHERE answerer = ? AND state = 'open'"
+    for row in tx.execute(sql, (name,)).fetchall():
+        _settle(tx, row["id"], "dropped")
+        tx.emit("question_dropped", SYSTEM, row["asker"], question=row["id"])
+        text = f"question_dropped: {name}, to which you put question {row['id']}, was destroyed."
+        _tell_asker(tx, row["id"], text, limits)
+
+
 def tell_held(tx: Transaction, question_id: int, limits: Limits) -> None:
     """An answer is held: its asker, who waits for it, is told for whose word it waits now."""
     (who,) = tx.execute("SELECT answerer FROM questions WHERE id = ?", (question_id,)).fetchone()

@@ -20,6 +20,7 @@ from hive_core.containers.driver import AgentDirs
 from hive_core.containers.process import ProcessDriver
 from hive_core.credentials import Credentials
 from hive_core.hive import Hive
+from hive_core.kept import Keeper
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.protocol.words import AgentName
 from hive_core.sign_ins import SignIns
@@ -57,6 +58,7 @@ def hive_of(services: Services, **changes: Any) -> Hive:
         approvals=services.approvals,
         gate=services.gate,
         reconciler=Reconciler(services.store, services.agents, driver, dirs, may_run, _never, services.broker.put_back),
+        keeper=Keeper(folder, lambda name: folder / "run" / "agents" / name),
         sign_ins=SignIns(services.store),
         **{
             "credentials": Credentials(folder, {}),

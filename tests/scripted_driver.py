@@ -86,6 +86,9 @@ class ScriptedDriver:
     def forget(self, name: AgentName) -> None:
         pass
 
+    def destroy(self, name: AgentName) -> None:
+        pass
+
     def last_words(self, name: AgentName, limit: int = 600) -> str:
         return f"{name} fell over"
 

@@ -198,6 +198,25 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
     "start": ("agents.want", "start an agent that was killed or paused", [(("agent",), {})]),
     "pause": ("agents.want", "let an agent take no turn and reach no model until it is started", [(("agent",), {})]),
     "kill": ("agents.want", "end an agent now, and keep it down until it is started", [(("agent",), {})]),
+    "destroy": (
+        "tombstones.destroy",
+        "end an agent at its turn's edge and free its name; what it had is kept",
+        [(("agent",), {}), (("--now",), {"action": "store_true", "help": "in the middle of its turn"})],
+    ),
+    "tombstones": ("tombstones.tombstones", "agents that were destroyed, and what is kept of them", []),
+    "revive": (
+        "tombstones.revive",
+        "make an agent again of what is kept of one",
+        [(("tombstone",), {"metavar": "NAME[@DATE]"})],
+    ),
+    "purge": (
+        "tombstones.purge",
+        "remove what is kept of a destroyed agent, for good",
+        [
+            (("tombstone",), {"metavar": "NAME[@DATE]"}),
+            (("--yes",), {"action": "store_true", "help": "without asking"}),
+        ],
+    ),
     "estop": ("hive.freeze", "stop the whole swarm now: cut its calls to the model, begin no turn", []),
     "thaw": ("hive.freeze", "let a stopped swarm go on, with the messages that it holds", []),
     "credentials": (

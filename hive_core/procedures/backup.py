@@ -12,9 +12,9 @@ meanwhile; what is copied fits together because of the order:
    says is deployed, and tags of approvals that it does not know, or knows as undecided, are left out. So no lock of
    the gate is needed, and an approval never waits for a slow disk. (A bundle or a clone would run git, and leave the
    pins under refs/proposed behind.)
-4. what agents write: `proposed`, `agents`, `shared`. They may write while this copies; which files changed under our
-   hands is said. It is hostile: nothing but regular files and directories is opened, no link is followed, and links
-   are kept as words of the manifest.
+4. what agents write or wrote: `proposed`, `agents`, `tombstones`, `shared`. They may write while this copies; which
+   files changed under our hands is said. It is hostile: nothing but regular files and directories is opened, no link
+   is followed, and links are kept as words of the manifest.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def back_up(state_dir: Path, out: BinaryIO, work: Path, *, with_credentials: boo
         _add_bodies(writer, state_dir, database)
         for name in writer.report.agents:
             _add_applied(writer, state_dir, name, database)
-    for room in ("proposed", "agents", "shared", "meta", *(["credentials"] if with_credentials else [])):
+    for room in ("proposed", "agents", "tombstones", "shared", "meta", *(["credentials"] if with_credentials else [])):
         writer.add_tree(state_dir, room)
     for entry in sorted(os.listdir(state_dir)):
         if entry not in ROOMS and not OF_THE_MACHINE.fullmatch(entry):

@@ -17,9 +17,9 @@ DEPTH_LIMIT = 200
 PATH_LIMIT_BYTES = 3_000  # below a state directory, whose own path takes of the 4,095 that the kernel has
 MTIME_MOST_S = 2**33  # in the year 2242; disks differ in what they keep behind it
 # What a backup may hold, beside the database.
-ROOMS = ("bodies", "applied", "proposed", "agents", "shared", "meta", "credentials")
+ROOMS = ("bodies", "applied", "proposed", "agents", "tombstones", "shared", "meta", "credentials")
 # What agents write. A link is as safe there as it was: the daemon follows none below these.
-AGENTS_OWN = ("proposed/", "agents/", "shared/")
+AGENTS_OWN = ("proposed/", "agents/", "tombstones/", "shared/")
 
 Tell = Callable[[int, int], None]  # how many files and bytes are done
 

@@ -53,6 +53,7 @@ class Reconciler:
         self._dirs = dirs
         self._serve = serve
         self._supervised: dict[AgentName, Supervisor] = {}
+        self._leaving: set[AgentName] = set()  # agents that are being destroyed
         self._serving = False
         self._complete = trio.Event()  # every agent is supervised
 
@@ -63,26 +64,64 @@ class Reconciler:
             with self._store.bus.listen(WANTED) as listener:
                 while True:
                     for agent in await self._agents.all():
-                        if agent.settings is None:
+                        if agent.settings is None or agent.name in self._leaving:
                             continue
                         if agent.name not in self._supervised:
-                            await self._take_on(agent, nursery)
+                            await nursery.start(self._take_on, agent)
                         if agent.name in self._supervised:
                             self._supervised[agent.name].changed.set()
                     self._complete.set()
                     await listener.wait()
 
-    async def _take_on(self, agent: Agent, nursery: trio.Nursery) -> None:
-        """Open an agent's sockets and begin to supervise it; when they cannot be opened, that is its own trouble."""
-        try:
-            desk: Desk = await nursery.start(self._serve, agent)
-        except (Refusal, OSError) as exc:
-            self._agents.observe(agent.name, "crashed", str(exc))
-            log.error("cannot serve %s: %s", agent.name, exc, extra={"agent": agent.name})
-            return
-        supervisor = Supervisor(self._tools, agent.name, desk, self._dirs(agent.name))
-        self._supervised[agent.name] = supervisor
-        nursery.start_soon(supervisor.serve)
+    async def _take_on(self, agent: Agent, task_status: trio.TaskStatus[None]) -> None:
+        """Open an agent's sockets and supervise it; when they cannot be opened, that is its own trouble."""
+        name = agent.name
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as rooms:
+                try:
+                    desk: Desk = await rooms.start(self._serve, agent)
+                except (Refusal, OSError) as exc:
+                    self._agents.observe(name, "crashed", str(exc))
+                    log.error("cannot serve %s: %s", name, exc, extra={"agent": name})
+                    task_status.started()
+                    return
+                supervisor = self._supervised[name] = Supervisor(self._tools, name, desk, self._dirs(name))
+                supervisor.let_go = scope.cancel
+                task_status.started()
+                try:
+                    await supervisor.serve()
+                finally:
+                    self._supervised.pop(name, None)
+        supervisor.gone.set()
+
+    async def leave(self, name: AgentName, at_once: bool) -> None:
+        """End an agent, which is wanted down, and serve it no more: at its turn's edge, or `at_once`.
+
+        It is not taken on again before `left`.
+        """
+        if self._serving:
+            await self._complete.wait()
+        self._leaving.add(name)
+        if (supervised := self._supervised.get(name)) is None:
+            await self._end_unserved(name, {})
+        else:
+            if (running := await supervised.now_running()) is not None:
+                supervised.desk.ask_to_stop()
+                if at_once:
+                    running.kill()
+                await supervised.ended.wait()
+            supervised.let_go()
+            await supervised.gone.wait()
+        self._driver.destroy(name)
+
+    def left(self, name: AgentName) -> None:
+        """An agent of that name may be taken on again."""
+        self._leaving.discard(name)
+
+    def hasten(self, name: AgentName) -> None:
+        """End what is only asked to end."""
+        if (supervised := self._supervised.get(name)) is not None and supervised.running is not None:
+            supervised.running.kill()
 
     async def kill(self, name: AgentName, actor: AgentName) -> None:
         """End an agent now and keep it down. Raises Refusal for the manager itself and for unknown names."""

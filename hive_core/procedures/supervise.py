@@ -70,6 +70,8 @@ class Supervisor:
         self.running: Running | None = None
         self.changed = trio.Event()  # what is wanted of it may be something else
         self.ended = trio.Event()
+        self.let_go: Callable[[], None] = lambda: None  # ends its sockets and this, and no container
+        self.gone = trio.Event()  # that has been done
         self._tools = tools
         self._dirs = dirs
         self._looked = trio.Event()  # whether one of an earlier daemon runs is known

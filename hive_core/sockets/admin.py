@@ -41,6 +41,7 @@ from hive_core.schedules import parse_plan
 from hive_core.sockets.admin_credentials import credential_streams, credential_verbs
 from hive_core.sockets.admin_spend import spend_verbs
 from hive_core.sockets.admin_steering import steering_verbs
+from hive_core.sockets.admin_tombstones import tombstone_verbs
 from hive_core.sockets.admin_turns import turn_verbs
 from hive_core.sockets.unix import Connection, Lines
 from hive_core.stopped import stopped
@@ -100,6 +101,7 @@ class AdminDesk:
             **credential_verbs(hive),
             **spend_verbs(hive),
             **steering_verbs(hive),
+            **tombstone_verbs(hive),
             **turn_verbs(hive),
         }
         self._streams: dict[str, tuple[Callable[[Args, Tell], Awaitable[None]], set[str]]] = {

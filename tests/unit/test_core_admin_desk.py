@@ -18,6 +18,7 @@ from hive_core.approvals import put_request
 from hive_core.config import Config
 from hive_core.credentials import Credentials
 from hive_core.hive import Hive
+from hive_core.kept import Keeper
 from hive_core.post import put_message
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
@@ -56,6 +57,7 @@ def whole(services: Services, **environment: str) -> Hive:
         approvals=services.approvals,
         gate=services.gate,
         reconciler=reconciler,
+        keeper=Keeper(services.state_dir, lambda name: services.state_dir / "run" / name),
         sign_ins=SignIns(services.store),
         credentials=Credentials(services.state_dir, environment),
         claude=None,

@@ -14,7 +14,9 @@ from hive_core.archive import Archive, Query
 from hive_core.leases import Turn
 from hive_core.limits import Limits
 from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.reminders import When
 from hive_core.retention import Retention
+from hive_core.schedules import parse_plan
 from hive_core.store.schema import APPLICATION_ID, migrations
 from tests.hives import Services, open_services
 
@@ -195,3 +197,29 @@ async def test_what_is_old_is_forgotten_as_of_the_last_instant_that_the_events_k
     archive = Archive(hive.store, Limits(), hive.state_dir / "bodies")
     await archive.search(Query("word"))
     assert await Retention(hive.store, Limits(), archive.index).forget_old() == 0
+
+
+async def test_numbers_of_what_is_gone_are_not_given_again(tmp_path: Path) -> None:
+    """Tables that were made anew count on from where the old ones were."""
+    before = [step for step in migrations() if step[0] < 7]
+    with closing(sqlite3.connect(tmp_path / "hive.sqlite", isolation_level=None)) as connection:
+        for _, sql in before:
+            connection.executescript(sql)
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute("PRAGMA user_version = 6")
+        connection.executescript(
+            """
+            INSERT INTO agents (name, role, wanted, page_port, created_at_ms) VALUES ('iris', 'agent', 'up', 8100, 1);
+            INSERT INTO reminders (id, agent, body, set_at_ms, due_at_ms, hops, state) VALUES
+              (41, 'iris', 'first', 1, 2, 0, 'fired'), (42, 'iris', 'last', 1, 2, 0, 'fired');
+            DELETE FROM reminders WHERE id = 42;
+            INSERT INTO schedules (id, agent, body, every_ms, state, created_at_ms, moved_at_ms)
+            VALUES (7, 'iris', 'gone', 1000, 'removed', 1, 1);
+            DELETE FROM schedules;
+            """
+        )
+    async with open_services(tmp_path) as hive:
+        assert await hive.value("SELECT body FROM reminders") == "first"
+        assert (await hive.reminders.remind(IRIS, When(None, 60), "next"))["reminder"] == 43
+        assert (await hive.schedules.add(parse_plan("iris", "by the clock", None, None, 60)))["schedule"] == 8
+        assert await rows(hive, "PRAGMA foreign_key_check") == []
