@@ -23,9 +23,8 @@ in
       }
     ];
 
-    nixpkgs.config.allowUnfreePredicate = lib.mkDefault (
-      package: cfg.claude.enable && lib.getName package == "claude-code"
-    );
+    nixpkgs.config.allowUnfreePredicate =
+      package: cfg.claude.enable && lib.getName package == "claude-code";
 
     # The sockets are bound to /run/hive from the host; the harness waits for the daemon behind them by itself.
     systemd.services.hive-agent = {

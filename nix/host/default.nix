@@ -1,6 +1,9 @@
 # services.hyperhive: the daemon as a NixOS service.
 { flake }:
 {
+  # One module, under however many names it is imported.
+  key = "hyperhive-host";
+  _file = ./default.nix;
   imports = [
     (import ./options.nix { inherit flake; })
     ./assertions.nix

@@ -62,6 +62,14 @@ def test_the_first_readme_of_the_original_evaluates_as_written(nix: Nix, nixpkgs
 
 
 @everywhere
+def test_the_readme_tells_a_flake_that_evaluates(nix: Nix, nixpkgs: str) -> None:
+    flake = (ROOT / "README.md").read_text().split("```nix\n")[1].split("```")[0]
+    machine = f"(({flake}).outputs {{ inherit nixpkgs; hyperhive = self; }}).nixosConfigurations.my-host"
+    found = nix.value(f"({machine}).config.services.hyperhive.settings", nixpkgs)
+    assert found["claude"].endswith("/bin/claude")
+
+
+@everywhere
 def test_the_later_name_of_the_original_enables_it_too(nix: Nix, nixpkgs: str) -> None:
     assert nix.value("(host { hyperhive.enable = true; }).config.services.hyperhive.enable", nixpkgs) is True
 
@@ -75,6 +83,12 @@ def test_every_option_has_the_name_of_the_original_too(nix: Nix) -> None:
     found = nix.value(paths)
     assert found["theirs"] == found["ours"]
     assert len(found["ours"]) > 10
+
+
+@everywhere
+def test_the_module_may_be_imported_twice_and_under_both_names(nix: Nix, nixpkgs: str) -> None:
+    module = "imports = [ self.nixosModules.hive-c0re self.nixosModules.default ]; services.hyperhive.enable = true;"
+    assert settings(nix, module, nixpkgs)["dashboard_port"] == 7000
 
 
 @everywhere
@@ -239,6 +253,19 @@ def test_every_output_evaluates_for_both_processors(nix: Nix, nixpkgs: str, syst
         "fast-tests",
     } <= set(outputs["checks"])
     assert {"demo"} == set(outputs["apps"])
+
+
+@everywhere
+def test_the_virtual_machine_evaluates_and_its_script_is_python(nix: Nix, nixpkgs: str) -> None:
+    found = nix.value(
+        "let test = import ./nix/tests/swarm.nix { inherit self; }; machine = (host test.nodes.machine).config; in"
+        " { inherit (test) testScript; inherit (machine.services.hyperhive) settings;"
+        " inherit (machine.users) groups; }",
+        nixpkgs,
+    )
+    compile(found["testScript"], "swarm.py", "exec")
+    assert Config(**found["settings"]).default_program == "rehearsal"
+    assert found["groups"]["hive-admin"]["members"] == ["ada"]
 
 
 @everywhere

@@ -134,17 +134,23 @@ let
     let
       known = { inherit lib config options; } // specialArgs;
       call = module: module (mapAttrs (name: _: known.${name} or config._module.args.${name}) (functionArgs module) // { inherit lib config options; });
-      load = module:
-        if isFunction module then load (call module)
+      load = parent: module:
+        if isFunction module then load parent (call module)
         else if isAttrs module && !module ? outPath then
           let
             apart = module ? options || module ? config || module ? _alias;
             config = if apart then module.config or { } else removeAttrs module [ "imports" "_file" "key" ];
+            key = module.key or parent;
+            at = number: if key == null then null else "${key}:${toString number}";
+            imports = module.imports or [ ];
           in
-          [ { options = module.options or { }; inherit config; alias = module._alias or null; } ] ++ concatMap load (module.imports or [ ])
-        else load (import module);
+          [ { inherit key config; options = module.options or { }; alias = module._alias or null; } ]
+          ++ concatLists (genList (number: load (at number) (elemAt imports number)) (length imports))
+        else load parent (import module);
+      # A module with a key counts once.
+      once = foldl' (found: module: if module.key != null && any (other: other.key == module.key) found then found else found ++ [ module ]) [ ];
       arguments = { options._module.args = mkOption { type = types.lazyAttrsOf types.raw; default = { }; internal = true; }; };
-      loaded = concatMap load ([ arguments ] ++ modules);
+      loaded = once (concatMap (load null) ([ arguments ] ++ modules));
       options = withPaths [ ] (foldl' (joinOptions [ ]) { } (map (module: module.options) loaded));
       definitions = map (module: module.config) loaded;
       aliases = concatMap (module: optional (module.alias or null != null) module.alias) loaded;

@@ -19,6 +19,7 @@ let
       nixpkgs.config = bag "configuration of nixpkgs";
       nixpkgs.hostPlatform = mkOption { type = types.str; default = if system == null then throw "no system" else system; };
       security = bag "security";
+      specialisation = bag "other configurations of the machine";
       system.stateVersion = mkOption { type = types.str; };
       system.build.toplevel = mkOption { type = types.unspecified; };
       systemd = {
@@ -26,6 +27,7 @@ let
         slices = bag "slices";
         tmpfiles.rules = list;
       };
+      virtualisation = bag "virtual machines";
       users.users = bag "users";
       users.groups = bag "groups";
     };

@@ -1,0 +1,85 @@
+"""Runs in the driver of a NixOS test, which gives `machine`, `start_all` and `subtest`."""
+
+# ruff: noqa: F821
+
+import json
+
+CHANGED = "/run/booted-system/specialisation/changed/bin/switch-to-configuration test"
+GIT = "runuser -u hyperhive -- git -C /var/lib/hyperhive/applied/iris.git"
+BASE = "/run/booted-system/bin/switch-to-configuration test"
+
+
+def hive(words, user="ada"):
+    """What `hive WORDS --json` says, as that user."""
+    return json.loads(machine.succeed(f"su - {user} -c 'hive {words} --json'"))
+
+
+def agents():
+    return {agent["name"]: agent for agent in hive("list")["agents"]}
+
+
+def pending():
+    """The one request that waits, as soon as there is one."""
+    machine.wait_until_succeeds("su - ada -c 'hive pending --json' | grep -q '\"id\"'", timeout=60)
+    (approval,) = hive("pending")["approvals"]
+    return approval
+
+
+def harnesses():
+    """The processes of agents: they outlive the daemon."""
+    return set(machine.succeed("pgrep -f 'serve --run' || true").split())
+
+
+start_all()
+machine.wait_for_unit("hyperhive.service")
+
+with subtest("the unit answers under the name of the original, too"):
+    machine.succeed("systemctl is-active hive-c0re.service")
+
+with subtest("agents have their sandboxes under the hardened unit"):
+    assert agents()["hm1nd"]["sandbox"] == "bwrap"
+
+with subtest("only members of hive-admin command the daemon"):
+    machine.fail("su - eve -c 'hive list'")
+
+with subtest("an agent is asked for, shown and approved"):
+    hive('send hm1nd "I want a reader."')
+    approval = pending()
+    assert (approval["kind"], approval["agent"]) == ("spawn", "iris"), approval
+    hive(f"approve {approval['id']}")
+    machine.wait_until_succeeds("su - ada -c 'hive list --json' | grep -q iris", timeout=60)
+
+with subtest("a change of it is asked for, shown and approved"):
+    hive('send hm1nd "Give iris another model."')
+    approval = pending()
+    assert approval["kind"] == "apply_commit", approval
+    hive(f"approve {approval['id']}")
+    machine.wait_until_succeeds(f"{GIT} show main:agent.toml | grep -q haiku")
+
+with subtest("a rebuild restarts the daemon, and agents live on"):
+    machine.wait_until_succeeds("pgrep -f 'hive_agent.cli serve'", timeout=60)
+    before = harnesses()
+    machine.succeed(CHANGED)
+    machine.wait_for_unit("hyperhive.service")
+    machine.succeed("grep -q 'tries = 9' /etc/hyperhive/config.toml")
+    machine.wait_until_succeeds("su - ada -c 'hive list'", timeout=60)
+    assert before <= harnesses(), "an agent was started anew"
+
+with subtest("a rollback does the same backwards"):
+    machine.succeed(BASE)
+    machine.wait_for_unit("hyperhive.service")
+    machine.fail("grep -q 'tries = 9' /etc/hyperhive/config.toml")
+    machine.wait_until_succeeds("su - ada -c 'hive list'", timeout=60)
+    assert before <= harnesses(), "an agent was started anew"
+
+with subtest("a reboot brings the daemon and its agents back"):
+    machine.shutdown()
+    machine.start()
+    machine.wait_for_unit("hyperhive.service")
+    machine.wait_until_succeeds("su - ada -c 'hive list --json' | grep -q iris", timeout=60)
+    assert set(agents()) == {"hm1nd", "iris"}
+
+with subtest("a daemon that hangs is restarted by the watchdog"):
+    machine.succeed("systemctl kill --kill-whom=main --signal=STOP hyperhive.service")
+    machine.wait_until_succeeds("journalctl -u hyperhive | grep -qi watchdog", timeout=180)
+    machine.wait_for_unit("hyperhive.service")
