@@ -57,6 +57,13 @@ class Limits(BaseModel):
     restart_s: Annotated[
         Rest, Field(description="rest of a container after a crash, doubled with each in a row up to 1 minute")
     ] = 1.0
+    agent_memory_bytes: Annotated[
+        int, Field(ge=64 * 2**20, lt=2**50, description="memory of each agent and all that it starts")
+    ] = 4 * 2**30
+    agent_cpu_percent: Annotated[int, Field(ge=1, lt=2**20, description="cpu of each agent; 100 is one processor")] = (
+        200
+    )
+    agent_tasks: Annotated[int, Field(ge=16, lt=2**22, description="processes and threads of each agent")] = 2_048
     crash_loop: Annotated[
         Count,
         Field(description="crashes in a row before an agent is quarantined: not started again until `hive start NAME`"),

@@ -13,7 +13,8 @@ from typing import Any
 
 from hive_core.cli.client import Client
 from hive_core.cli.up import start_daemon
-from tests.processes import children_of, pids_naming
+from hive_core.containers.cgroups import Bounds, Cgroups
+from tests.processes import children_of, pids_naming, wait_gone
 
 WITHIN_S = 60.0
 # With both, agents whose program is claude have their sockets and no harness: a client may speak for them.
@@ -112,12 +113,20 @@ class Daemon:
         if getattr(self, "process", None) is not None and self.process.poll() is None:
             self.kill()
         # Agents may outlive their daemon: what is left is ended by pid, and with bwrap what it watched.
-        for pid in pids_naming(str(self.state / "agents")):
-            for each in (*children_of(pid), pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(each, signal.SIGKILL)
+        left = [each for pid in pids_naming(str(self.state / "agents")) for each in (*children_of(pid), pid)]
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        wait_gone(*left)
+        self._remove_groups()
         os.close(self._ours)
         os.close(self._alive)
+
+    def _remove_groups(self) -> None:
+        cgroups = Cgroups(self.state, Bounds(memory_bytes=2**30, cpu_percent=100, tasks=100))
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self.state / "agents"):
+                cgroups.remove(name)
 
 
 @contextlib.contextmanager

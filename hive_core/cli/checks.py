@@ -20,7 +20,8 @@ from hive_core.cli.doctor import Finding, Progress, Status
 from hive_core.cli.up import SANDBOXES, orphans
 from hive_core.config import Config, load_config
 from hive_core.containers.bubblewrap import bwrap_command
-from hive_core.containers.choice import Choice, choose_sandbox
+from hive_core.containers.cgroups import Cgroups
+from hive_core.containers.choice import Choice, bounds_of, choose_sandbox
 from hive_core.containers.driver import AgentDirs
 from hive_core.containers.inside import HOME, harness_environment, in_memory
 from hive_core.containers.nspawn import look_for_nspawn
@@ -203,6 +204,16 @@ def check_sandbox(name: str, machine: Machine) -> Iterator[Finding]:
         yield Finding(name, "ok", f"{called}, with a filter of system calls; {_other_sandbox(config, choice)}")
 
 
+def check_bounds(name: str, machine: Machine) -> Iterator[Finding]:
+    cgroups = Cgroups(machine.config.state_dir / "doctor", bounds_of(machine.config))
+    bounds = cgroups.bounds
+    told = f"{bounds.memory_bytes // MIB:,} MiB of memory, {bounds.cpu_percent} % of cpu, {bounds.tasks:,} tasks"
+    if cgroups.trouble:
+        yield Finding(name, "warning", cgroups.trouble)
+    else:
+        yield Finding(name, "ok", f"each agent has at most {told}")
+
+
 def _other_sandbox(config: Config, choice: Choice) -> str:
     """Whether the one that is not set would work here, and why not."""
     if config.sandbox == "nspawn":
@@ -312,6 +323,7 @@ CHECKS: dict[str, Callable[[str, Machine], Iterator[Finding]]] = {
     "sqlite": check_sqlite,
     "ports": check_ports,
     "sandbox": check_sandbox,
+    "bounds": check_bounds,
     "credential": check_credential,
     "claude": check_claude,
 }

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from hive_core.config import Config
 from hive_core.containers.bubblewrap import sandbox_trouble
+from hive_core.containers.cgroups import Bounds, Cgroups
 from hive_core.containers.driver import Driver
 from hive_core.containers.nspawn import NspawnDriver, look_for_nspawn
 from hive_core.containers.process import ProcessDriver
 from hive_core.protocol.words import AgentName
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,11 @@ def choose_sandbox(config: Config, claude: Path | None) -> Choice:
     return Choice(sandbox, trouble, None if sandbox == "none" else weakness, bwrap_trouble)
 
 
+def bounds_of(config: Config) -> Bounds:
+    """What each agent may take of the host."""
+    return Bounds(config.agent_memory_bytes, config.agent_cpu_percent, config.agent_tasks)
+
+
 def make_driver(
     config: Config,
     choice: Choice,
@@ -44,6 +53,10 @@ def make_driver(
     first_uid: Callable[[AgentName], Awaitable[int]],
 ) -> Driver:
     """The driver that the choice asks for; `first_uid` says where an agent's range of uids begins."""
+    groups = Cgroups(config.state_dir, bounds_of(config))
+    if groups.trouble:
+        log.warning("%s", groups.trouble)
+    cgroups = None if groups.trouble else groups
     if choice.sandbox == "nspawn":
         return NspawnDriver(
             config.state_dir,
@@ -53,6 +66,7 @@ def make_driver(
             claude=claude,
             orphan_grace_s=config.orphan_grace_s,
             life_fd=life_fd,
+            cgroups=cgroups,
         )
     return ProcessDriver(
         config.state_dir,
@@ -60,4 +74,5 @@ def make_driver(
         claude=claude,
         orphan_grace_s=config.orphan_grace_s,
         life_fd=life_fd,
+        cgroups=cgroups,
     )

@@ -31,6 +31,7 @@ from pathlib import Path
 import trio
 
 from hive_core.containers import printed
+from hive_core.containers.cgroups import Cgroups, entering_groups
 from hive_core.containers.driver import AgentDirs
 from hive_core.containers.keyring import leave_session_keyring
 from hive_core.containers.process_tree import boot_id, first_in_namespace, start_time, usage_below
@@ -60,14 +61,22 @@ class Launch:
 class HostProcessDriver:
     """A driver but for what is around an agent: `_launch` says that.
 
+    cgroups: what bounds its agents; None bounds them not at all.
     life_fd: the read end of a pipe whose write end only this daemon holds; None lets agents outlive it.
     """
 
     sandbox: str
 
     def __init__(
-        self, state_dir: Path, *, claude: Path | None, orphan_grace_s: float, life_fd: int | None = None
+        self,
+        state_dir: Path,
+        *,
+        claude: Path | None,
+        orphan_grace_s: float,
+        life_fd: int | None = None,
+        cgroups: Cgroups | None = None,
     ) -> None:
+        self._cgroups = cgroups
         self._files = state_dir / "processes"
         self._claude = claude
         self._orphan_grace_s = orphan_grace_s
@@ -128,8 +137,9 @@ class HostProcessDriver:
             with output, contextlib.ExitStack() as opened:
                 launch = self._launch(name, dirs, status_fd, opened)
                 keep = [status_fd, *launch.kept_fds, *([] if self._life_fd is None else [self._life_fd])]
+                entries = [] if self._cgroups is None else self._cgroups.make(name)
                 process = subprocess.Popen(
-                    launch.command,
+                    entering_groups(entries, launch.command) if entries else launch.command,
                     stdin=subprocess.DEVNULL if launch.stdin_fd is None else launch.stdin_fd,
                     stdout=output.fileno(),
                     stderr=output.fileno() if launch.error_fd is None else launch.error_fd,
@@ -190,12 +200,17 @@ class HostProcessDriver:
         identity = self._file(name, "json")
         if not identity.exists():
             return None
-        identity.unlink()
+        self.forget(name)
         return Exit(status_value(self._file(name, "status"), "exit-code"))
 
     def forget(self, name: AgentName) -> None:
         """The end of the agent was seen and told."""
         self._file(name, "json").unlink(missing_ok=True)
+        if self._cgroups is not None and (killed := self._cgroups.remove(name)):
+            most = f"agent_memory_bytes, {self._cgroups.bounds.memory_bytes:,}"
+            told = f"hive: the kernel killed {killed} of its processes: together they held more than {most}\n"
+            with contextlib.suppress(OSError), self._file(name, "log").open("a") as printed_file:
+                printed_file.write(told)
 
     def usage(self, running: Running) -> Usage:
         """What the agent takes of the host now."""
@@ -214,7 +229,8 @@ class HostProcessDriver:
 
     def destroy(self, name: AgentName) -> None:
         """Forget that there ever was such an agent, which has ended; its directories stay. Nothing when it is gone."""
-        for suffix in ("json", "run", "log", "status"):
+        self.forget(name)
+        for suffix in ("run", "log", "status"):
             self._file(name, suffix).unlink(missing_ok=True)
 
     def last_words(self, name: AgentName, limit: int = 600) -> str:

@@ -23,6 +23,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hive_core.containers.cgroups import Cgroups
 from hive_core.containers.driver import AgentDirs
 from hive_core.containers.entering import confined, nsenter
 from hive_core.containers.host_process import HostProcessDriver, Launch
@@ -127,8 +128,9 @@ class NspawnDriver(HostProcessDriver):
         claude: Path | None,
         orphan_grace_s: float,
         life_fd: int | None = None,
+        cgroups: Cgroups | None = None,
     ) -> None:
-        super().__init__(state_dir, claude=claude, orphan_grace_s=orphan_grace_s, life_fd=life_fd)
+        super().__init__(state_dir, claude=claude, orphan_grace_s=orphan_grace_s, life_fd=life_fd, cgroups=cgroups)
         self.sandbox = "nspawn" if own_uids else HOST_UIDS
         self._base_of = base_of
         self._root = root

@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 
 from hive_core.containers.bubblewrap import bwrap_command
+from hive_core.containers.cgroups import Cgroups
 from hive_core.containers.driver import AgentDirs
 from hive_core.containers.entering import confined, nsenter
 from hive_core.containers.host_process import HostProcessDriver, Launch
@@ -25,9 +26,16 @@ class ProcessDriver(HostProcessDriver):
     """Starts harnesses with bwrap, or bare where `sandbox` is "none" and somebody chose that."""
 
     def __init__(
-        self, state_dir: Path, *, sandbox: str, claude: Path | None, orphan_grace_s: float, life_fd: int | None = None
+        self,
+        state_dir: Path,
+        *,
+        sandbox: str,
+        claude: Path | None,
+        orphan_grace_s: float,
+        life_fd: int | None = None,
+        cgroups: Cgroups | None = None,
     ) -> None:
-        super().__init__(state_dir, claude=claude, orphan_grace_s=orphan_grace_s, life_fd=life_fd)
+        super().__init__(state_dir, claude=claude, orphan_grace_s=orphan_grace_s, life_fd=life_fd, cgroups=cgroups)
         self.sandbox = sandbox
         if sandbox == "bwrap" and self._filter is None:
             log.warning("there is no filter of system calls for this processor: agents can make all of them")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from hive_core.containers.cgroups import Cgroups
 from hive_core.containers.driver import AgentDirs
 from hive_core.containers.host_process import HostProcessDriver
 from hive_core.containers.nspawn import HOST_UIDS, NspawnDriver
@@ -59,14 +60,21 @@ async def base_of(name: AgentName) -> int:
     return pick_range(name, ())
 
 
-def driver_in(folder: Path, kind: str, script: str, life_fd: int | None = None) -> _Processes | _Containers:
+def driver_in(
+    folder: Path, kind: str, script: str, life_fd: int | None = None, cgroups: Cgroups | None = None
+) -> _Processes | _Containers:
     driver: _Processes | _Containers
     if kind in ("bwrap", "none"):
-        driver = _Processes(folder, sandbox=kind, claude=None, orphan_grace_s=600, life_fd=life_fd)
+        driver = _Processes(folder, sandbox=kind, claude=None, orphan_grace_s=600, life_fd=life_fd, cgroups=cgroups)
     else:
-        own_uids = kind != HOST_UIDS
         driver = _Containers(
-            folder, base_of=base_of, own_uids=own_uids, claude=None, orphan_grace_s=600, life_fd=life_fd
+            folder,
+            base_of=base_of,
+            own_uids=kind != HOST_UIDS,
+            claude=None,
+            orphan_grace_s=600,
+            life_fd=life_fd,
+            cgroups=cgroups,
         )
     driver.script = script
     return driver

@@ -1,0 +1,142 @@
+"""What an agent may take of the host: memory, cpu and tasks, which the kernel holds it to by a control group.
+
+Both hierarchies are known: one tree for all (v2), and one for each kind (v1). An agent's groups lie below the daemon's
+own, in one of the hive's. Its wrapper enters them before it becomes anything else, so all that comes of it is in them;
+no container shows an agent where they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_PERIOD_US = 100_000
+# Enters groups and becomes a command: `$1 …` are files to write 0 into, then comes --.
+_ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1" || exit 125; shift; done; shift; exec "$@"'
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of one agent."""
+
+    memory_bytes: int
+    cpu_percent: int  # 100 is one processor
+    tasks: int  # processes and threads
+
+
+class Cgroups:
+    """The groups of a hive's agents. `trouble` says why there can be none, and what would mend it; None: there can."""
+
+    def __init__(self, state_dir: Path, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self._folder = f"hive-{hashlib.sha256(os.fsencode(state_dir)).hexdigest()[:8]}"
+        self._trees = _trees()
+        self.trouble = self._try()
+
+    def _try(self) -> str | None:
+        if self._trees is None:
+            return "agents are not bounded: no control groups for memory, cpu and pids are mounted; mount cgroup2"
+        try:
+            self.make("hive-probe")
+        except OSError as exc:
+            fix = "run the daemon as root, or as a systemd unit with Delegate=yes"
+            return f"agents are not bounded: no control group can be made ({exc.filename}: {exc.strerror}); {fix}"
+        finally:
+            self.remove("hive-probe")
+        return None
+
+    def make(self, name: str) -> list[Path]:
+        """Make an agent's groups, or take those that are there; the files by which a process enters. Raises OSError."""
+        entries = []
+        for parent, settings in self._wanted():
+            if settings.get("memory.max"):
+                _delegate(parent, parent / self._folder)
+            group = parent / self._folder / name
+            group.mkdir(parents=True, exist_ok=True)
+            for file, value in settings.items():
+                (group / file).write_text(value)
+            entries.append(group / "cgroup.procs")
+        return entries
+
+    def remove(self, name: str) -> int:
+        """Remove the groups of an agent that has ended; how many of its processes were killed for their memory."""
+        killed = 0
+        for parent, _ in self._wanted():
+            group = parent / self._folder / name
+            killed += _killed_for_memory(group)
+            for folder in (*sorted(group.glob("*/"), reverse=True), group, group.parent):
+                # Not empty: what has just ended is not gone yet, or another agent is in there.
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        return killed
+
+    def _wanted(self) -> list[tuple[Path, dict[str, str]]]:
+        """Where a group is to be made, and what is to be written into its files."""
+        bounds, trees = self.bounds, self._trees or {}
+        quota = str(bounds.cpu_percent * _PERIOD_US // 100)
+        if "" in trees:
+            one = {"memory.max": str(bounds.memory_bytes), "memory.swap.max": "0", "pids.max": str(bounds.tasks)}
+            return [(trees[""], {**one, "cpu.max": f"{quota} {_PERIOD_US}"})]
+        return [
+            (trees["memory"], {"memory.limit_in_bytes": str(bounds.memory_bytes)}),
+            (trees["cpu"], {"cpu.cfs_period_us": str(_PERIOD_US), "cpu.cfs_quota_us": quota}),
+            (trees["pids"], {"pids.max": str(bounds.tasks)}),
+        ]
+
+
+def entering_groups(entries: Sequence[Path], command: Sequence[str]) -> list[str]:
+    """A command that enters groups first; it keeps its pid."""
+    return ["/bin/sh", "-c", _ENTER, "hive-agent", *(str(entry) for entry in entries), "--", *command]
+
+
+def _delegate(parent: Path, folder: Path) -> None:
+    """In the tree for all, a group bounds only what the one above it has handed down. Raises OSError."""
+    folder.mkdir(exist_ok=True)
+    for above in (parent, folder):
+        (above / "cgroup.subtree_control").write_text("+memory +cpu +pids")
+
+
+def _killed_for_memory(group: Path) -> int:
+    for file in ("memory.events", "memory.oom_control"):
+        with contextlib.suppress(OSError, ValueError):
+            for line in (group / file).read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return 0
+
+
+def _trees() -> Mapping[str, Path] | None:
+    """Our own group in the tree for all (""), or in that of each kind; None where not all three kinds are to be had."""
+    mounted = _mounted()
+    ours: dict[str, Path] = {}
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, kinds, path = line.split(":", 2)
+        for kind in kinds.split(","):
+            if kind in mounted:
+                own = mounted[kind] / path.lstrip("/")
+                # A container that was given its part of the tree is told the path in the whole.
+                ours[kind] = own if own.is_dir() else mounted[kind]
+    if "" in ours:
+        with contextlib.suppress(OSError):
+            if {"memory", "cpu", "pids"} <= set((ours[""] / "cgroup.controllers").read_text().split()):
+                return {"": ours[""]}
+        del ours[""]
+    return ours if {"memory", "cpu", "pids"} <= set(ours) else None
+
+
+def _mounted() -> dict[str, Path]:
+    """Where each kind's tree is, and under "" the one for all."""
+    found: dict[str, Path] = {}
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        kind, _, options = after.split(" ", 2)
+        place = Path(before.split()[4])
+        if kind == "cgroup2":
+            found[""] = place
+        elif kind == "cgroup":
+            found |= dict.fromkeys(options.split(","), place)
+    return found

@@ -1,0 +1,137 @@
+"""What an agent may take of the host, under each driver, with real control groups."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from hive_core.containers.cgroups import Bounds, Cgroups
+from tests.containers.drivers import (
+    IRIS,
+    KINDS,
+    PATIENCE_S,
+    dirs_in,
+    driver_in,
+    end_all,
+    inside,
+    make_fifo,
+    mates,
+    need,
+    read_fifo,
+)
+
+BOUNDS = Bounds(memory_bytes=96 * 2**20, cpu_percent=20, tasks=24)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
+    yield
+    end_all(tmp_path)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return need(request.param)
+
+
+@pytest.fixture
+def cgroups(tmp_path: Path) -> Cgroups:
+    groups = Cgroups(tmp_path, BOUNDS)
+    if groups.trouble:
+        pytest.skip(groups.trouble)
+    return groups
+
+
+def groups_of(hive: Cgroups) -> list[Path]:
+    return [group for parent, _ in hive._wanted() for group in (parent / hive._folder).glob("*/")]
+
+
+async def run_bounded(folder: Path, kind: str, cgroups: Cgroups, program: str) -> tuple[int | None, str]:
+    (dirs_in(folder).run / "program.py").write_text(program)
+    driver = driver_in(folder, kind, f"exec {sys.executable} {inside(folder, kind, 'run')}/program.py", cgroups=cgroups)
+    with trio.fail_after(PATIENCE_S):
+        code = (await (await driver.start(IRIS, dirs_in(folder))).wait()).code
+    driver.forget(IRIS)
+    return code, driver.last_words(IRIS, 10_000)
+
+
+async def test_an_agent_that_holds_more_memory_than_it_may_is_killed_and_its_last_words_name_the_setting(
+    tmp_path: Path, kind: str, cgroups: Cgroups
+) -> None:
+    code, said = await run_bounded(tmp_path, kind, cgroups, "print('begun', flush=True); b'x' * 500_000_000")
+    assert code != 0
+    assert said.startswith("begun")
+    assert "hive: the kernel killed 1 of its processes: together they held more than agent_memory_bytes" in said
+
+
+async def test_an_agent_that_starts_more_processes_than_it_may_gets_no_more(
+    tmp_path: Path, kind: str, cgroups: Cgroups
+) -> None:
+    program = (
+        "import subprocess\n"
+        "started = []\n"
+        "try:\n"
+        "    while len(started) < 100: started.append(subprocess.Popen(['sleep', '100']))\n"
+        "except OSError as exc: print(type(exc).__name__, len(started))\n"
+        "for one in started: one.kill()\n"
+    )
+    code, said = await run_bounded(tmp_path, kind, cgroups, program)
+    assert (code, said.split()[0]) == (0, "BlockingIOError")
+    assert 10 < int(said.split()[1]) < BOUNDS.tasks
+
+
+async def test_an_agent_that_computes_gets_no_more_of_the_processors_than_it_may(
+    tmp_path: Path, kind: str, cgroups: Cgroups
+) -> None:
+    program = (
+        "import time\n"
+        "begun, used = time.monotonic(), time.process_time()\n"
+        "while time.process_time() - used < 0.2: pass\n"
+        "print(time.monotonic() - begun)\n"
+    )
+    code, said = await run_bounded(tmp_path, kind, cgroups, program)
+    assert code == 0
+    assert float(said) > 0.2 / (BOUNDS.cpu_percent / 100) - 0.2
+
+
+async def test_all_of_an_agent_is_in_its_groups_and_they_go_when_it_has_ended(
+    tmp_path: Path, kind: str, cgroups: Cgroups
+) -> None:
+    ready = make_fifo(tmp_path, "ready")
+    script = f"setsid sleep 1000 & echo > {inside(tmp_path, kind)}/ready; wait"
+    driver = driver_in(tmp_path, kind, script, cgroups=cgroups)
+    running = await driver.start(IRIS, dirs_in(tmp_path))
+    await read_fifo(ready)
+    everything = {running.pid, *mates(running)}
+    assert len(everything) >= 2
+    for group in groups_of(cgroups):
+        assert everything <= {int(pid) for file in group.rglob("cgroup.procs") for pid in file.read_text().split()}
+        assert os.getpid() not in {int(pid) for pid in (group / "cgroup.procs").read_text().split()}
+    running.kill()
+    with trio.fail_after(PATIENCE_S):
+        await running.wait()
+        driver.forget(IRIS)
+        while groups_of(cgroups):  # what was killed leaves its group a moment later
+            await trio.lowlevel.checkpoint()
+            driver.forget(IRIS)
+    assert driver.last_words(IRIS) == ""
+
+
+async def test_groups_that_are_still_there_are_taken_again(tmp_path: Path, kind: str, cgroups: Cgroups) -> None:
+    cgroups.make("iris")
+    assert (await run_bounded(tmp_path, kind, cgroups, "print('runs')")) == (0, "runs")
+
+
+def test_a_daemon_that_may_make_no_groups_is_told_how_it_could(tmp_path: Path, cgroups: Cgroups) -> None:
+    """Run as a process without rights: as root, a group can always be made."""
+    pid = os.fork()
+    if pid == 0:
+        os.setuid(65534)
+        trouble = Cgroups(tmp_path, BOUNDS).trouble or ""
+        os._exit(0 if "Permission denied); run the daemon as root, or as a systemd unit" in trouble else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
