@@ -16,6 +16,7 @@ from hive_core.breaker import Breaker
 from hive_core.broker import Broker
 from hive_core.config import Config
 from hive_core.credentials import DEFAULT, Credential, Credentials
+from hive_core.disk_use import DiskUses
 from hive_core.freeze import Freeze
 from hive_core.kept import Keeper
 from hive_core.ledger import Ledger
@@ -71,6 +72,7 @@ class Hive:
     steering: Steering = field(init=False)
     turn_records: TurnRecords = field(init=False)
     loose_ends: LooseEnds = field(init=False)
+    disk: DiskUses = field(init=False)
     tombstones: Tombstones = field(init=False)
     destruction: Destruction = field(init=False)
 
@@ -78,6 +80,7 @@ class Hive:
         self.freeze = Freeze(self.store, self.access)
         self.breaker = Breaker(self.store, self.credentials, self.access, self.broker.limits)
         self.ledger.windows = self.breaker.windows_used
+        self.disk = DiskUses(self.store, self.broker.limits, self.config.state_dir)
         self.tombstones = Tombstones(self.store)
         self.destruction = Destruction(
             self.store, self.agents, self.reconciler, self.tombstones, self.keeper, self.broker

@@ -94,6 +94,12 @@ class Limits(BaseModel):
     line_quota_bytes: Annotated[Count, Field(description="kept lines that its program printed, for each agent")] = (
         64 * 1024 * 1024
     )
+    disk_quota_bytes: Annotated[
+        int,
+        Field(
+            ge=1, lt=2**62, description="what an agent's directories may take of the disk before the manager is told"
+        ),
+    ] = 10 * 1024**3
     question_ttl_s: Annotated[Seconds, Field(description="how long a question waits for its answer")] = 6 * 3600.0
     kept_s: Annotated[Seconds, Field(description="how long an acked message is kept")] = 30 * 24 * 3600.0
     history_kept_s: Annotated[

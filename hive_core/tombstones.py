@@ -152,8 +152,9 @@ def keep(tx: Transaction, tombstone: Tombstone, size: int) -> None:
     row = dict(tx.execute("SELECT * FROM agents WHERE name = ?", (tombstone.name,)).fetchone())
     sql = "UPDATE tombstones SET state = 'kept', agent = ?, bytes = ? WHERE id = ?"
     tx.execute(sql, (json.dumps(row, ensure_ascii=False), size, tombstone.id))
-    for table, column in (("container_states", "agent"), ("tool_calls", "agent"), ("agents", "name")):
-        tx.execute(f"DELETE FROM {table} WHERE {column} = ?", (tombstone.name,))
+    for table in ("container_states", "disk_warnings", "tool_calls"):
+        tx.execute(f"DELETE FROM {table} WHERE agent = ?", (tombstone.name,))
+    tx.execute("DELETE FROM agents WHERE name = ?", (tombstone.name,))
     tx.emit("agent_destroyed", tombstone.destroyed_by, tombstone.name, tombstone=tombstone.label, bytes=size)
     for topic in (WANTED, DEPLOYED):
         tx.wake(topic)

@@ -66,13 +66,14 @@ def agents(result: dict[str, Any]) -> str:
             _state(agent),
             ago(agent["since_ms"]),
             _waiting(agent),
+            _disk(agent),
             f"{agent['program']} · {agent['model']}{' (chosen)' if agent['chosen_model'] else ''}",
             "no sandbox" if agent["sandbox"] == "none" else agent["sandbox"],
             agent["page"],
         ]
         for agent in result["agents"]
     ]
-    text = table(rows, ["agent", "state", "since", "queued", "program", "sandbox", "page"])
+    text = table(rows, ["agent", "state", "since", "queued", "disk", "program", "sandbox", "page"])
     for agent in result["agents"]:
         if agent["status"]:
             text += f"\n{paint(agent['name'], 'bold')}: {safe(agent['status'])}"
@@ -121,6 +122,19 @@ def _waiting(agent: dict[str, Any]) -> str:
     if agent["inbox_full"] or agent["refused"]:
         parts.append(f"{'inbox full, ' if agent['inbox_full'] else ''}{agent['refused']} refused")
     return " · ".join(parts)
+
+
+def _disk(agent: dict[str, Any]) -> str:
+    """What its directories take, and of how much where that is too much."""
+    size = agent["disk_bytes"]
+    if size is None:
+        return "–"
+    over = f" of {mib(agent['disk_quota_bytes'])}!" if size > agent["disk_quota_bytes"] else ""
+    return f"{mib(size)}{over}"
+
+
+def mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def aside(state: str, row: dict[str, Any]) -> str:

@@ -66,4 +66,6 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _size(row: dict[str, Any]) -> str:
-    return "size unknown" if row["bytes"] is None else f"{row['bytes'] / 2**20:,.1f} MiB"
+    from hive_core.cli import show
+
+    return "size unknown" if row["bytes"] is None else show.mib(row["bytes"])

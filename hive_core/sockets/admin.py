@@ -173,7 +173,7 @@ class AdminDesk:
         hive = self._hive
         agents = []
         for agent in await hive.agents.all():
-            live, settings = hive.agents.live(agent.name), agent.settings or {}
+            live, settings, disk = hive.agents.live(agent.name), agent.settings or {}, hive.disk.of(agent.name)
             agents.append(
                 {
                     "name": agent.name,
@@ -202,6 +202,8 @@ class AdminDesk:
                     "deployed_sha": agent.deployed_sha,
                     "page": hive.page_url(agent.name),
                     "status": agent.status,
+                    "disk_bytes": disk.bytes if disk else None,
+                    "disk_quota_bytes": hive.disk.quota_bytes,
                     "rests_until_ms": agent.rests_until_ms,
                 }
             )

@@ -17,6 +17,13 @@ CREATE TABLE container_states (
   last_words        TEXT                         -- what it printed then
 ) STRICT, WITHOUT ROWID;
 
+-- Disk use: agents whose directories take more than their quota, which was told.
+
+CREATE TABLE disk_warnings (
+  agent TEXT PRIMARY KEY,
+  at_ms INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
 -- Tombstones: agents that were destroyed, whose directories are kept. What names an agent in history names no row any more.
 
 CREATE TABLE tombstones (
