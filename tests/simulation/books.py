@@ -255,14 +255,15 @@ class Books:
             raise self._broken(f"{charged} is charged and the budgets hold {spent} against it")
 
     def _look_for_reservations(self, daemon: Daemon) -> None:
-        due_ms = self._now_ms() - self._patience_ms
+        due_ms, ended_just_now = self._now_ms() - self._patience_ms, False
         for agent, turn in daemon.ledger.turns.running.items():
             sql = "SELECT ended_at_ms FROM turns WHERE id = ? AND state != 'running'"
             row = self._db.execute(sql, (turn.id,)).fetchone()
             if row is not None and row["ended_at_ms"] < due_ms:
                 raise self._broken(f"turn {turn.id} of {agent} is over and its reservation is kept")
-        if self._now_ms() - self._reserved_ms < (BEGINS_WITHIN_S + 1) * 1000:
-            return  # the turn may be about to begin
+            ended_just_now = ended_just_now or row is not None
+        if ended_just_now or self._now_ms() - self._reserved_ms < (BEGINS_WITHIN_S + 1) * 1000:
+            return  # it may not have been heard of yet, or a turn may be about to begin
         running = self._db.execute("SELECT 1 FROM turns WHERE state = 'running'").fetchone()
         if running is None and (left := daemon.ledger.turns.reserved("", {})):
             raise self._broken(f"{left} micro-USD are reserved and no turn runs")
