@@ -51,6 +51,19 @@ class ContainerStates:
             return None
         return Hindrance("crashed", row["why"], row["next_start_at_ms"], rest_s)
 
+    async def generation(self, name: AgentName) -> str | None:
+        """The shape of the agent's container that was started last; None where nobody wrote it down."""
+        row = await self._store.row("SELECT generation FROM container_states WHERE agent = ?", (name,))
+        return None if row is None else row["generation"]
+
+    async def note_start(self, name: AgentName, generation: str) -> None:
+        """A container of this shape is about to be started: who finds it knows that."""
+        sql = """
+            INSERT INTO container_states (agent, generation) VALUES (?, ?)
+            ON CONFLICT (agent) DO UPDATE SET generation = excluded.generation
+        """
+        await self._store.insist(lambda tx: tx.execute(sql, (name, generation)).rowcount)
+
     def note_crash(self, tx: Transaction, name: AgentName, why: str, last_words: str) -> tuple[int, str]:
         """Count a crash: how many there were in a row, and why the agent is quarantined by it, or an empty text."""
         sql = "SELECT crashes FROM container_states WHERE agent = ? AND crashed_at_ms > ?"

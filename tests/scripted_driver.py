@@ -65,8 +65,12 @@ class ScriptedDriver:
         self.begun: list[tuple[AgentName, Container]] = []
         self.left: dict[AgentName, Container] = {}  # by an earlier daemon
         self.missed: dict[AgentName, Exit] = {}
+        self.shape = "one"
         self.broken = ""  # why none can be started
         self.mortal = True
+
+    def generation(self, name: AgentName) -> str:
+        return self.shape
 
     async def start(self, name: AgentName, dirs: AgentDirs) -> Container:
         await trio.lowlevel.checkpoint()

@@ -35,6 +35,9 @@ class Driver(Protocol):
     def sandbox(self) -> str:
         """What is around an agent, in one word: "none" is nothing at all."""
 
+    def generation(self, name: AgentName) -> str:
+        """Names the shape that the agent's container has when it is started now; the same in every daemon like this."""
+
     async def start(self, name: AgentName, dirs: AgentDirs) -> Running:
         """Start the agent's harness. Raises OSError when it cannot be started, or the agent runs already."""
 

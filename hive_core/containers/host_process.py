@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ import trio
 from hive_core.containers import printed
 from hive_core.containers.cgroups import Cgroups, entering_groups
 from hive_core.containers.driver import AgentDirs
+from hive_core.containers.inside import package_parents
 from hive_core.containers.keyring import leave_session_keyring
 from hive_core.containers.process_tree import boot_id, first_in_namespace, start_time, usage_below
 from hive_core.containers.run_command import run_command
@@ -104,6 +106,13 @@ class HostProcessDriver:
     def _entering(self, dirs: AgentDirs, first: int) -> list[str]:
         """What a command is given to, so that it runs beside an agent's first process and has no other rights."""
         raise NotImplementedError
+
+    def generation(self, name: AgentName) -> str:
+        """Names the shape that the agent's container has when it is started now; the same in every daemon like this."""
+        bounds = None if self._cgroups is None else str(self._cgroups.bounds)
+        programs = [str(self._claude), sys.executable, *package_parents()]
+        shape = [self.sandbox, *programs, self._orphan_grace_s, self._life_fd is not None, bounds]
+        return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
 
     async def start(self, name: AgentName, dirs: AgentDirs) -> Running:
         """Start the agent's harness. Raises OSError when the program cannot be run, or the agent runs already."""

@@ -126,7 +126,13 @@ class Supervisor:
             self._begin(running)
             self._looked.set()
             log.info("adopted %s (pid %d)", self.name, running.pid, extra={"agent": self.name})
-            await self._tools.store.insist(lambda tx: tx.emit("agent_adopted", SYSTEM, self.name, pid=running.pid))
+            known, wanted = await self._tools.states.generation(self.name), driver.generation(self.name)
+            if outdated := known not in (None, wanted):
+                self.desk.ask_to_stop()  # at its turn's edge; then one of the wanted shape is started
+            told = {"outdated": True} if outdated else {}
+            await self._tools.store.insist(
+                lambda tx: tx.emit("agent_adopted", SYSTEM, self.name, None, pid=running.pid, **told)
+            )
             if not self.desk.said_hello.is_set():
                 self._observe("starting", "waits for its hello")
             if (await self._agent()).wanted == "down":
@@ -163,6 +169,7 @@ class Supervisor:
                     return
                 self._observe("starting")
                 self.desk.expect()
+                await self._tools.states.note_start(self.name, self._tools.driver.generation(self.name))
                 try:
                     running = await self._tools.driver.start(self.name, self._dirs)
                 except OSError as exc:

@@ -179,6 +179,27 @@ def test_a_harness_of_the_release_before_finishes_its_turn_and_one_of_this_relea
         assert copies_of(daemon, "iris") == [started["data"]["pid"]]
 
 
+def test_a_daemon_with_other_settings_of_containers_replaces_an_agent_at_its_turns_edge() -> None:
+    with open_swarm() as daemon:
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME, GATED])
+        client.call("send", to="iris", body="work")
+        daemon.wait_message(client, "begun")
+        old = pid_of(daemon, "iris")
+        daemon.kill()
+        daemon._flags = (*daemon._flags, "--orphan-grace-s=300")
+        client = daemon.start()
+        adopted = daemon.events(client, lambda e: e["kind"] == "agent_adopted" and e["agent"] == "iris")
+        assert adopted["data"] == {"pid": old, "outdated": True}
+        (daemon.state / "agents" / "iris" / "state" / "go").touch()
+        daemon.wait_message(client, "finished")
+        since = adopted["seq"]
+        ended = daemon.events(client, lambda e: e["kind"] == "agent_ended" and e["agent"] == "iris", after=since)
+        assert (ended["data"]["expected"], ended["data"]["code"]) == (True, 0)
+        daemon.events(client, lambda e: e["kind"] == "agent_started" and e["agent"] == "iris", after=since)
+        assert pid_of(daemon, "iris") != old
+
+
 def harness_of(daemon: Daemon, name: str) -> int:
     """The pid of an agent's harness as the host sees it."""
     status = (daemon.state / "processes" / f"{name}.status").read_text().splitlines()

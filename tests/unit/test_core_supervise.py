@@ -188,6 +188,32 @@ async def test_a_container_that_does_not_end_is_said_to_be_there_still_and_is_no
             await house.until(lambda: house.live("iris").state == "down")
 
 
+@pytest.mark.parametrize("shape", ["one", "another"])
+async def test_a_container_of_another_shape_is_replaced_at_its_turns_edge_and_one_of_the_same_goes_on(
+    autojump_clock: MockClock, shape: str
+) -> None:
+    async with open_house() as house:
+        await house.add_agents("hm1nd", "iris")
+        house.let_crash()
+        async with house.daemon():
+            await house.until(lambda: len(house.starts_of("iris")) == 1)
+        house.driver.left[IRIS] = house.last_of("iris")
+        house.driver.shape = shape
+        async with house.daemon():
+            await trio.sleep(1)
+            house.hello("iris")
+            assert house.desks[IRIS].begins_none == (shape == "another")
+            assert len(house.starts_of("iris")) == 1, "its turn is not cut"
+            if shape == "another":
+                house.last_of("iris").end(0)
+                await trio.sleep(0.5)
+                assert len(house.starts_of("iris")) == 2
+                assert not house.desks[IRIS].begins_none
+            await trio.sleep(100)
+            assert house.live("iris").state == "idle"
+        assert await house.mail(MANAGER) == []
+
+
 # -- mass starts ------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,8 @@ CREATE TABLE container_states (
   next_start_at_ms  INTEGER,                     -- it is not started before
   quarantined_at_ms INTEGER,                     -- since when it is not started any more, until the operator says so
   why               TEXT,                        -- how it ended the last time
-  last_words        TEXT                         -- what it printed then
+  last_words        TEXT,                        -- what it printed then
+  generation        TEXT                         -- the shape of the one that was started last
 ) STRICT, WITHOUT ROWID;
 
 -- Disk use: agents whose directories take more than their quota, which was told.
