@@ -8,7 +8,15 @@ import os
 
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.lines import LineSplitter, decode, encode
-from hive_core.protocol.paths import check_socket_room, explain, host_socket, runtime_dir
+from hive_core.protocol.paths import (
+    SYSTEM_CONFIG,
+    absolute,
+    check_socket_room,
+    explain,
+    host_socket,
+    read_config,
+    runtime_dir,
+)
 from hive_core.protocol.refusal import Refusal
 
 TYPE_CHECKING = False
@@ -18,13 +26,35 @@ if TYPE_CHECKING:
 
 
 def _check_owner(folder: str) -> None:
-    """Whoever owns the directory can put a socket of their own there: only root and ourselves are believed."""
+    """Whoever owns the directory can put a socket of their own there: only root and ourselves are believed, and whom
+    root's configuration names."""
     try:
         owner = os.stat(folder).st_uid
     except OSError:
         return
-    if os.geteuid() not in (0, owner) and owner != 0:
-        raise Refusal("refused", f"cannot trust {folder}: it belongs to uid {owner}, neither to you nor to root")
+    if os.geteuid() not in (0, owner) and owner != 0 and not _named_by_root(folder):
+        raise Refusal(
+            "refused",
+            f"cannot trust {folder}: it belongs to uid {owner}, neither to you nor to root; if that is the hive's "
+            f"user, have root set runtime_dir in {SYSTEM_CONFIG}",
+        )
+
+
+def _named_by_root(folder: str) -> bool:
+    try:
+        found = os.stat(SYSTEM_CONFIG)
+        named = absolute(read_config(SYSTEM_CONFIG).get("runtime_dir"))
+    except (OSError, ValueError, Refusal):
+        return False
+    return found.st_uid == 0 and not found.st_mode & 0o022 and named == folder
+
+
+def _connect(sock: socket.socket, path: str) -> None:
+    try:
+        sock.connect(path)
+    except OSError:
+        sock.close()
+        raise
 
 
 def _hung_up() -> Refusal:
@@ -44,7 +74,7 @@ class Client:
         _check_owner(os.path.dirname(path))
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.connect(path)
+            _connect(self._socket, path)
         except (FileNotFoundError, ConnectionRefusedError):
             raise Refusal(
                 "not_running", f"cannot reach the hive: no daemon answers on {path}; `hive up` starts one"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # sun_path holds 108 bytes with the closing NUL: unix(7).
 SOCKET_PATH_LIMIT_BYTES = 107
+SYSTEM_CONFIG = "/etc/hyperhive/config.toml"
 
 
 # What a path setting may be, for a sentence that begins with "it must be".
@@ -125,7 +126,7 @@ def default_runtime_dir() -> str:
 def config_files() -> list[str]:
     """The configuration files, the first that exists counts."""
     return [
-        "/etc/hyperhive/config.toml",
+        SYSTEM_CONFIG,
         os.path.join(_folder("XDG_CONFIG_HOME", "~/.config"), "hyperhive/config.toml"),
     ]
 

@@ -58,10 +58,11 @@
     KeyringMode = "private";
     SystemCallArchitectures = "native";
     SystemCallErrorNumber = "EPERM";
-    # @mount: bwrap mounts the sandbox's root.
+    # @mount, sethostname: bwrap mounts the sandbox's root, and gives it a name.
     SystemCallFilter = [
       "@system-service"
       "@mount"
+      "sethostname"
     ];
     # The provider, the dashboard, and the sockets of agents; AF_NETLINK: bwrap brings up the sandbox's loopback with it.
     RestrictAddressFamilies = [

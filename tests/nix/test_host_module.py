@@ -222,7 +222,7 @@ def test_the_unit_leaves_out_what_keeps_bubblewrap_from_its_sandbox(nix: Nix) ->
     service = nix.value("(import ./nix/systemd/unit.nix).Service")
     broken_by = {"RestrictNamespaces", "ProtectKernelTunables", "ProtectKernelLogs", "ProcSubset", "ProtectHostname"}
     assert broken_by.isdisjoint(service)
-    assert "@mount" in service["SystemCallFilter"]
+    assert {"@mount", "sethostname"} <= set(service["SystemCallFilter"])
     assert "AF_NETLINK" in service["RestrictAddressFamilies"]
 
 

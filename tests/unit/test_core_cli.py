@@ -190,6 +190,38 @@ def test_a_daemon_that_hangs_up_is_not_running_whatever_the_kernel_calls_it(tmp_
             hang_up.join()
 
 
+# -- whom a client believes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a directory to another user, which needs root")
+@pytest.mark.parametrize(
+    ("config", "mode", "trusted"),
+    [
+        ("runtime_dir = '{folder}'", 0o644, True),
+        ("runtime_dir = '{folder}'", 0o664, False),  # others of a group could have written it
+        ("runtime_dir = '/run/elsewhere'", 0o644, False),
+        ("state_dir = '{folder}'", 0o644, False),
+        ("runtime_dir = [", 0o644, False),
+        (None, 0o644, False),
+    ],
+)
+def test_a_directory_of_another_user_is_believed_when_roots_configuration_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str | None, mode: int, trusted: bool
+) -> None:
+    folder, file = tmp_path / "run", tmp_path / "config.toml"
+    folder.mkdir()
+    os.chown(folder, 4242, 4242)
+    if config is not None:
+        file.write_text(config.format(folder=folder))
+        file.chmod(mode)
+    monkeypatch.setattr("hive_core.cli.client.SYSTEM_CONFIG", str(file))
+    monkeypatch.setattr("os.geteuid", lambda: 4343)
+    with pytest.raises(Refusal) as caught:
+        Client(str(folder))
+    assert ("cannot trust" in caught.value.message) is not trusted
+    assert trusted or caught.value.message.endswith(f"have root set runtime_dir in {file}")
+
+
 # -- streams ----------------------------------------------------------------------------------------------------------
 
 
