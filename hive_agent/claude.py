@@ -182,7 +182,8 @@ class Claude(Runner):
     async def _ready(self, executable: list[str], lease: Lease, session: str | None) -> Program:
         """The process for a turn: the one that runs, if it is still the right one. Raises OSError."""
         seat, settings = self.seat, lease["settings"]
-        command = Command([*executable, *flags(seat, settings)], environment(seat, lease["credential"]), seat.state_dir)
+        variables = environment(seat, lease["credential"], settings.get("env"))
+        command = Command([*executable, *flags(seat, settings)], variables, seat.state_dir)
         program = self._program
         if program is not None and not (program.runs and (command, session) == (self._command, self._session)):
             await self._finish()

@@ -13,6 +13,8 @@ from hive_core.protocol.lines import encode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hive_core.protocol.harness import Settings
 
 MAX_RETRIES = 5  # 17 s against 529, which is retried whatever the server says; the default of 10 is 3 minutes
@@ -34,7 +36,8 @@ def flags(seat: Seat, settings: Settings) -> list[str]:
     python, *arguments = own_command(
         "mcp", "--socket", f"{seat.run_dir}/mcp.sock", *(("--harness", seat.harness) if seat.harness else ())
     )
-    servers = {"mcpServers": {"hive": {"command": python, "args": arguments}}}
+    extra = settings.get("mcp_servers", {})
+    servers = {"mcpServers": {**extra, "hive": {"command": python, "args": arguments}}}
     chosen = ["--print", "--verbose", "--input-format", "stream-json", "--output-format", "stream-json"]
     chosen += ["--mcp-config", json.dumps(servers), "--strict-mcp-config"]
     # Only what is listed is on; all others stay off, the program's own messaging, scheduling and web among them.
@@ -42,7 +45,7 @@ def flags(seat: Seat, settings: Settings) -> list[str]:
     if seat.sandboxed:
         chosen += ["--dangerously-skip-permissions"]
     else:
-        chosen += ["--allowedTools", "mcp__hive__*"]
+        chosen += ["--allowedTools", ",".join(f"mcp__{name}__*" for name in ("hive", *extra))]
     chosen += ["--model", settings["model"]]
     if effort := settings.get("effort"):
         chosen += ["--effort", effort]
@@ -60,11 +63,12 @@ def user_line(prompt: str) -> bytes:
     return encode({"type": "user", "message": {"role": "user", "content": prompt}})
 
 
-def environment(seat: Seat, credential: str) -> dict[str, str]:
-    """The program's whole environment: nothing of the harness's own reaches it."""
+def environment(seat: Seat, credential: str, chosen: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The program's whole environment: nothing of the harness's own reaches it. What we set wins over `chosen`."""
     name, placeholder = PLACEHOLDERS[credential]
     email = f"{seat.agent}@hive"
     return {
+        **(chosen or {}),
         "PATH": seat.path,
         "HOME": seat.home,
         "LANG": "C.UTF-8",

@@ -77,7 +77,8 @@ class Proposal:
 
 def harness_settings(settings: AgentSettings, prompt: str) -> dict[str, Any]:
     """What travels to the harness with a lease: protocol.harness.Settings. The policy is the host's to enforce."""
-    chosen = settings.model_dump(exclude={"description", *POLICY}, exclude_none=True)
+    left_out = {"description", *POLICY, *(key for key in ("env", "mcp_servers") if not getattr(settings, key))}
+    chosen = settings.model_dump(exclude=left_out, exclude_none=True)
     return {**chosen, "prompt": prompt, "policy": settings.model_dump(include=POLICY, exclude_defaults=True)}
 
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from hive_core import credentials
 from hive_core.protocol.harness import (
@@ -31,8 +42,34 @@ CredentialName = Annotated[
     str, StringConstraints(pattern=rf"^{credentials.NAME_PATTERN}\z", max_length=credentials.NAME_LIMIT)
 ]
 
+# What the hive sets for the agent's program itself, or what decides how any program runs.
+_OURS = "HIVE|ANTHROPIC|CLAUDE|MCP|GIT|DISABLE|LD|IS"
+VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\z", max_length=80)]
+Value = Annotated[str, StringConstraints(pattern=r"^[^\x00]*\z", max_length=4096)]
+ServerName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*\z", max_length=30)]
+
+
+def _only_theirs(names: dict[str, str]) -> dict[str, str]:
+    for name in names:
+        if re.match(rf"({_OURS})_|(PATH|HOME|LANG|TERM)\Z", name):
+            raise PydanticCustomError("ours", "{name} is the hive's own to set; choose another name", {"name": name})
+    return names
+
+
+Variables = Annotated[dict[VariableName, Value], Field(max_length=64), AfterValidator(_only_theirs)]
+
 # What the host enforces of the settings, whatever goes on in the container.
-POLICY = {"recipients", "pair_rate_per_hour", "credential"}
+POLICY = {"recipients", "pair_rate_per_hour", "credential", "available_models"}
+
+
+class McpServer(BaseModel):
+    """A server of tools beside the hive's own, started by the agent's program inside its sandbox."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    command: Annotated[Value, Field(min_length=1)]
+    args: Annotated[list[Value], Field(max_length=64)] = []
+    env: Variables = {}
 
 
 class AgentSettings(BaseModel):
@@ -40,6 +77,7 @@ class AgentSettings(BaseModel):
 
     program: Literal["claude", "rehearsal"] = "claude"
     model: Word = "sonnet"
+    available_models: Annotated[list[Word], Field(max_length=64)] = []  # that may be chosen as the model; none: any
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     tools: Annotated[list[Word], Field(max_length=64)] = DEFAULT_TOOLS
     turns: Literal["warm", "cold"] = "warm"  # warm: one process takes many; cold: each turn has its own
@@ -54,6 +92,17 @@ class AgentSettings(BaseModel):
     credential: CredentialName = credentials.DEFAULT  # of the host's, by its name
     recipients: Annotated[list[Recipient], Field(max_length=200)] | None = None  # whom it may write to; None: everybody
     pair_rate_per_hour: Annotated[int, Field(ge=1, le=100_000)] | None = None  # to one recipient; None: the hive's
+    env: Variables = {}  # more of its program's environment
+    mcp_servers: Annotated[dict[ServerName, McpServer], Field(max_length=16)] = {}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> AgentSettings:
+        if self.available_models and self.model not in self.available_models:
+            told = {"model": self.model, "models": ", ".join(self.available_models)}
+            raise PydanticCustomError("model", "the model {model} is not one of available_models ({models})", told)
+        if "hive" in self.mcp_servers:
+            raise PydanticCustomError("mcp", "mcp_servers.hive is the hive's own; choose another name")
+        return self
 
 
 EFFORTS: tuple[str, ...] = ("low", "medium", "high", "xhigh", "max")
@@ -77,6 +126,8 @@ _SENTENCES = {
     "string_too_long": "it is longer than {max_length} characters",
     "literal_error": "{expected} is needed",
     "list_type": "a list is needed",
+    "dict_type": "a table is needed",
+    "string_too_short": "it is empty",
     "too_long": "it holds more than {max_length} entries",
     "int_type": "a whole number is needed",
     "int_parsing": "a whole number is needed",
@@ -96,7 +147,7 @@ _SENTENCES = {
 def describe(error: ValidationError) -> str:
     """A pydantic error as one readable clause."""
     first = error.errors(include_url=False, include_input=False)[0]
-    where = named(".".join(str(part) for part in first["loc"]))[:60] or "the file"
+    where = named(".".join(str(part) for part in first["loc"] if part != "[key]"))[:60] or "the file"
     sentence = _SENTENCES.get(first["type"])
     what = sentence.format_map(first.get("ctx", {})) if sentence else first["msg"]
     return f"{where}: {what}"

@@ -6,6 +6,7 @@ harness, its container or the daemon forgets nothing.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from hive_core.protocol.refusal import Refusal
@@ -57,12 +58,19 @@ class Steering:
     async def choose(self, name: AgentName, what: str, raw: object, actor: str) -> dict[str, Any]:
         """Choose the `model` or the `effort` in the place of agent.toml's, or its own again with "default".
 
-        {"agent", "chosen"}: None for agent.toml's. Raises Refusal("usage") for what can be neither.
+        {"agent", "chosen"}: None for agent.toml's. Raises Refusal("usage") for what can be neither, and
+        Refusal("refused") for a model that agent.toml does not make available.
         """
         chosen = None if raw == DEFAULT else (parse_model(raw) if what == "model" else _effort(raw))
 
         def write(tx: Transaction) -> dict[str, Any]:
-            _row(tx, name)
+            available = json.loads(_row(tx, name)["policy"]).get("available_models", [])
+            if what == "model" and chosen is not None and available and chosen not in available:
+                raise Refusal(
+                    "refused",
+                    f"cannot use {shown(raw)} as the model of {name}: its agent.toml makes {', '.join(available)} "
+                    "available (available_models); choose one of them, or let hm1nd change it",
+                )
             sql = f"UPDATE agents SET chosen_{what} = ?1 WHERE name = ?2 AND chosen_{what} IS NOT ?1"
             if tx.execute(sql, (chosen, name)).rowcount:
                 tx.emit(f"{what}_chosen", actor, name, chosen=chosen)
@@ -74,7 +82,7 @@ class Steering:
 
 def _row(tx: Transaction, name: str) -> Any:
     sql = """
-        SELECT session, (SELECT id FROM turns WHERE agent = name AND state = 'running') AS turn_id
+        SELECT session, policy, (SELECT id FROM turns WHERE agent = name AND state = 'running') AS turn_id
         FROM agents WHERE name = ?
     """
     row = tx.execute(sql, (name,)).fetchone()

@@ -33,9 +33,10 @@ PARTS = {
     "agent": """
 ## An agent: `nixosModules.agent`
 
-`hyperhive.settings` are the keys of `agent.toml`. `hyperhive.model`, `.effort`, `.tools`, `.description`,
-`.credential`, `.allowedRecipients` (`recipients`), `.autoCompact.atPercent` (`compact_at_percent`)
-and `.autoCompact.contextWindow` (`context_window`) are other names of them.
+`hyperhive.settings` are the keys of `agent.toml`. `hyperhive.model`, `.effort`, `.env`, `.tools`, `.description`,
+`.credential`, `.availableModels` (`available_models`), `.extraMcpServers` (`mcp_servers`), `.allowedRecipients`
+(`recipients`), `.autoCompact.atPercent` (`compact_at_percent`) and `.autoCompact.contextWindow` (`context_window`)
+are other names of them.
 """,
 }
 UNIT_HEAD = """\

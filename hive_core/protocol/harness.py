@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 
     Outcome = Literal["done", "failed", "waiting", "cancelled"]
 
+    class McpServer(TypedDict):
+        """A server of tools, as the program's --mcp-config has it."""
+
+        command: str
+        args: list[str]
+        env: dict[str, str]
+
     class Settings(TypedDict):
         """What the deployed commit says about the agent; it travels with each lease, so a change needs no restart."""
 
@@ -44,6 +51,8 @@ if TYPE_CHECKING:
         turn_silence_s: NotRequired[int]  # a turn that prints nothing for so long is stuck
         context_window: NotRequired[int]  # the tokens that fit into the model's context; absent: as the program says
         compact_at_percent: NotRequired[int]  # of that, above which the session is compacted; 0: never
+        env: NotRequired[dict[str, str]]  # more of the program's environment
+        mcp_servers: NotRequired[dict[str, McpServer]]  # beside the hive's own tools, by name
 
     class LeasedMessage(TypedDict):
         id: int

@@ -12,7 +12,10 @@ in
 {
   imports = [
     (alias [ "model" ] "model")
+    (alias [ "availableModels" ] "available_models")
     (alias [ "effort" ] "effort")
+    (alias [ "env" ] "env")
+    (alias [ "extraMcpServers" ] "mcp_servers")
     (alias [ "tools" ] "tools")
     (alias [ "description" ] "description")
     (alias [ "credential" ] "credential")

@@ -8,6 +8,7 @@
 let
   inherit (lib) mkOption types;
   word = types.strMatching "[A-Za-z0-9][]A-Za-z0-9._:[-]{0,79}";
+  variables = types.attrsOf types.str;
   setting =
     type: default: description:
     mkOption { inherit type default description; };
@@ -21,8 +22,6 @@ in
     ]) "agent" "Whether this is an agent or hm1nd, the manager.";
 
     persona = setting types.lines "" "Who the agent is: its CLAUDE.md.";
-
-    availableModels = setting (types.listOf word) [ ] "The models that may be chosen as `model`; with none, any.";
 
     package = mkOption {
       type = types.package;
@@ -52,6 +51,7 @@ in
         "rehearsal"
       ]) "claude" "What takes the agent's turns; `rehearsal` is a stand-in that needs no account.";
       model = setting word "sonnet" "The model that the agent thinks with.";
+      available_models = setting (types.listOf word) [ ] "The models that may be chosen; with none, any.";
       effort = optional (types.enum [
         "low"
         "medium"
@@ -82,6 +82,17 @@ in
       credential = setting (types.strMatching "[a-z][a-z0-9]*(-[a-z0-9]+)*") "default" "The credential of the host that it uses, by its name.";
       recipients = optional (types.listOf (types.strMatching "[a-z][a-z0-9-]{0,29}")) "Whom it may write to; with none, everybody.";
       pair_rate_per_hour = optional (types.ints.between 1 100000) "Messages to one recipient before they are held; with none, the hive's.";
+      env = setting variables { } "More of its program's environment; what the hive sets itself is refused.";
+      mcp_servers = setting (types.attrsOf (types.submodule {
+        options = {
+          command = mkOption {
+            type = types.str;
+            description = "The program that serves the tools, started inside the container.";
+          };
+          args = setting (types.listOf types.str) [ ] "Its arguments.";
+          env = setting variables { } "Its environment.";
+        };
+      })) { } "Servers of tools beside the hive's own, by name.";
     };
   };
 }

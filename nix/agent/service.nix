@@ -14,8 +14,10 @@ in
   config = {
     assertions = [
       {
-        assertion = cfg.availableModels == [ ] || lib.elem cfg.settings.model cfg.availableModels;
-        message = "hyperhive.model is ${cfg.settings.model}, and hyperhive.availableModels has ${lib.concatStringsSep ", " cfg.availableModels}: choose one of them.";
+        assertion =
+          cfg.settings.available_models == [ ]
+          || lib.elem cfg.settings.model cfg.settings.available_models;
+        message = "hyperhive.model is ${cfg.settings.model}, and hyperhive.availableModels has ${lib.concatStringsSep ", " cfg.settings.available_models}: choose one of them.";
       }
       {
         assertion = builtins.stringLength cfg.settings.description <= 200;

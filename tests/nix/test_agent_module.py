@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hive_agent.serve_cli import make_parser
-from hive_core.settings import AgentSettings
+from hive_core.settings import AgentSettings, McpServer
 from tests.nixes import NIXPKGS, Nix
 
 everywhere = pytest.mark.parametrize("nixpkgs", NIXPKGS, ids=lambda given: "given" if given else "stand-in")
@@ -26,11 +26,15 @@ def test_what_nobody_sets_is_what_the_host_takes_for_it(nix: Nix, nixpkgs: str) 
 
 @everywhere
 def test_the_names_for_people_are_those_of_agent_toml(nix: Nix, nixpkgs: str) -> None:
-    module = """{ hyperhive = { model = "opus"; effort = "low"; tools = [ "Bash" ]; description = "reads";
+    module = """{ hyperhive = { availableModels = [ "opus" ]; env.TZ = "UTC"; extraMcpServers.files.command = "files";
+        model = "opus"; effort = "low"; tools = [ "Bash" ]; description = "reads";
         credential = "other"; allowedRecipients = [ "hm1nd" ]; autoCompact.atPercent = 50;
         autoCompact.contextWindow = 9000; }; }"""
     found = nix.value(f"{agent(module)}.config.hyperhive.settings", nixpkgs)
     assert AgentSettings(**{key: value for key, value in found.items() if value is not None}) == AgentSettings(
+        available_models=["opus"],
+        env={"TZ": "UTC"},
+        mcp_servers={"files": McpServer(command="files")},
         model="opus",
         effort="low",
         tools=["Bash"],

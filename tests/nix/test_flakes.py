@@ -269,6 +269,7 @@ async def test_two_who_stage_at_once_wait_for_each_other(desk: Desk) -> None:
     "toml",
     [
         "",
+        'available_models = ["sonnet"]\n[env]\nTZ = "UTC"\n[mcp_servers.x]\ncommand = "x"\nargs = ["$H", "${y}"]\n',
         'model = "opus"\neffort = "high"\n',
         'program = "rehearsal"\ntools = []\nrecipients = ["operator", "hm1nd"]\n',
         'turns = "cold"\nwarm_idle_s = 9\nwarm_turns = 2\nwarm_memory_mib = 64\nturn_silence_s = 10\n',

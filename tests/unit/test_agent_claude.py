@@ -283,6 +283,21 @@ def test_permissions_are_skipped_inside_a_sandbox_alone() -> None:
     assert "IS_SANDBOX" not in environment(bare, "api_key")
 
 
+def test_more_servers_of_tools_stand_beside_the_hives_own_and_never_in_its_place() -> None:
+    extra = {name: {"command": "theirs", "args": ["-x"], "env": {"A": "b"}} for name in ("files", "hive")}
+    config = json.loads(value_of("--mcp-config", flags(SEAT, settings(mcp_servers=extra))))
+    assert config["mcpServers"]["files"] == extra["files"]
+    assert config["mcpServers"]["hive"]["command"] != "theirs"
+    bare = Seat("iris", "/r", "/s", "/h", "/h/.claude", "/bin", None, sandboxed=False, model_port=1)
+    allowed = value_of("--allowedTools", flags(bare, settings(mcp_servers={"files": extra["files"]})))
+    assert allowed == "mcp__hive__*,mcp__files__*"
+
+
+def test_what_an_agent_adds_to_the_environment_stands_there_but_never_in_the_place_of_ours() -> None:
+    made = environment(SEAT, "api_key", {"TZ": "Europe/Berlin", "HOME": "/elsewhere", "ANTHROPIC_BASE_URL": "http://x"})
+    assert made == {**environment(SEAT, "api_key"), "TZ": "Europe/Berlin"}
+
+
 def test_a_known_session_is_resumed_and_a_new_one_gets_an_id_of_its_own() -> None:
     assert session_flags("abc") == ["--resume", "abc"]
     first, second = (value_of("--session-id", session_flags(None)) for _ in range(2))

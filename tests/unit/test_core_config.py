@@ -19,6 +19,7 @@ from hive_core.credentials import Credential, find_credential, how_to_give_one
 from hive_core.logs import JournalFormatter, JsonFormatter
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import shown
+from hive_core.repos import harness_settings
 from hive_core.settings import DEFAULT_TOOLS, parse_agent_toml
 from hive_core.sockets.admin import PATIENCE_MOST_S
 from hive_core.systemd import notify
@@ -295,12 +296,40 @@ def test_what_agent_toml_may_not_say_is_refused_by_name(text: bytes, words: str)
         ("tools = 'Bash'", "tools: a list is needed"),
         ("tools = [" + '"A",' * 65 + "]", "tools: it holds more than 64 entries"),
         ("description = true", "description: text is needed"),
+        ("available_models = ['opus']", "the file: the model sonnet is not one of available_models (opus)"),
+        ("env = 'A=b'", "env: a table is needed"),
+        ("[env]\nHIVE_AGENT = 'x'", "env: HIVE_AGENT is the hive's own to set; choose another name"),
+        ("[env]\nLD_PRELOAD = 'x'", "env: LD_PRELOAD is the hive's own to set; choose another name"),
+        ("[env]\nPATH = 'x'", "env: PATH is the hive's own to set; choose another name"),
+        ("[env]\n'a b' = 'x'", "env.a b: some of its characters, or their order, are not allowed"),
+        ('[env]\nA = "\\u0000"', "env.A: some of its characters, or their order, are not allowed"),
+        ("[mcp_servers.hive]\ncommand = 'x'", "the file: mcp_servers.hive is the hive's own; choose another name"),
+        ("[mcp_servers.files]\ncommand = ''", "mcp_servers.files.command: it is empty"),
+        ("[mcp_servers.files]\nargs = []", "mcp_servers.files.command: it is missing"),
+        ("[mcp_servers.files]\ncommand = 'x'\nurl = 'y'", "mcp_servers.files.url: unknown key"),
     ],
 )
 def test_what_is_wrong_with_a_setting_of_an_agent_is_said_in_plain_words(text: str, said: str) -> None:
     with pytest.raises(Refusal) as caught:
         parse_agent_toml(text.encode())
     assert caught.value.message == f"cannot use agent.toml: {said}"
+
+
+def test_variables_servers_and_models_travel_to_where_they_count() -> None:
+    toml = b"""
+        available_models = ["haiku", "sonnet"]
+        env = { TZ = "UTC", PATHS = "a", HOMELESS = "b" }
+        [mcp_servers.files]
+        command = "mcp-files"
+        args = ["--root", "/state"]
+        env = { DEBUG = "1" }
+    """
+    travels = harness_settings(parse_agent_toml(toml), "You are a test.")
+    assert travels["env"] == {"TZ": "UTC", "PATHS": "a", "HOMELESS": "b"}
+    files = {"command": "mcp-files", "args": ["--root", "/state"], "env": {"DEBUG": "1"}}
+    assert travels["mcp_servers"] == {"files": files}
+    assert travels["policy"] == {"available_models": ["haiku", "sonnet"]}
+    assert {"env", "mcp_servers", "available_models"}.isdisjoint(harness_settings(parse_agent_toml(b""), "x"))
 
 
 @hypothesis_settings(deadline=None)

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from hive_core.agents import set_deployed
 from hive_core.commands import COMMANDS, read_command
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
+from hive_core.repos import harness_settings
+from hive_core.settings import parse_agent_toml
 from hive_core.sockets.admin import AdminDesk
 from hive_core.steering import Steering
 from tests.dashboards import browse, hive_of, signed_in
@@ -94,6 +97,16 @@ async def test_a_chosen_model_and_effort_are_in_force_from_the_next_turns_edge(
 async def test_what_is_no_model_and_no_effort_is_refused(steering: Steering, what: str, raw: object) -> None:
     with pytest.raises(Refusal, match=f"as the {what}"):
         await steering.choose(IRIS, what, raw, "operator")
+
+
+async def test_a_model_that_agent_toml_does_not_make_available_is_refused(hive: Services, steering: Steering) -> None:
+    settings = harness_settings(parse_agent_toml(b'available_models = ["haiku", "sonnet"]'), "You are a test.")
+    await hive.store.write(lambda tx: set_deployed(tx, IRIS, "1" * 40, settings))
+    with pytest.raises(Refusal, match=r"its agent.toml makes haiku, sonnet available \(available_models\); choose one"):
+        await steering.choose(IRIS, "model", "opus", "operator")
+    assert (await steering.choose(IRIS, "model", "haiku", "operator"))["chosen"] == "haiku"
+    assert (await steering.choose(IRIS, "model", "default", "operator"))["chosen"] is None
+    assert (await steering.choose(IRIS, "effort", "high", "operator"))["chosen"] == "high"
 
 
 async def test_nobody_is_steered_who_does_not_exist(steering: Steering) -> None:
