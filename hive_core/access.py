@@ -7,7 +7,7 @@ pages show the answer. Nothing that an agent says of itself is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hive_core.protocol.words import AgentName
 from hive_core.store.bus import Bus, mail
@@ -26,6 +26,7 @@ class Closed:
     until_ms  when it opens by itself, where that is known
     status    with which the relay answers a call
     cuts      whether calls under way are cut, too
+    own       how many calls in a row that the agent made itself have closed it; 0: it was not closed by one
     """
 
     state: str
@@ -33,6 +34,7 @@ class Closed:
     until_ms: int | None = None
     status: int = 503
     cuts: bool = True
+    own: int = field(default=0, compare=False)
 
 
 Reason = Callable[[AgentName], Closed | None]  # from memory, which each service keeps equal to what it has committed

@@ -41,7 +41,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import SYSTEM, AgentName
 from hive_core.provider_limits import FAR_MS, Window, reset_of, windows_of
 from hive_core.reopening import Reopening
-from hive_core.rests import REST_MOST_S
+from hive_core.rests import IS_DUE, REST_MOST_S, far_ms
 from hive_core.store.bus import CREDENTIALS, DEPLOYED
 from hive_core.store.door import BUSY_REST_S, Store
 from hive_core.store.schema import StoreBusy
@@ -121,7 +121,7 @@ class Breaker:
         if (own_ms := self._own.until_ms(agent, name, now_ms)) is not None:
             why = f"the provider refuses what {agent} asks for (403), and of no other agent on the credential {name}"
             again = f"it tries again {at_instant(own_ms, now_ms)}, `hive credentials resume {name}` lets it at once"
-            return _Wait(REFUSED, f"{why}; {again}", own_ms)
+            return _Wait(REFUSED, f"{why}; {again}", own_ms, own=self._own.failures(agent))
         state = self._states.of(credential)
         if state.reason is not None:
             return self._closed_by(state, agent, now_ms)
@@ -133,7 +133,8 @@ class Breaker:
         trial = self._reopening.trial(state.name)
         if trial is None or state.rests(now_ms):
             until_ms = None if state.stays else state.until_ms
-            return _Wait(state.reason or LIMITED, state.sentence(now_ms), until_ms)
+            own = state.failures if state.agent == agent else 0
+            return _Wait(state.reason or LIMITED, state.sentence(now_ms), until_ms, own=own)
         if trial.agent in (None, agent):
             return None
         return _Wait(
@@ -373,7 +374,8 @@ class Breaker:
     def _save(self, tx: Transaction, unsaved: Unsaved | None) -> dict[AgentName, _Use]:
         self._states.write(tx, unsaved)
         return {
-            AgentName(row["name"]): _Use(row["credential"], bool(row["waits"])) for row in tx.execute(_USES).fetchall()
+            AgentName(row["name"]): _Use(row["credential"], bool(row["waits"]))
+            for row in tx.execute(_USES, {"now": tx.now_ms, "far": far_ms(self._limits)}).fetchall()
         }
 
     def _waits(self, agent: AgentName) -> bool:
@@ -428,12 +430,12 @@ class Breaker:
 
 
 # Whether an agent has something to do with its credential: a turn that runs, or a message for the next one.
-_USES = """
+_USES = f"""
     SELECT name, coalesce(policy ->> 'credential', 'default') AS credential,
            wanted = 'up' AND (
              EXISTS (SELECT 1 FROM turns WHERE agent = name AND state = 'running')
              OR EXISTS (SELECT 1 FROM deliveries INDEXED BY deliveries_queued
-                        WHERE recipient = name AND state = 'queued')) AS waits
+                        WHERE recipient = name AND state = 'queued' AND {IS_DUE})) AS waits
     FROM agents WHERE settings ->> 'program' != 'rehearsal'
 """
 

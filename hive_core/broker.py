@@ -37,7 +37,7 @@ from hive_core.protocol.harness import OUTCOMES, REASONS
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted, quoted
 from hive_core.protocol.words import EVERYONE, OPERATOR, SYSTEM, AgentName, MessageBody
-from hive_core.rests import provider_rest_s, settle
+from hive_core.rests import OWN_TRIES, own_rest_s, provider_rest_s, settle
 from hive_core.store.bus import RESTING, TURN_ENDS, mail
 from hive_core.store.door import Store
 from hive_core.store.schema import StoreError
@@ -159,7 +159,7 @@ class Broker:
         closed = self._closed(agent) if outcome == "waiting" else None
         if closed is not None and told.reason == "overloaded" and closed.state not in REASONS:
             told = told._replace(reason=closed.state)  # the program took the relay's refusal for the provider's
-        ending = TurnEnd(outcome, error, usage, session, closed is not None, told)
+        ending = TurnEnd(outcome, error, usage, session, closed is not None, closed, told)
         acked = await self._store.write(lambda tx: self._ack(tx, agent, turn, ending, next_fence))
         if acked.counted:
             self._forget(turn.id)
@@ -342,13 +342,18 @@ class Broker:
             "UPDATE turns SET state = ?, ended_at_ms = ?, error = ?, reason = ?, usage = ? WHERE id = ?",
             (ending.outcome, tx.now_ms, ending.error, ending.told.reason, usage, turn_id),
         )
-        end_seat(tx, agent, turn_id, ending, provider_rest_s(self.limits, self._chance.random()))
+        leased = tx.execute(_LEASED, (turn_id,)).fetchall()
+        by_own_calls = ending.closed is not None and ending.closed.own > 0
+        behind = by_own_calls and any(row["attempts"] > OWN_TRIES for row in leased)
+        end_seat(tx, agent, turn_id, ending, provider_rest_s(self.limits, self._chance.random()), behind)
         dead, waits = [], False
-        for row in tx.execute(_LEASED, (turn_id,)).fetchall():
+        for row in leased:
             refused = ending.told.reason == "refusal"
-            end = settle(ending.outcome, row["failures"], self.limits, self._chance.random(), final=refused)
+            chance = self._chance.random()
+            end = settle(ending.outcome, row["failures"], self.limits, chance, final=refused)
             settled_at = None if end.state == "queued" else tx.now_ms
-            waits_s = 0.0 if ending.on_purpose else end.rest_s
+            own_s = own_rest_s(ending.closed, row["attempts"], self.limits, chance, tx.now_ms)
+            waits_s = own_s if ending.on_purpose else end.rest_s
             due_at = tx.now_ms + int(waits_s * 1000) if waits_s else AT_ONCE
             note = {"cancelled": "cancelled", "done": None}.get(ending.outcome, ending.error)
             tx.execute(
@@ -549,7 +554,7 @@ _ENDING = """
     FROM turns t JOIN agents a ON a.name = t.agent WHERE t.id = ? AND t.agent = ? AND t.fence = ?
 """
 _LEASED = """
-    SELECT d.message_id, d.failures FROM leases l JOIN turns t ON t.id = l.turn_id
+    SELECT d.message_id, d.failures, d.attempts FROM leases l JOIN turns t ON t.id = l.turn_id
     JOIN deliveries d ON d.message_id = l.message_id AND d.recipient = t.agent
     WHERE l.turn_id = ? AND d.state = 'leased'
 """

@@ -13,7 +13,7 @@ from hive_core.limits import Limits
 from hive_core.post import forget_depth, note_depth
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import SYSTEM, AgentName
-from hive_core.rests import agent_far_ms, far_ms
+from hive_core.rests import IS_DUE, agent_far_ms, far_ms
 from hive_core.store.bus import mail
 from hive_core.store.writer import Transaction
 from hive_core.tool_calls import first_answer, once
@@ -179,9 +179,8 @@ _WHAT = """
 """
 _MAIL = f"SELECT {_WHAT} FROM deliveries d{{index}} JOIN messages m ON m.id = d.message_id"
 _ONE_MAIL = f"{_MAIL.format(index='')} WHERE d.recipient = ? AND d.message_id = ?"
-_IS_DUE = """
-    d.recipient = :agent AND d.state = 'queued'
-    AND (d.attempts = 0 OR d.available_at_ms <= :now OR d.available_at_ms > :now + :far)
+_IS_DUE = f"""
+    d.recipient = :agent AND d.state = 'queued' AND {IS_DUE}
 """
 _FIRST_DUE = f"""
     SELECT d.message_id FROM deliveries d INDEXED BY deliveries_queued WHERE {_IS_DUE} ORDER BY d.message_id LIMIT 1

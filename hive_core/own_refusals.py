@@ -42,6 +42,11 @@ class OwnRefusals:
         rests = own is not None and own.credential == credential and own.counts(now_ms) and now_ms < own.until_ms
         return own.until_ms if own is not None and rests else None
 
+    def failures(self, agent: AgentName) -> int:
+        """How many rests in a row an agent has had, or is in."""
+        own = self._of.get(agent)
+        return own.failures if own is not None else 0
+
     def refused(self, agent: AgentName, credential: str, users: Collection[AgentName], now_ms: int) -> int | None:
         """Take in a 403: until when its agent rests. None: it is the credential that is refused."""
         others = [

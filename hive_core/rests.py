@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from hive_core.access import Closed
 from hive_core.limits import Limits
 from hive_core.store.bus import RESTING, mail
 from hive_core.store.writer import Transaction
 
 REST_MOST_S = 3600.0  # where doubling ends
+# Turns of a message that calls of its own cut short, with a limit or a refusal, before other mail goes before it.
+OWN_TRIES = 2
+# Whether a queued delivery may be leased at :now, with `far_ms` as :far.
+IS_DUE = "(attempts = 0 OR available_at_ms <= :now OR available_at_ms > :now + :far)"
 
 
 class Settled(NamedTuple):
@@ -32,8 +37,27 @@ def settle(turn_state: str, failures: int, limits: Limits, chance: float, final:
         case "lost" if failures == 0:
             return Settled("queued", 1, 0.0)
         case _:
-            rest_s = min(limits.backoff_s * 2 ** min(failures, 30), max(limits.backoff_s, REST_MOST_S))
+            rest_s = min(limits.backoff_s * 2 ** min(failures, 30), _most_s(limits.backoff_s))
             return Settled("queued", failures + 1, rest_s * (0.5 + chance))
+
+
+def own_rest_s(closed: Closed | None, attempts: int, limits: Limits, chance: float, now_ms: int) -> float:
+    """How long a message rests whose own calls close the way to the model again and again, though others' work.
+
+    It is counted from the way's opening, and grows: a request that is too large for the account's tokens per minute
+    would else close it for all agents at each opening. Any other message goes on when the way opens.
+    """
+    if closed is None or closed.own != 1 or attempts <= OWN_TRIES:
+        return 0.0
+    opens_s = max(0, (closed.until_ms or now_ms) - now_ms) / 1000
+    rest_s: float = min(
+        limits.provider_rest_s * 2 ** min(attempts - OWN_TRIES - 1, 30), _most_s(limits.provider_rest_s)
+    )
+    return opens_s + rest_s * (0.5 + chance)
+
+
+def _most_s(first_s: float) -> float:
+    return max(first_s, REST_MOST_S)
 
 
 def provider_rest_s(limits: Limits, chance: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from hive_core.access import Closed
 from hive_core.protocol.harness import COMPACT_AT_PERCENT
 from hive_core.store.bus import RESTING
 from hive_core.store.writer import Transaction
@@ -28,6 +29,7 @@ class TurnEnd(NamedTuple):
     usage: object = None
     session: str | None = None
     on_purpose: bool = False  # by whoever ended the agent or closed its way: nothing to rest from
+    closed: Closed | None = None  # what had closed its way
     told: Told = Told()
     too_full: bool = False  # its session has to be compacted
 
@@ -40,8 +42,8 @@ def too_full(told: Told, at_percent: int | None) -> bool:
     return told.context_tokens * 100 >= told.context_window * percent
 
 
-def end_seat(tx: Transaction, agent: str, turn_id: int, end: TurnEnd, rest_s: float) -> None:
-    """Note on the agent's row what its turn left behind.
+def end_seat(tx: Transaction, agent: str, turn_id: int, end: TurnEnd, rest_s: float, behind: bool = False) -> None:
+    """Note on the agent's row what its turn left behind. behind: what it waits for goes behind other mail.
 
     A limit that its program was told of is shown and no more: the hive's own relay sees when it ends, and holds back
     all agents on the same credential until then.
@@ -56,6 +58,7 @@ def end_seat(tx: Transaction, agent: str, turn_id: int, end: TurnEnd, rest_s: fl
         "tokens": end.told.context_tokens,
         "window": end.told.context_window,
         "kept": end.outcome == "waiting",
+        "behind": behind,
         "due": "save_and_compact" if end.too_full else None,
         "every": ERRAND_EVERY,
     }
@@ -72,7 +75,7 @@ _END_SEAT = f"""
         session = iif(new_session_turn >= :turn, session, coalesce(:session, session)),
         context_tokens = iif(new_session_turn >= :turn, NULL, coalesce(:tokens, context_tokens)),
         context_window = coalesce(:window, context_window),
-        rests_until_ms = coalesce(:rests_until, iif(:kept AND {_IS_ERRAND}, :now, NULL)),
+        rests_until_ms = coalesce(:rests_until, iif(:kept AND (:behind OR {_IS_ERRAND}), :now, NULL)),
         errand = iif({_IS_ERRAND} AND NOT :kept, NULL, coalesce(errand, :due)),
         errand_by = iif(errand IS NULL, 'system', errand_by),
         errand_rest = iif({_IS_ERRAND} AND NOT :kept, :every, max(0, errand_rest - 1))

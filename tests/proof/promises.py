@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hive_core.limits import Limits
+from hive_core.rests import OWN_TRIES, REST_MOST_S
 from hive_core.turn_ends import ERRAND_EVERY
 
 Broken = Iterator[str]
@@ -355,7 +356,10 @@ def a_runaway_chain_or_pair_is_held(db: sqlite3.Connection, told: Told) -> Broke
 
 
 def a_rest_is_kept(db: sqlite3.Connection, told: Told) -> Broken:
-    """What failed comes back after its rest, and what met a provider that was away after that one's."""
+    """What failed comes back after its rest, and what met a provider that was away after that one's.
+
+    What closed the way by calls of its own again and again rests from its opening on, longer each time.
+    """
     sql = """
         SELECT * FROM (
             SELECT message_id, agent, at_ms - lag(ended_at_ms) OVER same AS rest_ms, lag(state) OVER same AS was,
@@ -371,11 +375,17 @@ def a_rest_is_kept(db: sqlite3.Connection, told: Told) -> Broken:
             continue
         yield f"message {message} came back to {agent} {rest_ms} ms after a turn with it was {was}"
     sql = """
-        SELECT d.message_id, recipient, failures, available_at_ms - ended_at_ms FROM deliveries d
+        SELECT d.message_id, recipient, failures, available_at_ms - ended_at_ms, d.attempts,
+               (SELECT max(data ->> 'until_ms') FROM events e
+                WHERE e.agent = recipient AND kind LIKE 'credential%') - ended_at_ms
+        FROM deliveries d
         JOIN turns t ON t.id = d.turn_id WHERE d.state = 'queued' AND available_at_ms > ended_at_ms
     """
-    for message, agent, failures, rest_ms in db.execute(sql):
+    for message, agent, failures, rest_ms, attempts, opens_ms in db.execute(sql):
         most_s = max(told.limits.provider_rest_s, told.limits.backoff_s * 2 ** max(failures - 1, 0)) * 1.5
+        if attempts > OWN_TRIES and opens_ms is not None:
+            own_s = min(told.limits.provider_rest_s * 2 ** (attempts - OWN_TRIES - 1), REST_MOST_S) * 1.5
+            most_s = max(most_s, own_s + max(0, opens_ms) / 1000)
         if rest_ms > most_s * 1000:
             yield f"message {message} to {agent} rests for {rest_ms} ms after {failures} failures"
 

@@ -20,7 +20,9 @@ import trio.testing
 from hive_core.access import Access, Closed
 from hive_core.agents import set_deployed
 from hive_core.breaker import Breaker
+from hive_core.broker import Broker
 from hive_core.credentials import Credential, Credentials
+from hive_core.leases import begin_turn
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
@@ -385,6 +387,79 @@ async def test_after_a_try_that_failed_another_that_waits_is_the_next(hive: Serv
     assert len(tried) == 6, "when all have failed whoever calls first tries"
     await desk.answer(DAMOCLES, 200)
     assert desk.row()["state"] == "works"
+
+
+class Town:
+    """Agents that take their turns with a broker that asks the breaker; the requests of one message are too large."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.broker = Broker(desk.hive.store, desk.limits, random.Random(0), access=desk.access)
+        self.too_large = 0
+        self.done: list[int] = []
+        self.turned_away_s: list[float] = []
+
+    async def pass_s(self, seconds: float) -> None:
+        self.desk.hive.clock.ahead_s += seconds
+        self.desk.now_s = self.desk.hive.clock()
+        await self.desk.breaker.tick()
+
+    async def take_turn(self, agent: AgentName, status: int = 429) -> None:
+        """One turn of an agent, if it gets one: with the message that is too large it ends as the provider says."""
+        lease = await self.desk.hive.store.write(
+            lambda tx: begin_turn(tx, agent, "fence", self.desk.limits, self.desk.access.closed)
+        )
+        if lease is None:
+            return
+        large = lease.message["id"] == self.too_large
+        if large:
+            self.turned_away_s.append(self.desk.now_s)
+        else:
+            self.done.append(lease.message["id"])
+        await self.desk.answer(agent, status if large else 200)
+        await self.broker.ack(agent, lease.turn, "waiting" if large else "done")
+
+
+@pytest.mark.parametrize("status", [429, 403])
+async def test_a_message_whose_own_calls_are_turned_away_each_time_keeps_no_other_mail_of_its_agent_back(
+    hive: Services, desk: Desk, status: int
+) -> None:
+    town = Town(desk)
+    town.too_large = await hive.say("operator", IRIS, "too large")
+    others = [await hive.say("operator", IRIS, "work") for _ in range(3)]
+    for _ in range(12):
+        await town.take_turn(IRIS, status)
+        await town.pass_s(max(desk.until_s(), 0) + 1 if desk.closed(IRIS) else 1)
+    assert town.done == others
+    assert (await hive.states("iris"))[town.too_large] == "queued", "it is never given up for that"
+
+
+async def test_a_message_whose_own_calls_close_the_credential_each_time_does_it_ever_more_seldom(
+    hive: Services, desk: Desk
+) -> None:
+    town = Town(desk)
+    town.too_large = await hive.say("operator", IRIS, "too large")
+    for _ in range(150):
+        await hive.say("operator", DAMOCLES, "work")
+        for agent in (IRIS, DAMOCLES):
+            await town.take_turn(agent)
+        await town.pass_s(10)
+    gaps = [later - earlier for earlier, later in pairwise(town.turned_away_s)]
+    assert len(gaps) < 10, "of 1,500 s"
+    assert gaps[-1] > 4 * gaps[0]
+    assert len(town.done) > 100
+
+
+async def test_a_message_that_an_ordinary_limit_cuts_short_is_the_next_when_that_is_over(
+    hive: Services, desk: Desk
+) -> None:
+    town = Town(desk)
+    town.too_large = await hive.say("operator", IRIS, "cut short by the limit")
+    await hive.say("operator", IRIS, "later")
+    for _ in range(2):
+        await town.take_turn(IRIS)
+        await town.pass_s(desk.until_s() + 1)
+    assert (await town.broker.lease(IRIS)).message["id"] == town.too_large
 
 
 async def test_a_login_lets_those_go_on_at_once_who_were_to_follow_later(desk: Desk) -> None:
