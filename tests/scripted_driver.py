@@ -105,6 +105,7 @@ class House:
     driver: ScriptedDriver
     limits: Limits
     set_s: float = 0.0  # how far somebody has set the wall clock
+    unserved: str = ""  # why no agent's sockets can be opened
     desks: dict[AgentName, HarnessDesk] = field(default_factory=dict)
     agents: Agents = field(init=False)
     broker: Broker = field(init=False)
@@ -131,6 +132,8 @@ class House:
         self.desks.clear()
 
         async def serve(agent: Agent, task_status: trio.TaskStatus[Desk]) -> None:
+            if self.unserved:
+                raise OSError(self.unserved)
             desk = HarnessDesk(agent.name, agent.role, self.broker, turns, self.agents, background, lambda: "api_key")
             self.desks[agent.name] = desk
             task_status.started(desk)

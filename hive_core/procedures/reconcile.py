@@ -22,6 +22,7 @@ from hive_core.store.writer import Transaction
 
 log = logging.getLogger(__name__)
 KILL_PATIENCE_S = 10.0
+UNSERVED_REST_S = 30.0  # before the sockets of an agent that could not be opened are tried again
 
 
 class Reconciler:
@@ -63,6 +64,7 @@ class Reconciler:
         async with trio.open_nursery() as nursery:
             with self._store.bus.listen(WANTED) as listener:
                 while True:
+                    rest_s = float("inf")
                     for agent in await self._agents.all():
                         if agent.settings is None or agent.name in self._leaving:
                             continue
@@ -70,8 +72,11 @@ class Reconciler:
                             await nursery.start(self._take_on, agent)
                         if agent.name in self._supervised:
                             self._supervised[agent.name].changed.set()
+                        else:
+                            rest_s = UNSERVED_REST_S
                     self._complete.set()
-                    await listener.wait()
+                    with trio.move_on_after(rest_s):
+                        await listener.wait()
 
     async def _take_on(self, agent: Agent, task_status: trio.TaskStatus[None]) -> None:
         """Open an agent's sockets and supervise it; when they cannot be opened, that is its own trouble."""

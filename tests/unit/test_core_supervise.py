@@ -170,6 +170,27 @@ async def test_a_container_that_cannot_be_started_is_told_and_quarantined_and_th
     caplog.clear()
 
 
+async def test_an_agent_whose_sockets_cannot_be_opened_is_told_and_tried_again_by_itself(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_house() as house:
+        await house.add_agents("hm1nd", "iris")
+        house.let_crash()
+        house.unserved = "no space left on device"
+        async with house.daemon():
+            await trio.sleep(100)
+            assert house.driver.begun == []
+            (row,) = stopped(house.agents, await house.agents.all())
+            assert row["why"] == "no space left on device; it is started again by itself"
+            house.unserved = ""
+            await trio.sleep(60)
+            assert {house.live(name).state for name in ("hm1nd", "iris")} == {"idle"}
+    assert {record.message for record in caplog.records} == {
+        f"cannot serve {name}: no space left on device" for name in ("hm1nd", "iris")
+    }
+    caplog.clear()
+
+
 async def test_a_container_that_does_not_end_is_said_to_be_there_still_and_is_not_started_twice(
     autojump_clock: MockClock,
 ) -> None:
