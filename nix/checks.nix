@@ -12,11 +12,11 @@ let
   };
   check =
     name: needs: script:
-    pkgs.runCommand "hyperhive-${name}" { nativeBuildInputs = [ environment ] ++ needs; } ''
+    pkgs.runCommand "hyperhive-${name}" { nativeBuildInputs = needs; } ''
       cp -r ${self} source
       chmod -R u+w source
       cd source
-      export HOME=$TMPDIR PYTHONPATH=$PWD
+      export HOME=$TMPDIR PYTHONPATH=$PWD PATH=${environment}/venv/bin:$PATH
       ${script}
       touch $out
     '';

@@ -1,4 +1,5 @@
-# A virtual environment as bin/setup makes it, of one set of the wheels in wheels.json and of our own sources.
+# A virtual environment as bin/setup makes it, of one set of the wheels in wheels.json and of our own sources: the whole
+# of it in venv/, and in bin/ our commands alone, so that nobody gets its python by installing hyperhive.
 { pkgs }:
 {
   pname,
@@ -12,7 +13,7 @@ let
   inherit (pkgs.stdenv.hostPlatform) system;
   table = builtins.fromJSON (builtins.readFile ./wheels.json);
   python = pkgs.${"python" + builtins.replaceStrings [ "." ] [ "" ] table.python};
-  site = "$out/lib/python${table.python}/site-packages";
+  site = "$out/venv/lib/python${table.python}/site-packages";
 
   wheel =
     {
@@ -58,7 +59,7 @@ let
       module = builtins.head (lib.splitString ":" target);
     in
     ''
-      printf '#!%s -P\nimport sys\nfrom ${module} import main\nsys.exit(main())\n' "$out/bin/python" > $out/bin/${name}
+      printf '#!%s -P\nimport sys\nfrom ${module} import main\nsys.exit(main())\n' "$out/venv/bin/python" > $out/bin/${name}
       chmod 755 $out/bin/${name}
     '';
 in
@@ -74,10 +75,10 @@ pkgs.stdenv.mkDerivation {
   buildInputs = [ pkgs.stdenv.cc.cc.lib ];
   wheels = map wheel (lib.filter (one: lib.elem set one.sets) table.wheels);
   installPhase = ''
-    ${python}/bin/python -m venv --without-pip $out
-    mkdir wheels
+    ${python}/bin/python -m venv --without-pip $out/venv
+    mkdir wheels $out/bin
     for wheel in $wheels; do cp $wheel wheels/$(stripHash $wheel); done
-    pip --python $out/bin/python install --no-index --no-deps --no-warn-script-location wheels/*.whl
+    pip --python $out/venv/bin/python install --no-index --no-deps --no-warn-script-location wheels/*.whl
   ''
   + lib.optionalString (sources != [ ]) ''
     cp -r ${tree}/. ${site}/

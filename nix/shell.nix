@@ -9,7 +9,6 @@ in
 {
   default = pkgs.mkShell {
     packages = [
-      environment
       pkgs.bubblewrap
       pkgs.git
       pkgs.gnumake
@@ -21,7 +20,7 @@ in
       pkgs.uv
     ];
     # bin/setup lets .venv point to it; our own packages come from the checkout.
-    HIVE_NIX_ENVIRONMENT = environment;
-    shellHook = "export PYTHONPATH=$PWD";
+    HIVE_NIX_ENVIRONMENT = "${environment}/venv";
+    shellHook = "export PYTHONPATH=$PWD PATH=${environment}/venv/bin:$PATH";
   };
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -38,6 +39,35 @@ async def test_only_the_tools_that_are_named_and_those_of_the_hive_are_on(tmp_pa
         assert "mcp__hive__send" in init["tools"]
         asked = {name for name in desk.model.turns[0].tools if not name.startswith("mcp__hive__")}
         assert asked <= set(DEFAULT_TOOLS)
+
+
+SERVER = """
+import json, os, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "id" not in asked:
+        continue
+    result = {
+        "initialize": {
+            "protocolVersion": "2025-06-18",
+            "capabilities": {"tools": {}},
+            "serverInfo": {"name": "files", "version": "1"},
+        },
+        "tools/list": {"tools": [{"name": "where", "description": "where", "inputSchema": {"type": "object"}}]},
+        "tools/call": {"content": [{"type": "text", "text": "it is " + os.environ["PLACE"]}]},
+    }.get(asked["method"], {})
+    print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": result}), flush=True)
+"""
+
+
+async def test_variables_and_servers_of_tools_from_agent_toml_reach_the_program(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(SERVER)
+    files = {"command": sys.executable, "args": [str(tmp_path / "server.py")], "env": {"PLACE": "on a shelf"}}
+    calls = say(tool("mcp__files__where"), tool("Bash", command='echo "$GREETING"', description="greet"))
+    async with a_desk(tmp_path, [calls, "done"]) as desk:
+        ending = await desk.turn("hello", tools=["Bash"], mcp_servers={"files": files}, env={"GREETING": "moin"})
+        assert ending.outcome == "done"
+        assert [result.text for result in desk.model.turns[-1].tool_results] == ["it is on a shelf", "moin"]
 
 
 # -- the provider -----------------------------------------------------------------------------------------------------
