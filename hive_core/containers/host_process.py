@@ -16,12 +16,10 @@ later would wait for ever.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,10 +29,10 @@ from pathlib import Path
 
 import trio
 
-from hive_core.containers import printed
 from hive_core.containers.cgroups import Cgroups, entering_groups
 from hive_core.containers.driver import AgentDirs
 from hive_core.containers.inside import package_parents
+from hive_core.containers.keeper import start_keeper
 from hive_core.containers.keyring import leave_session_keyring
 from hive_core.containers.process_tree import boot_id, first_in_namespace, start_time, usage_below
 from hive_core.containers.run_command import run_command
@@ -141,7 +139,7 @@ class HostProcessDriver:
     ) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]:
         """Start the harness, and before it what keeps its prints; in a thread of its own for the keyring's sake."""
         leave_session_keyring()
-        output, keeper = _start_keeper(self._file(name, "log"))
+        output, keeper = start_keeper(self._file(name, "log"))
         try:
             with output, contextlib.ExitStack() as opened:
                 launch = self._launch(name, dirs, status_fd, opened)
@@ -306,26 +304,3 @@ def _folder_id(folder: Path) -> list[int]:
     """Names a directory, also when another has its path by now."""
     found = folder.stat()
     return [found.st_dev, found.st_ino]
-
-
-def _start_keeper(path: Path) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """Start what keeps an agent's prints in a file: (where to print, it). Raises OSError."""
-    ours, theirs = socket.socketpair()
-    with ours, contextlib.ExitStack() as undo:
-        undo.callback(theirs.close)
-        with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", buffering=0) as file:
-            # Held for as long as something may still be written; what an agent of before left behind may hold it.
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # By its path, not as a module: it needs nothing of the package, and nothing of site-packages.
-            keeper = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(printed.__file__)],
-                stdin=ours.fileno(),
-                stdout=file,
-                stderr=subprocess.DEVNULL,
-                env={},
-                cwd="/",
-                start_new_session=True,
-            )
-        undo.pop_all()
-    return theirs, keeper
