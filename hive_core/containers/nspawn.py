@@ -138,6 +138,9 @@ class NspawnDriver(HostProcessDriver):
         if self._filter is None:
             log.warning("there is no filter of system calls for this processor: agents can make all of them")
 
+    def generation(self, name: AgentName) -> str:
+        return f"{super().generation(name)} {self._root}"
+
     @property
     def life_fd_inside(self) -> int | None:
         return None if self._life_fd is None else LIFE_FD
