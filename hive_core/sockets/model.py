@@ -12,7 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import httpx2
 import trio
@@ -185,37 +185,34 @@ class _Exchange:
                 await response.aclose()
 
     async def _ask(self) -> httpx2.Response:
-        """The provider's answer. Asked once more where it closed a kept connection just as the call went out.
+        """The provider's answer. Asked again where it closed a kept connection just as the call went out, the last time
+        over a fresh one.
 
-        That sends no work twice: the connection was at rest, it closed at once, and no answer began, so its close was
-        on the way before the request was. (Without this the program would be told 502, and would ask again itself.)
+        The connection was at rest, it closed at once, and the head of no answer came: as far as can be told its close
+        was on the way before the request was, and no work is sent twice. (Without this the program would be told 502,
+        and would ask again itself.)
         """
-        connected: list[str] = []
+        while True:
+            connected: list[str] = []
+            try:
+                request = self._request(partial(_note_connecting, connected))
+                return await self._relay.client.send(request, stream=True, follow_redirects=False)
+            except (httpx2.RemoteProtocolError, httpx2.ReadError) as exc:
+                closed = isinstance(exc, httpx2.ReadError) or str(exc) == _CLOSED_UNANSWERED
+                if connected or not closed or not self._body.can_be_sent_again():
+                    raise
 
-        async def trace(event: str, _: Mapping[str, object]) -> None:
-            if event.startswith("connection."):
-                connected.append(event)
-
-        try:
-            return await self._relay.client.send(self._request(trace), stream=True, follow_redirects=False)
-        except (httpx2.RemoteProtocolError, httpx2.ReadError) as exc:
-            closed = isinstance(exc, httpx2.ReadError) or str(exc) == _CLOSED_UNANSWERED
-            if connected or not closed or not self._body.can_be_sent_again():
-                raise
-        return await self._relay.client.send(self._request(), stream=True, follow_redirects=False)
-
-    def _request(self, trace: Callable[..., Awaitable[None]] | None = None) -> httpx2.Request:
+    def _request(self, trace: Callable[..., Awaitable[None]]) -> httpx2.Request:
         # Not the client's build_request: that adds its own headers, and the cookies of every agent's answers.
         relay, scope = self._relay, self._scope
         query = f"?{scope['query_string'].decode('latin-1')}" if scope["query_string"] else ""
         headers = self._credential.put_on(passed_headers(scope["headers"], _REPLACED))
-        extensions: dict[str, Any] = {"timeout": relay.client.timeout.as_dict()}
         return httpx2.Request(
             scope["method"],
             f"{relay.base_url.rstrip('/')}{scope['path']}{query}",
             headers=[*headers, *_length(scope["headers"])],
             content=self._body.pieces(),
-            extensions={**extensions, "trace": trace} if trace else extensions,
+            extensions={"timeout": relay.client.timeout.as_dict(), "trace": trace},
         )
 
     async def _say_why(self, exc: httpx2.HTTPError) -> None:
@@ -252,6 +249,11 @@ class _Exchange:
     async def _send_all(self, pieces: Pieces) -> None:
         while piece := await pieces.take():
             await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+
+
+async def _note_connecting(connected: list[str], event: str, _: Mapping[str, object]) -> None:
+    if event.startswith("connection."):
+        connected.append(event)
 
 
 def _content_length(headers: list[tuple[bytes, bytes]]) -> int | None:

@@ -474,6 +474,23 @@ async def test_a_call_that_meets_the_end_of_a_kept_connection_goes_out_once_more
     assert len(bench.answers) == 3
 
 
+async def test_a_call_that_meets_the_end_of_every_kept_connection_goes_out_over_a_fresh_one(bench: Bench) -> None:
+    both = trio.Event()
+
+    async def answers_two_at_once(call: Call) -> None:
+        if len(bench.provider.calls) == 2:
+            both.set()
+        await both.wait()
+        await leaves_at_the_next_call(call)
+
+    bench.provider.answer = answers_two_at_once
+    async with trio.open_nursery() as nursery:
+        for _ in range(2):
+            nursery.start_soon(partial(bench.post, content=b"{}"))
+    assert (await bench.post(content=b"third")).status_code == 200
+    assert [call.body for call in bench.provider.calls] == [b"{}", b"{}", b"third"]
+
+
 @pytest.mark.parametrize(("bound", "value"), [("AT_ONCE_S", 0.0), ("KEPT_BYTES", 1)])
 async def test_a_call_whose_work_may_have_begun_or_whose_body_is_gone_does_not_go_out_again(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, bound: str, value: float
