@@ -43,6 +43,27 @@ in
       description = "The port of the dashboard.";
     };
 
+    agents.memoryMiB = mkOption {
+      type = types.nullOr types.ints.positive;
+      default = null;
+      example = 8192;
+      description = "Memory of each agent and all that it starts, in MiB (`agent_memory_bytes`). With none, the daemon's default.";
+    };
+
+    agents.cpuPercent = mkOption {
+      type = types.nullOr types.ints.positive;
+      default = null;
+      example = 100;
+      description = "CPU time of each agent: 100 is one core (`agent_cpu_percent`). With none, the daemon's default.";
+    };
+
+    agents.tasks = mkOption {
+      type = types.nullOr types.ints.positive;
+      default = null;
+      example = 4096;
+      description = "Processes and threads of each agent (`agent_tasks`). With none, the daemon's default.";
+    };
+
     limits.memoryMax = mkOption {
       type = types.nullOr types.str;
       default = null;

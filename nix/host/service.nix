@@ -22,6 +22,11 @@ in
       dashboard_host = lib.mkDefault cfg.dashboard.address;
       dashboard_port = lib.mkDefault cfg.dashboard.port;
       claude = lib.mkIf (cfg.claude != null) (lib.mkDefault (lib.getExe' cfg.claude "claude"));
+      agent_memory_bytes = lib.mkIf (cfg.agents.memoryMiB != null) (
+        lib.mkDefault (cfg.agents.memoryMiB * 1024 * 1024)
+      );
+      agent_cpu_percent = lib.mkIf (cfg.agents.cpuPercent != null) (lib.mkDefault cfg.agents.cpuPercent);
+      agent_tasks = lib.mkIf (cfg.agents.tasks != null) (lib.mkDefault cfg.agents.tasks);
       operator_pronouns = lib.mkIf (cfg.operatorPronouns != null) (lib.mkDefault cfg.operatorPronouns);
     };
 

@@ -111,6 +111,13 @@ def test_options_become_settings_and_settings_win_over_them(nix: Nix) -> None:
     assert (found["tries"], found["dashboard_port"]) == (3, 7778)
 
 
+@everywhere
+def test_the_limits_of_each_agent_are_settings_of_the_daemon(nix: Nix, nixpkgs: str) -> None:
+    given = "agents.memoryMiB = 2048; agents.cpuPercent = 50; agents.tasks = 100;"
+    config = Config(**settings(nix, f"services.hyperhive = {{ enable = true; {given} }};", nixpkgs))  # type: ignore[arg-type]
+    assert (config.agent_memory_bytes, config.agent_cpu_percent, config.agent_tasks) == (2 * 2**30, 50, 100)
+
+
 def test_claude_is_taken_from_a_package_and_needs_its_licence_allowed(nix: Nix) -> None:
     module = (
         "imports = [ ({ lib, pkgs, ... }: { services.hyperhive.claude = pkgs.claude-code; "
