@@ -29,6 +29,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.repos import Repos
 from hive_core.store.schema import APPLICATION_ID, migrate
+from tests.dashboards import hive_of
 from tests.hives import Services, clean_environment, open_services
 from tests.needs import ROOT
 
@@ -793,3 +794,30 @@ def test_where_there_is_no_hive_a_backup_says_so(tmp_path: Path) -> None:
     assert done.returncode == 3
     assert "there is no hive in" in done.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_what_is_kept_of_a_destroyed_agent_goes_along_and_can_be_revived(state: Path, tmp_path: Path) -> None:
+    async def destroy() -> None:
+        async with open_services(state) as hive, trio.open_nursery() as nursery:
+            house = hive_of(hive)
+            nursery.start_soon(house.destruction.serve)
+            await house.destruction.destroy(AgentName("iris"), at_once=True)
+            nursery.cancel_scope.cancel()
+
+    async def revive() -> None:
+        async with open_services(tmp_path / "new") as hive, trio.open_nursery() as nursery:
+            house = hive_of(hive)
+            nursery.start_soon(house.destruction.serve)
+            await house.destruction.revive("iris")
+            assert (await hive.agents.get("iris")).wanted == "up"
+            nursery.cancel_scope.cancel()
+
+    trio.run(destroy)
+    report = back_up(state, tmp_path / "hive.tar")
+    assert (report.agents, report.changed) == (["hm1nd"], [])
+    bring_back(tmp_path / "hive.tar", tmp_path / "new")
+    trio.run(revive)
+    notes = tmp_path / "new" / "agents" / "iris" / "state"
+    assert (notes / "notes.md").read_text() == "a note"
+    assert (notes / "secrets").readlink() == Path("/etc/passwd")
+    assert git(tmp_path / "new" / "applied" / "iris.git", "fsck", "--strict") == ""
