@@ -29,6 +29,9 @@ def _broken(agents: Agents, agent: Agent) -> Closed | None:
         return Closed(live.state, f"{live.detail}; it is started again by itself")
     if live.state == "stuck" and live.detail in STUCK:
         return Closed(live.state, f"its turn is {live.detail}; `hive cancel {agent.name}` ends it at once")
+    if live.state == "waiting" and agent.rests_until_ms:
+        # Without its own instant: what several wait for is told once.
+        return Closed(live.state, f"{live.detail or 'its last turn had to wait'}; it tries again by itself")
     if live.state in ("stuck", "down", "quarantined") and live.detail:
         return Closed(live.state, live.detail)
     return None

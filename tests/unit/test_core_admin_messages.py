@@ -235,6 +235,20 @@ async def test_hive_alone_tells_which_agents_are_stopped_why_and_what_to_do(hive
     assert len(lines) == 2, "one that shall not run is not told of"
 
 
+async def test_hive_alone_tells_once_what_agents_rest_from_and_nothing_when_that_is_over(
+    hive: Services, command: Command
+) -> None:
+    why = "the model provider at http://127.0.0.1:1 cannot be reached"
+    for agent in (AgentName("iris"), DAMOCLES):
+        await hive.say("hm1nd", agent, "work")
+        await hive.broker.ack(agent, (await hive.broker.lease(agent)).turn, "waiting", why)
+        hive.agents.observe_rest(agent, "waiting", why)
+    assert (await command()).splitlines()[1:] == [f"! damocles, iris waiting: {why}; it tries again by itself"]
+    await hive.agents.want(AgentName("iris"), "up", OPERATOR)
+    await hive.agents.want(DAMOCLES, "up", OPERATOR)
+    assert (await command()).splitlines()[1:] == ["nothing waits for you"]
+
+
 async def test_hive_alone_tells_of_a_stopped_swarm_once(hive: Services, command: Command) -> None:
     await command("estop")
     (line,) = (await command()).splitlines()[1:]
