@@ -175,9 +175,16 @@ class Agents:
         return self._ports
 
     async def want(self, name: AgentName, wanted: str, actor: str) -> None:
-        """Set what is wanted of an agent: up, paused (runs, but takes no turn) or down. Raises Refusal("not_found")."""
+        """Set what is wanted of an agent: up, paused (runs, but takes no turn) or down.
+
+        Raises Refusal: "not_found", or "conflict" for one that is being destroyed or revived, which stays down.
+        """
 
         def write(tx: Transaction) -> None:
+            sql = "SELECT state FROM tombstones WHERE name = ? AND state IN ('destroying', 'reviving')"
+            if wanted != "down" and (row := tx.execute(sql, (name,)).fetchone()) is not None:
+                done = "destroyed" if row["state"] == "destroying" else "revived"
+                raise Refusal("conflict", f"cannot start {name}: it is being {done}; wait until that is done")
             # Whoever starts or resumes an agent may have mended what it rests for.
             sql = "UPDATE agents SET wanted = ?1, rests_until_ms = iif(?1 = 'up', NULL, rests_until_ms) WHERE name = ?2"
             if tx.execute(sql, (wanted, name)).rowcount == 0:

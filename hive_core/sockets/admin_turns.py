@@ -21,8 +21,11 @@ def turn_verbs(hive: Hive) -> dict[str, tuple[Callable[[Args], Awaitable[Any]], 
         if isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit <= LIMIT_MOST:
             raise Refusal("usage", f"cannot use {shown(limit)} as the limit: give 1 to {LIMIT_MOST}")
         if args.get("agent") is not None:
-            agent = (await hive.agents.get(parse_agent_name(args["agent"]))).name
-        return {"turns": await hive.turn_records.newest(agent, limit)}
+            agent = parse_agent_name(args["agent"])
+        found = await hive.turn_records.newest(agent, limit)
+        if agent is not None and not found:
+            await hive.agents.get(agent)  # the turns of one that was destroyed can still be read
+        return {"turns": found}
 
     async def turn(args: Args) -> Any:
         return await hive.turn_records.show(parse_id(args.get("turn"), "a turn"))

@@ -1,4 +1,4 @@
-"""Group `containers`: how soon an agent is in its container."""
+"""Group `containers`: how soon an agent is in its container, and what its reconciler takes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from hive_core.containers.driver import AgentDirs
 from hive_core.containers.nspawn import NspawnDriver, nspawn_command
 from hive_core.protocol.words import AgentName
 from hive_core.uid_ranges import pick_range
+from tests.bench import swarm_containers
 from tests.bench.figures import figure, say
 from tests.needs import missing
 
@@ -27,6 +28,7 @@ IRIS = AgentName("iris")
 
 
 def measure() -> Iterator[dict[str, Any]]:
+    yield from swarm_containers.measure()
     if trouble := missing("nspawn"):
         say(f"left out: {trouble}")
         return

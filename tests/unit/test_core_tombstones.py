@@ -20,6 +20,7 @@ from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.questions import Ask
 from hive_core.reminders import When
 from hive_core.schedules import parse_plan
+from hive_core.sockets.admin import AdminDesk
 from hive_core.tombstones import parse_tombstone
 from hive_core.uid_ranges import UidRanges
 from tests.dashboards import hive_of
@@ -117,6 +118,7 @@ async def test_its_history_stays_and_nothing_refers_to_what_is_not_there(hive: S
         await destroy(house)
         assert len(await hive.turns.recent("iris")) == 1
         assert len(await hive.broker.messages("iris")) == 1
+        assert len((await AdminDesk(house)._verbs["turns"][0]({"agent": "iris"}))["turns"]) == 1
         assert [agent.name for agent in await hive.agents.all()] == ["hm1nd", "damocles"]
         await house.destruction.purge("iris")
         assert len(await hive.turns.recent("iris")) == 1
@@ -159,6 +161,18 @@ async def test_two_of_one_name_are_told_apart_and_one_is_not_revived_over_a_livi
         assert [one.label for one in await house.tombstones.all()] == [newest.label]
         await house.destruction.purge(f"iris@{newest.label[5:9]}")  # a beginning of the date is enough
         assert await house.tombstones.all() == []
+
+
+async def test_who_is_being_destroyed_is_not_started_again_meanwhile(hive: Services) -> None:
+    house = hive_of(hive)
+    await house.tombstones.destroy(IRIS, OPERATOR, at_once=False)
+    for wanted in ("up", "paused"):
+        with pytest.raises(Refusal, match="cannot start iris: it is being destroyed; wait until that is done"):
+            await hive.agents.want(IRIS, wanted, OPERATOR)
+    assert (await hive.agents.get("iris")).wanted == "down"
+    await hive.agents.want(IRIS, "down", OPERATOR)
+    async with destroying(hive) as again:
+        await destroy(again)
 
 
 async def test_the_manager_and_who_is_not_there_are_refused(hive: Services) -> None:
