@@ -14,7 +14,8 @@ Run by its path inside a container, by whatever was just put there and still may
     --chdir DIR
     --env NAME=VALUE  its environment is these alone
 
-It ends when the process that it comes from does. It imports little: an agent's start waits for it.
+It ends when the process that it comes from does. It imports little: an agent's start waits for it. A command that is
+`python -P -m MODULE …` runs in this interpreter, when this one was started with -P too, and not with -I -S.
 """
 
 import ctypes
@@ -66,7 +67,21 @@ def confine(words: list[str]) -> None:
             raise SystemExit(f"confined.py: there is no option {option}")
     command = list(given)
     _give_up_rights(program)
-    os.execvpe(command[0], command, environment)
+    if command[:3] == [sys.executable, "-P", "-m"] and sys.flags.safe_path and not sys.flags.isolated:
+        _become_module(command[3:], environment)
+    else:
+        os.execvpe(command[0], command, environment)
+
+
+def _become_module(command: list[str], environment: dict[str, str]) -> None:
+    """Run a module of Python's in this very interpreter, which was started as another would be: that is saved."""
+    import runpy
+
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.argv = command
+    runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 
 
 def _checked(done: int, what: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from hive_core.containers import confined as confined_file
 
@@ -16,11 +16,16 @@ def nsenter(first: int) -> list[str]:
     return [program, f"--target={first}", *(f"--{kind}" for kind in kinds)]
 
 
-def confined(program: bytes | None, environment: Mapping[str, str], *options: str) -> list[str]:
-    """What runs a command inside with an agent's rights; `options` are those of confined.py that come first."""
+def confined(
+    program: bytes | None, environment: Mapping[str, str], *options: str, flags: Sequence[str] = ("-I", "-S")
+) -> list[str]:
+    """What runs a command inside with an agent's rights; `options` are those of confined.py that come first.
+
+    flags: the interpreter's; with -P alone it can become a command that is a module of Python's.
+    """
 
     def words() -> Iterator[str]:
-        yield from (sys.executable, "-I", "-S", str(confined_file.__file__), *options)
+        yield from (sys.executable, *flags, str(confined_file.__file__), *options)
         if program:
             yield from ("--filter", program.hex())
         for name, value in environment.items():

@@ -152,7 +152,8 @@ class NspawnDriver(HostProcessDriver):
     def _launch(self, name: AgentName, dirs: AgentDirs, status_fd: int, opened: contextlib.ExitStack) -> Launch:
         base = self._bases[name] if self.sandbox == "nspawn" else None
         command = nspawn_command(self._machine(name), dirs, self._claude, base, self._root)
-        command += confined(self._filter, harness_environment(HOME), *inside_options(self._claude))
+        options = inside_options(self._claude)
+        command += confined(self._filter, harness_environment(HOME), *options, flags=["-P"])
         command += self._command(name, dirs)
         own_words = opened.enter_context(self._file(name, "nspawn").open("wb"))
         return Launch(

@@ -9,6 +9,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import trio
 
 from hive_core.containers.cgroups import Bounds, Cgroups
 from hive_core.containers.driver import AgentDirs
+from hive_core.containers.host_process import Launch
 from hive_core.containers.nspawn import NspawnDriver, nspawn_command
 from hive_core.protocol.words import AgentName
 from hive_core.uid_ranges import pick_range
@@ -36,10 +39,13 @@ def measure() -> Iterator[dict[str, Any]]:
 
 
 class _Began(NspawnDriver):
-    """In the place of the harness, what tells that it has begun."""
+    """In the place of the harness's interpreter, what tells that it has begun."""
 
-    def _command(self, name: AgentName, dirs: AgentDirs) -> list[str]:
-        return ["/bin/sh", "-c", "echo > /state/began"]
+    def _launch(self, name: AgentName, dirs: AgentDirs, status_fd: int, opened: ExitStack) -> Launch:
+        launch = super()._launch(name, dirs, status_fd, opened)
+        interpreter = launch.command.index("--") + 1
+        assert launch.command[interpreter] == sys.executable
+        return replace(launch, command=[*launch.command[:interpreter], "/bin/sh", "-c", "echo > /state/began"])
 
 
 async def _first_uid(name: AgentName) -> int:

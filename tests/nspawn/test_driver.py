@@ -122,3 +122,20 @@ async def test_what_agents_see_of_usr_is_that_of_a_given_root_directory(tmp_path
 class _Look(NspawnDriver):
     def _command(self, name: AgentName, dirs: AgentDirs) -> list[str]:
         return ["/bin/sh", "-c", "ls /usr/of-this-root"]
+
+
+class _Module(NspawnDriver):
+    """In the place of the harness, another module: it prints how it was started."""
+
+    def _command(self, name: AgentName, dirs: AgentDirs) -> list[str]:
+        told = "import os, sys; print(*sorted(os.environ), sys.argv[1:3], os.getpid(), __name__, sys.flags.safe_path)"
+        return [sys.executable, "-P", "-m", "timeit", "-n1", "-r1", told]
+
+
+async def test_a_module_runs_in_the_interpreter_that_took_its_rights_away_as_in_one_of_its_own(tmp_path: Path) -> None:
+    driver = _Module(tmp_path, base_of=base_of, claude=None, orphan_grace_s=600)
+    with trio.fail_after(PATIENCE_S):
+        running = await driver.start(IRIS, dirs_in(tmp_path))
+        assert await running.wait() == Exit(0)
+    said = driver.last_words(IRIS).splitlines()[0]
+    assert said == "HOME LANG PATH PYTHONPATH ['-n1', '-r1'] 1 __main__ True"

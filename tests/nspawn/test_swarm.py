@@ -31,6 +31,12 @@ def test_agents_exchange_messages_outlive_their_daemon_and_are_adopted_by_the_ne
         uids = {name: uid_of(daemon, name) for name in ("hm1nd", "iris", "argus")}
         assert len({*uids.values(), 0}) == 4, "each has uids of its own"
 
+        harness = Path(f"/proc/{first_in_namespace(pid_of(daemon, 'iris'))}/status").read_text().split()
+        rights = {
+            name: harness[harness.index(f"{name}:") + 1] for name in ("CapEff", "CapBnd", "NoNewPrivs", "Seccomp")
+        }
+        assert rights == {"CapEff": "0" * 16, "CapBnd": "0" * 16, "NoNewPrivs": "1", "Seccomp": "2"}
+
         client.call("send", to="iris", body="work")
         daemon.wait_message(client, "begun")
         before = {name: pid_of(daemon, name) for name in uids}
