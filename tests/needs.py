@@ -146,6 +146,10 @@ def _nixos() -> str | None:
     return None if ok else f"this looks like NixOS, and nixos-version does not run: {said}"
 
 
+def _systemd() -> str | None:
+    return None if Path("/usr/lib/systemd/systemd").exists() else "systemd is not installed (apt-get install systemd)"
+
+
 def _nix() -> str | None:
     ok, said = _output("nix-instantiate", "--version")
     return None if ok else f"nix does not run: {said} (apt-get install nix-bin)"
@@ -199,6 +203,7 @@ PROBES = {
     "claude": _claude,
     "chromium": _chromium,
     "nixos": _nixos,
+    "systemd": _systemd,
     "nix": _nix,
     "nixpkgs": _nixpkgs,
     "cgroup2": _cgroup2,

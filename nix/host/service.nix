@@ -50,7 +50,6 @@ in
       description = unit.Unit.Description;
       wantedBy = [ unit.Install.WantedBy ];
       aliases = [ unit.Install.Alias ];
-      wants = [ unit.Unit.Wants ];
       after = [ unit.Unit.After ];
       startLimitIntervalSec = unit.Unit.StartLimitIntervalSec;
       # Units see nothing of the system's PATH.

@@ -3,8 +3,8 @@
 {
   Unit = {
     Description = "hyperhive, a swarm of coding agents";
-    Wants = "network-online.target";
-    After = "network-online.target";
+    # Not network-online: a swarm whose provider is away waits for it by itself.
+    After = "network.target";
     # A daemon that cannot start is tried again for ever, seldom: agents that run wait for it.
     StartLimitIntervalSec = 0;
   };

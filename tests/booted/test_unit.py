@@ -1,0 +1,136 @@
+"""The daemon as the unit of nix/systemd, on a machine that booted systemd: its hardening, its user, its restarts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.booted_host import BootedHost, booted_host
+from tests.nix_pages import UNIT
+from tests.processes import look_until
+
+CONFIG = """\
+state_dir = "/var/lib/hyperhive"
+runtime_dir = "/run/hyperhive"
+default_program = "rehearsal"
+manager_prompt = "/etc/hyperhive/hm1nd.md"
+"""
+RULES = [
+    {
+        "from": "operator",
+        "do": [{"tool": "request_spawn", "args": {"name": "iris", "persona": "You read.", "reason": "A reader."}}],
+    }
+]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootedHost]:
+    with booted_host(Path(tmp_path_factory.mktemp("host"))) as host:
+        host.write("/etc/hyperhive/hm1nd.md", f"You manage.\n\n```rehearsal\n{json.dumps(RULES)}\n```\n")
+        host.install(CONFIG, "[Service]\nWatchdogSec=4\n")
+        host.ok("systemctl", "start", "hyperhive.service")
+        yield host
+
+
+def agents(host: BootedHost) -> dict[str, Any]:
+    return {agent["name"]: agent for agent in json.loads(host.ok("hive", "list", "--json", user="ada"))["agents"]}
+
+
+def harnesses(host: BootedHost) -> set[str]:
+    return set(host.run("pgrep", "-f", "cli serve --run").stdout.split())
+
+
+def idle(host: BootedHost, *names: str) -> bool:
+    found = agents(host)
+    return set(names) <= set(found) and all(found[name]["state"] == "idle" for name in names)
+
+
+@pytest.fixture(scope="module")
+def swarm(host: BootedHost) -> BootedHost:
+    """The same with an agent that was asked for and approved."""
+    look_until(lambda: idle(host, "hm1nd"))
+    host.ok("hive", "send", "hm1nd", "I want a reader.", user="ada")
+    look_until(lambda: json.loads(host.ok("hive", "pending", "--json", user="ada"))["approvals"])
+    host.ok("hive", "approve", "1", user="ada")
+    look_until(lambda: idle(host, "hm1nd", "iris"))
+    return host
+
+
+def test_it_is_ready_as_a_user_without_capabilities(host: BootedHost) -> None:
+    shown = host.ok("systemctl", "show", "hyperhive.service", "--property=ActiveState,MainPID,NRestarts")
+    properties = dict(line.split("=", 1) for line in shown.splitlines())
+    assert (properties["ActiveState"], properties["NRestarts"]) == ("active", "0")
+    status = host.ok("cat", f"/proc/{properties['MainPID']}/status")
+    fields = dict(line.split(":\t", 1) for line in status.splitlines())
+    assert fields["Uid"].split()[0] == host.ok("id", "-u", "hyperhive").strip() != "0"
+    assert {fields[name].strip() for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+    assert (fields["NoNewPrivs"].strip(), fields["Seccomp"].strip()) == ("1", "2")
+
+
+def test_members_of_hive_admin_command_it_and_nobody_else(host: BootedHost) -> None:
+    assert "hm1nd" in agents(host)
+    refused = host.run("hive", "list", user="eve")
+    assert refused.returncode == 4
+    assert "/run/hyperhive/host.sock is not yours to open; ask who runs it" in refused.stderr
+
+
+def test_its_agents_have_sandboxes(swarm: BootedHost) -> None:
+    assert {agent["sandbox"] for agent in agents(swarm).values()} == {"bwrap"}
+
+
+def test_agents_live_on_when_it_is_restarted(swarm: BootedHost) -> None:
+    before = harnesses(swarm)
+    assert before
+    swarm.ok("systemctl", "restart", "hyperhive.service")
+    look_until(lambda: idle(swarm, "hm1nd", "iris"))
+    assert harnesses(swarm) == before
+
+
+def test_one_that_hangs_is_restarted_by_the_watchdog_and_its_agents_live_on(swarm: BootedHost) -> None:
+    before = harnesses(swarm)
+    swarm.ok("systemctl", "kill", "--kill-whom=main", "--signal=STOP", "hyperhive.service")
+    restarts = ("systemctl", "show", "--value", "--property=NRestarts", "hyperhive.service")
+    look_until(lambda: swarm.ok(*restarts).strip() == "1")
+    look_until(lambda: swarm.run("hive", "list", user="ada").returncode == 0 and idle(swarm, "hm1nd", "iris"))
+    assert harnesses(swarm) == before
+
+
+# -- the hardening ----------------------------------------------------------------------------------------------------
+
+SANDBOX = (
+    "bwrap --unshare-all --unshare-user --disable-userns --uid 0 --gid 0 --hostname hive"
+    " --ro-bind / / --proc /proc --dev /dev true"
+)
+
+
+def sandbox_under(host: BootedHost, *more: str) -> bool:
+    """Whether bubblewrap makes a sandbox under the unit's own hardening and some lines more."""
+    kept = ("WatchdogSec", "Type", "Restart", "StateDirectory", "RuntimeDirectory", "WorkingDirectory", "Slice", "Kill")
+    service = UNIT.read_text().split("[Service]\n")[1].split("\n\n")[0].splitlines()
+    lines = [line for line in service if not line.startswith((*kept, "Exec", "Timeout", "Notify", "OOM"))]
+    properties = [f"--property={line}" for line in (*lines, *more)]
+    return host.run("systemd-run", "--quiet", "--wait", *properties, *SANDBOX.split()).returncode == 0
+
+
+def test_bubblewrap_works_under_the_hardening(host: BootedHost) -> None:
+    assert sandbox_under(host)
+
+
+# ProtectKernelLogs does so too on a machine of its own; systemd-nspawn keeps a second, whole /proc, which hides that.
+@pytest.mark.parametrize(
+    "line",
+    [
+        "RestrictNamespaces=yes",
+        "ProtectKernelTunables=yes",
+        "ProcSubset=pid",
+        "ProtectHostname=yes",
+        "SystemCallFilter=~sethostname",
+        "SystemCallFilter=~@mount",
+    ],
+)
+def test_each_line_that_is_left_out_would_keep_bubblewrap_from_its_sandbox(host: BootedHost, line: str) -> None:
+    assert not sandbox_under(host, line)

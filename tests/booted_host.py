@@ -1,0 +1,118 @@
+"""A machine that booted systemd, made of this one: its /usr read-only over an empty root, in systemd-nspawn.
+
+It starts in seconds and nothing is downloaded. hyperhive lies in /opt/hive, run by an interpreter like ours, and its
+unit is the one of nix/systemd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.needs import ROOT
+from tests.nix_pages import UNIT
+from tests.processes import children_of, look_until
+
+SOURCE, VENV, PYTHON = "/opt/hive/source", "/opt/hive/venv", "/opt/python"
+PACKAGES = ("hive_core", "hive_agent", "hive_mind", "dashboard")
+WITHIN_S = 60
+
+
+class BootedHost:
+    """The machine, entered as root by its first process."""
+
+    def __init__(self, first: int) -> None:
+        self._enter = ["nsenter", "--target", str(first), "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
+
+    def run(self, *command: str, user: str = "", given: str = "") -> subprocess.CompletedProcess[str]:
+        """A command in there, as root or a user, with `given` on its stdin."""
+        become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"] if user else []
+        environment = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/tmp", "LANG": "C.UTF-8"}
+        return subprocess.run(
+            [*self._enter, *become, *command],
+            input=given,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=WITHIN_S,
+            check=False,
+        )
+
+    def ok(self, *command: str, user: str = "", given: str = "") -> str:
+        done = self.run(*command, user=user, given=given)
+        assert done.returncode == 0, f"{command}: {done.stderr or done.stdout}"
+        return done.stdout
+
+    def write(self, path: str, text: str) -> None:
+        self.ok("sh", "-c", 'mkdir -p "$(dirname "$1")" && cat > "$1"', "sh", path, given=text)
+
+    def install(self, config: str, drop_in: str) -> None:
+        """The unit, its user and group, a configuration, and two people of whom one may command the daemon."""
+        people = 'u ada - "ada"\nu eve - "eve"\nm ada hive-admin\n'
+        self.write("/etc/sysusers.d/hyperhive.conf", (UNIT.parent / "hyperhive.sysusers.conf").read_text() + people)
+        self.write("/etc/systemd/system/hyperhive.service", UNIT.read_text())
+        self.write("/etc/systemd/system/hyperhive.service.d/test.conf", drop_in)
+        self.write("/etc/hyperhive/config.toml", config)
+        self.ok("systemd-sysusers")
+        self.ok("systemctl", "daemon-reload")
+
+
+@contextmanager
+def booted_host(folder: Path) -> Iterator[BootedHost]:
+    """`folder` holds what is ours of it."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    # The system's own where it is like ours: another's libpython may be looked for where it was built.
+    base = "/usr" if Path(f"/usr/bin/python{version}").exists() else os.path.realpath(sys.base_prefix)
+    binds = [f"--bind-ro={ROOT / package}:{SOURCE}/{package}" for package in PACKAGES]
+    if base != "/usr":
+        binds.append(f"--bind-ro={base}:{PYTHON}")
+    _write_environment(folder, base if base == "/usr" else PYTHON)
+    site = Path("lib") / f"python{version}" / "site-packages"
+    (folder / "venv" / site).mkdir(parents=True)
+    binds += [f"--bind-ro={folder}/venv:{VENV}", f"--bind-ro={folder}/bin:/usr/local/bin"]
+    binds.append(f"--bind-ro={os.path.realpath(sysconfig.get_paths()['purelib'])}:{VENV}/{site}")
+    options = ["--quiet", "--register=no", "--keep-unit", "--boot", "--directory=/", "--volatile=yes"]
+    options += ["--private-network", "--capability=all", "--machine=hive-test"]
+    # Nobody answers what a first boot asks, and this machine's own services stay off.
+    command = ["systemd-nspawn", *options, *binds, "systemd.firstboot=off", "systemd.unit=basic.target"]
+    with (folder / "console").open("wb") as console:
+        nspawn = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
+    try:
+        host = look_until(lambda: _find(nspawn.pid))
+        yield host
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            nspawn.terminate()
+        nspawn.wait(WITHIN_S)
+
+
+def _find(nspawn: int) -> BootedHost | None:
+    """The machine once it is up. In its first moments the child of nspawn is another than in the end."""
+    for child in children_of(nspawn):
+        host = BootedHost(child)
+        if host.run("systemctl", "is-active", "basic.target").returncode == 0:
+            return host
+    return None
+
+
+def _write_environment(folder: Path, base: str) -> None:
+    """A virtual environment for the place where it is going to be, and our two commands."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for place in ("venv/bin", "bin"):
+        (folder / place).mkdir(parents=True)
+    (folder / "venv/bin/python").symlink_to(f"{base}/bin/python{version}")
+    (folder / "venv/pyvenv.cfg").write_text(f"home = {base}/bin\ninclude-system-site-packages = false\n")
+    for name, module in (("hive-core", "hive_core.daemon_cli"), ("hive", "hive_core.cli")):
+        script = folder / "bin" / name
+        lines = [f"#!{VENV}/bin/python -P", "import sys", f"sys.path.insert(0, {SOURCE!r})"]
+        script.write_text("\n".join([*lines, f"from {module} import main", "sys.exit(main())", ""]))
+        script.chmod(0o755)
+    for path in [folder, *folder.rglob("*")]:
+        if not path.is_symlink():
+            path.chmod(0o755)
