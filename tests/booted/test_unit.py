@@ -41,7 +41,8 @@ def agents(host: BootedHost) -> dict[str, Any]:
 
 
 def harnesses(host: BootedHost) -> set[str]:
-    return set(host.run("pgrep", "-f", "cli serve --run").stdout.split())
+    """The processes of agents."""
+    return set(host.run("sh", "-c", "grep -lzx -e '--[r]un' /proc/[0-9]*/cmdline").stdout.split())
 
 
 def idle(host: BootedHost, *names: str) -> bool:
