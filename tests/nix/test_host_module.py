@@ -240,6 +240,16 @@ def test_everything_parses(nix: Nix) -> None:
     nix.parses([ROOT / "flake.nix", *(ROOT / "nix").rglob("*.nix"), *(ROOT / "tests/nix").rglob("*.nix")])
 
 
+def test_nix_takes_every_output_of_the_flake_for_what_it_should_be(nix: Nix) -> None:
+    standin = f"path:{ROOT}/tests/nix/standin"
+    options = ["--no-build", "--no-write-lock-file", "--override-input", "nixpkgs", standin]
+    done = nix.run("nix", "flake", "check", *options, f"git+file://{ROOT}")
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "unknown flake output" in line] == [
+        "warning: unknown flake output 'lib'"  # as that of nixpkgs is, to this nix
+    ]
+
+
 @everywhere
 @pytest.mark.parametrize("system", ["x86_64-linux", "aarch64-linux"])
 def test_every_output_evaluates_for_both_processors(nix: Nix, nixpkgs: str, system: str) -> None:
