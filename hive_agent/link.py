@@ -19,7 +19,7 @@ from hive_core.protocol.lines import LineSplitter, decode, encode
 from hive_core.protocol.refusal import Refusal
 
 RETRY_FIRST_S = 0.1
-RETRY_LAST_S = 2.0
+RETRY_LAST_S = 1.0
 HELLO_LIMIT_S = 15.0
 TURN_GRACE_S = 600.0  # how much longer than an idle harness one waits whose program runs
 GRACE_WHEN_STOPPING_S = 10.0
