@@ -189,6 +189,7 @@ def make_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claude, "LATE_S", 0.05)
     monkeypatch.setattr("hive_agent.program.LINGER_S", 0.3)
     monkeypatch.setattr("hive_agent.watch.PROMPT_S", 0.2)
+    monkeypatch.setattr("hive_agent.watch.BUSY_SHARE", 0.0)  # of half a second a busy machine may give it very little
 
 
 @pytest.mark.parametrize("last", ["good; exec sleep 600", "good; exec >&-; exec sleep 600"])
