@@ -239,11 +239,13 @@ class _Exchange:
                         if call.reader.feed(chunk):
                             self._relay.call_moved(call)
                         await pieces.add(chunk)
-                call.complete = True
+                came_whole = True
             except httpx2.HTTPError as exc:
+                came_whole = False
                 log.warning("the answer to %s was cut: %s", name, exc, extra={"agent": name})
             pieces.close()
-        if call.complete:  # else left without an end, so that the program sees that it was cut
+        if came_whole:  # else left without an end, so that the program sees that it was cut
+            call.complete = True
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_all(self, pieces: Pieces) -> None:

@@ -397,6 +397,21 @@ async def test_a_call_under_way_is_cut_when_the_way_closes(bench: Bench, moment:
     assert (call.status, call.usage, call.complete, call.request_bytes) == (status, usage, False, 2)
 
 
+async def test_an_answer_that_came_whole_and_was_cut_before_it_was_passed_on_is_not_complete(bench: Bench) -> None:
+    async def streams(call: Call) -> None:
+        await call.say(STREAM_HEAD + b"".join(chunk(event) for event in EVENTS) + b"0\r\n\r\n")
+
+    bench.provider.answer = streams
+    bench.relay.call_moved = lambda _: bench.close(PAUSED)  # as a budget does that is spent by it
+    for _ in range(20):
+        bench.close(None)
+        try:
+            whole = (await bench.post(content=b"{}")).status_code == 200
+        except httpx2.RemoteProtocolError:
+            whole = False
+        assert not (await bench.ended()).complete or whole
+
+
 async def test_outside_any_turn_no_call_passes_and_it_is_told(bench: Bench) -> None:
     tried = []
 
