@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 ALLOWED = frozenset({("HEAD", "/"), ("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens")})
 CALLS_LIMIT = 16  # of one agent at a time
+LAST_WORD_S = 1.0  # that the end of an answer has on its way, also when the call is cut just then
 # What the library says of a connection that ended where an answer would have begun.
 _CLOSED_UNANSWERED = "Server disconnected without sending a response."
 # RFC 9110 7.6.1, and what the relay sets itself.
@@ -245,8 +246,10 @@ class _Exchange:
                 log.warning("the answer to %s was cut: %s", name, exc, extra={"agent": name})
             pieces.close()
         if came_whole:  # else left without an end, so that the program sees that it was cut
-            call.complete = True
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            # Whoever has all of it but its end could not tell that nothing is missing.
+            with trio.move_on_after(LAST_WORD_S, shield=True):
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                call.complete = True
 
     async def _send_all(self, pieces: Pieces) -> None:
         while piece := await pieces.take():

@@ -19,7 +19,9 @@ from tests.simulation.weather import CALM, DAY_S, Weather
 LONG = os.environ.get("HIVE_LONG") == "1"
 # A luck that never changes, and one of today.
 FIXED_SEED = 1
-SEEDS = [int(os.environ[SEED_VARIABLE])] if SEED_VARIABLE in os.environ else [FIXED_SEED, secrets.randbelow(2**31)]
+# Another one each time, and the same in all processes of a run.
+SOME_SEED = int(os.environ.get("PYTEST_XDIST_TESTRUNUID", secrets.token_hex(4))[:7], 16)
+SEEDS = [int(os.environ[SEED_VARIABLE])] if SEED_VARIABLE in os.environ else [FIXED_SEED, SOME_SEED]
 RUNS = [(1, seed) for seed in SEEDS]
 if LONG:
     RUNS += [*((30, seed) for seed in SEEDS), (365, SEEDS[-1])]
