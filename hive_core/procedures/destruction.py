@@ -97,9 +97,12 @@ class Destruction:
         return await self._tombstones.by_id(tombstone.id)
 
     async def _carry_out(self, tombstone: Tombstone) -> None:
-        step = {"destroying": self._destroy, "reviving": self._revive, "purging": self._purge}[tombstone.state]
+        steps = {"destroying": self._destroy, "reviving": self._revive, "purging": self._purge}
         try:
-            await step(tombstone)
+            # It was listed a moment ago, and whoever worked on it then may have come to the end since.
+            now = await self._tombstones.by_id(tombstone.id)
+            if now is not None and now.state in steps:
+                await steps[now.state](now)
         except (Refusal, OSError) as exc:
             self._trouble[tombstone.label] = str(exc)
             log.error("%s of %s: %s", tombstone.state, tombstone.label, exc, extra={"agent": tombstone.name})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from hive_core.agents import set_deployed
 from hive_core.approvals import put_request
@@ -21,7 +22,8 @@ from hive_core.questions import Ask
 from hive_core.reminders import When
 from hive_core.schedules import parse_plan
 from hive_core.sockets.admin import AdminDesk
-from hive_core.tombstones import parse_tombstone
+from hive_core.store.bus import EVENTS
+from hive_core.tombstones import TOMBSTONES, Tombstone, Tombstones, parse_tombstone
 from hive_core.uid_ranges import UidRanges
 from tests.dashboards import hive_of
 from tests.hives import SETTINGS, Services, open_services
@@ -231,6 +233,24 @@ async def test_a_hive_that_was_ended_in_the_middle_goes_on_when_it_is_opened_aga
                 await listener.wait()
         assert isinstance(house.destruction, Destruction)
         assert json.loads(await after.value("SELECT agent FROM tombstones"))["name"] == "iris"
+
+
+async def test_what_was_done_while_the_list_of_what_is_under_way_was_read_is_not_done_again(
+    hive: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_way = [await hive_of(hive).tombstones.destroy(IRIS, OPERATOR, at_once=False)]
+
+    async def read_before(_: Tombstones) -> list[Tombstone]:
+        return under_way
+
+    async with destroying(hive) as house:
+        await destroy(house)
+        await trio.testing.wait_all_tasks_blocked()
+        monkeypatch.setattr(Tombstones, "under_way", read_before)
+        with hive.store.bus.listen(EVENTS) as listener:
+            hive.store.bus.publish([TOMBSTONES])
+            await listener.wait()
+    assert await hive.value("SELECT count(*) FROM events WHERE kind = 'agent_destroyed'") == 1
 
 
 async def test_a_new_agent_of_an_old_name_begins_with_the_lines_that_are_there(hive: Services) -> None:
