@@ -415,8 +415,8 @@ def test_an_agent_whose_daemon_was_killed_before_it_noted_the_start_is_adopted_a
             client.call("start", agent="iris")
         assert daemon.process.wait(WITHIN_S) == -signal.SIGKILL
         assert not (daemon.state / "processes" / "iris.json").exists()
-        # The kernel shows the arguments of a program a little after it has begun, and those of bwrap also for its child,
-        # which leads a session, until that runs what is inside.
+        # The kernel shows the arguments of a program a little after it has begun, and those of bwrap twice: its child
+        # leads a session, too, until it runs what is inside.
         (orphan,) = look_until(lambda: found if len(found := copies_of(daemon, "iris")) == 1 else [])
         client = daemon.start()
         known = ("agent_adopted", "agent_started")
