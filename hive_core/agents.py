@@ -25,6 +25,8 @@ LIVE = "live"  # the bus topic: what is seen of some agent changed
 SHUT = ("paused", "frozen", "over_budget", "rate_limited", "needs_login")  # between turns, and none may begin
 AT_REST = ("idle", "waiting", *SHUT)
 IN_TURN = STATES - {"starting"}
+# What the lines take that are kept of ?1.
+LINE_BYTES = "(SELECT coalesce(sum(length(CAST(line AS BLOB))), 0) FROM turn_lines WHERE agent = ?1)"
 STATUS_LIMIT = 200  # characters
 STATUS_LIMIT_BYTES = 4 * STATUS_LIMIT
 
@@ -156,8 +158,8 @@ class Agents:
             taken = [row["page_port"] for row in tx.execute("SELECT page_port FROM agents").fetchall()]
             role, port = "agent", pick_port(name, self._ports, taken)
         tx.execute(
-            "INSERT INTO agents (name, role, wanted, page_port, created_at_ms, line_bytes) VALUES (?, ?, 'up', ?, ?, ("
-            "SELECT coalesce(sum(length(CAST(line AS BLOB))), 0) FROM turn_lines WHERE agent = ?1))",
+            "INSERT INTO agents (name, role, wanted, page_port, created_at_ms, line_bytes)"
+            f" VALUES (?1, ?2, 'up', ?3, ?4, {LINE_BYTES})",
             (name, role, port, tx.now_ms),
         )
         tx.emit("agent_created", actor, name, page_port=port)

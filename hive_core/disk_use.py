@@ -17,6 +17,7 @@ import trio
 from hive_core.agents import LIVE
 from hive_core.limits import Limits
 from hive_core.post import put_message
+from hive_core.protocol.visible import mib
 from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName, parse_body
 from hive_core.store.bus import TURN_ENDS, WANTED, stream
 from hive_core.store.door import Store
@@ -95,9 +96,9 @@ class DiskUses:
         sql = "INSERT INTO disk_warnings (agent, at_ms) VALUES (?, ?) ON CONFLICT DO NOTHING"
         if tx.execute(sql, (name, tx.now_ms)).rowcount:
             tx.emit("disk_quota_exceeded", SYSTEM, name, bytes=use.bytes, quota_bytes=self.quota_bytes)
-            parts = f"{_mib(use.state)} in /state, {_mib(use.claude)} of sessions, {_mib(use.config)} of configuration"
-            limit = f"more than {_mib(self.quota_bytes)} (disk_quota_bytes)"
-            text = f"disk_quota_exceeded: the directories of {name} take {_mib(use.bytes)} ({parts}), {limit}."
+            parts = f"{mib(use.state)} in /state, {mib(use.claude)} of sessions, {mib(use.config)} of configuration"
+            limit = f"more than {mib(self.quota_bytes)} (disk_quota_bytes)"
+            text = f"disk_quota_exceeded: the directories of {name} take {mib(use.bytes)} ({parts}), {limit}."
             put_message(tx, SYSTEM, OPERATOR if name == MANAGER else MANAGER, parse_body(text))
 
     def _clear(self, tx: Transaction, name: AgentName, use: DiskUse) -> None:
@@ -120,10 +121,6 @@ def measure(state_dir: Path, name: AgentName, within_s: float = MEASURE_WITHIN_S
         sizes.append(size)
     state, claude, config = sizes
     return DiskUse(state, claude, config, whole)
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
 
 
 _LAST_TURNS = """

@@ -17,16 +17,14 @@ from pathlib import Path
 
 import trio
 
+from hive_core.containers.bubblewrap import system_binds
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import named
 
 OUTPUT_LIMIT_BYTES = 1024 * 1024
 SAID_LIMIT_BYTES = 64 * 1024
 REASON_LIMIT = 300
-# What a program needs of the host to run, read-only, where it exists.
-_SYSTEM_PATHS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/run/current-system/sw")
-_STORE = Path("/nix")
-_DAEMON = _STORE / "var" / "nix" / "daemon-socket"
+_DAEMON = "/nix/var/nix/daemon-socket"
 _OPTIONS = {
     "experimental-features": "nix-command flakes",
     "pure-eval": "true",
@@ -120,14 +118,9 @@ class Nix:
             raise Refusal("unavailable", f"cannot evaluate what agents wrote: {missing} is not installed; install it")
         yield from (bwrap, "--unshare-all", "--unshare-user", "--cap-drop", "ALL", "--die-with-parent")
         yield from ("--tmpfs", "/", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp")
-        for path in _SYSTEM_PATHS:
-            if os.path.islink(path):
-                yield from ("--symlink", os.readlink(path), path)
-            elif os.path.isdir(path):
-                yield from ("--ro-bind", path, path)
-        yield from ("--ro-bind-try", f"{_STORE}/store", f"{_STORE}/store")
+        yield from system_binds()
         if self._store is None:
-            yield from ("--ro-bind-try", str(_DAEMON), str(_DAEMON))
+            yield from ("--ro-bind-try", _DAEMON, _DAEMON)
         for folder in readable:
             yield from ("--ro-bind-try", str(folder), str(folder))
         for folder in (self._home, *([self._store] if self._store else []), *writable):

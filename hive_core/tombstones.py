@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from hive_core.agents import check_free, pick_port
+from hive_core.agents import LINE_BYTES, check_free, pick_port
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, AgentName, parse_agent_name, shown
 from hive_core.store.bus import DEPLOYED, WANTED, mail
@@ -198,7 +198,7 @@ def _insert_agent(tx: Transaction, tombstone: Tombstone, ports: range) -> None:
     gone = tx.execute("SELECT min(id) - 1 FROM turn_lines WHERE agent = ?", (tombstone.name,)).fetchone()[0]
     values |= {"wanted": "down", "rests_until_ms": None, "lines_gone": max(values["lines_gone"], gone or 0)}
     tx.insert("agents", list(values), [list(values.values())])
-    tx.execute(_COUNT_LINES, (tombstone.name,))
+    tx.execute(f"UPDATE agents SET line_bytes = {LINE_BYTES} WHERE name = ?1", (tombstone.name,))
 
 
 def _from_row(row: sqlite3.Row) -> Tombstone:
@@ -206,8 +206,3 @@ def _from_row(row: sqlite3.Row) -> Tombstone:
 
 
 _SELECT = "SELECT id, name, label, state, at_once, bytes, destroyed_by, destroyed_at_ms FROM tombstones"
-_COUNT_LINES = """
-    UPDATE agents SET line_bytes = (
-        SELECT coalesce(sum(length(CAST(line AS BLOB))), 0) FROM turn_lines WHERE agent = name
-    ) WHERE name = ?
-"""

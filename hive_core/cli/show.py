@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from hive_core.protocol.visible import counted, named
+from hive_core.protocol.visible import counted, mib, named
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -131,10 +131,6 @@ def _disk(agent: dict[str, Any]) -> str:
         return "–"
     over = f" of {mib(agent['disk_quota_bytes'])}!" if size > agent["disk_quota_bytes"] else ""
     return f"{mib(size)}{over}"
-
-
-def mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
 
 
 def aside(state: str, row: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import sys
 from hive_core.cli.client import Client
 from hive_core.cli.output import emit
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.visible import mib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,6 +67,4 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _size(row: dict[str, Any]) -> str:
-    from hive_core.cli import show
-
-    return "size unknown" if row["bytes"] is None else show.mib(row["bytes"])
+    return "size unknown" if row["bytes"] is None else mib(row["bytes"])

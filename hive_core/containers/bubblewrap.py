@@ -71,15 +71,21 @@ def _system() -> list[str]:
         argv += ["--ro-bind-try", path, path]
     for path in KEYS_OF_THE_HOST:
         argv += ["--ro-bind", "/dev/null", path] if os.path.exists(path) else []
-    argv += ["--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", HOME]
+    argv += ["--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", HOME, *system_binds()]
+    for path in ETC_FILES:
+        argv += ["--ro-bind-try", path, path]
+    return argv
+
+
+def system_binds() -> list[str]:
+    """bwrap's options for the programs of the host, read-only."""
+    argv: list[str] = []
     for path in SYSTEM_PATHS:
         # A link (/bin → usr/bin) stays a link; a directory is bound.
         if os.path.islink(path):
             argv += ["--symlink", os.readlink(path), path]
         elif os.path.isdir(path):
             argv += ["--ro-bind", path, path]
-    for path in ETC_FILES:
-        argv += ["--ro-bind-try", path, path]
     return argv
 
 

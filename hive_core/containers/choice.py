@@ -13,6 +13,7 @@ from hive_core.containers.cgroups import Bounds, Cgroups
 from hive_core.containers.driver import Driver
 from hive_core.containers.nspawn import NspawnDriver, look_for_nspawn
 from hive_core.containers.process import ProcessDriver
+from hive_core.containers.seccomp import filter_program
 from hive_core.protocol.words import AgentName
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ def make_driver(
     groups = Cgroups(config.state_dir, bounds_of(config))
     if groups.trouble:
         log.warning("%s", groups.trouble)
+    if choice.sandbox != "none" and filter_program() is None:
+        log.warning("there is no filter of system calls for this processor: agents can make all of them")
     cgroups = None if groups.trouble else groups
     if choice.sandbox == "nspawn":
         return NspawnDriver(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 import shutil
 import subprocess
@@ -44,7 +43,6 @@ from hive_core.containers.seccomp import filter_program
 from hive_core.containers.status_file import end_holders
 from hive_core.protocol.words import AgentName
 
-log = logging.getLogger(__name__)
 UIDS = 65536  # of one agent
 LIFE_FD = 3  # inside
 HOST_UIDS = "nspawn-host-uids"  # the name of a container without uids of its own
@@ -135,8 +133,6 @@ class NspawnDriver(HostProcessDriver):
         self._base_of = base_of
         self._root = root
         self._bases: dict[AgentName, int] = {}
-        if self._filter is None:
-            log.warning("there is no filter of system calls for this processor: agents can make all of them")
 
     def generation(self, name: AgentName) -> str:
         return f"{super().generation(name)} {self._root}"

@@ -7,7 +7,6 @@ bwrap itself, which writes the exit code into the status file.
 from __future__ import annotations
 
 import contextlib
-import logging
 from pathlib import Path
 
 from hive_core.containers.bubblewrap import bwrap_command
@@ -18,8 +17,6 @@ from hive_core.containers.host_process import HostProcessDriver, Launch
 from hive_core.containers.inside import HOME, harness_environment, in_memory
 from hive_core.containers.status_file import end_inside
 from hive_core.protocol.words import AgentName
-
-log = logging.getLogger(__name__)
 
 
 class ProcessDriver(HostProcessDriver):
@@ -37,8 +34,6 @@ class ProcessDriver(HostProcessDriver):
     ) -> None:
         super().__init__(state_dir, claude=claude, orphan_grace_s=orphan_grace_s, life_fd=life_fd, cgroups=cgroups)
         self.sandbox = sandbox
-        if sandbox == "bwrap" and self._filter is None:
-            log.warning("there is no filter of system calls for this processor: agents can make all of them")
 
     def _first_inside(self, name: AgentName) -> int | None:
         # Bare, the harness is what was started.

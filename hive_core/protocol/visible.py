@@ -25,6 +25,11 @@ def quoted(text: str) -> str:
     return json.dumps(named(text), ensure_ascii=False)
 
 
+def mib(size: int) -> str:
+    """A number of bytes: "12.5 MiB"."""
+    return f"{size / 2**20:,.1f} MiB"
+
+
 def counted(number: int, one: str, many: str = "") -> str:
     """So many of something: "1 message", "1,000 messages"."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"

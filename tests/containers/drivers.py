@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from hive_core.containers.process import ProcessDriver
 from hive_core.containers.running import Running
 from hive_core.protocol.words import AgentName
 from hive_core.uid_ranges import pick_range
+from tests import processes
 from tests.needs import ROOT, missing
 from tests.processes import children_of, pids_naming
 
@@ -145,16 +147,7 @@ def _children(pid: int, task: str) -> list[int]:
 
 
 async def wait_gone(pids: list[int]) -> None:
-    with trio.fail_after(PATIENCE_S):
-        for pid in pids:
-            try:
-                descriptor = os.pidfd_open(pid)
-            except ProcessLookupError:
-                continue
-            try:
-                await trio.lowlevel.wait_readable(descriptor)
-            finally:
-                os.close(descriptor)
+    await trio.to_thread.run_sync(partial(processes.wait_gone, *pids))
 
 
 async def read_fifo(path: Path) -> str:

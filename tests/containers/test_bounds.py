@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,30 +12,16 @@ import trio
 from hive_core.containers.cgroups import Bounds, Cgroups
 from tests.containers.drivers import (
     IRIS,
-    KINDS,
     PATIENCE_S,
     dirs_in,
     driver_in,
-    end_all,
     inside,
     make_fifo,
     mates,
-    need,
     read_fifo,
 )
 
 BOUNDS = Bounds(memory_bytes=96 * 2**20, cpu_percent=20, tasks=24)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
-    yield
-    end_all(tmp_path)
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return need(request.param)
 
 
 @pytest.fixture

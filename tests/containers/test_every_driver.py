@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,6 @@ from tests.containers.drivers import (
     SANDBOXES,
     dirs_in,
     driver_in,
-    end_all,
     inside,
     make_fifo,
     mates,
@@ -44,21 +42,9 @@ from tests.needs import ROOT
 from tests.processes import pids_naming
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
-    yield
-    end_all(tmp_path)
-
-
 @pytest.fixture(params=SANDBOXES)
 def sandbox(request: pytest.FixtureRequest) -> str:
     """Each driver that puts an agent into a container."""
-    return need(request.param)
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    """Each driver, and the one that puts nothing around an agent."""
     return need(request.param)
 
 

@@ -10,14 +10,15 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trio
 
-from hive_core.containers import bubblewrap, host_process
+from hive_core.config import Config
+from hive_core.containers import bubblewrap, choice, host_process
 from hive_core.containers.bubblewrap import sandbox_trouble
+from hive_core.containers.choice import Choice, make_driver
 from hive_core.containers.driver import AgentDirs
 from hive_core.containers.process import ProcessDriver
 from hive_core.protocol.words import AgentName
@@ -26,7 +27,6 @@ from tests.containers.drivers import (
     PATIENCE_S,
     dirs_in,
     driver_in,
-    end_all,
     make_fifo,
     need,
     read_fifo,
@@ -39,10 +39,8 @@ from tests.processes import children_of, pids_naming
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
+def _needs_bwrap() -> None:
     need("bwrap")
-    yield
-    end_all(tmp_path)
 
 
 def test_bubblewrap_works_here() -> None:
@@ -122,9 +120,14 @@ def test_a_filter_that_does_not_work_here_is_told_with_its_reason(monkeypatch: p
 def test_a_processor_without_a_filter_is_told_in_the_log(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    for module in (bubblewrap, host_process):
+    for module in (bubblewrap, choice, host_process):
         monkeypatch.setattr(module, "filter_program", lambda: None)
-    driver_in(tmp_path, "bwrap", "")
+
+    async def first_uid(name: AgentName) -> int:
+        raise AssertionError(f"{name} needs no uids of its own")
+
+    config = Config(state_dir=tmp_path, runtime_dir=tmp_path)
+    make_driver(config, Choice("bwrap"), claude=None, life_fd=None, first_uid=first_uid)
     assert "no filter of system calls" in caplog.text
     assert sandbox_trouble() is None
 
