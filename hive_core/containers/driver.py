@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hive_core.containers.running import Done, Exit, Running, Usage
-from hive_core.protocol.words import AgentName
+from hive_core.protocol.words import AgentName, StorePath
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +71,34 @@ class Driver(Protocol):
 
     def destroy(self, name: AgentName) -> None:
         """Forget that there ever was such an agent, which has ended; its directories stay. Nothing when it is gone."""
+
+
+class Systems(Protocol):
+    """The NixOS systems that agents' containers are made of: what a driver offers besides whose sandbox is
+    "nixos-container".
+
+    A switch leaves the harness as it is, so that no turn is cut: `Driver.generation` names the system too, and an agent
+    that has another takes the new one at its turn's edge. Calls that concern one agent are made one at a time.
+    """
+
+    async def build(self, name: AgentName, flake: str) -> StorePath:
+        """Build nixosConfigurations.NAME of a flake, as a URL. Touches nothing that runs.
+
+        Raises Refusal("failed") with the last lines of what nix said.
+        """
+
+    async def switch(self, name: AgentName, system: StorePath) -> None:
+        """Make this the agent's system, in a container that is made when there is none; one that runs switches to it.
+
+        Raises Refusal, and then the agent has the system that it had: "conflict" when a container of that id is
+        somebody else's, "failed" with the last lines of what went wrong.
+        """
+
+    async def roll_back(self, name: AgentName) -> StorePath:
+        """Go back to the system before the current one, which is removed from what is kept; the one it has then.
+
+        Raises Refusal as `switch` does, and "conflict" when there is none before.
+        """
+
+    async def current(self, name: AgentName) -> StorePath | None:
+        """The system that the agent's container has when it is started now; None when it has none."""

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     AgentName = NewType("AgentName", str)
     CommitSha = NewType("CommitSha", str)
     MessageBody = NewType("MessageBody", str)
+    StorePath = NewType("StorePath", str)
 else:
-    AgentName = CommitSha = MessageBody = str
+    AgentName = CommitSha = MessageBody = StorePath = str
 
 MANAGER = AgentName("hm1nd")
 OPERATOR = AgentName("operator")
@@ -31,6 +32,7 @@ PERSONA_LIMIT_BYTES = 48 * 1024
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _SHA = re.compile(r"[0-9a-f]{40}")
+_STORE_PATH = re.compile(r"/nix/store/[0-9a-df-np-sv-z]{32}-[A-Za-z0-9+_?=-][A-Za-z0-9+._?=-]{0,210}")
 
 
 def shown(raw: object, limit: int = 40) -> str:
@@ -76,6 +78,13 @@ def parse_commit_sha(raw: object) -> CommitSha:
     if not isinstance(raw, str) or not _SHA.fullmatch(raw):
         raise Refusal("usage", f"cannot use {shown(raw)} as a commit: give all 40 hex digits (`git rev-parse HEAD`)")
     return CommitSha(raw)
+
+
+def parse_store_path(raw: object) -> StorePath:
+    """The whole path of a thing in the Nix store, and nothing inside of it. Raises Refusal("usage")."""
+    if not isinstance(raw, str) or not _STORE_PATH.fullmatch(raw):
+        raise Refusal("usage", f"cannot use {shown(raw)} as a store path: give /nix/store/DIGEST-NAME and no more")
+    return StorePath(raw)
 
 
 def parse_text(raw: object, what: str, limit_bytes: int) -> str:

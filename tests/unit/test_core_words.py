@@ -144,6 +144,35 @@ def test_a_whole_commit_id_passes(raw: bytes) -> None:
     assert words.parse_commit_sha(raw.hex()) == raw.hex()
 
 
+DIGEST = "sc9jz69hl8nhs9v35syra7j72g2cvgsw"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        None,
+        "",
+        f"/nix/store/{DIGEST}",
+        f"/nix/store/{DIGEST}-",
+        f"/nix/store/{DIGEST}-.drv",
+        f"/nix/store/{DIGEST}-a/bin/sh",
+        f"/nix/store/{DIGEST}-a\n",
+        f"/nix/store/{DIGEST}-a b",
+        f"/nix/store/../store/{DIGEST}-a",
+        f"/nix/store/{DIGEST.replace('s', 'e')}-a",
+        f"/tmp/nix/store/{DIGEST}-a",
+        f"/nix/store/{DIGEST}-{'a' * 212}",
+    ],
+)
+def test_what_is_not_the_whole_path_of_a_thing_in_the_store_is_refused(raw: object) -> None:
+    assert "/nix/store/DIGEST-NAME" in refusal_of(words.parse_store_path, raw).message
+
+
+def test_a_path_in_the_store_is_itself() -> None:
+    path = f"/nix/store/{DIGEST}-nixos-system-h-iris-25.11.20260101.0123abc"
+    assert words.parse_store_path(path) == path
+
+
 @pytest.mark.parametrize("character", ["a", "é", "€", "😀"])
 def test_the_limit_of_a_body_counts_bytes_not_characters(character: str) -> None:
     size = len(character.encode())
