@@ -253,6 +253,8 @@ class Breaker:
             return
         failures = state.failures + 1 if state.reason == REFUSED else 1
         until_ms = now_ms + self._rest_ms(self._limits.refused_rest_s, failures)
+        if state.rests(now_ms):  # until a limit's reset that the provider told: it holds all the same
+            until_ms = max(until_ms, state.until_ms or 0)
         self._close(replace(state, status=status, failures=failures, until_ms=until_ms, stays=False), REFUSED, agent)
 
     def _close(self, state: CredentialState, reason: str, agent: AgentName) -> None:

@@ -239,6 +239,13 @@ async def test_calls_that_were_under_way_with_the_refused_one_are_the_same_event
     assert await desk.kinds() == ["refused"]
 
 
+async def test_a_refusal_while_a_credential_rests_until_a_reset_that_was_told_shortens_no_rest(desk: Desk) -> None:
+    await desk.answer(IRIS, 429, after_s=1000)
+    await desk.answer(DAMOCLES, 401)
+    assert desk.until_s() == pytest.approx(1000, abs=0.01)
+    assert desk.state_of(IRIS) == "needs_login"
+
+
 async def test_agents_on_another_credential_go_on(hive: Services, desk: Desk) -> None:
     desk.credentials.put("work", "api_key", OTHER)
     await hive.sql("""UPDATE agents SET policy = '{"credential": "work"}' WHERE name = 'iris'""")
