@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from hive_core.limits import Limits
+from hive_core.protocol.harness import RENEW_EVERY_S
 from hive_core.protocol.paths import (
     PATH_FORM,
     absolute,
@@ -58,6 +59,9 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 DRAIN_MOST_S = 24 * 3600  # the daemon waits no longer for whoever asks it to: PATIENCE_MOST_S in sockets/admin.py
 
 
+LEASE_SILENCE_LEAST_S = 2 * RENEW_EVERY_S
+
+
 class Config(Limits):
     """Every setting, with its default. Times are in seconds. Port 0 means any free one (the demo and the tests)."""
 
@@ -81,6 +85,14 @@ class Config(Limits):
     orphan_grace_s: Seconds = 600.0
     drain_s: Annotated[Seconds, Field(le=DRAIN_MOST_S)] = 30.0  # how long `hive down` waits for turns to end
     end_agents_with_daemon: bool = False
+    lease_silence_s: Annotated[
+        Seconds,
+        Field(ge=LEASE_SILENCE_LEAST_S, lt=2**31, description=Limits.model_fields["lease_silence_s"].description),
+        Allowed(
+            f"a number of seconds from {LEASE_SILENCE_LEAST_S:.0f}: the harness of a quiet turn says that it lives "
+            f"every {RENEW_EVERY_S:.0f} s, and would lose it"
+        ),
+    ] = Limits.model_fields["lease_silence_s"].default
     sandbox: Literal["bwrap", "nspawn"] = "bwrap"  # what agents run in
     nspawn_root: Path = Path("/")  # whose /usr agents see, with sandbox = "nspawn"
     unsafe_no_sandbox: bool = False

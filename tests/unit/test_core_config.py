@@ -92,6 +92,10 @@ def test_an_unknown_setting_is_refused_by_name_and_place(file: Path) -> None:
 PORT = "it must be a whole number from 0 to 65535"
 PORTS = "it must be FIRST-LAST, two port numbers from 1 to 65535, such as 8100-8999"
 ADDRESS = "it must be an http:// or https:// address without a user name and spaces"
+SILENCE = (
+    "it must be a number of seconds from 20: the harness of a quiet turn says that it lives every 10 s, "
+    "and would lose it"
+)
 HOST = "it must be an address or a name of this machine, such as 127.0.0.1"
 MODEL = "it must be a model's name: 1 to 80 of A-Z, a-z, 0-9 and ._:[]-, and the first a letter or digit"
 PATH = "it must be a path: not empty, without NUL, and with the name of a user where it begins with ~"
@@ -134,6 +138,8 @@ PATH = "it must be a path: not empty, without NUL, and with the name of a user w
         ("drain_s", "86401", "it must be a number of seconds above 0 and at most 86400"),
         ("backoff_s", "14401", "it must be a number of seconds above 0 and at most 14400"),
         ("provider_rest_s", "86400", "it must be a number of seconds above 0 and at most 14400"),
+        ("lease_silence_s", "10", SILENCE),
+        ("lease_silence_s", "19.9", SILENCE),
         ("unsafe_no_sandbox", "perhaps", "it must be true or false"),
         ("claude", "~no-such-user/claude", PATH),
     ],
