@@ -97,7 +97,7 @@ class DiskUses:
         if tx.execute(sql, (name, tx.now_ms)).rowcount:
             tx.emit("disk_quota_exceeded", SYSTEM, name, bytes=use.bytes, quota_bytes=self.quota_bytes)
             parts = f"{mib(use.state)} in /state, {mib(use.claude)} of sessions, {mib(use.config)} of configuration"
-            limit = f"more than {mib(self.quota_bytes)} (disk_quota_bytes)"
+            limit = f"more than {mib(self.quota_bytes)} (disk_quota_bytes); it should clear up"
             text = f"disk_quota_exceeded: the directories of {name} take {mib(use.bytes)} ({parts}), {limit}."
             put_message(tx, SYSTEM, OPERATOR if name == MANAGER else MANAGER, parse_body(text))
 

@@ -244,7 +244,8 @@ class Supervisor:
             )
         else:
             told = [MANAGER] if crashes == 1 else []
-            text = f"container_crash: {self.name} {crash}. Its last words: {quoted(last_words)}"
+            said = f"its last words: {quoted(last_words)}"
+            text = f"container_crash: {self.name} {crash}, and is started again by itself; {said}"
         for who in told:
             if who != self.name:
                 put_message(tx, SYSTEM, who, parse_body(text))

@@ -60,7 +60,7 @@ async def test_a_crash_loop_is_quarantined_across_daemons_and_told_once_to_the_m
         told = f"container_quarantined: iris is not started any more: {seen.detail}."
         assert await house.mail(OPERATOR) == [told]
         assert await house.mail(MANAGER) == [
-            'container_crash: iris ended with code 1. Its last words: "iris fell over"',
+            'container_crash: iris ended with code 1, and is started again by itself; its last words: "iris fell over"',
             told,
         ]
         assert (await house.kinds("iris")).count("agent_quarantined") == 1
