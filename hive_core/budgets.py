@@ -23,6 +23,7 @@ from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
 THE_HIVE = EVERYONE  # the scope that every agent is in
+_SELECT = "SELECT scope, kind, amount, warn_percent, warned_day, spent_day FROM budgets"
 Kind = Literal["day", "total", "window_5h", "window_7d"]
 KINDS: tuple[Kind, ...] = ("day", "total", "window_5h", "window_7d")
 WINDOWS: dict[str, str] = {"window_5h": "5h", "window_7d": "7d"}
@@ -148,8 +149,7 @@ class Budgets:
         self._kept: dict[tuple[AgentName, Kind], Budget] = {}
 
     async def load(self) -> None:
-        sql = "SELECT scope, kind, amount, warn_percent, warned_day, spent_day FROM budgets"
-        self._keep(Budget(*row) for row in await self._store.rows(sql))
+        self._keep(Budget(*row) for row in await self._store.rows(_SELECT))
 
     def all(self) -> list[Budget]:
         """Those of the hive first, then by agent."""
@@ -204,6 +204,13 @@ class Budgets:
             self._kept.pop((scope, kind), None)
         return gone
 
+    async def look_again(self, agent: AgentName) -> None:
+        """Know the budgets of one agent as they stand in the database, where it was destroyed or revived."""
+        rows = await self._store.insist(lambda tx: tx.execute(f"{_SELECT} WHERE scope = ?", (agent,)).fetchall())
+        for kind in KINDS:
+            self._kept.pop((agent, kind), None)
+        self._keep(Budget(*row) for row in rows)
+
     def tell(self, tx: Transaction, told: Budget, used: float) -> None:
         """Say to the manager, and in an event, how much of a budget is used; nothing if it was changed meanwhile."""
         sql = "UPDATE budgets SET warned_day = ?, spent_day = ? WHERE scope = ? AND kind = ? AND amount = ?"
@@ -224,6 +231,20 @@ class Budgets:
 
     def _keep(self, budgets: Iterable[Budget]) -> None:
         self._kept.update({(budget.scope, budget.kind): budget for budget in budgets})
+
+
+def put_away(tx: Transaction, agent: AgentName) -> list[dict[str, Any]]:
+    """Take the budgets of an agent that is no more out of those that hold: their rows, for `bring_back`."""
+    rows = tx.execute("DELETE FROM budgets WHERE scope = ? RETURNING *", (agent,)).fetchall()
+    return [dict(row) for row in rows]
+
+
+def bring_back(tx: Transaction, agent: AgentName, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Let budgets that were put away hold again."""
+    known = {row["name"] for row in tx.execute("SELECT name FROM pragma_table_info('budgets')").fetchall()}
+    for row in rows:
+        values = {key: value for key, value in row.items() if key in known} | {"scope": agent}
+        tx.insert("budgets", list(values), [list(values.values())])
 
 
 def _about(scope: AgentName) -> AgentName | None:

@@ -347,6 +347,11 @@ class Ledger:
         self._moved()
         return gone
 
+    async def look_again(self, agent: AgentName) -> None:
+        """Know the budgets of an agent anew, which was destroyed or revived."""
+        await self.budgets.look_again(agent)
+        self._moved()
+
 
 def _add(sums: dict[str, int], agent: str, micro_usd: int) -> None:
     """To the sums of an agent and of the hive."""

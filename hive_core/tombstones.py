@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from hive_core.agents import LINE_BYTES, check_free, pick_port
+from hive_core.budgets import bring_back, put_away
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, AgentName, parse_agent_name, shown
 from hive_core.store.bus import DEPLOYED, WANTED, mail
@@ -150,6 +151,7 @@ class Tombstones:
 def keep(tx: Transaction, tombstone: Tombstone, size: int) -> None:
     """The agent's row goes into its tombstone: it is no agent any more."""
     row = dict(tx.execute("SELECT * FROM agents WHERE name = ?", (tombstone.name,)).fetchone())
+    row["budgets"] = put_away(tx, tombstone.name)
     sql = "UPDATE tombstones SET state = 'kept', agent = ?, bytes = ? WHERE id = ?"
     tx.execute(sql, (json.dumps(row, ensure_ascii=False), size, tombstone.id))
     for table in ("container_states", "disk_warnings", "tool_calls"):
@@ -191,13 +193,15 @@ def _insert_agent(tx: Transaction, tombstone: Tombstone, ports: range) -> None:
     """Its row as it was, kept down for now, with its port where that is free."""
     (text,) = tx.execute("SELECT agent FROM tombstones WHERE id = ?", (tombstone.id,)).fetchone()
     known = {row["name"] for row in tx.execute("SELECT name FROM pragma_table_info('agents')").fetchall()}
-    values = {key: value for key, value in json.loads(text).items() if key in known}
+    row = json.loads(text)
+    values = {key: value for key, value in row.items() if key in known}
     taken = [row["page_port"] for row in tx.execute("SELECT page_port FROM agents").fetchall()]
     if values["page_port"] in taken or values["page_port"] not in ports:
         values["page_port"] = pick_port(tombstone.name, ports, taken)
     gone = tx.execute("SELECT min(id) - 1 FROM turn_lines WHERE agent = ?", (tombstone.name,)).fetchone()[0]
     values |= {"wanted": "down", "rests_until_ms": None, "lines_gone": max(values["lines_gone"], gone or 0)}
     tx.insert("agents", list(values), [list(values.values())])
+    bring_back(tx, tombstone.name, row.get("budgets", ()))
     tx.execute(f"UPDATE agents SET line_bytes = {LINE_BYTES} WHERE name = ?1", (tombstone.name,))
 
 

@@ -123,11 +123,13 @@ class Destruction:
 
             await self._store.insist(write)
             self._agents.forget(name)
+            await self._broker.ledger.look_again(name)
         finally:
             self._reconciler.left(name)
 
     async def _revive(self, tombstone: Tombstone) -> None:
         await self._keeper.bring_back(tombstone.name, tombstone.label)
+        await self._broker.ledger.look_again(tombstone.name)
         await self._store.insist(lambda tx: forget(tx, tombstone, "revived", OPERATOR))
 
     async def _purge(self, tombstone: Tombstone) -> None:

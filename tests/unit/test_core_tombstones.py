@@ -13,6 +13,7 @@ import trio.testing
 
 from hive_core.agents import set_deployed
 from hive_core.approvals import put_request
+from hive_core.budgets import THE_HIVE, Budgets, parse_change
 from hive_core.hive import Hive
 from hive_core.limits import Limits
 from hive_core.procedures.destruction import Destruction
@@ -145,6 +146,26 @@ async def test_its_name_and_port_are_free_and_a_revived_one_takes_another_port(h
         )
         assert iris.page_port != port
         assert (hive.state_dir / "agents" / "iris" / "state" / "notes").read_text() == "iris"
+
+
+async def test_its_budgets_rest_with_it_a_new_agent_of_its_name_has_none_and_a_revived_one_has_them_again(
+    hive: Services,
+) -> None:
+    async with destroying(hive) as house:
+        for scope in ("iris", "damocles", "hive"):
+            given = {"scope": scope, "day": "2", "warn_percent": 70}
+            await house.ledger.set_budget(parse_change(given, 80), OPERATOR)
+        kept = house.ledger.budgets.of(IRIS)
+        await destroy(house)
+        assert [budget.scope for budget in house.ledger.budgets.all()] == [THE_HIVE, DAMOCLES]
+        await hive.add_agents("iris")
+        assert [budget.scope for budget in house.ledger.budgets.of(IRIS)] == [THE_HIVE]
+        await hive.sql("DELETE FROM agents WHERE name = 'iris'")
+        await house.destruction.revive("iris")
+        assert house.ledger.budgets.of(IRIS) == kept
+        again = Budgets(hive.store)
+        await again.load()
+        assert again.of(IRIS) == kept
 
 
 async def test_two_of_one_name_are_told_apart_and_one_is_not_revived_over_a_living_one(hive: Services) -> None:
