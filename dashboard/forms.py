@@ -89,13 +89,13 @@ class Forms:
         return yes(request, form.get("back", "/"), f"message {sent['message']} is on its way to {recipient}")
 
     async def release(self, request: Request) -> Response:
-        return await self._move(request, self._hive.broker.release, "message {} is on its way to {}")
+        return await self._move(request, self._hive.broker.messages.release, "message {} is on its way to {}")
 
     async def requeue(self, request: Request) -> Response:
-        return await self._move(request, self._hive.broker.requeue, "message {} goes to {} again")
+        return await self._move(request, self._hive.broker.messages.requeue, "message {} goes to {} again")
 
     async def drop(self, request: Request) -> Response:
-        return await self._move(request, self._hive.broker.drop, "message {} is dropped: {} will not get it")
+        return await self._move(request, self._hive.broker.messages.drop, "message {} is dropped: {} will not get it")
 
     async def _move(self, request: Request, move: Mover, said: str) -> Response:
         message_id = number(request.path_params["id"], "a message")

@@ -163,7 +163,7 @@ class AdminDesk:
             "frozen_since_ms": hive.freeze.since_ms,
             "stopped": stopped(hive.agents, agents),
             "pending": [{"id": a.id, "kind": a.kind, "agent": a.agent, "reason": a.reason} for a in approvals],
-            "unread": await hive.broker.unread(),
+            "unread": await hive.broker.messages.unread(),
             "questions": [one.to_wire() for one in await hive.questions.open_to(OPERATOR)],
             **await count_aside(hive.store),
             "refused": {agent.name: agent.refused for agent in agents if agent.refused},
@@ -230,11 +230,11 @@ class AdminDesk:
 
     async def _messages(self, args: Args) -> Any:
         agent = None if args.get("agent") is None else parse_agent_name(args["agent"])
-        return {"messages": await self._hive.broker.messages(agent, _limit(args))}
+        return {"messages": await self._hive.broker.messages.newest(agent, _limit(args))}
 
     async def _message(self, args: Args) -> Any:
         message_id = parse_id(args.get("message"), "a message")
-        if (found := await self._hive.broker.message(message_id)) is None:
+        if (found := await self._hive.broker.messages.one(message_id)) is None:
             raise Refusal("not_found", f"cannot find message {message_id}")
         return found
 
@@ -242,14 +242,14 @@ class AdminDesk:
         message_id, offset = parse_id(args.get("message"), "a message"), args.get("offset", 0)
         if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset < 2**62:
             raise Refusal("usage", f"cannot use {shown(offset)} as the offset: give a number of bytes from 0")
-        return await self._hive.broker.read_body(message_id, offset)
+        return await self._hive.broker.messages.read_body(message_id, offset)
 
     async def _aside(self, state: str, args: Args) -> Any:
-        return {"messages": await self._hive.broker.aside(state, _limit(args))}
+        return {"messages": await self._hive.broker.messages.aside(state, _limit(args))}
 
     async def _move(self, verb: str, args: Args) -> Any:
-        broker, message_id = self._hive.broker, parse_id(args.get("message"), "a message")
-        move = {"requeue": broker.requeue, "release": broker.release, "drop": broker.drop}[verb]
+        messages, message_id = self._hive.broker.messages, parse_id(args.get("message"), "a message")
+        move = {"requeue": messages.requeue, "release": messages.release, "drop": messages.drop}[verb]
         return {"message": message_id, "recipients": await move(message_id, OPERATOR)}
 
     async def _cancel(self, args: Args) -> Any:
@@ -307,7 +307,7 @@ class AdminDesk:
         return await self._hive.gate.request_apply_commit(OPERATOR, name, sha, args.get("reason"))
 
     async def _inbox(self, args: Args) -> Any:
-        return {"messages": await self._hive.broker.inbox(_limit(args))}
+        return {"messages": await self._hive.broker.messages.inbox(_limit(args))}
 
     async def _pending(self, _: Args) -> Any:
         return {"approvals": [approval.to_wire() for approval in await self._hive.approvals.pending()]}

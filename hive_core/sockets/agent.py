@@ -170,7 +170,7 @@ class AgentDesk:
         read_only=True,
     )
     async def read_body(self, given: forms.ReadBodyArguments, _: Key) -> Result:
-        return await self._broker.read_body(given.id, given.offset, self.name)
+        return await self._broker.messages.read_body(given.id, given.offset, self.name)
 
     @_tool("Your name and role.", forms.NoArguments, forms.WhoamiResult, told.whoami, read_only=True)
     async def whoami(self, _: forms.NoArguments, __: Key) -> Result:

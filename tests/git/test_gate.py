@@ -74,7 +74,7 @@ def refused(words: str, code: str | None = None) -> Iterator[None]:
 
 
 async def mail_of(hive: Services, agent: str) -> list[str]:
-    return [m["body"] for m in await hive.broker.messages(agent) if m["recipient"] == agent]
+    return [m["body"] for m in await hive.broker.messages.newest(agent) if m["recipient"] == agent]
 
 
 @asynccontextmanager

@@ -120,9 +120,9 @@ class Operator:
 
     async def make_rounds(self, chance: Chance) -> None:
         """Read the inbox, and decide what becomes of whatever is held or dead."""
-        await self._try(lambda broker: broker.inbox(), chance)
+        await self._try(lambda broker: broker.messages.inbox(), chance)
         for state, verbs in (("held", ("release", "drop")), ("dead", ("requeue", "drop", "drop"))):
-            for row in await self._host.call(lambda d, state=state: d.broker.aside(state), chance):
+            for row in await self._host.call(lambda d, state=state: d.broker.messages.aside(state), chance):
                 verb = chance.choice(verbs)
                 await self._try(partial(_do, verb, row["id"]), chance)
 
@@ -204,4 +204,4 @@ class Operator:
 
 
 async def _do(verb: str, message: int, broker: Broker) -> None:
-    await getattr(broker, verb)(message, OPERATOR)
+    await getattr(broker.messages, verb)(message, OPERATOR)

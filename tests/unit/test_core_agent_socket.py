@@ -82,7 +82,7 @@ async def test_the_sender_is_the_socket(hive: Services, door: Path) -> None:
         assert await client.call("whoami") == {"name": "iris", "role": "agent"}
         sent = await client.call("send", to="damocles", body="hello")
         assert "unknown key" in await client.refusal("send", to="damocles", body="hello", sender="hm1nd")
-    assert (await hive.broker.message(sent["message"]) or {})["sender"] == "iris"
+    assert (await hive.broker.messages.one(sent["message"]) or {})["sender"] == "iris"
 
 
 @pytest.fixture
@@ -625,7 +625,7 @@ async def test_a_character_split_across_two_writes_arrives_whole(hive: Services,
         await trio.testing.wait_all_tasks_blocked()
         await client.send_bytes(line[cut:])
         await client.read()
-    assert (await hive.broker.messages())[0]["body"] == "é😀"
+    assert (await hive.broker.messages.newest())[0]["body"] == "é😀"
 
 
 JUNK = st.one_of(

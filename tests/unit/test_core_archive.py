@@ -127,7 +127,7 @@ async def test_what_is_held_is_not_found_by_whom_it_is_held_from(hive: Services)
     await hive.say("iris", "damocles", "runaway")
     await hive.sql("UPDATE deliveries SET state = 'held', held = 'hops'")
     assert await found(hive, "runaway", DAMOCLES) == []
-    await hive.broker.drop(1, OPERATOR)
+    await hive.broker.messages.drop(1, OPERATOR)
     assert await found(hive, "runaway", DAMOCLES) == []
     assert await found(hive, "runaway", IRIS) == [1]
 

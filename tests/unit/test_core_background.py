@@ -30,7 +30,7 @@ async def begin_turn(hive: Services, body: str = "test it") -> Turn:
 
 
 async def newest(hive: Services) -> dict[str, Any]:
-    return (await hive.broker.messages("iris"))[-1]
+    return (await hive.broker.messages.newest("iris"))[-1]
 
 
 async def test_the_end_of_a_command_wakes_its_agent_in_the_chain_of_the_turn_that_began_it(hive: Services) -> None:
@@ -76,7 +76,7 @@ async def test_what_is_told_twice_counts_once(hive: Services) -> None:
     told = [await hive.background.tell(IRIS, work) for work in (RUNS, RUNS, ENDED, ENDED, RUNS)]
     assert told == [True, False, True, False, False]
     assert (await hive.kinds()).count("background_begun") == 1
-    assert len([row for row in await hive.broker.messages("iris") if row["sender"] == "system"]) == 1
+    assert len([row for row in await hive.broker.messages.newest("iris") if row["sender"] == "system"]) == 1
 
 
 async def test_what_ended_before_the_host_knew_that_it_began_is_told_too(hive: Services) -> None:

@@ -128,9 +128,9 @@ def test_what_comes_back_is_what_was_there(state: Path, tmp_path: Path) -> None:
 
     async def look() -> None:
         async with open_services(tmp_path / "new") as hive:
-            message = await hive.broker.message(1)
+            message = await hive.broker.messages.one(1)
             assert message is not None
-            bodies = [row["body"] for row in await hive.broker.messages()]
+            bodies = [row["body"] for row in await hive.broker.messages.newest()]
             assert "remember me" in bodies
             iris = await hive.agents.get("iris")
             settings = await hive.repos.read(AgentName("iris"), iris.deployed_sha)  # type: ignore[arg-type]

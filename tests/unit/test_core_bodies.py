@@ -42,7 +42,7 @@ def make_old(path: Path) -> None:
 async def read_whole(hive: Services, message: int, reader: AgentName | None) -> str:
     text, offset = "", 0
     while True:
-        some = await hive.broker.read_body(message, offset, reader)
+        some = await hive.broker.messages.read_body(message, offset, reader)
         assert some["bytes"] == LARGE_BYTES
         assert len(some["body"].encode()) <= 64 * 1024
         text += str(some["body"])
@@ -88,9 +88,9 @@ async def test_sender_recipient_and_operator_read_it_whole_and_nobody_else_learn
     for reader in (IRIS, DAMOCLES, None):
         assert await read_whole(hive, message, reader) == LARGE
     with pytest.raises(Refusal, match="you neither sent nor received it") as other:
-        await hive.broker.read_body(message, 0, HM1ND)
+        await hive.broker.messages.read_body(message, 0, HM1ND)
     with pytest.raises(Refusal) as none:
-        await hive.broker.read_body(99, 0, HM1ND)
+        await hive.broker.messages.read_body(99, 0, HM1ND)
     assert other.value.message.replace(str(message), "99") == none.value.message
 
 
@@ -101,22 +101,22 @@ async def test_a_message_that_is_held_cannot_be_read_before_it_is_handed_out(tmp
         held = await hive.say("iris", "damocles", LARGE)
         assert (await hive.states("damocles"))[held] == "held"
         with pytest.raises(Refusal, match="neither sent nor received"):
-            await hive.broker.read_body(held, 0, DAMOCLES)
-        assert (await hive.broker.read_body(held, 0, IRIS))["bytes"] == LARGE_BYTES
+            await hive.broker.messages.read_body(held, 0, DAMOCLES)
+        assert (await hive.broker.messages.read_body(held, 0, IRIS))["bytes"] == LARGE_BYTES
 
 
 async def test_a_small_body_is_read_the_same_way(hive: Services) -> None:
     message = await hive.say("iris", "damocles", "héllo")
-    assert await hive.broker.read_body(message, 0, IRIS) == {"body": "héllo", "next_offset": None, "bytes": 6}
-    assert (await hive.broker.read_body(message, 3, IRIS))["body"] == "llo"
-    assert (await hive.broker.read_body(message, 6, IRIS))["body"] == ""
+    assert await hive.broker.messages.read_body(message, 0, IRIS) == {"body": "héllo", "next_offset": None, "bytes": 6}
+    assert (await hive.broker.messages.read_body(message, 3, IRIS))["body"] == "llo"
+    assert (await hive.broker.messages.read_body(message, 6, IRIS))["body"] == ""
 
 
 @pytest.mark.parametrize(("offset", "word"), [(7, "the body has 6"), (-1, "the body has 6"), (2, "inside a character")])
 async def test_an_offset_that_is_no_good_says_so(hive: Services, offset: int, word: str) -> None:
     message = await hive.say("iris", "damocles", "héllo")
     with pytest.raises(Refusal, match=word):
-        await hive.broker.read_body(message, offset, IRIS)
+        await hive.broker.messages.read_body(message, offset, IRIS)
 
 
 @given(st.text(max_size=200), st.integers(4, 40))
@@ -243,13 +243,13 @@ async def test_a_file_that_is_gone_or_changed_is_told_and_not_shown(hive: Servic
     (file,) = files(hive)
     file.write_text("something else")
     with pytest.raises(Refusal, match="its file was changed"):
-        await hive.broker.read_body(message, 0, IRIS)
+        await hive.broker.messages.read_body(message, 0, IRIS)
     file.unlink()
     with pytest.raises(Refusal, match="its file is gone"):
-        await hive.broker.read_body(message, 0, IRIS)
+        await hive.broker.messages.read_body(message, 0, IRIS)
     os.mkfifo(file)
     with pytest.raises(Refusal, match="cannot read the whole body"):
-        await hive.broker.read_body(message, 0, IRIS)
+        await hive.broker.messages.read_body(message, 0, IRIS)
 
 
 async def test_the_sweep_removes_what_is_old_and_nobodys_and_nothing_else(hive: Services) -> None:

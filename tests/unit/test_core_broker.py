@@ -85,10 +85,10 @@ async def test_messages_of_one_sender_come_in_the_order_they_were_sent(hive: Ser
 
 async def test_a_message_to_the_operator_waits_in_the_inbox_until_it_is_read(hive: Services) -> None:
     message = await hive.say("iris", "operator", "done")
-    assert await hive.broker.unread() == 1
-    assert [(m["id"], m["unread"]) for m in await hive.broker.inbox()] == [(message, True)]
-    assert await hive.broker.unread() == 0
-    assert [(m["id"], m["unread"]) for m in await hive.broker.inbox()] == [(message, False)]
+    assert await hive.broker.messages.unread() == 1
+    assert [(m["id"], m["unread"]) for m in await hive.broker.messages.inbox()] == [(message, True)]
+    assert await hive.broker.messages.unread() == 0
+    assert [(m["id"], m["unread"]) for m in await hive.broker.messages.inbox()] == [(message, False)]
 
 
 async def test_what_its_sender_took_back_just_before_the_operator_read_it_is_not_shown(hive: Services) -> None:
@@ -97,7 +97,7 @@ async def test_what_its_sender_took_back_just_before_the_operator_read_it_is_not
     shown: list[int] = []
 
     async def read() -> None:
-        shown.extend(message["id"] for message in await hive.broker.inbox())
+        shown.extend(message["id"] for message in await hive.broker.messages.inbox())
 
     async with trio.open_nursery() as nursery, held_writer(hive.store, nursery):
         nursery.start_soon(hive.store.write, lambda tx: withdraw(tx, IRIS, [(taken_back, OPERATOR)]))
@@ -338,7 +338,7 @@ async def test_after_five_failed_tries_a_message_is_dead_and_an_event_tells(hive
     assert await hive.states() == {message: "dead"}
     sql = "SELECT data, message_id FROM events WHERE kind = 'message_dead'"
     assert [tuple(row) for row in await hive.store.rows(sql)] == [('{"message":1,"attempts":5,"turn":5}', message)]
-    ((dead),) = await hive.broker.aside("dead")
+    ((dead),) = await hive.broker.messages.aside("dead")
     assert (dead["id"], dead["recipient"], dead["failures"], dead["note"]) == (message, "iris", 5, "it broke")
     assert dead["settled_at_ms"] is not None
     await hive.say("hm1nd", "iris", "next")
@@ -843,7 +843,7 @@ async def test_one_recv_brings_no_more_than_a_tools_answer_holds(hive: Services)
 async def test_a_dead_letter_tells_its_sender_in_the_thread(hive: Services) -> None:
     message = await hive.say("damocles", "iris", "poison")
     await fail_until_dead(hive)
-    (letter,) = await hive.broker.messages("damocles", before=99, limit=1)
+    (letter,) = await hive.broker.messages.newest("damocles", before=99, limit=1)
     assert (letter["sender"], letter["recipient"], letter["in_reply_to"]) == ("system", "damocles", message)
     assert letter["body"] == (
         f"message_dead: your message {message} to iris was given up after 5 failed turns. "
@@ -855,7 +855,7 @@ async def test_a_dead_letter_tells_its_sender_in_the_thread(hive: Services) -> N
 async def test_a_dead_letter_to_the_operator_is_in_his_inbox(hive: Services) -> None:
     await hive.say("operator", "iris", "poison")
     await fail_until_dead(hive, error=None)
-    assert [m["body"] for m in await hive.broker.inbox()] == [
+    assert [m["body"] for m in await hive.broker.messages.inbox()] == [
         "message_dead: your message 1 to iris was given up after 5 failed turns."
     ]
 
@@ -871,7 +871,7 @@ async def test_a_dead_message_that_is_requeued_has_all_its_tries_again(hive: Ser
     message = await hive.say("operator", "iris", "poison")
     await fail_until_dead(hive)
     with hive.store.bus.listen("mail:iris") as listener:
-        assert await hive.broker.requeue(message, OPERATOR) == ["iris"]
+        assert await hive.broker.messages.requeue(message, OPERATOR) == ["iris"]
         with trio.fail_after(PATIENCE_S):
             await listener.wait()
     assert await counts(hive, message) == (5, 0)
@@ -886,10 +886,10 @@ async def test_a_dead_message_that_is_requeued_has_all_its_tries_again(hive: Ser
 async def test_a_dead_message_that_is_dropped_is_gone_from_view_and_never_comes_again(hive: Services) -> None:
     message = await hive.say("operator", "iris", "poison")
     await fail_until_dead(hive)
-    assert await hive.broker.drop(message, OPERATOR) == ["iris"]
+    assert await hive.broker.messages.drop(message, OPERATOR) == ["iris"]
     assert await hive.states() == {message: "dropped"}
-    assert await hive.broker.aside("dead") == []
-    for again in (hive.broker.requeue, hive.broker.drop, hive.broker.release):
+    assert await hive.broker.messages.aside("dead") == []
+    for again in (hive.broker.messages.requeue, hive.broker.messages.drop, hive.broker.messages.release):
         with refused("not_found", f"message {message}"):
             await again(message, OPERATOR)
     await hive.say("hm1nd", "iris", "next")
@@ -901,7 +901,7 @@ async def test_only_what_is_aside_can_be_moved(hive: Services, verb: str) -> Non
     message = await hive.say("operator", "iris", "fine")
     for number in (message, 77):
         with refused("not_found", f"cannot {verb} message {number}: it is not "):
-            await getattr(hive.broker, verb)(number, OPERATOR)
+            await getattr(hive.broker.messages, verb)(number, OPERATOR)
     assert await hive.states() == {message: "queued"}
 
 
@@ -909,7 +909,7 @@ async def test_of_a_message_to_many_only_the_dead_delivery_is_requeued(hive: Ser
     message = (await hive.broker.send(OPERATOR, [IRIS, DAMOCLES], parse_body("poison")))["message"]
     await fail_until_dead(hive)
     await hive.broker.ack(DAMOCLES, (await lease(hive, "damocles")).turn, "done")
-    assert await hive.broker.requeue(message, OPERATOR) == ["iris"]
+    assert await hive.broker.messages.requeue(message, OPERATOR) == ["iris"]
     assert (await hive.states(), await hive.states("damocles")) == ({message: "queued"}, {message: "acked"})
 
 
@@ -922,17 +922,17 @@ async def test_messages_are_shown_newest_last_and_for_one_agent_those_to_and_fro
         await hive.say("iris", "damocles", "b"),
         await hive.say("hm1nd", "damocles", "c"),
     ]
-    assert [m["id"] for m in await hive.broker.messages()] == ids
-    assert [m["id"] for m in await hive.broker.messages("iris")] == ids[:2]
-    assert [m["id"] for m in await hive.broker.messages(limit=1)] == ids[2:]
-    assert [m["id"] for m in await hive.broker.messages(before=ids[1])] == ids[:1]
+    assert [m["id"] for m in await hive.broker.messages.newest()] == ids
+    assert [m["id"] for m in await hive.broker.messages.newest("iris")] == ids[:2]
+    assert [m["id"] for m in await hive.broker.messages.newest(limit=1)] == ids[2:]
+    assert [m["id"] for m in await hive.broker.messages.newest(before=ids[1])] == ids[:1]
 
 
 @pytest.mark.parametrize("number", [2, 10**6, 2**62, 2**63 - 1])
 async def test_a_message_that_is_not_there_is_none(hive: Services, number: int) -> None:
     await hive.say("hm1nd", "iris", "a")
-    assert await hive.broker.message(number) is None
-    assert (await hive.broker.message(1) or {})["body"] == "a"
+    assert await hive.broker.messages.one(number) is None
+    assert (await hive.broker.messages.one(1) or {})["body"] == "a"
 
 
 # -- who left, and clocks that were set back --------------------------------------------------------------------------

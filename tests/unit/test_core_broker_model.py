@@ -281,9 +281,9 @@ class Story(RuleBasedStateMachine):
         names = [name for name in sorted(box) if number in box[name] and box[name][number][0] in states]
         if not names:
             with pytest.raises(Refusal, match=f"cannot {verb} message {number}"):
-                self.hive.do(lambda hive: getattr(hive.broker, verb)(number, OPERATOR))
+                self.hive.do(lambda hive: getattr(hive.broker.messages, verb)(number, OPERATOR))
             return
-        assert sorted(self.hive.do(lambda hive: getattr(hive.broker, verb)(number, OPERATOR))) == names
+        assert sorted(self.hive.do(lambda hive: getattr(hive.broker.messages, verb)(number, OPERATOR))) == names
         for name in names:
             box[name][number][:3] = [to, 0, False]
 

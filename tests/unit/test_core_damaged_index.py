@@ -95,5 +95,5 @@ async def test_what_is_old_is_forgotten_all_the_same(tmp_path: Path, damage: str
 @pytest.mark.parametrize("damage", SEEN_BY_A_SEARCH)
 async def test_the_messages_of_an_agent_are_told_meanwhile(tmp_path: Path, damage: str) -> None:
     async with damaged(tmp_path, damage) as hive:
-        assert [message["id"] for message in await hive.broker.messages(AgentName("iris"))] == [1, 2]
+        assert [message["id"] for message in await hive.broker.messages.newest(AgentName("iris"))] == [1, 2]
         assert await found(archive_of(hive)) == [2, 1]

@@ -173,7 +173,7 @@ async def test_a_released_message_tells_its_old_chain(tmp_path: Path) -> None:
             await hive.broker.ack(AgentName(sender), turn.turn, "done")
             if await hive.value("SELECT state FROM deliveries WHERE message_id = ?", held) == "held":
                 break
-        await hive.broker.release(held, OPERATOR)
+        await hive.broker.messages.release(held, OPERATOR)
         (delivery,) = (await life_of(hive.store, held))["deliveries"]
     assert [moment["text"] for moment in delivery["life"]] == [
         "held for the operator: too many turns lay between it and what its chain began with (hops)",
@@ -223,7 +223,7 @@ async def test_a_real_message_tells_of_its_turns_its_death_and_its_second_life(h
         taken = await broker.lease(IRIS)
         await broker.ack(IRIS, taken.turn, "failed", f"error {n}")
         await hive.sql("UPDATE deliveries SET available_at_ms = 0 WHERE state = 'queued'")
-    await broker.requeue(1, OPERATOR)
+    await broker.messages.requeue(1, OPERATOR)
     taken = await broker.lease(IRIS)
     await broker.ack(IRIS, taken.turn, "done")
     life = await life_of(hive.store, 1)
@@ -241,10 +241,10 @@ async def test_a_clock_that_was_set_back_turns_no_life_around(hive: Services) ->
     broker = Broker(hive.store, Limits(tries=1, pair_rate_per_hour=1))
     for body in ("fills the rate", "again"):
         await broker.send(DAMOCLES, IRIS, parse_body(body))
-    await broker.drop(2, OPERATOR)
+    await broker.messages.drop(2, OPERATOR)
     await broker.send(DAMOCLES, IRIS, parse_body("once more"))
     hive.clock.ahead_s -= 3600
-    await broker.release(3, OPERATOR)
+    await broker.messages.release(3, OPERATOR)
     for outcome in ("failed", "done"):
         taken = await broker.lease(IRIS)
         await broker.recv(IRIS, 5, 0)
@@ -252,8 +252,8 @@ async def test_a_clock_that_was_set_back_turns_no_life_around(hive: Services) ->
         await broker.ack(IRIS, taken.turn, outcome)
         hive.clock.ahead_s -= 3600
         if outcome == "failed":
-            await broker.requeue(3, OPERATOR)
-            await broker.requeue(1, OPERATOR)
+            await broker.messages.requeue(3, OPERATOR)
+            await broker.messages.requeue(1, OPERATOR)
             hive.clock.ahead_s -= 3600
     (delivery,) = (await life_of(hive.store, 3))["deliveries"]
     whats = [one["what"] for one in delivery["life"]]
@@ -275,7 +275,7 @@ async def test_an_answer_tells_the_turn_and_the_message_that_caused_it(hive: Ser
 async def test_a_released_message_tells_who_released_it(hive: Services) -> None:
     await hive.say("iris", "damocles", "again")
     await hive.sql("UPDATE deliveries SET state = 'held', held = 'rate'")
-    await hive.broker.release(1, OPERATOR)
+    await hive.broker.messages.release(1, OPERATOR)
     (delivery,) = (await life_of(hive.store, 1))["deliveries"]
     assert [one["what"] for one in delivery["life"]] == ["held", "released"]
 

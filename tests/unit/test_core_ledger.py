@@ -493,7 +493,7 @@ async def test_a_warning_comes_once_for_each_budget_and_day_and_then_that_it_is_
         await ledger.flush()
     told = [kind for kind in await hive.kinds() if kind.startswith("budget_")]
     assert told == ["budget_set", "budget_warned", "budget_spent"]
-    warned, spent = [message["body"] for message in await hive.broker.messages("hm1nd")]
+    warned, spent = [message["body"] for message in await hive.broker.messages.newest("hm1nd")]
     assert warned == (
         "budget_warning: of the budget of iris for a day 0.80 USD of 1.00 USD is used; whom it holds for is stopped "
         "when all is."
@@ -501,11 +501,11 @@ async def test_a_warning_comes_once_for_each_budget_and_day_and_then_that_it_is_
     assert spent.startswith("budget_spent: the budget of iris for a day is spent (1.00 USD of 1.00 USD); the operator")
     again = await reopened(hive)
     await again.flush()
-    assert len(await hive.broker.messages("hm1nd")) == 2, "a daemon that starts again says nothing twice"
+    assert len(await hive.broker.messages.newest("hm1nd")) == 2, "a daemon that starts again says nothing twice"
     hive.clock.ahead_s += 24 * 3600
     spend(again, 800_000)
     await again.flush()
-    assert len(await hive.broker.messages("hm1nd")) == 3
+    assert len(await hive.broker.messages.newest("hm1nd")) == 3
     await set_budget(hive, day="0.5")
     await ledger.flush()
 

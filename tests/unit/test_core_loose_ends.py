@@ -497,5 +497,5 @@ async def test_a_held_question_becomes_a_card_when_it_is_released(tmp_path: Path
         asked = await hive.questions.ask(IRIS, Ask(OPERATOR, "two?"))
         async with served(hive_of(hive)) as browser:
             after = await hive.store.last_seq()
-            await hive.broker.release(asked["message"], OPERATOR)
+            await hive.broker.messages.release(asked["message"], OPERATOR)
             assert "two?" in (await browser.told(f"/live?after={hive.at(after)}", "question-1"))[-1].data["html"]

@@ -175,8 +175,8 @@ async def test_the_hive_goes_on_where_it_was(hive: Services) -> None:
     await hive.agents.want(IRIS, "up", "operator")
     begun = await hive.broker.lease(IRIS)
     assert (begun.turn.id, begun.message["id"], begun.message["attempt"]) == (5, 5, 3)
-    assert await hive.broker.requeue(4, OPERATOR) == ["iris"]
-    assert [m["id"] for m in await hive.broker.inbox()] == [2, 8]
+    assert await hive.broker.messages.requeue(4, OPERATOR) == ["iris"]
+    assert [m["id"] for m in await hive.broker.messages.inbox()] == [2, 8]
 
 
 async def test_opening_it_again_changes_nothing(old: Path) -> None:

@@ -153,7 +153,7 @@ async def test_one_replies_only_to_what_one_sent_or_received(hive: Services, sen
     message = await hive.say("hm1nd", "iris", "hello")
     if may:
         reply = await hive.say(sender, "iris", "yes", in_reply_to=message)
-        assert (await hive.broker.message(reply) or {})["in_reply_to"] == message
+        assert (await hive.broker.messages.one(reply) or {})["in_reply_to"] == message
     else:
         said = await refusal(hive, sender, "iris", in_reply_to=message)
         assert said.message == f"cannot reply to message {message}: you neither sent nor received it"
@@ -526,11 +526,11 @@ async def test_a_chain_over_its_hop_limit_is_held_until_the_operator_releases_it
             (answer,) = await take_turn(hive, sender, (to, f"ping {n}"))
             held = answer.get("held")
             assert held == (None if n < 3 else {"iris": "hops"})
-        (aside,) = await hive.broker.aside("held")
+        (aside,) = await hive.broker.messages.aside("held")
         assert (aside["id"], aside["recipient"], aside["held"], aside["hops"]) == (5, "iris", "hops", 4)
         assert (await hive.states())[5] == "held"
         with hive.store.bus.listen("mail:iris") as listener:
-            assert await hive.broker.release(5, OPERATOR) == ["iris"]
+            assert await hive.broker.messages.release(5, OPERATOR) == ["iris"]
             with trio.fail_after(PATIENCE_S):
                 await listener.wait()
         assert await chain(hive, 5) == ("turn", 4, 5, 0)  # the chain begins anew with it
@@ -545,10 +545,10 @@ async def test_a_held_message_that_is_dropped_reaches_nobody(tmp_path: Path) -> 
     async with hive_with(tmp_path, pair_rate_per_hour=1) as hive:
         await send(hive, "iris", "damocles")
         await send(hive, "iris", ["damocles", "hm1nd"])
-        assert await hive.broker.drop(2, OPERATOR) == ["damocles"]
+        assert await hive.broker.messages.drop(2, OPERATOR) == ["damocles"]
         assert await hive.states("damocles") == {1: "queued", 2: "dropped"}
         assert await hive.states("hm1nd") == {2: "queued"}
-        assert await hive.broker.aside("held") == []
+        assert await hive.broker.messages.aside("held") == []
 
 
 async def test_a_held_message_wakes_nobody(tmp_path: Path) -> None:
@@ -637,7 +637,7 @@ async def test_mail_that_the_operator_lets_through_fills_the_inbox_again(tmp_pat
         await send(hive, "operator", "iris")
         lease = await hive.broker.lease(IRIS)
         await hive.broker.ack(IRIS, lease.turn, "failed" if state == "dead" else "done")
-        await (hive.broker.requeue if state == "dead" else hive.broker.release)(aside, OPERATOR)
+        await (hive.broker.messages.requeue if state == "dead" else hive.broker.messages.release)(aside, OPERATOR)
         assert "inbox_depth" in (await refusal(hive, "operator", "iris")).message
 
 
@@ -683,7 +683,7 @@ async def test_the_hive_itself_is_never_refused_for_depth_and_the_operators_inbo
             )
             await send(hive, "iris", "operator")
         assert len(await hive.states()) == 3
-        assert await hive.broker.unread() == 2
+        assert await hive.broker.messages.unread() == 2
 
 
 # -- large bodies -----------------------------------------------------------------------------------------------------
@@ -717,7 +717,7 @@ async def test_what_is_held_for_one_sender_has_a_limit_and_what_need_not_be_held
             "(held_depth); wait until some are released or dropped"
         )
         assert await send(hive, "hm1nd", "damocles") == {"message": 4}
-        await hive.broker.drop(2, OPERATOR)
+        await hive.broker.messages.drop(2, OPERATOR)
         assert await send(hive, "hm1nd", "iris") == {"message": 5, "held": {"iris": "rate"}}
 
 
@@ -749,5 +749,5 @@ async def test_a_message_that_is_held_cannot_be_replied_to_by_whom_it_is_held_fr
         await send(hive, "hm1nd", "iris")
         await send(hive, "hm1nd", "iris")
         assert "cannot reply to message 2" in (await refusal(hive, "iris", "hm1nd", in_reply_to=2)).message
-        await hive.broker.release(2, OPERATOR)
+        await hive.broker.messages.release(2, OPERATOR)
         await send(hive, "iris", "hm1nd", in_reply_to=2)

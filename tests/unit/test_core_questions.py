@@ -91,7 +91,7 @@ async def test_the_words_of_the_asker_cannot_pass_for_the_hives(hive: Services) 
 
 async def test_the_operator_is_told_of_his_own_ways_to_answer(hive: Services) -> None:
     await questions_of(hive).ask(IRIS, Ask(OPERATOR, "May I?"))
-    (message,) = await hive.broker.inbox()
+    (message,) = await hive.broker.messages.inbox()
     assert "`hive answer 1`" in message["body"]
 
 
@@ -194,7 +194,7 @@ async def test_the_answer_of_the_operator_begins_a_chain_and_takes_the_question_
     assert (message["sender"], message["cause"], message["in_reply_to"]) == (OPERATOR, "operator", 1)
     assert await hive.value("SELECT chain_id FROM messages WHERE id = ?", message["id"]) == message["id"]
     assert message["body"].endswith("| yes\n| but slowly")
-    assert await hive.broker.unread() == 0
+    assert await hive.broker.messages.unread() == 0
 
 
 async def test_only_whom_it_was_put_to_answers(hive: Services) -> None:
@@ -457,7 +457,7 @@ async def test_a_question_that_is_held_waits_for_nobody_but_the_operators_releas
         assert await questions.open_to(OPERATOR) == []
         with pytest.raises(Refusal, match="its message is held for the operator"):
             await questions.answer(OPERATOR, 1, Answer(text="yes"))
-        await hive.broker.release(asked["message"], OPERATOR)
+        await hive.broker.messages.release(asked["message"], OPERATOR)
         assert [one.id for one in await questions.open_to(OPERATOR)] == [1]
         await questions.answer(OPERATOR, 1, Answer(text="yes"))
 
@@ -468,7 +468,7 @@ async def test_an_answer_that_the_operator_drops_ends_the_wait_of_its_asker(hive
     asked = await questions.ask(IRIS, COLOURS)
     answered = await questions.answer(DAMOCLES, 1, Answer(("red",)))
     await hive.sql("UPDATE deliveries SET state = ? WHERE message_id = ?", state, answered["message"])
-    await hive.broker.drop(answered["message"], OPERATOR)
+    await hive.broker.messages.drop(answered["message"], OPERATOR)
     message = await mail_of(hive, IRIS)
     assert (message["sender"], message["in_reply_to"]) == ("system", asked["message"])
     assert message["body"] == (
@@ -485,7 +485,7 @@ async def test_a_question_that_the_operator_drops_ends_the_wait_of_its_asker(hiv
     questions = questions_of(hive)
     asked = await questions.ask(IRIS, COLOURS)
     await hive.sql("UPDATE deliveries SET state = 'held'")
-    await hive.broker.drop(asked["message"], OPERATOR)
+    await hive.broker.messages.drop(asked["message"], OPERATOR)
     message = await mail_of(hive, IRIS)
     assert message["body"].startswith("question_dropped: the operator dropped your question 1 to damocles.")
     assert (await questions.get(1)).state == "dropped"
@@ -502,7 +502,7 @@ async def test_what_the_operator_drops_of_a_question_that_is_over_tells_nobody(h
     await mail_of(hive, DAMOCLES)
     await questions.cancel(IRIS, 1)
     await hive.sql("UPDATE deliveries SET state = 'dead'")
-    await hive.broker.drop(asked["message"], OPERATOR)
+    await hive.broker.messages.drop(asked["message"], OPERATOR)
     assert (await questions.get(1)).state == "cancelled"
     assert await hive.states(IRIS) == {}
 

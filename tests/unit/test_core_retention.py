@@ -129,7 +129,7 @@ async def test_what_is_not_settled_stays_however_old(hive: Services, become: Cal
 async def test_what_was_dropped_goes_as_what_was_acked(hive: Services) -> None:
     await hive.say("operator", "iris", "word")
     await hold(hive)
-    await hive.broker.drop(1, OPERATOR)
+    await hive.broker.messages.drop(1, OPERATOR)
     await age(hive, 31)
     assert await forget(hive) == 1
 
@@ -187,7 +187,7 @@ async def test_many_go_in_small_transactions_and_the_next_time_finds_nothing(
     monkeypatch.setattr("hive_core.retention.FORGET_BATCH", 10)
     for _ in range(35):
         await hive.say("operator", "operator", "word")
-    await hive.broker.inbox(limit=50)
+    await hive.broker.messages.inbox(limit=50)
     await hive.say("operator", "iris", "word that waits")
     await age(hive, 31)
     assert await forget(hive) == 35
@@ -216,7 +216,7 @@ async def test_a_question_stays_for_ever_with_the_message_that_put_it_and_the_on
     for _ in range(3):
         hive.clock.ahead_s += 2 * QUARTER_S
         await hive.say("operator", "operator", "word")
-        await hive.broker.inbox()
+        await hive.broker.messages.inbox()
         await forget(hive)
     assert [dict(row) for row in await hive.store.rows("SELECT * FROM questions")] == questions
     kept = [question["message_id"] for question in questions] + [answered["message"]]
@@ -229,9 +229,9 @@ async def test_a_question_that_reached_nobody_goes_with_its_message(tmp_path: Pa
         for _ in range(4):
             await hive.questions.ask(IRIS, Ask(DAMOCLES, "word?"))
         await hive.questions.cancel(IRIS, 1)  # 2 waits unread
-        await hive.broker.drop(3, OPERATOR)
+        await hive.broker.messages.drop(3, OPERATOR)
         await hive.let_time_pass(7 * 3600)
-        await hive.broker.drop(4, OPERATOR)  # it expired while it was held
+        await hive.broker.messages.drop(4, OPERATOR)  # it expired while it was held
         hive.clock.ahead_s += 29 * DAY_S
         await forget(hive)
         assert await hive.value("SELECT count(*) FROM questions") == 4
@@ -279,7 +279,7 @@ async def test_what_a_kept_message_can_tell_of_its_life_stays_until_it_goes(tmp_
         lease = await hive.broker.lease(IRIS)
         await hive.say("iris", "damocles", "word one")
         dead = await hive.say("iris", "damocles", "word two")
-        await hive.broker.release(dead, OPERATOR)
+        await hive.broker.messages.release(dead, OPERATOR)
         await hive.broker.ack(IRIS, lease.turn, "done")
         await deliver(hive, DAMOCLES)
         await hive.broker.ack(DAMOCLES, (await hive.broker.lease(DAMOCLES)).turn, "failed", "it broke")
@@ -295,7 +295,7 @@ async def test_what_a_kept_message_can_tell_of_its_life_stays_until_it_goes(tmp_
         assert await hive.value(turns) == "1,3,5,6"
         about = "SELECT group_concat(DISTINCT kind) FROM events WHERE message_id = ?"
         assert await hive.value(about, dead) == "message_released,message_dead"
-        await hive.broker.drop(dead, OPERATOR)
+        await hive.broker.messages.drop(dead, OPERATOR)
         hive.clock.ahead_s += 31 * DAY_S
         await forget(hive)
         await forget(hive)

@@ -74,12 +74,12 @@ async def test_all_mail_to_it_is_dead_and_each_sender_is_told_once(hive: Service
     ]
     assert await hive.value("SELECT state FROM turns WHERE agent = 'iris'") == "waiting"
     with pytest.raises(Refusal, match=f"cannot requeue message {held} for iris: it was destroyed; `hive revive iris`"):
-        await hive.broker.requeue(held, OPERATOR)
+        await hive.broker.messages.requeue(held, OPERATOR)
     with pytest.raises(Refusal, match="cannot send to iris: it was destroyed"):
         await hive.say("damocles", "iris", "again")
     async with destroying(hive) as house:
         await house.destruction.revive("iris")
-    assert await hive.broker.requeue(held, OPERATOR) == ["iris"]
+    assert await hive.broker.messages.requeue(held, OPERATOR) == ["iris"]
     assert await hive.say("damocles", "iris", "again")
 
 
@@ -120,7 +120,7 @@ async def test_its_history_stays_and_nothing_refers_to_what_is_not_there(hive: S
     async with destroying(hive) as house:
         await destroy(house)
         assert len(await hive.turns.recent("iris")) == 1
-        assert len(await hive.broker.messages("iris")) == 1
+        assert len(await hive.broker.messages.newest("iris")) == 1
         assert len((await AdminDesk(house)._verbs["turns"][0]({"agent": "iris"}))["turns"]) == 1
         assert [agent.name for agent in await hive.agents.all()] == ["hm1nd", "damocles"]
         await house.destruction.purge("iris")

@@ -31,7 +31,7 @@ async def test_a_message_is_sent_as_the_operator(hive: Services) -> None:
     async with browse(hive_of(hive)) as client:
         status, said = await post(client, "/messages", to="iris", body="  hello\r\nthere  ", sender="hm1nd")
     assert (status, said) == (200, {"ok": True, "said": "message 1 is on its way to iris"})
-    sent = await hive.broker.message(1)
+    sent = await hive.broker.messages.one(1)
     assert sent is not None
     assert (sent["sender"], sent["recipient"], sent["body"]) == ("operator", "iris", "  hello\nthere  ")
 
@@ -41,7 +41,7 @@ async def test_a_reply_names_its_message(hive: Services) -> None:
     async with browse(hive_of(hive)) as client:
         await post(client, "/messages", to="iris", body="that one", in_reply_to=str(first))
         status, _ = await post(client, "/messages", to="iris", body="that one", in_reply_to="99")
-    sent = await hive.broker.message(2)
+    sent = await hive.broker.messages.one(2)
     assert sent is not None
     assert (sent["in_reply_to"], status) == (first, 404)
 
@@ -207,7 +207,7 @@ async def test_deny_tells_the_reason_to_whoever_asked(hive: Services) -> None:
         await post(client, f"/approvals/{number}/deny", digest=digest, reason="not today")
         status, _ = await post(client, f"/approvals/{number}/approve", digest=digest)
         assert status == 409
-    assert "not today" in (await hive.broker.messages("hm1nd"))[-1]["body"]
+    assert "not today" in (await hive.broker.messages.newest("hm1nd"))[-1]["body"]
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "x", "99", "9" * 40, "١"])

@@ -227,7 +227,7 @@ async def test_every_step_of_a_held_message_is_told_as_it_happens(hive: Services
         assert 'data-delivery="held"' in told[f"message-{held}"]["html"]
         assert told[f"aside-{held}"]["list"] == "aside"
         assert "/release" in told[f"aside-{held}"]["html"]
-        await hive.broker.release(held, OPERATOR)
+        await hive.broker.messages.release(held, OPERATOR)
         told = by_target(await stream.until(f"aside-{held}"))
         assert told[f"aside-{held}"]["html"] == ""
         assert 'data-delivery="queued"' in told[f"message-{held}"]["html"]
@@ -240,12 +240,12 @@ async def test_every_step_of_a_dead_message_is_told_as_it_happens(hive: Services
         told = by_target(await stream.until(f"aside-{dead}"))
         assert "1 dead" in told["agent-iris"]["html"]
         assert "/requeue" in told[f"aside-{dead}"]["html"]
-        await hive.broker.requeue(dead, OPERATOR)
+        await hive.broker.messages.requeue(dead, OPERATOR)
         assert (await stream.until(f"aside-{dead}"))[-1].data["html"] == ""
         await hive.broker.ack(IRIS, (await hive.broker.lease(IRIS)).turn, "failed", "again")
         told = by_target(await stream.until(f"aside-{dead}"))
         assert "again" in told[f"aside-{dead}"]["html"]
-        await hive.broker.drop(dead, OPERATOR)
+        await hive.broker.messages.drop(dead, OPERATOR)
         told = by_target(await stream.until(f"aside-{dead}"))
         assert told[f"aside-{dead}"]["html"] == ""
         assert 'data-delivery="dropped"' in told[f"message-{dead}"]["html"]
