@@ -31,7 +31,7 @@ from hive_core.bodies import Bodies
 from hive_core.broker import Broker
 from hive_core.config import Config
 from hive_core.containers.choice import choose_sandbox, make_driver
-from hive_core.containers.driver import AgentDirs
+from hive_core.containers.mounts import AgentDirs, agent_dirs, run_dir
 from hive_core.credentials import Credential, Credentials, find_credential, how_to_give_one
 from hive_core.hive import Hive
 from hive_core.kept import Keeper
@@ -45,7 +45,7 @@ from hive_core.procedures.supervise import Desk
 from hive_core.programs import find_claude
 from hive_core.protocol.paths import explain, host_socket
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import MANAGER, PERSONA_LIMIT_BYTES, AgentName, parse_text
+from hive_core.protocol.words import PERSONA_LIMIT_BYTES, AgentName, parse_text
 from hive_core.repos import Repos
 from hive_core.rests import Rests
 from hive_core.sign_ins import SignIns
@@ -163,7 +163,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
         )
         uids = UidRanges(store, str(config.state_dir))
         driver = make_driver(config, choice, claude=claude, life_fd=life_fd, first_uid=uids.first_uid)
-        rooms = _Rooms(config, repos)
+        rooms = _Rooms(config)
         ledger = Ledger(store, access, load_prices(config.prices), config)
         stack.push_async_callback(ledger.aclose)
         bodies = Bodies(config.state_dir / "bodies", store)
@@ -211,27 +211,19 @@ class _Rooms:
     hive: Hive
     client: httpx2.AsyncClient
 
-    def __init__(self, config: Config, repos: Repos) -> None:
+    def __init__(self, config: Config) -> None:
         self._config = config
-        self._proposed = repos.proposed_dir
         self._desks: dict[AgentName, HarnessDesk] = {}
 
     def dirs(self, name: AgentName) -> AgentDirs:
-        state = self._config.state_dir / "agents" / name
-        return AgentDirs(
-            run=self.run_dir(name),
-            state=state / "state",
-            claude=state / "claude",
-            proposed=self._proposed if name == MANAGER else None,
-        )
+        return agent_dirs(self._config.state_dir, self._config.runtime_dir, name)
 
     @cached_property
     def _pages(self) -> ASGIApp:
         return build_app(self.hive)
 
     def run_dir(self, name: AgentName) -> Path:
-        runtime = self._config.runtime_dir
-        return runtime / "manager" if name == MANAGER else runtime / "agents" / name
+        return run_dir(self._config.runtime_dir, name)
 
     def lost_turn(self, name: AgentName, silence_s: float) -> None:
         """The harness of an agent said nothing for so long, and its turn was taken away."""

@@ -16,7 +16,7 @@ import trio
 from dashboard.app import at_home, build_app
 from hive_core.agents import Agent
 from hive_core.config import Config
-from hive_core.containers.driver import AgentDirs
+from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.process import ProcessDriver
 from hive_core.credentials import Credentials
 from hive_core.hive import Hive
@@ -42,9 +42,7 @@ def hive_of(services: Services, **changes: Any) -> Hive:
     folder = services.state_dir
     config = Config(state_dir=folder, runtime_dir=folder / "run", unsafe_no_sandbox=changes.pop("unsafe", False))
     driver = ProcessDriver(folder, sandbox="bwrap", claude=None, orphan_grace_s=1.0, life_fd=None)
-
-    def dirs(name: AgentName) -> AgentDirs:
-        return AgentDirs(folder / "run", folder / "state", folder / "claude", None)
+    dirs = partial(agent_dirs, folder, folder / "run")
 
     def may_run(agent: Agent) -> str | None:
         return None

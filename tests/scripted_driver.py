@@ -15,7 +15,7 @@ import trio.testing
 from hive_core.agents import Agent, Agents, Live, set_deployed
 from hive_core.background import Background
 from hive_core.broker import Broker
-from hive_core.containers.driver import AgentDirs
+from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.running import Exit
 from hive_core.limits import Limits
 from hive_core.procedures.reconcile import Reconciler
@@ -140,7 +140,7 @@ class House:
             await trio.sleep_forever()
 
         def dirs(name: AgentName) -> AgentDirs:
-            return AgentDirs(Path("run"), Path("state"), Path("claude"), None)
+            return agent_dirs(Path("state"), Path("run"), name)
 
         driver: Any = self.driver
         self.reconciler = Reconciler(

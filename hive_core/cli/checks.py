@@ -22,8 +22,8 @@ from hive_core.config import Config, load_config
 from hive_core.containers.bubblewrap import bwrap_command
 from hive_core.containers.cgroups import Cgroups
 from hive_core.containers.choice import Choice, bounds_of, choose_sandbox
-from hive_core.containers.driver import AgentDirs
 from hive_core.containers.inside import HOME, harness_environment, in_memory
+from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.nspawn import look_for_nspawn
 from hive_core.containers.seccomp import filter_program
 from hive_core.credentials import DEFAULT, Credentials
@@ -33,6 +33,7 @@ from hive_core.prices import load_prices
 from hive_core.programs import find_claude, how_to_get_claude
 from hive_core.protocol.paths import config_files, explain
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import AgentName
 from hive_core.sockets.unix import listen_unix
 from hive_core.store.ballast import BALLAST_BYTES, ROOM_BYTES
 from hive_core.store.door import open_writer
@@ -290,9 +291,8 @@ def _ask_agent(claude: Path, *, inside: bool) -> list[dict[str, str]]:
 
 
 def _agent_dirs(folder: Path) -> AgentDirs:
-    dirs = AgentDirs(run=folder / "run", state=folder / "state", claude=folder / "claude", proposed=None)
-    for path in (dirs.run, dirs.state, dirs.claude):
-        path.mkdir()
+    dirs = agent_dirs(folder, folder / "run", AgentName("doctor"))
+    dirs.make()
     return dirs
 
 

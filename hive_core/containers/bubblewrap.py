@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hive_core.containers.driver import AgentDirs
 from hive_core.containers.inside import (
     ETC_FILES,
     HOME,
@@ -20,6 +19,7 @@ from hive_core.containers.inside import (
     links_of,
     program_paths,
 )
+from hive_core.containers.mounts import STATE, AgentDirs
 from hive_core.containers.seccomp import filter_program
 
 # How the network's names are found.
@@ -36,12 +36,9 @@ def bwrap_command(dirs: AgentDirs, claude: Path | None, status_fd: int, filter_f
     for path, target in links_of(sys.executable):
         if not is_below(path, {*SYSTEM_PATHS, *bound}):
             argv += ["--symlink", target, path]
-    # Its sockets can be connected to, not replaced.
-    argv += ["--ro-bind", str(dirs.run), "/run/hive", "--bind", str(dirs.state), "/state"]
-    argv += ["--bind", str(dirs.claude), f"{HOME}/.claude"]
-    if dirs.proposed is not None:
-        argv += ["--bind", str(dirs.proposed), "/agents"]
-    return [*argv, "--chdir", "/state", "--"]
+    for mount in dirs.mounts:
+        argv += ["--ro-bind" if mount.read_only else "--bind", str(mount.source), mount.target]
+    return [*argv, "--chdir", STATE, "--"]
 
 
 def login_command(claude: Path, filter_fd: int | None) -> list[str]:

@@ -7,22 +7,11 @@ other container; a driver whose containers are built from the commit offers its 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
+from hive_core.containers.mounts import AgentDirs
 from hive_core.containers.running import Done, Exit, Running, Usage
 from hive_core.protocol.words import AgentName, StorePath
-
-
-@dataclass(frozen=True, slots=True)
-class AgentDirs:
-    """The host's directories of one agent; they are all of the host that it can write."""
-
-    run: Path  # → /run/hive: its sockets
-    state: Path  # → /state: durable notes
-    claude: Path  # → ~/.claude: sessions of the program
-    proposed: Path | None  # → /agents: everybody's configuration, for the manager alone
 
 
 class Driver(Protocol):

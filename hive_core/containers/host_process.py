@@ -30,10 +30,10 @@ from pathlib import Path
 import trio
 
 from hive_core.containers.cgroups import Cgroups, entering_groups
-from hive_core.containers.driver import AgentDirs
 from hive_core.containers.inside import package_parents
 from hive_core.containers.keeper import start_keeper
 from hive_core.containers.keyring import leave_session_keyring
+from hive_core.containers.mounts import AGENTS, RUN, STATE, AgentDirs
 from hive_core.containers.process_tree import boot_id, first_in_namespace, start_time, usage_below
 from hive_core.containers.run_command import run_command
 from hive_core.containers.running import Done, Exit, Running, Usage, Ways
@@ -115,8 +115,7 @@ class HostProcessDriver:
     async def start(self, name: AgentName, dirs: AgentDirs) -> Running:
         """Start the agent's harness. Raises OSError when the program cannot be run, or the agent runs already."""
         self._files.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for path in (dirs.state, dirs.claude):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        dirs.make()
         status = self._file(name, "status")
         with status.open("ab", buffering=0) as status_file:
             claim(status_file)
@@ -286,10 +285,10 @@ class HostProcessDriver:
         inside = self.sandbox != "none"
         module = "hive_mind.cli" if name == MANAGER else "hive_agent.cli"
         command = [sys.executable, "-P", "-m", module, "serve"]
-        command += ["--run", "/run/hive" if inside else str(dirs.run)]
-        command += ["--state", "/state" if inside else str(dirs.state)]
+        command += ["--run", RUN if inside else str(dirs.run)]
+        command += ["--state", STATE if inside else str(dirs.state)]
         if dirs.proposed is not None:
-            command += ["--configs", "/agents" if inside else str(dirs.proposed)]
+            command += ["--configs", AGENTS if inside else str(dirs.proposed)]
         if not inside:
             command += ["--claude-dir", str(dirs.claude)]
         command += ["--sandbox", self.sandbox, "--orphan-grace", str(self._orphan_grace_s)]

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hive_core.containers.cgroups import Cgroups
-from hive_core.containers.driver import AgentDirs
 from hive_core.containers.entering import confined, nsenter
 from hive_core.containers.host_process import HostProcessDriver, Launch
 from hive_core.containers.inside import (
@@ -37,6 +36,7 @@ from hive_core.containers.inside import (
     links_of,
     program_paths,
 )
+from hive_core.containers.mounts import STATE, AgentDirs, agent_dirs
 from hive_core.containers.process_tree import kill_that_see
 from hive_core.containers.running import Running
 from hive_core.containers.seccomp import filter_program
@@ -49,6 +49,7 @@ HOST_UIDS = "nspawn-host-uids"  # the name of a container without uids of its ow
 # It says so at each end where /run is no tmpfs, and all is well.
 _OF_NO_AGENT = "Attempted to remove disk file system under"
 _PROBE_PATIENCE_S = 20.0
+_PROBE = AgentName("probe")
 _PROBE_UID = 0x6FFF0000  # the last of the range that systemd keeps for containers; no agent gets it
 # What systemd-nspawn puts into a container and an agent has no use for: all of it tells of the host, or is its.
 _EMPTIED = ("/sys", "/run/host", "/dev/net")
@@ -74,10 +75,9 @@ def nspawn_command(machine: str, dirs: AgentDirs, claude: Path | None, base: int
         argv += [f"--bind-ro={path}"]
     for path in sorted(program_paths(claude)):
         argv += [f"--bind-ro={_escaped(path)}:{_escaped(path)}{mapped}"]
-    argv += [f"--bind-ro={_escaped(dirs.run)}:/run/hive{mapped}", f"--bind={_escaped(dirs.state)}:/state{mapped}"]
-    argv += [f"--bind={_escaped(dirs.claude)}:{HOME}/.claude{mapped}"]
-    if dirs.proposed is not None:
-        argv += [f"--bind={_escaped(dirs.proposed)}:/agents{mapped}"]
+    for mount in dirs.mounts:
+        option = "--bind-ro" if mount.read_only else "--bind"
+        argv += [f"{option}={_escaped(mount.source)}:{mount.target}{mapped}"]
     return [*argv, "--"]
 
 
@@ -105,7 +105,7 @@ def inside_options(claude: Path | None) -> list[str]:
     for path, target in links_of(sys.executable):
         if not is_below(path, bound):
             options += ["--link", path, target]
-    return [*options, "--chdir", "/state"]
+    return [*options, "--chdir", STATE]
 
 
 class NspawnDriver(HostProcessDriver):
@@ -177,10 +177,10 @@ class NspawnDriver(HostProcessDriver):
     def _end_left(self, name: AgentName, dirs: AgentDirs) -> None:
         # systemd-nspawn that is killed leaves all that is inside.
         end_holders(self._file(name, "status"))
-        kill_that_see(dirs.state, "/state")
+        kill_that_see(dirs.state, STATE)
 
     def _entering(self, dirs: AgentDirs, first: int) -> list[str]:
-        options = ("--chdir", "/state")
+        options = ("--chdir", STATE)
         return [*nsenter(first), "--", *confined(self._filter, harness_environment(HOME), *options)]
 
 
@@ -214,9 +214,8 @@ def _try(state_dir: Path, runtime_dir: Path, claude: Path | None, root: Path, ba
             Path(opened.enter_context(tempfile.TemporaryDirectory(prefix=".hive-", dir=_existing(folder))))
             for folder in (state_dir, runtime_dir)
         )
-        dirs = AgentDirs(run, state / "state", state / "claude", None)
-        for path in (dirs.state, dirs.claude):
-            path.mkdir(mode=0o700)
+        dirs = agent_dirs(state, run, _PROBE)
+        dirs.make()
         command = nspawn_command(f"hive-probe-{os.getpid()}", dirs, claude, base, root)
         command += confined(filter_program(), harness_environment(HOME), *inside_options(claude))
         command += ["/bin/sh", "-c", "ls /run/hive && echo works > /state/probe"]

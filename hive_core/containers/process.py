@@ -11,10 +11,10 @@ from pathlib import Path
 
 from hive_core.containers.bubblewrap import bwrap_command
 from hive_core.containers.cgroups import Cgroups
-from hive_core.containers.driver import AgentDirs
 from hive_core.containers.entering import confined, nsenter
 from hive_core.containers.host_process import HostProcessDriver, Launch
 from hive_core.containers.inside import HOME, harness_environment, in_memory
+from hive_core.containers.mounts import AgentDirs
 from hive_core.containers.status_file import end_inside
 from hive_core.protocol.words import AgentName
 

@@ -10,7 +10,8 @@ import trio
 
 from hive_core.agents import Agent, Agents
 from hive_core.container_states import ContainerStates
-from hive_core.containers.driver import AgentDirs, Driver
+from hive_core.containers.driver import Driver
+from hive_core.containers.mounts import AgentDirs
 from hive_core.limits import Limits
 from hive_core.procedures.starts import Starts
 from hive_core.procedures.supervise import Desk, Supervisor, Tools

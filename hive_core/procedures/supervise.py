@@ -11,7 +11,8 @@ import trio
 
 from hive_core.agents import Agent, Agents
 from hive_core.container_states import ContainerStates
-from hive_core.containers.driver import AgentDirs, Driver
+from hive_core.containers.driver import Driver
+from hive_core.containers.mounts import AgentDirs
 from hive_core.containers.running import Exit, Running
 from hive_core.limits import Limits
 from hive_core.post import put_message

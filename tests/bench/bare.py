@@ -15,9 +15,10 @@ from typing import Any
 from hive_agent.claude_command import environment, session_flags, user_line
 from hive_agent.runner import Seat
 from hive_core.containers.bubblewrap import bwrap_command
-from hive_core.containers.driver import AgentDirs
 from hive_core.containers.inside import HOME, in_memory
+from hive_core.containers.mounts import AGENTS, AgentDirs, agent_dirs
 from hive_core.containers.seccomp import filter_program
+from hive_core.protocol.words import AgentName
 from tests.bench import bare_program
 from tests.daemons import Daemon
 
@@ -64,10 +65,9 @@ def bare_seat(agent: str, claude: Path, model_port: int) -> Seat:
 def open_bare(daemon: Daemon, name: str, seat: Seat, flags: Sequence[str]) -> Iterator[Bare]:
     """With the tools of an agent that the daemon has. It reaches the model without the harness and the relay."""
     folder = daemon.folder / name
-    run = daemon.runtime / ("manager" if seat.agent == "hm1nd" else f"agents/{seat.agent}")
-    dirs = AgentDirs(run=run, state=folder / "state", claude=folder / "claude", proposed=None)
-    for path in (dirs.state, dirs.claude):
-        path.mkdir(parents=True)
+    own = agent_dirs(folder, daemon.runtime, AgentName(seat.agent)).mounts
+    dirs = AgentDirs(tuple(mount for mount in own if mount.target != AGENTS))
+    dirs.make()
     with contextlib.ExitStack() as stack:
         status = stack.enter_context(open(os.devnull, "wb")).fileno()
         filter_file = stack.enter_context(in_memory(filter_program() or b""))

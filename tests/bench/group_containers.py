@@ -17,8 +17,8 @@ from typing import Any
 import trio
 
 from hive_core.containers.cgroups import Bounds, Cgroups
-from hive_core.containers.driver import AgentDirs
 from hive_core.containers.host_process import Launch
+from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.nspawn import NspawnDriver, nspawn_command
 from hive_core.protocol.words import AgentName
 from hive_core.uid_ranges import pick_range
@@ -56,9 +56,8 @@ def nspawn_start() -> dict[str, Any]:
     say("nspawn_start: asked to the harness's exec, against the bare `systemd-nspawn … true` with the same flags")
     ours, bare = [], []
     with tempfile.TemporaryDirectory(prefix="hive-b-") as folder:
-        dirs = AgentDirs(*(Path(folder) / name for name in ("run", "state", "claude")), None)
-        for path in (dirs.run, dirs.state, dirs.claude):
-            path.mkdir(mode=0o700)
+        dirs = agent_dirs(Path(folder), Path(folder) / "run", AgentName("bench"))
+        dirs.make()
         os.mkfifo(dirs.state / "began")
         groups = Cgroups(Path(folder), Bounds(4 * 2**30, 200, 2048))
         driver = _Began(

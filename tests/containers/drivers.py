@@ -16,12 +16,12 @@ import pytest
 import trio
 
 from hive_core.containers.cgroups import Cgroups
-from hive_core.containers.driver import AgentDirs
 from hive_core.containers.host_process import HostProcessDriver
+from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.nspawn import HOST_UIDS, NspawnDriver
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.running import Running
-from hive_core.protocol.words import AgentName
+from hive_core.protocol.words import MANAGER, AgentName
 from hive_core.uid_ranges import pick_range
 from tests import processes
 from tests.needs import ROOT, missing
@@ -83,10 +83,10 @@ def driver_in(
 
 
 def dirs_in(folder: Path, manager: bool = False, name: str = "iris") -> AgentDirs:
-    own = folder / "agents" / name
-    for path in (own / "run", folder / "proposed"):
+    dirs = agent_dirs(folder, folder / "runtime", MANAGER if manager else AgentName(name))
+    for path in (dirs.run, dirs.state.parent, folder / "proposed"):
         path.mkdir(parents=True, exist_ok=True)
-    return AgentDirs(own / "run", own / "state", own / "claude", folder / "proposed" if manager else None)
+    return dirs
 
 
 def inside(folder: Path, kind: str, where: str = "state") -> str:

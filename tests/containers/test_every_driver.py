@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import socket
@@ -13,6 +12,7 @@ import pytest
 import trio
 
 from hive_core.containers.host_process import LINES_MOST
+from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.nspawn import HOST_UIDS
 from hive_core.containers.printed import LOG_LIMIT_BYTES
 from hive_core.containers.process_tree import all_pids, parent_of
@@ -783,8 +783,8 @@ async def test_an_agent_that_knows_another_runtime_directory_is_ended_and_can_be
     if not remembered:
         (tmp_path / "processes" / "iris.json").unlink()
     dirs = dirs_in(tmp_path)
-    moved = dataclasses.replace(dirs, run=tmp_path / "elsewhere")
-    moved.run.mkdir()
+    moved = agent_dirs(tmp_path, tmp_path / "elsewhere", IRIS)
+    moved.run.mkdir(parents=True)
     driver = driver_in(tmp_path, sandbox, "ls /run/hive")
     assert driver.find(IRIS, moved) is None
     await wait_gone([pid])

@@ -19,7 +19,7 @@ from hive_core.config import Config
 from hive_core.containers import bubblewrap, choice, host_process
 from hive_core.containers.bubblewrap import sandbox_trouble
 from hive_core.containers.choice import Choice, make_driver
-from hive_core.containers.driver import AgentDirs
+from hive_core.containers.mounts import AgentDirs
 from hive_core.containers.process import ProcessDriver
 from hive_core.protocol.words import AgentName
 from tests.containers.drivers import (

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from hive_core.containers.driver import AgentDirs
+from hive_core.containers.mounts import AgentDirs
 from hive_core.containers.nspawn import HOST_UIDS, UIDS, Found, NspawnDriver, look_for_nspawn
 from hive_core.containers.running import Exit
 from hive_core.protocol.words import AgentName

@@ -12,7 +12,7 @@ import trio
 
 from hive_core.agents import Agent
 from hive_core.container_states import ContainerStates
-from hive_core.containers.driver import AgentDirs
+from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.running import Exit
 from hive_core.limits import Limits
@@ -72,7 +72,7 @@ async def test_a_crash_quotes_the_last_words(hive: Services, hostile: str) -> No
     limits = Limits()
     states, starts = ContainerStates(hive.store, limits), Starts(1)
     tools = Tools(hive.store, hive.agents, driver, may_run, hive.broker.put_back, limits, states, starts)
-    dirs = AgentDirs(hive.state_dir, hive.state_dir, hive.state_dir, None)
+    dirs = agent_dirs(hive.state_dir, hive.state_dir, IRIS)
     desk: Any = None
     await Supervisor(tools, IRIS, desk, dirs)._note_end(Exit(1), "ended with code 1")
     body = (await hive.broker.lease(MANAGER)).message["body"]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from hive_core.containers.bubblewrap import bwrap_command
-from hive_core.containers.driver import AgentDirs
 from hive_core.containers.inside import PROC_OF_THE_HOST, SYSTEM_PATHS, is_below
+from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.printed import keep_printed
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.seccomp import filter_program
@@ -44,8 +44,7 @@ def driver_in(
 
 
 def dirs_in(state: Path, manager: bool = False) -> AgentDirs:
-    own = state / "agents" / "iris"
-    return AgentDirs(own / "run", own / "state", own / "claude", state / "proposed" if manager else None)
+    return agent_dirs(state, state / "runtime", HM1ND if manager else IRIS)
 
 
 def options(argv: list[str]) -> Iterator[tuple[str, ...]]:
