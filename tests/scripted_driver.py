@@ -69,7 +69,7 @@ class ScriptedDriver:
         self.broken = ""  # why none can be started
         self.mortal = True
 
-    def generation(self, name: AgentName) -> str:
+    async def generation(self, name: AgentName) -> str:
         return self.shape
 
     async def start(self, name: AgentName, dirs: AgentDirs) -> Container:
@@ -81,19 +81,19 @@ class ScriptedDriver:
         self.life(name, container)
         return container
 
-    def find(self, name: AgentName, dirs: AgentDirs) -> Container | None:
+    async def find(self, name: AgentName, dirs: AgentDirs) -> Container | None:
         return self.left.pop(name, None)
 
-    def missed_exit(self, name: AgentName) -> Exit | None:
+    async def missed_exit(self, name: AgentName) -> Exit | None:
         return self.missed.pop(name, None)
 
-    def forget(self, name: AgentName) -> None:
+    async def forget(self, name: AgentName) -> None:
         pass
 
-    def destroy(self, name: AgentName) -> None:
+    async def destroy(self, name: AgentName) -> None:
         pass
 
-    def last_words(self, name: AgentName, limit: int = 600) -> str:
+    async def last_words(self, name: AgentName, limit: int = 600) -> str:
         return f"{name} fell over"
 
 

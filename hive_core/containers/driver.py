@@ -1,7 +1,7 @@
 """What every driver offers: it starts an agent in a container of its own, finds it again, looks into it, and ends it.
 
-A driver knows no messages and no settings. What an agent is told it hears over its sockets, so a new commit needs no
-other container; a driver whose containers are built from the commit offers its generations besides.
+It does so itself, or asks another process that does. A driver knows no messages and no settings: what an agent is told
+it hears over its sockets, so a new commit needs no other container.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ class Driver(Protocol):
     def sandbox(self) -> str:
         """What is around an agent, in one word: "none" is nothing at all."""
 
-    def generation(self, name: AgentName) -> str:
+    async def generation(self, name: AgentName) -> str:
         """Names the shape that the agent's container has when it is started now; the same in every daemon like this."""
 
     async def start(self, name: AgentName, dirs: AgentDirs) -> Running:
         """Start the agent's harness. Raises OSError when it cannot be started, or the agent runs already."""
 
-    def find(self, name: AgentName, dirs: AgentDirs) -> Running | None:
+    async def find(self, name: AgentName, dirs: AgentDirs) -> Running | None:
         """The agent that an earlier daemon left running, or None.
 
         One that was given another run directory can never reach us, and one in another kind of container is not as it
         is wanted: it is ended, and counts as not running.
         """
 
-    def missed_exit(self, name: AgentName) -> Exit | None:
+    async def missed_exit(self, name: AgentName) -> Exit | None:
         """How the agent ended while no daemon watched, told once; None when there is nothing to tell."""
 
-    def forget(self, name: AgentName) -> None:
+    async def forget(self, name: AgentName) -> None:
         """The end of the agent was seen and told."""
 
-    def last_words(self, name: AgentName, limit: int = 600) -> str:
+    async def last_words(self, name: AgentName, limit: int = 600) -> str:
         """The end of what the harness printed, at most `limit` bytes of it."""
 
-    def logs(self, name: AgentName, lines: int = 50) -> list[str]:
+    async def logs(self, name: AgentName, lines: int = 50) -> list[str]:
         """The last lines that the harness printed, the oldest first."""
 
-    def usage(self, running: Running) -> Usage:
-        """What the agent takes of the host now."""
+    async def usage(self, name: AgentName) -> Usage:
+        """What the agent takes of the host now; nothing when it does not run."""
 
-    async def exec(self, running: Running, command: Sequence[str], patience_s: float = 60.0) -> Done:
+    async def exec(self, name: AgentName, dirs: AgentDirs, command: Sequence[str], patience_s: float = 60.0) -> Done:
         """Run a command in the agent's container, with no more rights than the agent has.
 
-        Raises Refusal when the agent has ended, or the command not within `patience_s`: then it was killed.
+        Raises Refusal when the agent does not run, or the command takes longer than `patience_s`: it was killed.
         """
 
-    def destroy(self, name: AgentName) -> None:
+    async def destroy(self, name: AgentName) -> None:
         """Forget that there ever was such an agent, which has ended; its directories stay. Nothing when it is gone."""
 
 

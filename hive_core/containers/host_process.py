@@ -36,7 +36,7 @@ from hive_core.containers.keyring import leave_session_keyring
 from hive_core.containers.mounts import AGENTS, RUN, STATE, AgentDirs
 from hive_core.containers.process_tree import boot_id, first_in_namespace, start_time, usage_below
 from hive_core.containers.run_command import run_command
-from hive_core.containers.running import Done, Exit, Running, Usage, Ways
+from hive_core.containers.running import Done, Exit, RunningProcess, Usage, Ways
 from hive_core.containers.seccomp import filter_program
 from hive_core.containers.status_file import claim, lock_holder, status_value
 from hive_core.protocol.refusal import Refusal
@@ -105,14 +105,14 @@ class HostProcessDriver:
         """What a command is given to, so that it runs beside an agent's first process and has no other rights."""
         raise NotImplementedError
 
-    def generation(self, name: AgentName) -> str:
+    async def generation(self, name: AgentName) -> str:
         """Names the shape that the agent's container has when it is started now; the same in every daemon like this."""
         bounds = None if self._cgroups is None else str(self._cgroups.bounds)
         programs = [str(self._claude), sys.executable, *package_parents()]
         shape = [self.sandbox, *programs, self._orphan_grace_s, self._life_fd is not None, bounds]
         return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
 
-    async def start(self, name: AgentName, dirs: AgentDirs) -> Running:
+    async def start(self, name: AgentName, dirs: AgentDirs) -> RunningProcess:
         """Start the agent's harness. Raises OSError when the program cannot be run, or the agent runs already."""
         self._files.mkdir(mode=0o700, parents=True, exist_ok=True)
         dirs.make()
@@ -122,7 +122,7 @@ class HostProcessDriver:
             told = {"run": str(dirs.run), "id": _folder_id(dirs.run), "sandbox": self.sandbox}
             self._file(name, "run").write_text(json.dumps(told))
             process, keeper = await trio.to_thread.run_sync(self._start, name, dirs, status_file.fileno())
-        running = Running(process.pid, process, status, self._ways(name, dirs), keeper)
+        running = RunningProcess(process.pid, process, status, self._ways(name, dirs), keeper)
         try:
             self._remember(name, process.pid)
         except BaseException:
@@ -159,7 +159,7 @@ class HostProcessDriver:
             keeper.wait()  # nobody prints: it ends
             raise
 
-    def find(self, name: AgentName, dirs: AgentDirs) -> Running | None:
+    async def find(self, name: AgentName, dirs: AgentDirs) -> RunningProcess | None:
         """The agent that an earlier daemon left running, or None.
 
         One that was given another run directory can never reach us, and one in another kind of container is not as it
@@ -173,19 +173,17 @@ class HostProcessDriver:
                 self._remember(name, pid)
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
-                running = Running(pid, None, status, self._ways(name, dirs))
+                running = RunningProcess(pid, None, status, self._ways(name, dirs))
                 if (difference := self._difference(name, dirs.run)) is None:
                     return running
                 log.warning("ended %s (pid %d): it was started %s", name, pid, difference, extra={"agent": name})
                 running.end()
-                self.forget(name)
+                self._end_seen(name)
         self._end_left(name, dirs)
         return None
 
     def _ways(self, name: AgentName, dirs: AgentDirs) -> Ways:
-        return Ways(
-            partial(self._first_inside, name), partial(self._end_left, name, dirs), partial(self._entering, dirs)
-        )
+        return Ways(partial(self._first_inside, name), partial(self._end_left, name, dirs))
 
     def _difference(self, name: AgentName, run: Path) -> str | None:
         """How the agent was started otherwise than this daemon would; None too when nobody wrote it down."""
@@ -201,16 +199,19 @@ class HostProcessDriver:
                 return None
         return f"with its sockets in {path}, and this daemon has them in {run}"
 
-    def missed_exit(self, name: AgentName) -> Exit | None:
+    async def missed_exit(self, name: AgentName) -> Exit | None:
         """How the agent ended while no daemon watched, told once; None when there is nothing to tell."""
         identity = self._file(name, "json")
         if not identity.exists():
             return None
-        self.forget(name)
+        self._end_seen(name)
         return Exit(status_value(self._file(name, "status"), "exit-code"))
 
-    def forget(self, name: AgentName) -> None:
+    async def forget(self, name: AgentName) -> None:
         """The end of the agent was seen and told."""
+        self._end_seen(name)
+
+    def _end_seen(self, name: AgentName) -> None:
         self._file(name, "json").unlink(missing_ok=True)
         if self._cgroups is not None and (killed := self._cgroups.remove(name)):
             most = f"agent_memory_bytes, {self._cgroups.bounds.memory_bytes:,}"
@@ -218,32 +219,31 @@ class HostProcessDriver:
             with contextlib.suppress(OSError), self._file(name, "log").open("a") as printed_file:
                 printed_file.write(told)
 
-    def usage(self, running: Running) -> Usage:
-        """What the agent takes of the host now."""
-        first = None if running.ended else running.ways.first_inside()
+    async def usage(self, name: AgentName) -> Usage:
+        """What the agent takes of the host now; nothing when it does not run."""
+        first = self._first_inside(name)
         return Usage(0, 0) if first is None else Usage(*usage_below(first))
 
-    async def exec(self, running: Running, command: Sequence[str], patience_s: float = 60.0) -> Done:
+    async def exec(self, name: AgentName, dirs: AgentDirs, command: Sequence[str], patience_s: float = 60.0) -> Done:
         """Run a command in the agent's container, with no more rights than the agent has.
 
-        Raises Refusal when the agent has ended, or the command not within `patience_s`: then it was killed.
+        Raises Refusal when the agent does not run, or the command takes longer than `patience_s`: it was killed.
         """
-        first = None if running.ended else running.ways.first_inside()
-        if first is None:
+        if (first := self._first_inside(name)) is None:
             raise Refusal("conflict", "cannot run a command in the container: the agent does not run; start it first")
-        return await run_command([*running.ways.entering(first), *command], patience_s)
+        return await run_command([*self._entering(dirs, first), *command], patience_s)
 
-    def destroy(self, name: AgentName) -> None:
+    async def destroy(self, name: AgentName) -> None:
         """Forget that there ever was such an agent, which has ended; its directories stay. Nothing when it is gone."""
-        self.forget(name)
+        self._end_seen(name)
         for suffix in ("run", "log", "status"):
             self._file(name, suffix).unlink(missing_ok=True)
 
-    def last_words(self, name: AgentName, limit: int = 600) -> str:
+    async def last_words(self, name: AgentName, limit: int = 600) -> str:
         """The end of what the harness printed, at most `limit` bytes of it, for whoever asks why it ended."""
         return self._printed(name, limit).decode("utf-8", "replace").strip()
 
-    def logs(self, name: AgentName, lines: int = 50) -> list[str]:
+    async def logs(self, name: AgentName, lines: int = 50) -> list[str]:
         """The last lines that the harness printed, the oldest first; at most LINES_MOST, and LINES_LIMIT_BYTES."""
         end = self._printed(name, LINES_LIMIT_BYTES)
         found = end.decode("utf-8", "replace").splitlines()

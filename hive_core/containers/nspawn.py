@@ -38,7 +38,7 @@ from hive_core.containers.inside import (
 )
 from hive_core.containers.mounts import STATE, AgentDirs, agent_dirs
 from hive_core.containers.process_tree import kill_that_see
-from hive_core.containers.running import Running
+from hive_core.containers.running import RunningProcess
 from hive_core.containers.seccomp import filter_program
 from hive_core.containers.status_file import end_holders
 from hive_core.protocol.words import AgentName
@@ -134,14 +134,14 @@ class NspawnDriver(HostProcessDriver):
         self._root = root
         self._bases: dict[AgentName, int] = {}
 
-    def generation(self, name: AgentName) -> str:
-        return f"{super().generation(name)} {self._root}"
+    async def generation(self, name: AgentName) -> str:
+        return f"{await super().generation(name)} {self._root}"
 
     @property
     def life_fd_inside(self) -> int | None:
         return None if self._life_fd is None else LIFE_FD
 
-    async def start(self, name: AgentName, dirs: AgentDirs) -> Running:
+    async def start(self, name: AgentName, dirs: AgentDirs) -> RunningProcess:
         self._bases[name] = await self._base_of(name)
         return await super().start(name, dirs)
 
@@ -163,15 +163,15 @@ class NspawnDriver(HostProcessDriver):
         """Another hive of this host may have an agent of the same name."""
         return f"h-{name}-{hashlib.sha256(os.fsencode(self._files)).hexdigest()[:6]}"
 
-    def last_words(self, name: AgentName, limit: int = 600) -> str:
-        words = [super().last_words(name, limit)]
+    async def last_words(self, name: AgentName, limit: int = 600) -> str:
+        words = [await super().last_words(name, limit)]
         with contextlib.suppress(OSError):
             said = self._file(name, "nspawn").read_text("utf-8", "replace")
             words += [line for line in said.splitlines() if not line.startswith(_OF_NO_AGENT)]
         return "\n".join(words).strip()[-limit:]
 
-    def destroy(self, name: AgentName) -> None:
-        super().destroy(name)
+    async def destroy(self, name: AgentName) -> None:
+        await super().destroy(name)
         self._file(name, "nspawn").unlink(missing_ok=True)
 
     def _end_left(self, name: AgentName, dirs: AgentDirs) -> None:

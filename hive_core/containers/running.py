@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
@@ -47,11 +48,34 @@ class Ways:
 
     first_inside: Callable[[], int | None]  # the host's number of an agent's first process in its container
     end_left: Callable[[], None]  # ends what may be left of an agent whose wrapper has ended
-    entering: Callable[[int], list[str]]  # what a command is given to, so that it runs beside that first process
 
 
-class Running:
-    """An agent that runs, whether this daemon started it or an earlier one. `pid` is its wrapper's."""
+class Running(Protocol):
+    """An agent that runs, whether this daemon started it or an earlier one."""
+
+    @property
+    def pid(self) -> int:
+        """Its wrapper's, outside of the container."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether its end was seen."""
+
+    async def wait(self) -> Exit:
+        """Return when it has ended and what it printed is kept. Cancelling it changes nothing."""
+
+    def stop(self) -> None:
+        """Ask the harness to end at its turn's edge, by SIGTERM; nothing when it has ended.
+
+        Like `kill`, it is sure to be carried out only while somebody waits for the end.
+        """
+
+    def kill(self) -> None:
+        """End the whole agent at once, also what has a session of its own; nothing when it has ended."""
+
+
+class RunningProcess(Running):
+    """One whose wrapper this process may signal."""
 
     def __init__(
         self,
@@ -61,7 +85,7 @@ class Running:
         ways: Ways,
         keeper: subprocess.Popen[bytes] | None = None,
     ) -> None:
-        self.pid = pid
+        self._pid = pid
         self.ways = ways
         self._process = process
         self._keeper = keeper
@@ -69,8 +93,11 @@ class Running:
         self._pidfd = os.pidfd_open(pid)
         self._ended = False
 
+    @property
+    def pid(self) -> int:
+        return self._pid
+
     async def wait(self) -> Exit:
-        """Return when it has ended and what it printed is kept. Cancelling it changes nothing."""
         if not self._ended:
             await trio.lowlevel.wait_readable(self._pidfd)
             if self._process is not None:
@@ -90,17 +117,14 @@ class Running:
 
     @property
     def ended(self) -> bool:
-        """Whether its end was seen."""
         return self._ended
 
     def stop(self) -> None:
-        """Ask the harness to end at its turn's edge, by SIGTERM; nothing when it has ended."""
         if not self._ended and (first := self.ways.first_inside()) is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(first, signal.SIGTERM)
 
     def kill(self) -> None:
-        """End the whole agent at once, also what has a session of its own; nothing when it has ended."""
         if self._ended:
             return
         try:

@@ -118,7 +118,7 @@ class Reconciler:
                 await supervised.ended.wait()
             supervised.let_go()
             await supervised.gone.wait()
-        self._driver.destroy(name)
+        await self._driver.destroy(name)
 
     def left(self, name: AgentName) -> None:
         """An agent of that name may be taken on again."""
@@ -164,10 +164,10 @@ class Reconciler:
 
     async def _end_unserved(self, name: AgentName, ends: dict[str, str]) -> None:
         """End what an earlier daemon left of an agent whose sockets this one could not open."""
-        if running := self._driver.find(name, self._dirs(name)):
+        if running := await self._driver.find(name, self._dirs(name)):
             running.kill()
             await running.wait()
-            self._driver.forget(name)
+            await self._driver.forget(name)
             ends[name] = "killed"
 
     async def _drain_one(self, supervised: Supervisor, patience_s: float, ends: dict[str, str]) -> None:

@@ -123,11 +123,11 @@ class Supervisor:
     async def _adopt(self) -> None:
         """Go on with an agent that outlived the daemon before, or tell how it ended meanwhile."""
         driver = self._tools.driver
-        if running := driver.find(self.name, self._dirs):
+        if running := await driver.find(self.name, self._dirs):
             self._begin(running)
             self._looked.set()
             log.info("adopted %s (pid %d)", self.name, running.pid, extra={"agent": self.name})
-            known, wanted = await self._tools.states.generation(self.name), driver.generation(self.name)
+            known, wanted = await self._tools.states.generation(self.name), await driver.generation(self.name)
             if outdated := known not in (None, wanted):
                 self.desk.ask_to_stop()  # at its turn's edge; then one of the wanted shape is started
             told = {"outdated": True} if outdated else {}
@@ -141,7 +141,7 @@ class Supervisor:
             await self._watch(running, adopted=True)
             return
         self._looked.set()
-        if missed := driver.missed_exit(self.name):
+        if missed := await driver.missed_exit(self.name):
             when = "while the daemon was away"
             await self._note_end(missed, "" if missed.code == 0 else f"{_how(missed)} {when}", when=when)
 
@@ -170,7 +170,8 @@ class Supervisor:
                     return
                 self._observe("starting")
                 self.desk.expect()
-                await self._tools.states.note_start(self.name, self._tools.driver.generation(self.name))
+                generation = await self._tools.driver.generation(self.name)
+                await self._tools.states.note_start(self.name, generation)
                 try:
                     running = await self._tools.driver.start(self.name, self._dirs)
                 except OSError as exc:
@@ -202,7 +203,7 @@ class Supervisor:
             exit_ = await running.wait()
             nursery.cancel_scope.cancel()
         await self._note_end(exit_, self._crash(exit_, adopted, hung), hung=hung)
-        self._tools.driver.forget(self.name)
+        await self._tools.driver.forget(self.name)
         self.running = None
         self.ended.set()
 
@@ -219,7 +220,7 @@ class Supervisor:
         """Write down how it ended, and tell of a crash. exit_: None when it never began."""
         if self._unwanted(await self._agent()):
             crash = ""
-        last_words = self._tools.driver.last_words(self.name) if exit_ is not None else ""
+        last_words = await self._tools.driver.last_words(self.name) if exit_ is not None else ""
         code = exit_.code if exit_ is not None else None
 
         def write(tx: Transaction) -> None:

@@ -71,7 +71,7 @@ def nspawn_start() -> dict[str, Any]:
         for _ in range(ROUNDS):
             bare.append(_seconds([*plain, "/usr/bin/true"]))
             ours.append(trio.run(_until_began, driver, dirs))
-        driver.destroy(IRIS)
+        trio.run(driver.destroy, IRIS)
     peer = "systemd-nspawn … true"
     return figure("nspawn_start", statistics.median(ours) * 1e3, "ms", peer, statistics.median(bare) * 1e3, digits=1)
 
@@ -88,5 +88,5 @@ async def _until_began(driver: NspawnDriver, dirs: AgentDirs) -> float:
     await trio.to_thread.run_sync((dirs.state / "began").read_text)
     seconds = time.perf_counter() - begin
     await running.wait()
-    driver.forget(IRIS)
+    await driver.forget(IRIS)
     return seconds

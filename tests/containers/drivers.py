@@ -101,7 +101,7 @@ async def run(folder: Path, kind: str, script: str, manager: bool = False) -> tu
     with trio.fail_after(PATIENCE_S):
         running = await driver.start(IRIS, dirs_in(folder, manager))
         code = (await running.wait()).code
-    return code, driver.last_words(IRIS, 100_000)
+    return code, await driver.last_words(IRIS, 100_000)
 
 
 async def run_program(folder: Path, kind: str, program: str, then: str = "true") -> tuple[int | None, str]:

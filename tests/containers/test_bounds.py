@@ -41,8 +41,8 @@ async def run_bounded(folder: Path, kind: str, cgroups: Cgroups, program: str) -
     driver = driver_in(folder, kind, f"exec {sys.executable} {inside(folder, kind, 'run')}/program.py", cgroups=cgroups)
     with trio.fail_after(PATIENCE_S):
         code = (await (await driver.start(IRIS, dirs_in(folder))).wait()).code
-    driver.forget(IRIS)
-    return code, driver.last_words(IRIS, 10_000)
+    await driver.forget(IRIS)
+    return code, await driver.last_words(IRIS, 10_000)
 
 
 async def test_an_agent_that_holds_more_memory_than_it_may_is_killed_and_its_last_words_name_the_setting(
@@ -100,11 +100,11 @@ async def test_all_of_an_agent_is_in_its_groups_and_they_go_when_it_has_ended(
     running.kill()
     with trio.fail_after(PATIENCE_S):
         await running.wait()
-        driver.forget(IRIS)
+        await driver.forget(IRIS)
         while groups_of(cgroups):  # what was killed leaves its group a moment later
             await trio.lowlevel.checkpoint()
-            driver.forget(IRIS)
-    assert "memory" not in driver.last_words(IRIS)
+            await driver.forget(IRIS)
+    assert "memory" not in await driver.last_words(IRIS)
 
 
 async def test_groups_that_are_still_there_are_taken_again(tmp_path: Path, kind: str, cgroups: Cgroups) -> None:

@@ -210,7 +210,7 @@ async def test_a_harness_that_is_asked_to_stop_ends_as_it_likes(tmp_path: Path, 
         with trio.fail_after(PATIENCE_S):
             assert await running.wait() == Exit(5)
         running.stop()  # once more, when it is gone, is nothing
-        assert driver.last_words(IRIS) == "goes"
+        assert await driver.last_words(IRIS) == "goes"
 
 
 async def test_an_agent_that_is_killed_by_a_signal_has_crashed_and_can_be_started_again(
@@ -224,7 +224,7 @@ async def test_an_agent_that_is_killed_by_a_signal_has_crashed_and_can_be_starte
         with trio.fail_after(PATIENCE_S):
             assert (await running.wait()).code not in (0, None)
         await wait_gone(everything)
-        driver.forget(IRIS)
+        await driver.forget(IRIS)
     assert await run(tmp_path, kind, "echo again") == (0, "again")
 
 
@@ -243,18 +243,18 @@ async def test_what_a_killed_wrapper_left_is_ended_by_the_next_daemon_or_adopted
     wrapper = start_and_die(tmp_path, sandbox, "sleep 1000 & echo > /state/ready; wait")
     await read_fifo(ready)
     driver, dirs = driver_in(tmp_path, sandbox, "echo again"), dirs_in(tmp_path)
-    running = driver.find(IRIS, dirs)
+    running = await driver.find(IRIS, dirs)
     assert running is not None
     everything = mates(running)
     assert len(everything) == 2
     os.kill(wrapper, signal.SIGKILL)
     await wait_gone([wrapper])
-    if (found := driver.find(IRIS, dirs)) is not None:
+    if (found := await driver.find(IRIS, dirs)) is not None:
         found.kill()
         with trio.fail_after(PATIENCE_S):
             await found.wait()
     await wait_gone(everything)
-    driver.forget(IRIS)
+    await driver.forget(IRIS)
     assert await run(tmp_path, sandbox, "echo again") == (0, "again")
 
 
@@ -263,29 +263,29 @@ async def test_what_a_killed_wrapper_left_is_ended_by_the_next_daemon_or_adopted
 
 async def test_what_an_agent_takes_of_the_host_is_told(tmp_path: Path, kind: str) -> None:
     async with started(tmp_path, kind, "sleep 1000 & echo > STATE/ready; wait") as (driver, running):
-        usage = driver.usage(running)
+        usage = await driver.usage(IRIS)
         assert usage.processes == 2
         assert 100_000 < usage.memory_bytes < 100_000_000
         running.kill()
         with trio.fail_after(PATIENCE_S):
             await running.wait()
-        assert driver.usage(running) == Usage(0, 0)
+        assert await driver.usage(IRIS) == Usage(0, 0)
 
 
 async def test_the_last_lines_of_an_agent_are_told_in_their_order(tmp_path: Path, kind: str) -> None:
     await run(tmp_path, kind, "seq 1 100000")
     driver = driver_in(tmp_path, kind, "")
-    assert driver.logs(IRIS, 3) == ["99998", "99999", "100000"]
-    assert len(driver.logs(IRIS, 10**9)) == LINES_MOST
-    assert driver.logs(AgentName("argus")) == []
+    assert await driver.logs(IRIS, 3) == ["99998", "99999", "100000"]
+    assert len(await driver.logs(IRIS, 10**9)) == LINES_MOST
+    assert await driver.logs(AgentName("argus")) == []
 
 
 async def test_a_command_runs_beside_the_agent_and_tells_its_code_and_what_it_printed(
     tmp_path: Path, kind: str
 ) -> None:
-    async with started(tmp_path, kind, "echo > STATE/ready; exec sleep 1000") as (driver, running):
+    async with started(tmp_path, kind, "echo > STATE/ready; exec sleep 1000") as (driver, _running):
         script = "pwd; echo hi > note; echo $HOME; echo bad >&2; exit 3"
-        done = await driver.exec(running, ["/bin/sh", "-c", script])
+        done = await driver.exec(IRIS, dirs_in(tmp_path), ["/bin/sh", "-c", script])
         home = "/root" if kind != "none" else inside(tmp_path, kind)
         assert (done.code, done.output.split()) == (3, [inside(tmp_path, kind), home, "bad"])
         assert (dirs_in(tmp_path).state / "note").read_text() == "hi\n"
@@ -297,8 +297,8 @@ async def test_a_command_in_a_container_has_no_more_rights_than_the_agent(tmp_pa
         " for kind in user mnt pid ipc net uts; do readlink /proc/self/ns/$kind; done; env | sort; ls /proc/self/fd"
     )
     script = f"({look}) > /state/agent 2>&1; echo > STATE/ready; exec sleep 1000"
-    async with started(tmp_path, sandbox, script) as (driver, running):
-        done = await driver.exec(running, ["/bin/sh", "-c", f"({look}) > /state/command 2>&1"])
+    async with started(tmp_path, sandbox, script) as (driver, _running):
+        done = await driver.exec(IRIS, dirs_in(tmp_path), ["/bin/sh", "-c", f"({look}) > /state/command 2>&1"])
         assert done == Done(0, "")
     state = dirs_in(tmp_path).state
     said = (state / "agent").read_text().replace("agent\n", "")
@@ -307,12 +307,12 @@ async def test_a_command_in_a_container_has_no_more_rights_than_the_agent(tmp_pa
 
 
 async def test_a_command_that_does_not_end_is_killed_with_all_that_it_started(tmp_path: Path, kind: str) -> None:
-    async with started(tmp_path, kind, "echo > STATE/ready; exec sleep 1000") as (driver, running):
+    async with started(tmp_path, kind, "echo > STATE/ready; exec sleep 1000") as (driver, _running):
         with pytest.raises(Refusal, match=r"did not end within 0\.5 s"):
-            await driver.exec(running, ["/bin/sh", "-c", "setsid sleep 7.0031 & sleep 1000"], 0.5)
+            await driver.exec(IRIS, dirs_in(tmp_path), ["/bin/sh", "-c", "setsid sleep 7.0031 & sleep 1000"], 0.5)
         await wait_gone(pids_naming("sleep\x007.0031"))
         with trio.fail_after(PATIENCE_S):
-            while driver.usage(running).processes > 1:
+            while (await driver.usage(IRIS)).processes > 1:
                 await trio.lowlevel.checkpoint()
 
 
@@ -320,13 +320,13 @@ async def test_a_command_that_floods_is_cut_and_one_for_an_agent_that_has_ended_
     tmp_path: Path, kind: str
 ) -> None:
     async with started(tmp_path, kind, "echo > STATE/ready; exec sleep 1000") as (driver, running):
-        done = await driver.exec(running, ["/bin/sh", "-c", "yes floods | head -c 10000000"])
+        done = await driver.exec(IRIS, dirs_in(tmp_path), ["/bin/sh", "-c", "yes floods | head -c 10000000"])
         assert (done.code, len(done.output)) == (0, OUTPUT_LIMIT_BYTES)
         running.kill()
         with trio.fail_after(PATIENCE_S):
             await running.wait()
         with pytest.raises(Refusal, match="does not run"):
-            await driver.exec(running, ["true"])
+            await driver.exec(IRIS, dirs_in(tmp_path), ["true"])
 
 
 # -- what stays, and what does not ------------------------------------------------------------------------------------
@@ -383,7 +383,8 @@ async def test_several_agents_run_side_by_side_and_each_ends_alone(tmp_path: Pat
     running[0].kill()
     with trio.fail_after(PATIENCE_S):
         await running[0].wait()
-    assert [driver.find(name, dirs_in(tmp_path, name=name)) is not None for name in names] == [False, True, True, True]
+    found = [await driver.find(name, dirs_in(tmp_path, name=name)) for name in names]
+    assert [each is not None for each in found] == [False, True, True, True]
     for each in running[1:]:
         each.kill()
         with trio.fail_after(PATIENCE_S):
@@ -393,11 +394,13 @@ async def test_several_agents_run_side_by_side_and_each_ends_alone(tmp_path: Pat
 async def test_a_destroyed_agent_leaves_its_directories_and_nothing_else(tmp_path: Path, kind: str) -> None:
     await run(tmp_path, kind, f"echo kept > {inside(tmp_path, kind)}/note")
     driver = driver_in(tmp_path, kind, "")
-    driver.destroy(IRIS)
-    driver.destroy(IRIS)
+    await driver.destroy(IRIS)
+    await driver.destroy(IRIS)
     assert list((tmp_path / "processes").iterdir()) == []
     assert (dirs_in(tmp_path).state / "note").read_text() == "kept\n"
-    assert (driver.find(IRIS, dirs_in(tmp_path)), driver.missed_exit(IRIS), driver.logs(IRIS)) == (None, None, [])
+    assert await driver.find(IRIS, dirs_in(tmp_path)) is None
+    assert await driver.missed_exit(IRIS) is None
+    assert await driver.logs(IRIS) == []
 
 
 # -- daemons that die -------------------------------------------------------------------------------------------------
@@ -409,22 +412,22 @@ async def test_an_agent_outlives_its_daemon_and_the_next_one_adopts_it_and_reads
     go = make_fifo(tmp_path, "go")
     pid = start_and_die(tmp_path, sandbox, "read word < /state/go; exit 7")
     driver = driver_in(tmp_path, sandbox, "")
-    running = driver.find(IRIS, dirs_in(tmp_path))
+    running = await driver.find(IRIS, dirs_in(tmp_path))
     assert running is not None
     assert running.pid == pid
     with trio.fail_after(PATIENCE_S):
         await say_go(go)
         assert await running.wait() == Exit(7)
-    assert driver.find(IRIS, dirs_in(tmp_path)) is None
-    driver.forget(IRIS)
-    assert driver.missed_exit(IRIS) is None
+    assert await driver.find(IRIS, dirs_in(tmp_path)) is None
+    await driver.forget(IRIS)
+    assert await driver.missed_exit(IRIS) is None
 
 
 async def test_an_adopted_agent_can_be_killed_whole(tmp_path: Path, sandbox: str) -> None:
     ready = make_fifo(tmp_path, "ready")
     start_and_die(tmp_path, sandbox, "setsid sleep 1000 & echo > /state/ready; sleep 1000")
     await read_fifo(ready)
-    running = driver_in(tmp_path, sandbox, "").find(IRIS, dirs_in(tmp_path))
+    running = await driver_in(tmp_path, sandbox, "").find(IRIS, dirs_in(tmp_path))
     assert running is not None
     found = mates(running)
     running.kill()
@@ -442,15 +445,15 @@ async def test_an_exit_that_nobody_watched_is_told_once(tmp_path: Path, sandbox:
         await trio.lowlevel.wait_readable(descriptor)
     os.close(descriptor)
     driver = driver_in(tmp_path, sandbox, "")
-    assert driver.find(IRIS, dirs_in(tmp_path)) is None
-    assert driver.missed_exit(IRIS) == Exit(9)
-    assert driver.missed_exit(IRIS) is None
+    assert await driver.find(IRIS, dirs_in(tmp_path)) is None
+    assert await driver.missed_exit(IRIS) == Exit(9)
+    assert await driver.missed_exit(IRIS) is None
 
 
 async def test_an_agent_that_watches_the_life_pipe_ends_with_its_daemon(tmp_path: Path, sandbox: str) -> None:
     pid = start_and_die(tmp_path, sandbox, "cat <&LIFE; exit 5", "life")
     await wait_gone([pid])
-    assert driver_in(tmp_path, sandbox, "").missed_exit(IRIS) == Exit(5)
+    assert await driver_in(tmp_path, sandbox, "").missed_exit(IRIS) == Exit(5)
 
 
 # Kills its own process at the Nth step that shows from outside of the program, counted from the start of the agent.
@@ -493,7 +496,7 @@ async def test_at_whatever_step_of_a_start_a_daemon_is_killed_the_next_one_finds
             check=False,
         )
         not_remembered += not (tmp_path / "processes" / "iris.json").exists()
-        running = driver.find(IRIS, dirs)
+        running = await driver.find(IRIS, dirs)
         if running is None:
             never_started += 1
             assert pids_naming(str(tmp_path)) == [], f"killed at step {step}, it left an agent that nobody finds"
@@ -504,7 +507,7 @@ async def test_at_whatever_step_of_a_start_a_daemon_is_killed_the_next_one_finds
             running.kill()
             with trio.fail_after(PATIENCE_S):
                 await running.wait()
-            driver.forget(IRIS)
+            await driver.forget(IRIS)
             await wait_gone(pids_naming(str(tmp_path)))
         if starter.returncode == 0:
             break
@@ -519,14 +522,14 @@ async def test_whoever_only_reads_the_status_file_is_not_taken_for_the_agent(tmp
     (tmp_path / "processes" / "iris.json").unlink()
     with (tmp_path / "processes" / "iris.status").open():
         driver, dirs = driver_in(tmp_path, sandbox, ""), dirs_in(tmp_path)
-        running = driver.find(IRIS, dirs)
+        running = await driver.find(IRIS, dirs)
         assert running is not None
         assert running.pid == pid
         with trio.fail_after(PATIENCE_S):
             await say_go(go)
             await running.wait()
-        driver.forget(IRIS)
-        assert driver.find(IRIS, dirs) is None
+        await driver.forget(IRIS)
+        assert await driver.find(IRIS, dirs) is None
 
 
 async def test_nothing_that_an_agent_does_inside_hides_it_from_the_next_daemon(tmp_path: Path, sandbox: str) -> None:
@@ -544,7 +547,7 @@ async def test_nothing_that_an_agent_does_inside_hides_it_from_the_next_daemon(t
     pid = start_and_die(tmp_path, sandbox, f"exec {sys.executable} /run/hive/let_go.py")
     await read_fifo(ready)
     (tmp_path / "processes" / "iris.json").unlink()
-    running = driver_in(tmp_path, sandbox, "").find(IRIS, dirs)
+    running = await driver_in(tmp_path, sandbox, "").find(IRIS, dirs)
     assert running is not None
     assert running.pid == pid
     running.kill()
@@ -555,7 +558,7 @@ async def test_nothing_that_an_agent_does_inside_hides_it_from_the_next_daemon(t
 async def test_it_is_the_agent_that_is_found_by_its_lock_and_not_what_it_started(tmp_path: Path, kind: str) -> None:
     async with started(tmp_path, kind, "sleep 1000 & echo > STATE/ready; wait") as (driver, running):
         (tmp_path / "processes" / "iris.json").unlink()
-        found = driver.find(IRIS, dirs_in(tmp_path))
+        found = await driver.find(IRIS, dirs_in(tmp_path))
         assert found is not None
         assert found.pid == running.pid
         found.kill()
@@ -570,7 +573,7 @@ async def test_an_agent_whose_process_file_cannot_be_written_is_ended_again(tmp_
     with pytest.raises(IsADirectoryError):
         await driver.start(IRIS, dirs)
     await wait_gone(pids_naming(str(tmp_path)))
-    assert driver.find(IRIS, dirs) is None
+    assert await driver.find(IRIS, dirs) is None
 
 
 async def test_its_sockets_can_be_connected_to_and_not_replaced(tmp_path: Path, sandbox: str) -> None:
@@ -664,7 +667,7 @@ async def test_an_agent_has_no_key_of_the_session_that_its_daemon_was_started_in
     if b"no kernel keys" in starter.stderr:
         pytest.skip("this machine has no kernel keys")
     assert starter.stdout.decode().strip() == "b'canary'", starter.stderr
-    assert driver_in(tmp_path, kind, "").last_words(IRIS) == "no key"
+    assert await driver_in(tmp_path, kind, "").last_words(IRIS) == "no key"
 
 
 async def test_the_list_of_the_hosts_keys_cannot_be_read(tmp_path: Path, sandbox: str) -> None:
@@ -753,12 +756,12 @@ async def test_an_agent_whose_daemon_is_gone_goes_on_printing_and_the_next_daemo
     go = make_fifo(tmp_path, "go")
     start_and_die(tmp_path, sandbox, "read word < /state/go; yes floods | head -c 3000000; echo; echo the end; exit 4")
     driver = driver_in(tmp_path, sandbox, "")
-    running = driver.find(IRIS, dirs_in(tmp_path))
+    running = await driver.find(IRIS, dirs_in(tmp_path))
     assert running is not None
     with trio.fail_after(PATIENCE_S):
         await say_go(go)
         assert await running.wait() == Exit(4)
-    assert driver.last_words(IRIS).endswith("\nthe end")
+    assert (await driver.last_words(IRIS)).endswith("\nthe end")
 
 
 async def test_no_reader_of_what_an_agent_prints_is_left_behind(tmp_path: Path, sandbox: str) -> None:
@@ -786,15 +789,15 @@ async def test_an_agent_that_knows_another_runtime_directory_is_ended_and_can_be
     moved = agent_dirs(tmp_path, tmp_path / "elsewhere", IRIS)
     moved.run.mkdir(parents=True)
     driver = driver_in(tmp_path, sandbox, "ls /run/hive")
-    assert driver.find(IRIS, moved) is None
+    assert await driver.find(IRIS, moved) is None
     await wait_gone([pid])
-    assert driver.missed_exit(IRIS) is None, "it did not crash"
+    assert await driver.missed_exit(IRIS) is None, "it did not crash"
     assert str(dirs.run) in caplog.text
     assert str(moved.run) in caplog.text
     (moved.run / "sockets").touch()
     with trio.fail_after(PATIENCE_S):
         await (await driver.start(IRIS, moved)).wait()
-    assert driver.last_words(IRIS).endswith("sockets")
+    assert (await driver.last_words(IRIS)).endswith("sockets")
 
 
 @pytest.mark.parametrize(("before", "now"), [("bwrap", "nspawn"), ("nspawn", "bwrap")])
@@ -805,11 +808,11 @@ async def test_an_agent_in_another_kind_of_container_than_is_set_is_ended_whole(
     ready = make_fifo(tmp_path, "ready")
     start_and_die(tmp_path, before, "setsid sleep 1000 & echo > /state/ready; wait")
     await read_fifo(ready)
-    as_before = driver_in(tmp_path, before, "").find(IRIS, dirs_in(tmp_path))
+    as_before = await driver_in(tmp_path, before, "").find(IRIS, dirs_in(tmp_path))
     assert as_before is not None
     everything = mates(as_before)
     assert len(everything) == 2
-    assert driver_in(tmp_path, now, "").find(IRIS, dirs_in(tmp_path)) is None
+    assert await driver_in(tmp_path, now, "").find(IRIS, dirs_in(tmp_path)) is None
     await wait_gone([as_before.pid, *everything])
     assert f"with sandbox {before}, and this daemon has {now}" in caplog.text
     assert await run(tmp_path, now, "echo again") == (0, "again")
@@ -822,5 +825,5 @@ async def test_an_agent_whose_runtime_directory_was_made_anew_is_ended(tmp_path:
     dirs = dirs_in(tmp_path)
     dirs.run.rename(tmp_path / "kept")  # so that the new one cannot get its number
     dirs.run.mkdir()
-    assert driver_in(tmp_path, sandbox, "").find(IRIS, dirs) is None
+    assert await driver_in(tmp_path, sandbox, "").find(IRIS, dirs) is None
     await wait_gone([pid])

@@ -91,7 +91,7 @@ async def test_what_bwrap_watched_is_ended_also_when_nobody_saw_bwrap_die(tmp_pa
     assert inside
     os.kill(pid, signal.SIGKILL)
     await wait_gone([pid])
-    assert driver_in(tmp_path, "bwrap", "").find(IRIS, dirs_in(tmp_path)) is None
+    assert await driver_in(tmp_path, "bwrap", "").find(IRIS, dirs_in(tmp_path)) is None
     await wait_gone(inside)
 
 
@@ -103,7 +103,7 @@ async def test_a_stranger_that_has_the_pid_of_an_agent_that_is_gone_is_left_alon
     )
     (tmp_path / "processes" / "iris.status").write_text(json.dumps({"child-pid": stranger.pid}) + "\n")
     (dirs := dirs_in(tmp_path)).state.mkdir(parents=True)
-    assert driver_in(tmp_path, "bwrap", "").find(IRIS, dirs) is None
+    assert await driver_in(tmp_path, "bwrap", "").find(IRIS, dirs) is None
     assert stranger.stdin is not None
     await stranger.stdin.send_all(b"go\n")
     with trio.fail_after(PATIENCE_S):

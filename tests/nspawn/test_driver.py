@@ -115,7 +115,7 @@ async def test_what_agents_see_of_usr_is_that_of_a_given_root_directory(tmp_path
     with trio.fail_after(PATIENCE_S):
         running = await driver.start(IRIS, dirs_in(tmp_path))
         assert await running.wait() == Exit(0)
-    assert driver.last_words(IRIS) == "/usr/of-this-root"
+    assert await driver.last_words(IRIS) == "/usr/of-this-root"
     assert look_for_nspawn(tmp_path, tmp_path, None, other_root) == Found()
 
 
@@ -137,5 +137,5 @@ async def test_a_module_runs_in_the_interpreter_that_took_its_rights_away_as_in_
     with trio.fail_after(PATIENCE_S):
         running = await driver.start(IRIS, dirs_in(tmp_path))
         assert await running.wait() == Exit(0)
-    said = driver.last_words(IRIS).splitlines()[0]
+    said = (await driver.last_words(IRIS)).splitlines()[0]
     assert said == "HOME LANG PATH PYTHONPATH ['-n1', '-r1'] 1 __main__ True"

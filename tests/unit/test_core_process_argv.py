@@ -161,40 +161,40 @@ def test_no_status_file_is_no_exit_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "identity", [None, "", "junk", "[]", "{}", '{"pid": "x"}', '{"pid": 1}', '{"pid": -5, "started": 1}']
 )
-def test_a_process_file_that_names_no_agent_of_ours_finds_none(tmp_path: Path, identity: str | None) -> None:
+async def test_a_process_file_that_names_no_agent_of_ours_finds_none(tmp_path: Path, identity: str | None) -> None:
     (tmp_path / "processes").mkdir()
     if identity is not None:
         (tmp_path / "processes" / "iris.json").write_text(identity)
-    assert driver_in(tmp_path).find(IRIS, dirs_in(tmp_path)) is None
+    assert await driver_in(tmp_path).find(IRIS, dirs_in(tmp_path)) is None
 
 
-def test_a_pid_that_was_given_to_another_process_is_not_adopted(tmp_path: Path) -> None:
+async def test_a_pid_that_was_given_to_another_process_is_not_adopted(tmp_path: Path) -> None:
     (tmp_path / "processes").mkdir()
     identity = {"pid": os.getpid(), "started": 1, "sandbox": "bwrap"}
     (tmp_path / "processes" / "iris.json").write_text(json.dumps(identity))
-    assert driver_in(tmp_path).find(IRIS, dirs_in(tmp_path)) is None
+    assert await driver_in(tmp_path).find(IRIS, dirs_in(tmp_path)) is None
 
 
-def test_an_exit_that_was_missed_is_told_once(tmp_path: Path) -> None:
+async def test_an_exit_that_was_missed_is_told_once(tmp_path: Path) -> None:
     (tmp_path / "processes").mkdir()
     (tmp_path / "processes" / "iris.json").write_text('{"pid": 1, "started": 2}')
     (tmp_path / "processes" / "iris.status").write_text('{"child-pid": 12}\n{"exit-code": 3}\n')
     driver = driver_in(tmp_path)
-    missed = driver.missed_exit(IRIS)
+    missed = await driver.missed_exit(IRIS)
     assert missed is not None
     assert missed.code == 3
-    assert driver.missed_exit(IRIS) is None
+    assert await driver.missed_exit(IRIS) is None
 
 
-def test_last_words_are_the_end_of_the_log_however_long_it_is(tmp_path: Path) -> None:
+async def test_last_words_are_the_end_of_the_log_however_long_it_is(tmp_path: Path) -> None:
     driver = driver_in(tmp_path)
-    assert driver.last_words(IRIS) == ""
+    assert await driver.last_words(IRIS) == ""
     (tmp_path / "processes").mkdir()
     with (tmp_path / "processes" / "iris.log").open("wb") as log:
         log.truncate(50_000_000_000)  # sparse: reading it whole would end the daemon
         log.seek(0, os.SEEK_END)
         log.write("é the end\xff\n".encode("latin-1"))
-    words = driver.last_words(IRIS, 20)
+    words = await driver.last_words(IRIS, 20)
     assert words.endswith("the end�")
     assert len(words) <= 20
 
