@@ -39,6 +39,7 @@ from hive_core.ledger import Ledger
 from hive_core.lock import take_lock
 from hive_core.prices import load_prices
 from hive_core.procedures.clock import Timer, serve_clock
+from hive_core.procedures.deployments import PlainDeployments
 from hive_core.procedures.gate import Gate
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.procedures.supervise import Desk
@@ -157,6 +158,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             agents,
             approvals,
             repos,
+            PlainDeployments(repos, config.sandbox),
             _templates(config),
             default_program=config.default_program,
             default_model=config.default_model,

@@ -24,13 +24,11 @@ from git.objects.fun import tree_to_stream
 from gitdb import IStream
 from gitdb.exc import ODBError
 
+from hive_core.commit_contents import FILES, NIX_FILES, read_contents
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import PERSONA_LIMIT_BYTES, AgentName, CommitSha, parse_text
-from hive_core.settings import POLICY, AgentSettings, parse_agent_toml
+from hive_core.protocol.words import AgentName, CommitSha
+from hive_core.settings import POLICY, AgentSettings
 
-# The files a commit may hold today; anything else in one is refused by name.
-FILES = ("CLAUDE.md", "agent.toml")
-FILE_LIMIT_BYTES = 64 * 1024
 DIFF_LIMIT_BYTES = 256 * 1024
 GIT_TIMEOUT_S = 30
 
@@ -66,13 +64,20 @@ _CONFIG = {
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """A commit that was fetched and found deployable: what it holds, and what it changes against `base`."""
+    """A commit that was fetched and found deployable, and what it changes against `base`.
+
+    changed   the files of NIX_FILES that it brings, or brings otherwise
+    """
 
     sha: CommitSha
     base: CommitSha
-    settings: AgentSettings
-    prompt: str
+    changed: tuple[str, ...]
     diff: str
+
+
+def pin_of(sha: CommitSha) -> str:
+    """The ref that keeps a proposal's commit in the applied repository."""
+    return f"refs/proposed/{sha}"
 
 
 def harness_settings(settings: AgentSettings, prompt: str) -> dict[str, Any]:
@@ -145,6 +150,10 @@ class Repos:
         Raises Refusal("conflict") when main is neither.
         """
         await _in_thread(self._deploy, name, approval_id, sha, base)
+
+    async def pin(self, name: AgentName, sha: CommitSha) -> None:
+        """Give a commit of the applied repository the ref that a proposal's has, by which nix fetches it."""
+        await _in_thread(self._pin, name, sha)
 
     def _open(self, name: AgentName) -> git.Repo:
         repo = git.Repo(self._applied / f"{name}.git")
@@ -236,7 +245,7 @@ class Repos:
                 )
         with self._open(name) as repo:
             # The pin keeps the objects until the approval is resolved, whatever happens to the source.
-            pin = f"refs/proposed/{sha}"
+            pin = pin_of(sha)
             try:
                 self._git(repo, "fetch", "--quiet", "--no-tags", "--no-write-fetch-head", str(source), f"{sha}:{pin}")
             except git.GitCommandError as exc:
@@ -258,17 +267,22 @@ class Repos:
             raise Refusal(
                 "refused", f"cannot apply {sha[:12]}: it is not based on {base[:12]}, which {name} runs; rebase it"
             ) from None
-        settings, prompt = _contents(repo, sha)
-        diff = self._git(
-            repo, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames", base, sha, "--", *FILES
-        )
+        files, before = read_contents(repo, sha).files, {entry.path: entry.hexsha for entry in repo.commit(base).tree}
+        changed = tuple(name for name in NIX_FILES if name in files and files[name] != before.get(name))
+        shown = ["diff", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames", base, sha]
+        diff = self._git(repo, *shown, "--", *FILES, *NIX_FILES)
         if len(diff.encode()) > DIFF_LIMIT_BYTES:
             raise Refusal("refused", f"cannot apply {sha[:12]}: its diff is over {DIFF_LIMIT_BYTES:,} bytes; split it")
-        return Proposal(sha, base, settings, prompt, diff)
+        return Proposal(sha, base, changed, diff)
 
     def _read(self, name: AgentName, sha: CommitSha) -> dict[str, Any]:
         with self._open(name) as repo:
-            return harness_settings(*_contents(repo, sha))
+            found = read_contents(repo, sha)
+            return harness_settings(found.settings, found.prompt)
+
+    def _pin(self, name: AgentName, sha: CommitSha) -> None:
+        with self._open(name) as repo:
+            self._git(repo, "update-ref", pin_of(sha), sha)
 
     def _tag(self, name: AgentName, tag: str, sha: CommitSha, note: str) -> None:
         with self._open(name) as repo:
@@ -302,27 +316,3 @@ def _remove(name: str, folder: int) -> None:
         return
     except OSError:
         os.unlink(name, dir_fd=folder)
-
-
-def _contents(repo: git.Repo, sha: CommitSha) -> tuple[AgentSettings, str]:
-    """The checked contents of a commit's tree. Raises Refusal that names the file."""
-    found: dict[str, bytes] = {}
-    for entry in repo.commit(sha).tree:
-        name = entry.path if entry.path in FILES else ascii(entry.path)[:60]
-        if entry.path not in FILES:
-            raise Refusal(
-                "refused", f"cannot apply {sha[:12]}: it holds {name}; only {' and '.join(FILES)} are deployed"
-            )
-        if entry.type != "blob" or entry.mode != 0o100644:
-            raise Refusal("refused", f"cannot apply {sha[:12]}: {name} must be a regular file that is not executable")
-        if entry.size > FILE_LIMIT_BYTES:
-            raise Refusal("refused", f"cannot apply {sha[:12]}: {name} is over the limit of {FILE_LIMIT_BYTES:,} bytes")
-        found[name] = entry.data_stream.read()
-    if missing := [name for name in FILES if name not in found]:
-        raise Refusal("refused", f"cannot apply {sha[:12]}: {missing[0]} is missing")
-    settings = parse_agent_toml(found["agent.toml"])
-    try:
-        prompt = parse_text(found["CLAUDE.md"].decode(), "CLAUDE.md", PERSONA_LIMIT_BYTES)
-    except UnicodeDecodeError:
-        raise Refusal("usage", "cannot read CLAUDE.md: it is not UTF-8") from None
-    return settings, prompt

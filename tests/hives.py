@@ -32,6 +32,7 @@ from hive_core.ledger import Ledger
 from hive_core.limits import Limits
 from hive_core.loose_ends import LooseEnds
 from hive_core.prices import load_prices
+from hive_core.procedures.deployments import PlainDeployments
 from hive_core.procedures.gate import Gate
 from hive_core.protocol.words import AgentName, parse_agent_name, parse_body
 from hive_core.questions import Questions
@@ -157,7 +158,10 @@ async def open_services(
         access = Access(store.bus)
         agents = Agents(store, manager_port=8000, agent_ports=ports, access=access)
         approvals, repos = Approvals(store), Repos(state_dir)
-        gate = Gate(store, agents, approvals, repos, templates, default_program="rehearsal", default_model="sonnet")
+        plain = PlainDeployments(repos, "bwrap")
+        gate = Gate(
+            store, agents, approvals, repos, plain, templates, default_program="rehearsal", default_model="sonnet"
+        )
         bodies = Bodies(state_dir / "bodies", store, clock)
         ledger = Ledger(store, access, load_prices(), limits, clock)
         broker = Broker(store, limits, random.Random(0), bodies, access, ledger)

@@ -13,6 +13,7 @@ from jinja2 import Environment
 from hive_core.agents import Agents, check_free, set_deployed
 from hive_core.approvals import Approval, Approvals, digest_of, put_request, settle
 from hive_core.post import no_room, put_message
+from hive_core.procedures.deployments import Change, Deployments
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import quoted
 from hive_core.protocol.words import (
@@ -44,6 +45,7 @@ class Gate:
         agents: Agents,
         approvals: Approvals,
         repos: Repos,
+        deployments: Deployments,
         templates: Environment,
         *,
         default_program: str,
@@ -53,6 +55,7 @@ class Gate:
         self._agents = agents
         self._approvals = approvals
         self._repos = repos
+        self._deployments = deployments
         self._templates = templates
         self._defaults = {"program": default_program, "model": default_model}
 
@@ -120,6 +123,7 @@ class Gate:
         answer = await self._store.write(lambda tx: first_answer(tx, requested_by, key, tool))
         if answer is None:
             proposal = await self._repos.fetch(name, sha)
+            await self._deployments.check(name, proposal)
             payload = {"sha": proposal.sha, "base": proposal.base, "diff": proposal.diff}
 
             def ask(tx: Transaction) -> dict[str, int]:
@@ -180,7 +184,7 @@ class Gate:
     async def _spawn(self, approval: Approval) -> None:
         # What an earlier try left behind under this name began with other files than the card shows.
         sha = await self._repos.create(approval.agent, approval.payload["files"], replace=True)
-        settings = await self._repos.read(approval.agent, sha)
+        settings = await self._deployments.carry_out(Change(approval.agent, approval.id, sha, None))
         welcome = self._templates.get_template("welcome.j2").render(approval=approval, reason=quoted(approval.reason))
 
         def write(tx: Transaction) -> None:
@@ -194,8 +198,7 @@ class Gate:
 
     async def _apply(self, approval: Approval) -> None:
         sha, base = CommitSha(approval.payload["sha"]), CommitSha(approval.payload["base"])
-        await self._repos.deploy(approval.agent, approval.id, sha, base)
-        settings = await self._repos.read(approval.agent, sha)
+        settings = await self._deployments.carry_out(Change(approval.agent, approval.id, sha, base))
 
         def write(tx: Transaction) -> None:
             set_deployed(tx, approval.agent, sha, settings)
@@ -206,7 +209,7 @@ class Gate:
 
     def _files(self, name: AgentName, description: str, prompt: str) -> dict[str, str]:
         toml = self._templates.get_template("agent.toml.j2").render(**self._defaults, description=description)
-        return {"agent.toml": toml, "CLAUDE.md": prompt}
+        return {"agent.toml": toml, "CLAUDE.md": prompt, **self._deployments.files(name, description)}
 
 
 def _tell(tx: Transaction, approval: Approval, end: str, reason: str | None) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ import trio
 import trio.testing
 
 from hive_core.approvals import Approval, settle
+from hive_core.commit_contents import FILE_LIMIT_BYTES
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import PERSONA_LIMIT_BYTES, AgentName, CommitSha
-from hive_core.repos import DIFF_LIMIT_BYTES, FILE_LIMIT_BYTES
+from hive_core.repos import DIFF_LIMIT_BYTES
 from tests.hives import PATIENCE_S, Services, clean_environment, open_services
 
 HM1ND, IRIS, ARGUS = AgentName("hm1nd"), AgentName("iris"), AgentName("argus")
@@ -503,6 +504,14 @@ def a_folder(checkout: Checkout) -> CommitSha:
     return checkout.commit()
 
 
+def a_link_named(name: str, target: str = "CLAUDE.md") -> Callable[[Checkout], CommitSha]:
+    def make(checkout: Checkout) -> CommitSha:
+        (checkout.path / name).symlink_to(target)
+        return checkout.commit()
+
+    return make
+
+
 def an_executable(checkout: Checkout) -> CommitSha:
     checkout.git("update-index", "--chmod=+x", "CLAUDE.md")
     return checkout.commit_index()
@@ -534,7 +543,19 @@ DEPLOYABLE = {
     "folder": (a_folder, "CLAUDE.md must be a regular file that is not executable"),
     "executable": (an_executable, "CLAUDE.md must be a regular file that is not executable"),
     "missing": (a_missing_file, "CLAUDE.md is missing"),
-    "extra": (lambda checkout: checkout.commit(agent__nix="{ }"), "it holds 'agent.nix'"),
+    "extra": (lambda checkout: checkout.commit(__envrc="true"), "it holds '.envrc'; only CLAUDE.md, agent.toml, "),
+    "nix": (lambda checkout: checkout.commit(agent__nix="{ }"), "it changes agent.nix, and only containers of sandbox"),
+    "nix link": (a_link_named("agent.nix"), "agent.nix must be a regular file that is not executable"),
+    "flake link": (a_link_named("flake.nix"), "flake.nix must be a regular file that is not executable"),
+    "lock folder": (a_link_named("flake.lock", ".."), "flake.lock must be a regular file"),
+    "huge lock": (lambda checkout: checkout.commit(flake__lock="x" * (FILE_LIMIT_BYTES + 1)), "flake.lock is over the"),
+    "nix that no card could show": (lambda checkout: checkout.commit(agent__nix="{ }\0"), "agent.nix holds a NUL"),
+    "flake that no card could show": (
+        lambda checkout: checkout.commit(flake__nix=b"\xff"),
+        "flake.nix: it is not UTF-8",
+    ),
+    "nix of another case": (lambda checkout: checkout.commit(Agent__nix="{ }"), "it holds 'Agent.nix'"),
+    "a module beside": (lambda checkout: checkout.commit(more__nix="{ }"), "it holds 'more.nix'"),
     "attributes": (lambda checkout: checkout.commit(__gitattributes="* diff=x"), "it holds '.gitattributes'"),
     "strange": (a_strange_name, "it holds"),
     "huge": (lambda checkout: checkout.commit(CLAUDE__md="x" * (FILE_LIMIT_BYTES + 1)), "CLAUDE.md is over the limit"),
@@ -569,6 +590,22 @@ async def test_a_commit_that_holds_anything_else_is_refused_by_name_and_leaves_n
     assert await hive.approvals.pending() == []
     assert await hive.kinds() == before
     assert list(tags(hive)) == ["deployed/0"]
+
+
+async def test_what_nix_would_build_is_carried_along_where_it_does_not_count(hive: Services, iris: Checkout) -> None:
+    """A hive whose agents were in NixOS containers goes on with what their repositories hold."""
+    with_nix = iris.commit(agent__nix="{ }", flake__nix="{ }")
+    await hive.repos.fetch(IRIS, with_nix)
+    await hive.repos.deploy(IRIS, 77, with_nix, (await hive.agents.get("iris")).deployed_sha)
+    later = iris.commit(agent__toml=TOML, flake__lock="{ }")
+    number = await ask_for(hive, later)
+    assert "+{ }" in (await hive.approvals.get(number)).payload["diff"]
+    async with serving(hive):
+        assert (await approve(hive, number)).state == "done"
+    with refused("it changes agent.nix"):
+        await ask_for(hive, iris.commit(agent__nix="{ ... }: { }"))
+    (iris.path / "agent.nix").unlink()
+    assert await ask_for(hive, iris.commit()) > number
 
 
 async def test_a_diff_that_is_too_long_to_read_is_refused_with_the_limit(

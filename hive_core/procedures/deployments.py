@@ -1,0 +1,78 @@
+"""How a commit becomes what an agent runs on: the part of the gate's walk that differs with what agents run in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import AgentName, CommitSha
+from hive_core.repos import Proposal, Repos
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What was approved: an agent's commit, as deployed/NUMBER.
+
+    base   what main of its applied repository was when it was asked for; None is a new agent's first commit
+    """
+
+    agent: AgentName
+    number: int
+    sha: CommitSha
+    base: CommitSha | None
+
+
+class Deployments(Protocol):
+    """Every step can be done again: a daemon that dies in one is followed by one that begins it anew."""
+
+    def files(self, name: AgentName, description: str) -> Mapping[str, str]:
+        """What a new agent's first commit holds besides agent.toml and CLAUDE.md."""
+
+    async def check(self, name: AgentName, proposal: Proposal) -> None:
+        """Raises Refusal when a proposal could not be deployed; nothing is changed, and nothing that runs touched."""
+
+    async def carry_out(self, change: Change) -> dict[str, Any]:
+        """Make a commit what its agent runs on: the harness settings that it gives.
+
+        Raises Refusal or OSError when that is impossible; then all is as it was.
+        """
+
+    async def mend(self, name: AgentName, sha: CommitSha) -> dict[str, Any] | None:
+        """Make what runs be the commit that is deployed, where a daemon that died, another sandbox or somebody else
+        left it otherwise: its settings, or None when nothing had to be done. Raises as `carry_out` does."""
+
+    def hindrance(self, name: AgentName) -> str | None:
+        """Why an agent may not be started now, or None."""
+
+
+class PlainDeployments:
+    """Of containers that know no commit: its agent.toml and CLAUDE.md reach the harness with its next turn."""
+
+    def __init__(self, repos: Repos, sandbox: str) -> None:
+        self._repos = repos
+        self._sandbox = sandbox
+
+    def files(self, name: AgentName, description: str) -> Mapping[str, str]:
+        return {}
+
+    async def check(self, name: AgentName, proposal: Proposal) -> None:
+        if "agent.nix" in proposal.changed:
+            raise Refusal(
+                "refused",
+                f"cannot apply {proposal.sha[:12]}: it changes agent.nix, and only containers of "
+                f'sandbox = "nixos-container" are built from it (here it is {self._sandbox}); '
+                "change agent.toml or CLAUDE.md",
+            )
+
+    async def carry_out(self, change: Change) -> dict[str, Any]:
+        if change.base is not None:
+            await self._repos.deploy(change.agent, change.number, change.sha, change.base)
+        return await self._repos.read(change.agent, change.sha)
+
+    async def mend(self, name: AgentName, sha: CommitSha) -> dict[str, Any] | None:
+        return None
+
+    def hindrance(self, name: AgentName) -> str | None:
+        return None
