@@ -49,6 +49,7 @@ class DiskUses:
         self._limits = limits
         self._state_dir = state_dir
         self._uses: dict[AgentName, DiskUse] = {}
+        self.shared_bytes: int | None = None  # what /shared took when it was measured last: at least so much
         self._seen: dict[AgentName, int | None] = {}  # the last turn behind which each was measured
 
     @property
@@ -76,11 +77,20 @@ class DiskUses:
         rows = await self._store.rows(_LAST_TURNS)
         for name in set(self._uses) - {row["name"] for row in rows}:
             del self._uses[name], self._seen[name]
+        moved = False
         for row in rows:
             name = AgentName(row["name"])
             if name not in self._seen or self._seen[name] != row["turn"]:
-                self._seen[name] = row["turn"]
+                self._seen[name], moved = row["turn"], True
                 await self._measure(name)
+
+        if moved:
+            before, self.shared_bytes = (
+                self.shared_bytes,
+                await trio.to_thread.run_sync(measure_shared, self._state_dir, abandon_on_cancel=True),
+            )
+            if self.shared_bytes != before:
+                self._store.bus.publish([LIVE, stream(MANAGER)])
 
     async def _measure(self, name: AgentName) -> None:
         use = await trio.to_thread.run_sync(measure, self._state_dir, name, abandon_on_cancel=True)
@@ -121,6 +131,15 @@ def measure(state_dir: Path, name: AgentName, within_s: float = MEASURE_WITHIN_S
         sizes.append(size)
     state, claude, config = sizes
     return DiskUse(state, claude, config, whole)
+
+
+def measure_shared(state_dir: Path, within_s: float = MEASURE_WITHIN_S) -> int:
+    """How many bytes /shared takes, at least; blocking."""
+    folder = open_folder(state_dir)
+    try:
+        return measure_tree("shared", folder, time.monotonic() + within_s)[0]
+    finally:
+        os.close(folder)
 
 
 _LAST_TURNS = """

@@ -77,7 +77,8 @@ def agents(result: dict[str, Any]) -> str:
     for agent in result["agents"]:
         if agent["status"]:
             text += f"\n{paint(agent['name'], 'bold')}: {safe(agent['status'])}"
-    return "\n".join([*_alarms(result), text, *_whole_details(result["agents"])])
+    shared = [f"/shared takes {mib(size)}"] if (size := result.get("shared_bytes") or 0) >= 2**20 else []
+    return "\n".join([*_alarms(result), text, *shared, *_whole_details(result["agents"])])
 
 
 def _alarms(result: dict[str, Any]) -> list[str]:

@@ -34,6 +34,7 @@ from hive_core.containers.inside import package_parents
 from hive_core.containers.keeper import start_keeper
 from hive_core.containers.keyring import leave_session_keyring
 from hive_core.containers.mounts import AGENTS, RUN, STATE, AgentDirs
+from hive_core.containers.mounts import shape as seen
 from hive_core.containers.process_tree import boot_id, first_in_namespace, start_time, usage_below
 from hive_core.containers.run_command import run_command
 from hive_core.containers.running import Done, Exit, RunningProcess, Usage, Ways
@@ -109,7 +110,7 @@ class HostProcessDriver:
         """Names the shape that the agent's container has when it is started now; the same in every daemon like this."""
         bounds = None if self._cgroups is None else str(self._cgroups.bounds)
         programs = [str(self._claude), sys.executable, *package_parents()]
-        shape = [self.sandbox, *programs, self._orphan_grace_s, self._life_fd is not None, bounds]
+        shape = [self.sandbox, *programs, self._orphan_grace_s, self._life_fd is not None, bounds, *seen(name)]
         return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
 
     async def start(self, name: AgentName, dirs: AgentDirs) -> RunningProcess:

@@ -8,7 +8,10 @@ from pathlib import Path
 from hive_core.containers.inside import HOME
 from hive_core.protocol.words import MANAGER, AgentName
 
-RUN, STATE, CLAUDE, AGENTS = "/run/hive", "/state", f"{HOME}/.claude", "/agents"  # inside
+# Inside:
+RUN, STATE, CLAUDE = "/run/hive", "/state", f"{HOME}/.claude"
+SHARED = "/shared"  # written by all
+AGENTS, APPLIED, META = "/agents", "/applied", "/meta"  # the manager's
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,18 @@ def agent_dirs(state_dir: Path, runtime_dir: Path, name: AgentName) -> AgentDirs
         Mount(run_dir(runtime_dir, name), RUN, read_only=True),
         Mount(own / "state", STATE),
         Mount(own / "claude", CLAUDE),
+        # In every container it is root that writes, and on the host the daemon's user: so all can edit what one made.
+        Mount(state_dir / "shared", SHARED),
     ]
     if name == MANAGER:
+        # In it is NAME/config of every agent, also of those to come, and nothing else of them.
         mounts.append(Mount(state_dir / "proposed", AGENTS))
+        mounts.append(Mount(state_dir / "applied", APPLIED, read_only=True))
+        mounts.append(Mount(state_dir / "meta", META, read_only=True))
     return AgentDirs(tuple(mounts))
+
+
+def shape(name: AgentName) -> list[str]:
+    """What of its mounts an agent can see, for telling one container from another."""
+    mounts = agent_dirs(Path("/"), Path("/"), name).mounts
+    return [f"{mount.target}{' read-only' if mount.read_only else ''}" for mount in mounts]

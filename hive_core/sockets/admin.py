@@ -207,7 +207,8 @@ class AdminDesk:
                     "rests_until_ms": agent.rests_until_ms,
                 }
             )
-        return {"agents": agents, "unsafe": hive.unsafe, "frozen_since_ms": hive.freeze.since_ms}
+        swarm = {"unsafe": hive.unsafe, "frozen_since_ms": hive.freeze.since_ms, "shared_bytes": hive.disk.shared_bytes}
+        return {"agents": agents, **swarm}
 
     async def _watch(self, args: Args, tell: Tell) -> None:
         """What `list` answers, now and after each change."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -89,19 +91,36 @@ def dirs_in(folder: Path, manager: bool = False, name: str = "iris") -> AgentDir
     return dirs
 
 
+def digest_of(tree: Path) -> str:
+    """Of every name, kind, mode, owner, link and byte below a directory."""
+    whole = hashlib.sha256()
+    for folder, below, files in sorted(os.walk(tree)):
+        for entry in sorted((*below, *files)):
+            path = Path(folder, entry)
+            found = path.lstat()
+            whole.update(f"{path.relative_to(tree)} {found.st_mode} {found.st_uid} {found.st_gid} ".encode())
+            if stat.S_ISLNK(found.st_mode):
+                whole.update(os.readlink(path).encode())
+            elif stat.S_ISREG(found.st_mode):
+                whole.update(hashlib.sha256(path.read_bytes()).digest())
+    return whole.hexdigest()
+
+
 def inside(folder: Path, kind: str, where: str = "state") -> str:
     """Where an agent finds its own directory."""
     names = {"state": "/state", "run": "/run/hive"}
     return str(getattr(dirs_in(folder), where)) if kind == "none" else names[where]
 
 
-async def run(folder: Path, kind: str, script: str, manager: bool = False) -> tuple[int | None, str]:
+async def run(
+    folder: Path, kind: str, script: str, manager: bool = False, name: AgentName = IRIS
+) -> tuple[int | None, str]:
     """Run a script as an agent to its end: (exit code, what it printed)."""
     driver = driver_in(folder, kind, script)
     with trio.fail_after(PATIENCE_S):
-        running = await driver.start(IRIS, dirs_in(folder, manager))
+        running = await driver.start(name, dirs_in(folder, manager, name))
         code = (await running.wait()).code
-    return code, await driver.last_words(IRIS, 100_000)
+    return code, await driver.last_words(name, 100_000)
 
 
 async def run_program(folder: Path, kind: str, program: str, then: str = "true") -> tuple[int | None, str]:

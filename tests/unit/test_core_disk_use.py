@@ -14,6 +14,7 @@ from hive_core.disk_use import DiskUses, measure
 from hive_core.limits import Limits
 from hive_core.protocol.words import AgentName
 from hive_core.sockets.admin import AdminDesk
+from hive_core.trees import remove_tree
 from tests.dashboards import hive_of
 from tests.hives import Services, open_services
 
@@ -126,3 +127,30 @@ async def test_what_is_linked_to_is_not_measured_and_one_that_takes_long_is_at_l
     (hive.state_dir / "agents/iris").rename(hive.state_dir / "moved")
     (hive.state_dir / "agents/iris").symlink_to(hive.state_dir / "moved")
     assert measure(hive.state_dir, IRIS).state == 0, "a link in the place of its directory"
+
+
+async def test_what_all_share_is_measured_too_whatever_an_agent_plants_there(hive: Services) -> None:
+    house = hive_of(hive)
+    await house.disk.look()
+    assert (await AdminDesk(house)._list({}))["shared_bytes"] == 0
+    shared = hive.state_dir / "shared"
+    shared.mkdir()
+    fill(hive, 3 * QUOTA, "shared/data")
+    fill(hive, 9 * QUOTA, "precious")
+    (shared / "link").symlink_to(hive.state_dir)
+    os.mkfifo(shared / "fifo")
+    deep = os.open(shared, os.O_RDONLY)
+    for _ in range(3000):  # deeper than a path can name
+        os.mkdir("deep", dir_fd=deep)
+        below = os.open("deep", os.O_RDONLY, dir_fd=deep)
+        os.close(deep)
+        deep = below
+    os.close(deep)
+    await take_turn(hive)
+    await house.disk.look()
+    listed = await AdminDesk(house)._list({})
+    assert 3 * QUOTA < listed["shared_bytes"] < 9 * QUOTA
+    assert "/shared takes" in show.agents(listed)
+    assert "in /shared" in Rows(house).agent(await hive.agents.get("hm1nd"), alone=True)
+    assert "in /shared" not in Rows(house).agent(await hive.agents.get("iris"), alone=True)
+    remove_tree("shared", os.open(hive.state_dir, os.O_RDONLY))

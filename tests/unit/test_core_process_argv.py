@@ -79,10 +79,10 @@ def test_every_namespace_is_the_agents_own_and_no_capability_is_left(tmp_path: P
 
 
 @pytest.mark.parametrize("manager", [False, True])
-def test_only_the_agents_own_directories_can_be_written(tmp_path: Path, manager: bool) -> None:
+def test_only_the_agents_own_directories_and_what_all_share_can_be_written(tmp_path: Path, manager: bool) -> None:
     dirs = dirs_in(tmp_path, manager)
     binds = {option[1:] for option in options(bwrap_command(dirs, None, 7, 8)) if option[0] == "--bind"}
-    own = {(str(dirs.state), "/state"), (str(dirs.claude), "/root/.claude")}
+    own = {(str(dirs.state), "/state"), (str(dirs.claude), "/root/.claude"), (str(tmp_path / "shared"), "/shared")}
     assert binds == own | ({(str(tmp_path / "proposed"), "/agents")} if manager else set())
 
 
