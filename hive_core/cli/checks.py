@@ -20,11 +20,11 @@ from hive_core.cli.doctor import Finding, Progress, Status
 from hive_core.cli.up import SANDBOXES, orphans
 from hive_core.config import Config, load_config
 from hive_core.containers.bubblewrap import bwrap_command
-from hive_core.containers.cgroups import Cgroups
-from hive_core.containers.choice import Choice, bounds_of, choose_sandbox
+from hive_core.containers.choice import Choice, bounds_of, choose_groups, choose_sandbox
 from hive_core.containers.inside import HOME, harness_environment, in_memory
 from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.nspawn import look_for_nspawn
+from hive_core.containers.scopes import SLICE, Scopes
 from hive_core.containers.seccomp import filter_program
 from hive_core.credentials import DEFAULT, Credentials
 from hive_core.daemon import listen_dashboard, listen_tcp, look_for_credential, manager_prompt
@@ -206,13 +206,14 @@ def check_sandbox(name: str, machine: Machine) -> Iterator[Finding]:
 
 
 def check_bounds(name: str, machine: Machine) -> Iterator[Finding]:
-    cgroups = Cgroups(machine.config.state_dir / "doctor", bounds_of(machine.config))
+    cgroups = choose_groups(machine.config.state_dir / "doctor", bounds_of(machine.config))
     bounds = cgroups.bounds
     told = f"{bounds.memory_bytes // MIB:,} MiB of memory, {bounds.cpu_percent} % of cpu, {bounds.tasks:,} tasks"
     if cgroups.trouble:
         yield Finding(name, "warning", cgroups.trouble)
     else:
-        yield Finding(name, "ok", f"each agent has at most {told}")
+        where = f"; each a unit in {SLICE}" if isinstance(cgroups, Scopes) else ""
+        yield Finding(name, "ok", f"each agent has at most {told}{where}")
 
 
 def _other_sandbox(config: Config, choice: Choice) -> str:

@@ -1,4 +1,4 @@
-"""What an agent may take of the host: memory, cpu and tasks, which the kernel holds it to by a control group.
+"""Control groups for agents made by hand, where no systemd makes them: memory, cpu and tasks.
 
 Both hierarchies are known: one tree for all (v2), and one for each kind (v1). An agent's groups lie below the daemon's
 own, in one of the hive's. Its wrapper enters them before it becomes anything else, so all that comes of it is in them;
@@ -11,25 +11,20 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from hive_core.containers.bounds import AgentGroups, Bounds
+from hive_core.protocol.words import AgentName
 
 _PERIOD_US = 100_000
 # Enters groups and becomes a command: `$1 …` are files to write 0 into, then comes --.
 _ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1" || exit 125; shift; done; shift; exec "$@"'
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """Of one agent."""
+class Cgroups(AgentGroups):
+    """Groups below the daemon's own."""
 
-    memory_bytes: int
-    cpu_percent: int  # 100 is one processor
-    tasks: int  # processes and threads
-
-
-class Cgroups:
-    """The groups of a hive's agents. `trouble` says why there can be none, and what would mend it; None: there can."""
+    kind = "by hand"
 
     def __init__(self, state_dir: Path, bounds: Bounds) -> None:
         self.bounds = bounds
@@ -49,6 +44,10 @@ class Cgroups:
             self.remove("hive-probe")
         return None
 
+    def entering(self, name: AgentName, command: Sequence[str], keeper: int) -> list[str]:
+        entries = (str(entry) for entry in self.make(name))
+        return ["/bin/sh", "-c", _ENTER, "hive-agent", *entries, "--", *command]
+
     def make(self, name: str) -> list[Path]:
         """Make an agent's groups, or take those that are there; the files by which a process enters. Raises OSError."""
         entries = []
@@ -63,7 +62,6 @@ class Cgroups:
         return entries
 
     def remove(self, name: str) -> int:
-        """Remove the groups of an agent that has ended; how many of its processes were killed for their memory."""
         killed = 0
         for parent, _ in self._wanted():
             group = parent / self._folder / name
@@ -86,11 +84,6 @@ class Cgroups:
             (trees["cpu"], {"cpu.cfs_period_us": str(_PERIOD_US), "cpu.cfs_quota_us": quota}),
             (trees["pids"], {"pids.max": str(bounds.tasks)}),
         ]
-
-
-def entering_groups(entries: Sequence[Path], command: Sequence[str]) -> list[str]:
-    """A command that enters groups first; it keeps its pid."""
-    return ["/bin/sh", "-c", _ENTER, "hive-agent", *(str(entry) for entry in entries), "--", *command]
 
 
 def _delegate(parent: Path, folder: Path) -> None:

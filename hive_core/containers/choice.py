@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from hive_core.config import Config
+from hive_core.containers.bounds import AgentGroups, Bounds
 from hive_core.containers.bubblewrap import sandbox_trouble
-from hive_core.containers.cgroups import Bounds, Cgroups
+from hive_core.containers.cgroups import Cgroups
 from hive_core.containers.driver import Driver
 from hive_core.containers.nspawn import NspawnDriver, look_for_nspawn
 from hive_core.containers.process import ProcessDriver
+from hive_core.containers.scopes import Scopes, systemd_runs
 from hive_core.containers.seccomp import filter_program
 from hive_core.protocol.words import AgentName
 
@@ -45,6 +48,16 @@ def bounds_of(config: Config) -> Bounds:
     return Bounds(config.agent_memory_bytes, config.agent_cpu_percent, config.agent_tasks)
 
 
+def choose_groups(state_dir: Path, bounds: Bounds) -> AgentGroups:
+    """What bounds agents here: units of systemd where it runs and we may ask for them, else groups made by hand."""
+    if systemd_runs() and os.geteuid() == 0:
+        scopes = Scopes(state_dir, bounds)
+        if scopes.trouble is None:
+            return scopes
+        log.warning("%s", scopes.trouble)
+    return Cgroups(state_dir, bounds)
+
+
 def make_driver(
     config: Config,
     choice: Choice,
@@ -54,7 +67,7 @@ def make_driver(
     first_uid: Callable[[AgentName], Awaitable[int]],
 ) -> Driver:
     """The driver that the choice asks for; `first_uid` says where an agent's range of uids begins."""
-    groups = Cgroups(config.state_dir, bounds_of(config))
+    groups = choose_groups(config.state_dir, bounds_of(config))
     if groups.trouble:
         log.warning("%s", groups.trouble)
     if choice.sandbox != "none" and filter_program() is None:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import trio
 
-from hive_core.containers.cgroups import Cgroups, entering_groups
+from hive_core.containers.bounds import AgentGroups
 from hive_core.containers.inside import package_parents
 from hive_core.containers.keeper import start_keeper
 from hive_core.containers.keyring import leave_session_keyring
@@ -75,7 +75,7 @@ class HostProcessDriver:
         claude: Path | None,
         orphan_grace_s: float,
         life_fd: int | None = None,
-        cgroups: Cgroups | None = None,
+        cgroups: AgentGroups | None = None,
     ) -> None:
         self._cgroups = cgroups
         self._files = state_dir / "processes"
@@ -108,7 +108,7 @@ class HostProcessDriver:
 
     async def generation(self, name: AgentName) -> str:
         """Names the shape that the agent's container has when it is started now; the same in every daemon like this."""
-        bounds = None if self._cgroups is None else str(self._cgroups.bounds)
+        bounds = None if self._cgroups is None else f"{self._cgroups.kind} {self._cgroups.bounds}"
         programs = [str(self._claude), sys.executable, *package_parents()]
         shape = [self.sandbox, *programs, self._orphan_grace_s, self._life_fd is not None, bounds, *seen(name)]
         return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
@@ -144,9 +144,9 @@ class HostProcessDriver:
             with output, contextlib.ExitStack() as opened:
                 launch = self._launch(name, dirs, status_fd, opened)
                 keep = [status_fd, *launch.kept_fds, *([] if self._life_fd is None else [self._life_fd])]
-                entries = [] if self._cgroups is None else self._cgroups.make(name)
+                groups, command = self._cgroups, launch.command
                 process = subprocess.Popen(
-                    entering_groups(entries, launch.command) if entries else launch.command,
+                    command if groups is None else groups.entering(name, command, keeper.pid),
                     stdin=subprocess.DEVNULL if launch.stdin_fd is None else launch.stdin_fd,
                     stdout=output.fileno(),
                     stderr=output.fileno() if launch.error_fd is None else launch.error_fd,
@@ -179,7 +179,7 @@ class HostProcessDriver:
                     return running
                 log.warning("ended %s (pid %d): it was started %s", name, pid, difference, extra={"agent": name})
                 running.end()
-                self._end_seen(name)
+                await self._end_seen(name)
         self._end_left(name, dirs)
         return None
 
@@ -205,16 +205,18 @@ class HostProcessDriver:
         identity = self._file(name, "json")
         if not identity.exists():
             return None
-        self._end_seen(name)
+        await self._end_seen(name)
         return Exit(status_value(self._file(name, "status"), "exit-code"))
 
     async def forget(self, name: AgentName) -> None:
         """The end of the agent was seen and told."""
-        self._end_seen(name)
+        await self._end_seen(name)
 
-    def _end_seen(self, name: AgentName) -> None:
+    async def _end_seen(self, name: AgentName) -> None:
         self._file(name, "json").unlink(missing_ok=True)
-        if self._cgroups is not None and (killed := self._cgroups.remove(name)):
+        if self._cgroups is None:
+            return
+        if killed := await trio.to_thread.run_sync(self._cgroups.remove, name):
             most = f"agent_memory_bytes, {self._cgroups.bounds.memory_bytes:,}"
             told = f"hive: the kernel killed {killed} of its processes: together they held more than {most}\n"
             with contextlib.suppress(OSError), self._file(name, "log").open("a") as printed_file:
@@ -236,7 +238,7 @@ class HostProcessDriver:
 
     async def destroy(self, name: AgentName) -> None:
         """Forget that there ever was such an agent, which has ended; its directories stay. Nothing when it is gone."""
-        self._end_seen(name)
+        await self._end_seen(name)
         for suffix in ("run", "log", "status"):
             self._file(name, suffix).unlink(missing_ok=True)
 

@@ -12,7 +12,6 @@ confined.py: it takes away what nspawn cannot leave out, and then its own rights
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import subprocess
@@ -22,8 +21,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hive_core.containers.cgroups import Cgroups
+from hive_core.containers.bounds import AgentGroups
 from hive_core.containers.entering import confined, nsenter
+from hive_core.containers.host_names import host_name
 from hive_core.containers.host_process import HostProcessDriver, Launch
 from hive_core.containers.inside import (
     ETC_FILES,
@@ -126,7 +126,7 @@ class NspawnDriver(HostProcessDriver):
         claude: Path | None,
         orphan_grace_s: float,
         life_fd: int | None = None,
-        cgroups: Cgroups | None = None,
+        cgroups: AgentGroups | None = None,
     ) -> None:
         super().__init__(state_dir, claude=claude, orphan_grace_s=orphan_grace_s, life_fd=life_fd, cgroups=cgroups)
         self.sandbox = "nspawn" if own_uids else HOST_UIDS
@@ -147,7 +147,7 @@ class NspawnDriver(HostProcessDriver):
 
     def _launch(self, name: AgentName, dirs: AgentDirs, status_fd: int, opened: contextlib.ExitStack) -> Launch:
         base = self._bases[name] if self.sandbox == "nspawn" else None
-        command = nspawn_command(self._machine(name), dirs, self._claude, base, self._root)
+        command = nspawn_command(host_name(name, self._files.parent), dirs, self._claude, base, self._root)
         options = inside_options(self._claude)
         command += confined(self._filter, harness_environment(HOME), *options, flags=["-P"])
         command += self._command(name, dirs)
@@ -158,10 +158,6 @@ class NspawnDriver(HostProcessDriver):
             stdin_fd=self._life_fd,
             error_fd=own_words.fileno(),
         )
-
-    def _machine(self, name: AgentName) -> str:
-        """Another hive of this host may have an agent of the same name."""
-        return f"h-{name}-{hashlib.sha256(os.fsencode(self._files)).hexdigest()[:6]}"
 
     async def last_words(self, name: AgentName, limit: int = 600) -> str:
         words = [await super().last_words(name, limit)]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from hive_core.containers.bounds import AgentGroups
 from hive_core.containers.bubblewrap import bwrap_command
-from hive_core.containers.cgroups import Cgroups
 from hive_core.containers.entering import confined, nsenter
 from hive_core.containers.host_process import HostProcessDriver, Launch
 from hive_core.containers.inside import HOME, harness_environment, in_memory
@@ -30,7 +30,7 @@ class ProcessDriver(HostProcessDriver):
         claude: Path | None,
         orphan_grace_s: float,
         life_fd: int | None = None,
-        cgroups: Cgroups | None = None,
+        cgroups: AgentGroups | None = None,
     ) -> None:
         super().__init__(state_dir, claude=claude, orphan_grace_s=orphan_grace_s, life_fd=life_fd, cgroups=cgroups)
         self.sandbox = sandbox

@@ -14,6 +14,7 @@ from hive_core.container_states import ContainerStates
 from hive_core.containers.driver import Driver
 from hive_core.containers.mounts import AgentDirs
 from hive_core.containers.running import Exit, Running
+from hive_core.containers.scopes import unit_of
 from hive_core.limits import Limits
 from hive_core.post import put_message
 from hive_core.procedures.starts import Starts
@@ -130,7 +131,7 @@ class Supervisor:
             known, wanted = await self._tools.states.generation(self.name), await driver.generation(self.name)
             if outdated := known not in (None, wanted):
                 self.desk.ask_to_stop()  # at its turn's edge; then one of the wanted shape is started
-            told = {"outdated": True} if outdated else {}
+            told = {**unit_of(running.pid), **({"outdated": True} if outdated else {})}
             await self._tools.store.insist(
                 lambda tx: tx.emit("agent_adopted", SYSTEM, self.name, None, pid=running.pid, **told)
             )

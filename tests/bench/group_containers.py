@@ -16,7 +16,8 @@ from typing import Any
 
 import trio
 
-from hive_core.containers.cgroups import Bounds, Cgroups
+from hive_core.containers.bounds import Bounds
+from hive_core.containers.choice import choose_groups
 from hive_core.containers.host_process import Launch
 from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.nspawn import NspawnDriver, nspawn_command
@@ -59,7 +60,7 @@ def nspawn_start() -> dict[str, Any]:
         dirs = agent_dirs(Path(folder), Path(folder) / "run", AgentName("bench"))
         dirs.make()
         os.mkfifo(dirs.state / "began")
-        groups = Cgroups(Path(folder), Bounds(4 * 2**30, 200, 2048))
+        groups = choose_groups(Path(folder), Bounds(4 * 2**30, 200, 2048))
         driver = _Began(
             Path(folder),
             base_of=_first_uid,

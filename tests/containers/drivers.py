@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from hive_core.containers.cgroups import Cgroups
+from hive_core.containers.bounds import AgentGroups
 from hive_core.containers.host_process import HostProcessDriver
 from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.nspawn import HOST_UIDS, NspawnDriver
@@ -65,7 +65,7 @@ async def base_of(name: AgentName) -> int:
 
 
 def driver_in(
-    folder: Path, kind: str, script: str, life_fd: int | None = None, cgroups: Cgroups | None = None
+    folder: Path, kind: str, script: str, life_fd: int | None = None, cgroups: AgentGroups | None = None
 ) -> _Processes | _Containers:
     driver: _Processes | _Containers
     if kind in ("bwrap", "none"):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from hive_core.containers.cgroups import Bounds, Cgroups
+from hive_core.containers.bounds import Bounds
+from hive_core.containers.cgroups import Cgroups
 from tests.containers.drivers import (
     IRIS,
     PATIENCE_S,
