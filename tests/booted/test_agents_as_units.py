@@ -12,20 +12,18 @@ import pytest
 
 from hive_core.containers.host_names import host_name
 from hive_core.protocol.words import AgentName
+from tests.booted.hive import agents, ask_for_iris, idle, processes_of, shown, write_config
 from tests.booted_host import BootedHost, booted_host
 from tests.processes import look_until
 
 STATE = "/var/lib/hyperhive"
-CONFIG = f"""\
-state_dir = "{STATE}"
-runtime_dir = "/run/hyperhive"
-default_program = "rehearsal"
-sandbox = "nspawn"
-agent_memory_bytes = 1073741824
-agent_cpu_percent = 150
-agent_tasks = 300
-restart_s = 0.1
-"""
+SETTINGS = (
+    'sandbox = "nspawn"',
+    "agent_memory_bytes = 1073741824",
+    "agent_cpu_percent = 150",
+    "agent_tasks = 300",
+    "restart_s = 0.1",
+)
 # As somebody would write it who runs the daemon as root. systemd ends with it all that is in its group.
 UNIT = """\
 [Service]
@@ -52,36 +50,12 @@ MANAGER, IRIS = unit_name("hm1nd"), unit_name("iris")
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootedHost]:
     with booted_host(Path(tmp_path_factory.mktemp("host"))) as host:
-        host.write("/etc/hyperhive/config.toml", CONFIG)
+        host.write("/etc/hyperhive/config.toml", write_config(host, *SETTINGS))
         host.write(f"/etc/systemd/system/{SERVICE}", UNIT)
         host.ok("systemctl", "daemon-reload")
         host.ok("systemctl", "start", SERVICE)
-        host.ok("hive", "spawn", "iris", "--persona", "You read.")
-        look_until(lambda: idle(host, "hm1nd", "iris"))
+        ask_for_iris(host)
         yield host
-
-
-def agents(host: BootedHost) -> dict[str, Any]:
-    done = host.run("hive", "list", "--json")
-    return {agent["name"]: agent for agent in json.loads(done.stdout)["agents"]} if done.returncode == 0 else {}
-
-
-def idle(host: BootedHost, *names: str) -> bool:
-    found = agents(host)
-    return set(names) <= set(found) and all(found[name]["state"] == "idle" for name in names)
-
-
-def shown(host: BootedHost, unit: str, *properties: str) -> dict[str, str]:
-    """What `systemctl show` tells."""
-    said = host.ok("systemctl", "show", f"--property={','.join(properties)}", unit)
-    return dict(line.split("=", 1) for line in said.splitlines())
-
-
-def processes(host: BootedHost, unit: str) -> set[str]:
-    """The processes of a unit, with what they run."""
-    group = shown(host, unit, "ControlGroup")["ControlGroup"]
-    script = 'cat $(find "$1" -name cgroup.procs) | while read p; do echo $p $(tr "\\0" " " < /proc/$p/cmdline); done'
-    return set(host.ok("sh", "-c", script, "sh", f"/sys/fs/cgroup/unified{group}").splitlines())
 
 
 def events(host: BootedHost, kind: str) -> list[dict[str, Any]]:
@@ -112,36 +86,36 @@ def test_each_agent_is_a_unit_with_its_bounds(host: BootedHost) -> None:
 
 
 def test_all_of_an_agent_is_in_its_unit_and_nothing_of_it_in_the_daemons(host: BootedHost) -> None:
-    found = processes(host, IRIS)
+    found = processes_of(host, IRIS)
     for part in ("hive-agent", "systemd-nspawn", "--run /run/hive", "printed.py"):
         assert any(part in line for line in found), (part, found)
-    assert not any("nspawn" in line or "printed.py" in line for line in processes(host, SERVICE))
+    assert not any("nspawn" in line or "printed.py" in line for line in processes_of(host, SERVICE))
 
 
 def test_a_container_is_called_as_the_agents_container_and_its_hive(host: BootedHost) -> None:
     assert agents(host)["iris"]["container"] == "h-iris"
-    assert any(re.search(r"--machine=h-iris-[0-9a-f]{6} ", line) for line in processes(host, IRIS))
+    assert any(re.search(r"--machine=h-iris-[0-9a-f]{6} ", line) for line in processes_of(host, IRIS))
 
 
 @pytest.mark.parametrize("mode", ["control-group", "mixed", "process"])
 def test_agents_outlive_the_daemons_unit_with_any_kill_mode(host: BootedHost, mode: str) -> None:
     host.write(f"/etc/systemd/system/{SERVICE}.d/mode.conf", f"[Service]\nKillMode={mode}\n")
     host.ok("systemctl", "daemon-reload")
-    before = processes(host, IRIS) | processes(host, MANAGER)
+    before = processes_of(host, IRIS) | processes_of(host, MANAGER)
     invocation = shown(host, IRIS, "InvocationID")["InvocationID"]
     restart(host)
-    assert processes(host, IRIS) | processes(host, MANAGER) == before
+    assert processes_of(host, IRIS) | processes_of(host, MANAGER) == before
     adopted = [event for event in events(host, "agent_adopted") if event["agent"] == "iris"][-1]
     assert (adopted["data"]["unit"], adopted["data"]["invocation"]) == (IRIS, invocation)
 
 
 def test_agents_outlive_a_daemon_that_is_killed(host: BootedHost) -> None:
-    before = processes(host, IRIS) | processes(host, MANAGER)
+    before = processes_of(host, IRIS) | processes_of(host, MANAGER)
     main = shown(host, SERVICE, "MainPID")["MainPID"]
     host.ok("systemctl", "kill", "--signal=SIGKILL", SERVICE)
     look_until(lambda: shown(host, SERVICE, "MainPID", "ActiveState") != {"MainPID": main, "ActiveState": "active"})
     look_until(lambda: idle(host, "hm1nd", "iris"))
-    assert processes(host, IRIS) | processes(host, MANAGER) == before
+    assert processes_of(host, IRIS) | processes_of(host, MANAGER) == before
 
 
 @pytest.mark.parametrize(
@@ -156,11 +130,11 @@ def test_one_whose_unit_is_ended_has_crashed_and_is_started_in_a_new_one(
     host: BootedHost, end: Callable[[BootedHost], None]
 ) -> None:
     before = shown(host, IRIS, "InvocationID")
-    others = processes(host, MANAGER)
+    others = processes_of(host, MANAGER)
     end(host)
     look_until(lambda: shown(host, IRIS, "InvocationID") not in ({"InvocationID": ""}, before))
     look_until(lambda: idle(host, "iris"))
-    assert processes(host, MANAGER) == others
+    assert processes_of(host, MANAGER) == others
 
 
 def stop_iris(host: BootedHost) -> None:
@@ -180,11 +154,11 @@ def test_another_unit_of_that_name_is_left_alone_and_that_agent_says_what_is_wro
     stop_iris(host)
     host.ok("sh", "-c", f"systemd-run --quiet --scope --unit={IRIS} sleep 1000 < /dev/null > /dev/null 2>&1 &")
     look_until(lambda: shown(host, IRIS, "ActiveState")["ActiveState"] == "active")
-    foreign = processes(host, IRIS)
+    foreign = processes_of(host, IRIS)
     host.run("hive", "start", "iris")
     look_until(lambda: "a unit of its name is not ours" in str(agents(host)["iris"]["detail"]))
     assert f"`systemctl stop {IRIS}`" in agents(host)["iris"]["detail"]
-    assert processes(host, IRIS) == foreign
+    assert processes_of(host, IRIS) == foreign
     assert idle(host, "hm1nd")
     host.ok("systemctl", "stop", IRIS)
     host.run("hive", "start", "iris")
@@ -207,7 +181,7 @@ def test_processes_that_are_left_in_its_own_unit_are_ended(host: BootedHost) -> 
     look_until(lambda: shown(host, IRIS, "ActiveState")["ActiveState"] == "active")
     host.ok("hive", "start", "iris")
     look_until(lambda: idle(host, "iris"))
-    assert not any("sleep 1000" in line for line in processes(host, IRIS))
+    assert not any("sleep 1000" in line for line in processes_of(host, IRIS))
 
 
 def test_that_the_kernel_killed_for_memory_is_told_from_what_systemd_says_of_the_unit(host: BootedHost) -> None:
@@ -220,7 +194,7 @@ def test_that_the_kernel_killed_for_memory_is_told_from_what_systemd_says_of_the
     look_until(lambda: shown(host, IRIS, "InvocationID") not in ({"InvocationID": ""}, {"InvocationID": invocation}))
     look_until(lambda: idle(host, "iris"))
     told = "the kernel killed 1 of its processes: together they held more than agent_memory_bytes, 1,073,741,824"
-    assert told in host.ok("hive", "logs", "iris")
+    assert told in host.ok("cat", f"{STATE}/processes/iris.log")
 
 
 def test_doctor_says_that_agents_are_units(host: BootedHost) -> None:

@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.booted.hive import agents, ask_for_iris, idle, write_config
 from tests.booted_host import BootedHost, booted_host
 from tests.nix_pages import UNIT
 from tests.processes import look_until
 
-CONFIG = """\
-state_dir = "/var/lib/hyperhive"
-runtime_dir = "/run/hyperhive"
-default_program = "rehearsal"
-manager_prompt = "/etc/hyperhive/hm1nd.md"
-"""
-RULES = [
-    {
-        "from": "operator",
-        "do": [{"tool": "request_spawn", "args": {"name": "iris", "persona": "You read.", "reason": "A reader."}}],
-    }
-]
+ADA = "ada"
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootedHost]:
     with booted_host(Path(tmp_path_factory.mktemp("host"))) as host:
-        host.write("/etc/hyperhive/hm1nd.md", f"You manage.\n\n```rehearsal\n{json.dumps(RULES)}\n```\n")
-        host.install(CONFIG, "[Service]\nWatchdogSec=4\n")
+        host.install(write_config(host), "[Service]\nWatchdogSec=4\n")
         host.ok("systemctl", "start", "hyperhive.service")
         yield host
-
-
-def agents(host: BootedHost) -> dict[str, Any]:
-    return {agent["name"]: agent for agent in json.loads(host.ok("hive", "list", "--json", user="ada"))["agents"]}
 
 
 def harnesses(host: BootedHost) -> set[str]:
@@ -45,19 +28,10 @@ def harnesses(host: BootedHost) -> set[str]:
     return set(host.run("sh", "-c", "grep -lzx -e '--[r]un' /proc/[0-9]*/cmdline").stdout.split())
 
 
-def idle(host: BootedHost, *names: str) -> bool:
-    found = agents(host)
-    return set(names) <= set(found) and all(found[name]["state"] == "idle" for name in names)
-
-
 @pytest.fixture(scope="module")
 def swarm(host: BootedHost) -> BootedHost:
     """The same with an agent that was asked for and approved."""
-    look_until(lambda: idle(host, "hm1nd"))
-    host.ok("hive", "send", "hm1nd", "I want a reader.", user="ada")
-    look_until(lambda: json.loads(host.ok("hive", "pending", "--json", user="ada"))["approvals"])
-    host.ok("hive", "approve", "1", user="ada")
-    look_until(lambda: idle(host, "hm1nd", "iris"))
+    ask_for_iris(host, ADA)
     return host
 
 
@@ -73,21 +47,21 @@ def test_it_is_ready_as_a_user_without_capabilities(host: BootedHost) -> None:
 
 
 def test_members_of_hive_admin_command_it_and_nobody_else(host: BootedHost) -> None:
-    assert "hm1nd" in agents(host)
+    assert "hm1nd" in agents(host, ADA)
     refused = host.run("hive", "list", user="eve")
     assert refused.returncode == 4
     assert "/run/hyperhive/host.sock is not yours to open; ask who runs it" in refused.stderr
 
 
 def test_its_agents_have_sandboxes(swarm: BootedHost) -> None:
-    assert {agent["sandbox"] for agent in agents(swarm).values()} == {"bwrap"}
+    assert {agent["sandbox"] for agent in agents(swarm, ADA).values()} == {"bwrap"}
 
 
 def test_agents_live_on_when_it_is_restarted(swarm: BootedHost) -> None:
     before = harnesses(swarm)
     assert before
     swarm.ok("systemctl", "restart", "hyperhive.service")
-    look_until(lambda: idle(swarm, "hm1nd", "iris"))
+    look_until(lambda: idle(swarm, "hm1nd", "iris", user=ADA))
     assert harnesses(swarm) == before
 
 
@@ -96,7 +70,7 @@ def test_one_that_hangs_is_restarted_by_the_watchdog_and_its_agents_live_on(swar
     swarm.ok("systemctl", "kill", "--kill-whom=main", "--signal=STOP", "hyperhive.service")
     restarts = ("systemctl", "show", "--value", "--property=NRestarts", "hyperhive.service")
     look_until(lambda: swarm.ok(*restarts).strip() == "1")
-    look_until(lambda: swarm.run("hive", "list", user="ada").returncode == 0 and idle(swarm, "hm1nd", "iris"))
+    look_until(lambda: idle(swarm, "hm1nd", "iris", user=ADA))
     assert harnesses(swarm) == before
 
 
