@@ -56,6 +56,16 @@ Pronouns = Annotated[
     Allowed("up to 40 letters, words with / between, such as they/them"),
 ]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PATHS = (
+    "state_dir",
+    "runtime_dir",
+    "claude",
+    "manager_prompt",
+    "prices",
+    "nspawn_root",
+    "nixpkgs",
+    "hyperhive_source",
+)
 DRAIN_MOST_S = 24 * 3600  # the daemon waits no longer for whoever asks it to: PATIENCE_MOST_S in sockets/admin.py
 
 
@@ -93,11 +103,13 @@ class Config(Limits):
             f"every {RENEW_EVERY_S:.0f} s, and would lose it"
         ),
     ] = Limits.model_fields["lease_silence_s"].default
-    sandbox: Literal["bwrap", "nspawn"] = "bwrap"  # what agents run in
+    sandbox: Literal["bwrap", "nspawn", "nixos-container"] = "bwrap"  # what agents run in
     nspawn_root: Path = Path("/")  # whose /usr agents see, with sandbox = "nspawn"
+    nixpkgs: Path | None = None  # what they are built from, with sandbox = "nixos-container": a flake's folder
+    hyperhive_source: Path | None = None  # and our own modules
     unsafe_no_sandbox: bool = False
 
-    @field_validator("state_dir", "runtime_dir", "claude", "manager_prompt", "prices", "nspawn_root", mode="before")
+    @field_validator(*PATHS, mode="before")
     @classmethod
     def _absolute(cls, raw: object) -> str | None:
         return None if raw is None else absolute(str(raw) if isinstance(raw, Path) else raw)

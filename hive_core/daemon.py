@@ -39,7 +39,7 @@ from hive_core.ledger import Ledger
 from hive_core.lock import take_lock
 from hive_core.prices import load_prices
 from hive_core.procedures.clock import Timer, serve_clock
-from hive_core.procedures.deployments import PlainDeployments
+from hive_core.procedures.flake_deployments import make_deployments
 from hive_core.procedures.gate import Gate
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.procedures.supervise import Desk
@@ -153,18 +153,19 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             access=access,
         )
         approvals, repos = Approvals(store), Repos(config.state_dir)
+        uids = UidRanges(store, str(config.state_dir))
+        driver = make_driver(config, choice, claude=claude, life_fd=life_fd, first_uid=uids.first_uid)
+        deployments = await make_deployments(config, choice, store, repos, driver)
         gate = Gate(
             store,
             agents,
             approvals,
             repos,
-            PlainDeployments(repos, config.sandbox),
+            deployments,
             _templates(config),
             default_program=config.default_program,
             default_model=config.default_model,
         )
-        uids = UidRanges(store, str(config.state_dir))
-        driver = make_driver(config, choice, claude=claude, life_fd=life_fd, first_uid=uids.first_uid)
         rooms = _Rooms(config)
         ledger = Ledger(store, access, load_prices(config.prices), config)
         stack.push_async_callback(ledger.aclose)
@@ -238,7 +239,7 @@ class _Rooms:
             return f"{self.hive.sandbox_trouble}; or start with --unsafe-no-sandbox"
         if program == "claude" and self.hive.claude is None:
             return "claude is not installed: `npm install -g @anthropic-ai/claude-code`, then start the hive again"
-        return None
+        return self.hive.gate.hindrance(agent.name)
 
     async def serve(self, agent: Agent, task_status: trio.TaskStatus[Desk]) -> None:
         """Listen on an agent's sockets and its page until cancelled."""

@@ -1,4 +1,4 @@
-"""The flakes that build agents: rendered, locked in two phases, and evaluated as what they are, hostile input.
+"""The meta flake, which builds every agent: locked in two phases, and evaluated as what it takes in, hostile input.
 
 Each agent's repository holds agent.nix, a module of NixOS. The meta flake has one input and one nixosConfiguration an
 agent; it takes the repositories as plain trees (flake = false), so an agent's flake.nix is never read here and can
@@ -8,6 +8,10 @@ bring in nothing.
 from __future__ import annotations
 
 import json
+import logging
+import platform
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,75 +20,40 @@ from typing import Any
 from urllib.parse import quote
 
 import trio
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import ValidationError
 
+from hive_core.flake_files import agent_files, git_url, meta_flake, nix_string
 from hive_core.nix import Nix, NixFailed, explained
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import quoted
-from hive_core.protocol.words import PERSONA_LIMIT_BYTES, AgentName, CommitSha, parse_text
+from hive_core.protocol.words import MANAGER, PERSONA_LIMIT_BYTES, AgentName, CommitSha, parse_text
 from hive_core.settings import AgentSettings, describe
 
+log = logging.getLogger(__name__)
 GIT_WITHIN_S = 30
-_ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t", "$": "\\$"})
-# What of an evaluated agent the host wants to know.
+# What of an evaluated agent the host wants to know. The system's derivation is made and not built, so that whatever of
+# a build is evaluation is seen before it.
 _WANTED = (
-    "config: { inherit (config.hyperhive) settings persona;"
-    ' mounts = builtins.filter (path: path != "/") (builtins.attrNames config.fileSystems); }'
+    "config: { inherit (config.hyperhive) settings persona role;"
+    ' mounts = builtins.filter (path: path != "/") (builtins.attrNames config.fileSystems)'
+    '  ++ map (mount: mount.where or "?") (builtins.filter (mount: builtins.substring 0 1 (mount.what or "") == "/")'
+    "    (config.systemd.mounts or [ ]));"
+    " system = builtins.unsafeDiscardStringContext config.system.build.toplevel.drvPath; }"
 )
 
 
-def nix_string(text: object) -> str:
-    """A text as a literal of Nix, which nothing in it can leave. Raises Refusal("usage") for what Nix cannot hold."""
-    if not isinstance(text, str) or "\0" in text:
-        raise Refusal("usage", "cannot write this into a flake: it must be text without NUL")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Refusal("usage", "cannot write this into a flake: it must be text in UTF-8") from None
-    return f'"{text.translate(_ESCAPES)}"'
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where agents' modules and packages come from, as folders or store paths, and what they are built for."""
 
+    hyperhive: Path
+    nixpkgs: Path
+    system: str = f"{platform.machine()}-linux"
 
-# Whatever a template shows becomes a literal: there is no expression that could forget it.
-_TEMPLATES = Environment(
-    loader=PackageLoader("hive_core", "templates/nix"),
-    undefined=StrictUndefined,
-    keep_trailing_newline=True,
-    trim_blocks=True,
-    autoescape=False,
-    finalize=nix_string,
-)
-
-
-def agent_files(name: AgentName, title: str, *, hyperhive: str, system: str) -> dict[str, str]:
-    """flake.nix and agent.nix of an agent's first commit; agent.toml and CLAUDE.md lie beside them.
-
-    hyperhive  the flake that the modules come from, as a URL
-    system     such as x86_64-linux
-    """
-    flake = _TEMPLATES.get_template("agent-flake.nix.j2")
-    return {
-        "flake.nix": flake.render(name=name, title=title or name, hyperhive=hyperhive, system=system),
-        "agent.nix": _TEMPLATES.get_template("agent.nix.j2").render(),
-    }
-
-
-def meta_flake(agents: Mapping[AgentName, str], *, hyperhive: str, nixpkgs: str, system: str) -> str:
-    """flake.nix of the meta flake: the same for the same agents, in whatever order they come. name → URL."""
-    rows = [{"name": name, "input": input_of(name), "url": url} for name, url in sorted(agents.items())]
-    template = _TEMPLATES.get_template("meta-flake.nix.j2")
-    return template.render(agents=rows, hyperhive=hyperhive, nixpkgs=nixpkgs, system=system)
-
-
-def input_of(name: AgentName) -> str:
-    """The meta flake's input of an agent."""
-    return f"agent-{name}"
-
-
-def git_url(repository: Path, commit: CommitSha | None = None) -> str:
-    """A repository of this host, at a commit or at its main, as a flake's URL."""
-    at = f"&rev={commit}" if commit else ""
-    return f"git+file://{quote(str(repository))}?ref=refs/heads/main{at}"
+    @property
+    def urls(self) -> dict[str, str]:
+        """The same as inputs of a flake."""
+        return {"hyperhive": _path_url(self.hyperhive), "nixpkgs": _path_url(self.nixpkgs)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,50 +67,67 @@ class Evaluated:
 class MetaFlake:
     """The repository of the meta flake. One at a time may stage; the daemon is the only one that writes it."""
 
-    def __init__(self, folder: Path, applied: Path, nix: Nix, sources: Sequence[Path] = ()) -> None:
+    def __init__(self, folder: Path, applied: Path, nix: Nix, sources: Sources) -> None:
         """
         folder   its work tree
         applied  where the agents' repositories are
-        sources  what else of the host its inputs are, outside the store
         """
         self._folder = folder
         self._applied = applied
         self._nix = nix
-        self._readable = [applied, *sources]
+        self._sources = sources
         self._staging = trio.Lock()
+        self._evaluating = trio.Lock()  # each may take all the memory that one is given
 
     async def open(self) -> None:
         """Make the repository if it is missing, and put back what a daemon that died had staged."""
         if not (self._folder / ".git").is_dir():
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             await self._git("init", "--quiet", "--template=", "--initial-branch=main")
+        try:
+            await self._git("rev-parse", "--quiet", "--verify", "HEAD")
+        except Refusal:
             await self._git("commit", "--quiet", "--allow-empty", "--message", "An empty hive")
-        (self._folder / ".git" / "index.lock").unlink(missing_ok=True)
         await self._put_back()
+
+    @property
+    def inputs(self) -> str:
+        """What decides, besides its repository, what an agent is built from."""
+        return json.dumps(self._sources.urls | {"system": self._sources.system}, sort_keys=True)
+
+    def agent_files(self, name: AgentName, title: str) -> dict[str, str]:
+        """flake.nix and agent.nix of an agent's first commit."""
+        return agent_files(name, title, hyperhive=self._sources.urls["hyperhive"], system=self._sources.system)
+
+    def render(self, commits: Mapping[AgentName, CommitSha]) -> str:
+        """flake.nix with these agents, each at a commit that is pinned in its applied repository."""
+        agents = {name: git_url(self._repository(name), commit) for name, commit in commits.items()}
+        return meta_flake(agents, **self._sources.urls, system=self._sources.system)
 
     @asynccontextmanager
     async def staged(self, flake: str, message: str, update: Sequence[str] = ()) -> AsyncIterator[str]:
         """Stage a flake.nix with its lock; what is built within builds that. Left well, it is committed with
         `message`; left by an exception or a cancellation, everything is as before.
 
-        update   inputs to lock anew; those that are new are locked anyway
+        update   inputs to lock anew; those that are new, or are at another URL, are locked anyway
         yields   the staged flake, as a URL
 
-        Raises Refusal("failed") when it cannot be locked.
+        Raises Refusal("failed") when it cannot be locked, or committed.
         """
         async with self._staging:
             try:
+                await self._put_back()
                 (self._folder / "flake.nix").write_text(flake, "utf-8")
                 await self._git("add", "flake.nix")
                 await self._lock(update)
                 await self._git("add", "flake.nix", "flake.lock")
                 yield self.url
+                with trio.CancelScope(shield=True):
+                    await self._git("commit", "--quiet", "--allow-empty", "--message", message)
             except BaseException:
                 with trio.CancelScope(shield=True):
-                    await self._put_back()
+                    await self._try_to_put_back()
                 raise
-            with trio.CancelScope(shield=True):
-                await self._git("commit", "--quiet", "--allow-empty", "--message", message)
 
     @property
     def url(self) -> str:
@@ -151,30 +137,54 @@ class MetaFlake:
         """The first lines of its commits, newest first: what was deployed."""
         return (await self._git("log", "--format=%s")).splitlines()
 
-    async def evaluate(self, name: AgentName, commit: CommitSha | None = None) -> Evaluated:
-        """What an agent's module says, as deployed or at a commit of its applied repository; nothing is changed.
+    async def evaluate(self, name: AgentName, commit: CommitSha) -> Evaluated:
+        """What an agent's module says at a commit that is pinned in its applied repository; nothing is changed.
 
-        It is code that an agent wrote: it runs in a sandbox, for so long and in so much memory as nix.limits has it.
-        Raises Refusal("refused") with one sentence that names what is wrong.
+        It is code that an agent wrote: it runs in a sandbox, for so long and in so much memory as nix.limits has it,
+        and sees the repository of this agent alone. Raises Refusal("refused") with one sentence that names what is
+        wrong.
         """
-        wanted = f"{self.url}#nixosConfigurations.{nix_string(name)}.config"
-        words = ["eval", "--json", "--no-write-lock-file", wanted, "--apply", _WANTED]
-        if commit:
-            words += ["--override-input", input_of(name), git_url(self._applied / f"{name}.git", commit)]
         try:
-            said = await self._nix.run(words, readable=[self._folder, *self._readable])
+            async with self._evaluating, self._alone(name, commit) as flake:
+                wanted = f"{_path_url(flake)}#nixosConfigurations.{nix_string(name)}.config"
+                words = ["eval", "--json", "--no-write-lock-file", wanted, "--apply", _WANTED]
+                said = await self._nix.run(words, readable=[flake, self._repository(name), *self._readable()])
         except NixFailed as failed:
             raise Refusal("refused", f"cannot use agent.nix of {name}: {explained(failed)}") from None
+        except OSError as exc:
+            raise Refusal("unavailable", f"cannot evaluate agent.nix of {name}: {exc}") from None
         return _checked(name, said)
+
+    @asynccontextmanager
+    async def _alone(self, name: AgentName, commit: CommitSha) -> AsyncIterator[Path]:
+        """A meta flake with this agent alone, and with the others' inputs as they are locked."""
+        with tempfile.TemporaryDirectory(prefix="hive-evaluation-") as folder:
+            (Path(folder) / "flake.nix").write_text(self.render({name: commit}), "utf-8")
+            if (lock := self._folder / "flake.lock").exists():
+                shutil.copyfile(lock, Path(folder) / "flake.lock")
+            yield Path(folder)
+
+    def _repository(self, name: AgentName) -> Path:
+        return self._applied / f"{name}.git"
+
+    def _readable(self) -> list[Path]:
+        return [self._sources.hyperhive, self._sources.nixpkgs]
 
     async def _lock(self, update: Sequence[str]) -> None:
         words = ["flake", "lock", self.url, *(word for name in update for word in ("--update-input", name))]
         try:
-            await self._nix.run(words, readable=self._readable, writable=[self._folder])
+            await self._nix.run(words, readable=[self._applied, *self._readable()], writable=[self._folder])
         except NixFailed as failed:
             raise Refusal("failed", f"cannot lock the meta flake: {explained(failed)}") from None
 
+    async def _try_to_put_back(self) -> None:
+        try:
+            await self._put_back()
+        except (Refusal, OSError) as exc:  # the next one who stages puts it back, as does the next daemon
+            log.error("the meta flake stays as it was staged: %s", exc)
+
     async def _put_back(self) -> None:
+        (self._folder / ".git" / "index.lock").unlink(missing_ok=True)
         await self._git("reset", "--quiet", "--hard")
         await self._git("clean", "--quiet", "--force", "-d", "-x")
 
@@ -192,15 +202,24 @@ class MetaFlake:
         return done.stdout.decode("utf-8", "replace")
 
 
+def _path_url(folder: Path) -> str:
+    return f"path:{quote(str(folder))}"
+
+
 def _checked(name: AgentName, said: bytes) -> Evaluated:
-    found: dict[str, Any] = json.loads(said)
+    try:
+        found: dict[str, Any] = json.loads(said)
+    except (ValueError, RecursionError):
+        raise Refusal("refused", f"cannot use agent.nix of {name}: what it gives is nested too deep") from None
     if found["mounts"]:
-        where = quoted(", ".join(found["mounts"]))[:200]
+        where = quoted(", ".join(map(str, found["mounts"])))[:200]
         raise Refusal(
             "refused",
             f"cannot use agent.nix of {name}: it mounts {where}, and what a container sees of the host is not its "
             "own to say; take fileSystems out",
         )
+    if found["role"] != ("manager" if name == MANAGER else "agent"):
+        raise Refusal("refused", f"cannot use agent.nix of {name}: hyperhive.role is the hive's to say; take it out")
     given = {key: value for key, value in found["settings"].items() if value is not None}
     try:
         settings = AgentSettings.model_validate(given)

@@ -77,6 +77,15 @@ class Limits(BaseModel):
     start_s: Annotated[
         Seconds, Field(description="how long a container that has not said hello yet holds up the starts of others")
     ] = 20.0
+    evaluation_s: Annotated[
+        Seconds, Field(description="how long an agent's agent.nix may be evaluated before it is refused")
+    ] = 60.0
+    evaluation_memory_bytes: Annotated[
+        int, Field(ge=2**28, lt=2**50, description="memory of the evaluation of an agent's agent.nix")
+    ] = 4 * 2**30
+    build_s: Annotated[
+        Seconds, Field(description="how long the system of an agent's container may be built before the change fails")
+    ] = 3600.0
     hops: Annotated[
         Count, Field(description="turns that one cause may set off in a chain before the next message is held")
     ] = 24

@@ -144,6 +144,10 @@ class Repos:
         """Tag a commit of the applied repository; the same tag again is left as it is."""
         await _in_thread(self._tag, name, tag, sha, note)
 
+    async def check_main(self, name: AgentName, sha: CommitSha, base: CommitSha) -> None:
+        """Raises Refusal("conflict") when `deploy` would."""
+        await _in_thread(self._check_main, name, sha, base)
+
     async def deploy(self, name: AgentName, approval_id: int, sha: CommitSha, base: CommitSha) -> None:
         """Move main from `base` to `sha` and tag it deployed/ID; done already is fine.
 
@@ -290,11 +294,16 @@ class Repos:
                 message = ("-a", "--cleanup=verbatim", "-m", note) if note else ()
                 self._git(repo, "tag", *message, tag, sha)
 
-    def _deploy(self, name: AgentName, approval_id: int, sha: CommitSha, base: CommitSha) -> None:
+    def _check_main(self, name: AgentName, sha: CommitSha, base: CommitSha) -> str:
         with self._open(name) as repo:
-            main = repo.commit("refs/heads/main").hexsha
-            if main not in (sha, base):
-                raise Refusal("conflict", f"cannot apply {sha[:12]}: {name} runs {main[:12]} now, not {base[:12]}")
+            main: str = repo.commit("refs/heads/main").hexsha
+        if main not in (sha, base):
+            raise Refusal("conflict", f"cannot apply {sha[:12]}: {name} runs {main[:12]} now, not {base[:12]}")
+        return main
+
+    def _deploy(self, name: AgentName, approval_id: int, sha: CommitSha, base: CommitSha) -> None:
+        main = self._check_main(name, sha, base)
+        with self._open(name) as repo:
             self._git(repo, "update-ref", "refs/heads/main", sha, main)
         self._tag(name, f"deployed/{approval_id}", sha, "")
 

@@ -154,7 +154,7 @@ def keep(tx: Transaction, tombstone: Tombstone, size: int) -> None:
     row["budgets"] = put_away(tx, tombstone.name)
     sql = "UPDATE tombstones SET state = 'kept', agent = ?, bytes = ? WHERE id = ?"
     tx.execute(sql, (json.dumps(row, ensure_ascii=False), size, tombstone.id))
-    for table in ("container_states", "disk_warnings", "tool_calls"):
+    for table in ("container_states", "disk_warnings", "systems", "tool_calls"):
         tx.execute(f"DELETE FROM {table} WHERE agent = ?", (tombstone.name,))
     tx.execute("DELETE FROM agents WHERE name = ?", (tombstone.name,))
     tx.emit("agent_destroyed", tombstone.destroyed_by, tombstone.name, tombstone=tombstone.label, bytes=size)

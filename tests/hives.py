@@ -158,7 +158,7 @@ async def open_services(
         access = Access(store.bus)
         agents = Agents(store, manager_port=8000, agent_ports=ports, access=access)
         approvals, repos = Approvals(store), Repos(state_dir)
-        plain = PlainDeployments(repos, "bwrap")
+        plain = PlainDeployments(store, repos, "bwrap")
         gate = Gate(
             store, agents, approvals, repos, plain, templates, default_program="rehearsal", default_model="sonnet"
         )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from hive_core.building import nix_trouble
 from hive_core.cli.client import Client
 from hive_core.cli.doctor import Finding, Progress, Status
 from hive_core.cli.up import SANDBOXES, orphans
@@ -226,6 +227,16 @@ def _other_sandbox(config: Config, choice: Choice) -> str:
     return 'sandbox = "nspawn" works too'
 
 
+def check_nix(name: str, machine: Machine) -> Iterator[Finding]:
+    """Nothing where containers are not built."""
+    config = machine.config
+    if config.sandbox == "nixos-container":
+        trouble = nix_trouble(config)
+        within = f"{config.evaluation_s:g} s and {config.evaluation_memory_bytes // MIB:,} MiB"
+        working = f"agent.nix is evaluated in a sandbox without a network, within {within}"
+        yield Finding(name, machine.agents_need if trouble else "ok", trouble or working)
+
+
 def check_credential(name: str, machine: Machine) -> Iterator[Finding]:
     if machine.daemon is not None:
         source, missing = machine.daemon["credential"], machine.daemon["credential_missing"]
@@ -324,6 +335,7 @@ CHECKS: dict[str, Callable[[str, Machine], Iterator[Finding]]] = {
     "sqlite": check_sqlite,
     "ports": check_ports,
     "sandbox": check_sandbox,
+    "nix": check_nix,
     "bounds": check_bounds,
     "credential": check_credential,
     "claude": check_claude,

@@ -23,7 +23,7 @@ from hive_core.protocol.refusal import EXIT_CODES, Refusal
 READY_WITHIN_S = 60.0
 NAMED_MOST = 5  # agents in one sentence
 
-SANDBOXES = {"bwrap": "bubblewrap", "nspawn": "systemd-nspawn"}
+SANDBOXES = {"bwrap": "bubblewrap", "nspawn": "systemd-nspawn", "nixos-container": "NixOS containers"}
 
 
 def start_daemon(

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hive_core.building import nix_trouble
 from hive_core.config import Config
 from hive_core.containers.bounds import AgentGroups, Bounds
 from hive_core.containers.bubblewrap import sandbox_trouble
@@ -39,6 +40,8 @@ def choose_sandbox(config: Config, claude: Path | None) -> Choice:
     if config.sandbox == "nspawn":
         found = look_for_nspawn(config.state_dir, config.runtime_dir, claude, config.nspawn_root)
         trouble, weakness = found.trouble, found.weakness
+    if config.sandbox == "nixos-container":
+        trouble = nix_trouble(config) or "containers of NixOS cannot be made yet; set sandbox to bwrap or nspawn"
     sandbox = "none" if trouble or config.unsafe_no_sandbox else config.sandbox
     return Choice(sandbox, trouble, None if sandbox == "none" else weakness, bwrap_trouble)
 

@@ -7,7 +7,7 @@ it hears over its sockets, so a new commit needs no other container.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from hive_core.containers.mounts import AgentDirs
 from hive_core.containers.running import Done, Exit, Running, Usage
@@ -62,6 +62,7 @@ class Driver(Protocol):
         """Forget that there ever was such an agent, which has ended; its directories stay. Nothing when it is gone."""
 
 
+@runtime_checkable
 class Systems(Protocol):
     """The NixOS systems that agents' containers are made of: what a driver offers besides whose sandbox is
     "nixos-container".

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
 from hive_core.repos import Proposal, Repos
+from hive_core.store.door import Store
+from hive_core.systems import Deployed, system_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,24 +35,26 @@ class Deployments(Protocol):
     async def check(self, name: AgentName, proposal: Proposal) -> None:
         """Raises Refusal when a proposal could not be deployed; nothing is changed, and nothing that runs touched."""
 
-    async def carry_out(self, change: Change) -> dict[str, Any]:
-        """Make a commit what its agent runs on: the harness settings that it gives.
+    async def carry_out(self, change: Change) -> Deployed:
+        """Make a commit what its agent runs on, all but the rows. Raises when that is impossible; then all is as it
+        was."""
 
-        Raises Refusal or OSError when that is impossible; then all is as it was.
-        """
-
-    async def mend(self, name: AgentName, sha: CommitSha) -> dict[str, Any] | None:
-        """Make what runs be the commit that is deployed, where a daemon that died, another sandbox or somebody else
-        left it otherwise: its settings, or None when nothing had to be done. Raises as `carry_out` does."""
+    async def mend(self, name: AgentName, sha: CommitSha) -> Deployed | None:
+        """Make of the commit that is deployed what has to be made of it here, where a daemon that died, one of another
+        release or with another sandbox left it otherwise; None when all is well. Raises as `carry_out` does."""
 
     def hindrance(self, name: AgentName) -> str | None:
         """Why an agent may not be started now, or None."""
+
+    def forget(self, name: AgentName) -> None:
+        """There is no such agent any more."""
 
 
 class PlainDeployments:
     """Of containers that know no commit: its agent.toml and CLAUDE.md reach the harness with its next turn."""
 
-    def __init__(self, repos: Repos, sandbox: str) -> None:
+    def __init__(self, store: Store, repos: Repos, sandbox: str) -> None:
+        self._store = store
         self._repos = repos
         self._sandbox = sandbox
 
@@ -66,13 +70,43 @@ class PlainDeployments:
                 "change agent.toml or CLAUDE.md",
             )
 
-    async def carry_out(self, change: Change) -> dict[str, Any]:
+    async def carry_out(self, change: Change) -> Deployed:
         if change.base is not None:
             await self._repos.deploy(change.agent, change.number, change.sha, change.base)
-        return await self._repos.read(change.agent, change.sha)
+        return Deployed(await self._repos.read(change.agent, change.sha))
 
-    async def mend(self, name: AgentName, sha: CommitSha) -> dict[str, Any] | None:
-        return None
+    async def mend(self, name: AgentName, sha: CommitSha) -> Deployed | None:
+        if await system_of(self._store, name) is None:
+            return None
+        return Deployed(await self._repos.read(name, sha))
 
     def hindrance(self, name: AgentName) -> str | None:
         return None
+
+    def forget(self, name: AgentName) -> None:
+        pass
+
+
+class NoDeployments:
+    """Of a hive whose containers cannot be built here: what is deployed stays, and nothing new is."""
+
+    def __init__(self, trouble: str) -> None:
+        self._trouble = trouble
+
+    def files(self, name: AgentName, description: str) -> Mapping[str, str]:
+        return {}
+
+    async def check(self, name: AgentName, proposal: Proposal) -> None:
+        raise Refusal("unavailable", f"cannot check {proposal.sha[:12]}: {self._trouble}")
+
+    async def carry_out(self, change: Change) -> Deployed:
+        raise Refusal("unavailable", f"cannot build {change.agent}: {self._trouble}")
+
+    async def mend(self, name: AgentName, sha: CommitSha) -> Deployed | None:
+        return None
+
+    def hindrance(self, name: AgentName) -> str | None:
+        return self._trouble
+
+    def forget(self, name: AgentName) -> None:
+        pass

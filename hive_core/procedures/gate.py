@@ -29,10 +29,11 @@ from hive_core.protocol.words import (
     parse_text,
 )
 from hive_core.repos import Repos
-from hive_core.store.bus import APPROVED
+from hive_core.store.bus import APPROVED, DEPLOYED, WANTED
 from hive_core.store.door import Store
 from hive_core.store.schema import StoreError
 from hive_core.store.writer import Transaction
+from hive_core.systems import note_deployed
 from hive_core.tool_calls import first_answer, once
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Gate:
         self._repos = repos
         self._deployments = deployments
         self._templates = templates
+        self._mended: dict[AgentName, str] = {}  # the commit of each agent that was looked at
         self._defaults = {"program": default_program, "model": default_model}
 
     async def ensure_manager(self, prompt: str) -> None:
@@ -154,12 +156,51 @@ class Gate:
         return await self._approvals.get(approval_id)
 
     async def serve(self) -> None:
-        """Carry out what is approved, also what was approved before the daemon started."""
-        with self._store.bus.listen(APPROVED) as listener:
+        """Carry out what is approved, also what was approved before the daemon started; and mend between two of those
+        what is deployed, an agent at a time."""
+        with self._store.bus.listen(APPROVED, DEPLOYED) as listener:
             while True:
                 for approval in await self._approvals.approved():
                     await self._carry_out(approval)
-                await listener.wait()
+                if not await self._mend_some():
+                    await listener.wait()
+
+    def hindrance(self, name: AgentName) -> str | None:
+        """Why what is deployed of an agent may not be started now, or None."""
+        return self._deployments.hindrance(name)
+
+    async def _mend_some(self) -> bool:
+        """Mend what was not looked at yet; False when nothing is left. It ends after each agent that takes its time."""
+        agents = {agent.name: agent.deployed_sha for agent in await self._agents.all()}
+        for name in self._mended.keys() - agents.keys():
+            del self._mended[name]
+            self._deployments.forget(name)
+        for name, sha in agents.items():
+            if sha is not None and self._mended.get(name) != sha:
+                self._mended[name] = sha
+                if await self._mend(name, CommitSha(sha)):
+                    return True
+        return False
+
+    async def _mend(self, name: AgentName, sha: CommitSha) -> bool:
+        """Mend what is deployed of one agent; False when there was nothing to do."""
+        hindered = self._deployments.hindrance(name)
+        try:
+            deployed = await self._deployments.mend(name, sha)
+        except StoreError:
+            raise
+        except Exception as exc:
+            # Its own trouble, which its state shows: approvals and other agents go on.
+            log.error("what %s runs on is not as it was deployed: %s", name, exc, extra={"agent": name})
+            deployed = None
+            done = True
+        else:
+            done = deployed is not None
+        if deployed is not None:
+            await self._store.insist(lambda tx: note_deployed(tx, name, sha, deployed))
+        if self._deployments.hindrance(name) != hindered:
+            self._store.bus.publish([WANTED])
+        return done
 
     async def _carry_out(self, approval: Approval) -> None:
         try:
@@ -173,6 +214,7 @@ class Gate:
             # Whatever a repository does to the libraries that read it ends this approval, not the daemon.
             reason = str(exc) if isinstance(exc, Refusal | OSError) else f"{type(exc).__name__}: {exc}"
             log.warning("approval %d of %s failed: %s", approval.id, approval.agent, reason)
+            self._mended.pop(approval.agent, None)
 
             def fail(tx: Transaction) -> None:
                 settle(tx, approval, "failed", reason, SYSTEM)
@@ -184,12 +226,12 @@ class Gate:
     async def _spawn(self, approval: Approval) -> None:
         # What an earlier try left behind under this name began with other files than the card shows.
         sha = await self._repos.create(approval.agent, approval.payload["files"], replace=True)
-        settings = await self._deployments.carry_out(Change(approval.agent, approval.id, sha, None))
+        deployed = await self._deployments.carry_out(Change(approval.agent, approval.id, sha, None))
         welcome = self._templates.get_template("welcome.j2").render(approval=approval, reason=quoted(approval.reason))
 
         def write(tx: Transaction) -> None:
             self._agents.create(tx, approval.agent, approval.requested_by)
-            set_deployed(tx, approval.agent, sha, settings)
+            note_deployed(tx, approval.agent, sha, deployed)
             put_message(tx, SYSTEM, approval.agent, parse_body(welcome))
             settle(tx, approval, "done", None, SYSTEM)
             _tell(tx, approval, "approved", None)
@@ -198,10 +240,10 @@ class Gate:
 
     async def _apply(self, approval: Approval) -> None:
         sha, base = CommitSha(approval.payload["sha"]), CommitSha(approval.payload["base"])
-        settings = await self._deployments.carry_out(Change(approval.agent, approval.id, sha, base))
+        deployed = await self._deployments.carry_out(Change(approval.agent, approval.id, sha, base))
 
         def write(tx: Transaction) -> None:
-            set_deployed(tx, approval.agent, sha, settings)
+            note_deployed(tx, approval.agent, sha, deployed)
             settle(tx, approval, "done", None, SYSTEM)
             _tell(tx, approval, "approved", None)
 

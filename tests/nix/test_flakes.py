@@ -12,7 +12,8 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hive_core.flakes import MetaFlake, agent_files, git_url, input_of, meta_flake, nix_string
+from hive_core.flake_files import agent_files, git_url, input_of, meta_flake, nix_string
+from hive_core.flakes import Evaluated, MetaFlake, Sources
 from hive_core.nix import Nix, NixLimits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
@@ -43,8 +44,9 @@ def commit_files(bare: Path, files: Mapping[str, str]) -> CommitSha:
         (work / name).write_text(text)
     git(work, "add", "--all")
     git(work, "commit", "--quiet", "--message", "a change")
-    git(work, "push", "--quiet", "origin", "HEAD:main")
-    return CommitSha(git(work, "rev-parse", "HEAD"))
+    sha = git(work, "rev-parse", "HEAD")
+    git(work, "push", "--quiet", "origin", "HEAD:main", f"HEAD:refs/proposed/{sha}")
+    return CommitSha(sha)
 
 
 @pytest.fixture(scope="session")
@@ -74,11 +76,9 @@ class Desk:
         self.folder = folder
         self.applied = folder / "applied"
         self.applied.mkdir()
-        self.hyperhive = f"path:{hyperhive}"
-        standin = ROOT / "tests/nix/standin"
-        self.nixpkgs = f"path:{standin}"
+        self.sources = Sources(hyperhive, ROOT / "tests/nix/standin", SYSTEM)
         self.nix = Nix(folder / "home", limits, store)
-        self.meta = MetaFlake(folder / "meta", self.applied, self.nix, [hyperhive, standin])
+        self.meta = MetaFlake(folder / "meta", self.applied, self.nix, self.sources)
 
     def commit(self, name: AgentName = IRIS, **files: str) -> CommitSha:
         """A commit of an agent's repository. agent_nix="…" is its agent.nix, and so on."""
@@ -91,11 +91,16 @@ class Desk:
 
     def flake(self, *names: AgentName) -> str:
         agents = {name: git_url(self.applied / f"{name}.git") for name in names}
-        return meta_flake(agents, hyperhive=self.hyperhive, nixpkgs=self.nixpkgs, system=SYSTEM)
+        return meta_flake(agents, **self.sources.urls, system=SYSTEM)
 
     async def deploy(self, *names: AgentName, message: str = "deploy") -> None:
         async with self.meta.staged(self.flake(*names), message, [input_of(name) for name in names]):
             pass
+
+    async def evaluate(self) -> Evaluated:
+        """What iris is as deployed."""
+        lock = json.loads(self.contents()["flake.lock"])
+        return await self.meta.evaluate(IRIS, CommitSha(lock["nodes"]["agent-iris"]["locked"]["rev"]))
 
     def contents(self) -> dict[str, str]:
         return {path.name: path.read_text() for path in (self.folder / "meta").iterdir() if path.is_file()}
@@ -243,7 +248,7 @@ async def test_what_a_daemon_that_died_had_staged_is_put_back_by_the_next(desk: 
     git(meta, "add", "flake.nix")
     (meta / "flake.lock.tmp").touch()
     (meta / ".git" / "index.lock").touch()
-    await MetaFlake(meta, desk.applied, desk.nix).open()
+    await MetaFlake(meta, desk.applied, desk.nix, desk.sources).open()
     assert desk.contents() == before
 
 
@@ -281,7 +286,7 @@ async def test_two_who_stage_at_once_wait_for_each_other(desk: Desk) -> None:
 async def test_with_nix_the_settings_are_those_that_agent_toml_gives_without(desk: Desk, toml: str) -> None:
     desk.commit(agent_toml=toml, CLAUDE_md="You are ${iris}.\n")
     await desk.deploy(IRIS)
-    found = await desk.meta.evaluate(IRIS)
+    found = await desk.evaluate()
     assert found.settings == parse_agent_toml(toml.encode())
     assert found.persona == "You are ${iris}.\n"
 
@@ -289,7 +294,7 @@ async def test_with_nix_the_settings_are_those_that_agent_toml_gives_without(des
 async def test_a_module_may_say_more_than_its_agent_toml(desk: Desk) -> None:
     desk.commit(agent_nix=AGENT.replace("environment.", 'hyperhive.allowedRecipients = [ "hm1nd" ];\n  environment.'))
     await desk.deploy(IRIS)
-    assert (await desk.meta.evaluate(IRIS)).settings.recipients == ["hm1nd"]
+    assert (await desk.evaluate()).settings.recipients == ["hm1nd"]
 
 
 async def test_a_proposal_is_evaluated_beside_what_is_deployed_and_changes_nothing(desk: Desk) -> None:
@@ -298,7 +303,7 @@ async def test_a_proposal_is_evaluated_beside_what_is_deployed_and_changes_nothi
     before = desk.contents()
     proposed = desk.commit(agent_toml='model = "opus"\n')
     assert (await desk.meta.evaluate(IRIS, proposed)).settings.model == "opus"
-    assert (await desk.meta.evaluate(IRIS)).settings.model == "haiku"
+    assert (await desk.evaluate()).settings.model == "haiku"
     assert desk.contents() == before
 
 
@@ -347,7 +352,7 @@ async def test_a_module_that_is_no_good_is_one_sentence_and_touches_nothing(desk
     assert caught.value.message.isprintable()
     assert len(caught.value.message) < 500
     assert desk.contents() == before
-    assert (await desk.meta.evaluate(IRIS)).settings.model == "haiku"
+    assert (await desk.evaluate()).settings.model == "haiku"
 
 
 @pytest.mark.parametrize(
@@ -379,7 +384,7 @@ async def test_a_module_that_takes_too_much_is_ended(
     desk.commit(agent_nix=module)
     await desk.deploy(IRIS)
     with pytest.raises(Refusal) as caught:
-        await desk.meta.evaluate(IRIS)
+        await desk.evaluate()
     assert said in caught.value.message
 
 
@@ -398,7 +403,7 @@ async def test_an_agents_own_flake_brings_in_nothing(desk: Desk) -> None:
     desk.commit(flake_nix='{ inputs.host.url = "path:/etc"; outputs = throw "never"; }')
     await desk.deploy(IRIS)
     assert "host" not in json.loads(desk.contents()["flake.lock"])["nodes"]
-    assert (await desk.meta.evaluate(IRIS)).settings.model == "haiku"
+    assert (await desk.evaluate()).settings.model == "haiku"
 
 
 async def test_an_evaluation_that_nobody_waits_for_ends(desk: Desk) -> None:

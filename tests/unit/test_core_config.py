@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from hive_core.agents import pick_port
-from hive_core.config import Config, load_config
+from hive_core.config import PATHS, Config, load_config
 from hive_core.credentials import Credential, find_credential, how_to_give_one
 from hive_core.logs import JournalFormatter, JsonFormatter
 from hive_core.protocol.refusal import Refusal
@@ -178,9 +178,7 @@ def test_of_every_setting_there_is_a_sentence_that_says_what_it_may_be(file: Pat
     file.write_text(f"{name} = [[]]\n")
     said = refusal({}, {})
     assert said.startswith(f"cannot use [[]] as {name}: it must be ")
-    assert ("path" in said) == (
-        name in ("state_dir", "runtime_dir", "claude", "manager_prompt", "prices", "nspawn_root")
-    )
+    assert ("path" in said) == (name in PATHS)
 
 
 def test_an_empty_variable_is_none_as_for_the_clients(file: Path) -> None:

@@ -1,0 +1,123 @@
+"""Deployments of containers that are built from their agent's commit: staged in the meta flake, built beside what runs,
+switched, committed. Until main of the applied repository moves, whatever goes wrong leaves all as it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+
+import trio
+
+from hive_core.building import make_meta_flake, make_nix
+from hive_core.config import Config
+from hive_core.containers.choice import Choice
+from hive_core.containers.driver import Driver, Systems
+from hive_core.flakes import MetaFlake
+from hive_core.procedures.deployments import Change, Deployments, NoDeployments, PlainDeployments
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import AgentName, CommitSha, StorePath
+from hive_core.repos import Proposal, Repos, harness_settings
+from hive_core.store.door import Store
+from hive_core.systems import Deployed, System, built_commits, system_of
+
+log = logging.getLogger(__name__)
+_NOT_YET = "its container is being built"
+
+
+class FlakeDeployments:
+    def __init__(self, store: Store, repos: Repos, meta: MetaFlake, systems: Systems) -> None:
+        self._store = store
+        self._repos = repos
+        self._meta = meta
+        self._systems = systems
+        self._hindrances: dict[AgentName, str] = {}  # of those that were looked at: "" may start
+
+    def files(self, name: AgentName, description: str) -> Mapping[str, str]:
+        return self._meta.agent_files(name, description)
+
+    async def check(self, name: AgentName, proposal: Proposal) -> None:
+        await self._meta.evaluate(name, proposal.sha)
+
+    async def carry_out(self, change: Change) -> Deployed:
+        name, sha, base = change.agent, change.sha, change.base
+        settle: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint  # main begins at the first commit
+        if base is not None:
+            await self._repos.check_main(name, sha, base)
+            settle = partial(self._repos.deploy, name, change.number, sha, base)
+        deployed = await self._make(name, sha, f"{name}: deployed/{change.number if base else 0}", settle)
+        self._hindrances[name] = ""
+        return deployed
+
+    async def mend(self, name: AgentName, sha: CommitSha) -> Deployed | None:
+        known, current = await system_of(self._store, name), await self._systems.current(name)
+        if current is not None:
+            self._hindrances[name] = ""  # what it has is good enough until it has what it should
+        if known is not None and (known.sha, known.path, known.inputs) == (sha, current, self._meta.inputs):
+            return None
+        try:
+            deployed = await self._make(name, sha, f"{name}: {sha[:12]} again", trio.lowlevel.checkpoint)
+        except Exception as exc:
+            if current is None:
+                way_out = "what is approved for it next, or a restart of the daemon, tries again"
+                self._hindrances[name] = f"its container cannot be built: {exc}; {way_out}"
+            raise
+        self._hindrances[name] = ""
+        return deployed
+
+    def hindrance(self, name: AgentName) -> str | None:
+        return self._hindrances.get(name, _NOT_YET) or None
+
+    def forget(self, name: AgentName) -> None:
+        self._hindrances.pop(name, None)
+
+    async def _make(
+        self, name: AgentName, sha: CommitSha, message: str, settle: Callable[[], Awaitable[None]]
+    ) -> Deployed:
+        """Build a commit, and make it the agent's; `settle` is the point after which it stays.
+
+        All of it can be done again: what is built is there already, and a switch to what is current is none.
+        """
+        before = await self._before(name)
+        await self._repos.pin(name, sha)
+        found = await self._meta.evaluate(name, sha)
+        flake = self._meta.render({**await built_commits(self._store), name: sha})
+        settled = False
+        try:
+            async with self._meta.staged(flake, message) as url:
+                path = await self._systems.build(name, url)
+                if path != await self._systems.current(name):
+                    await self._systems.switch(name, path)
+                await settle()
+                settled = True
+        except Exception as exc:
+            if not settled:
+                await self._go_back(name, before)
+                raise
+            # The log lacks a line, and the next one who stages has its flake right.
+            log.error("the meta flake was not committed: %s", exc, extra={"agent": name})
+        return Deployed(harness_settings(found.settings, found.persona), System(sha, path, self._meta.inputs))
+
+    async def _before(self, name: AgentName) -> StorePath | None:
+        """What the agent has if this comes to nothing. What it has now may be what a daemon switched to that died
+        then."""
+        known = await system_of(self._store, name)
+        return known.path if known is not None else await self._systems.current(name)
+
+    async def _go_back(self, name: AgentName, before: StorePath | None) -> None:
+        try:
+            if before is not None and before != await self._systems.current(name):
+                await self._systems.switch(name, before)
+        except (Refusal, OSError) as exc:
+            log.error("%s could not be given its former system %s: %s", name, before, exc, extra={"agent": name})
+
+
+async def make_deployments(config: Config, choice: Choice, store: Store, repos: Repos, driver: Driver) -> Deployments:
+    """What the sandbox that is set asks for. Raises Refusal when the meta flake's repository cannot be used."""
+    if config.sandbox != "nixos-container" or config.unsafe_no_sandbox:
+        return PlainDeployments(store, repos, "none" if config.unsafe_no_sandbox else config.sandbox)
+    if choice.trouble is not None or not isinstance(driver, Systems):
+        return NoDeployments(choice.trouble or "its driver builds no systems")
+    meta = make_meta_flake(config, make_nix(config))
+    await meta.open()
+    return FlakeDeployments(store, repos, meta, driver)
