@@ -9,8 +9,8 @@ The status file is locked before an agent is started, and the wrapper holds that
 with. So there is never a second copy, and one whose daemon was killed before it could write the process file is found
 as the process that holds the lock. Nothing inside the container has the descriptor.
 
-Before an agent is started its run file says which run directory it is given: one that has another than the daemon of
-later would wait for ever.
+Before an agent is started its run file says which directories it is given, by their numbers too: one that has another
+run directory than the daemon of later would wait for ever, and whatever has its state directory is of its container.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -35,7 +36,7 @@ from hive_core.containers.keeper import start_keeper
 from hive_core.containers.keyring import leave_session_keyring
 from hive_core.containers.mounts import AGENTS, RUN, STATE, AgentDirs
 from hive_core.containers.mounts import shape as seen
-from hive_core.containers.process_tree import boot_id, first_in_namespace, start_time, usage_below
+from hive_core.containers.process_tree import boot_id, first_in_namespace, folder_id, start_time, usage_below
 from hive_core.containers.run_command import run_command
 from hive_core.containers.running import Done, Exit, RunningProcess, Usage, Ways
 from hive_core.containers.seccomp import filter_program
@@ -98,7 +99,7 @@ class HostProcessDriver:
         wrapper = self._remembered(name)
         return None if wrapper is None else first_in_namespace(wrapper)
 
-    def _end_left(self, name: AgentName, dirs: AgentDirs) -> None:
+    def _end_left(self, name: AgentName) -> None:
         """End what may be left of an agent whose wrapper has ended."""
         raise NotImplementedError
 
@@ -120,10 +121,9 @@ class HostProcessDriver:
         status = self._file(name, "status")
         with status.open("ab", buffering=0) as status_file:
             claim(status_file)
-            told = {"run": str(dirs.run), "id": _folder_id(dirs.run), "sandbox": self.sandbox}
-            self._file(name, "run").write_text(json.dumps(told))
+            self._file(name, "run").write_text(json.dumps(self._told(dirs)))
             process, keeper = await trio.to_thread.run_sync(self._start, name, dirs, status_file.fileno())
-        running = RunningProcess(process.pid, process, status, self._ways(name, dirs), keeper)
+        running = RunningProcess(process.pid, process, status, self._ways(name), keeper)
         try:
             self._remember(name, process.pid)
         except BaseException:
@@ -166,6 +166,17 @@ class HostProcessDriver:
         One that was given another run directory can never reach us, and one in another kind of container is not as it
         is wanted: it is ended, and counts as not running.
         """
+        if (running := self.look(name)) is None:
+            return None
+        if (difference := self.difference(name, dirs.run)) is None:
+            return running
+        log.warning("ended %s (pid %d): it was started %s", name, running.pid, difference, extra={"agent": name})
+        running.end()
+        await self._end_seen(name)
+        return None
+
+    def look(self, name: AgentName) -> RunningProcess | None:
+        """The agent that was left running, as it is. What is left of one whose wrapper has ended is ended."""
         status = self._file(name, "status")
         pid = self._remembered(name)
         if pid is None and (pid := lock_holder(status)) is not None:
@@ -174,19 +185,27 @@ class HostProcessDriver:
                 self._remember(name, pid)
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
-                running = RunningProcess(pid, None, status, self._ways(name, dirs))
-                if (difference := self._difference(name, dirs.run)) is None:
-                    return running
-                log.warning("ended %s (pid %d): it was started %s", name, pid, difference, extra={"agent": name})
-                running.end()
-                await self._end_seen(name)
-        self._end_left(name, dirs)
+                return RunningProcess(pid, None, status, self._ways(name))
+        self._end_left(name)
         return None
 
-    def _ways(self, name: AgentName, dirs: AgentDirs) -> Ways:
-        return Ways(partial(self._first_inside, name), partial(self._end_left, name, dirs))
+    def _ways(self, name: AgentName) -> Ways:
+        return Ways(partial(self._first_inside, name), partial(self._end_left, name))
 
-    def _difference(self, name: AgentName, run: Path) -> str | None:
+    def _told(self, dirs: AgentDirs) -> dict[str, Any]:
+        """What the next daemon has to know of how an agent is started."""
+        numbers = {"id": folder_id(dirs.run), "state": folder_id(dirs.state)}
+        return {"run": os.path.realpath(dirs.run), "sandbox": self.sandbox, **numbers}
+
+    def _state_id(self, name: AgentName) -> tuple[int, int] | None:
+        """The numbers of the state directory that the agent was given; None when nobody wrote them down."""
+        try:
+            device, number = json.loads(self._file(name, "run").read_text())["state"]
+            return int(device), int(number)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def difference(self, name: AgentName, run: Path) -> str | None:
         """How the agent was started otherwise than this daemon would; None too when nobody wrote it down."""
         try:
             told = json.loads(self._file(name, "run").read_text())
@@ -196,9 +215,9 @@ class HostProcessDriver:
         if sandbox != self.sandbox:
             return f"with sandbox {sandbox}, and this daemon has {self.sandbox}"
         with contextlib.suppress(OSError):
-            if _folder_id(run) == number:
+            if list(folder_id(run)) == number:
                 return None
-        return f"with its sockets in {path}, and this daemon has them in {run}"
+        return f"with its sockets in {path}, and this daemon has them in {os.path.realpath(run)}"
 
     async def missed_exit(self, name: AgentName) -> Exit | None:
         """How the agent ended while no daemon watched, told once; None when there is nothing to tell."""
@@ -300,9 +319,3 @@ class HostProcessDriver:
         if self.life_fd_inside is not None:
             command += ["--life-fd", str(self.life_fd_inside)]
         return command
-
-
-def _folder_id(folder: Path) -> list[int]:
-    """Names a directory, also when another has its path by now."""
-    found = folder.stat()
-    return [found.st_dev, found.st_ino]

@@ -57,13 +57,16 @@ _EMPTIED = ("/sys", "/run/host", "/dev/net")
 _WRAPPER = 'status=$1; shift; "$@"; code=$?; printf \'{"exit-code": %d}\\n\' "$code" >> "$status"; exit "$code"'
 
 
-def nspawn_command(machine: str, dirs: AgentDirs, claude: Path | None, base: int | None, root: Path) -> list[str]:
+def nspawn_command(
+    machine: str, dirs: AgentDirs, claude: Path | None, base: int | None, root: Path, *, mapped: bool = False
+) -> list[str]:
     """systemd-nspawn with its options, to be followed by what runs inside.
 
     machine: the container's name among all of the host.
     base: the first of the agent's own uids; None gives it the host's, without their rights.
+    mapped: the agent's directories are mounts in which it has those already.
     """
-    mapped = "" if base is None else ":rootidmap"
+    mapping = "" if base is None else ":rootidmap"
     argv = [shutil.which("systemd-nspawn") or "systemd-nspawn", "--quiet", "--settings=no", "--register=no"]
     argv += ["--keep-unit", f"--directory={root}", "--volatile=yes", f"--machine={machine}", "--hostname=hive"]
     argv += ["--private-network", f"--private-users={'identity' if base is None else f'{base}:{UIDS}'}"]
@@ -74,10 +77,10 @@ def nspawn_command(machine: str, dirs: AgentDirs, claude: Path | None, base: int
     for path in _system_outside_usr():
         argv += [f"--bind-ro={path}"]
     for path in sorted(program_paths(claude)):
-        argv += [f"--bind-ro={_escaped(path)}:{_escaped(path)}{mapped}"]
+        argv += [f"--bind-ro={_escaped(path)}:{_escaped(path)}{mapping}"]
     for mount in dirs.mounts:
         option = "--bind-ro" if mount.read_only else "--bind"
-        argv += [f"{option}={_escaped(mount.source)}:{mount.target}{mapped}"]
+        argv += [f"{option}={_escaped(mount.source)}:{mount.target}{'' if mapped else mapping}"]
     return [*argv, "--"]
 
 
@@ -146,8 +149,7 @@ class NspawnDriver(HostProcessDriver):
         return await super().start(name, dirs)
 
     def _launch(self, name: AgentName, dirs: AgentDirs, status_fd: int, opened: contextlib.ExitStack) -> Launch:
-        base = self._bases[name] if self.sandbox == "nspawn" else None
-        command = nspawn_command(host_name(name, self._files.parent), dirs, self._claude, base, self._root)
+        command, kept = self._container(name, dirs, opened)
         options = inside_options(self._claude)
         command += confined(self._filter, harness_environment(HOME), *options, flags=["-P"])
         command += self._command(name, dirs)
@@ -155,9 +157,15 @@ class NspawnDriver(HostProcessDriver):
         return Launch(
             ["/bin/sh", "-c", _WRAPPER, "hive-agent", str(self._file(name, "status")), *command],
             _environment(),
+            kept,
             stdin_fd=self._life_fd,
             error_fd=own_words.fileno(),
         )
+
+    def _container(self, name: AgentName, dirs: AgentDirs, opened: contextlib.ExitStack) -> tuple[list[str], list[int]]:
+        """systemd-nspawn's command, and the descriptors it is given; `opened` closes them here."""
+        base = self._bases[name] if self.sandbox == "nspawn" else None
+        return nspawn_command(host_name(name, self._files.parent), dirs, self._claude, base, self._root), []
 
     async def last_words(self, name: AgentName, limit: int = 600) -> str:
         words = [await super().last_words(name, limit)]
@@ -170,10 +178,11 @@ class NspawnDriver(HostProcessDriver):
         await super().destroy(name)
         self._file(name, "nspawn").unlink(missing_ok=True)
 
-    def _end_left(self, name: AgentName, dirs: AgentDirs) -> None:
+    def _end_left(self, name: AgentName) -> None:
         # systemd-nspawn that is killed leaves all that is inside.
         end_holders(self._file(name, "status"))
-        kill_that_see(dirs.state, STATE)
+        if (state := self._state_id(name)) is not None:
+            kill_that_see(state, STATE)
 
     def _entering(self, dirs: AgentDirs, first: int) -> list[str]:
         options = ("--chdir", STATE)

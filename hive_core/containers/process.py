@@ -39,8 +39,9 @@ class ProcessDriver(HostProcessDriver):
         # Bare, the harness is what was started.
         return self._remembered(name) if self.sandbox == "none" else super()._first_inside(name)
 
-    def _end_left(self, name: AgentName, dirs: AgentDirs) -> None:
-        end_inside(self._file(name, "status"), dirs.state)
+    def _end_left(self, name: AgentName) -> None:
+        if (state := self._state_id(name)) is not None:
+            end_inside(self._file(name, "status"), state)
 
     def _entering(self, dirs: AgentDirs, first: int) -> list[str]:
         if self.sandbox == "none":

@@ -109,14 +109,20 @@ def first_in_namespace(root: int) -> int | None:
     return None
 
 
-def kill_that_see(folder: Path, at: str) -> None:
-    """Kill every process in another mount namespace than ours that has a directory of the host's at a path."""
+def folder_id(path: str | Path) -> tuple[int, int]:
+    """Names a directory, also when another has its path by now. Raises OSError."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+def kill_that_see(folder: tuple[int, int], at: str) -> None:
+    """Kill every process in another mount namespace than ours that has a directory (`folder_id`) at a path."""
     ours = os.stat("/proc/self/ns/mnt")
     for pid in all_pids():
         with contextlib.suppress(OSError):
             started = start_time(pid)
             foreign = started is not None and not os.path.samestat(os.stat(f"/proc/{pid}/ns/mnt"), ours)
-            if started is not None and foreign and os.path.samefile(f"/proc/{pid}/root{at}", folder):
+            if started is not None and foreign and folder_id(f"/proc/{pid}/root{at}") == folder:
                 _kill_the(pid, started)
 
 

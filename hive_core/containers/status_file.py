@@ -11,7 +11,7 @@ import signal
 import time
 from pathlib import Path
 
-from hive_core.containers.process_tree import all_pids, parent_of
+from hive_core.containers.process_tree import all_pids, folder_id, parent_of
 
 _KILL_ROUNDS = 1000  # a millisecond each: it ends at once, but for what it does in the kernel
 
@@ -80,12 +80,12 @@ def status_value(path: Path, key: str) -> int | None:
     return None
 
 
-def end_inside(status: Path, state: Path) -> None:
+def end_inside(status: Path, state: tuple[int, int]) -> None:
     """When bwrap itself was killed, what it watched runs on, without anybody: end that too."""
     inner = status_value(status, "child-pid")
     if inner is None or status_value(status, "exit-code") is not None:
         return
     with contextlib.suppress(OSError):
         # The pid may be another's by now: only what is in this agent's sandbox has this directory there.
-        if os.path.samefile(f"/proc/{inner}/root/state", state):
+        if folder_id(f"/proc/{inner}/root/state") == state:
             os.kill(inner, signal.SIGKILL)

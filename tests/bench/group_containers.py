@@ -21,8 +21,8 @@ from hive_core.containers.choice import choose_groups
 from hive_core.containers.host_process import Launch
 from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.nspawn import NspawnDriver, nspawn_command
+from hive_core.containers.ranges import pick_range
 from hive_core.protocol.words import AgentName
-from hive_core.uid_ranges import pick_range
 from tests.bench import swarm_containers
 from tests.bench.figures import figure, say
 from tests.needs import missing

@@ -22,9 +22,9 @@ from hive_core.containers.host_process import HostProcessDriver
 from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.nspawn import HOST_UIDS, NspawnDriver
 from hive_core.containers.process import ProcessDriver
+from hive_core.containers.ranges import pick_range
 from hive_core.containers.running import Running
 from hive_core.protocol.words import MANAGER, AgentName
-from hive_core.uid_ranges import pick_range
 from tests import processes
 from tests.needs import ROOT, missing
 from tests.processes import children_of, pids_naming

@@ -103,6 +103,8 @@ async def test_a_stranger_that_has_the_pid_of_an_agent_that_is_gone_is_left_alon
     )
     (tmp_path / "processes" / "iris.status").write_text(json.dumps({"child-pid": stranger.pid}) + "\n")
     (dirs := dirs_in(tmp_path)).state.mkdir(parents=True)
+    state = dirs.state.stat()
+    (tmp_path / "processes" / "iris.run").write_text(json.dumps({"state": [state.st_dev, state.st_ino]}))
     assert await driver_in(tmp_path, "bwrap", "").find(IRIS, dirs) is None
     assert stranger.stdin is not None
     await stranger.stdin.send_all(b"go\n")

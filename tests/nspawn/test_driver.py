@@ -14,9 +14,9 @@ import trio
 
 from hive_core.containers.mounts import AgentDirs
 from hive_core.containers.nspawn import HOST_UIDS, UIDS, Found, NspawnDriver, look_for_nspawn
+from hive_core.containers.ranges import pick_range
 from hive_core.containers.running import Exit
 from hive_core.protocol.words import AgentName
-from hive_core.uid_ranges import pick_range
 from tests.containers.drivers import IRIS, PATIENCE_S, base_of, dirs_in, end_all, run, started
 
 

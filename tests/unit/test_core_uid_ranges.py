@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from hive_core import uid_ranges
+from hive_core.containers import ranges
+from hive_core.containers.ranges import RANGES, SIZE, pick_range
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
-from hive_core.uid_ranges import RANGES, SIZE, UidRanges, pick_range
+from hive_core.uid_ranges import UidRanges
 from tests.hives import Services, open_services
 
 IRIS, ARGUS = AgentName("iris"), AgentName("argus")
@@ -68,5 +69,5 @@ def test_what_a_user_of_the_host_has_or_may_give_to_containers_is_left_alone(mon
         raise KeyError(uid)
 
     monkeypatch.setattr(pwd, "getpwuid", getpwuid)
-    monkeypatch.setattr(uid_ranges, "_subordinate", lambda: [(first - 1, 2), (100000, 65536)])
+    monkeypatch.setattr(ranges, "_subordinate", lambda: [(first - 1, 2), (100000, 65536)])
     assert pick_range("iris", ()) == first + 2 * SIZE
