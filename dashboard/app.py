@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 def build_app(hive: Hive) -> ASGIApp:
     """The application, with the dashboard at "/"."""
-    pages, forms, spend = Pages(hive), Forms(hive), SpendForms(hive)
+    pages, forms, spend, steering = Pages(hive), Forms(hive), SpendForms(hive), SteeringForms(hive)
     app = Starlette(
         routes=[
             Route("/", pages.front),
@@ -46,7 +46,8 @@ def build_app(hive: Hive) -> ASGIApp:
             *TombstoneForms(hive).routes(),
             Route("/budgets", spend.set, methods=["POST"]),
             Route("/budgets/remove", spend.remove, methods=["POST"]),
-            Route("/agents/{name}/command", SteeringForms(hive).command, methods=["POST"]),
+            Route("/agents/{name}/command", steering.command, methods=["POST"]),
+            Route("/updates", steering.update_all, methods=["POST"]),
             Route("/messages", forms.send, methods=["POST"]),
             Route("/messages/{id}/release", forms.release, methods=["POST"]),
             Route("/messages/{id}/requeue", forms.requeue, methods=["POST"]),

@@ -9,7 +9,7 @@ from dashboard.answers import yes
 from dashboard.forms import read_form
 from hive_core.commands import run_command
 from hive_core.hive import Hive
-from hive_core.protocol.words import parse_agent_name
+from hive_core.protocol.words import OPERATOR, parse_agent_name
 
 
 class SteeringForms:
@@ -22,3 +22,9 @@ class SteeringForms:
         form = await read_form(request)
         said = await run_command(self._hive, name, form.get("command", ""), form.get("value", "").strip())
         return yes(request, f"/agents/{name}", said)
+
+    async def update_all(self, request: Request) -> Response:
+        """POST /updates: go on replacing agents, though one did not come up."""
+        await read_form(request)
+        names = await self._hive.reconciler.updates.go_on(OPERATOR)
+        return yes(request, "/", f"{', '.join(names) or 'nobody'}: replaced at the edge of a turn")

@@ -41,6 +41,12 @@ async def _new_session(hive: Hive, name: AgentName, value: str) -> str:
     return f"{name} begins a new session with its next turn" + (f"; turn {turn} ends in the old one" if turn else "")
 
 
+async def _update(hive: Hive, name: AgentName, value: str) -> str:
+    if await hive.reconciler.updates.update(name, OPERATOR):
+        return f"{name} is replaced at its turn's edge"
+    return f"{name} is as it would be started now"
+
+
 def _choose(what: str) -> Command:
     async def choose(hive: Hive, name: AgentName, value: str) -> str:
         chosen = (await hive.steering.choose(name, what, value, OPERATOR))["chosen"]
@@ -55,6 +61,7 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
     "cancel": (_cancel, "", "end the turn that runs, its messages with it"),
     "pause": (_pause, "", "take no turn, reach no model"),
     "resume": (_resume, "", "go on"),
+    "update": (_update, "", "be replaced as it would be started now"),
     "compact": (_compact, "", "compact the session in the next turn"),
     "new-session": (_new_session, "", "forget the session"),
     "model": (_choose("model"), f"NAME|{DEFAULT}", "choose the model"),

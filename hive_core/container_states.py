@@ -6,7 +6,7 @@ It stands in the database, so a daemon that starts again begins no rest anew, an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from hive_core.limits import Limits
@@ -63,6 +63,20 @@ class ContainerStates:
             ON CONFLICT (agent) DO UPDATE SET generation = excluded.generation
         """
         await self._store.insist(lambda tx: tx.execute(sql, (name, generation)).rowcount)
+
+    async def failed_updates(self) -> dict[AgentName, str]:
+        """The agents that did not come up when they were replaced, and the generation of what they were to be."""
+        sql = "SELECT agent, update_failed FROM container_states WHERE update_failed IS NOT NULL"
+        return {AgentName(row["agent"]): row["update_failed"] for row in await self._store.rows(sql)}
+
+    def note_failed_update(self, tx: Transaction, name: AgentName, generation: str) -> None:
+        """An agent did not come up when it was replaced by a container of this shape."""
+        tx.execute("UPDATE container_states SET update_failed = ? WHERE agent = ?", (generation, name))
+
+    def forget_failed_updates(self, tx: Transaction, names: Iterable[AgentName]) -> None:
+        """They came up, or the operator goes on all the same."""
+        sql = "UPDATE container_states SET update_failed = NULL WHERE agent = ?"
+        tx.executemany(sql, [(name,) for name in names])
 
     def note_crash(self, tx: Transaction, name: AgentName, why: str, last_words: str) -> tuple[int, str]:
         """Count a crash: how many there were in a row, and why the agent is quarantined by it, or an empty text."""

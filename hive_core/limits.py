@@ -77,6 +77,9 @@ class Limits(BaseModel):
     start_s: Annotated[
         Seconds, Field(description="how long a container that has not said hello yet holds up the starts of others")
     ] = 20.0
+    updates_at_once: Annotated[
+        Count, Field(description="agents that are replaced at once after an upgrade, each at its turn's edge")
+    ] = 2
     evaluation_s: Annotated[
         Seconds, Field(description="how long an agent's agent.nix may be evaluated before it is refused")
     ] = 60.0

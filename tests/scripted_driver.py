@@ -178,6 +178,12 @@ class House:
         """The agent's container that began last."""
         return [container for who, container in self.driver.begun if who == name][-1]
 
+    def running(self, name: str) -> Container:
+        """The agent's container that runs."""
+        supervised = self.reconciler._supervised[AgentName(name)]
+        assert isinstance(supervised.running, Container)
+        return supervised.running
+
     def live(self, name: str) -> Live:
         return self.agents.live(name)
 

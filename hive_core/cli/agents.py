@@ -6,6 +6,7 @@ import json
 
 from hive_core.cli.client import Client
 from hive_core.cli.output import emit
+from hive_core.protocol.refusal import Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,3 +32,14 @@ def want(arguments: Namespace) -> None:
 def cancel(arguments: Namespace) -> None:
     result = Client().call("cancel", agent=arguments.agent)
     emit(arguments, result, f"turn {result['turn']} of {result['agent']} is cancelled, and its messages with it")
+
+
+def update(arguments: Namespace) -> None:
+    if arguments.all == (arguments.agent is not None):
+        raise Refusal("usage", "cannot tell whom to update: name one agent, or give --all")
+    result = Client().call("update", **({"all": True} if arguments.all else {"agent": arguments.agent}))
+    if names := result["agents"]:
+        text = f"{', '.join(names)}: replaced at the edge of {'a' if len(names) > 1 else 'its'} turn"
+    else:
+        text = f"{arguments.agent or 'every agent'} is as it would be started now ({result['revision']})"
+    emit(arguments, result, text)

@@ -34,6 +34,7 @@ from hive_core.prices import load_prices
 from hive_core.programs import find_claude, how_to_get_claude
 from hive_core.protocol.paths import config_files, explain
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.visible import counted
 from hive_core.protocol.words import AgentName
 from hive_core.sockets.unix import listen_unix
 from hive_core.store.ballast import BALLAST_BYTES, ROOM_BYTES
@@ -110,6 +111,10 @@ def check_daemon(name: str, machine: Machine) -> Iterator[Finding]:
         yield Finding(name, "warning", f"{other}; set state_dir or runtime_dir to those of one hive")
     else:
         yield Finding(name, "ok", f"{__version__} runs, {status['dashboard']}")
+    if outdated := status.get("outdated"):
+        told = f"{counted(len(outdated), 'agent')} run as an older release started them ({', '.join(outdated[:6])})"
+        why = status["update_trouble"] or "each is replaced at its turn's edge; `hive update NAME` hastens one"
+        yield Finding("updates", "warning", f"{told}: {why}")
 
 
 def check_state(name: str, machine: Machine) -> Iterator[Finding]:

@@ -106,7 +106,8 @@ def _state(agent: dict[str, Any]) -> str:
     detail = f" ({whole if len(whole) <= DETAIL_SHOWN else whole[: DETAIL_SHOWN - 1] + '…'})" if whole else ""
     rest = f", rests until {clock(agent['rests_until_ms'])}" if agent["rests_until_ms"] else ""
     until = f", until {clock(agent['until_ms'])}" if agent["until_ms"] else ""
-    return f"{agent['state']}{detail}{until}{rest}{_context(agent)}"
+    outdated = ", outdated" if agent["outdated"] else ""
+    return f"{agent['state']}{detail}{until}{rest}{_context(agent)}{outdated}"
 
 
 def _context(agent: dict[str, Any]) -> str:
@@ -326,6 +327,8 @@ def status(result: dict[str, Any]) -> str:
     sentences = [row["sentence"] for row in told if row["sentence"]]
     still = [row for row in result["stopped"] if row["state"] != "frozen"]
     lines += [_stopped(row) for row in still if not any(sentence in row["why"] for sentence in sentences)]
+    if result["update_trouble"]:
+        lines.append(paint(f"the update has stopped: {safe(result['update_trouble'])}", "red"))
     lines += [approval_line(row) for row in result["pending"]]
     lines += [question(row) for row in result["questions"]]
     if result["unread"]:
@@ -337,7 +340,7 @@ def status(result: dict[str, Any]) -> str:
     for name, refused in result["refused"].items():
         lines.append(paint(f"inbox full: {name} did not get {counted(refused, 'message')}", "red"))
     waits = ("pending", "questions", "unread", "held", "dead", "refused", "stopped", "frozen_since_ms")
-    if not any(result[key] for key in waits):
+    if not any(result[key] for key in (*waits, "update_trouble")):
         lines.append("nothing waits for you")
     return "\n".join(lines)
 

@@ -198,6 +198,11 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
     "start": ("agents.want", "start an agent that was killed or paused", [(("agent",), {})]),
     "pause": ("agents.want", "let an agent take no turn and reach no model until it is started", [(("agent",), {})]),
     "kill": ("agents.want", "end an agent now, and keep it down until it is started", [(("agent",), {})]),
+    "update": (
+        "agents.update",
+        "replace agents that an older release started, each at its turn's edge",
+        [(("agent",), {"nargs": "?"}), (("--all",), {"action": "store_true", "help": "all of them, a few at a time"})],
+    ),
     "destroy": (
         "tombstones.destroy",
         "end an agent at its turn's edge and free its name; what it had is kept",

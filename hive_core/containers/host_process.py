@@ -110,7 +110,7 @@ class HostProcessDriver:
     async def generation(self, name: AgentName) -> str:
         """Names the shape that the agent's container has when it is started now; the same in every daemon like this."""
         bounds = None if self._cgroups is None else f"{self._cgroups.kind} {self._cgroups.bounds}"
-        programs = [str(self._claude), sys.executable, *package_parents()]
+        programs = [str(self._claude), _file_id(self._claude), sys.executable, *package_parents()]
         shape = [self.sandbox, *programs, self._orphan_grace_s, self._life_fd is not None, bounds, *seen(name)]
         return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
 
@@ -319,3 +319,13 @@ class HostProcessDriver:
         if self.life_fd_inside is not None:
             command += ["--life-fd", str(self.life_fd_inside)]
         return command
+
+
+def _file_id(path: Path | None) -> list[int] | None:
+    """Tells apart what is in a file, such as a program that is renewed in its place."""
+    if path is None:
+        return None
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return [found.st_size, found.st_mtime_ns]
+    return None

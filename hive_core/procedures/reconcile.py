@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import trio
 
@@ -15,6 +16,7 @@ from hive_core.containers.mounts import AgentDirs
 from hive_core.limits import Limits
 from hive_core.procedures.starts import Starts
 from hive_core.procedures.supervise import Desk, Supervisor, Tools
+from hive_core.procedures.updates import Updates
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, AgentName
 from hive_core.store.bus import WANTED
@@ -55,6 +57,7 @@ class Reconciler:
         self._dirs = dirs
         self._serve = serve
         self._supervised: dict[AgentName, Supervisor] = {}
+        self.updates = Updates(self._tools, self._supervised)
         self._leaving: set[AgentName] = set()  # agents that are being destroyed
         self._serving = False
         self._complete = trio.Event()  # every agent is supervised
@@ -63,6 +66,7 @@ class Reconciler:
         """Keep what is wanted true, until cancelled. Cancelling it ends no agent."""
         self._serving = True
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.updates.serve, self._complete)
             with self._store.bus.listen(WANTED) as listener:
                 while True:
                     rest_s = float("inf")
@@ -93,6 +97,7 @@ class Reconciler:
                     return
                 supervisor = self._supervised[name] = Supervisor(self._tools, name, desk, self._dirs(name))
                 supervisor.let_go = scope.cancel
+                desk.call_at_edges(partial(self.updates.at_edge, supervisor))
                 task_status.started()
                 try:
                     await supervisor.serve()

@@ -20,6 +20,7 @@ from hive_core.post import put_message
 from hive_core.procedures.starts import Starts
 from hive_core.protocol.visible import quoted
 from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName, parse_body
+from hive_core.revision import revision
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
@@ -40,6 +41,9 @@ class Desk(Protocol):
 
     def ask_to_stop(self) -> None:
         """Let the harness end at its turn's edge."""
+
+    def call_at_edges(self, call: Callable[[], None]) -> None:
+        """Call this whenever the harness is between two turns; it may ask it to stop."""
 
     async def hung(self) -> str:
         """Return why the harness of a container that runs counts as hung, once it does."""
@@ -64,6 +68,10 @@ class Tools:
     starts: Starts
     draining: bool = False
 
+    async def generation(self, name: AgentName) -> str:
+        """Names all that an agent is like when it is started now: hyperhive's revision, and its container's shape."""
+        return f"{revision()} {await self.driver.generation(name)}"
+
 
 class Supervisor:
     def __init__(self, tools: Tools, name: AgentName, desk: Desk, dirs: AgentDirs) -> None:
@@ -74,14 +82,16 @@ class Supervisor:
         self.ended = trio.Event()
         self.let_go: Callable[[], None] = lambda: None  # ends its sockets and this, and no container
         self.gone = trio.Event()  # that has been done
+        self.starts = 0  # how often this daemon has started it, or tried to
+        self.outdated = False  # what runs is of another generation than it would be started with now
         self._tools = tools
         self._dirs = dirs
-        self._looked = trio.Event()  # whether one of an earlier daemon runs is known
+        self.looked = trio.Event()  # whether one of an earlier daemon runs is known
         self._beginning = trio.Lock()  # held while it is started: an end waits for it
 
     async def now_running(self) -> Running | None:
         """What runs, also when it was just being looked for or started."""
-        await self._looked.wait()
+        await self.looked.wait()
         async with self._beginning:
             return self.running
 
@@ -126,12 +136,10 @@ class Supervisor:
         driver = self._tools.driver
         if running := await driver.find(self.name, self._dirs):
             self._begin(running)
-            self._looked.set()
+            await self.look_again()
+            self.looked.set()
             log.info("adopted %s (pid %d)", self.name, running.pid, extra={"agent": self.name})
-            known, wanted = await self._tools.states.generation(self.name), await driver.generation(self.name)
-            if outdated := known not in (None, wanted):
-                self.desk.ask_to_stop()  # at its turn's edge; then one of the wanted shape is started
-            told = {**unit_of(running.pid), **({"outdated": True} if outdated else {})}
+            told = {**unit_of(running.pid), **({"outdated": True} if self.outdated else {})}
             await self._tools.store.insist(
                 lambda tx: tx.emit("agent_adopted", SYSTEM, self.name, None, pid=running.pid, **told)
             )
@@ -141,10 +149,15 @@ class Supervisor:
                 running.kill()
             await self._watch(running, adopted=True)
             return
-        self._looked.set()
+        self.looked.set()
         if missed := await driver.missed_exit(self.name):
             when = "while the daemon was away"
             await self._note_end(missed, "" if missed.code == 0 else f"{_how(missed)} {when}", when=when)
+
+    async def look_again(self) -> None:
+        """Know whether what runs is as it would be started now."""
+        known, wanted = await self._tools.states.generation(self.name), await self._tools.generation(self.name)
+        self.outdated = self.running is not None and known not in (None, wanted)
 
     async def _take_place(self) -> bool:
         """Wait for a place among those that start at once; False when it is not wanted any more."""
@@ -169,10 +182,10 @@ class Supervisor:
             async with self._beginning:
                 if self._unwanted(await self._agent()):
                     return
+                self.starts, self.outdated = self.starts + 1, False
                 self._observe("starting")
                 self.desk.expect()
-                generation = await self._tools.driver.generation(self.name)
-                await self._tools.states.note_start(self.name, generation)
+                await self._tools.states.note_start(self.name, await self._tools.generation(self.name))
                 try:
                     running = await self._tools.driver.start(self.name, self._dirs)
                 except OSError as exc:

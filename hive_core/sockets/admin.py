@@ -43,6 +43,7 @@ from hive_core.sockets.admin_spend import spend_verbs
 from hive_core.sockets.admin_steering import steering_verbs
 from hive_core.sockets.admin_tombstones import tombstone_verbs
 from hive_core.sockets.admin_turns import turn_verbs
+from hive_core.sockets.admin_updates import update_status, update_verbs
 from hive_core.sockets.unix import Connection, Lines
 from hive_core.stopped import stopped
 from hive_core.store.bus import EVENTS, WANTED
@@ -103,6 +104,7 @@ class AdminDesk:
             **steering_verbs(hive),
             **tombstone_verbs(hive),
             **turn_verbs(hive),
+            **update_verbs(hive),
         }
         self._streams: dict[str, tuple[Callable[[Args, Tell], Awaitable[None]], set[str]]] = {
             "watch": (self._watch, set()),
@@ -166,12 +168,13 @@ class AdminDesk:
             "unread": await hive.broker.messages.unread(),
             "questions": [one.to_wire() for one in await hive.questions.open_to(OPERATOR)],
             **await count_aside(hive.store),
+            **update_status(hive),
             "refused": {agent.name: agent.refused for agent in agents if agent.refused},
         }
 
     async def _list(self, _: Args) -> Any:
         hive = self._hive
-        agents = []
+        agents, outdated = [], set(hive.reconciler.updates.outdated)
         for agent in await hive.agents.all():
             live, settings, disk = hive.agents.live(agent.name), agent.settings or {}, hive.disk.of(agent.name)
             agents.append(
@@ -185,6 +188,7 @@ class AdminDesk:
                     "since_ms": live.since_ms,
                     "until_ms": live.until_ms,
                     "sandbox": live.sandbox,
+                    "outdated": agent.name in outdated,
                     "queued": agent.queued,
                     "held": agent.held,
                     "dead": agent.dead,

@@ -58,6 +58,7 @@ class HarnessDesk:
     given: dict[str, Any] | None = None  # the last turn, as its harness got it
     outdated: str | None = None  # the instance that has to, being of an older version
     said_hello: trio.Event = field(default_factory=trio.Event)
+    at_edge: Callable[[], None] = lambda: None  # called between two turns
     silence: Silence = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,6 +68,10 @@ class HarnessDesk:
         """Its harness said nothing for so long, and its turn was taken away."""
         self.silence.lost_turn()
         self.agents.observe_silence(self.name, silence_s)
+
+    def call_at_edges(self, call: Callable[[], None]) -> None:
+        """Call this whenever the harness is between two turns; it may ask it to stop."""
+        self.at_edge = call
 
     async def hung(self) -> str:
         """Return why the harness of a container that runs counts as hung, once it does."""
@@ -226,6 +231,7 @@ class _Session:
     async def _lease(self, fence: str) -> dict[str, Any]:
         desk = self._desk
         lease: Lease | None = None
+        desk.at_edge()
         with trio.CancelScope() as self._lease_scope:
             if not desk.begins_none and not self._left:
                 lease = await desk.broker.lease(desk.name, fence)
@@ -295,6 +301,7 @@ class _Session:
         turn_id, fence = parse_id(request.get("turn"), "a turn"), _fence(request.get("fence"))
         next_fence = None if request.get("next") is None else _fence(request["next"])
         error = request.get("error")
+        desk.at_edge()
         # Whoever acks lives: while the disk takes no ack, the turn must not be lost for silence.
         runs, told = desk.broker.renew(desk.name, turn_id), claimed_end(request)
         if runs and told.limited_until_ms is not None:

@@ -207,7 +207,7 @@ def harness_of(daemon: Daemon, name: str) -> int:
 
 
 def test_a_harness_that_hangs_in_a_turn_is_ended_and_its_message_is_done_by_the_next_one() -> None:
-    with open_swarm("--lease-silence-s=3") as daemon:
+    with open_swarm("--lease-silence-s=20") as daemon:
         client = daemon.start()
         spawn(client, "iris", [WELCOME, GATED])
         client.call("send", to="iris", body="work")
@@ -216,7 +216,7 @@ def test_a_harness_that_hangs_in_a_turn_is_ended_and_its_message_is_done_by_the_
         os.kill(harness_of(daemon, "iris"), signal.SIGSTOP)
         ended = daemon.events(client, lambda e: e["kind"] == "agent_ended" and e["agent"] == "iris")
         (daemon.state / "agents" / "iris" / "state" / "go").touch()
-        why = "its harness said nothing for 3 s and lost its turn"
+        why = "its harness said nothing for 20 s and lost its turn"
         assert (ended["data"]["hung"], ended["data"]["expected"]) == (why, False)
         daemon.wait_message(client, "finished")
         daemon.wait_message(client, f"container_crash: iris was ended: {why}", "hm1nd")

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -20,6 +20,7 @@ from hive_core.credentials import Credentials
 from hive_core.hive import Hive
 from hive_core.kept import Keeper
 from hive_core.post import put_message
+from hive_core.procedures.updates import Updates
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
 from hive_core.protocol.words import BODY_LIMIT_BYTES, AgentName, parse_body
@@ -36,6 +37,7 @@ class Drained:
 
     end: trio.Event = field(default_factory=trio.Event)
     patience_s: float | None = None
+    updates: Updates = field(default_factory=lambda: Updates(cast("Any", None), {}))
 
     def running(self) -> list[AgentName]:
         return [] if self.end.is_set() else [IRIS]

@@ -223,6 +223,7 @@ async def test_a_container_of_another_shape_is_replaced_at_its_turns_edge_and_on
         async with house.daemon():
             await trio.sleep(1)
             house.hello("iris")
+            await trio.sleep(0.1)
             assert house.desks[IRIS].begins_none == (shape == "another")
             assert len(house.starts_of("iris")) == 1, "its turn is not cut"
             if shape == "another":

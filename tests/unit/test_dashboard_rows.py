@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -18,6 +18,7 @@ from dashboard.terminal import read_line, tokens
 from dashboard.visible import SHOWN_CHARACTERS, visible
 from hive_core.agents import Agent, Live
 from hive_core.approvals import Approval
+from hive_core.procedures.supervise import Supervisor
 from hive_core.protocol.words import AgentName
 from tests.dashboards import hive_of
 from tests.hives import Services
@@ -349,3 +350,21 @@ async def test_a_quarantined_agent_can_be_started_by_its_row(hive: Services) -> 
     row = Rows(hive_of(hive)).agent(agent)
     assert 'action="/agents/iris/command"' in row
     assert 'value="resume"' in row
+
+
+async def test_an_outdated_agent_can_be_updated_by_its_row_and_one_that_failed_says_that_the_others_wait(
+    hive: Services,
+) -> None:
+    agent, whole = await hive.agents.get("iris"), hive_of(hive)
+    assert "outdated" not in Rows(whole).agent(agent)
+    one = Supervisor(whole.reconciler._tools, agent.name, cast("Any", None), cast("Any", None))
+    one.running, one.outdated = cast("Any", object()), True
+    whole.reconciler._supervised[agent.name] = one
+    row = Rows(whole).agent(agent)
+    assert 'value="update"' in row
+    assert ">outdated</span>" in row
+    assert "/updates" not in row
+    whole.reconciler.updates._failed[agent.name] = "another"
+    row = Rows(whole).agent(agent)
+    assert ">update failed</span>" in row
+    assert 'action="/updates"' in row

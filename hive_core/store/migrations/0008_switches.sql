@@ -7,3 +7,7 @@ CREATE TABLE systems (
   path   TEXT NOT NULL,  -- of the nix store
   inputs TEXT NOT NULL   -- where hyperhive and nixpkgs were, as flakes
 ) STRICT, WITHOUT ROWID;
+
+-- Updates: an agent that did not come up after it was replaced holds up the others.
+
+ALTER TABLE container_states ADD COLUMN update_failed TEXT;  -- the generation with which it did not come up
