@@ -19,7 +19,7 @@ from tests.needs import ROOT
 from tests.nix_pages import UNIT
 from tests.processes import children_of, look_until
 
-SOURCE, VENV, PYTHON = "/opt/hive/source", "/opt/hive/venv", "/opt/python"
+SOURCE, VENV, LIBRARIES, PYTHON = "/opt/hive/source", "/opt/hive/venv", "/opt/hive/libraries", "/opt/python"
 PACKAGES = ("hive_core", "hive_agent", "hive_mind", "dashboard")
 WITHIN_S = 60
 
@@ -73,10 +73,12 @@ def booted_host(folder: Path) -> Iterator[BootedHost]:
     if base != "/usr":
         binds.append(f"--bind-ro={base}:{PYTHON}")
     _write_environment(folder, base if base == "/usr" else PYTHON)
-    site = Path("lib") / f"python{version}" / "site-packages"
-    (folder / "venv" / site).mkdir(parents=True)
+    # Linked, for an agent can be given no mount below another with its own uids.
+    site = folder / "venv" / "lib" / f"python{version}" / "site-packages"
+    site.parent.mkdir(parents=True)
+    site.symlink_to(LIBRARIES)
     binds += [f"--bind-ro={folder}/venv:{VENV}", f"--bind-ro={folder}/bin:/usr/local/bin"]
-    binds.append(f"--bind-ro={os.path.realpath(sysconfig.get_paths()['purelib'])}:{VENV}/{site}")
+    binds.append(f"--bind-ro={os.path.realpath(sysconfig.get_paths()['purelib'])}:{LIBRARIES}")
     options = ["--quiet", "--register=no", "--keep-unit", "--boot", "--directory=/", "--volatile=yes"]
     options += ["--private-network", "--capability=all", "--machine=hive-test"]
     # Nobody answers what a first boot asks, and this machine's own services stay off.

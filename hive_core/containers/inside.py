@@ -25,7 +25,8 @@ _PACKAGES = ("hive_core", "hive_agent", "hive_mind")
 
 def program_paths(claude: Path | None) -> set[str]:
     """The interpreter, the libraries and our own packages, where they are not part of the system already."""
-    paths = {sys.prefix, sys.base_prefix, sysconfig.get_paths()["purelib"], os.path.realpath(sys.executable)}
+    libraries = sysconfig.get_paths()["purelib"]
+    paths = {sys.prefix, sys.base_prefix, libraries, os.path.realpath(libraries), os.path.realpath(sys.executable)}
     paths |= {os.path.join(parent, package) for parent in package_parents() for package in _PACKAGES}
     if claude is not None:
         paths |= {str(claude), os.path.realpath(claude)}

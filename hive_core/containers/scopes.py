@@ -37,7 +37,7 @@ while IFS=: read -r _ _ path; do case $path in */"$unit") break ;; esac; done < 
 for tree in "" /unified /systemd; do
   procs=/sys/fs/cgroup$tree$path/cgroup.procs
   [ -n "$path" ] && [ -w "$procs" ] && echo "$keeper" > "$procs"
-done
+done &
 printf '{"unit": "%s", "invocation": "%s"}\\n' "$unit" "$INVOCATION_ID" > "$note"
 unset INVOCATION_ID
 exec "$@"

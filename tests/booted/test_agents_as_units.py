@@ -68,6 +68,14 @@ def restart(host: BootedHost) -> None:
     look_until(lambda: idle(host, "hm1nd", "iris"))
 
 
+def test_agents_are_in_containers_with_uids_of_their_own(host: BootedHost) -> None:
+    assert {agent["sandbox"] for agent in agents(host).values()} == {"nspawn"}
+    users = host.ok("sh", "-c", "ps -o uid= -p $(grep -lzx -e '--[r]un' /proc/[0-9]*/cmdline | cut -d/ -f3)").split()
+    own = {int(user) for user in users} - {0}  # root's are the wrappers outside
+    assert len(own) == 2
+    assert min(own) >= 65536
+
+
 def test_each_agent_is_a_unit_with_its_bounds(host: BootedHost) -> None:
     told = shown(
         host, IRIS, "ActiveState", "Slice", "Delegate", "MemoryMax", "CPUQuotaPerSecUSec", "TasksMax", "Description"
