@@ -8,6 +8,7 @@ no container shows an agent where they are.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from pathlib import Path
 from hive_core.containers.bounds import AgentGroups, Bounds
 from hive_core.protocol.words import AgentName
 
+KINDS = ("memory", "cpu", "pids")
+ASIDE = "hive-daemon"
 _PERIOD_US = 100_000
 # Enters groups and becomes a command: `$1 …` are files to write 0 into, then comes --.
 _ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1" || exit 125; shift; done; shift; exec "$@"'
@@ -38,7 +41,7 @@ class Cgroups(AgentGroups):
         try:
             self.make("hive-probe")
         except OSError as exc:
-            fix = "run the daemon as root, or as a systemd unit with Delegate=yes"
+            fix = "run the daemon as root, or as a systemd unit with Delegate=yes and DelegateSubgroup=hive-daemon"
             return f"agents are not bounded: no control group can be made ({exc.filename}: {exc.strerror}); {fix}"
         finally:
             self.remove("hive-probe")
@@ -53,7 +56,7 @@ class Cgroups(AgentGroups):
         entries = []
         for parent, settings in self._wanted():
             if settings.get("memory.max"):
-                _delegate(parent, parent / self._folder)
+                hand_down(parent, parent / self._folder)
             group = parent / self._folder / name
             group.mkdir(parents=True, exist_ok=True)
             for file, value in settings.items():
@@ -86,11 +89,30 @@ class Cgroups(AgentGroups):
         ]
 
 
-def _delegate(parent: Path, folder: Path) -> None:
-    """In the tree for all, a group bounds only what the one above it has handed down. Raises OSError."""
+def hand_down(parent: Path, folder: Path, kinds: Sequence[str] = KINDS) -> None:
+    """Let groups in a folder below `parent` bound what is in them, in the tree for all. Raises OSError.
+
+    There a group bounds only what the one above has handed down, and one that has processes of its own hands nothing
+    down: those of `parent`, the daemon among them, go into a group beside the folder.
+    """
     folder.mkdir(exist_ok=True)
+    wanted = " ".join(f"+{kind}" for kind in kinds)
     for above in (parent, folder):
-        (above / "cgroup.subtree_control").write_text("+memory +cpu +pids")
+        control = above / "cgroup.subtree_control"
+        try:
+            control.write_text(wanted)
+        except OSError as exc:
+            if exc.errno != errno.EBUSY:
+                raise
+            _move_aside(above)
+            control.write_text(wanted)
+
+
+def _move_aside(group: Path) -> None:
+    (group / ASIDE).mkdir(exist_ok=True)
+    for pid in (group / "cgroup.procs").read_text().split():
+        with contextlib.suppress(OSError):  # it has just ended
+            (group / ASIDE / "cgroup.procs").write_text(pid)
 
 
 def _killed_for_memory(group: Path) -> int:
@@ -104,7 +126,7 @@ def _killed_for_memory(group: Path) -> int:
 
 def _trees() -> Mapping[str, Path] | None:
     """Our own group in the tree for all (""), or in that of each kind; None where not all three kinds are to be had."""
-    mounted = _mounted()
+    mounted = mounted_trees()
     ours: dict[str, Path] = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, kinds, path = line.split(":", 2)
@@ -112,16 +134,17 @@ def _trees() -> Mapping[str, Path] | None:
             if kind in mounted:
                 own = mounted[kind] / path.lstrip("/")
                 # A container that was given its part of the tree is told the path in the whole.
-                ours[kind] = own if own.is_dir() else mounted[kind]
+                own = own if own.is_dir() else mounted[kind]
+                ours[kind] = own.parent if own.name == ASIDE else own
     if "" in ours:
         with contextlib.suppress(OSError):
-            if {"memory", "cpu", "pids"} <= set((ours[""] / "cgroup.controllers").read_text().split()):
+            if set(KINDS) <= set((ours[""] / "cgroup.controllers").read_text().split()):
                 return {"": ours[""]}
         del ours[""]
-    return ours if {"memory", "cpu", "pids"} <= set(ours) else None
+    return ours if set(KINDS) <= set(ours) else None
 
 
-def _mounted() -> dict[str, Path]:
+def mounted_trees() -> dict[str, Path]:
     """Where each kind's tree is, and under "" the one for all."""
     found: dict[str, Path] = {}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trio
 
 from hive_core.containers.bounds import Bounds
-from hive_core.containers.cgroups import Cgroups
+from hive_core.containers.cgroups import Cgroups, hand_down, mounted_trees
 from tests.containers.drivers import (
     IRIS,
     PATIENCE_S,
@@ -120,4 +121,40 @@ def test_a_daemon_that_may_make_no_groups_is_told_how_it_could(tmp_path: Path, c
         os.setuid(65534)
         trouble = Cgroups(tmp_path, BOUNDS).trouble or ""
         os._exit(0 if "Permission denied); run the daemon as root, or as a systemd unit" in trouble else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.fixture
+def tree_for_all() -> Iterator[tuple[Path, str]]:
+    """A group in the cgroup2 tree of this machine, and a controller that it may hand down."""
+    root = mounted_trees().get("")
+    kinds = (root / "cgroup.controllers").read_text().split() if root else []
+    if root is None or not kinds or os.geteuid() != 0:
+        pytest.skip("no cgroup2 with a controller in which we may make groups")
+    control, group = root / "cgroup.subtree_control", root / f"hive-bounds-{os.getpid()}"
+    before = control.read_text().split()
+    group.mkdir()
+    try:
+        control.write_text(f"+{kinds[0]}")
+        yield group, kinds[0]
+    finally:
+        for folder in (*sorted(group.glob("*/")), group):
+            folder.rmdir()
+        if kinds[0] not in before:
+            control.write_text(f"-{kinds[0]}")
+
+
+def test_in_the_tree_for_all_the_daemon_makes_way_for_groups_of_agents(tree_for_all: tuple[Path, str]) -> None:
+    """With whichever controller this kernel has there: that of memory may be in another tree."""
+    group, kind = tree_for_all
+    pid = os.fork()
+    if pid == 0:
+        (group / "cgroup.procs").write_text("0")
+        hand_down(group, group / "hive-1", [kind])
+        hand_down(group, group / "hive-1", [kind])  # the next agent
+        ours = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        (group / "hive-1" / "iris").mkdir()
+        handed = (group / "hive-1" / "iris" / "cgroup.controllers").read_text().split()
+        (group / "hive-1" / "iris").rmdir()
+        os._exit(0 if ours.endswith(f"/{group.name}/hive-daemon") and handed == [kind] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
