@@ -6,7 +6,8 @@ pages show the answer. Nothing that an agent says of itself is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from hive_core.protocol.words import AgentName
@@ -44,6 +45,7 @@ class Access:
     def __init__(self, bus: Bus, reasons: Iterable[Reason] = ()) -> None:
         self.bus = bus
         self._reasons = list(reasons)
+        self._held: dict[AgentName, int] = {}  # whose turn's edge is held, and by how many
         self._turned: set[AgentName] | None = set()  # whose answer may have changed since `serve` looked; None: all
 
     def add(self, reason: Reason) -> None:
@@ -64,6 +66,24 @@ class Access:
                 return closed
         return None
 
+    def no_turn(self, name: AgentName) -> Closed | None:
+        """The first reason to begin no turn: its way to the model is closed, or its turn's edge is held."""
+        if self._held.get(name):
+            return Closed("idle", f"a snapshot is taken of {name}; its next turn begins when that is done", cuts=False)
+        return self.closed(name)
+
+    @contextmanager
+    def at_edge(self, name: AgentName) -> Iterator[None]:
+        """Let no turn of the agent begin within. One that runs goes on, and reaches the model as before."""
+        self._held[name] = self._held.get(name, 0) + 1
+        try:
+            yield
+        finally:
+            self._held[name] -= 1
+            if not self._held[name]:
+                del self._held[name]
+                self.changed(name)
+
     def changed(self, *names: AgentName) -> None:
         """The answer for these agents, or for all when none is named, may be another from now on."""
         self._turned = None if not names or self._turned is None else self._turned | set(names)
@@ -80,5 +100,5 @@ class Access:
 
     def _wake(self, tx: Transaction, turned: set[AgentName] | None) -> None:
         for row in tx.execute("SELECT name FROM agents").fetchall():
-            if (turned is None or row["name"] in turned) and self.closed(row["name"]) is None:
+            if (turned is None or row["name"] in turned) and self.no_turn(row["name"]) is None:
                 tx.wake(mail(row["name"]))

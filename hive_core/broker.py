@@ -84,7 +84,7 @@ class Broker:
     ) -> None:
         self._store = store
         access = access or Access(store.bus)
-        self._closed = access.closed
+        self._closed, self._no_turn = access.closed, access.no_turn
         self._bodies = bodies
         self.limits = limits or Limits()
         self.messages = Messages(store, self.limits, bodies)
@@ -167,7 +167,7 @@ class Broker:
         return acked
 
     def _begin_turn(self, tx: Transaction, agent: AgentName, fence: str) -> Lease | None:
-        return begin_turn(tx, agent, fence, self.limits, self._closed, self.ledger.to_reserve)
+        return begin_turn(tx, agent, fence, self.limits, self._no_turn, self.ledger.to_reserve)
 
     def _ack(self, tx: Transaction, agent: AgentName, turn: Turn, ending: TurnEnd, next_fence: str | None) -> Acked:
         row = tx.execute(_ENDING, (turn.id, agent, turn.fence)).fetchone()

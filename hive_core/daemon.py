@@ -192,6 +192,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             bwrap_trouble=choice.bwrap_trouble,
         )
         await agents.load()
+        await hive.snapshots.load()
         await hive.freeze.load()
         await hive.breaker.load()
         await ledger.load()
@@ -331,6 +332,7 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(hive.reconciler.serve)
         nursery.start_soon(hive.destruction.serve)
         nursery.start_soon(hive.disk.serve)
+        nursery.start_soon(hive.snapshots.serve)
         nursery.start_soon(serve_watchdog)
         gc.freeze()  # what was loaded stays: to look through it at each collection is a tenth of a busy daemon's work
         task_status.started()

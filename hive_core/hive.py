@@ -25,6 +25,7 @@ from hive_core.procedures.destruction import Destruction
 from hive_core.procedures.gate import Gate
 from hive_core.procedures.logins import Logins
 from hive_core.procedures.reconcile import Reconciler
+from hive_core.procedures.snapshotting import Snapshotting
 from hive_core.questions import Questions
 from hive_core.reminders import Reminders
 from hive_core.retention import Retention
@@ -73,6 +74,7 @@ class Hive:
     turn_records: TurnRecords = field(init=False)
     loose_ends: LooseEnds = field(init=False)
     disk: DiskUses = field(init=False)
+    snapshots: Snapshotting = field(init=False)
     tombstones: Tombstones = field(init=False)
     destruction: Destruction = field(init=False)
 
@@ -81,6 +83,9 @@ class Hive:
         self.breaker = Breaker(self.store, self.credentials, self.access, self.broker.limits)
         self.ledger.windows = self.breaker.windows_used
         self.disk = DiskUses(self.store, self.broker.limits, self.config.state_dir)
+        self.snapshots = Snapshotting(
+            self.store, self.agents, self.access, self.reconciler, self.broker.limits, self.config.state_dir
+        )
         self.tombstones = Tombstones(self.store)
         self.destruction = Destruction(
             self.store, self.agents, self.reconciler, self.tombstones, self.keeper, self.broker

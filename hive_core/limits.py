@@ -112,6 +112,15 @@ class Limits(BaseModel):
             ge=1, lt=2**62, description="what an agent's directories may take of the disk before the manager is told"
         ),
     ] = 10 * 1024**3
+    snapshot_s: Annotated[
+        Seconds, Field(description="how long after a snapshot of an agent's /state no other is taken by itself")
+    ] = 600.0
+    snapshots_kept: Annotated[
+        Count, Field(description="snapshots of an agent's /state: the newest half of them, and one a day before that")
+    ] = 12
+    snapshots_bytes: Annotated[
+        int, Field(ge=1, lt=2**62, description="what an agent's snapshots may take of the disk, and each of them alone")
+    ] = 4 * 1024**3
     question_ttl_s: Annotated[Seconds, Field(description="how long a question waits for its answer")] = 6 * 3600.0
     kept_s: Annotated[Seconds, Field(description="how long an acked message is kept")] = 30 * 24 * 3600.0
     history_kept_s: Annotated[

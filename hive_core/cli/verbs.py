@@ -222,6 +222,17 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
             (("--yes",), {"action": "store_true", "help": "without asking"}),
         ],
     ),
+    "snapshots": ("snapshots.snapshots", "snapshots of an agent's /state", [(("agent",), {})]),
+    "snapshot": ("snapshots.snapshot", "take a snapshot of an agent's /state, at its turn's edge", [(("agent",), {})]),
+    "restore-state": (
+        "snapshots.restore_state",
+        "let an agent's /state be what it was; what is there now is kept as a snapshot",
+        [
+            (("agent",), {}),
+            (("snapshot",), {"nargs": "?", "help": "its name or its beginning; the newest that differs when absent"}),
+            (("--now",), {"action": "store_true", "help": "in the middle of its turn"}),
+        ],
+    ),
     "estop": ("hive.freeze", "stop the whole swarm now: cut its calls to the model, begin no turn", []),
     "thaw": ("hive.freeze", "let a stopped swarm go on, with the messages that it holds", []),
     "credentials": (

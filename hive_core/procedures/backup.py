@@ -58,6 +58,8 @@ TRIES = 3  # for a file that changes while it is read
 PAGES = 256  # of the database in one step
 # A lock is of a program that runs here now: in another life it would stand in the way for ever.
 GIT_LOCK = re.compile(r"applied/.*\.lock|proposed/.*/\.git/.*\.lock", re.DOTALL)
+# A backup is itself one, and what they share with each other would be in it many times over.
+SNAPSHOTS = re.compile(r"(agents/[^/]+|tombstones/[^/]+/agent)/(snapshots|\.restored)", re.DOTALL)
 # What belongs to this machine and its running daemon, and is not worth a word.
 OF_THE_MACHINE = re.compile(r"daemon\.lock|daemon\.log|processes|hive\.ballast|hive\.sqlite(-wal|-shm|-journal)?|\..*")
 
@@ -199,7 +201,7 @@ class _Writer:
             os.close(folder)
 
     def _add(self, folder: int, entry: str, name: str, change: Any, skip: set[str], depth: int) -> None:
-        if name in skip or GIT_LOCK.fullmatch(name):
+        if name in skip or GIT_LOCK.fullmatch(name) or SNAPSHOTS.fullmatch(name):
             return
         if len(os.fsencode(name)) > PATH_LIMIT_BYTES:
             self.leave_out(name, f"its path is longer than {PATH_LIMIT_BYTES:,} bytes")

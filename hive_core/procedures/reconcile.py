@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 
 import trio
@@ -124,6 +125,25 @@ class Reconciler:
             supervised.let_go()
             await supervised.gone.wait()
         await self._driver.destroy(name)
+
+    @asynccontextmanager
+    async def at_rest(self, name: AgentName, at_once: bool = False) -> AsyncIterator[None]:
+        """An agent's container ended, at its turn's edge or `at_once`, and started again only when this is left.
+
+        Raises Refusal where the agent is not served.
+        """
+        if self._serving:
+            await self._complete.wait()
+        if (supervised := self._supervised.get(name)) is None or name in self._leaving:
+            raise Refusal("conflict", f"cannot end {name}: it is not served now; `hive list` says why")
+        async with supervised.at_rest(at_once):
+            if supervised.gone.is_set():
+                raise Refusal("conflict", f"cannot go on with {name}: it was destroyed meanwhile")
+            yield
+
+    def before_switch(self, hear: Callable[[AgentName], Awaitable[object]]) -> None:
+        """Have somebody hear of each agent that is about to be started in a container of another shape."""
+        self._tools.before_switch = hear
 
     def left(self, name: AgentName) -> None:
         """An agent of that name may be taken on again."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,12 +50,17 @@ class Desk(Protocol):
         """Return why the harness of a container that runs counts as hung, once it does."""
 
 
+async def _nothing(name: AgentName) -> None:
+    pass
+
+
 @dataclass
 class Tools:
     """What all supervisors share.
 
     may_run   the sentence that says why an agent may not be started here, or None
     put_back  closes the running turn of an agent that was ended on purpose
+    before_switch  hears of an agent that is about to be started in a container of another shape
     draining  every agent ends, and none is started any more
     """
 
@@ -66,6 +72,7 @@ class Tools:
     limits: Limits
     states: ContainerStates
     starts: Starts
+    before_switch: Callable[[AgentName], Awaitable[object]] = _nothing
     draining: bool = False
 
     async def generation(self, name: AgentName) -> str:
@@ -94,6 +101,21 @@ class Supervisor:
         await self.looked.wait()
         async with self._beginning:
             return self.running
+
+    @asynccontextmanager
+    async def at_rest(self, at_once: bool) -> AsyncIterator[None]:
+        """Its container ended, at its turn's edge or `at_once`, and none is started before this is left."""
+        await self.looked.wait()
+        while True:
+            async with self._beginning:
+                if (running := self.running) is None:
+                    yield
+                    return
+                self.desk.ask_to_stop()
+                if at_once:
+                    running.kill()
+                ended = self.ended
+            await ended.wait()
 
     async def serve(self) -> None:
         """Keep what is wanted true, until cancelled, which ends nothing."""
@@ -185,7 +207,10 @@ class Supervisor:
                 self.starts, self.outdated = self.starts + 1, False
                 self._observe("starting")
                 self.desk.expect()
-                await self._tools.states.note_start(self.name, await self._tools.generation(self.name))
+                generation = await self._tools.generation(self.name)
+                if await self._tools.states.generation(self.name) not in (None, generation):
+                    await self._tools.before_switch(self.name)
+                await self._tools.states.note_start(self.name, generation)
                 try:
                     running = await self._tools.driver.start(self.name, self._dirs)
                 except OSError as exc:

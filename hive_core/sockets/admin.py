@@ -39,6 +39,7 @@ from hive_core.protocol.words import (
 from hive_core.questions import parse_answer
 from hive_core.schedules import parse_plan
 from hive_core.sockets.admin_credentials import credential_streams, credential_verbs
+from hive_core.sockets.admin_snapshots import snapshot_verbs
 from hive_core.sockets.admin_spend import spend_verbs
 from hive_core.sockets.admin_steering import steering_verbs
 from hive_core.sockets.admin_tombstones import tombstone_verbs
@@ -100,6 +101,7 @@ class AdminDesk:
             "kill": (self._kill, {"agent"}),
             "dashboard": (self._dashboard, set()),
             **credential_verbs(hive),
+            **snapshot_verbs(hive),
             **spend_verbs(hive),
             **steering_verbs(hive),
             **tombstone_verbs(hive),
