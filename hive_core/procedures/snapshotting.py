@@ -60,10 +60,10 @@ class Snapshotting:
         self._seen: dict[AgentName, int | None] = {}  # the turn behind which each was looked at last
         self._looked_at: dict[AgentName, float] = {}  # when that was, by trio's clock
         self._trouble: dict[AgentName, str] = {}
-        reconciler.before_switch(self._before_switch)
 
     async def load(self) -> None:
         """End or undo what a daemon before left half done; before any agent is started."""
+        self._reconciler.before_switch(self.before_switch)
         for agent in await self._agents.all():
             await trio.to_thread.run_sync(self._settle, agent.name)
 
@@ -150,8 +150,8 @@ class Snapshotting:
         self._store.bus.publish([stream(name)])
         return wanted, kept
 
-    async def _before_switch(self, name: AgentName) -> None:
-        """Its container does not run, and what it is to be started in is another."""
+    async def before_switch(self, name: AgentName) -> None:
+        """Take one of an agent that does not run, and is to be started in another container than it had."""
         await self._take_or_tell(name, "before a switch to another container")
 
     async def _take_by_itself(self, name: AgentName) -> None:

@@ -282,6 +282,35 @@ def test_what_an_agent_plants_neither_stops_a_backup_nor_leads_it_astray(state: 
     assert not (tmp_path / "new" / "proposed" / "iris" / "config" / ".git" / "index.lock").exists()
 
 
+def test_what_all_share_goes_along_whatever_is_planted_in_it_and_comes_back(state: Path, tmp_path: Path) -> None:
+    shared = state / "shared"
+    (shared / "plan").mkdir(parents=True)
+    (shared / "plan" / "file").write_text("of two agents")
+    (shared / "secrets").symlink_to("/etc/shadow")
+    (shared / "around").symlink_to(state)
+    os.mkfifo(shared / "fifo")
+    report = back_up(state, tmp_path / "hive.tar")
+    assert [line for line in report.left_out if "shared" in line] == ["shared/fifo: neither a file nor a directory"]
+    bring_back(tmp_path / "hive.tar", tmp_path / "again")
+    again = tmp_path / "again" / "shared"
+    assert (again / "plan" / "file").read_text() == "of two agents"
+    assert [os.readlink(again / name) for name in ("secrets", "around")] == ["/etc/shadow", str(state)]
+    assert not (again / "fifo").exists()
+
+
+def test_snapshots_of_what_is_in_it_anyway_are_left_out(state: Path, tmp_path: Path) -> None:
+    for own in ("agents/iris", "tombstones/argus@2026-01-01T00:00:00Z/agent"):
+        for place in ("snapshots/2026-01-01T00:00:00Z/state", ".restored", "state/snapshots"):
+            (state / own / place).mkdir(parents=True)
+            (state / own / place / "note").write_text("one")
+    back_up(state, tmp_path / "hive.tar")
+    held = [name for name in verify(tmp_path / "hive.tar").files if name.endswith("/note")]
+    assert held == [
+        "agents/iris/state/snapshots/note",
+        "tombstones/argus@2026-01-01T00:00:00Z/agent/state/snapshots/note",
+    ], "an agent may call a directory as it likes"
+
+
 def test_a_directory_that_is_a_link_is_refused_rather_than_left_out(state: Path, tmp_path: Path) -> None:
     (state / "agents").rename(tmp_path / "elsewhere")
     (state / "agents").symlink_to(tmp_path / "elsewhere")

@@ -169,7 +169,7 @@ def state_of(folder: Path) -> Path:
 
 
 def taking_of(house: House, folder: Path) -> Snapshotting:
-    return Snapshotting(
+    taking = Snapshotting(
         house.store,  # type: ignore[arg-type]
         house.agents,
         house.agents.access,
@@ -178,6 +178,8 @@ def taking_of(house: House, folder: Path) -> Snapshotting:
         folder,
         house.wall_clock,
     )
+    house.reconciler.before_switch(taking.before_switch)
+    return taking
 
 
 def let_end_when_asked(house: House) -> None:
