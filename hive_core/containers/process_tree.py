@@ -100,11 +100,16 @@ def wait_stopped(pid: int) -> None:
 
 def first_in_namespace(root: int) -> int | None:
     """The first process of a pid namespace below ours that comes from one, by its number here; None: there is none."""
-    for pid in sorted(pid for pid, _ in _descendants(root)):
+    return numbered_inside(root, 1)
+
+
+def numbered_inside(root: int, number: int) -> int | None:
+    """The process that has a number in a pid namespace below ours and comes from one, by its number here; or None."""
+    for pid in sorted({root, *(pid for pid, _ in _descendants(root))}):
         with contextlib.suppress(OSError):
             status = Path(f"/proc/{pid}/status").read_text()
             numbers = next(line.split()[1:] for line in status.splitlines() if line.startswith("NSpid:"))
-            if len(numbers) > 1 and numbers[-1] == "1":
+            if len(numbers) > 1 and numbers[-1] == str(number):
                 return pid
     return None
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import trio
 
@@ -16,13 +17,15 @@ from hive_core.protocol.refusal import Refusal
 OUTPUT_LIMIT_BYTES = 256 << 10
 
 
-async def run_command(command: Sequence[str], patience_s: float) -> Done:
-    """Run a command to its end, in an empty environment. What it prints beyond the limit is dropped.
+async def run_command(
+    command: Sequence[str], patience_s: float, environment: Mapping[str, str] = MappingProxyType({})
+) -> Done:
+    """Run a command to its end, in an environment of these alone. What it prints beyond the limit is dropped.
 
     Raises Refusal when it cannot be run, or took longer: then all that comes from it was killed.
     """
     try:
-        process = _begin(command)
+        process = _begin(command, environment)
     except OSError as exc:
         raise Refusal("failed", f"cannot run {command[0]}: {exc.strerror}; install it, or mend its path") from None
     assert process.stdout is not None
@@ -39,13 +42,13 @@ async def run_command(command: Sequence[str], patience_s: float) -> Done:
     return Done(process.returncode, bytes(output).decode("utf-8", "replace"))
 
 
-def _begin(command: Sequence[str]) -> subprocess.Popen[bytes]:
+def _begin(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={},
+        env=environment,
         cwd="/",
         start_new_session=True,
     )

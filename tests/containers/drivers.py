@@ -17,27 +17,33 @@ from pathlib import Path
 import pytest
 import trio
 
-from hive_core.containers.bounds import AgentGroups
+from hive_core.containers.bounds import AgentGroups, Bounds
 from hive_core.containers.host_process import HostProcessDriver
 from hive_core.containers.mounts import AgentDirs, agent_dirs
+from hive_core.containers.nixos_container import NixosContainerDriver
 from hive_core.containers.nspawn import HOST_UIDS, NspawnDriver
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.ranges import pick_range
 from hive_core.containers.running import Running
+from hive_core.containers.running_unit import RunningUnit
+from hive_core.nix import Nix
 from hive_core.protocol.words import MANAGER, AgentName
 from tests import processes
+from tests.containers.standin.host import StandInHost
 from tests.needs import ROOT, missing
 from tests.processes import children_of, pids_naming
 
 IRIS = AgentName("iris")
 PATIENCE_S = 20.0
-SANDBOXES = ["bwrap", "nspawn", HOST_UIDS]
+STAND_IN = "nixos-container (stand-in)"
+SANDBOXES = ["bwrap", "nspawn", HOST_UIDS, STAND_IN]
 KINDS = [*SANDBOXES, "none"]
 
 
 def need(kind: str) -> str:
     """The kind of driver, when this machine has what it needs; with HIVE_REQUIRE=ci a test fails without."""
-    if kind in SANDBOXES and (why := missing(kind.partition("-")[0])):
+    needed = ("nspawn", "bwrap", "nix") if kind == STAND_IN else (kind.partition("-")[0],)
+    if kind in SANDBOXES and (why := next(filter(None, map(missing, needed)), "")):
         assert os.environ.get("HIVE_REQUIRE") != "ci", why
         pytest.skip(why)
     return kind
@@ -60,15 +66,44 @@ class _Containers(_Script, NspawnDriver):
     pass
 
 
+class Systems(NixosContainerDriver):
+    """The driver as it is, but before a start it switches to a system whose harness is a script."""
+
+    def __init__(self, folder: Path, bounds: Bounds | None) -> None:
+        self.stand_in = StandInHost(folder / "host")
+        self.script = ""
+        super().__init__(
+            folder,
+            base_of=base_of,
+            claude=None,
+            bounds=bounds,
+            nix=Nix(folder / "nix", store=self.stand_in.folder),
+            readable=[folder],
+            build_s=60,
+            host=self.stand_in.host,
+        )
+
+    async def start(self, name: AgentName, dirs: AgentDirs) -> RunningUnit:
+        system = await trio.to_thread.run_sync(self.stand_in.system, self.script)
+        await self.switch(name, system)
+        return await super().start(name, dirs)
+
+    @property
+    def life_fd_inside(self) -> None:
+        return None
+
+
 async def base_of(name: AgentName) -> int:
     return pick_range(name, ())
 
 
 def driver_in(
     folder: Path, kind: str, script: str, life_fd: int | None = None, cgroups: AgentGroups | None = None
-) -> _Processes | _Containers:
-    driver: _Processes | _Containers
-    if kind in ("bwrap", "none"):
+) -> _Processes | _Containers | Systems:
+    driver: _Processes | _Containers | Systems
+    if kind == STAND_IN:
+        driver = Systems(folder, None if cgroups is None else cgroups.bounds)
+    elif kind in ("bwrap", "none"):
         driver = _Processes(folder, sandbox=kind, claude=None, orphan_grace_s=600, life_fd=life_fd, cgroups=cgroups)
     else:
         driver = _Containers(
@@ -144,9 +179,19 @@ async def started(folder: Path, kind: str, script: str) -> AsyncIterator[tuple[H
             await running.wait()
 
 
+def first_inside(running: Running) -> int | None:
+    """The host's number of the first process in an agent's container."""
+    return running.first_inside() if isinstance(running, RunningUnit) else running.ways.first_inside()
+
+
+def beside(kind: str) -> int:
+    """How many processes a container has besides the harness and what that starts."""
+    return 2 if kind == STAND_IN else 0
+
+
 def mates(running: Running) -> list[int]:
     """The host's numbers of all processes of the agent's: below its first one, that too."""
-    first = running.ways.first_inside()
+    first = first_inside(running)
     found = [] if first is None else [first]
     for pid in found:
         found += [child for task in _tasks(pid) for child in _children(pid, task)]

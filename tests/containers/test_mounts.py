@@ -10,7 +10,7 @@ import pytest
 from hive_core.containers.mounts import agent_dirs, shape
 from hive_core.protocol.words import MANAGER, AgentName
 from hive_core.repos import Repos
-from tests.containers.drivers import IRIS, SANDBOXES, digest_of, dirs_in, driver_in, need, run
+from tests.containers.drivers import IRIS, SANDBOXES, STAND_IN, digest_of, dirs_in, driver_in, need, run
 
 ARGUS = AgentName("argus")
 REFUSED = ("Read-only file system", "Permission denied", "Operation not permitted")
@@ -43,7 +43,8 @@ async def test_a_container_with_other_mounts_is_of_another_generation(
 ) -> None:
     driver = driver_in(tmp_path, sandbox, "")
     before = await driver.generation(IRIS)
-    monkeypatch.setattr("hive_core.containers.host_process.seen", lambda name: [*shape(name), "/another"])
+    for module in ("host_process", "nixos_container"):
+        monkeypatch.setattr(f"hive_core.containers.{module}.seen", lambda name: [*shape(name), "/another"])
     assert await driver.generation(IRIS) != before
 
 
@@ -54,7 +55,9 @@ async def test_two_agents_edit_one_file_of_what_all_share(tmp_path: Path, sandbo
     _, uids = await run(tmp_path, sandbox, first)
     code, other_uids = await run(tmp_path, sandbox, second, name=ARGUS)
     assert code == 0
-    assert (uids != other_uids) == (sandbox == "nspawn"), "their containers have uids of their own, or none has"
+    assert (uids != other_uids) == (sandbox in ("nspawn", STAND_IN)), (
+        "their containers have uids of their own, or none has"
+    )
     code, said = await run(tmp_path, sandbox, third)
     assert (code, said.splitlines()[-2:]) == (0, ["one", "two"])
     found = [tmp_path / "shared" / "plan", tmp_path / "shared" / "mine"]
