@@ -16,6 +16,7 @@ from dashboard.credentials import CredentialForms
 from dashboard.door import Door
 from dashboard.forms import Forms
 from dashboard.pages import HOME, Pages
+from dashboard.snapshots import SnapshotForms
 from dashboard.spend import SpendForms
 from dashboard.steering import SteeringForms
 from dashboard.tombstones import TombstoneForms
@@ -44,6 +45,7 @@ def build_app(hive: Hive) -> ASGIApp:
             Route("/thaw", forms.thaw, methods=["POST"]),
             *CredentialForms(hive).routes(),
             *TombstoneForms(hive).routes(),
+            *SnapshotForms(hive).routes(),
             Route("/budgets", spend.set, methods=["POST"]),
             Route("/budgets/remove", spend.remove, methods=["POST"]),
             Route("/agents/{name}/command", steering.command, methods=["POST"]),

@@ -21,6 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from dashboard.credentials import credential_rows, lacks_credential
 from dashboard.rows import Rows
+from dashboard.snapshots import snapshots_now
 from dashboard.spend import spend_now
 from dashboard.tombstones import tombstone_rows
 from hive_core.agents import LIVE
@@ -155,6 +156,7 @@ class Feed:
         self._tombs: dict[str, Markup] = {}  # target → the row of a tombstone
         self._lacks = False  # whether the page says that a credential is missing
         self._moves_shown = -1  # of the ledger
+        self._snapshots_shown = -1  # how often an agent's had changed
 
     async def frames(self, after: str) -> AsyncIterator[ServerSentEvent]:
         """Frames after a position, until the hive stops or the browser signs out; `reset` when too far behind."""
@@ -187,6 +189,7 @@ class Feed:
         except Refusal:
             return None  # it was destroyed: the page that is loaded then says so
         states = [*agents, *self._credential_rows(), *await self._tombstones(), *await self._spend()]
+        states += await self._snapshots()
         frames = [fragment.frame(None) for fragment in states]
         told = touched_by(events)
         fragments = await self._render(told)
@@ -264,6 +267,17 @@ class Feed:
         html = await spend_now(self._hive, AgentName(self._agent) if self._agent else None)
         self._moves_shown = moves
         return [Fragment("spend-now", html)]
+
+    async def _snapshots(self) -> list[Fragment]:
+        """The snapshots of an agent, where they are others than this page has."""
+        if (
+            self._agent is None
+            or (moves := self._hive.snapshots.moves(AgentName(self._agent))) == self._snapshots_shown
+        ):
+            return []
+        html = await snapshots_now(self._hive, AgentName(self._agent))
+        self._snapshots_shown = moves
+        return [Fragment("snapshots-now", html)]
 
     async def _render(self, told: list[Touched]) -> list[list[Fragment]]:
         """The fragments of each thing, in the same order."""

@@ -13,6 +13,7 @@ from dashboard.credentials import credential_rows, lacks_credential
 from dashboard.door import COOKIE
 from dashboard.live import Position, live_response
 from dashboard.rows import ASSETS, Rows, asset_bytes, asset_hash, render
+from dashboard.snapshots import snapshots_now
 from dashboard.spend import spend_now
 from dashboard.tombstones import tombstone_rows
 from hive_core.agents import Agent
@@ -148,6 +149,7 @@ class Pages:
             turns=[(turn, [line for line in lines if line["turn"] == turn["id"]]) for turn in reversed(turns)],
             messages=await newest_messages(hive.store, name, MESSAGES_SHOWN),
             spend=await spend_now(hive, name),
+            snapshots=await snapshots_now(hive, name),
         )
 
     def _page(self, template: str, agents: list[Agent], **values: Any) -> Response:

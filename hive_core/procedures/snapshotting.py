@@ -59,6 +59,7 @@ class Snapshotting:
         self._locks: dict[AgentName, trio.Lock] = {}
         self._seen: dict[AgentName, int | None] = {}  # the turn behind which each was looked at last
         self._looked_at: dict[AgentName, float] = {}  # when that was, by trio's clock
+        self._moves: dict[AgentName, int] = {}
         self._trouble: dict[AgentName, str] = {}
 
     async def load(self) -> None:
@@ -92,13 +93,17 @@ class Snapshotting:
                 nursery.start_soon(self._take_by_itself, name)
         return soonest_s
 
+    def moves(self, name: AgentName) -> int:
+        """How often something about an agent's snapshots has changed: a page that has the same number has all of it."""
+        return self._moves.get(name, 0)
+
     def trouble(self, name: AgentName) -> str:
         """Why the last snapshot that was to be taken of an agent was not, or an empty text."""
         return self._trouble.get(name, "")
 
     async def all(self, name: AgentName) -> list[Snapshot]:
         """Every snapshot of an agent, the newest first."""
-        return await trio.to_thread.run_sync(self._of(name).all)
+        return await self._explained(name, self._of(name).all)
 
     async def bytes(self, name: AgentName) -> int:
         """What an agent's snapshots take of the disk, at least."""
@@ -147,8 +152,12 @@ class Snapshotting:
                 tx.emit("state_restored", OPERATOR, name, snapshot=wanted.id, kept=kept.id)
 
             await self._store.insist(tell)
-        self._store.bus.publish([stream(name)])
+        self._moved(name)
         return wanted, kept
+
+    def _moved(self, name: AgentName) -> None:
+        self._moves[name] = self.moves(name) + 1
+        self._store.bus.publish([stream(name)])
 
     async def before_switch(self, name: AgentName) -> None:
         """Take one of an agent that does not run, and is to be started in another container than it had."""
@@ -170,14 +179,15 @@ class Snapshotting:
                 taken = await self._explained(name, partial(self._of(name).take, why, self._now_ms()))
             except Refusal as refusal:
                 self._trouble[name] = refusal.message
-                self._store.bus.publish([stream(name)])
+                self._moved(name)
                 raise
-        self._trouble.pop(name, None)
+        if self._trouble.pop(name, None):
+            self._moved(name)
         self._looked_at[name] = trio.current_time()
         if taken is not None:
             told: dict[str, Any] = {"snapshot": taken.id, "why": why, "files": taken.files, "bytes": taken.bytes}
             await self._store.insist(lambda tx: tx.emit("snapshot_taken", actor, name, **told))
-            self._store.bus.publish([stream(name)])
+            self._moved(name)
         return taken
 
     @asynccontextmanager
