@@ -81,14 +81,13 @@ class MetaFlake:
 
     async def open(self) -> None:
         """Make the repository if it is missing, and put back what a daemon that died had staged."""
-        if not (self._folder / ".git").is_dir():
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            await self._git("init", "--quiet", "--template=", "--initial-branch=main")
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        await self._git("init", "--quiet", "--template=", "--initial-branch=main")
+        await self._put_back()
         try:
             await self._git("rev-parse", "--quiet", "--verify", "HEAD")
         except Refusal:
             await self._git("commit", "--quiet", "--allow-empty", "--message", "An empty hive")
-        await self._put_back()
 
     @property
     def inputs(self) -> str:
@@ -184,7 +183,8 @@ class MetaFlake:
             log.error("the meta flake stays as it was staged: %s", exc)
 
     async def _put_back(self) -> None:
-        (self._folder / ".git" / "index.lock").unlink(missing_ok=True)
+        for held in ("index", "HEAD", "refs/heads/main"):  # by a git that was killed: nobody else works here
+            (self._folder / ".git" / f"{held}.lock").unlink(missing_ok=True)
         await self._git("reset", "--quiet", "--hard")
         await self._git("clean", "--quiet", "--force", "-d", "-x")
 

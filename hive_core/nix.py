@@ -187,6 +187,7 @@ def _used_up(code: int | None, said: str) -> str:
 
 # What nix says → what it means for whoever wrote the expression; {0} is what the pattern found.
 _MEANINGS = (
+    (r"Failed assertions:\s*\n\s*- ([^\n]+)", "{0}"),
     (
         r"access to (?:absolute )?path '([^']+)' is forbidden",
         "it reads {0} of the host, and it sees its own repository alone; put the file there",

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from hive_core.ledger import Ledger
 from hive_core.limits import Limits
 from hive_core.loose_ends import LooseEnds
 from hive_core.prices import load_prices
-from hive_core.procedures.deployments import PlainDeployments
+from hive_core.procedures.deployments import Deployments, PlainDeployments
 from hive_core.procedures.gate import Gate
 from hive_core.protocol.words import AgentName, parse_agent_name, parse_body
 from hive_core.questions import Questions
@@ -144,9 +145,16 @@ class Services:
         return [row["kind"] for row in await self.store.rows("SELECT kind FROM events ORDER BY seq")]
 
 
+PLAIN = partial(PlainDeployments, sandbox="bwrap")
+
+
 @asynccontextmanager
 async def open_services(
-    state_dir: Path, ports: range = range(8100, 9000), limits: Limits | None = None, **bounds: int
+    state_dir: Path,
+    ports: range = range(8100, 9000),
+    limits: Limits | None = None,
+    deployments: Callable[[Store, Repos], Deployments] = PLAIN,
+    **bounds: int,
 ) -> AsyncIterator[Services]:
     """Everything of a hive that needs no agent and no socket, in `state_dir`."""
     templates = Environment(
@@ -158,9 +166,15 @@ async def open_services(
         access = Access(store.bus)
         agents = Agents(store, manager_port=8000, agent_ports=ports, access=access)
         approvals, repos = Approvals(store), Repos(state_dir)
-        plain = PlainDeployments(store, repos, "bwrap")
         gate = Gate(
-            store, agents, approvals, repos, plain, templates, default_program="rehearsal", default_model="sonnet"
+            store,
+            agents,
+            approvals,
+            repos,
+            deployments(store, repos),
+            templates,
+            default_program="rehearsal",
+            default_model="sonnet",
         )
         bodies = Bodies(state_dir / "bodies", store, clock)
         ledger = Ledger(store, access, load_prices(), limits, clock)

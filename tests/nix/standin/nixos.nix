@@ -40,6 +40,7 @@ let
           name = "nixos-system";
           system = config.nixpkgs.hostPlatform;
           builder = "/bin/sh";
+          path = config.environment.systemPackages;
           units = builtins.unsafeDiscardStringContext (builtins.toJSON (builtins.mapAttrs (_: unit: unit.serviceConfig or { }) config.systemd.services));
         };
     };

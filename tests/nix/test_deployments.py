@@ -1,0 +1,330 @@
+"""The walk of a change where containers are built from agents' flakes, by real nix and real git."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from hive_core.approvals import Approval, settle
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import OPERATOR, AgentName, CommitSha
+from hive_core.systems import system_of
+from tests.git.test_gate import Checkout
+from tests.hives import PATIENCE_S, Services, open_services
+from tests.needs import ROOT
+from tests.nix.house import House, mended, nothing, serving
+
+HM1ND, IRIS = AgentName("hm1nd"), AgentName("iris")
+MORE = """
+{ pkgs, ... }:
+{
+  hyperhive.settings = fromTOML (builtins.readFile ./agent.toml);
+  hyperhive.persona = "Read.";
+  %s
+}
+"""
+OPUS = MORE % 'hyperhive.effort = "high"; environment.systemPackages = [ pkgs.strace ];'
+
+
+@pytest.fixture
+def house(tmp_path: Path, hyperhive: Path, store: Path) -> House:
+    return House(tmp_path / "state", hyperhive, store)
+
+
+@pytest.fixture
+async def hive(house: House) -> AsyncIterator[Services]:
+    """hm1nd and iris, built."""
+    house.folder.mkdir()
+    async with house.open() as services, serving(services):
+        await mended(services, HM1ND)
+        assert (await spawn(services)).state == "done"
+        yield services
+
+
+async def spawn(services: Services, name: AgentName = IRIS) -> Approval:
+    number = (await services.gate.request_spawn(OPERATOR, name, "You read.", "a reader"))["approval"]
+    return await approve(services, number)
+
+
+async def approve(services: Services, number: int) -> Approval:
+    card = await services.approvals.get(number)
+    return await services.approvals.approve(number, card.digest, OPERATOR)
+
+
+async def ask(services: Services, sha: CommitSha, name: AgentName = IRIS) -> int:
+    return (await services.gate.request_apply_commit(HM1ND, name, sha, "a change"))["approval"]
+
+
+def checkout(services: Services, name: str = IRIS) -> Checkout:
+    return Checkout(services.repos.proposed_dir / name / "config")
+
+
+def lock(house: House) -> dict[str, str]:
+    """The commit of each agent that the meta flake has."""
+    nodes = json.loads((house.folder / "meta" / "flake.lock").read_text())["nodes"]
+    return {name.removeprefix("agent-"): node["locked"]["rev"] for name, node in nodes.items() if "agent-" in name}
+
+
+async def what_is(services: Services, house: House, name: AgentName = IRIS) -> dict[str, object]:
+    """Everything of an agent that a change may touch, which a change that failed has to leave."""
+    agent = await services.agents.get(name)
+    return {
+        "sha": agent.deployed_sha,
+        "settings": agent.settings,
+        "current": await house.systems.current(name),
+        "row": await system_of(services.store, name),
+        "meta": house.tree(),
+        "status": house.git("status", "--porcelain"),
+        "log": house.log(),
+    }
+
+
+# -- what goes well ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_new_agent_is_built_before_it_is_one_and_its_flake_is_in_its_first_commit(
+    house: House, hive: Services
+) -> None:
+    card = await hive.approvals.get(1)
+    assert sorted(card.payload["files"]) == ["CLAUDE.md", "agent.nix", "agent.toml", "flake.nix"]
+    iris = await hive.agents.get(IRIS)
+    assert iris.settings is not None
+    assert iris.settings["prompt"] == card.payload["files"]["CLAUDE.md"]
+    assert house.systems.done == [("build", HM1ND), ("switch", HM1ND), ("build", IRIS), ("switch", IRIS)]
+    assert house.log()[0] == "iris: deployed/0"
+    assert lock(house) == {"hm1nd": (await hive.agents.get(HM1ND)).deployed_sha, "iris": iris.deployed_sha}
+    assert hive.gate.hindrance(IRIS) is None
+    held = [path.name for path in checkout(hive).path.iterdir() if path.is_file()]
+    assert sorted(held) == sorted(card.payload["files"])
+
+
+async def test_what_agent_nix_says_is_shown_and_is_what_the_agent_runs_on(house: House, hive: Services) -> None:
+    before = await house.systems.current(IRIS)
+    sha = checkout(hive).commit(agent__nix=OPUS)
+    number = await ask(hive, sha)
+    diff = (await hive.approvals.get(number)).payload["diff"]
+    assert "+++ b/agent.nix" in diff
+    assert '+  hyperhive.persona = "Read.";' in diff
+    assert (await hive.agents.get(IRIS)).deployed_sha != sha
+    assert (await approve(hive, number)).state == "done"
+    iris = await hive.agents.get(IRIS)
+    assert iris.settings is not None
+    assert (iris.deployed_sha, iris.settings["effort"], iris.settings["prompt"]) == (sha, "high", "Read.")
+    assert await house.systems.current(IRIS) not in (before, None)
+    assert house.log()[0] == f"iris: deployed/{number}"
+    assert lock(house)["iris"] == sha
+    assert house.git("status", "--porcelain") == ""
+    row = await system_of(hive.store, IRIS)
+    assert row is not None
+    assert (row.sha, row.path) == (sha, await house.systems.current(IRIS))
+
+
+async def test_a_daemon_that_starts_again_builds_nothing_that_is_as_it_was_deployed(
+    house: House, hive: Services
+) -> None:
+    built = list(house.systems.done)
+    async with house.open() as again, serving(again):
+        assert again.gate.hindrance(IRIS) == "its container is being built"
+        await mended(again, HM1ND, IRIS)
+    assert house.systems.done == built
+
+
+async def test_another_release_of_hyperhive_reaches_every_container(
+    house: House, hive: Services, tmp_path: Path
+) -> None:
+    copied = tmp_path / "newer"
+    shutil.copytree(house.sources.hyperhive, copied)
+    newer = House(house.folder, copied, Path(str(house.nix._store)))
+    async with newer.open() as again, serving(again):
+        await again.store.row("SELECT 1")
+        with again.store.bus.listen("deployed") as listener:
+            while {(await system_of(again.store, name)).inputs for name in (HM1ND, IRIS)} != {newer.meta.inputs}:  # type: ignore[union-attr]
+                await listener.wait()
+    assert [step for step in newer.systems.done if step[0] == "build"] == [("build", HM1ND), ("build", IRIS)]
+    assert str(copied) in newer.tree()[str(house.folder / "meta/flake.nix")].decode()
+
+
+# -- a hive that changes what its agents run in -----------------------------------------------------------------------
+
+
+async def test_agents_of_a_hive_without_nix_go_on_as_nixos_containers_and_back(house: House) -> None:
+    house.folder.mkdir()
+    async with open_services(house.folder) as plain, serving(plain):
+        await plain.gate.ensure_manager("You manage.")
+        assert (await spawn(plain)).state == "done"
+        first = await plain.agents.get(IRIS)
+        with pytest.raises(Refusal, match="it changes agent"):
+            await ask(plain, checkout(plain).commit(agent__nix=OPUS))
+    async with house.open() as hive, serving(hive):
+        await mended(hive, HM1ND, IRIS)
+        same = await hive.agents.get(IRIS)
+        assert (same.deployed_sha, same.settings) == (first.deployed_sha, first.settings)
+        # What was refused a moment ago is fine now.
+        assert (await approve(hive, await ask(hive, checkout(hive).head()))).state == "done"
+        assert ((await hive.agents.get(IRIS)).settings or {})["effort"] == "high"
+    async with open_services(house.folder) as plain, serving(plain):
+        with plain.store.bus.listen("deployed") as listener:
+            while "effort" in ((await plain.agents.get(IRIS)).settings or {}):
+                await listener.wait()
+        assert await system_of(plain.store, IRIS) is None
+    async with house.open() as hive, serving(hive):
+        with hive.store.bus.listen("deployed") as listener:
+            while "effort" not in ((await hive.agents.get(IRIS)).settings or {}):
+                await listener.wait()
+
+
+# -- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+async def test_a_module_that_is_no_good_is_refused_before_there_is_a_card(house: House, hive: Services) -> None:
+    before, kinds = await what_is(hive, house), await hive.kinds()
+    for module, said in [
+        ("{ hyperhive.model = ; }", "syntax error"),
+        ('{ fileSystems."/host".device = "/"; }', 'it mounts "/host"'),
+        ("{ hyperhive.persona = builtins.readFile /etc/passwd; }", "it reads /etc/passwd of the host"),
+        (MORE % "environment.systemPackages = [ pkgs.nothing ];", "nothing"),
+        (
+            MORE % 'hyperhive.availableModels = [ "opus" ];',
+            "hyperhive.model is sonnet, and hyperhive.availableModels has opus",
+        ),
+    ]:
+        with pytest.raises(Refusal, match=r"^cannot use agent\.nix of iris: ") as caught:
+            await ask(hive, checkout(hive).commit(agent__nix=module))
+        assert said in caught.value.message
+    assert await hive.approvals.pending() == []
+    assert await what_is(hive, house) == before
+    assert await hive.kinds() == kinds
+
+
+async def test_without_its_agent_toml_a_module_could_not_be_run_elsewhere_and_is_refused(hive: Services) -> None:
+    (checkout(hive).path / "agent.toml").unlink()
+    with pytest.raises(Refusal, match=r"agent\.toml is missing"):
+        await ask(hive, checkout(hive).commit(agent__nix=OPUS))
+
+
+@pytest.mark.parametrize("step", ["build", "built", "switch", "switched"])
+async def test_what_fails_leaves_everything_as_it_was_and_the_next_change_goes_through(
+    house: House, hive: Services, step: str
+) -> None:
+    before = await what_is(hive, house)
+    number = await ask(hive, checkout(hive).commit(agent__nix=OPUS))
+
+    def fail(now: str) -> None:
+        if now == step:
+            house.systems.at = nothing
+            raise Refusal("failed", f"cannot do it at {now}: the last lines")
+
+    house.systems.at = fail
+    failed = await approve(hive, number)
+    assert (failed.state, failed.note) == ("failed", f"cannot do it at {step}: the last lines")
+    after = await what_is(hive, house)
+    assert {**after, "meta": None} == {**before, "meta": None}
+    assert await house.systems.current(HM1ND)
+    assert (await approve(hive, await ask(hive, checkout(hive).commit(agent__toml="")))).state == "done"
+
+
+async def test_a_repository_whose_main_cannot_move_gives_the_former_system_back(house: House, hive: Services) -> None:
+    before = await what_is(hive, house)
+    number = await ask(hive, checkout(hive).commit(agent__nix=OPUS))
+    held = house.folder / "applied/iris.git/refs/heads/main.lock"
+    held.touch()
+    failed = await approve(hive, number)
+    assert failed.state == "failed"
+    assert "cannot use the repository of iris" in (failed.note or "")
+    held.unlink()
+    assert ("switch", IRIS) in house.systems.done[4:]
+    assert {**await what_is(hive, house), "meta": None} == {**before, "meta": None}
+
+
+async def test_a_log_that_cannot_be_written_keeps_no_agent_from_what_was_approved(house: House, hive: Services) -> None:
+    number = await ask(hive, checkout(hive).commit(agent__nix=OPUS))
+    held = house.folder / "meta/.git/refs/heads/main.lock"
+    house.systems.at = lambda step: held.touch() if step == "switched" else None
+    assert (await approve(hive, number)).state == "done"
+    assert ((await hive.agents.get(IRIS)).settings or {})["effort"] == "high"
+    assert house.log()[0] == "iris: deployed/0"
+    house.systems.at = nothing
+    assert (await approve(hive, await ask(hive, checkout(hive).commit(agent__toml="")))).state == "done"
+    assert lock(house)["iris"] == (await hive.agents.get(IRIS)).deployed_sha
+    assert house.log()[0] == "iris: deployed/3"
+
+
+async def test_an_agent_whose_container_cannot_be_built_waits_and_says_why(house: House) -> None:
+    house.folder.mkdir()
+
+    def fail(step: str) -> None:
+        raise Refusal("failed", "cannot build hm1nd: the last lines")
+
+    house.systems.at = fail
+    async with house.open() as hive, serving(hive):
+        with hive.store.bus.listen("wanted") as listener:
+            while (why := hive.gate.hindrance(HM1ND)) == "its container is being built":
+                await listener.wait()
+        assert why is not None
+        assert why.startswith("its container cannot be built: cannot build hm1nd: the last lines; ")
+    house.systems.at = nothing
+    async with house.open() as hive, serving(hive):
+        await mended(hive, HM1ND)
+
+
+# -- a daemon that dies -----------------------------------------------------------------------------------------------
+
+STEPS = ["build", "built", "switch", "switched", "moved", "committed"]
+
+
+async def die_at(house: House, step: str) -> dict[str, object]:
+    """A change of iris is approved, and the daemon is killed right after a step; what was there before."""
+    async with house.open() as hive, serving(hive):
+        await mended(hive, HM1ND)
+        await spawn(hive)
+        before = await what_is(hive, house)
+        number = await ask(hive, checkout(hive).commit(agent__nix=OPUS))
+    async with house.open() as hive:
+        card = await hive.approvals.get(number)
+        await hive.store.write(lambda tx: settle(tx, card, "approved", None, OPERATOR))
+    told = [str(house.folder), str(house.sources.hyperhive), str(house.nix._store), step]
+    command = [sys.executable, "-m", "tests.nix.house", *told]
+    with trio.fail_after(PATIENCE_S):
+        died = await trio.run_process(command, cwd=ROOT, capture_stderr=True, check=False)
+    assert died.returncode == -9, died.stderr.decode()
+    return before
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_daemon_that_is_killed_after_any_step_is_followed_by_one_that_finishes(house: House, step: str) -> None:
+    house.folder.mkdir()
+    await die_at(house, step)
+    async with house.open() as hive, serving(hive):
+        done = await approve(hive, 2)
+        assert done.state == "done"
+        iris = await hive.agents.get(IRIS)
+        assert iris.deployed_sha == checkout(hive).head() == lock(house)["iris"]
+        row = await system_of(hive.store, IRIS)
+        assert row is not None
+        assert row.path == await house.systems.current(IRIS)
+    assert house.git("status", "--porcelain") == ""
+    assert house.log()[0] == "iris: deployed/2"
+
+
+@pytest.mark.parametrize("step", ["build", "switched"])
+async def test_what_cannot_be_finished_after_a_death_is_put_back(house: House, step: str) -> None:
+    house.folder.mkdir()
+    before = await die_at(house, step)
+
+    def fail_once(step: str) -> None:
+        house.systems.at = nothing
+        raise Refusal("failed", "cannot build iris: the disk is full")
+
+    async with house.open() as hive, serving(hive):
+        house.systems.at = fail_once
+        failed = await approve(hive, 2)
+        assert (failed.state, failed.note) == ("failed", "cannot build iris: the disk is full")
+        await mended(hive, IRIS)
+        after = await what_is(hive, house)
+    assert (after["current"], after["sha"], after["status"]) == (before["current"], before["sha"], "")
