@@ -66,11 +66,12 @@ class ScriptedDriver:
         self.left: dict[AgentName, Container] = {}  # by an earlier daemon
         self.missed: dict[AgentName, Exit] = {}
         self.shape = "one"
+        self.shapes: dict[str, str] = {}  # of agents that have another
         self.broken = ""  # why none can be started
         self.mortal = True
 
     async def generation(self, name: AgentName) -> str:
-        return self.shape
+        return self.shapes.get(name, self.shape)
 
     async def start(self, name: AgentName, dirs: AgentDirs) -> Container:
         await trio.lowlevel.checkpoint()

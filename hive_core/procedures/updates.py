@@ -22,7 +22,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted, quoted
 from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName, parse_body
 from hive_core.revision import revision
-from hive_core.store.bus import EVENTS, WANTED
+from hive_core.store.bus import DEPLOYED, EVENTS, WANTED
 from hive_core.store.writer import Transaction
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class Updates:
             await one.looked.wait()
         try:
             async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(self._follow_deployments)
                 with self._tools.store.bus.listen(LIVE, WANTED) as listener:
                     while True:
                         for name in self.outdated:
@@ -92,6 +93,15 @@ class Updates:
         for name, generation in (await self._tools.states.failed_updates()).items():
             if generation == await self._tools.generation(name):
                 self._failed[name] = generation
+
+    async def _follow_deployments(self) -> None:
+        """A commit may bring its agent another container, for which the one that runs is outdated."""
+        with self._tools.store.bus.listen(DEPLOYED) as listener:
+            while True:
+                await listener.wait()
+                for one in list(self._supervised.values()):
+                    await one.look_again()
+                self._tools.store.bus.publish([LIVE])
 
     # -- in turn ------------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from hive_core.agents import set_deployed
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.revision import revision, revision_of
+from tests.hives import SETTINGS
 from tests.scripted_driver import House, open_house
 
 NAMES = ("agent0", "agent1", "agent2", "agent3")
@@ -269,6 +271,22 @@ async def test_who_outlived_a_daemon_that_wrote_no_generation_down_is_not_replac
             await adopted(house)
             await trio.sleep(100)
             assert asked(house) == set()
+
+
+async def test_an_agent_that_is_deployed_as_another_container_is_replaced_at_its_turns_edge(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_house() as house:
+        await house.add_agents("hm1nd", "iris")
+        house.let_crash()
+        async with house.daemon():
+            await house.until(lambda: len(house.driver.begun) == 2)
+            house.driver.shapes["iris"] = "with more programs"
+            await house.store.write(lambda tx: set_deployed(tx, "iris", "1" * 40, SETTINGS))
+            await trio.sleep(1)
+            assert asked(house) == {"iris"}
+            await stop(house, "iris")
+            assert house.reconciler.updates.outdated == []
 
 
 def test_the_revision_is_another_when_what_an_agent_runs_is_and_the_same_in_another_place(tmp_path: Path) -> None:
