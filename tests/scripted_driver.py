@@ -68,12 +68,21 @@ class ScriptedDriver:
         self.shape = "one"
         self.shapes: dict[str, str] = {}  # of agents that have another
         self.broken = ""  # why none can be started
+        self.failing: dict[tuple[str, str], Exception] = {}  # (agent, what is asked of the driver) → what it raises
+        self.stuck: set[str] = set()  # whose start does not come back
         self.mortal = True
+
+    def _may(self, name: AgentName, what: str) -> None:
+        if (trouble := self.failing.get((name, what))) is not None:
+            raise trouble
 
     async def generation(self, name: AgentName) -> str:
         return self.shapes.get(name, self.shape)
 
     async def start(self, name: AgentName, dirs: AgentDirs) -> Container:
+        self._may(name, "start")
+        if name in self.stuck:
+            await trio.sleep_forever()
         await trio.lowlevel.checkpoint()
         if self.broken:
             raise OSError(self.broken)
@@ -83,18 +92,21 @@ class ScriptedDriver:
         return container
 
     async def find(self, name: AgentName, dirs: AgentDirs) -> Container | None:
+        self._may(name, "find")
         return self.left.pop(name, None)
 
     async def missed_exit(self, name: AgentName) -> Exit | None:
+        self._may(name, "missed_exit")
         return self.missed.pop(name, None)
 
     async def forget(self, name: AgentName) -> None:
-        pass
+        self._may(name, "forget")
 
     async def destroy(self, name: AgentName) -> None:
-        pass
+        self._may(name, "destroy")
 
     async def last_words(self, name: AgentName, limit: int = 600) -> str:
+        self._may(name, "last_words")
         return f"{name} fell over"
 
 

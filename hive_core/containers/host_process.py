@@ -117,11 +117,13 @@ class HostProcessDriver:
     async def start(self, name: AgentName, dirs: AgentDirs) -> RunningProcess:
         """Start the agent's harness. Raises OSError when the program cannot be run, or the agent runs already."""
         self._files.mkdir(mode=0o700, parents=True, exist_ok=True)
-        dirs.make()
+        # A directory of the agent's may be on a disk that hangs: that holds up nobody else.
+        await trio.to_thread.run_sync(dirs.make)
+        told = await trio.to_thread.run_sync(self._told, dirs)
         status = self._file(name, "status")
         with status.open("ab", buffering=0) as status_file:
             claim(status_file)
-            self._file(name, "run").write_text(json.dumps(self._told(dirs)))
+            self._file(name, "run").write_text(json.dumps(told))
             process, keeper = await trio.to_thread.run_sync(self._start, name, dirs, status_file.fileno())
         running = RunningProcess(process.pid, process, status, self._ways(name), keeper)
         try:
@@ -224,8 +226,10 @@ class HostProcessDriver:
         identity = self._file(name, "json")
         if not identity.exists():
             return None
+        boot = self._remembered_boot(name)
         await self._end_seen(name)
-        return Exit(status_value(self._file(name, "status"), "exit-code"))
+        code = status_value(self._file(name, "status"), "exit-code")
+        return Exit(code, with_machine=code is None and boot not in (None, boot_id()))
 
     async def forget(self, name: AgentName) -> None:
         """The end of the agent was seen and told."""
@@ -301,6 +305,12 @@ class HostProcessDriver:
         if started is None or (started, boot_id()) != (identity.get("started"), identity.get("boot")):
             return None
         return pid
+
+    def _remembered_boot(self, name: AgentName) -> str | None:
+        """The boot of the kernel under which the agent was started; None where nobody wrote it down."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return str(json.loads(self._file(name, "json").read_text())["boot"])
+        return None
 
     def _command(self, name: AgentName, dirs: AgentDirs) -> list[str]:
         """The harness and its arguments, as it is to be run in the container."""

@@ -24,6 +24,7 @@ _LOG_PATIENCE_S = 1.0  # what an agent left behind may print on: its exit is tol
 @dataclass(frozen=True, slots=True)
 class Exit:
     code: int | None  # None: it was ended from outside and left no code
+    with_machine: bool = False  # the machine went down with it
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,8 @@ class Destruction:
 
     def trouble(self, tombstone: Tombstone) -> str:
         """Why what is under way with it does not come to its end, or an empty text."""
-        return self._trouble.get(tombstone.label, "")
+        lingers = self._reconciler.lingers(tombstone.name) if tombstone.state == "destroying" else ""
+        return self._trouble.get(tombstone.label) or lingers
 
     async def destroy(self, name: AgentName, *, at_once: bool) -> Tombstone | None:
         """Destroy an agent at its turn's edge, or `at_once`. Its tombstone as far as that came in some seconds."""

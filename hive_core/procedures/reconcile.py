@@ -16,7 +16,7 @@ from hive_core.containers.driver import Driver
 from hive_core.containers.mounts import AgentDirs
 from hive_core.limits import Limits
 from hive_core.procedures.starts import Starts
-from hive_core.procedures.supervise import Desk, Supervisor, Tools
+from hive_core.procedures.supervise import KILL_PATIENCE_S, Desk, Supervisor, Tools
 from hive_core.procedures.updates import Updates
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, AgentName
@@ -25,7 +25,6 @@ from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
 log = logging.getLogger(__name__)
-KILL_PATIENCE_S = 10.0
 UNSERVED_REST_S = 30.0  # before the sockets of an agent that could not be opened are tried again
 
 
@@ -117,10 +116,10 @@ class Reconciler:
         if (supervised := self._supervised.get(name)) is None:
             await self._end_unserved(name, {})
         else:
-            if (running := await supervised.now_running()) is not None:
+            if await supervised.now_running() is not None:
                 supervised.desk.ask_to_stop()
                 if at_once:
-                    running.kill()
+                    supervised.kill()
                 await supervised.ended.wait()
             supervised.let_go()
             await supervised.gone.wait()
@@ -151,22 +150,32 @@ class Reconciler:
 
     def hasten(self, name: AgentName) -> None:
         """End what is only asked to end."""
-        if (supervised := self._supervised.get(name)) is not None and supervised.running is not None:
-            supervised.running.kill()
+        if (supervised := self._supervised.get(name)) is not None:
+            supervised.kill()
+
+    def lingers(self, name: AgentName) -> str:
+        """That an agent was killed some time ago and has not gone; else an empty text."""
+        supervised = self._supervised.get(name)
+        return "" if supervised is None else supervised.lingers()
 
     async def kill(self, name: AgentName, actor: AgentName) -> None:
         """End an agent now and keep it down. Raises Refusal for the manager itself and for unknown names."""
         if name == MANAGER and actor == MANAGER:
             raise Refusal("refused", f"cannot kill {name}: the manager does not end itself; ask the operator")
         await self._agents.want(name, "down", actor)
-        supervised = self._supervised.get(name)
-        if supervised is not None and (running := await supervised.now_running()) is not None:
-            running.kill()
-            with trio.move_on_after(KILL_PATIENCE_S) as patience:
+        if (supervised := self._supervised.get(name)) is None or await self._end_now(supervised):
+            return
+        why = supervised.lingers() or "its start has not come back; its disk may hang"
+        raise Refusal("unavailable", f"cannot end {name} at once: {why}. It is kept down, and ends with that")
+
+    async def _end_now(self, supervised: Supervisor) -> bool:
+        """Kill what runs of an agent; whether that has gone, which is not waited for for long."""
+        with trio.move_on_after(KILL_PATIENCE_S):
+            if await supervised.now_running() is not None:
+                supervised.kill()
                 await supervised.ended.wait()
-            if patience.cancelled_caught:
-                why = f"process {running.pid} was killed and has not gone yet; its disk may hang"
-                raise Refusal("unavailable", f"cannot end {name} at once: {why}. It is kept down, and ends with that")
+            return True
+        return False
 
     def running(self) -> list[AgentName]:
         """The agents whose container runs now."""
@@ -184,25 +193,37 @@ class Reconciler:
                 nursery.start_soon(self._drain_one, supervised, patience_s, ends)
         for agent in await self._agents.all():
             if agent.name not in self._supervised:
-                await self._end_unserved(agent.name, ends)
+                try:
+                    await self._end_unserved(agent.name, ends)
+                except (Refusal, OSError) as exc:
+                    log.error("%s", exc, extra={"agent": agent.name})
+                    ends[agent.name] = "not ended"
         return ends
 
     async def _end_unserved(self, name: AgentName, ends: dict[str, str]) -> None:
-        """End what an earlier daemon left of an agent whose sockets this one could not open."""
+        """End what an earlier daemon left of an agent whose sockets this one could not open. Raises Refusal."""
         if running := await self._driver.find(name, self._dirs(name)):
             running.kill()
-            await running.wait()
+            with trio.move_on_after(KILL_PATIENCE_S) as patience:
+                await running.wait()
+            if patience.cancelled_caught:
+                why = f"process {running.pid} was killed and has not gone yet; its disk may hang"
+                raise Refusal("unavailable", f"cannot end {name}: {why}")
             await self._driver.forget(name)
             ends[name] = "killed"
 
     async def _drain_one(self, supervised: Supervisor, patience_s: float, ends: dict[str, str]) -> None:
-        if await supervised.now_running() is None:
+        with trio.move_on_after(KILL_PATIENCE_S) as looking:
+            if await supervised.now_running() is None:
+                return
+        if looking.cancelled_caught:  # its start hangs
+            ends[supervised.name] = "not ended"
             return
         self._agents.observe(supervised.name, "stopping", "finishes its turn")
         supervised.desk.ask_to_stop()
-        with trio.move_on_after(patience_s) as scope:
+        with trio.move_on_after(patience_s) as patience:
             await supervised.ended.wait()
-        if scope.cancelled_caught and supervised.running is not None:
-            supervised.running.kill()
-            await supervised.ended.wait()
-        ends[supervised.name] = "killed" if scope.cancelled_caught else "finished"
+        if not patience.cancelled_caught:
+            ends[supervised.name] = "finished"
+        else:
+            ends[supervised.name] = "killed" if await self._end_now(supervised) else "not ended"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -19,13 +20,19 @@ from hive_core.containers.scopes import unit_of
 from hive_core.limits import Limits
 from hive_core.post import put_message
 from hive_core.procedures.starts import Starts
+from hive_core.protocol.paths import explain
+from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import quoted
 from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName, parse_body
 from hive_core.revision import revision
 from hive_core.store.door import Store
+from hive_core.store.schema import StoreBusy
 from hive_core.store.writer import Transaction
 
 log = logging.getLogger(__name__)
+KILL_PATIENCE_S = 10.0
+TROUBLE_REST_S = 30.0  # before it is tried again
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Desk(Protocol):
@@ -89,6 +96,7 @@ class Supervisor:
         self.ended = trio.Event()
         self.let_go: Callable[[], None] = lambda: None  # ends its sockets and this, and no container
         self.gone = trio.Event()  # that has been done
+        self.killed_s: float | None = None  # since when it ought to have ended, by trio's clock
         self.starts = 0  # how often this daemon has started it, or tried to
         self.outdated = False  # what runs is of another generation than it would be started with now
         self._tools = tools
@@ -108,17 +116,47 @@ class Supervisor:
         await self.looked.wait()
         while True:
             async with self._beginning:
-                if (running := self.running) is None:
+                if self.running is None:
                     yield
                     return
                 self.desk.ask_to_stop()
                 if at_once:
-                    running.kill()
+                    self.kill()
                 ended = self.ended
             await ended.wait()
 
+    def kill(self) -> None:
+        """End what runs of it, at once."""
+        if self.running is not None:
+            self.killed_s = trio.current_time() if self.killed_s is None else self.killed_s
+            self.running.kill()
+
+    def lingers(self) -> str:
+        """That it was killed some time ago and has not gone; else an empty text."""
+        if self.running is None or self.killed_s is None or trio.current_time() - self.killed_s < KILL_PATIENCE_S:
+            return ""
+        return f"process {self.running.pid} was killed and has not gone yet; its disk may hang"
+
     async def serve(self) -> None:
-        """Keep what is wanted true, until cancelled, which ends nothing."""
+        """Keep what is wanted true, until cancelled, which ends nothing.
+
+        What cannot be done with it is its own trouble, and is tried again after a while.
+        """
+        while True:
+            try:
+                await self._serve()
+            except* (Refusal, OSError) as group:
+                trouble = _said(group)
+                log.error("cannot run %s: %s", self.name, trouble, extra={"agent": self.name})
+            # What runs all the same is found again.
+            self.running, self.changed = None, trio.Event()
+            self.ended.set()
+            self.looked.set()
+            self._observe("crashed", trouble)
+            with trio.move_on_after(TROUBLE_REST_S):
+                await self._wait_changed()
+
+    async def _serve(self) -> None:
         await self._adopt()
         while True:
             agent = await self._agent()
@@ -151,7 +189,7 @@ class Supervisor:
         self.changed = trio.Event()
 
     def _begin(self, running: Running) -> None:
-        self.running, self.ended = running, trio.Event()
+        self.running, self.ended, self.killed_s = running, trio.Event(), None
 
     async def _adopt(self) -> None:
         """Go on with an agent that outlived the daemon before, or tell how it ended meanwhile."""
@@ -173,8 +211,9 @@ class Supervisor:
             return
         self.looked.set()
         if missed := await driver.missed_exit(self.name):
-            when = "while the daemon was away"
-            await self._note_end(missed, "" if missed.code == 0 else f"{_how(missed)} {when}", when=when)
+            when = "with the machine" if missed.with_machine else "while the daemon was away"
+            expected = missed.code == 0 or missed.with_machine
+            await self._note_end(missed, "" if expected else f"{_how(missed)} {when}", when=when)
 
     async def look_again(self) -> None:
         """Know whether what runs is as it would be started now."""
@@ -201,27 +240,48 @@ class Supervisor:
 
     async def _run(self) -> None:
         try:
-            async with self._beginning:
-                if self._unwanted(await self._agent()):
-                    return
-                self.starts, self.outdated = self.starts + 1, False
-                self._observe("starting")
-                self.desk.expect()
-                generation = await self._tools.generation(self.name)
-                if await self._tools.states.generation(self.name) not in (None, generation):
-                    await self._tools.before_switch(self.name)
-                await self._tools.states.note_start(self.name, generation)
-                try:
-                    running = await self._tools.driver.start(self.name, self._dirs)
-                except OSError as exc:
-                    log.error("cannot start %s: %s", self.name, exc, extra={"agent": self.name})
-                    await self._note_end(None, f"could not be started: {exc}")
-                    return
-                self._begin(running)
-            await self._tools.store.insist(lambda tx: tx.emit("agent_started", SYSTEM, self.name, pid=running.pid))
-            await self._watch(running)
+            async with trio.open_nursery() as nursery:
+                if (running := await self._start(nursery)) is not None:
+                    pid = running.pid
+                    await self._tools.store.insist(lambda tx: tx.emit("agent_started", SYSTEM, self.name, pid=pid))
+                    await self._watch(running)
+                nursery.cancel_scope.cancel()
         finally:
             self._tools.starts.give_back(self.name)
+
+    async def _let_others_start(self) -> None:
+        """Give the place back: when it has said hello, or that takes too long."""
+        limit_s = self._tools.limits.start_s
+        with trio.move_on_after(limit_s) as patience:
+            await self.desk.said_hello.wait()
+        if patience.cancelled_caught and self.running is None:
+            self._observe("starting", f"its start has not come back for {limit_s:.0f} s; its disk may hang")
+        self._tools.starts.give_back(self.name)
+
+    async def _start(self, nursery: trio.Nursery) -> Running | None:
+        """What runs now; None when it could not be started, which is told, or is not wanted any more."""
+        async with self._beginning:
+            if self._unwanted(await self._agent()):
+                return None
+            self.starts, self.outdated = self.starts + 1, False
+            self._observe("starting")
+            self.desk.expect()
+            nursery.start_soon(self._let_others_start)
+            generation = await self._tools.generation(self.name)
+            if await self._tools.states.generation(self.name) not in (None, generation):
+                await self._tools.before_switch(self.name)
+            await self._tools.states.note_start(self.name, generation)
+            try:
+                running = await self._tools.driver.start(self.name, self._dirs)
+            except (Refusal, OSError) as exc:
+                if isinstance(exc, StoreBusy) or getattr(exc, "errno", None) in _FULL:
+                    raise  # a full disk is no fault of the agent's
+                trouble = _said(exc)
+                log.error("cannot start %s: %s", self.name, trouble, extra={"agent": self.name})
+                await self._note_end(None, f"could not be started: {trouble}")
+                return None
+            self._begin(running)
+            return running
 
     async def _watch(self, running: Running, adopted: bool = False) -> None:
         hung = ""
@@ -231,14 +291,8 @@ class Supervisor:
             hung = await self.desk.hung()
             running.kill()
 
-        async def let_others_start() -> None:
-            with trio.move_on_after(self._tools.limits.start_s):
-                await self.desk.said_hello.wait()
-            self._tools.starts.give_back(self.name)
-
         async with trio.open_nursery() as nursery:
             nursery.start_soon(end_hung)
-            nursery.start_soon(let_others_start)
             exit_ = await running.wait()
             nursery.cancel_scope.cancel()
         await self._note_end(exit_, self._crash(exit_, adopted, hung), hung=hung)
@@ -290,6 +344,13 @@ class Supervisor:
         for who in told:
             if who != self.name:
                 put_message(tx, SYSTEM, who, parse_body(text))
+
+
+def _said(trouble: BaseException) -> str:
+    """Why something cannot be done with an agent: cause and way out."""
+    while isinstance(trouble, BaseExceptionGroup):
+        trouble = trouble.exceptions[0]
+    return explain(trouble) if isinstance(trouble, OSError) else str(trouble)
 
 
 def _how(exit_: Exit) -> str:

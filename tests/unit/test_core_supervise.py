@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import json
 
 import pytest
 import trio
@@ -12,6 +14,7 @@ from hive_core.containers.running import Exit
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.stopped import stopped
+from hive_core.store.schema import StoreBusy
 from tests.scripted_driver import Container, House, open_house
 
 IRIS = AgentName("iris")
@@ -234,6 +237,108 @@ async def test_a_container_of_another_shape_is_replaced_at_its_turns_edge_and_on
             await trio.sleep(100)
             assert house.live("iris").state == "idle"
         assert await house.mail(MANAGER) == []
+
+
+# -- what goes wrong with one agent, and with no other -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["find", "missed_exit", "forget", "last_words", "start"])
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/x/iris.json"), "/x/iris.json: a directory stands where a"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/iris.run"), "/x/iris.run: no space is left; make room"),
+        (Refusal("refused", "cannot allocate uids for iris: all 3 are"), "cannot allocate uids for iris: all 3 are"),
+        (StoreBusy("cannot write: the disk is full"), "cannot write: the disk is full"),
+    ],
+    ids=["directory", "full", "uids", "busy"],
+)
+async def test_what_the_driver_cannot_do_for_one_agent_is_that_agents_trouble_and_is_tried_again(
+    autojump_clock: MockClock, what: str, trouble: Exception, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_house() as house:
+        await house.add_agents("hm1nd", "iris", "rowan")
+        house.let_crash()
+        house.driver.failing["iris", what] = trouble
+        async with house.daemon():
+            await trio.sleep(5)
+            if what in ("forget", "last_words"):
+                house.last_of("iris").end(1)
+            await trio.sleep(5)
+            seen = house.live("iris")
+            assert seen.state == "crashed"
+            assert said in seen.detail
+            assert {house.live(name).state for name in ("hm1nd", "rowan")} == {"idle"}
+            house.driver.failing.clear()
+            await trio.sleep(100)
+            assert house.live("iris").state == "idle"
+            assert len(house.starts_of("rowan")) == 1
+    assert "iris" in caplog.text
+    caplog.clear()
+
+
+async def test_a_disk_that_is_full_while_agents_start_quarantines_none(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_house(crash_loop=2) as house:
+        await house.add_agents("hm1nd", "iris")
+        house.let_crash()
+        house.driver.failing["iris", "start"] = OSError(errno.ENOSPC, "No space left on device", "/x/iris.run")
+        async with house.daemon():
+            await trio.sleep(3600)
+            house.driver.failing.clear()
+            await trio.sleep(60)
+            assert house.live("iris").state == "idle"
+        assert await house.mail(MANAGER) == []
+    caplog.clear()
+
+
+async def test_a_drain_and_a_destruction_do_not_wait_for_ever_for_a_container_that_does_not_end(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_house() as house:
+        await house.add_agents("hm1nd", "iris")
+        house.driver.mortal = False
+        house.let_crash()
+        async with house.daemon():
+            await house.until(lambda: len(house.driver.begun) == 2)
+            await house.agents.want(IRIS, "down", OPERATOR)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(house.reconciler.leave, IRIS, True)
+                await trio.sleep(60)
+                assert house.reconciler.lingers(IRIS) == (
+                    "process 2 was killed and has not gone yet; its disk may hang"
+                )
+                ends = await house.reconciler.drain(5.0)
+                assert ends == {"hm1nd": "not ended", "iris": "not ended"}
+                for _, container in house.driver.begun:
+                    container.end(137)
+
+
+async def test_an_agent_whose_start_hangs_holds_up_no_other_and_is_not_waited_for(autojump_clock: MockClock) -> None:
+    async with open_house(starts_at_once=1, start_s=20.0) as house:
+        await house.add_agents("hm1nd", "iris", "rowan")
+        house.let_crash()
+        house.driver.stuck.add("iris")
+        async with house.daemon():
+            await trio.sleep(100)
+            assert {house.live(name).state for name in ("hm1nd", "rowan")} == {"idle"}
+            assert house.live("iris").detail == "its start has not come back for 20 s; its disk may hang"
+            with pytest.raises(Refusal, match="cannot end iris at once: its start has not come back; its disk may"):
+                await house.reconciler.kill(IRIS, OPERATOR)
+            assert (await house.reconciler.drain(1.0))["iris"] == "not ended"
+
+
+async def test_agents_that_went_down_with_the_machine_have_not_crashed(autojump_clock: MockClock) -> None:
+    async with open_house() as house:
+        await house.add_agents("hm1nd", "iris")
+        house.let_crash()
+        house.driver.missed = {MANAGER: Exit(None, with_machine=True), IRIS: Exit(None, with_machine=True)}
+        async with house.daemon():
+            await house.until(lambda: house.live("iris").state == "idle")
+        assert await house.mail(MANAGER) == []
+        (row,) = await house.store.rows("SELECT data FROM events WHERE kind = 'agent_ended' AND agent = 'iris'")
+        assert json.loads(row["data"])["when"] == "with the machine"
 
 
 # -- mass starts ------------------------------------------------------------------------------------------------------
