@@ -45,7 +45,7 @@ def make_parser(program: str = "hive-agent") -> argparse.ArgumentParser:
     parser.add_argument("--claude-dir", metavar="DIR", help="its sessions and settings (default: ~/.claude)")
     parser.add_argument(
         "--sandbox",
-        choices=["bwrap", "nspawn", "nspawn-host-uids", "none"],
+        choices=["bwrap", "nspawn", "nspawn-host-uids", "nixos-container", "none"],
         default="none",
         help="what is around this process: only inside a sandbox the program acts without asking",
     )

@@ -6,10 +6,7 @@
 }:
 let
   inherit (pkgs.stdenv.hostPlatform) system;
-  environment = import ./environment.nix { inherit pkgs; } {
-    pname = "hyperhive-development";
-    set = "dev";
-  };
+  environment = import ./development.nix { inherit pkgs; };
   check =
     name: needs: script:
     pkgs.runCommand "hyperhive-${name}" { nativeBuildInputs = needs; } ''
@@ -39,15 +36,16 @@ let
     inherit (nixpkgs) lib;
     inherit pkgs self;
   };
+  written = pkgs.writeText "options.json" (builtins.toJSON options);
 in
 {
   python-format = check "python-format" [ ] "ruff check . && ruff format --check .";
   python-types = check "python-types" [ ] "mypy";
-  nix-format = check "nix-format" [ pkgs.nixfmt ] "nixfmt --check flake.nix nix";
+  nix-format = check "nix-format" [
+    pkgs.nixfmt
+  ] "find flake.nix nix -name '*.nix' -exec nixfmt --check {} +";
   toml-format = check "toml-format" [ pkgs.taplo ] "taplo fmt --check";
-  option-docs = check "option-docs" [ ] "python -m tests.nix_pages --check ${
-    pkgs.writeText "options.json" (builtins.toJSON options)
-  }";
+  option-docs = check "option-docs" [ ] "python -m tests.nix_pages --check ${written}";
   # Evaluated whole and built as far as the daemon's own parser of its settings.
   modules = pkgs.writeText "hyperhive-modules" (
     builtins.toJSON {
@@ -56,5 +54,10 @@ in
       agent = agent.config.hyperhive.settings;
     }
   );
-  fast-tests = check "fast-tests" [ pkgs.git ] "python -m pytest tests/lint && python -m pytest -n 2 tests/unit";
+  # The tests ask git what belongs to the checkout.
+  fast-tests = check "fast-tests" [ pkgs.git ] ''
+    git init --quiet
+    python -m pytest tests/lint
+    python -m pytest -n 2 tests/unit
+  '';
 }

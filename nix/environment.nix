@@ -37,6 +37,8 @@ let
       format = "wheel";
     };
 
+  versionFile = builtins.readFile ../hive_core/version.py;
+
   # Only what is named is read, so that a change of the documents builds nothing anew.
   root = ../.;
   tree = builtins.path {
@@ -48,10 +50,12 @@ let
         relative = lib.removePrefix (toString root + "/") path;
       in
       lib.any (
-        name:
-        relative == name || lib.hasPrefix (name + "/") relative || lib.hasPrefix (relative + "/") name
+        name: relative == name || lib.hasPrefix (name + "/") relative || lib.hasPrefix (relative + "/") name
       ) sources;
   };
+
+  # Nobody can write beside them later, so they would be compiled at each start.
+  compiled = map (source: "${site}/${source}") sources;
 
   script =
     name: target:
@@ -65,7 +69,7 @@ let
 in
 pkgs.stdenv.mkDerivation {
   inherit pname;
-  version = lib.head (builtins.match ".*__version__ = \"([0-9.a-z]+)\".*" (builtins.readFile ../hive_core/version.py));
+  version = lib.head (builtins.match ".*__version__ = \"([0-9.a-z]+)\".*" versionFile);
   dontUnpack = true;
   nativeBuildInputs = [
     python.pkgs.pip
@@ -83,13 +87,14 @@ pkgs.stdenv.mkDerivation {
   + lib.optionalString (sources != [ ]) ''
     cp -r ${tree}/. ${site}/
     chmod -R u+w ${site}
+    $out/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash ${toString compiled}
   ''
   + lib.concatStrings (lib.mapAttrsToList script scripts);
   meta = {
     inherit mainProgram;
-    platforms = lib.attrNames {
-      x86_64-linux = { };
-      aarch64-linux = { };
-    };
+    platforms = [
+      "x86_64-linux"
+      "aarch64-linux"
+    ];
   };
 }

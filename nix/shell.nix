@@ -1,10 +1,7 @@
 # `nix develop -c make lint test`: all that .ci/run would install, but for Claude Code and a browser.
 { pkgs }:
 let
-  environment = import ./environment.nix { inherit pkgs; } {
-    pname = "hyperhive-development";
-    set = "dev";
-  };
+  environment = import ./development.nix { inherit pkgs; };
 in
 {
   default = pkgs.mkShell {

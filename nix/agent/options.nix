@@ -13,6 +13,16 @@ let
     type: default: description:
     mkOption { inherit type default description; };
   optional = type: setting (types.nullOr type) null;
+  mcpServer = types.submodule {
+    options = {
+      command = mkOption {
+        type = types.str;
+        description = "The program that serves the tools, started inside the container.";
+      };
+      args = setting (types.listOf types.str) [ ] "Its arguments.";
+      env = setting variables { } "Its environment.";
+    };
+  };
 in
 {
   options.hyperhive = {
@@ -71,28 +81,35 @@ in
         "warm"
         "cold"
       ]) "warm" "`warm`: one process of the program takes many turns; `cold`: each has its own.";
-      warm_idle_s = setting (types.ints.between 1 86400) 300 "Seconds that a warm process is kept without a turn.";
+      warm_idle_s =
+        setting (types.ints.between 1 86400) 300
+          "Seconds that a warm process is kept without a turn.";
       warm_turns = setting (types.ints.between 1 100000) 50 "Turns that a warm process takes.";
-      warm_memory_mib = setting (types.ints.between 64 1048576) 1024 "MiB of memory above which it takes no more.";
-      background_s = setting (types.ints.between 1 604800) 21600 "Seconds after which a command in the background is ended.";
-      turn_silence_s = setting (types.ints.between 10 86400) 1800 "Seconds without a line after which a turn is stuck.";
+      warm_memory_mib =
+        setting (types.ints.between 64 1048576) 1024
+          "MiB of memory above which it takes no more.";
+      background_s =
+        setting (types.ints.between 1 604800) 21600
+          "Seconds after which a command in the background is ended.";
+      turn_silence_s =
+        setting (types.ints.between 10 86400) 1800
+          "Seconds without a line after which a turn is stuck.";
       context_window = optional (types.ints.between 1000 100000000) "Tokens that fit into the model's context; with none, as the program says.";
-      compact_at_percent = setting (types.ints.between 0 100) 75 "Percent of the context above which the session is compacted by itself; 0: never.";
+      compact_at_percent =
+        setting (types.ints.between 0 100) 75
+          "Percent of the context above which the session is compacted by itself; 0: never.";
       description = setting types.str "" "What others read of the agent, at most 200 characters.";
-      credential = setting (types.strMatching "[a-z][a-z0-9]*(-[a-z0-9]+)*") "default" "The credential of the host that it uses, by its name.";
+      credential =
+        setting (types.strMatching "[a-z][a-z0-9]*(-[a-z0-9]+)*") "default"
+          "The credential of the host that it uses, by its name.";
       recipients = optional (types.listOf (types.strMatching "[a-z][a-z0-9-]{0,29}")) "Whom it may write to; with none, everybody.";
       pair_rate_per_hour = optional (types.ints.between 1 100000) "Messages to one recipient before they are held; with none, the hive's.";
-      env = setting variables { } "More of its program's environment; what the hive sets itself is refused.";
-      mcp_servers = setting (types.attrsOf (types.submodule {
-        options = {
-          command = mkOption {
-            type = types.str;
-            description = "The program that serves the tools, started inside the container.";
-          };
-          args = setting (types.listOf types.str) [ ] "Its arguments.";
-          env = setting variables { } "Its environment.";
-        };
-      })) { } "Servers of tools beside the hive's own, by name.";
+      env =
+        setting variables { }
+          "More of its program's environment; what the hive sets itself is refused.";
+      mcp_servers =
+        setting (types.attrsOf mcpServer) { }
+          "Servers of tools beside the hive's own, by name.";
     };
   };
 }

@@ -15,8 +15,7 @@ in
     assertions = [
       {
         assertion =
-          cfg.settings.available_models == [ ]
-          || lib.elem cfg.settings.model cfg.settings.available_models;
+          cfg.settings.available_models == [ ] || lib.elem cfg.settings.model cfg.settings.available_models;
         message = "hyperhive.model is ${cfg.settings.model}, and hyperhive.availableModels has ${lib.concatStringsSep ", " cfg.settings.available_models}: choose one of them.";
       }
       {
@@ -32,15 +31,26 @@ in
     systemd.services.hive-agent = {
       description = "hyperhive, the turn loop of this agent";
       wantedBy = [ "multi-user.target" ];
-      unitConfig.ConditionPathIsDirectory = "/run/hive";
-      # The program's shell finds what the container has, agent.nix's packages among it.
-      environment.PATH = lib.mkForce "/run/current-system/sw/bin";
-      environment.HOME = "/root";
+      # A switch to another system lets it go on: the host starts it anew at its turn's edge.
+      restartIfChanged = false;
+      unitConfig = {
+        ConditionPathIsDirectory = "/run/hive";
+        # Its end is the container's, with its exit code; starting it again is the host's to decide.
+        SuccessAction = "exit";
+        FailureAction = "exit";
+      };
+      environment = {
+        # The program's shell finds what the container has, agent.nix's packages among it, and nothing of the host's.
+        PATH = lib.mkForce "/run/current-system/sw/bin";
+        HOME = "/root";
+        LANG = "C.UTF-8";
+      };
       serviceConfig = {
-        ExecStart = "${cfg.package}/bin/${program} serve --run /run/hive --state /state --sandbox bwrap${claude}";
+        ExecStart = "${cfg.package}/bin/${program} serve --run /run/hive --state /state --sandbox nixos-container${claude}";
         WorkingDirectory = "/state";
-        Restart = "on-failure";
-        RestartSec = 2;
+        # The host reads its last words on the console.
+        StandardOutput = "journal+console";
+        StandardError = "journal+console";
         # Told to stop it ends its turn's program with it: the host leases the message again.
         KillMode = "mixed";
         UMask = "0077";

@@ -1,28 +1,31 @@
 # The names that the original has: services.hive-c0re.*, and hyperhive.enable.
 { lib, ... }:
 let
-  alias = from: path: lib.mkAliasOptionModule (from ++ path) ([ "services" "hyperhive" ] ++ path);
+  path = lib.splitString ".";
+  alias =
+    from: name: lib.mkAliasOptionModule (path "${from}.${name}") (path "services.hyperhive.${name}");
 in
 {
   imports = [
-    (alias [ "hyperhive" ] [ "enable" ])
+    (alias "hyperhive" "enable")
   ]
-  ++ map (alias [ "services" "hive-c0re" ]) [
-    [ "enable" ]
-    [ "package" ]
-    [ "claude" ]
-    [ "settings" ]
-    [ "dashboard" "address" ]
-    [ "dashboard" "port" ]
-    [ "agents" "memoryMiB" ]
-    [ "agents" "cpuPercent" ]
-    [ "agents" "tasks" ]
-    [ "limits" "memoryMax" ]
-    [ "limits" "cpuQuota" ]
-    [ "limits" "tasksMax" ]
-    [ "adminUsers" ]
-    [ "operatorPronouns" ]
-    [ "environmentFiles" ]
-    [ "credentials" ]
+  ++ map (alias "services.hive-c0re") [
+    "enable"
+    "package"
+    "claude"
+    "sandbox"
+    "settings"
+    "dashboard.address"
+    "dashboard.port"
+    "agents.memoryMiB"
+    "agents.cpuPercent"
+    "agents.tasks"
+    "limits.memoryMax"
+    "limits.cpuQuota"
+    "limits.tasksMax"
+    "adminUsers"
+    "operatorPronouns"
+    "environmentFiles"
+    "credentials"
   ];
 }

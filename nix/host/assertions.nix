@@ -10,8 +10,12 @@ let
     lib.attrNames cfg.credentials
   );
   openFiles = lib.filter (path: lib.hasPrefix builtins.storeDir (toString path)) cfg.environmentFiles;
+  exposed = stored ++ map toString openFiles;
+  # What the daemon reads: settings win over the options.
+  port = cfg.settings.dashboard_port;
   managerPort = cfg.settings.manager_port or 8000;
-  loopback = lib.elem cfg.dashboard.address [
+  address = cfg.settings.dashboard_host;
+  loopback = lib.elem address [
     "127.0.0.1"
     "::1"
     "localhost"
@@ -25,14 +29,21 @@ in
         message = "services.hyperhive.credentials has no use for ${lib.concatStringsSep ", " unknown}: a credential is ${lib.concatStringsSep " or " kinds}; others are given with `hive login NAME`.";
       }
       {
-        assertion = stored == [ ] && openFiles == [ ];
-        message = "services.hyperhive would put a secret into the Nix store, where every user can read it (${lib.concatStringsSep ", " (stored ++ map toString openFiles)}): give the path as a string, of a file outside the store.";
+        assertion = exposed == [ ];
+        message = "services.hyperhive would put a secret into the Nix store, where every user can read it (${lib.concatStringsSep ", " exposed}): give the path as a string, of a file outside the store.";
       }
       {
-        assertion = cfg.dashboard.port == 0 || cfg.dashboard.port != managerPort;
+        assertion = cfg.settings.sandbox == cfg.sandbox;
+        message = "services.hyperhive.settings.sandbox is ${cfg.settings.sandbox}, for which this host would lack what it needs: say services.hyperhive.sandbox instead.";
+      }
+      {
+        assertion = port == 0 || port != managerPort;
         message = "services.hyperhive.dashboard.port is ${toString managerPort}, the port of the manager's page: choose another, or set services.hyperhive.settings.manager_port.";
       }
     ];
-    warnings = lib.optional (!loopback) "services.hyperhive.dashboard.address is ${cfg.dashboard.address}: the dashboard has no encryption of its own, so whoever can listen on that network can sign in; put a proxy with TLS before it, or use 127.0.0.1 and `ssh -L`.";
+    warnings = lib.optional (!loopback) (
+      "services.hyperhive.dashboard.address is ${address}: the dashboard has no encryption of its own, so whoever can"
+      + " listen on that network can sign in; put a proxy with TLS before it, or use 127.0.0.1 and `ssh -L`."
+    );
   };
 }

@@ -1,5 +1,5 @@
 # services.hyperhive: the daemon as a NixOS service.
-{ flake }:
+{ flake, nixpkgs }:
 {
   # One module, under however many names it is imported.
   key = "hyperhive-host";
@@ -8,6 +8,7 @@
     (import ./options.nix { inherit flake; })
     ./assertions.nix
     ./service.nix
+    (import ./containers.nix { inherit flake nixpkgs; })
     ./aliases.nix
   ];
 }

@@ -21,6 +21,16 @@ in
       description = "The package with `claude`, which agents run. Its licence is not free: nixpkgs has to be told to allow it. With none, agents that need it wait for it.";
     };
 
+    sandbox = mkOption {
+      type = types.enum [
+        "bwrap"
+        "nspawn"
+        "nixos-container"
+      ];
+      default = "bwrap";
+      description = "What agents run in. With `nixos-container` each has a NixOS system of its own, built from its `agent.nix` and from this host's nixpkgs.";
+    };
+
     settings = mkOption {
       type = (pkgs.formats.toml { }).type;
       default = { };

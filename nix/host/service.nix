@@ -19,6 +19,7 @@ in
     services.hyperhive.settings = {
       state_dir = lib.mkDefault "/var/lib/hyperhive";
       runtime_dir = lib.mkDefault "/run/hyperhive";
+      sandbox = lib.mkDefault cfg.sandbox;
       dashboard_host = lib.mkDefault cfg.dashboard.address;
       dashboard_port = lib.mkDefault cfg.dashboard.port;
       claude = lib.mkIf (cfg.claude != null) (lib.mkDefault (lib.getExe' cfg.claude "claude"));
@@ -63,7 +64,9 @@ in
         // {
           ExecStart = "${cfg.package}/bin/hive-core serve";
         }
-        // lib.optionalAttrs (cfg.environmentFiles != [ ]) { EnvironmentFile = map toString cfg.environmentFiles; }
+        // lib.optionalAttrs (cfg.environmentFiles != [ ]) {
+          EnvironmentFile = map toString cfg.environmentFiles;
+        }
         // lib.optionalAttrs (cfg.credentials != { }) {
           LoadCredential = lib.mapAttrsToList (name: path: "${name}:${toString path}") cfg.credentials;
         };

@@ -18,6 +18,7 @@ let
     else
       import ./standin/nixos.nix { inherit lib pkgsFor; };
   nixpkgs = {
+    outPath = if whole then given else toString ./standin;
     lib = lib // {
       inherit nixosSystem;
     };

@@ -54,8 +54,48 @@ def test_the_harness_is_a_unit_with_arguments_that_it_takes(nix: Nix, nixpkgs: s
     assert path.endswith(f"/bin/{program}")
     assert serve == "serve"
     parsed = make_parser().parse_args(arguments)
-    assert (parsed.run, parsed.state) == ("/run/hive", "/state")
+    assert (parsed.run, parsed.state, parsed.sandbox) == ("/run/hive", "/state", "nixos-container")
     assert parsed.claude.endswith("/bin/claude")
+
+
+@everywhere
+def test_the_end_of_the_harness_is_the_containers_and_a_switch_is_none(nix: Nix, nixpkgs: str) -> None:
+    found = nix.value(
+        f"let unit = {agent('{ }')}.config.systemd.services.hive-agent; in"
+        " { inherit (unit) restartIfChanged; inherit (unit.unitConfig) SuccessAction FailureAction;"
+        ' restart = unit.serviceConfig.Restart or "no"; says = unit.serviceConfig.StandardOutput; }',
+        nixpkgs,
+    )
+    # A restart by systemd's own doing would pass through the unit's end.
+    assert found == {
+        "restartIfChanged": False,
+        "SuccessAction": "exit",
+        "FailureAction": "exit",
+        "restart": "no",
+        "says": "journal+console",
+    }
+
+
+@everywhere
+def test_the_container_is_one_of_nspawns_and_has_no_nix(nix: Nix, nixpkgs: str) -> None:
+    found = nix.value(
+        f"let config = {agent('{ }')}.config; in [ config.boot.isContainer config.boot.isNspawnContainer"
+        " config.nix.enable ]",
+        nixpkgs,
+    )
+    assert found == [True, True, False]
+
+
+@everywhere
+def test_a_nixos_that_knows_one_kind_of_containers_is_served_too(nix: Nix, nixpkgs: str) -> None:
+    older = """let
+        bag = lib.mkOption { type = lib.types.anything; };
+        options = { boot.isContainer = bag; }
+          // lib.genAttrs [ "networking" "hyperhive" "nix" "documentation" "system" ] (_: bag);
+        nixosSystem = { system, modules }: lib.evalModules { modules = modules ++ [ { inherit options; } ]; };
+        mkAgent = import ./nix/agent/system.nix { nixpkgs.lib = lib // { inherit nixosSystem; }; agent = { }; };
+      in (mkAgent { system = "x86_64-linux"; name = "iris"; modules = [ ]; }).config.boot"""
+    assert nix.value(older, nixpkgs) == {"isContainer": True}
 
 
 def test_a_model_that_is_not_available_is_refused_by_name(nix: Nix) -> None:

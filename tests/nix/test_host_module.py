@@ -136,6 +136,8 @@ def test_claude_is_taken_from_a_package_and_needs_its_licence_allowed(nix: Nix) 
         ('credentials.anthropic-api-key = "/nix/store/x"', "would put a secret into the Nix store"),
         ('environmentFiles = [ "/nix/store/env" ]', "would put a secret into the Nix store"),
         ("dashboard.port = 8000", "the port of the manager's page"),
+        ("settings.dashboard_port = 8000", "the port of the manager's page"),
+        ('settings.sandbox = "nspawn"', "say services.hyperhive.sandbox instead"),
     ],
 )
 def test_what_cannot_be_is_one_sentence_with_the_way_out(nix: Nix, given: str, said: str) -> None:
@@ -155,6 +157,8 @@ def test_a_dashboard_on_a_network_is_warned_of(nix: Nix) -> None:
     of = "(host {{ services.hyperhive.enable = true; services.hyperhive.dashboard.address = {0}; }}).config.warnings"
     assert nix.value(of.format('"127.0.0.1"')) == []
     (said,) = nix.value(of.format('"0.0.0.0"'))
+    assert "no encryption" in said
+    (said,) = nix.value(of.format('"127.0.0.1"; services.hyperhive.settings.dashboard_host = "0.0.0.0"'))
     assert "no encryption" in said
 
 
@@ -186,6 +190,21 @@ def test_credentials_and_variables_are_systemds_to_hand_over(nix: Nix) -> None:
     service = nix.value(f"(host {{ {module} }}).config.systemd.services.hyperhive.serviceConfig")
     assert service["LoadCredential"] == ["anthropic-api-key:/run/secrets/key"]
     assert service["EnvironmentFile"] == ["/run/secrets/env"]
+
+
+def test_containers_of_nixos_are_built_from_the_flake_and_the_nixpkgs_of_the_host(nix: Nix) -> None:
+    of = (
+        "let config = (host {{ services.hyperhive = {{ enable = true; sandbox = {0}; }}; }}).config; in"
+        " {{ inherit (config.boot) enableContainers; inherit (config.services.hyperhive) settings;"
+        " nix = lib.elem config.nix.package config.systemd.services.hyperhive.path; }}"
+    )
+    found = nix.value(of.format('"nixos-container"'))
+    assert (found["enableContainers"], found["nix"]) == (True, True)
+    config = Config(**found["settings"])
+    assert config.sandbox == "nixos-container"
+    assert (config.hyperhive_source, config.nixpkgs) == (ROOT, ROOT / "tests/nix/standin")
+    found = nix.value(of.format('"bwrap"'))
+    assert (found["enableContainers"], found["nix"], "nixpkgs" in found["settings"]) == (False, False, False)
 
 
 def test_limits_hold_the_slice_of_the_daemon_and_its_agents(nix: Nix) -> None:

@@ -4,18 +4,23 @@
 let
   inherit (lib) mkOption types;
   bag = description: mkOption { inherit description; type = types.attrsOf types.anything; default = { }; };
+  flag = mkOption { type = types.bool; default = false; };
   list = mkOption { type = types.listOf types.unspecified; default = [ ]; };
   base = { config, lib, ... }: {
     options = {
       assertions = list;
       warnings = list;
-      boot = bag "boot";
+      boot.isContainer = flag;
+      boot.isNspawnContainer = flag;
+      boot.enableContainers = flag;
       environment.etc = bag "files of /etc";
       environment.systemPackages = list;
       environment.variables = bag "variables of every shell";
       fileSystems = bag "file systems";
       networking = bag "network";
-      nix = bag "nix";
+      documentation.enable = flag;
+      nix.enable = flag;
+      nix.package = mkOption { type = types.package; };
       nixpkgs.config = bag "configuration of nixpkgs";
       nixpkgs.hostPlatform = mkOption { type = types.str; default = if system == null then throw "no system" else system; };
       security = bag "security";
@@ -32,6 +37,7 @@ let
       users.groups = bag "groups";
     };
     config = {
+      nix.package = lib.mkDefault (pkgsFor config.nixpkgs.hostPlatform config.nixpkgs.config).nix;
       _module.args.pkgs = lib.mkDefault (pkgsFor config.nixpkgs.hostPlatform config.nixpkgs.config);
       system.build.toplevel =
         let failed = builtins.filter (one: !one.assertion) config.assertions; in

@@ -15,6 +15,7 @@ let
     fetchPypi = { pname, version, format, dist, python, abi, platform, sha256 }:
       build { name = "${pname}-${version}-${python}-${abi}-${platform}.whl"; inherit pname version format dist sha256; };
     writeText = name: text: build { inherit name text; } // { outPath = builtins.toFile name text; };
+    writeShellScriptBin = name: text: build { inherit name text; };
     writeShellScript = name: text: builtins.toFile name (builtins.unsafeDiscardStringContext text);
     runCommand = name: attrs: text: build (attrs // { inherit name text; });
     mkShell = attrs: build ({ name = "shell"; } // attrs);
