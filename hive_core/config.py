@@ -57,6 +57,8 @@ Pronouns = Annotated[
 ]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PATHS = (
+    "helper",
+    "helper_state_dir",
     "state_dir",
     "runtime_dir",
     "claude",
@@ -108,6 +110,11 @@ class Config(Limits):
     nixpkgs: Path | None = None  # what they are built from, with sandbox = "nixos-container": a flake's folder
     hyperhive_source: Path | None = None  # and our own modules
     unsafe_no_sandbox: bool = False
+    helper: Path | None = None  # the socket of `hive-root serve`, which then starts and ends agents
+    helper_user: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}\z"), Allowed("a user of this host")
+    ] = "hyperhive"  # whom the helper serves: the daemon's
+    helper_state_dir: Path = Path("/var/lib/hyperhive-root")  # the helper's own; root's
 
     @field_validator(*PATHS, mode="before")
     @classmethod

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hive_core.containers.inside import (
@@ -86,9 +87,12 @@ def system_binds() -> list[str]:
     return argv
 
 
-def sandbox_trouble() -> str | None:
-    """None when bwrap works here, found by running it; else one sentence that names the fix."""
-    probe = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "0", "--gid", "0"]
+def sandbox_trouble(become: Sequence[str] = ()) -> str | None:
+    """None when bwrap works here, found by running it; else one sentence that names the fix.
+
+    become: what it is given to, to be run as somebody else.
+    """
+    probe = [*become, "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--uid", "0", "--gid", "0"]
     probe += ["--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev"]
     with in_memory(filter_program() or b"") as program:
         probe += ["--seccomp", str(program.fileno())] if filter_program() else []

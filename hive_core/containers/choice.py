@@ -14,10 +14,12 @@ from hive_core.containers.bounds import AgentGroups, Bounds
 from hive_core.containers.bubblewrap import sandbox_trouble
 from hive_core.containers.cgroups import Cgroups
 from hive_core.containers.driver import Driver
+from hive_core.containers.helped import HelpedDriver, Helper
 from hive_core.containers.nspawn import NspawnDriver, look_for_nspawn
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.scopes import Scopes, systemd_runs
 from hive_core.containers.seccomp import filter_program
+from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,12 @@ class Choice:
 def choose_sandbox(config: Config, claude: Path | None) -> Choice:
     """Try what is set. Agents without a sandbox are those of a hive whose sandbox does not work, or is not wanted."""
     bwrap_trouble = trouble = sandbox_trouble()
+    if config.helper is not None:
+        if config.unsafe_no_sandbox:
+            fix = "unset unsafe_no_sandbox, or helper"
+            raise Refusal("usage", f"cannot start: the helper starts no agent without a sandbox; {fix}")
+        # It has tried, and tells when it is asked; it may be away now.
+        return Choice(config.sandbox, bwrap_trouble=bwrap_trouble)
     weakness = None
     if config.sandbox == "nspawn":
         found = look_for_nspawn(config.state_dir, config.runtime_dir, claude, config.nspawn_root)
@@ -70,6 +78,9 @@ def make_driver(
     first_uid: Callable[[AgentName], Awaitable[int]],
 ) -> Driver:
     """The driver that the choice asks for; `first_uid` says where an agent's range of uids begins."""
+    if config.helper is not None:
+        leftover = ProcessDriver(config.state_dir, sandbox="", claude=None, orphan_grace_s=config.orphan_grace_s)
+        return HelpedDriver(Helper(config.helper, config.state_dir, config.runtime_dir), choice.sandbox, leftover)
     groups = choose_groups(config.state_dir, bounds_of(config))
     if groups.trouble:
         log.warning("%s", groups.trouble)

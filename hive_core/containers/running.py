@@ -98,6 +98,10 @@ class RunningProcess(Running):
     def pid(self) -> int:
         return self._pid
 
+    def copy_descriptor(self) -> int | None:
+        """A pidfd of its wrapper's, to be closed by whoever asked; None when its end was seen."""
+        return None if self._ended else os.dup(self._pidfd)
+
     async def wait(self) -> Exit:
         if not self._ended:
             await trio.lowlevel.wait_readable(self._pidfd)

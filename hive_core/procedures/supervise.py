@@ -32,6 +32,7 @@ from hive_core.store.writer import Transaction
 log = logging.getLogger(__name__)
 KILL_PATIENCE_S = 10.0
 TROUBLE_REST_S = 30.0  # before it is tried again
+AWAY_REST_S = 5.0  # and where all that is missing is whoever would do it
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -146,14 +147,14 @@ class Supervisor:
             try:
                 await self._serve()
             except* (Refusal, OSError) as group:
-                trouble = _said(group)
+                trouble, rest_s = _said(group), _rest_s(group)
                 log.error("cannot run %s: %s", self.name, trouble, extra={"agent": self.name})
             # What runs all the same is found again.
             self.running, self.changed = None, trio.Event()
             self.ended.set()
             self.looked.set()
             self._observe("crashed", trouble)
-            with trio.move_on_after(TROUBLE_REST_S):
+            with trio.move_on_after(rest_s):
                 await self._wait_changed()
 
     async def _serve(self) -> None:
@@ -274,8 +275,8 @@ class Supervisor:
             try:
                 running = await self._tools.driver.start(self.name, self._dirs)
             except (Refusal, OSError) as exc:
-                if isinstance(exc, StoreBusy) or getattr(exc, "errno", None) in _FULL:
-                    raise  # a full disk is no fault of the agent's
+                if isinstance(exc, StoreBusy) or getattr(exc, "errno", None) in _FULL or _is_away(exc):
+                    raise  # a full disk is no fault of the agent's, and a helper that is away none either
                 trouble = _said(exc)
                 log.error("cannot start %s: %s", self.name, trouble, extra={"agent": self.name})
                 await self._note_end(None, f"could not be started: {trouble}")
@@ -348,9 +349,22 @@ class Supervisor:
 
 def _said(trouble: BaseException) -> str:
     """Why something cannot be done with an agent: cause and way out."""
+    trouble = _first(trouble)
+    return explain(trouble) if isinstance(trouble, OSError) else str(trouble)
+
+
+def _rest_s(trouble: BaseException) -> float:
+    return AWAY_REST_S if _is_away(_first(trouble)) else TROUBLE_REST_S
+
+
+def _is_away(trouble: BaseException) -> bool:
+    return isinstance(trouble, Refusal) and trouble.code == "unavailable" and not isinstance(trouble, StoreBusy)
+
+
+def _first(trouble: BaseException) -> BaseException:
     while isinstance(trouble, BaseExceptionGroup):
         trouble = trouble.exceptions[0]
-    return explain(trouble) if isinstance(trouble, OSError) else str(trouble)
+    return trouble
 
 
 def _how(exit_: Exit) -> str:

@@ -8,6 +8,7 @@ trouble is one that is known to run.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from enum import Enum
@@ -91,7 +92,10 @@ class Updates:
     async def _load(self) -> None:
         """A daemon that starts again goes on with no update that failed; but with one to something else."""
         for name, generation in (await self._tools.states.failed_updates()).items():
-            if generation == await self._tools.generation(name):
+            same = True  # where nobody can say, it counts as failed still
+            with contextlib.suppress(Refusal):
+                same = generation == await self._tools.generation(name)
+            if same:
                 self._failed[name] = generation
 
     async def _follow_deployments(self) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import stat
+import struct
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 CONNECTIONS_LIMIT = 128
 RECEIVE_BYTES = 64 * 1024
 ACCEPT_REST_S = 0.1
+_PEER = struct.Struct("3i")  # of SO_PEERCRED: pid, uid, gid
 LINES_IN_A_ROW = 16
 
 
@@ -68,9 +70,19 @@ class Connection:
             except OSError as exc:
                 raise self._broken() from exc
 
-    async def send_all(self, data: bytes) -> None:
-        """Hand all of it to the socket. Cancelled, it may have sent a part. Raises as `receive_some` does."""
+    def peer_uid(self) -> int:
+        """Whose process has connected: the kernel says so."""
+        return int(_PEER.unpack(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))[1])
+
+    async def send_all(self, data: bytes, descriptor: int | None = None) -> None:
+        """Hand all of it to the socket, an open file with it. Cancelled, it may have sent a part.
+
+        Raises as `receive_some` does.
+        """
         view = memoryview(data)
+        if descriptor is not None:
+            # Nothing was sent before: there is room for a byte.
+            view = view[socket.send_fds(self._sock, [view[:1]], [descriptor]) :]
         while True:
             try:
                 view = view[self._sock.send(view) :]

@@ -18,17 +18,19 @@ import pytest
 import trio
 
 from hive_core.containers.bounds import AgentGroups, Bounds
-from hive_core.containers.host_process import HostProcessDriver
+from hive_core.containers.driver import Driver
 from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.nixos_container import NixosContainerDriver
 from hive_core.containers.nspawn import HOST_UIDS, NspawnDriver
 from hive_core.containers.process import ProcessDriver
+from hive_core.containers.process_tree import first_in_namespace
 from hive_core.containers.ranges import pick_range
-from hive_core.containers.running import Running
+from hive_core.containers.running import Running, RunningProcess
 from hive_core.containers.running_unit import RunningUnit
 from hive_core.nix import Nix
 from hive_core.protocol.words import MANAGER, AgentName
 from tests import processes
+from tests.containers.helped import HELPER_KINDS, Helped, end_helper, helped_in
 from tests.containers.standin.host import StandInHost
 from tests.needs import ROOT, missing
 from tests.processes import children_of, pids_naming
@@ -36,13 +38,15 @@ from tests.processes import children_of, pids_naming
 IRIS = AgentName("iris")
 PATIENCE_S = 20.0
 STAND_IN = "nixos-container (stand-in)"
-SANDBOXES = ["bwrap", "nspawn", HOST_UIDS, STAND_IN]
+SANDBOXES = ["bwrap", "nspawn", HOST_UIDS, STAND_IN, *HELPER_KINDS]
 KINDS = [*SANDBOXES, "none"]
 
 
 def need(kind: str) -> str:
     """The kind of driver, when this machine has what it needs; with HIVE_REQUIRE=ci a test fails without."""
     needed = ("nspawn", "bwrap", "nix") if kind == STAND_IN else (kind.partition("-")[0],)
+    if kind in HELPER_KINDS:
+        needed = ("nspawn", "bwrap")
     if kind in SANDBOXES and (why := next(filter(None, map(missing, needed)), "")):
         assert os.environ.get("HIVE_REQUIRE") != "ci", why
         pytest.skip(why)
@@ -99,7 +103,9 @@ async def base_of(name: AgentName) -> int:
 
 def driver_in(
     folder: Path, kind: str, script: str, life_fd: int | None = None, cgroups: AgentGroups | None = None
-) -> _Processes | _Containers | Systems:
+) -> _Processes | _Containers | Systems | Helped:
+    if kind in HELPER_KINDS:
+        return helped_in(folder, kind, script, cgroups)
     driver: _Processes | _Containers | Systems
     if kind == STAND_IN:
         driver = Systems(folder, None if cgroups is None else cgroups.bounds)
@@ -152,6 +158,7 @@ async def run(
 ) -> tuple[int | None, str]:
     """Run a script as an agent to its end: (exit code, what it printed)."""
     driver = driver_in(folder, kind, script)
+    name = MANAGER if manager else name
     with trio.fail_after(PATIENCE_S):
         running = await driver.start(name, dirs_in(folder, manager, name))
         code = (await running.wait()).code
@@ -165,7 +172,7 @@ async def run_program(folder: Path, kind: str, program: str, then: str = "true")
 
 
 @asynccontextmanager
-async def started(folder: Path, kind: str, script: str) -> AsyncIterator[tuple[HostProcessDriver, Running]]:
+async def started(folder: Path, kind: str, script: str) -> AsyncIterator[tuple[Driver, Running]]:
     """An agent that runs until the block ends, and has said that it is ready. STATE is its directory."""
     ready = make_fifo(folder, "ready")
     driver = driver_in(folder, kind, script.replace("STATE", inside(folder, kind)))
@@ -181,7 +188,9 @@ async def started(folder: Path, kind: str, script: str) -> AsyncIterator[tuple[H
 
 def first_inside(running: Running) -> int | None:
     """The host's number of the first process in an agent's container."""
-    return running.first_inside() if isinstance(running, RunningUnit) else running.ways.first_inside()
+    if isinstance(running, RunningUnit):
+        return running.first_inside()
+    return running.ways.first_inside() if isinstance(running, RunningProcess) else first_in_namespace(running.pid)
 
 
 def beside(kind: str) -> int:
@@ -252,6 +261,7 @@ trio.run(main, Path(sys.argv[1]), *sys.argv[2:4], sys.argv[4] == "life")
 
 def start_and_die(folder: Path, kind: str, script: str, life: str = "") -> int:
     """Another process starts the agent and is killed by SIGKILL. Returns the pid of the agent's wrapper."""
+    driver_in(folder, kind, "")
     with subprocess.Popen(
         [sys.executable, "-c", _STARTER, str(folder), kind, script, life],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -266,6 +276,7 @@ def start_and_die(folder: Path, kind: str, script: str, life: str = "") -> int:
 
 def end_all(folder: Path) -> None:
     """Many agents here outlive who started them; those of a test that failed are ended by pid."""
+    end_helper(folder)
     for pid in pids_naming(str(folder)):
         for each in (*children_of(pid), pid):
             with contextlib.suppress(ProcessLookupError):

@@ -1,0 +1,5 @@
+import sys
+
+from hive_core.helper.cli import main
+
+sys.exit(main())

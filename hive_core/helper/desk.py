@@ -1,0 +1,317 @@
+"""What the helper can be asked. A request names a verb and an agent, and a measure where the verb has one; no more.
+
+Each connection is one request and its answer, a line each: {"verb": "start", "name": "iris"} and {"pid": 4711}, or
+{"error": {"code": …, "message": …}}. With a pid comes a descriptor (pidfd_open(2)) by which its end can be seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from hive_core.config import Config
+from hive_core.containers.host_process import LINES_MOST
+from hive_core.containers.mounts import AgentDirs, agent_dirs
+from hive_core.containers.running import Exit, RunningProcess
+from hive_core.helper.drivers import RootDriver, check_room
+from hive_core.helper.owner import Owner
+from hive_core.helper.staging import opened
+from hive_core.protocol.lines import encode
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import AgentName, parse_agent_name, shown
+from hive_core.sockets.unix import Connection, Lines
+
+log = logging.getLogger(__name__)
+REQUEST_LIMIT_BYTES = 64 << 10
+PATIENCE_S = 5.0  # for a request to come and its answer to be taken
+END_PATIENCE_S = 5.0  # of `exit`, for an end that was just seen
+PRINT_LIMIT_BYTES = 128 << 10
+WORDS_MOST, WORDS_LIMIT_BYTES = 64, 32 << 10  # of a command
+EXEC_MOST_S = 600.0
+
+Args = Mapping[str, Any]
+Check = Callable[[object], bool]
+
+
+def whole(least: int, most: int) -> Check:
+    return lambda raw: isinstance(raw, int) and not isinstance(raw, bool) and least <= raw <= most
+
+
+def seconds(raw: object) -> bool:
+    return isinstance(raw, int | float) and not isinstance(raw, bool) and 0 < raw <= EXEC_MOST_S
+
+
+def words(raw: object) -> bool:
+    if not isinstance(raw, list) or not 0 < len(raw) <= WORDS_MOST:
+        return False
+    try:
+        return sum(len(_plain(word)) for word in raw) <= WORDS_LIMIT_BYTES
+    except ValueError:
+        return False
+
+
+def _plain(word: object) -> bytes:
+    if not isinstance(word, str) or "\0" in word:
+        raise ValueError("no word of a command")
+    return word.encode()
+
+
+@dataclass(slots=True)
+class Entry:
+    """An agent that this helper watches."""
+
+    running: RunningProcess
+    done: trio.Event = field(default_factory=trio.Event)
+    exit: Exit | None = None  # once it is done
+
+
+@dataclass(slots=True)
+class Answer:
+    told: dict[str, Any]
+    descriptor: int | None = None  # closed when it was sent
+
+
+class HelperDesk:
+    """Answers the daemon's user, and root. `nursery` watches the agents."""
+
+    def __init__(
+        self,
+        driver: RootDriver,
+        config: Config,
+        state_dir: Path,
+        owner: Owner,
+        trouble: str | None,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._driver = driver
+        self._config = config
+        self._state_dir = state_dir
+        self._owner = owner
+        self._trouble = trouble
+        self._nursery = nursery
+        self._entries: dict[AgentName, Entry] = {}  # agents that run
+        self._exits: dict[AgentName, Exit] = {}  # how others ended, until that is told
+        self._turns: weakref.WeakValueDictionary[AgentName, trio.Lock] = weakref.WeakValueDictionary()
+        # A natural place for `switch`, with the store path as its one argument: where containers are NixOS systems.
+        self._verbs: dict[str, tuple[Callable[..., Awaitable[Answer]], dict[str, Check]]] = {
+            "generation": (self._generation, {}),
+            "start": (self._start, {}),
+            "find": (self._find, {}),
+            "stop": (self._stop, {}),
+            "kill": (self._kill, {}),
+            "exit": (self._exit, {}),
+            "missed_exit": (self._missed_exit, {}),
+            "forget": (self._forget, {}),
+            "last_words": (self._last_words, {"limit": whole(1, PRINT_LIMIT_BYTES)}),
+            "logs": (self._logs, {"lines": whole(1, LINES_MOST)}),
+            "usage": (self._usage, {}),
+            "destroy": (self._destroy, {}),
+        }
+
+    async def serve(self, stream: Connection) -> None:
+        """Answer one request, whatever it is."""
+        try:
+            answer = await self._answer(stream)
+        except Refusal as refusal:
+            answer = Answer({"error": refusal.to_wire()})
+        except OSError as exc:
+            answer = Answer({"error": {"code": "failed", "message": str(exc)}})
+        try:
+            with trio.move_on_after(PATIENCE_S):
+                await stream.send_all(encode(answer.told), answer.descriptor)
+        finally:
+            if answer.descriptor is not None:
+                os.close(answer.descriptor)
+
+    async def _answer(self, stream: Connection) -> Answer:
+        if (uid := stream.peer_uid()) not in (0, self._owner.uid):
+            log.warning("refused a request of uid %d", uid)
+            raise Refusal("refused", f"cannot ask the helper: it answers uid {self._owner.uid} and root, not {uid}")
+        request: dict[str, Any] | Refusal | None = None
+        with trio.move_on_after(PATIENCE_S) as scope:
+            request = await Lines(stream, REQUEST_LIMIT_BYTES).next()
+        if scope.cancelled_caught or request is None:
+            raise Refusal("usage", f"cannot read the request: no whole line came within {PATIENCE_S:g} s; send one")
+        if isinstance(request, Refusal):
+            raise request
+        verb = request.pop("verb", None)
+        if verb == "hello" and not request:
+            return self._hello()
+        if verb == "list" and not request:
+            return Answer({"agents": {name: entry.running.pid for name, entry in self._entries.items()}})
+        name = parse_agent_name(request.pop("name", None))
+        if verb == "exec":
+            return await self._unless_left(stream, self._exec, name, _checked("exec", request, _EXEC))
+        answer, checks = self._verbs.get(verb if isinstance(verb, str) else "", (None, {}))
+        if answer is None:
+            known = ", ".join(("hello", "list", "exec", *self._verbs))
+            raise Refusal("usage", f"cannot do {shown(verb)}: there is no such verb; the verbs are {known}")
+        args = _checked(str(verb), request, checks)
+        lock = self._turns.setdefault(name, trio.Lock())
+        # A request that has begun is carried out, also when whoever asked has left.
+        with trio.CancelScope(shield=True):
+            async with lock:
+                told = await answer(name, **args)
+        return told
+
+    async def _unless_left(
+        self, stream: Connection, answer: Callable[..., Awaitable[Answer]], name: AgentName, args: Args
+    ) -> Answer:
+        """The answer, for as long as somebody waits for it."""
+        found: Answer | Refusal | OSError = Answer({})
+        async with trio.open_nursery() as nursery:
+
+            async def until_left() -> None:
+                await stream.receive_some()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(until_left)
+            try:
+                found = await answer(name, **args)
+            except (Refusal, OSError) as exc:
+                found = exc
+            nursery.cancel_scope.cancel()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    # -- the verbs ----------------------------------------------------------------------------------------------------
+
+    def _hello(self) -> Answer:
+        config = self._config
+        folders = {"state_dir": str(config.state_dir), "runtime_dir": str(config.runtime_dir)}
+        return Answer({**folders, "sandbox": config.sandbox, "user": self._owner.uid, "trouble": self._trouble})
+
+    async def _generation(self, name: AgentName) -> Answer:
+        return Answer({"generation": await self._driver.generation(name)})
+
+    async def _start(self, name: AgentName) -> Answer:
+        if self._trouble is not None:
+            raise Refusal("failed", self._trouble)
+        if await self._entry(name) is not None:
+            raise Refusal("conflict", f"cannot start {name}: it runs already")
+        check_room(self._state_dir, name)
+        with opened(self._dirs(name), self._owner.uid) as dirs:
+            running = await self._driver.start(name, dirs)
+        return self._told(self._watch(name, running))
+
+    async def _find(self, name: AgentName) -> Answer:
+        if (entry := await self._entry(name)) is None:
+            return Answer({"pid": None})
+        with opened(self._dirs(name), self._owner.uid) as dirs:
+            difference = self._driver.difference(name, dirs.run)
+        if difference is None:
+            return self._told(entry)
+        log.warning("ended %s (pid %d): it was started %s", name, entry.running.pid, difference)
+        entry.running.kill()
+        await entry.done.wait()
+        await self._forget(name)
+        return Answer({"pid": None})
+
+    async def _stop(self, name: AgentName) -> Answer:
+        if (entry := await self._entry(name)) is not None:
+            entry.running.stop()
+        return Answer({})
+
+    async def _kill(self, name: AgentName) -> Answer:
+        if (entry := await self._entry(name)) is not None:
+            entry.running.kill()
+        return Answer({})
+
+    async def _exit(self, name: AgentName) -> Answer:
+        """How an agent ended whose end was just seen. It can be asked again until it is forgotten."""
+        with trio.move_on_after(END_PATIENCE_S):
+            if (entry := await self._entry(name)) is not None:
+                await entry.done.wait()
+        if entry is not None and entry.exit is None:
+            raise Refusal("conflict", f"cannot tell how {name} ended: it runs")
+        if name not in self._exits and (missed := await self._driver.missed_exit(name)) is not None:
+            self._exits[name] = missed
+        exit_ = self._exits.get(name)
+        return Answer({"code": None if exit_ is None else exit_.code})
+
+    async def _missed_exit(self, name: AgentName) -> Answer:
+        if await self._entry(name) is not None:
+            return Answer({"missed": False})
+        missed = await self._driver.missed_exit(name)
+        missed = self._exits.pop(name, missed)
+        return Answer({"missed": missed is not None, "code": None if missed is None else missed.code})
+
+    async def _forget(self, name: AgentName) -> Answer:
+        if await self._entry(name) is None:
+            self._exits.pop(name, None)
+            await self._driver.forget(name)
+        return Answer({})
+
+    async def _last_words(self, name: AgentName, limit: int = 600) -> Answer:
+        return Answer({"words": await self._driver.last_words(name, limit)})
+
+    async def _logs(self, name: AgentName, lines: int = 50) -> Answer:
+        return Answer({"lines": await self._driver.logs(name, lines)})
+
+    async def _usage(self, name: AgentName) -> Answer:
+        usage = await self._driver.usage(name)
+        return Answer({"processes": usage.processes, "memory_bytes": usage.memory_bytes})
+
+    async def _exec(self, name: AgentName, command: list[str], patience_s: float = 60.0) -> Answer:
+        with opened(self._dirs(name), self._owner.uid) as dirs:
+            done = await self._driver.exec(name, dirs, command, patience_s)
+        return Answer({"code": done.code, "output": done.output})
+
+    async def _destroy(self, name: AgentName) -> Answer:
+        if await self._entry(name) is not None:
+            raise Refusal("conflict", f"cannot destroy {name}: it runs; end it first")
+        self._exits.pop(name, None)
+        await self._driver.destroy(name)
+        return Answer({})
+
+    # -- agents that run ----------------------------------------------------------------------------------------------
+
+    def _dirs(self, name: AgentName) -> AgentDirs:
+        return agent_dirs(self._config.state_dir, self._config.runtime_dir, name)
+
+    async def _entry(self, name: AgentName) -> Entry | None:
+        """The agent, when it runs, also when a helper before started it."""
+        if (entry := self._entries.get(name)) is not None:
+            if not entry.running.ended:
+                return entry
+            await entry.done.wait()  # it may be printing its last
+            return None
+        running = self._driver.look(name)
+        return None if running is None else self._watch(name, running)
+
+    def _watch(self, name: AgentName, running: RunningProcess) -> Entry:
+        entry = self._entries[name] = Entry(running)
+        self._exits.pop(name, None)
+        self._nursery.start_soon(self._until_end, name, entry)
+        return entry
+
+    async def _until_end(self, name: AgentName, entry: Entry) -> None:
+        self._exits[name] = entry.exit = await entry.running.wait()
+        del self._entries[name]
+        entry.done.set()
+
+    def _told(self, entry: Entry) -> Answer:
+        return Answer({"pid": entry.running.pid}, entry.running.copy_descriptor())
+
+
+_EXEC: dict[str, Check] = {"command": words, "patience_s": seconds}
+
+
+def _checked(verb: str, args: dict[str, Any], checks: Mapping[str, Check]) -> Args:
+    for key, value in args.items():
+        if key not in checks:
+            takes = ", ".join(checks) or "the name alone"
+            raise Refusal("usage", f"cannot do {verb}: it has no argument {shown(key)}; it takes {takes}")
+        if not checks[key](value):
+            raise Refusal("usage", f"cannot do {verb}: {shown(value)} is out of bounds as {key}")
+    if verb == "exec" and "command" not in args:
+        raise Refusal("usage", "cannot do exec: it needs a command, a list of words")
+    return args

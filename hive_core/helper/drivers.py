@@ -1,0 +1,163 @@
+"""The drivers as the helper has them: what they get of the daemon's was opened first, and nothing of it is read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Protocol
+
+from hive_core.config import Config
+from hive_core.containers.bubblewrap import sandbox_trouble
+from hive_core.containers.choice import bounds_of, choose_groups
+from hive_core.containers.driver import Driver
+from hive_core.containers.host_names import host_name
+from hive_core.containers.host_process import Launch
+from hive_core.containers.mounts import AgentDirs, Mount
+from hive_core.containers.nspawn import NspawnDriver, look_for_nspawn, nspawn_command
+from hive_core.containers.process import ProcessDriver
+from hive_core.containers.ranges import pick_range
+from hive_core.containers.running import RunningProcess
+from hive_core.helper import staged as staged_file
+from hive_core.helper.owner import Owner
+from hive_core.helper.staging import clone_mount
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import AgentName
+
+AGENTS_MOST = 1000
+_PROBE_UID = 0x6FFF0000
+
+
+class RootDriver(Driver, Protocol):
+    """A driver whose agents outlive a helper, too: they are looked for anew, whatever became of their directories."""
+
+    async def start(self, name: AgentName, dirs: AgentDirs) -> RunningProcess:
+        """Start the agent's harness."""
+
+    def look(self, name: AgentName) -> RunningProcess | None:
+        """The agent that was left running, as it is."""
+
+    def difference(self, name: AgentName, run: Path) -> str | None:
+        """How the agent was started otherwise than it would be now, with this run directory."""
+
+
+class UidRangesFile:
+    """The ranges of uids that agents have, in a file of root's. A range is free again when its agent is destroyed."""
+
+    def __init__(self, path: Path, hive: str) -> None:
+        self._path = path
+        self._hive = hive
+
+    async def first_uid(self, name: AgentName) -> int:
+        """The first uid of an agent's range, which is allocated when it has none. Raises Refusal when all are."""
+        held = self._read()
+        if name not in held:
+            held[name] = pick_range(f"{self._hive}/{name}", {*held.values()})
+            self._write(held)
+        return held[name]
+
+    def release(self, name: AgentName) -> None:
+        held = self._read()
+        if held.pop(name, None) is not None:
+            self._write(held)
+
+    def _read(self) -> dict[str, int]:
+        with contextlib.suppress(FileNotFoundError):
+            return {str(name): int(first) for name, first in json.loads(self._path.read_text()).items()}
+        return {}
+
+    def _write(self, held: dict[str, int]) -> None:
+        fresh = self._path.with_suffix(".new")
+        with fresh.open("w") as file:
+            json.dump(held, file)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.rename(self._path)
+
+
+class StagedNspawn(NspawnDriver):
+    """Containers whose directories are mounts that were made of open descriptors."""
+
+    def __init__(self, state_dir: Path, ranges: UidRangesFile, config: Config, claude: Path | None) -> None:
+        groups = choose_groups(state_dir, bounds_of(config))
+        super().__init__(
+            state_dir,
+            base_of=ranges.first_uid,
+            root=config.nspawn_root,
+            claude=claude,
+            orphan_grace_s=config.orphan_grace_s,
+            cgroups=None if groups.trouble else groups,
+        )
+        self._ranges = ranges
+        self._stage = state_dir / "stage"
+        self._stage.mkdir(mode=0o700, exist_ok=True)
+        self._state_dir = state_dir
+
+    def _container(self, name: AgentName, dirs: AgentDirs, opened: contextlib.ExitStack) -> tuple[list[str], list[int]]:
+        base, mounts, staged = self._bases[name], [], []
+        for number, mount in enumerate(dirs.mounts):
+            mounts.append(clone_mount(mount.source, read_only=mount.read_only, base=base))
+            opened.callback(os.close, mounts[-1])
+            staged.append(Mount(self._stage / str(number), mount.target, mount.read_only))
+        inner = nspawn_command(
+            host_name(name, self._state_dir), AgentDirs(tuple(staged)), self._claude, base, self._root, mapped=True
+        )
+        places = [str(self._stage), *map(str, mounts)]
+        return [sys.executable, "-I", "-S", str(staged_file.__file__), *places, "--", *inner], mounts
+
+    async def destroy(self, name: AgentName) -> None:
+        await super().destroy(name)
+        self._ranges.release(name)
+
+
+class OwnersBwrap(ProcessDriver):
+    """Sandboxes of bubblewrap that is run as the daemon's user: it finds their paths with no more rights than that."""
+
+    def __init__(self, state_dir: Path, owner: Owner, config: Config, claude: Path | None) -> None:
+        groups = choose_groups(state_dir, bounds_of(config))
+        super().__init__(
+            state_dir,
+            sandbox="bwrap",
+            claude=claude,
+            orphan_grace_s=config.orphan_grace_s,
+            cgroups=None if groups.trouble else groups,
+        )
+        self._owner = owner
+
+    def _launch(self, name: AgentName, dirs: AgentDirs, status_fd: int, opened: contextlib.ExitStack) -> Launch:
+        # The paths of open descriptors are this process's own. Whoever has no more rights than the daemon's user may
+        # be led anywhere.
+        real = AgentDirs(tuple(Mount(mount.source.readlink(), mount.target, mount.read_only) for mount in dirs.mounts))
+        launch = super()._launch(name, real, status_fd, opened)
+        return Launch([*self._owner.become(), *launch.command], launch.environment, launch.kept_fds)
+
+    def _entering(self, dirs: AgentDirs, first: int) -> list[str]:
+        return [*self._owner.become(), *super()._entering(dirs, first)]
+
+
+def make_root_driver(config: Config, state_dir: Path, owner: Owner, claude: Path | None) -> RootDriver:
+    """The driver that the configuration asks for, with a state directory of root's own."""
+    if config.sandbox == "nspawn":
+        ranges = UidRangesFile(state_dir / "uid_ranges.json", str(config.state_dir))
+        return StagedNspawn(state_dir, ranges, config, claude)
+    return OwnersBwrap(state_dir, owner, config, claude)
+
+
+def trouble_of(config: Config, state_dir: Path, owner: Owner, claude: Path | None) -> str | None:
+    """Why agents cannot be started as the configuration asks, and what would mend it; None: they can."""
+    if config.sandbox == "nixos-container":
+        return "the helper cannot start containers of NixOS yet; set sandbox to nspawn"
+    if config.sandbox == "bwrap":
+        return sandbox_trouble(owner.become())
+    found = look_for_nspawn(state_dir, state_dir, claude, config.nspawn_root)
+    return found.trouble or found.weakness
+
+
+def check_room(state_dir: Path, name: AgentName) -> None:
+    """Raise Refusal when there are as many agents as there may be, and this is another."""
+    with contextlib.suppress(FileNotFoundError):
+        known = {entry.name.partition(".")[0] for entry in os.scandir(state_dir / "processes")}
+        if name not in known and len(known) >= AGENTS_MOST:
+            raise Refusal("refused", f"cannot start {name}: there are {AGENTS_MOST} agents; destroy some")

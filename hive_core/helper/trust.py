@@ -1,0 +1,45 @@
+"""What the helper believes: files that root alone can have written."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from hive_core.protocol.paths import explain
+from hive_core.protocol.refusal import Refusal
+
+_LINKS_MOST = 40
+
+
+def check_trusted(path: Path, setting: str) -> None:
+    """Raise Refusal unless root alone can change what a path leads to: each directory, link and file on the way.
+
+    setting: what names the path, for the sentence.
+    """
+    here, left, links = Path("/"), list(path.parts[1:]), 0
+    while left:
+        part = left.pop(0)
+        here = here.parent if part == ".." else here / part
+        try:
+            found = here.lstat()
+            if stat.S_ISLNK(found.st_mode):
+                links += 1
+                if links > _LINKS_MOST:
+                    raise Refusal("refused", f"cannot use {path} as {setting}: its links lead in a circle; mend them")
+                target = Path(os.readlink(here))
+                left = [*target.parts[target.is_absolute() :], *left]
+        except OSError as exc:
+            raise Refusal("refused", f"cannot use {path} as {setting}: {explain(exc)}") from None
+        if found.st_uid != 0 or _others_may_change(found.st_mode):
+            fix = f"`chown root: {here}; chmod go-w {here}`, or set {setting} to another"
+            why = f"{here} can be changed by others than root, and the helper does as it says"
+            raise Refusal("refused", f"cannot use {path} as {setting}: {why}; {fix}")
+        if stat.S_ISLNK(found.st_mode):
+            here = Path("/") if target.is_absolute() else here.parent
+
+
+def _others_may_change(mode: int) -> bool:
+    """What is in a sticky directory can be changed by its owner alone; a link's own mode says nothing."""
+    sticky = stat.S_ISDIR(mode) and mode & stat.S_ISVTX
+    return not stat.S_ISLNK(mode) and not sticky and bool(mode & 0o022)

@@ -1,0 +1,95 @@
+"""Agents that a helper starts for who asks it, as tests start and watch them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hive_core.containers.bounds import AgentGroups
+from hive_core.containers.helped import HelpedDriver, Helper
+from hive_core.containers.process import ProcessDriver
+from tests.needs import ROOT
+from tests.processes import look_until
+
+HELPER_KINDS = ["helper-bwrap", "helper-nspawn"]
+
+
+class Helped(HelpedDriver):
+    """The driver as it is; the helper's agents are scripts."""
+
+    life_fd_inside = None
+
+    def __init__(self, folder: Path, sandbox: str) -> None:
+        helper = Helper(folder / "helper.sock", folder, folder / "runtime")
+        super().__init__(helper, sandbox, ProcessDriver(folder / "before", sandbox="", claude=None, orphan_grace_s=600))
+        self._script = folder / "script"
+
+    @property
+    def script(self) -> str:
+        return self._script.read_text()
+
+    @script.setter
+    def script(self, text: str) -> None:
+        fresh = self._script.with_suffix(".new")
+        fresh.write_text(text)
+        fresh.rename(self._script)
+
+
+def helped_in(folder: Path, kind: str, script: str, cgroups: AgentGroups | None = None) -> Helped:
+    """A driver for the helper of a folder, which is started when none runs."""
+    sandbox = kind.removeprefix("helper-")
+    if not answers(folder):
+        start_helper(folder, sandbox, cgroups)
+    driver = Helped(folder, sandbox)
+    driver.script = script
+    return driver
+
+
+def answers(folder: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
+        sock.connect(str(folder / "helper.sock"))
+        return True
+    return False
+
+
+def start_helper(
+    folder: Path, sandbox: str, cgroups: AgentGroups | None = None, *, user: int = 0, state_dir: Path | None = None
+) -> int:
+    """Start the helper of a folder, which is nobody's child; returns its pid when it answers."""
+    folders = {"state_dir": state_dir or folder, "runtime_dir": (state_dir or folder) / "runtime"}
+    own = {"helper": folder / "helper.sock", "helper_state_dir": folder}
+    settings: dict[str, Any] = {key: str(path) for key, path in {**folders, **own}.items()}
+    settings |= {"sandbox": sandbox, "helper_user": str(user)}
+    if cgroups is not None:
+        bounds = cgroups.bounds
+        settings |= {"agent_memory_bytes": bounds.memory_bytes, "agent_cpu_percent": bounds.cpu_percent}
+        settings |= {"agent_tasks": bounds.tasks}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HELPER_SETTINGS": json.dumps(settings)}
+    begin = f"setsid {sys.executable} -m tests.containers.helper_program < /dev/null >> $0/helper.log 2>&1 & echo $!"
+    done = subprocess.run(["sh", "-c", begin, str(folder)], env=environment, stdout=subprocess.PIPE, cwd=ROOT)
+    pid = int(done.stdout)
+    (folder / "helper.pid").write_text(str(pid))
+    look_until(lambda: answers(folder) or not os.path.exists(f"/proc/{pid}"))
+    assert answers(folder), (folder / "helper.log").read_text()
+    return pid
+
+
+def end_helper(folder: Path) -> None:
+    """Kill the helper of a folder, where there is one."""
+    with contextlib.suppress(OSError, ValueError):
+        os.kill(int((folder / "helper.pid").read_text()), signal.SIGKILL)
+    (folder / "helper.pid").unlink(missing_ok=True)
+
+
+def log_of(folder: Path) -> str:
+    """What the helper of a folder logged; nothing where there is none."""
+    with contextlib.suppress(OSError):
+        return (folder / "helper.log").read_text()
+    return ""

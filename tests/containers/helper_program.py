@@ -1,0 +1,33 @@
+"""The helper as it is, in a process of its own, but that an agent is the script that stands in a file of root's.
+
+Run with a folder and settings in its environment: nothing that looks for agents of a folder must find it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from hive_core.config import Config
+from hive_core.containers.host_process import HostProcessDriver
+from hive_core.helper.cli import serve_helper
+from hive_core.logs import set_up_logs
+
+
+def main() -> None:
+    settings: dict[str, Any] = json.loads(os.environ.pop("HELPER_SETTINGS"))
+    script = Path(settings["helper_state_dir"]) / "script"
+    shell: Any = lambda *_: ["/bin/sh", "-c", script.read_text()]  # noqa: E731
+    HostProcessDriver._command = shell  # type: ignore[method-assign]
+    os.umask(0o077)
+    set_up_logs("text", "info")
+    # Not by load_config: folders of tests have long names, and no socket of an agent is made in them.
+    trio.run(serve_helper, Config.model_validate(settings))
+
+
+if __name__ == "__main__":
+    main()
