@@ -8,13 +8,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hive_core.building import nix_trouble
+from hive_core.building import make_nix, nix_trouble, readable_sources
 from hive_core.config import Config
 from hive_core.containers.bounds import AgentGroups, Bounds
 from hive_core.containers.bubblewrap import sandbox_trouble
 from hive_core.containers.cgroups import Cgroups
 from hive_core.containers.driver import Driver
 from hive_core.containers.helped import HelpedDriver, Helper
+from hive_core.containers.nixos_container import NixosContainerDriver
+from hive_core.containers.nixos_look import look_for_nixos_containers
 from hive_core.containers.nspawn import NspawnDriver, look_for_nspawn
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.scopes import Scopes, systemd_runs
@@ -29,7 +31,7 @@ log = logging.getLogger(__name__)
 class Choice:
     """What was found of the sandbox that is set, by trying it."""
 
-    sandbox: str  # what agents get: "bwrap", "nspawn", or "none"
+    sandbox: str  # what agents get: "bwrap", "nspawn", "nixos-container", or "none"
     trouble: str | None = None  # why they cannot have what is set, and what would mend it
     weakness: str | None = None  # what it does not do here, and what would mend it
     bwrap_trouble: str | None = None  # why there is no bubblewrap, which logins run in whatever is set
@@ -49,7 +51,8 @@ def choose_sandbox(config: Config, claude: Path | None) -> Choice:
         found = look_for_nspawn(config.state_dir, config.runtime_dir, claude, config.nspawn_root)
         trouble, weakness = found.trouble, found.weakness
     if config.sandbox == "nixos-container":
-        trouble = nix_trouble(config) or "containers of NixOS cannot be made yet; set sandbox to bwrap or nspawn"
+        found = look_for_nixos_containers(config.state_dir, config.runtime_dir)
+        trouble, weakness = found.trouble or nix_trouble(config), found.weakness
     sandbox = "none" if trouble or config.unsafe_no_sandbox else config.sandbox
     return Choice(sandbox, trouble, None if sandbox == "none" else weakness, bwrap_trouble)
 
@@ -87,6 +90,18 @@ def make_driver(
     if choice.sandbox != "none" and filter_program() is None:
         log.warning("there is no filter of system calls for this processor: agents can make all of them")
     cgroups = None if groups.trouble else groups
+    if choice.sandbox == "nixos-container":
+        # Its units outlive the daemon, whatever that asks of other agents; and systemd bounds them.
+        return NixosContainerDriver(
+            config.state_dir,
+            base_of=first_uid,
+            own_uids=choice.weakness is None,
+            claude=claude,
+            bounds=bounds_of(config),
+            nix=make_nix(config),
+            readable=readable_sources(config),
+            build_s=config.build_s,
+        )
     if choice.sandbox == "nspawn":
         return NspawnDriver(
             config.state_dir,

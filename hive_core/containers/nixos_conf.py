@@ -79,7 +79,7 @@ def conf_text(first_line: str, system: StorePath, dirs: AgentDirs, lent: Sequenc
 
 def drop_in_text(first_line: str, end_file: Path, bounds: Bounds | None) -> str:
     """The drop-in of the container's unit: the daemon starts it again, and is told of each end in `end_file`."""
-    if not re.fullmatch(_WORD, str(end_file)):
+    if not is_plain(str(end_file)):
         raise _cannot_be_written(str(end_file))
     lines = ["[Unit]", "StartLimitIntervalSec=0", "[Service]", "Restart=no", "RestartForceExitStatus="]
     lines += ["SuccessExitStatus=", "LogRateLimitIntervalSec=30s", "LogRateLimitBurst=2000", "OOMPolicy=continue"]
@@ -120,8 +120,13 @@ def _flags(dirs: AgentDirs, lent: Sequence[str], base: int | None) -> Iterator[s
         yield f"--bind{'-ro' if mount.read_only else ''}={_path(str(mount.source))}:{mount.target}{mapped}"
 
 
+def is_plain(path: str) -> bool:
+    """Whether a path can be written into a conf file."""
+    return re.fullmatch(_WORD, path) is not None
+
+
 def _path(path: str) -> str:
-    if not re.fullmatch(_WORD, path):
+    if not is_plain(path):
         raise _cannot_be_written(path)
     return path
 

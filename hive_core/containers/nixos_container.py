@@ -126,7 +126,8 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
         if not told:
             return None
         await self.forget(name)
-        return Exit(exit_code(self._file(name, "end"), told.get("invocation", "")))
+        code = exit_code(self._file(name, "end"), told.get("invocation", ""))
+        return Exit(code, with_machine=code is None and told.get("boot") != boot_id())
 
     async def forget(self, name: AgentName) -> None:
         self._file(name, "json").unlink(missing_ok=True)
@@ -154,7 +155,10 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
         return text.splitlines()
 
     async def usage(self, name: AgentName) -> Usage:
-        first = await self._first_inside(name)
+        try:
+            first = await self._first_inside(name)
+        except Refusal:
+            first = None
         return Usage(0, 0) if first is None else Usage(*usage_below(first))
 
     async def exec(self, name: AgentName, dirs: AgentDirs, command: Sequence[str], patience_s: float = 60.0) -> Done:
@@ -165,7 +169,7 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
         return await run_command([*entering, *command], patience_s)
 
     async def destroy(self, name: AgentName) -> None:
-        if self._is_ours(name):
+        if self._has_own(name):
             await self._host.insist(f"destroy {name}", "nixos-container", "destroy", container_id(name))
             shutil.rmtree(self._drop_in(name).parent, ignore_errors=True)
             await self._host.insist(f"destroy {name}", "systemctl", "daemon-reload")
@@ -180,7 +184,8 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
         state = await self._host.state(unit)
         if not state.ended:
             raise BlockingIOError(errno.EAGAIN, f"it runs already, or ends just now: systemctl status {unit}")
-        dirs.make()
+        # A directory of the agent's may be on a disk that hangs: that holds up nobody else.
+        await trio.to_thread.run_sync(dirs.make)
         await self._write_settings(name, dirs)
         self._file(name, "end").unlink(missing_ok=True)
         self._write(name, "run", {**self._where(dirs.run), "since": self._told(name, "run").get("since", _now())})
@@ -246,7 +251,7 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
         await self.forget(name)
 
     async def _first_inside(self, name: AgentName) -> int | None:
-        state = await self._host.state(self._unit(name)) if self._is_ours(name) else None
+        state = await self._host.state(self._unit(name)) if self._has_own(name) else None
         return first_in_namespace(state.pid) if state is not None and state.runs else None
 
     async def _harness(self, name: AgentName) -> int | None:

@@ -49,10 +49,15 @@ class NixosHost:
     drop_ins: Path = Path("/run/systemd/system")  # /etc/systemd/system is in the store
     programs: str = ""  # folders of programs that come before the daemon's own
 
+    @property
+    def path(self) -> str:
+        """Where the host's commands are looked for."""
+        folders = (self.programs, os.environ.get("PATH", os.defpath), _SYSTEM_PROGRAMS)
+        return os.pathsep.join(filter(None, folders))
+
     async def run(self, *words: str, patience_s: float = _ASK_WITHIN_S) -> Done:
         """Run one of the host's commands. Raises Refusal when it cannot be run, or takes longer."""
-        folders = (self.programs, os.environ.get("PATH", os.defpath), _SYSTEM_PROGRAMS)
-        return await run_command(words, patience_s, {"PATH": os.pathsep.join(filter(None, folders)), "LANG": "C.UTF-8"})
+        return await run_command(words, patience_s, {"PATH": self.path, "LANG": "C.UTF-8"})
 
     async def insist(self, what: str, *words: str, patience_s: float = _ASK_WITHIN_S) -> Done:
         """The same, and Refusal("failed") too when it ends with another code than 0: "cannot WHAT: REASON"."""

@@ -73,7 +73,7 @@ class NixosSystems:
         self._file(name, "built").unlink(missing_ok=True)
 
     async def roll_back(self, name: AgentName) -> StorePath:
-        now, *earlier = self._generations(name) if self._is_ours(name) else [0]
+        now, *earlier = self._generations(name) if self._has_own(name) else [0]
         if not earlier:
             raise Refusal("conflict", f"cannot roll {name} back: it has had no other system before; build one")
         await self._nix_env(name, "--switch-generation", str(earlier[0]))
@@ -117,6 +117,15 @@ class NixosSystems:
             f"of it was touched; remove it (`nixos-container destroy {container_id(name)}`), or give the agent another "
             "name",
         )
+
+    def _has_own(self, name: AgentName) -> bool:
+        """The same, where somebody else's container is none of the agent's."""
+        try:
+            return self._is_ours(name)
+        except Refusal as refusal:
+            if refusal.code != "conflict":
+                raise
+            return False
 
     async def _create(self, name: AgentName, system: StorePath) -> None:
         half_made, what = self._file(name, "creating"), f"create the container of {name}"

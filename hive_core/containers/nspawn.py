@@ -50,7 +50,7 @@ HOST_UIDS = "nspawn-host-uids"  # the name of a container without uids of its ow
 _OF_NO_AGENT = "Attempted to remove disk file system under"
 _PROBE_PATIENCE_S = 20.0
 _PROBE = AgentName("probe")
-_PROBE_UID = 0x6FFF0000  # the last of the range that systemd keeps for containers; no agent gets it
+PROBE_UID = 0x6FFF0000  # the last of the range that systemd keeps for containers; no agent gets it
 # What systemd-nspawn puts into a container and an agent has no use for: all of it tells of the host, or is its.
 _EMPTIED = ("/sys", "/run/host", "/dev/net")
 # Written by whoever outlives it: a line of the status file. Of a container that is killed systemd-nspawn tells no more.
@@ -204,7 +204,7 @@ def look_for_nspawn(state_dir: Path, runtime_dir: Path, claude: Path | None, roo
     if shutil.which("systemd-nspawn") is None:
         fix = "`apt-get install systemd-container` (or your system's equivalent)"
         return Found(f"systemd-nspawn is not installed: {fix}")
-    if (reason := _try(state_dir, runtime_dir, claude, root, _PROBE_UID)) is None:
+    if (reason := _try(state_dir, runtime_dir, claude, root, PROBE_UID)) is None:
         return Found()
     if (second := _try(state_dir, runtime_dir, claude, root, None)) is None:
         fix = "mount the state and runtime directories from ext4, xfs, btrfs or (from Linux 6.3 on) tmpfs"

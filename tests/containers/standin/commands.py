@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hive_core.containers.process_tree import first_in_namespace
+from hive_core.containers.process_tree import first_in_namespace, start_time
 from tests.containers.standin.state import Host, Journal, parse_settings
 
 STOP_WITHIN_S = 5.0  # TimeoutStopSec=, of which systemd has 90 s
@@ -195,8 +195,9 @@ class NixosContainer:
         self.start(machine)
 
     def terminate(self, machine: str) -> None:
-        _signal(self._leader(machine), signal.SIGKILL)
-        while self.host.state(machine)["ActiveState"] not in ("inactive", "failed"):
+        leader = self._leader(machine)
+        _signal(leader, signal.SIGKILL)
+        while start_time(leader) is not None:
             time.sleep(_LOOK_S)
 
     def status(self, machine: str) -> None:

@@ -5,6 +5,7 @@ for StandardOutput=journal+console, and its end is the container's (SuccessActio
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import sys
 
 SYSTEM = os.path.dirname(os.path.realpath(sys.argv[0]))
 HARNESS: list[str] = []
+REBOOT = 133  # a harness that ends with it stands for the system's root, who reboots it
 
 
 def main() -> None:
@@ -49,6 +51,8 @@ def main() -> None:
     kill_others(console)
     with contextlib.suppress(ChildProcessError):
         os.waitpid(console, 0)
+    if code == REBOOT:
+        ctypes.CDLL(None).reboot(0x01234567)
     os._exit(0 if asked_to_halt else code)
 
 

@@ -62,14 +62,17 @@ class Host:
 
     def reload(self) -> None:
         """What systemd knows of drop-ins is what it read when it was told to read them."""
-        shutil.rmtree(self._loaded, ignore_errors=True)
-        shutil.copytree(self.drop_ins, self._loaded)
+        with self.locked("reload"):
+            shutil.rmtree(self._loaded, ignore_errors=True)
+            shutil.copytree(self.drop_ins, self._loaded)
 
     def loaded_drop_in(self, unit: str) -> dict[str, list[str]]:
         """The settings of a unit's drop-ins, each with all that was given; an empty one forgets those before."""
         found: dict[str, list[str]] = {}
-        for file in sorted((self._loaded / f"{unit}.d").glob("*.conf")):
-            for line in file.read_text().splitlines():
+        with self.locked("reload"):
+            texts = [file.read_text() for file in sorted((self._loaded / f"{unit}.d").glob("*.conf"))]
+        for text in texts:
+            for line in text.splitlines():
                 key, equals, value = line.partition("=")
                 if equals and not line.startswith("#"):
                     found[key] = [*found.get(key, []), value] if value else [""]

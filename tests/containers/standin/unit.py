@@ -30,15 +30,17 @@ _PR_SET_CHILD_SUBREAPER = 36
 # What a NixOS system has in its store, and this machine in its /usr.
 _LENT = ("/usr:/usr", "/usr/bin:/bin", "/usr/sbin:/sbin", "/lib:/lib", "/lib64:/lib64")
 _REBOOT = 133
+_STARTS_MOST = 5  # StartLimitBurst=
 
 
 def nspawn_script(host: Host, machine: str, conf: dict[str, str]) -> str:
     profile, roots = host.nix / "var/nix/profiles/per-container" / machine, host.nix / "var/nix/gcroots/per-container"
-    for folder in (profile, roots / machine, host.root_of(machine)):
+    root = host.root_of(machine)
+    for folder in (profile, roots / machine, *(root / each for each in ("usr/bin", "etc", "var/lib", "root"))):
         folder.mkdir(parents=True, exist_ok=True)
     users = conf.get("PRIVATE_USERS", "")
     idmap = ":idmap" if users.isdigit() and int(users) else ""
-    flags = ["--keep-unit", "-M", machine, "-D", str(host.root_of(machine))]
+    flags = ["--keep-unit", "-M", machine, "-D", str(root)]
     flags += ["--private-network"] if conf.get("PRIVATE_NETWORK") == "1" else []
     flags += [f"--private-users={users}"] if users else []
     flags += ["--network-veth"] if conf.get("HOST_ADDRESS") or conf.get("LOCAL_ADDRESS") else []
@@ -64,8 +66,10 @@ class Unit:
 
     def run(self) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        while self._run_once():
-            pass
+        for _ in range(_STARTS_MOST):
+            if not self._run_once():
+                return
+        self._set("failed", 0)
 
     def _run_once(self) -> bool:
         """One run of the unit; whether it is to be run again."""
