@@ -17,44 +17,11 @@ from hive_core.commit_contents import FILE_LIMIT_BYTES
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import PERSONA_LIMIT_BYTES, AgentName, CommitSha
 from hive_core.repos import DIFF_LIMIT_BYTES
+from tests.checkouts import Checkout
 from tests.hives import PATIENCE_S, Services, clean_environment, open_services
 
 HM1ND, IRIS, ARGUS = AgentName("hm1nd"), AgentName("iris"), AgentName("argus")
 TOML = 'program = "rehearsal"\nmodel = "opus"\n'
-
-
-class Checkout:
-    """An agent's proposed repository, as the manager works in it: with git, from its own container."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def git(self, *arguments: str, stdin: bytes | None = None) -> str:
-        done = subprocess.run(
-            ["git", "-c", "core.hooksPath=/dev/null", *arguments],
-            cwd=self.path,
-            env=clean_environment(),
-            input=stdin,
-            capture_output=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr.decode()
-        return done.stdout.decode().strip()
-
-    def commit(self, **files: str | bytes) -> CommitSha:
-        """Commit these files (a name's `__` is its dot); returns the commit."""
-        for name, content in files.items():
-            data = content if isinstance(content, bytes) else content.encode()
-            (self.path / name.replace("__", ".")).write_bytes(data)
-        self.git("add", "-A", "-f")
-        return self.commit_index()
-
-    def commit_index(self) -> CommitSha:
-        self.git("commit", "-q", "--allow-empty", "--no-verify", "-m", "a change")
-        return self.head()
-
-    def head(self) -> CommitSha:
-        return CommitSha(self.git("rev-parse", "HEAD"))
 
 
 def applied(hive: Services, *arguments: str) -> str:

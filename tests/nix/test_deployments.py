@@ -15,7 +15,7 @@ from hive_core.approvals import Approval, settle
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, CommitSha
 from hive_core.systems import system_of
-from tests.git.test_gate import Checkout
+from tests.checkouts import Checkout
 from tests.hives import PATIENCE_S, Services, open_services
 from tests.needs import ROOT
 from tests.nix.house import House, mended, nothing, serving

@@ -29,6 +29,7 @@ let
       system.build.toplevel = mkOption { type = types.unspecified; };
       systemd = {
         services = bag "units";
+        mounts = list;
         slices = bag "slices";
         tmpfiles.rules = list;
       };
