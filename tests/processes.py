@@ -12,6 +12,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 PATIENCE_S = 60.0
+PROGRAMS = os.environ["PATH"]  # where this system has them: NixOS has none in /usr/bin
 
 
 def look_until(look: Callable[[], T]) -> T:

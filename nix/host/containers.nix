@@ -13,7 +13,15 @@ in
       hyperhive_source = lib.mkDefault "${flake}";
       nixpkgs = lib.mkDefault "${nixpkgs}";
     };
-    # What agents propose is evaluated by the daemon itself.
-    systemd.services.hyperhive.path = [ config.nix.package ];
+    systemd.services.hyperhive = {
+      # What agents propose is evaluated by the daemon itself.
+      path = [ config.nix.package ];
+      # nixos-container writes to /etc, /nix/var and /var/lib, and enters containers: that is root's, with all it may.
+      serviceConfig = lib.mapAttrs (_: lib.mkForce) {
+        User = "root";
+        CapabilityBoundingSet = "~";
+        ProtectSystem = true;
+      };
+    };
   };
 }

@@ -28,7 +28,7 @@ in
         "nixos-container"
       ];
       default = "bwrap";
-      description = "What agents run in. With `nixos-container` each has a NixOS system of its own, built from its `agent.nix` and from this host's nixpkgs.";
+      description = "What agents run in. With `nixos-container` each has a NixOS system of its own, built from its `agent.nix` and from this host's nixpkgs; the daemon is root then.";
     };
 
     settings = mkOption {

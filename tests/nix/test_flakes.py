@@ -69,17 +69,49 @@ def test_what_nix_cannot_hold_is_refused(text: object) -> None:
         nix_string(text)
 
 
-def test_hostile_texts_in_a_flake_stay_texts(nix: nixes.Nix, tmp_path: Path) -> None:
-    for number, text in enumerate(NASTY):
-        agent, meta = tmp_path / f"{number}.agent.nix", tmp_path / f"{number}.meta.nix"
-        agent.write_text(agent_files(IRIS, text, hyperhive=text, system=text)["flake.nix"], "utf-8", newline="")
-        meta.write_text(meta_flake({IRIS: text}, hyperhive=text, nixpkgs=text, system=text), "utf-8", newline="")
-    found = nix.value(
-        f'map (n: [ (import ({tmp_path} + "/${{toString n}}.agent.nix")).description'
-        f' (import ({tmp_path} + "/${{toString n}}.meta.nix")).inputs.agent-iris.url ])'
-        f" (lib.genList (n: n) {len(NASTY)})"
+def test_no_field_of_a_flake_can_become_another_or_code(nix: nixes.Nix, tmp_path: Path) -> None:
+    """Names too, though nobody could have such ones: each flake has what it was given, and nothing beside it."""
+    hostile = st.lists(st.sampled_from([*NASTY, "x", "\\", "''", "{{ 1 }}", "{% raw %}", "\ufeff"]), max_size=3).map(
+        "".join
     )
-    assert found == [[text or "iris", text] for text in NASTY]
+    given_to: list[list[str]] = []
+
+    @settings(max_examples=150, database=None, deadline=None)
+    @given(hostile, hostile, hostile, hostile)
+    def collect(name: str, title: str, url: str, system: str) -> None:
+        given_to.append([name, title or name, url, system])
+
+    collect()
+    for number, (name, title, url, system) in enumerate(given_to):
+        agent = agent_files(AgentName(name), title, hyperhive=url, system=system)["flake.nix"]
+        meta = meta_flake({AgentName(name): url}, hyperhive=title, nixpkgs=title, system=system)
+        (tmp_path / f"{number}.agent.nix").write_text(agent, "utf-8", newline="")
+        (tmp_path / f"{number}.meta.nix").write_text(meta, "utf-8", newline="")
+    (tmp_path / "given.json").write_text(json.dumps(given_to))
+    found = nix.value(f"""
+        let
+          given = builtins.fromJSON (builtins.readFile {tmp_path}/given.json);
+          hyperhive.lib.mkAgent = asked: removeAttrs asked [ "modules" ];
+          look = n: let
+            agent = import ({tmp_path} + "/${{toString n}}.agent.nix");
+            meta = import ({tmp_path} + "/${{toString n}}.meta.nix");
+            name = builtins.head (builtins.elemAt given n);
+          in [
+            (removeAttrs agent [ "outputs" ])
+            (agent.outputs {{ self = {{ }}; inherit hyperhive; }})
+            (removeAttrs meta [ "outputs" ])
+            (meta.outputs {{ inherit hyperhive; "agent-${{name}}" = "/none"; }})
+          ];
+        in builtins.genList look (builtins.length given)""")
+    for (name, title, url, system), (agent, made, meta, all_made) in zip(given_to, found, strict=True):
+        assert agent == {"description": title, "inputs": {"hyperhive": {"url": url}}}
+        assert made == {"nixosConfigurations": {"default": {"name": name, "system": system}}}
+        assert meta["inputs"] == {
+            "nixpkgs": {"url": title},
+            "hyperhive": {"url": title, "inputs": {"nixpkgs": {"follows": "nixpkgs"}}},
+            f"agent-{name}": {"url": url, "flake": False},
+        }
+        assert all_made == {"nixosConfigurations": {name: {"name": name, "system": system}}}
 
 
 def test_a_meta_flake_is_the_same_in_whatever_order_its_agents_come(nix: nixes.Nix, tmp_path: Path) -> None:

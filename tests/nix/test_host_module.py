@@ -196,15 +196,18 @@ def test_containers_of_nixos_are_built_from_the_flake_and_the_nixpkgs_of_the_hos
     of = (
         "let config = (host {{ services.hyperhive = {{ enable = true; sandbox = {0}; }}; }}).config; in"
         " {{ inherit (config.boot) enableContainers; inherit (config.services.hyperhive) settings;"
-        " nix = lib.elem config.nix.package config.systemd.services.hyperhive.path; }}"
+        " nix = lib.elem config.nix.package config.systemd.services.hyperhive.path;"
+        " inherit (config.systemd.services.hyperhive.serviceConfig) User CapabilityBoundingSet; }}"
     )
     found = nix.value(of.format('"nixos-container"'))
     assert (found["enableContainers"], found["nix"]) == (True, True)
+    assert (found["User"], found["CapabilityBoundingSet"]) == ("root", "~")
     config = Config(**found["settings"])
     assert config.sandbox == "nixos-container"
     assert (config.hyperhive_source, config.nixpkgs) == (ROOT, ROOT / "tests/nix/standin")
     found = nix.value(of.format('"bwrap"'))
     assert (found["enableContainers"], found["nix"], "nixpkgs" in found["settings"]) == (False, False, False)
+    assert (found["User"], found["CapabilityBoundingSet"]) == ("hyperhive", "")
 
 
 def test_limits_hold_the_slice_of_the_daemon_and_its_agents(nix: Nix) -> None:

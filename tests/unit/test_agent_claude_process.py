@@ -17,7 +17,7 @@ from hive_agent.serve import as_ack
 from hive_core.protocol.harness import REQUEST_LIMIT_BYTES
 from hive_core.protocol.lines import decode, encode
 from tests.harness_host import a_lease
-from tests.processes import look_until
+from tests.processes import PROGRAMS, look_until
 
 PATIENCE_S = 20.0
 INIT = '{"type":"system","subtype":"init","session_id":"s","mcp_servers":[{"name":"hive","status":"connected"}]}'
@@ -32,7 +32,7 @@ def a_runner(folder: Path, script: str) -> Claude:
     )
     program.chmod(0o755)
     where = str(folder)
-    return Claude(Seat("iris", where, where, where, where, "/usr/bin:/bin", str(program), True, 1))
+    return Claude(Seat("iris", where, where, where, where, PROGRAMS, str(program), True, 1))
 
 
 async def take(runner: Claude, lines: list[dict[str, Any]], session: str | None = "s", **settings: Any) -> Ending:

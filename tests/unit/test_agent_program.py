@@ -11,11 +11,12 @@ import trio
 
 from hive_agent import program
 from hive_agent.program import Command, Line, Program
+from tests.processes import PROGRAMS
 
 
 @asynccontextmanager
 async def started(script: str, folder: Path) -> AsyncIterator[Program]:
-    running = await Program.start(Command(["/bin/sh", "-c", script], {"PATH": "/usr/bin:/bin"}, str(folder)))
+    running = await Program.start(Command(["/bin/sh", "-c", script], {"PATH": PROGRAMS}, str(folder)))
     try:
         yield running
     finally:
@@ -31,7 +32,7 @@ async def run(script: str, folder: Path, told: bytes = b"", over: bytes = b"over
         lines.append(line)
         return line == over
 
-    command = Command(["/bin/sh", "-c", script], {"PATH": "/usr/bin:/bin", "ONLY": "this"}, str(folder))
+    command = Command(["/bin/sh", "-c", script], {"PATH": PROGRAMS, "ONLY": "this"}, str(folder))
     with trio.fail_after(20):
         started = await Program.start(command)
         try:
@@ -47,7 +48,7 @@ async def run(script: str, folder: Path, told: bytes = b"", over: bytes = b"over
 
 async def test_the_prompt_is_its_stdin_and_the_environment_is_only_what_was_given(tmp_path: Path) -> None:
     code, lines = await run("cat; pwd; env | grep -v -e ^PWD -e ^_ -e ^SHLVL | sort", tmp_path, b"a prompt\n")
-    assert (code, lines) == (0, [b"a prompt", str(tmp_path).encode(), b"ONLY=this", b"PATH=/usr/bin:/bin"])
+    assert (code, lines) == (0, [b"a prompt", str(tmp_path).encode(), b"ONLY=this", f"PATH={PROGRAMS}".encode()])
 
 
 async def test_a_program_that_reads_nothing_of_a_long_prompt_just_ends(tmp_path: Path) -> None:

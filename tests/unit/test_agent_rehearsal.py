@@ -21,6 +21,7 @@ from hive_agent.rehearse import MARK
 from hive_agent.runner import Seat
 from hive_agent.wake import wake_prompt
 from tests.harness_host import a_lease
+from tests.processes import PROGRAMS
 from tests.scripted_tools import ScriptedTools
 
 FIXTURE = Path(__file__).parent / "fixtures" / "claude" / "success.jsonl"
@@ -44,7 +45,7 @@ class Stage:
     @property
     def seat(self) -> Seat:
         folder = str(self.folder)
-        return Seat("iris", folder, folder, folder, f"{folder}/.claude", "/usr/bin:/bin", None, True, 1)
+        return Seat("iris", folder, folder, folder, f"{folder}/.claude", PROGRAMS, None, True, 1)
 
     def play(
         self, prompt: str, body: str = "hello", sender: str = "operator", session: str | None = None, code: int = 0

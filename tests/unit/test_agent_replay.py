@@ -17,6 +17,7 @@ from hive_agent.claude import Claude
 from hive_agent.replay import replay
 from hive_agent.runner import Ending, Seat
 from tests.harness_host import a_lease
+from tests.processes import PROGRAMS
 from tests.unit.test_agent_claude import FIXTURES
 from tests.unit.test_agent_claude_process import TOOL
 
@@ -50,7 +51,7 @@ def record_of(
     program.write_text(f"#!/bin/sh\nturn() {{ read -r _ && echo '{INIT}'; }}\n{script}\n")
     program.chmod(0o755)
     where = str(folder)
-    runner = Claude(Seat("iris", where, where, where, where, "/usr/bin:/bin", str(program), True, 1))
+    runner = Claude(Seat("iris", where, where, where, where, PROGRAMS, str(program), True, 1))
     lines: list[str] = []
     results: list[str] = []
 

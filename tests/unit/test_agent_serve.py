@@ -17,7 +17,7 @@ import trio
 
 from hive_agent.own_command import own_command
 from tests.harness_host import HarnessConnection, HarnessHost, a_lease, open_host
-from tests.processes import look_until
+from tests.processes import PROGRAMS, look_until
 from tests.scripted_tools import ScriptedTools
 
 PATIENCE_S = 20.0
@@ -32,7 +32,7 @@ class Harness:
         with self._said.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", str(main), "serve", "--run", str(folder), "--state", str(folder), *arguments],
-                env={"HOME": str(folder), "PATH": "/usr/bin:/bin"},
+                env={"HOME": str(folder), "PATH": PROGRAMS},
                 stderr=stderr,
                 pass_fds=() if fd is None else (fd,),
             )
