@@ -289,7 +289,7 @@ class HostProcessDriver:
         return self._files / f"{name}.{suffix}"
 
     def _remember(self, name: AgentName, pid: int) -> None:
-        identity = {"pid": pid, "started": start_time(pid), "boot": boot_id()}
+        identity = {"agent": name, "pid": pid, "started": start_time(pid), "boot": boot_id()}
         fresh = self._files / f".{name}.json"
         fresh.write_text(json.dumps(identity))
         fresh.rename(self._file(name, "json"))
@@ -298,8 +298,10 @@ class HostProcessDriver:
         """The pid in the process file, when it still is the agent's."""
         try:
             identity = json.loads(self._file(name, "json").read_text())
-            pid = int(identity["pid"])
-        except (OSError, ValueError, KeyError, TypeError):
+            pid, whose = int(identity["pid"]), identity.get("agent", name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+        if whose != name:  # a file that was put here from elsewhere
             return None
         started = start_time(pid)
         if started is None or (started, boot_id()) != (identity.get("started"), identity.get("boot")):
