@@ -7,10 +7,13 @@ a stop that only the operator ends. What protects the hive's own disk is the bal
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import trio
 
@@ -24,8 +27,12 @@ from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 from hive_core.trees import measure_tree, open_folder
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 EVERY_S = 60.0  # between two looks
 MEASURE_WITHIN_S = 5.0  # for one agent
+HANGS_AFTER_S = 20.0
+_SHARED = "/shared"
 CLEAR_SHARE = 0.9  # of the quota, below which an agent that was over it counts as cleared up
 
 
@@ -50,6 +57,7 @@ class DiskUses:
         self._state_dir = state_dir
         self._uses: dict[AgentName, DiskUse] = {}
         self.shared_bytes: int | None = None  # what /shared took when it was measured last: at least so much
+        self._looking: set[str] = set()  # at whose directories a thread looks
         self._seen: dict[AgentName, int | None] = {}  # the last turn behind which each was measured
 
     @property
@@ -76,7 +84,8 @@ class DiskUses:
         """Measure each agent that had a turn since it was measured, one after the other."""
         rows = await self._store.rows(_LAST_TURNS)
         for name in set(self._uses) - {row["name"] for row in rows}:
-            del self._uses[name], self._seen[name]
+            self._uses.pop(name)
+            self._seen.pop(name, None)
         moved = False
         for row in rows:
             name = AgentName(row["name"])
@@ -85,15 +94,33 @@ class DiskUses:
                 await self._measure(name)
 
         if moved:
-            before, self.shared_bytes = (
-                self.shared_bytes,
-                await trio.to_thread.run_sync(measure_shared, self._state_dir, abandon_on_cancel=True),
-            )
-            if self.shared_bytes != before:
+            shared_bytes = await self._in_time(_SHARED, measure_shared, self._state_dir)
+            if shared_bytes not in (None, self.shared_bytes):
+                self.shared_bytes = shared_bytes
                 self._store.bus.publish([LIVE, stream(MANAGER)])
 
+    async def _in_time(self, whose: str, look: Callable[..., T], *args: Any) -> T | None:
+        """What a look at somebody's directories finds; None when their disk hangs, for which nobody else waits."""
+
+        def looks() -> T:
+            try:
+                return look(*args)
+            finally:
+                self._looking.discard(whose)
+
+        if whose in self._looking:
+            return None  # the one before has not come back yet
+        self._looking.add(whose)
+        with trio.move_on_after(HANGS_AFTER_S):
+            return await trio.to_thread.run_sync(looks, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+        log.warning("the disk of %s hangs: how much it takes is not known", whose)
+        return None
+
     async def _measure(self, name: AgentName) -> None:
-        use = await trio.to_thread.run_sync(measure, self._state_dir, name, abandon_on_cancel=True)
+        use = await self._in_time(name, measure, self._state_dir, name)
+        if use is None:
+            self._seen.pop(name, None)  # another time
+            return
         before, self._uses[name] = self.of(name), use
         over, cleared = use.bytes > self.quota_bytes, use.whole and use.bytes < CLEAR_SHARE * self.quota_bytes
         if over or cleared:

@@ -118,8 +118,7 @@ class HostProcessDriver:
         """Start the agent's harness. Raises OSError when the program cannot be run, or the agent runs already."""
         self._files.mkdir(mode=0o700, parents=True, exist_ok=True)
         # A directory of the agent's may be on a disk that hangs: that holds up nobody else.
-        await trio.to_thread.run_sync(dirs.make)
-        told = await trio.to_thread.run_sync(self._told, dirs)
+        told = await trio.to_thread.run_sync(self._prepare, dirs, limiter=trio.CapacityLimiter(1))
         status = self._file(name, "status")
         with status.open("ab", buffering=0) as status_file:
             claim(status_file)
@@ -193,6 +192,10 @@ class HostProcessDriver:
 
     def _ways(self, name: AgentName) -> Ways:
         return Ways(partial(self._first_inside, name), partial(self._end_left, name))
+
+    def _prepare(self, dirs: AgentDirs) -> dict[str, Any]:
+        dirs.make()
+        return self._told(dirs)
 
     def _told(self, dirs: AgentDirs) -> dict[str, Any]:
         """What the next daemon has to know of how an agent is started."""

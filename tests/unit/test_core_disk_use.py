@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import trio
 
 from dashboard.rows import Rows
 from hive_core.cli import show
@@ -16,7 +17,8 @@ from hive_core.protocol.words import AgentName
 from hive_core.sockets.admin import AdminDesk
 from hive_core.trees import remove_tree
 from tests.dashboards import hive_of
-from tests.hives import Services, open_services
+from tests.hanging_disk import hanging
+from tests.hives import PATIENCE_S, Services, open_services
 
 IRIS, HM1ND = AgentName("iris"), AgentName("hm1nd")
 QUOTA = 1024 * 1024
@@ -154,3 +156,23 @@ async def test_what_all_share_is_measured_too_whatever_an_agent_plants_there(hiv
     assert "in /shared" in Rows(house).agent(await hive.agents.get("hm1nd"), alone=True)
     assert "in /shared" not in Rows(house).agent(await hive.agents.get("iris"), alone=True)
     remove_tree("shared", os.open(hive.state_dir, os.O_RDONLY))
+
+
+async def test_an_agent_whose_disk_hangs_keeps_nobody_elses_from_being_measured(
+    hive: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hive_core.disk_use.HANGS_AFTER_S", 0.3)
+    disk = DiskUses(hive.store, hive.broker.limits, hive.state_dir)
+    with hanging(hive.state_dir / "agents" / "hm1nd" / "state"):
+        await disk.look()
+        assert disk.of(IRIS) is not None
+        assert disk.of(HM1ND) is None
+        fill(hive, 100_000)
+        await take_turn(hive)
+        await disk.look()  # whoever hangs is not looked at a second time
+        use = disk.of(IRIS)
+        assert use is not None
+        assert use.state >= 100_000
+    with trio.fail_after(PATIENCE_S):
+        while disk.of(HM1ND) is None:
+            await disk.look()
