@@ -33,6 +33,7 @@ class Cgroups(AgentGroups):
         self.bounds = bounds
         self._folder = f"hive-{hashlib.sha256(os.fsencode(state_dir)).hexdigest()[:8]}"
         self._trees = _trees()
+        self._told: dict[Path, int] = {}  # group → how many of its processes were killed in runs of before
         self.trouble = self._try()
 
     def _try(self) -> str | None:
@@ -59,6 +60,7 @@ class Cgroups(AgentGroups):
                 hand_down(parent, parent / self._folder)
             group = parent / self._folder / name
             group.mkdir(parents=True, exist_ok=True)
+            self._told[group] = _killed_for_memory(group)  # in a run before, whose group could not be removed
             for file, value in settings.items():
                 (group / file).write_text(value)
             entries.append(group / "cgroup.procs")
@@ -68,7 +70,9 @@ class Cgroups(AgentGroups):
         killed = 0
         for parent, _ in self._wanted():
             group = parent / self._folder / name
-            killed += _killed_for_memory(group)
+            so_far = _killed_for_memory(group)
+            killed += max(0, so_far - self._told.get(group, 0))
+            self._told[group] = so_far
             for folder in (*sorted(group.glob("*/"), reverse=True), group, group.parent):
                 # Not empty: what has just ended is not gone yet, or another agent is in there.
                 with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,3 +161,30 @@ def test_in_the_tree_for_all_the_daemon_makes_way_for_groups_of_agents(tree_for_
         (group / "hive-1" / "iris").rmdir()
         os._exit(0 if ours.endswith(f"/{group.name}/hive-daemon") and handed == [kind] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.fixture
+def stays() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends when it is told to."""
+    process = subprocess.Popen(["sleep", "1000"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("kind", ["bwrap"])
+async def test_a_group_that_cannot_be_removed_troubles_nobody_and_tells_nothing_false_of_the_next_run(
+    tmp_path: Path, kind: str, cgroups: Cgroups, stays: subprocess.Popen[bytes]
+) -> None:
+    try:
+        for file in cgroups.make(IRIS):
+            file.write_text(str(stays.pid))
+        _, said = await run_bounded(tmp_path, kind, cgroups, "print('begun', flush=True); b'x' * 500_000_000")
+        assert "the kernel killed 1 of its processes" in said
+        assert groups_of(cgroups), "it could not be removed"
+        code, said = await run_bounded(tmp_path, kind, cgroups, "print('well')")
+        assert (code, said.count("the kernel killed"), said.endswith("well")) == (0, 1, True)
+    finally:
+        stays.kill()
+        stays.wait()  # noqa: ASYNC222 - it was killed
+        await driver_in(tmp_path, kind, "", cgroups=cgroups).destroy(IRIS)
