@@ -186,5 +186,5 @@ async def test_a_group_that_cannot_be_removed_troubles_nobody_and_tells_nothing_
         assert (code, said.count("the kernel killed"), said.endswith("well")) == (0, 1, True)
     finally:
         stays.kill()
-        stays.wait()  # noqa: ASYNC222 - it was killed
+        stays.wait()
         await driver_in(tmp_path, kind, "", cgroups=cgroups).destroy(IRIS)
