@@ -96,7 +96,14 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
         return self._sandbox
 
     async def generation(self, name: AgentName) -> str:
-        made_of = [self.sandbox, *self._lent(), *seen(name), str(self._bounds), await self.current(name)]
+        made_of = [
+            self.sandbox,
+            str(self._claude),
+            *self._lent(),
+            *seen(name),
+            str(self._bounds),
+            await self.current(name),
+        ]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
     async def start(self, name: AgentName, dirs: AgentDirs) -> RunningUnit:

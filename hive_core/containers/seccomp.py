@@ -16,7 +16,7 @@ from collections.abc import Iterator
 # What <linux/audit.h> calls a processor: the ABI that a call was made by.
 _ABIS = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # Refused with EPERM, as the kernel does to those without the right: programs are used to that. (x86_64, aarch64)
-_REFUSED = {
+REFUSED = {
     # Keys belong to a uid and a login session, and no namespace keeps them apart.
     "add_key": (248, 217),
     "request_key": (249, 218),
@@ -77,7 +77,7 @@ def _instructions(abi: int, column: int) -> Iterator[bytes]:
     yield _instruction(_LOAD, _AT_NUMBER)
     yield _instruction(_JUMP_AT_LEAST, _X32_BIT, 0, 1)
     yield _instruction(_RETURN, _ERROR | errno.ENOSYS)
-    for numbers in _REFUSED.values():
+    for numbers in REFUSED.values():
         yield _instruction(_JUMP_EQUAL, numbers[column], 0, 1)
         yield _instruction(_RETURN, _ERROR | errno.EPERM)
     yield _instruction(_JUMP_EQUAL, _SOCKET[column], 1, 0)

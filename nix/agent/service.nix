@@ -54,9 +54,9 @@ in
         # Told to stop it ends its turn's program with it: the host leases the message again.
         KillMode = "mixed";
         UMask = "0077";
-        NoNewPrivileges = true;
         OOMPolicy = "continue";
-      };
+      }
+      // import ./hardening.nix;
     };
 
     environment.systemPackages = [

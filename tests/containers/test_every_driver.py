@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from hive_core.containers.bounds import Bounds
 from hive_core.containers.host_process import LINES_MOST
 from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.nspawn import HOST_UIDS
@@ -336,6 +337,22 @@ async def test_a_command_that_floods_is_cut_and_one_for_an_agent_that_has_ended_
             await running.wait()
         with pytest.raises(Refusal, match="does not run"):
             await driver.exec(IRIS, dirs_in(tmp_path), ["true"])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in HELPER_KINDS], indirect=True)
+async def test_a_container_is_of_another_generation_when_it_would_be_bounded_or_made_otherwise(
+    tmp_path: Path, kind: str
+) -> None:
+    class Bounded:
+        bounds, kind = Bounds(2**30, 100, 100), "as the test has it"
+
+    driver, again, bounded = (driver_in(tmp_path, kind, "", cgroups=groups) for groups in (None, None, Bounded()))
+    generation = await driver.generation(IRIS)
+    assert generation
+    assert await again.generation(IRIS) == generation
+    assert await bounded.generation(IRIS) != generation
+    again._claude = Path("/another/claude")
+    assert await again.generation(IRIS) != generation
 
 
 # -- what stays, and what does not ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hive_agent.serve_cli import make_parser
+from hive_core.containers import inside, seccomp
 from hive_core.settings import AgentSettings, McpServer
 from tests.nixes import NIXPKGS, Nix
 
@@ -74,6 +75,16 @@ def test_the_end_of_the_harness_is_the_containers_and_a_switch_is_none(nix: Nix,
         "restart": "no",
         "says": "journal+console",
     }
+
+
+@everywhere
+def test_the_harness_has_no_more_rights_than_under_the_other_sandboxes(nix: Nix, nixpkgs: str) -> None:
+    found = nix.value(f"{agent('{ }')}.config.systemd.services.hive-agent.serviceConfig", nixpkgs)
+    assert found["SystemCallFilter"] == [f"~{name}" for name in seccomp.REFUSED]
+    assert found["SystemCallErrorNumber"] == "EPERM"
+    assert found["ReadOnlyPaths"] == [f"-{path}" for path in inside.PROC_OF_THE_HOST]
+    assert {f"-{path}" for path in inside.KEYS_OF_THE_HOST} <= {*found["InaccessiblePaths"]}
+    assert (found["CapabilityBoundingSet"], found["NoNewPrivileges"], found["RestrictNamespaces"]) == ("", True, True)
 
 
 @everywhere
