@@ -95,7 +95,7 @@ class House:
         self.sources = Sources(hyperhive, STANDIN, SYSTEM)
         self.nix = Nix(folder / "nix", limits, store)
         readable = [folder / "meta", folder / "applied", hyperhive, STANDIN]
-        self.systems = ScriptedSystems(folder / "profiles.json", self.nix, readable)
+        self.systems: Any = ScriptedSystems(folder / "profiles.json", self.nix, readable)
 
     @property
     def meta(self) -> MetaFlake:

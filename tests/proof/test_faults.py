@@ -24,19 +24,11 @@ from tests.hives import Peer, connect, open_services
 from tests.proof import clients
 from tests.proof.clients import AGENTS, INITIALIZE, add_agents
 from tests.proof.promises import Acked, Leased, Sent, Told, broken_promises
+from tests.small_disks import small_disk, small_disks
 
 FLAGS = (NO_CLAUDE, "--default-program", "claude", "--pair-rate-per-hour", "1000000", "--inbox-depth", "1000000")
 MIB = 1024 * 1024
 SENDS_WHILE_QUIET = 200
-
-
-def _why_no_mount() -> str | None:
-    trial = ["unshare", "--mount", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/mnt"]
-    done = subprocess.run(trial, capture_output=True, text=True)
-    return f"no small disk can be mounted: {done.stderr.strip()} (run as root)" if done.returncode else None
-
-
-no_mount = _why_no_mount()
 
 
 def send(client: Client, told: Told, body: str, to: str = "bob") -> None:
@@ -86,19 +78,6 @@ def injected(daemon: Daemon, call: str, error: str) -> Iterator[None]:
     finally:
         strace.terminate()
         strace.communicate(timeout=30)
-
-
-small_disks = pytest.mark.skipif(no_mount is not None, reason=str(no_mount))
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    folder.mkdir(mode=0o700)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", folder], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def fill(path: Path) -> None:
