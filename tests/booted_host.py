@@ -64,12 +64,12 @@ class BootedHost:
 
 
 @contextmanager
-def booted_host(folder: Path) -> Iterator[BootedHost]:
-    """`folder` holds what is ours of it."""
+def booted_host(folder: Path, *more: str) -> Iterator[BootedHost]:
+    """`folder` holds what is ours of it; `more` are packages beside our own that it has."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     # The system's own where it is like ours: another's libpython may be looked for where it was built.
     base = "/usr" if Path(f"/usr/bin/python{version}").exists() else os.path.realpath(sys.base_prefix)
-    binds = [f"--bind-ro={ROOT / package}:{SOURCE}/{package}" for package in PACKAGES]
+    binds = [f"--bind-ro={ROOT / package}:{SOURCE}/{package}" for package in (*PACKAGES, *more)]
     if base != "/usr":
         binds.append(f"--bind-ro={base}:{PYTHON}")
     _write_environment(folder, base if base == "/usr" else PYTHON)

@@ -93,8 +93,11 @@ class Systemctl:
             if exit_.code:
                 raise Failed(f"Job for container@{machine}.service failed.") from None
 
+    def state(self, machine: str) -> dict[str, str]:
+        return self.host.state(machine)
+
     def _active(self, machine: str) -> str:
-        return self.host.state(machine)["ActiveState"]
+        return self.state(machine)["ActiveState"]
 
     def _wait(self, machine: str, *states: str, within_s: float = START_WITHIN_S) -> str | None:
         end = time.monotonic() + within_s
@@ -105,10 +108,32 @@ class Systemctl:
         return now
 
 
+class RealSystemctl(Systemctl):
+    """The machine's own systemd, where it runs a container@.service."""
+
+    def state(self, machine: str) -> dict[str, str]:
+        words = ["systemctl", "show", "--property=ActiveState,MainPID", f"container@{machine}.service"]
+        said = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
+        return dict(line.split("=", 1) for line in said.splitlines())
+
+    def start(self, machine: str) -> None:
+        self._ask("start", machine)
+
+    def stop(self, machine: str) -> None:
+        self._ask("stop", machine)
+
+    def reload(self, machine: str) -> None:
+        self._ask("reload", machine)
+
+    def _ask(self, verb: str, machine: str) -> None:
+        if subprocess.run(["systemctl", verb, f"container@{machine}.service"], check=False).returncode:
+            raise Failed(f"failed to {verb} container")
+
+
 class NixosContainer:
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, systemctl: Systemctl | None = None) -> None:
         self.host = host
-        self.systemctl = Systemctl(host)
+        self.systemctl = systemctl or Systemctl(host)
 
     def main(self, words: Sequence[str]) -> None:
         own, command = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
@@ -180,7 +205,7 @@ class NixosContainer:
         if flake is None:
             raise Failed("failed to build container configuration")
         self._set(machine, self._build(flake))
-        if self.host.state(machine)["ActiveState"] == "active":
+        if self.systemctl.state(machine)["ActiveState"] == "active":
             print("reloading container...", file=sys.stderr)
             self.systemctl.reload(machine)
 
@@ -201,10 +226,10 @@ class NixosContainer:
             time.sleep(_LOOK_S)
 
     def status(self, machine: str) -> None:
-        print("up" if self.host.state(machine)["ActiveState"] == "active" else "down")
+        print("up" if self.systemctl.state(machine)["ActiveState"] == "active" else "down")
 
     def destroy(self, machine: str) -> None:
-        if self.host.state(machine)["ActiveState"] == "active":
+        if self.systemctl.state(machine)["ActiveState"] == "active":
             self.terminate(machine)
         self._clear(machine)
 
@@ -243,7 +268,7 @@ class NixosContainer:
         print(key.read_text())
 
     def _leader(self, machine: str) -> int:
-        leader = first_in_namespace(int(self.host.state(machine)["MainPID"]) or os.getpid())
+        leader = first_in_namespace(int(self.systemctl.state(machine)["MainPID"]) or os.getpid())
         if leader is None:
             raise Failed("unable to get container's main PID")
         return leader
@@ -298,6 +323,8 @@ def main(folder: str, program: str, *words: str) -> None:
     try:
         if program == "journalctl":
             journalctl(host, words)
+        elif program == "nixos-container-of-systemd":
+            NixosContainer(host, RealSystemctl(host)).main(words)
         else:
             {"nixos-container": NixosContainer, "systemctl": Systemctl}[program](host).main(words)
     except Failed as failed:

@@ -52,11 +52,17 @@ exit 4
 
 
 class StandInHost:
-    def __init__(self, folder: Path) -> None:
+    """
+    programs  where its commands are; below its directory when it is not said
+    booted    whether the machine's own systemd and journal are the host's, which is then at `/`
+    """
+
+    def __init__(self, folder: Path, programs: Path | None = None, booted: bool = False) -> None:
         self.folder = folder
+        self._booted = booted
         self.state = Host(folder)
         self.state.make()
-        self._programs = folder / "bin"
+        self._programs = programs or folder / "bin"
         if not self._programs.exists():
             self._make_programs()
         self.host = NixosHost(
@@ -71,8 +77,9 @@ class StandInHost:
     def _make_programs(self) -> None:
         fresh = self._programs.with_name(f"bin.{os.getpid()}")
         fresh.mkdir()
-        for name in ("nixos-container", "systemctl", "journalctl"):
-            words = [sys.executable, "-m", "tests.containers.standin.commands", str(self.folder), name]
+        for name in ("nixos-container", *([] if self._booted else ["systemctl", "journalctl"])):
+            what = "nixos-container-of-systemd" if self._booted else name
+            words = [sys.executable, "-m", "tests.containers.standin.commands", str(self.folder), what]
             # nixos-container calls nix-env and nix.
             path = f"PYTHONPATH={ROOT} PATH={shlex.quote(str(self._programs))}:$PATH"
             write_program(fresh / name, f'#!/bin/sh\n{path} exec {shlex.join(words)} "$@"\n')
@@ -87,7 +94,7 @@ class StandInHost:
 
     def system(self, script: str, oneshots: Mapping[str, str] | None = None) -> StorePath:
         """A system whose harness is a script, in the store; the same for the same."""
-        folder = self.folder / f"system.{os.getpid()}"
+        folder = self._programs.with_name(f"system.{os.getpid()}")
         shutil.rmtree(folder, ignore_errors=True)
         files = system_files(script, oneshots or {})
         for name, text in files.items():
