@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hive_core.building import nix_trouble
+from hive_core.cli.check_helper import look_at_helper
 from hive_core.cli.client import Client
 from hive_core.cli.doctor import Finding, Progress, Status
 from hive_core.cli.up import SANDBOXES, orphans
@@ -203,12 +204,18 @@ def check_sandbox(name: str, machine: Machine) -> Iterator[Finding]:
         yield Finding(name, "warning", "none (unsafe_no_sandbox): agents can do all that you can; unset it")
     elif choice.trouble:
         yield Finding(name, machine.agents_need, choice.trouble)
+    elif config.helper is not None:
+        yield Finding(name, "ok", f"{called}, which the helper starts")
     elif choice.weakness:
         yield Finding(name, "warning", f"{called}; {choice.weakness}")
     elif filter_program() is None:
         yield Finding(name, "warning", f"{called}, without a filter of system calls: there is none for this processor")
     else:
         yield Finding(name, "ok", f"{called}, with a filter of system calls; {_other_sandbox(config, choice)}")
+
+
+def check_helper(name: str, machine: Machine) -> Iterator[Finding]:
+    yield from look_at_helper(name, machine.config)
 
 
 def check_bounds(name: str, machine: Machine) -> Iterator[Finding]:
@@ -340,6 +347,7 @@ CHECKS: dict[str, Callable[[str, Machine], Iterator[Finding]]] = {
     "sqlite": check_sqlite,
     "ports": check_ports,
     "sandbox": check_sandbox,
+    "helper": check_helper,
     "nix": check_nix,
     "bounds": check_bounds,
     "credential": check_credential,

@@ -44,6 +44,9 @@ def choose_sandbox(config: Config, claude: Path | None) -> Choice:
         if config.unsafe_no_sandbox:
             fix = "unset unsafe_no_sandbox, or helper"
             raise Refusal("usage", f"cannot start: the helper starts no agent without a sandbox; {fix}")
+        if config.sandbox == "nixos-container":
+            fix = "unset helper, or set sandbox to nspawn"
+            raise Refusal("usage", f"cannot start: the helper cannot start containers of NixOS yet; {fix}")
         # It has tried, and tells when it is asked; it may be away now.
         return Choice(config.sandbox, bwrap_trouble=bwrap_trouble)
     weakness = None

@@ -148,7 +148,7 @@ def make_root_driver(config: Config, state_dir: Path, owner: Owner, claude: Path
 def trouble_of(config: Config, state_dir: Path, owner: Owner, claude: Path | None) -> str | None:
     """Why agents cannot be started as the configuration asks, and what would mend it; None: they can."""
     if config.sandbox == "nixos-container":
-        return "the helper cannot start containers of NixOS yet; set sandbox to nspawn"
+        return "the helper cannot start containers of NixOS yet; unset helper, or set sandbox to nspawn"
     if config.sandbox == "bwrap":
         return sandbox_trouble(owner.become())
     found = look_for_nspawn(state_dir, state_dir, claude, config.nspawn_root)
