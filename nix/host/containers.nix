@@ -8,6 +8,7 @@ in
   config = lib.mkIf (cfg.enable && cfg.sandbox == "nixos-container") {
     # nixos-container and its unit: a host that declares no container of its own would not have them.
     boot.enableContainers = true;
+    systemd.tmpfiles.rules = [ "d /etc/nixos-containers 0755 root root -" ];
     # Agents are made of what this host's flake has locked.
     services.hyperhive.settings = {
       hyperhive_source = lib.mkDefault "${flake}";

@@ -6,48 +6,10 @@
   nodes.machine =
     { pkgs, ... }:
     let
-      # What the manager does when the operator writes to it: hm1nd's prompt carries the rehearsal's script.
-      rules = [
-        {
-          from = "operator";
-          match = "a reader";
-          do = [
-            {
-              tool = "request_spawn";
-              args = {
-                name = "iris";
-                persona = "You read.";
-                reason = "The operator wants a reader.";
-              };
-            }
-          ];
-        }
-        {
-          from = "operator";
-          match = "another model";
-          do = [
-            {
-              run = "cd \"$HIVE_CONFIGS/iris/config\" && sed -i 's/^model = .*/model = \"haiku\"/' agent.toml && git commit --quiet --all --message 'another model' && git rev-parse HEAD";
-              save = "sha";
-            }
-            {
-              tool = "request_apply_commit";
-              args = {
-                agent = "iris";
-                sha = "{sha}";
-                reason = "The operator wants another model.";
-              };
-            }
-          ];
-        }
-      ];
-      prompt = pkgs.writeText "hm1nd.md" ''
-        You are the manager of this machine.
-
-        ```rehearsal
-        ${builtins.toJSON rules}
-        ```
-      '';
+      prompt = import ./manager.nix {
+        inherit pkgs;
+        change = "sed -i 's/^model = .*/model = \"haiku\"/' agent.toml";
+      };
     in
     {
       imports = [ self.nixosModules.default ];

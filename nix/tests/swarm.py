@@ -50,7 +50,7 @@ with subtest("an agent is asked for, shown and approved"):
     machine.wait_until_succeeds("su - ada -c 'hive list --json' | grep -q iris", timeout=60)
 
 with subtest("a change of it is asked for, shown and approved"):
-    hive('send hm1nd "Give iris another model."')
+    hive('send hm1nd "Change iris."')
     approval = pending()
     assert approval["kind"] == "apply_commit", approval
     hive(f"approve {approval['id']}")

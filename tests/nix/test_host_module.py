@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import tomllib
@@ -12,7 +13,10 @@ import pytest
 from packaging.requirements import Requirement
 
 from hive_core.config import Config, load_config
+from hive_core.containers.nixos_host import NixosHost
 from hive_core.daemon_cli import main as hive_core
+from hive_core.flake_files import agent_files
+from hive_core.protocol.words import AgentName
 from tests import nix_pages
 from tests.nixes import NIXPKGS, ROOT, Nix
 
@@ -195,13 +199,15 @@ def test_credentials_and_variables_are_systemds_to_hand_over(nix: Nix) -> None:
 def test_containers_of_nixos_are_built_from_the_flake_and_the_nixpkgs_of_the_host(nix: Nix) -> None:
     of = (
         "let config = (host {{ services.hyperhive = {{ enable = true; sandbox = {0}; }}; }}).config; in"
-        " {{ inherit (config.boot) enableContainers; inherit (config.services.hyperhive) settings;"
+        " {{ inherit (config.boot) enableContainers; inherit (config.systemd.tmpfiles) rules;"
+        " inherit (config.services.hyperhive) settings;"
         " nix = lib.elem config.nix.package config.systemd.services.hyperhive.path;"
         " inherit (config.systemd.services.hyperhive.serviceConfig) User CapabilityBoundingSet; }}"
     )
     found = nix.value(of.format('"nixos-container"'))
     assert (found["enableContainers"], found["nix"]) == (True, True)
     assert (found["User"], found["CapabilityBoundingSet"]) == ("root", "~")
+    assert any(rule.startswith(f"d {NixosHost().confs} ") for rule in found["rules"])
     config = Config(**found["settings"])
     assert config.sandbox == "nixos-container"
     assert (config.hyperhive_source, config.nixpkgs) == (ROOT, ROOT / "tests/nix/standin")
@@ -295,16 +301,43 @@ def test_every_output_evaluates_for_both_processors(nix: Nix, nixpkgs: str, syst
 
 
 @everywhere
-def test_the_virtual_machine_evaluates_and_its_script_is_python(nix: Nix, nixpkgs: str) -> None:
+@pytest.mark.parametrize(("name", "sandbox"), [("swarm", "bwrap"), ("containers", "nixos-container")])
+def test_the_virtual_machines_evaluate_and_their_scripts_are_python(
+    nix: Nix, nixpkgs: str, name: str, sandbox: str
+) -> None:
     found = nix.value(
-        "let test = import ./nix/tests/swarm.nix { inherit self; }; machine = (host test.nodes.machine).config; in"
+        f"let test = import ./nix/tests/{name}.nix {{ inherit self; }}; machine = (host test.nodes.machine).config; in"
         " { inherit (test) testScript; inherit (machine.services.hyperhive) settings;"
         " inherit (machine.users) groups; }",
         nixpkgs,
     )
-    compile(found["testScript"], "swarm.py", "exec")
-    assert Config(**found["settings"]).default_program == "rehearsal"
+    compile(found["testScript"], name, "exec")
+    config = Config(**found["settings"])
+    assert (config.default_program, config.sandbox) == ("rehearsal", sandbox)
     assert found["groups"]["hive-admin"]["members"] == ["ada"]
+
+
+def test_the_change_that_the_machines_manager_makes_fits_what_is_rendered_for_an_agent(
+    nix: Nix, tmp_path: Path
+) -> None:
+    prompt = nix.value(
+        "((import ./nix/tests/containers.nix { inherit self; }).nodes.machine { inherit lib; pkgs ="
+        " nixpkgs.legacyPackages.x86_64-linux // { writeText = _: text: { outPath = text; }; };"
+        " }).services.hyperhive.settings.manager_prompt"
+    )
+    rules = json.loads(prompt.split("```rehearsal\n")[1].split("```")[0])
+    (script,) = [step["run"] for rule in rules for step in rule["do"] if "run" in step]
+    folder = tmp_path / "iris" / "config"
+    folder.mkdir(parents=True)
+    for name, text in agent_files(AgentName("iris"), "", hyperhive="x", system="x").items():
+        (folder / name).write_text(text)
+    git = ["git", "-C", str(folder), "-c", "user.name=t", "-c", "user.email=t@localhost"]
+    for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "first"]):
+        subprocess.run([*git, *words], check=True)
+    who = {f"GIT_{role}_{what}": "t" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    subprocess.run(["sh", "-c", script], check=True, env={**os.environ, **who, "HIVE_CONFIGS": str(tmp_path)})
+    changed = subprocess.run([*git, "show", "--format=", "HEAD"], check=True, capture_output=True, text=True).stdout
+    assert "+  environment.systemPackages = [ pkgs.hello ];" in changed
 
 
 @everywhere

@@ -26,6 +26,8 @@ def nix(tmp_path_factory: pytest.TempPathFactory) -> Nix:
         "self.devShells.x86_64-linux.default",
         "self.checks.x86_64-linux.modules",
         "self.legacyPackages.x86_64-linux.vmTests.swarm",
+        "self.legacyPackages.x86_64-linux.vmTests.containers",
+        "self.formatter.x86_64-linux",
     ],
 )
 def test_it_is_instantiated_whole(nix: Nix, wanted: str) -> None:

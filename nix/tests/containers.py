@@ -1,0 +1,94 @@
+"""Runs in the driver of a NixOS test, which gives `machine`, `start_all` and `subtest`."""
+
+# ruff: noqa: F821
+
+import json
+
+CHANGED = "/run/booted-system/specialisation/changed/bin/switch-to-configuration test"
+BASE = "/run/booted-system/bin/switch-to-configuration test"
+INSIDE = "nixos-container run h-iris --"
+BUILT_WITHIN_S = 1800
+
+
+def hive(words):
+    """What `hive WORDS --json` says, as a user of hive-admin."""
+    return json.loads(machine.succeed(f"su - ada -c 'hive {words} --json'"))
+
+
+def agents():
+    return {agent["name"]: agent for agent in hive("list")["agents"]}
+
+
+def pending():
+    """The one request that waits, as soon as there is one."""
+    machine.wait_until_succeeds("su - ada -c 'hive pending --json' | grep -q '\"id\"'", timeout=BUILT_WITHIN_S)
+    (approval,) = hive("pending")["approvals"]
+    return approval
+
+
+def runs():
+    """Which run of its unit each container is in: it is another one after a restart."""
+    show = "systemctl show --property=InvocationID --value container@{}.service"
+    return [machine.succeed(show.format(container)).strip() for container in ("hm1nd", "h-iris")]
+
+
+start_all()
+machine.wait_for_unit("hyperhive.service")
+
+with subtest("the manager's container is built and started"):
+    machine.wait_until_succeeds("systemctl is-active container@hm1nd.service", timeout=BUILT_WITHIN_S)
+    assert agents()["hm1nd"]["sandbox"] == "nixos-container"
+
+with subtest("an agent is asked for, approved and built"):
+    hive('send hm1nd "I want a reader."')
+    approval = pending()
+    assert (approval["kind"], approval["agent"]) == ("spawn", "iris"), approval
+    hive(f"approve {approval['id']}")
+    machine.wait_until_succeeds("systemctl is-active container@h-iris.service", timeout=BUILT_WITHIN_S)
+    assert agents()["iris"]["container"] == "h-iris"
+
+with subtest("its harness is a unit of its own system"):
+    machine.wait_until_succeeds(f"{INSIDE} systemctl is-active hive-agent.service", timeout=60)
+
+with subtest("it reaches nothing of the host"):
+    machine.fail(f"{INSIDE} test -S /nix/var/nix/daemon-socket/socket")
+    machine.fail(f"{INSIDE} touch /nix/var/nix/profiles/mine")
+    machine.fail(f"{INSIDE} test -e /var/lib/hyperhive")
+    assert machine.succeed(f"{INSIDE} ls /sys/class/net").split() == ["lo"]
+
+with subtest("a change of its agent.nix is shown, approved and built, and comes at a turn's edge"):
+    machine.fail(f"{INSIDE} test -e /run/current-system/sw/bin/hello")
+    hive('send hm1nd "Change iris."')
+    approval = pending()
+    assert approval["kind"] == "apply_commit", approval
+    hive(f"approve {approval['id']}")
+    machine.wait_until_succeeds(f"{INSIDE} /run/current-system/sw/bin/hello", timeout=BUILT_WITHIN_S)
+    machine.succeed("git -c safe.directory='*' -C /var/lib/hyperhive/meta log --format=%s | grep -q '^iris: deployed/'")
+
+with subtest("a container that ends is started again"):
+    _, before = runs()
+    machine.succeed("systemctl kill --signal=KILL container@h-iris.service")
+    machine.wait_until_succeeds("systemctl is-active container@h-iris.service", timeout=120)
+    assert runs()[1] != before
+    machine.succeed(f"{INSIDE} /run/current-system/sw/bin/hello")
+
+with subtest("a rebuild and a rollback of the machine restart the daemon, and containers live on"):
+    before = runs()
+    for switch in (CHANGED, BASE):
+        machine.succeed(switch)
+        machine.wait_for_unit("hyperhive.service")
+        machine.wait_until_succeeds("su - ada -c 'hive list'", timeout=60)
+        assert runs() == before, "a container was started anew"
+
+with subtest("a reboot brings each back as it was deployed"):
+    machine.shutdown()
+    machine.start()
+    machine.wait_for_unit("hyperhive.service")
+    for container in ("hm1nd", "h-iris"):
+        machine.wait_until_succeeds(f"systemctl is-active container@{container}.service", timeout=BUILT_WITHIN_S)
+    machine.succeed(f"{INSIDE} /run/current-system/sw/bin/hello")
+
+with subtest("one that is destroyed leaves no container, and its tombstone"):
+    hive("destroy iris --now")
+    machine.wait_until_fails("nixos-container list | grep -q h-iris", timeout=120)
+    assert "iris" in json.dumps(hive("tombstones"))
