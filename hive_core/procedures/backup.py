@@ -61,7 +61,9 @@ GIT_LOCK = re.compile(r"applied/.*\.lock|proposed/.*/\.git/.*\.lock", re.DOTALL)
 # A backup is itself one, and what they share with each other would be in it many times over.
 SNAPSHOTS = re.compile(r"(agents/[^/]+|tombstones/[^/]+/agent)/(snapshots|\.restored)", re.DOTALL)
 # What belongs to this machine and its running daemon, and is not worth a word.
-OF_THE_MACHINE = re.compile(r"daemon\.lock|daemon\.log|processes|hive\.ballast|hive\.sqlite(-wal|-shm|-journal)?|\..*")
+OF_THE_MACHINE = re.compile(
+    r"daemon\.lock|daemon\.log|nix|processes|hive\.ballast|hive\.sqlite(-wal|-shm|-journal)?|\..*"
+)
 
 
 @dataclass

@@ -117,7 +117,8 @@ async def make_deployments(config: Config, choice: Choice, store: Store, repos: 
     if config.sandbox != "nixos-container" or config.unsafe_no_sandbox:
         return PlainDeployments(store, repos, "none" if config.unsafe_no_sandbox else config.sandbox)
     if choice.trouble is not None or not isinstance(driver, Systems):
-        return NoDeployments(choice.trouble or "its driver builds no systems")
+        helped = "containers cannot be built through the helper; unset it and run the daemon as root, or set sandbox"
+        return NoDeployments(choice.trouble or helped)
     meta = make_meta_flake(config, make_nix(config))
     await meta.open()
     return FlakeDeployments(store, repos, meta, driver)

@@ -64,3 +64,16 @@ def test_insisting_is_shown_wherever_agents_are_shown(path_without_bwrap: str) -
             text=True,
         )
         assert "agents run without a sandbox (--unsafe-no-sandbox)" in shown.stdout
+
+
+def test_where_containers_cannot_be_built_agents_wait_with_the_reason_and_nothing_is_deployed() -> None:
+    flags = ("--default-program", "rehearsal", "--sandbox", "nixos-container", "--end-agents-with-daemon")
+    with open_daemon(*flags) as daemon:
+        client = daemon.start()
+        waits = daemon.wait_live(lambda agent: agent["name"] == "hm1nd" and bool(agent["detail"]))
+        assert waits["state"] == "down"
+        assert "sandbox" in waits["detail"]
+        number = client.call("request_spawn", agent="iris", persona="You read.", reason="a reader")["approval"]
+        failed = client.call("approve", approval=number, digest=client.call("show", approval=number)["digest"])
+        assert (failed["state"], failed["note"]) == ("failed", f"cannot build iris: {waits['detail']}")
+        assert [agent["name"] for agent in client.call("list")["agents"]] == ["hm1nd"]

@@ -102,6 +102,7 @@ def state(tmp_path: Path) -> Path:
     (folder / "credentials").mkdir(mode=0o700)
     (folder / "credentials" / "anthropic-api-key").write_text("secret-canary")
     (folder / "processes").mkdir()
+    (folder / "nix").mkdir()
     (folder / "processes" / "iris.log").write_text("of this machine")
     return folder
 
