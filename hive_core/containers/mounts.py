@@ -12,6 +12,7 @@ from hive_core.protocol.words import MANAGER, AgentName
 RUN, STATE, CLAUDE = "/run/hive", "/state", f"{HOME}/.claude"
 SHARED = "/shared"  # written by all
 AGENTS, APPLIED, META = "/agents", "/applied", "/meta"  # the manager's
+TARGETS, MANAGER_TARGETS = (RUN, STATE, CLAUDE, SHARED), (AGENTS, APPLIED, META)
 
 
 @dataclass(frozen=True, slots=True)

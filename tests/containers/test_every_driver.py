@@ -368,25 +368,6 @@ async def test_nothing_but_its_own_directories_survives_an_agents_end(tmp_path: 
     assert said.count("No such file") == len(places) + 1
 
 
-async def test_an_agent_that_removes_everything_removes_only_what_is_its_own(tmp_path: Path, sandbox: str) -> None:
-    others = dirs_in(tmp_path, name="argus")
-    others.state.mkdir()
-    mine = dirs_in(tmp_path)
-    kept = [tmp_path / "hive.sqlite", others.state / "note", mine.run / "mcp.sock", tmp_path / "proposed" / "agent"]
-    for path in kept:
-        path.write_text("whole")
-    mine.state.mkdir()
-    (mine.state / "note").write_text("lost")
-    host = ["/etc/passwd", "/usr/bin/env", "/proc/self/exe", "/dev/null", "/tmp", "/run", sys.executable]
-    trees = [sys.prefix, ROOT / "hive_core"]
-    before = [sorted(os.listdir(path)) for path in trees]
-    await run(tmp_path, sandbox, "rm -rf --no-preserve-root / 2>/dev/null; rm -rf /* ~/.[a-z]* 2>/dev/null")
-    assert [path.read_text() for path in kept] == ["whole"] * len(kept)
-    assert [path for path in host if not os.path.exists(path)] == []
-    assert [sorted(os.listdir(path)) for path in trees] == before
-    assert list(mine.state.iterdir()) == []
-
-
 async def test_what_an_agent_makes_belongs_to_the_daemons_user(tmp_path: Path, sandbox: str) -> None:
     assert (await run(tmp_path, sandbox, "mkdir /state/folder; echo > ~/.claude/file; stat -c %u /state/folder"))[
         0

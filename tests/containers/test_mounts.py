@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
+import trio_asyncio
 
 from hive_core.containers.mounts import agent_dirs, shape
 from hive_core.protocol.words import MANAGER, AgentName
 from hive_core.repos import Repos
-from tests.containers.drivers import IRIS, SANDBOXES, STAND_IN, digest_of, dirs_in, driver_in, need, run
+from hive_core.snapshots import Snapshots
+from hive_core.store.door import open_store
+from tests.containers.drivers import IRIS, SANDBOXES, STAND_IN, digest_of, dirs_in, driver_in, need, run, started
+from tests.needs import ROOT
 
 ARGUS = AgentName("argus")
+UNTOUCHED = ("applied", "proposed", "meta", "credentials", "tombstones", "agents/iris/snapshots")
 REFUSED = ("Read-only file system", "Permission denied", "Operation not permitted")
 
 
@@ -38,10 +44,11 @@ def test_every_mount_is_said_once_and_only_the_managers_are_more() -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["bwrap", STAND_IN])
 async def test_a_container_with_other_mounts_is_of_another_generation(
-    tmp_path: Path, sandbox: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver = driver_in(tmp_path, sandbox, "")
+    driver = driver_in(tmp_path, need(kind), "")
     before = await driver.generation(IRIS)
     for module in ("host_process", "nixos_container"):
         monkeypatch.setattr(f"hive_core.containers.{module}.seen", lambda name: [*shape(name), "/another"])
@@ -55,7 +62,7 @@ async def test_two_agents_edit_one_file_of_what_all_share(tmp_path: Path, sandbo
     _, uids = await run(tmp_path, sandbox, first)
     code, other_uids = await run(tmp_path, sandbox, second, name=ARGUS)
     assert code == 0
-    assert (uids != other_uids) == (sandbox in ("nspawn", STAND_IN)), (
+    assert (uids != other_uids) == (sandbox in ("nspawn", "helper-nspawn", STAND_IN)), (
         "their containers have uids of their own, or none has"
     )
     code, said = await run(tmp_path, sandbox, third)
@@ -96,3 +103,49 @@ async def test_an_agent_has_neither_configurations_nor_what_is_deployed(tmp_path
     code, said = await run(tmp_path, sandbox, "ls -d /agents /applied /meta")
     assert code != 0
     assert said.count("No such file") == 3
+
+
+async def remove(folder: Path, kind: str, script: str) -> None:
+    """Run a script beside an agent's harness, and end that: of a container whose files are gone nothing else does."""
+    async with started(folder, kind, "echo > STATE/ready; exec sleep 1000") as (driver, _):
+        await driver.exec(IRIS, dirs_in(folder), ["/bin/sh", "-c", script])
+
+
+async def test_an_agent_that_removes_everything_leaves_all_but_its_own_as_it_was_and_its_state_comes_back(
+    tmp_path: Path, sandbox: str
+) -> None:
+    repos = Repos(tmp_path)
+    for name in (IRIS, ARGUS):
+        await repos.create(name, {"agent.toml": 'program = "rehearsal"\n', "CLAUDE.md": f"You are {name}.\n"})
+    async with trio_asyncio.open_loop(), open_store(tmp_path / "hive.sqlite") as store:
+        await store.write(lambda tx: tx.emit("canary", "operator"))
+    mine, other = dirs_in(tmp_path), dirs_in(tmp_path, name="argus")
+    for place in ("meta/flake.nix", "credentials/anthropic-api-key", "tombstones/echo@2026-01-01/agent/state/note"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text("whole")
+    for each in (mine, other):
+        each.make()
+        for mount in each.mounts:
+            (mount.source / "note").write_text("whole")
+    (mine.state / "deep" / "er").mkdir(parents=True)
+    (mine.state / "deep" / "er" / "tool").write_text("#!/bin/sh\n")
+    (mine.state / "deep" / "er" / "tool").chmod(0o750)
+    (mine.state / ".hidden").symlink_to("deep/er/tool")
+    snapshots = Snapshots(tmp_path, IRIS, 12, 2**30)
+    assert snapshots.take("before a test", 1_800_000_000_000) is not None
+    host = [Path("/etc"), ROOT / "hive_core", *(tmp_path / room for room in UNTOUCHED), other.run, other.state]
+    names = [Path("/usr/bin"), Path(sys.prefix), Path("/dev"), Path("/"), Path.home()]
+    state, before = digest_of(mine.state), [digest_of(tree) for tree in host]
+    listed = [sorted(os.listdir(path)) for path in names]
+    database = (tmp_path / "hive.sqlite").read_bytes()
+
+    rm = "rm -rf --no-preserve-root / 2>/dev/null; rm -rf /* /.[a-z]* 2>/dev/null; cd /state; rm -rf ./* ./.[a-z]*"
+    await remove(tmp_path, sandbox, f"{rm} ~/.claude/* /shared/*")
+    assert [digest_of(tree) for tree in host] == before
+    assert (tmp_path / "hive.sqlite").read_bytes() == database
+    assert [sorted(os.listdir(path)) for path in names] == listed
+    assert [sorted(os.listdir(mount.source)) for mount in mine.mounts[1:3]] == [[], []]
+
+    snapshots.restore(snapshots.last_other(), 1_800_000_001_000)
+    assert digest_of(mine.state) == state
+    assert (await run(tmp_path, sandbox, "cat /state/.hidden"))[1].splitlines()[-1] == "#!/bin/sh"
