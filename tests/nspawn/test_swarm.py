@@ -16,6 +16,7 @@ from tests.daemons import WITHIN_S, Daemon
 from tests.needs import ROOT
 from tests.processes import look_until, pids_naming, wait_gone
 from tests.swarm.test_outlive import GATED, SAY_WHO, WELCOME, open_swarm, pid_of, spawn
+from tests.swarm.test_snapshots import remove_and_restore
 
 
 def test_agents_exchange_messages_outlive_their_daemon_and_are_adopted_by_the_next_one() -> None:
@@ -128,3 +129,7 @@ def test_the_doctor_tells_which_sandboxes_work_here(tmp_path: Path) -> None:
     path = write_program(tmp_path, 'echo "Need to be root." >&2; exit 1')
     assert sandbox(HIVE_SANDBOX="nspawn", PATH=path)[0] == "trouble"
     assert "would not do all here" in sandbox(PATH=path)[1]
+
+
+def test_the_state_of_an_agent_that_removed_everything_comes_back_by_one_command() -> None:
+    remove_and_restore("nspawn")
