@@ -325,8 +325,8 @@ class Supervisor:
             else:
                 self._tools.put_back(tx, self.name)
 
+        self._observe("crashed" if crash else "down", crash)  # while the disk is full, that is all that tells it
         await self._tools.store.insist(write)
-        self._observe("crashed" if crash else "down", crash)
         if crash:
             log.warning("%s %s", self.name, crash, extra={"agent": self.name})
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -115,3 +120,53 @@ def test_files_of_agents_processes_that_somebody_spoilt_trouble_these_agents_alo
             answers(daemon, client, name)
         assert pid_of(daemon, "rowan") == before
         assert len({pid_of(daemon, name) for name in ("hm1nd", "rowan", *names)}) == len(names) + 2
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, mib: int) -> Iterator[None]:
+    """A disk of its own, for as long as the block runs."""
+    folder.mkdir(mode=0o700)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m,mode=700", "small", str(folder)], check=False)
+    if mounted.returncode != 0:
+        assert os.environ.get("HIVE_REQUIRE") != "ci", "mounting needs root"
+        pytest.skip("mounting needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def fill(folder: Path, name: str) -> Path:
+    """Take all that is left of a disk: the file that has it."""
+    file = folder / name
+    with contextlib.suppress(OSError), file.open("wb", buffering=0) as filler:
+        while filler.write(b"x" * 4096):
+            pass
+    return file
+
+
+def test_a_full_disk_while_agents_start_crash_or_are_destroyed_costs_none_of_them_anything() -> None:
+    with open_swarm() as daemon, small_disk(daemon.state, 160):
+        client = open_with(daemon, "iris", "rowan", "sorrel")
+        others = [pid_of(daemon, name) for name in ("hm1nd", "sorrel")]
+        client.call("kill", agent="iris")
+        fillers = [fill(daemon.state, "filler")]
+        with contextlib.suppress(Refusal):
+            for number in range(50):  # until what the hive has put by for this is used up, too
+                client.call("pause", agent="iris")
+                client.call("kill", agent="iris")
+                fillers.append(fill(daemon.state, f"filler-{number}"))
+        for verb, name in (("start", "iris"), ("destroy", "sorrel")):
+            with pytest.raises(Refusal, match="no space is left on the disk of the hive's state_dir; make room there"):
+                client.call(verb, agent=name)
+        os.kill(pid_of(daemon, "rowan"), signal.SIGKILL)
+        daemon.wait_live(lambda agent: agent["name"] == "rowan" and agent["state"] == "crashed")
+        assert client.call("tombstones")["tombstones"] == []
+        assert [pid_of(daemon, name) for name in ("hm1nd", "sorrel")] == others
+        for filler in fillers:
+            filler.unlink()
+        daemon.wait_live(lambda agent: agent["name"] == "rowan" and agent["state"] == "idle")
+        client.call("start", agent="iris")
+        for name in ("iris", "rowan"):
+            answers(daemon, client, name)
+        assert client.call("destroy", agent="sorrel", now=True)["state"] == "kept"
