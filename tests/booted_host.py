@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.needs import ROOT
-from tests.nix_pages import UNIT
+from tests.nix_pages import DROP_IN, HELPER_UNIT, UNIT
 from tests.processes import children_of, look_until
 
 SOURCE, VENV, LIBRARIES, PYTHON = "/opt/hive/source", "/opt/hive/venv", "/opt/hive/libraries", "/opt/python"
@@ -62,6 +62,12 @@ class BootedHost:
         self.ok("systemd-sysusers")
         self.ok("systemctl", "daemon-reload")
 
+    def install_helper(self) -> None:
+        """The helper's unit too, and what the daemon's has besides then."""
+        self.write("/etc/systemd/system/hyperhive-root.service", HELPER_UNIT.read_text())
+        self.write("/etc/systemd/system/hyperhive.service.d/helper.conf", DROP_IN.read_text())
+        self.ok("systemctl", "daemon-reload")
+
 
 @contextmanager
 def booted_host(folder: Path, *more: str) -> Iterator[BootedHost]:
@@ -104,13 +110,14 @@ def _find(nspawn: int) -> BootedHost | None:
 
 
 def _write_environment(folder: Path, base: str) -> None:
-    """A virtual environment for the place where it is going to be, and our two commands."""
+    """A virtual environment for the place where it is going to be, and our commands."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     for place in ("venv/bin", "bin"):
         (folder / place).mkdir(parents=True)
     (folder / "venv/bin/python").symlink_to(f"{base}/bin/python{version}")
     (folder / "venv/pyvenv.cfg").write_text(f"home = {base}/bin\ninclude-system-site-packages = false\n")
-    for name, module in (("hive-core", "hive_core.daemon_cli"), ("hive", "hive_core.cli")):
+    modules = {"hive-core": "hive_core.daemon_cli", "hive": "hive_core.cli", "hive-root": "hive_core.helper.cli"}
+    for name, module in modules.items():
         script = folder / "bin" / name
         lines = [f"#!{VENV}/bin/python -P", "import sys", f"sys.path.insert(0, {SOURCE!r})"]
         script.write_text("\n".join([*lines, f"from {module} import main", "sys.exit(main())", ""]))

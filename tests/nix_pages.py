@@ -1,7 +1,9 @@
 """What is made from the Nix files: `python -m tests.nix_pages` writes it anew, and needs nix.
 
-docs/options.md             every option of the NixOS modules
-nix/systemd/hyperhive.service  the daemon's unit for systems that are not NixOS
+docs/options.md                     every option of the NixOS modules
+nix/systemd/hyperhive.service       the daemon's unit for systems that are not NixOS
+nix/systemd/hyperhive-root.service  the helper's
+nix/systemd/helper.conf             a drop-in for the daemon's, where the helper starts its agents
 
 With --check FILE it says whether docs/options.md is what the options in FILE, as JSON, make of it.
 """
@@ -18,6 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS_PAGE = ROOT / "docs" / "options.md"
 UNIT = ROOT / "nix" / "systemd" / "hyperhive.service"
+HELPER_UNIT = UNIT.with_name("hyperhive-root.service")
+DROP_IN = UNIT.with_name("helper.conf")
 
 HEAD = """\
 # Options of the NixOS modules
@@ -43,6 +47,13 @@ UNIT_HEAD = """\
 # Made from unit.nix beside this file, where each line has its reason: `python -m tests.nix_pages`.
 # For systems that are not NixOS; hyperhive.sysusers.conf beside it makes the user and the group.
 """
+HELPER_HEAD = """\
+# Made from helper.nix beside this file, where each line has its reason: `python -m tests.nix_pages`.
+# For systems that are not NixOS.
+"""
+DROP_IN_HEAD = f"""\
+{HELPER_HEAD}# Goes to /etc/systemd/system/hyperhive.service.d/ where hyperhive-root.service starts the agents.
+"""
 
 
 def evaluate(expression: str, environment: Mapping[str, str] | None = None) -> Any:
@@ -63,16 +74,39 @@ def _option(option: Mapping[str, Any]) -> str:
 
 
 def unit_text(sections: Mapping[str, Mapping[str, Any]]) -> str:
-    """A unit file of systemd."""
-    sections = {**sections, "Service": {**sections["Service"], "ExecStart": "/usr/local/bin/hive-core serve"}}
-    parts = ["\n".join([f"[{name}]", *_entries(sections[name]), ""]) for name in ("Unit", "Service", "Install")]
-    return UNIT_HEAD + "\n" + "\n".join(parts)
+    """The daemon's unit as a file of systemd's."""
+    return _file(UNIT_HEAD, _starting(sections, "/usr/local/bin/hive-core serve"))
+
+
+def helper_texts(source: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[Path, str]:
+    """The helper's unit, and the drop-in of the daemon's. There a list begins anew, each of it on a line of its own."""
+    daemon = {name: {**section} for name, section in source["Daemon"].items()}
+    fresh = {key: ["", *value] for key, value in daemon["Service"].items() if isinstance(value, list)}
+    return {
+        HELPER_UNIT: _file(HELPER_HEAD, _starting(source["Helper"], "/usr/local/bin/hive-root serve")),
+        DROP_IN: _file(DROP_IN_HEAD, {**daemon, "Service": {**daemon["Service"], **fresh}}),
+    }
+
+
+def _starting(sections: Mapping[str, Mapping[str, Any]], command: str) -> Mapping[str, Mapping[str, Any]]:
+    return {**sections, "Service": {**sections["Service"], "ExecStart": command}}
+
+
+def _file(head: str, sections: Mapping[str, Mapping[str, Any]]) -> str:
+    names = [name for name in ("Unit", "Service", "Install") if name in sections]
+    return head + "\n" + "\n".join("\n".join([f"[{name}]", *_entries(sections[name]), ""]) for name in names)
 
 
 def _entries(section: Mapping[str, Any]) -> Iterator[str]:
     for key, value in section.items():
-        said = "yes" if value is True else "no" if value is False else value
-        yield f"{key}={' '.join(said) if isinstance(said, list) else said}"
+        for said in value if isinstance(value, list) and "" in value else [value]:
+            yield f"{key}={_said(said)}"
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def main(arguments: list[str]) -> int:
@@ -84,6 +118,8 @@ def main(arguments: list[str]) -> int:
         return 1
     OPTIONS_PAGE.write_text(options_page(evaluate("(import ./tests/nix/evaluate.nix { }).options")), "utf-8")
     UNIT.write_text(unit_text(evaluate("import ./nix/systemd/unit.nix")), "utf-8")
+    for path, text in helper_texts(evaluate("import ./nix/systemd/helper.nix")).items():
+        path.write_text(text, "utf-8")
     return 0
 
 

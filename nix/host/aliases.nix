@@ -23,6 +23,7 @@ in
     "limits.memoryMax"
     "limits.cpuQuota"
     "limits.tasksMax"
+    "helper.enable"
     "adminUsers"
     "operatorPronouns"
     "environmentFiles"

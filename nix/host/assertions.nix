@@ -37,6 +37,10 @@ in
         message = "services.hyperhive.settings.sandbox is ${cfg.settings.sandbox}, for which this host would lack what it needs: say services.hyperhive.sandbox instead.";
       }
       {
+        assertion = cfg.sandbox != "nspawn" || cfg.helper.enable;
+        message = "services.hyperhive.sandbox is nspawn, for which the daemon has no privileges: say services.hyperhive.helper.enable = true.";
+      }
+      {
         assertion = port == 0 || port != managerPort;
         message = "services.hyperhive.dashboard.port is ${toString managerPort}, the port of the manager's page: choose another, or set services.hyperhive.settings.manager_port.";
       }

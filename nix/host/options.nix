@@ -95,6 +95,12 @@ in
       description = "Processes and threads of the daemon and all agents together.";
     };
 
+    helper.enable = mkOption {
+      type = types.bool;
+      default = false;
+      description = "Whether a helper that is root, `hyperhive-root.service`, starts the agents, each as a transient unit; `sandbox` is `nspawn` then unless it is said: containers with uids of their own. The daemon is hardened further then, and `hive login` takes a token (`--token`) in the place of running the program.";
+    };
+
     adminUsers = mkOption {
       type = types.listOf types.str;
       default = [ ];

@@ -7,6 +7,10 @@
 let
   cfg = config.services.hyperhive;
   unit = import ../systemd/unit.nix;
+  inherit (import ../systemd/helper.nix) Helper Daemon;
+  helped = cfg.helper.enable;
+  # Containers of NixOS are evaluated by the daemon, in a sandbox that it makes.
+  hardened = helped && cfg.sandbox != "nixos-container";
   written = (pkgs.formats.toml { }).generate "hyperhive-config.toml" cfg.settings;
   # The daemon's own parser reads it, so a setting that it would refuse ends the build.
   checked = pkgs.runCommand "hyperhive-config-checked.toml" { } ''
@@ -16,12 +20,14 @@ let
 in
 {
   config = lib.mkIf cfg.enable {
+    services.hyperhive.sandbox = lib.mkIf helped (lib.mkDefault "nspawn");
     services.hyperhive.settings = {
       state_dir = lib.mkDefault "/var/lib/hyperhive";
       runtime_dir = lib.mkDefault "/run/hyperhive";
       sandbox = lib.mkDefault cfg.sandbox;
       dashboard_host = lib.mkDefault cfg.dashboard.address;
       dashboard_port = lib.mkDefault cfg.dashboard.port;
+      helper = lib.mkIf helped (lib.mkDefault "/run/hyperhive-root/helper.sock");
       claude = lib.mkIf (cfg.claude != null) (lib.mkDefault (lib.getExe' cfg.claude "claude"));
       agent_memory_bytes = lib.mkIf (cfg.agents.memoryMiB != null) (
         lib.mkDefault (cfg.agents.memoryMiB * 1024 * 1024)
@@ -51,7 +57,8 @@ in
       description = unit.Unit.Description;
       wantedBy = [ unit.Install.WantedBy ];
       aliases = [ unit.Install.Alias ];
-      after = [ unit.Unit.After ];
+      after = [ unit.Unit.After ] ++ lib.optional helped Daemon.Unit.After;
+      wants = lib.optional helped Daemon.Unit.Wants;
       startLimitIntervalSec = unit.Unit.StartLimitIntervalSec;
       # Units see nothing of the system's PATH.
       path = [
@@ -61,6 +68,7 @@ in
       restartTriggers = [ checked ];
       serviceConfig =
         unit.Service
+        // lib.optionalAttrs hardened Daemon.Service
         // {
           ExecStart = "${cfg.package}/bin/hive-core serve";
         }
@@ -70,6 +78,21 @@ in
         // lib.optionalAttrs (cfg.credentials != { }) {
           LoadCredential = lib.mapAttrsToList (name: path: "${name}:${toString path}") cfg.credentials;
         };
+    };
+
+    systemd.services.hyperhive-root = lib.mkIf helped {
+      description = Helper.Unit.Description;
+      wantedBy = [ Helper.Install.WantedBy ];
+      startLimitIntervalSec = Helper.Unit.StartLimitIntervalSec;
+      path = [
+        pkgs.bubblewrap
+        pkgs.util-linux
+      ];
+      restartTriggers = [ checked ];
+      serviceConfig = Helper.Service // {
+        ExecStart = "${cfg.package}/bin/hive-root serve";
+        ReadWritePaths = Helper.Service.ReadWritePaths ++ [ "-${cfg.settings.state_dir}" ];
+      };
     };
   };
 }

@@ -46,6 +46,7 @@
     ProtectHome = true;
     PrivateTmp = true;
     PrivateDevices = true;
+    PrivateMounts = true;
     DevicePolicy = "closed";
     ProtectClock = true;
     ProtectControlGroups = true;
@@ -72,7 +73,7 @@
       "AF_NETLINK"
     ];
 
-    # Cannot be had:
+    # Cannot be had (but see helper.nix):
     # RestrictNamespaces        bwrap makes namespaces
     # ProtectKernelTunables,    they mount over parts of /proc, and the kernel then lets nobody without privileges mount
     # ProtectKernelLogs         a /proc of their own, which bwrap does in each sandbox

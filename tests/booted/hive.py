@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from tests.booted_host import BootedHost
@@ -14,6 +15,11 @@ _RULES = [
         "do": [{"tool": "request_spawn", "args": {"name": "iris", "persona": "You read.", "reason": "A reader."}}],
     }
 ]
+
+BUBBLEWRAP = (
+    "bwrap --unshare-all --unshare-user --disable-userns --uid 0 --gid 0 --hostname hive"
+    " --ro-bind / / --proc /proc --dev /dev true"
+)
 
 
 def write_config(host: BootedHost, *lines: str) -> str:
@@ -54,3 +60,24 @@ def processes_of(host: BootedHost, unit: str) -> set[str]:
     group = shown(host, unit, "ControlGroup")["ControlGroup"]
     script = 'cat $(find "$1" -name cgroup.procs) | while read p; do echo $p $(tr "\\0" " " < /proc/$p/cmdline); done'
     return set(host.run("sh", "-c", script, "sh", f"/sys/fs/cgroup/unified{group}").stdout.splitlines())
+
+
+def runs_under(host: BootedHost, unit: Path, command: str, *more: str) -> bool:
+    """Whether a command ends well under a unit's own hardening and some lines more."""
+    other = (
+        "Type",
+        "Restart",
+        "State",
+        "Runtime",
+        "WorkingDirectory",
+        "Slice",
+        "Kill",
+        "Exec",
+        "Timeout",
+        "Notify",
+        "OOM",
+    )
+    service = unit.read_text().split("[Service]\n")[1].split("\n\n")[0].splitlines()
+    lines = [line for line in service if not line.startswith(tuple(other))]
+    properties = [f"--property={line}" for line in (*lines, *more)]
+    return host.run("systemd-run", "--quiet", "--wait", *properties, *command.split()).returncode == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.booted.hive import agents, ask_for_iris, idle, write_config
+from tests.booted.hive import BUBBLEWRAP, agents, ask_for_iris, idle, runs_under, write_config
 from tests.booted_host import BootedHost, booted_host
 from tests.nix_pages import UNIT
 from tests.processes import look_until
@@ -76,23 +76,9 @@ def test_one_that_hangs_is_restarted_by_the_watchdog_and_its_agents_live_on(swar
 
 # -- the hardening ----------------------------------------------------------------------------------------------------
 
-SANDBOX = (
-    "bwrap --unshare-all --unshare-user --disable-userns --uid 0 --gid 0 --hostname hive"
-    " --ro-bind / / --proc /proc --dev /dev true"
-)
-
-
-def sandbox_under(host: BootedHost, *more: str) -> bool:
-    """Whether bubblewrap makes a sandbox under the unit's own hardening and some lines more."""
-    kept = ("WatchdogSec", "Type", "Restart", "StateDirectory", "RuntimeDirectory", "WorkingDirectory", "Slice", "Kill")
-    service = UNIT.read_text().split("[Service]\n")[1].split("\n\n")[0].splitlines()
-    lines = [line for line in service if not line.startswith((*kept, "Exec", "Timeout", "Notify", "OOM"))]
-    properties = [f"--property={line}" for line in (*lines, *more)]
-    return host.run("systemd-run", "--quiet", "--wait", *properties, *SANDBOX.split()).returncode == 0
-
 
 def test_bubblewrap_works_under_the_hardening(host: BootedHost) -> None:
-    assert sandbox_under(host)
+    assert runs_under(host, UNIT, BUBBLEWRAP)
 
 
 # ProtectKernelLogs does so too on a machine of its own; systemd-nspawn keeps a second, whole /proc, which hides that.
@@ -108,4 +94,4 @@ def test_bubblewrap_works_under_the_hardening(host: BootedHost) -> None:
     ],
 )
 def test_each_line_that_is_left_out_would_keep_bubblewrap_from_its_sandbox(host: BootedHost, line: str) -> None:
-    assert not sandbox_under(host, line)
+    assert not runs_under(host, UNIT, BUBBLEWRAP, line)

@@ -140,6 +140,7 @@ def test_claude_is_taken_from_a_package_and_needs_its_licence_allowed(nix: Nix) 
         ('credentials.anthropic-api-key = "/nix/store/x"', "would put a secret into the Nix store"),
         ('environmentFiles = [ "/nix/store/env" ]', "would put a secret into the Nix store"),
         ("dashboard.port = 8000", "the port of the manager's page"),
+        ('sandbox = "nspawn"', "say services.hyperhive.helper.enable = true"),
         ("settings.dashboard_port = 8000", "the port of the manager's page"),
         ('settings.sandbox = "nspawn"', "say services.hyperhive.sandbox instead"),
     ],
@@ -225,11 +226,56 @@ def test_limits_hold_the_slice_of_the_daemon_and_its_agents(nix: Nix) -> None:
     assert config == [{"MemoryMax": "16G", "TasksMax": 9000}, "hyperhive.slice"]
 
 
+# -- the helper -------------------------------------------------------------------------------------------------------
+
+HELPED = "services.hyperhive = { enable = true; helper.enable = true; }"
+
+
+@everywhere
+def test_with_the_helper_agents_are_in_nspawn_and_both_units_are_there(nix: Nix, nixpkgs: str) -> None:
+    found = nix.value(
+        f"let config = (host {{ {HELPED}; }}).config; in {{ inherit (config.services.hyperhive) settings;"
+        " daemon = { inherit (config.systemd.services.hyperhive) after wants serviceConfig; };"
+        " helper = config.systemd.services.hyperhive-root.serviceConfig; }",
+        nixpkgs,
+    )
+    config = Config(**found["settings"])
+    assert (str(config.helper), config.sandbox) == ("/run/hyperhive-root/helper.sock", "nspawn")
+    assert found["helper"]["ExecStart"].endswith("/bin/hive-root serve")
+    assert "User" not in found["helper"]
+    assert "hyperhive-root.service" in found["daemon"]["after"]
+    assert found["daemon"]["wants"] == ["hyperhive-root.service"]
+    assert found["daemon"]["serviceConfig"]["RestrictNamespaces"] is True
+
+
+def test_without_it_there_is_none_and_the_daemon_can_make_sandboxes(nix: Nix) -> None:
+    services = "(host { services.hyperhive.enable = true; }).config.systemd.services"
+    assert nix.value(f"builtins.attrNames {services}") == ["hyperhive"]
+    assert "RestrictNamespaces" not in nix.value(f"{services}.hyperhive.serviceConfig")
+
+
+def test_a_daemon_that_evaluates_containers_of_nixos_can_make_the_sandbox_for_it(nix: Nix) -> None:
+    module = f'{HELPED}; services.hyperhive.sandbox = "nixos-container";'
+    service = nix.value(f"(host {{ {module} }}).config.systemd.services.hyperhive.serviceConfig")
+    assert "RestrictNamespaces" not in service
+
+
+def test_the_helper_may_write_where_the_daemon_keeps_the_hive(nix: Nix) -> None:
+    module = f'{HELPED}; services.hyperhive.settings.state_dir = "/srv/hive";'
+    service = nix.value(f"(host {{ {module} }}).config.systemd.services.hyperhive-root.serviceConfig")
+    assert "-/srv/hive" in service["ReadWritePaths"]
+
+
 # -- the unit ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_unit_of_other_systems_is_made_from_the_same_source(nix: Nix) -> None:
     assert nix_pages.UNIT.read_text() == nix_pages.unit_text(nix.value("import ./nix/systemd/unit.nix"))
+
+
+def test_the_helpers_files_are_made_from_the_same_source(nix: Nix) -> None:
+    for path, text in nix_pages.helper_texts(nix.value("import ./nix/systemd/helper.nix")).items():
+        assert path.read_text() == text
 
 
 @pytest.fixture

@@ -1,0 +1,129 @@
+# The helper's unit, in systemd's own words, and what the daemon's has besides when the helper starts its agents.
+# nix/host/service.nix makes NixOS services of it; nix/systemd/hyperhive-root.service and helper.conf are made from it for
+# other systems (`python -m tests.nix_pages`).
+{
+  Helper = {
+    Unit = {
+      Description = "hyperhive's helper, which starts and ends the containers of agents";
+      StartLimitIntervalSec = 0;
+    };
+
+    Service = {
+      Type = "notify";
+      NotifyAccess = "main";
+      TimeoutStopSec = 15;
+      Restart = "on-failure";
+      RestartSec = 1;
+
+      # Agents are units of their own and outlive it, as they do the daemon. Where they can be none they are its children.
+      KillMode = "process";
+      OOMPolicy = "continue";
+      Slice = "hyperhive.slice";
+
+      # Root: it makes uids, mounts and control groups. What it may do besides is what an agent's container is made with.
+      UMask = "0077";
+      StateDirectory = "hyperhive-root";
+      StateDirectoryMode = "0700";
+      # Whoever has the daemon's uid may reach the socket in there; no one else may open it.
+      RuntimeDirectory = "hyperhive-root";
+      RuntimeDirectoryMode = "0755";
+      WorkingDirectory = "/var/lib/hyperhive-root";
+
+      # Agents inherit it, as what becomes their containers does.
+      NoNewPrivileges = true;
+      CapabilityBoundingSet = [
+        "CAP_CHOWN"
+        "CAP_DAC_OVERRIDE"
+        "CAP_FOWNER"
+        "CAP_KILL"
+        "CAP_MKNOD"
+        "CAP_NET_ADMIN"
+        "CAP_SETFCAP"
+        "CAP_SETGID"
+        "CAP_SETPCAP"
+        "CAP_SETUID"
+        "CAP_SYS_ADMIN"
+        "CAP_SYS_CHROOT"
+        "CAP_SYS_PTRACE"
+        "CAP_SYS_RESOURCE"
+      ];
+      ProtectSystem = "strict";
+      # What agents write is the daemon's, in directories that may not be there yet when the helper starts.
+      ReadWritePaths = [
+        "/var/lib"
+        "/run"
+      ];
+      ProtectHome = true;
+      PrivateTmp = true;
+      PrivateMounts = true;
+      PrivateNetwork = true;
+      # An agent that can be no unit of its own has its loopback all the same.
+      IPAddressDeny = "any";
+      IPAddressAllow = "localhost";
+      ProtectClock = true;
+      ProtectKernelModules = true;
+      ProtectProc = "invisible";
+      LockPersonality = true;
+      RestrictRealtime = true;
+      RestrictSUIDSGID = true;
+      RemoveIPC = true;
+      KeyringMode = "private";
+      SystemCallArchitectures = "native";
+      SystemCallErrorNumber = "EPERM";
+      SystemCallFilter = [
+        "@system-service"
+        "@mount"
+        "sethostname"
+      ];
+      # An agent's own loopback; AF_NETLINK: systemd-nspawn brings it up.
+      RestrictAddressFamilies = [
+        "AF_UNIX"
+        "AF_INET"
+        "AF_INET6"
+        "AF_NETLINK"
+      ];
+
+      # Cannot be had, as what becomes an agent's container inherits it:
+      # User, PrivateUsers        it maps uids, and mounts
+      # RestrictNamespaces        systemd-nspawn and bwrap make namespaces
+      # ProtectControlGroups      systemd-nspawn makes groups in an agent's unit
+      # PrivateDevices            systemd-nspawn makes a /dev; DevicePolicy would leave it half of one
+      # ProtectKernelTunables,    they mount over parts of /proc, and the kernel then lets nobody without privileges mount
+      # ProtectKernelLogs         a /proc of their own, which bwrap does in each sandbox
+      # ProcSubset                it reads /proc/sys/kernel/random/boot_id, and bwrap /proc/sys/kernel/overflowuid
+      # ProtectHostname           each sandbox has a name of its own
+      # MemoryDenyWriteExecute    the agent's program compiles while it runs
+      # fewer capabilities        CAP_KILL is for what agents leave behind; CAP_NET_ADMIN, CAP_SETFCAP, CAP_SETPCAP and
+      #                           CAP_SYS_RESOURCE systemd-nspawn 252 was seen to do without, and others may not
+    };
+
+    Install.WantedBy = "multi-user.target";
+  };
+
+  # Agents are no children of the daemon then, so it makes no sandboxes. `hive login` runs the program in one, and cannot:
+  # `hive login --token` reads what `claude setup-token` printed elsewhere.
+  Daemon = {
+    Unit = {
+      Wants = "hyperhive-root.service";
+      After = "hyperhive-root.service";
+    };
+    Service = {
+      RestrictNamespaces = true;
+      ProtectKernelTunables = true;
+      ProtectKernelLogs = true;
+      ProtectHostname = true;
+      ProcSubset = "pid";
+      MemoryDenyWriteExecute = true;
+      PrivateUsers = true;
+      SystemCallFilter = [
+        "@system-service"
+        "~@privileged @resources"
+      ];
+      RestrictAddressFamilies = [
+        "AF_UNIX"
+        "AF_INET"
+        "AF_INET6"
+      ];
+    };
+  };
+}

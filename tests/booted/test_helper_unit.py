@@ -1,0 +1,142 @@
+"""The daemon as a user without rights, and the helper that is root, as the units of nix/systemd on a booted machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.booted.hive import BUBBLEWRAP, agents, ask_for_iris, idle, processes_of, runs_under, shown, write_config
+from tests.booted_host import BootedHost, booted_host
+from tests.nix_pages import DROP_IN, HELPER_UNIT
+from tests.processes import look_until
+
+ADA = "ada"
+DAEMON, HELPER = "hyperhive.service", "hyperhive-root.service"
+SETTINGS = ('sandbox = "nspawn"', 'helper = "/run/hyperhive-root/helper.sock"', "restart_s = 0.1")
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootedHost]:
+    with booted_host(Path(tmp_path_factory.mktemp("host"))) as host:
+        host.install(write_config(host, *SETTINGS), "[Service]\nRestartSec=100ms\n")
+        host.install_helper()
+        host.ok("systemctl", "start", DAEMON)
+        ask_for_iris(host, ADA)
+        yield host
+
+
+def units(host: BootedHost) -> dict[str, set[str]]:
+    """The agents' units and what is in them."""
+    listed = host.ok("systemctl", "list-units", "--plain", "--no-legend", "--type=scope", "hyperhive-agent-*")
+    names = [line.split()[0] for line in listed.splitlines()]
+    return {name: processes_of(host, name) for name in names}
+
+
+def ready(host: BootedHost) -> bool:
+    return idle(host, "hm1nd", "iris", user=ADA)
+
+
+def test_the_daemon_has_no_capability_and_its_agents_have_uids_of_their_own(host: BootedHost) -> None:
+    main = shown(host, DAEMON, "MainPID")["MainPID"]
+    fields = dict(line.split(":\t", 1) for line in host.ok("cat", f"/proc/{main}/status").splitlines())
+    assert fields["Uid"].split()[0] == host.ok("id", "-u", "hyperhive").strip() != "0"
+    assert {fields[name].strip() for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+    assert {agent["sandbox"] for agent in agents(host, ADA).values()} == {"nspawn"}
+    assert len(units(host)) == 2
+
+
+def test_the_helper_answers_nobody_but_the_daemons_user(host: BootedHost) -> None:
+    assert host.ok("stat", "-c", "%U %a", "/run/hyperhive-root/helper.sock") == "hyperhive 600\n"
+
+
+def test_nothing_of_an_agent_is_in_the_units_of_the_two(host: BootedHost) -> None:
+    for unit in (DAEMON, HELPER):
+        assert len(processes_of(host, unit)) == 1, processes_of(host, unit)
+
+
+@pytest.mark.parametrize("unit", [DAEMON, HELPER])
+def test_agents_live_on_when_one_of_the_two_is_restarted(host: BootedHost, unit: str) -> None:
+    before = units(host)
+    host.ok("systemctl", "restart", unit)
+    look_until(lambda: ready(host))
+    assert units(host) == before
+
+
+@pytest.mark.parametrize("unit", [DAEMON, HELPER])
+def test_agents_live_on_when_one_of_the_two_is_killed(host: BootedHost, unit: str) -> None:
+    before, main = units(host), shown(host, unit, "MainPID")["MainPID"]
+    host.ok("systemctl", "kill", "--signal=SIGKILL", unit)
+    look_until(lambda: shown(host, unit, "MainPID")["MainPID"] not in (main, "0"))
+    look_until(lambda: ready(host))
+    assert units(host) == before
+
+
+def test_an_agent_is_ended_and_started_through_helpers_that_came_later(host: BootedHost) -> None:
+    before = units(host)
+    host.ok("hive", "kill", "iris", user=ADA)
+    look_until(lambda: len(units(host)) == 1)
+    host.ok("hive", "start", "iris", user=ADA)
+    look_until(lambda: ready(host))
+    assert set(units(host)) == set(before)
+
+
+def test_without_the_helper_the_agents_go_on_and_work(host: BootedHost) -> None:
+    host.ok("systemctl", "stop", HELPER)
+    host.ok("hive", "send", "iris", "Hello.", user=ADA)
+    look_until(lambda: json.loads(host.ok("hive", "turns", "iris", "--json", user=ADA)))
+    host.ok("systemctl", "start", HELPER)
+    look_until(lambda: ready(host))
+
+
+# -- the hardening ----------------------------------------------------------------------------------------------------
+
+NSPAWN = (
+    "systemd-nspawn --quiet --settings=no --register=no --keep-unit --directory=/ --volatile=yes --machine=hive-tried"
+    " --private-network --private-users=1000000:65536 --private-users-ownership=off --console=pipe -- true"
+)
+NEEDED = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "MKNOD", "SETGID", "SETUID", "SYS_ADMIN", "SYS_CHROOT", "SYS_PTRACE")
+AS_THE_DAEMON = "setpriv --reuid=hyperhive --regid=hive-admin --clear-groups --bounding-set=-all --no-new-privs "
+
+
+@pytest.mark.parametrize("command", [NSPAWN, AS_THE_DAEMON + BUBBLEWRAP], ids=["nspawn", "bwrap"])
+def test_containers_can_be_made_under_the_helpers_hardening(host: BootedHost, command: str) -> None:
+    assert runs_under(host, HELPER_UNIT, command, "Delegate=yes")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "RestrictNamespaces=yes",
+        "ProtectControlGroups=yes",
+        "PrivateDevices=yes",
+        "PrivateUsers=yes",
+        "SystemCallFilter=~@mount",
+        *(f"CapabilityBoundingSet=~CAP_{name}" for name in NEEDED),
+    ],
+)
+def test_each_line_that_is_left_out_would_keep_nspawn_from_its_container(host: BootedHost, line: str) -> None:
+    assert not runs_under(host, HELPER_UNIT, NSPAWN, "Delegate=yes", line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ProtectKernelTunables=yes",
+        "ProcSubset=pid",
+        "ProtectHostname=yes",
+        "SystemCallFilter=~sethostname",
+        "RestrictAddressFamilies=~AF_NETLINK",
+    ],
+)
+def test_each_line_that_is_left_out_would_keep_bubblewrap_from_its_sandbox(host: BootedHost, line: str) -> None:
+    assert not runs_under(host, HELPER_UNIT, AS_THE_DAEMON + BUBBLEWRAP, line)
+
+
+def test_the_daemons_own_hardening_leaves_no_way_to_a_sandbox(host: BootedHost) -> None:
+    assert not runs_under(host, DROP_IN, BUBBLEWRAP)
+    refused = host.run("hive", "login", user=ADA)
+    assert "cannot log in" in refused.stderr
+    assert "--token" in refused.stderr
