@@ -9,8 +9,6 @@ let
   unit = import ../systemd/unit.nix;
   inherit (import ../systemd/helper.nix) Helper Daemon;
   helped = cfg.helper.enable;
-  # Containers of NixOS are evaluated by the daemon, in a sandbox that it makes.
-  hardened = helped && cfg.sandbox != "nixos-container";
   written = (pkgs.formats.toml { }).generate "hyperhive-config.toml" cfg.settings;
   # The daemon's own parser reads it, so a setting that it would refuse ends the build.
   checked = pkgs.runCommand "hyperhive-config-checked.toml" { } ''
@@ -68,7 +66,7 @@ in
       restartTriggers = [ checked ];
       serviceConfig =
         unit.Service
-        // lib.optionalAttrs hardened Daemon.Service
+        // lib.optionalAttrs helped Daemon.Service
         // {
           ExecStart = "${cfg.package}/bin/hive-core serve";
         }
