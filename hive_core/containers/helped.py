@@ -190,7 +190,8 @@ class HelpedDriver:
 
     async def start(self, name: AgentName, dirs: AgentDirs) -> Running:
         """Start the agent's harness. Raises OSError when it cannot be started, or the agent runs already."""
-        dirs.make()
+        # A directory of the agent's may be on a disk that hangs: that holds up nobody else.
+        await trio.to_thread.run_sync(dirs.make, limiter=trio.CapacityLimiter(1))
         try:
             answer, descriptor = await self._helper.ask_for("start", name)
         except Refusal as refusal:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hive_core.containers.inside import HOME
+from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, AgentName
 
 # Inside:
@@ -29,13 +30,22 @@ class AgentDirs:
     """The host's directories of one agent, as its container has them; they are all of the host that it can write."""
 
     mounts: tuple[Mount, ...]
+    opened: bool = False  # the sources are descriptors of directories, where no link can stand
 
     def source(self, target: str) -> Path | None:
         """What stands at a place of the container; None when nothing is mounted there."""
         return next((mount.source for mount in self.mounts if mount.target == target), None)
 
     def make(self) -> None:
-        """Make what is not there yet, for the daemon's user alone. Raises OSError."""
+        """Make what is not there yet, for the daemon's user alone.
+
+        Raises OSError, and Refusal for a symbolic link: nothing else that looks after these directories follows one.
+        """
+        for path in () if self.opened else (self.state.parent, *(mount.source for mount in self.mounts)):
+            if path.is_symlink():
+                raise Refusal(
+                    "refused", f"{path} is a symbolic link; put the directory itself there, or mount it from elsewhere"
+                )
         for mount in self.mounts:
             mount.source.mkdir(mode=0o700, parents=True, exist_ok=True)
 

@@ -65,7 +65,7 @@ def opened(dirs: AgentDirs, owner: int) -> Iterator[AgentDirs]:
             descriptor = open_folder(mount.source, owner)
             stack.callback(os.close, descriptor)
             mounts.append(Mount(Path(f"/proc/self/fd/{descriptor}"), mount.target, mount.read_only))
-        yield AgentDirs(tuple(mounts))
+        yield AgentDirs(tuple(mounts), opened=True)
 
 
 def clone_mount(source: Path, *, read_only: bool, base: int | None) -> int:

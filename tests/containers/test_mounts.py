@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import trio_asyncio
 
 from hive_core.containers.mounts import agent_dirs, shape
+from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, AgentName
 from hive_core.repos import Repos
 from hive_core.snapshots import Snapshots
@@ -149,3 +151,24 @@ async def test_an_agent_that_removes_everything_leaves_all_but_its_own_as_it_was
     snapshots.restore(snapshots.last_other(), 1_800_000_001_000)
     assert digest_of(mine.state) == state
     assert (await run(tmp_path, sandbox, "cat /state/.hidden"))[1].splitlines()[-1] == "#!/bin/sh"
+
+
+@pytest.mark.parametrize("where", ["agents/iris", "agents/iris/state", "agents/iris/claude", "shared"])
+@pytest.mark.parametrize("there", [True, False])
+async def test_a_link_in_the_place_of_a_directory_is_refused_with_the_way_out_and_nothing_is_made_behind_it(
+    tmp_path: Path, where: str, there: bool
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    if there:
+        elsewhere.mkdir()
+    dirs = dirs_in(tmp_path)
+    if where == "agents/iris":
+        (tmp_path / where).rmdir()
+    (tmp_path / where).symlink_to(elsewhere)
+    driver = driver_in(tmp_path, "none", "true")
+    said = f"{tmp_path / where} is a symbolic link; put the directory itself there, or mount it from elsewhere"
+    with pytest.raises(Refusal, match=f"^{re.escape(said)}$"):
+        await driver.start(IRIS, dirs)
+    assert not elsewhere.exists() or list(elsewhere.iterdir()) == []
+    (tmp_path / where).unlink()
+    assert (await (await driver.start(IRIS, dirs)).wait()).code == 0
