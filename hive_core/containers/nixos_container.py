@@ -34,9 +34,9 @@ from hive_core.containers.inside import HOME, harness_environment, program_paths
 from hive_core.containers.mounts import STATE, AgentDirs
 from hive_core.containers.mounts import shape as seen
 from hive_core.containers.nixos_conf import conf_text, drop_in_text, marker
-from hive_core.containers.nixos_host import NixosHost, UnitState
+from hive_core.containers.nixos_host import NixosHost, UnitState, reason_of
 from hive_core.containers.nixos_systems import NixosSystems, write_whole
-from hive_core.containers.process_tree import boot_id, first_in_namespace, folder_id, numbered_inside, usage_below
+from hive_core.containers.process_tree import boot_id, folder_id, numbered_inside, usage_below
 from hive_core.containers.run_command import run_command
 from hive_core.containers.running import Done, Exit, Usage
 from hive_core.containers.running_unit import RunningUnit, exit_code
@@ -49,6 +49,7 @@ from hive_core.protocol.words import AgentName
 log = logging.getLogger(__name__)
 SANDBOX = "nixos-container"
 HOST_UIDS = "nixos-container-host-uids"  # the name of one without uids of its own
+_SYSTEMCTL = "/run/current-system/sw/bin/systemctl"  # inside
 HARNESS_UNIT = "hive-agent.service"  # inside; nix/agent/service.nix
 _ENVIRONMENT = {**harness_environment(HOME), "PATH": "/run/current-system/sw/bin:/usr/bin:/bin"}  # of a command
 _START_WITHIN_S = 150.0
@@ -246,8 +247,9 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
 
     async def _ask(self, name: AgentName) -> None:
         """Ask the harness to end at its turn's edge, which ends the container."""
-        words = ["nixos-container", "run", container_id(name), "--", "systemctl", "kill", "--kill-whom=main"]
-        await self._host.insist(f"stop {name}", *words, "--signal=TERM", HARNESS_UNIT)
+        done = await self._inside(name, _SYSTEMCTL, "kill", "--kill-whom=main", "--signal=TERM", HARNESS_UNIT)
+        if done.code:
+            raise Refusal("failed", f"cannot stop {name}: {reason_of(done)}")
 
     async def _end(self, name: AgentName, running: RunningUnit) -> None:
         running.kill()
@@ -257,26 +259,14 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
             await self._host.insist(f"end {name}", "systemctl", "stop", unit, patience_s=_STOP_WITHIN_S)
         await self.forget(name)
 
-    async def _first_inside(self, name: AgentName) -> int | None:
-        state = await self._host.state(self._unit(name)) if self._has_own(name) else None
-        return first_in_namespace(state.pid) if state is not None and state.runs else None
-
     async def _harness(self, name: AgentName) -> int | None:
         """The host's number of the harness. systemd inside says which it is: whoever may lie there is in there too."""
         first = await self._first_inside(name)
         if first is None:
             return None
-        words = [
-            "nixos-container",
-            "run",
-            container_id(name),
-            "--",
-            "systemctl",
-            "show",
-            "--property=MainPID",
-            "--value",
-        ]
-        done = await self._host.insist(f"find the harness of {name}", *words, HARNESS_UNIT)
+        done = await self._inside(name, _SYSTEMCTL, "show", "--property=MainPID", "--value", HARNESS_UNIT)
+        if done.code:
+            raise Refusal("failed", f"cannot find the harness of {name}: {reason_of(done)}")
         inside = done.output.strip()
         return numbered_inside(first, int(inside)) if inside.isdecimal() else None
 

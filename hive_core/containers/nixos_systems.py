@@ -15,8 +15,11 @@ from pathlib import Path
 
 import trio
 
+from hive_core.containers.entering import nsenter
 from hive_core.containers.nixos_conf import marker
 from hive_core.containers.nixos_host import NixosHost, reason_of
+from hive_core.containers.process_tree import first_in_namespace
+from hive_core.containers.running import Done
 from hive_core.nix import Nix, NixFailed, explained
 from hive_core.protocol.container_id import container_id
 from hive_core.protocol.refusal import Refusal
@@ -156,11 +159,28 @@ class NixosSystems:
         """Let a container that runs switch to a system; the harness goes on. Raises Refusal when it does not."""
         if not (await self._host.state(self._unit(name))).runs:
             return
-        words = ["nixos-container", "run", container_id(name), "--", f"{system}/bin/switch-to-configuration", "test"]
-        done = await self._host.run(*words, patience_s=_SWITCH_WITHIN_S)
+        switch = f"{system}/bin/switch-to-configuration"
+        done = await self._inside(name, switch, "test", patience_s=_SWITCH_WITHIN_S)
         if done.code:
             which = "a unit of the new system failed" if done.code == _UNITS_FAILED else "the new system was not taken"
             raise Refusal("failed", f"cannot switch {name} (code {done.code}): {which}: {reason_of(done)}")
+
+    async def _inside(self, name: AgentName, *words: str, patience_s: float = 30.0) -> Done:
+        """Run a command in a container that runs, by its own root. Raises Refusal when there is none.
+
+        `nixos-container run` has a login shell do it, and before NixOS 25.05 it enters every namespace but that of
+        users: what the agent has in its shell's profile would be done by the root of the host.
+        """
+        first = await self._first_inside(name)
+        if first is None:
+            raise Refusal("conflict", f"cannot run {words[0]} in the container of {name}: it does not run; start it")
+        path = "PATH=/run/current-system/sw/bin:/usr/bin:/bin"
+        entering = [*nsenter(first), "--", "/usr/bin/env", "-i", path, "HOME=/root", "LANG=C.UTF-8"]
+        return await self._host.run(*entering, *words, patience_s=patience_s)
+
+    async def _first_inside(self, name: AgentName) -> int | None:
+        state = await self._host.state(self._unit(name)) if self._has_own(name) else None
+        return first_in_namespace(state.pid) if state is not None and state.runs else None
 
     async def _back(self, name: AgentName, before: StorePath | None) -> str:
         """Undo a switch that went wrong; says what became of it."""

@@ -248,6 +248,24 @@ async def test_the_containers_own_root_can_neither_reach_nixs_daemon_nor_choose_
     assert (name, int(rights, 16) > 0) == ("CapEff:", True)
 
 
+async def test_no_profile_of_an_agents_shell_has_a_say_in_what_the_host_does_in_its_container(
+    tmp_path: Path, driver: Systems
+) -> None:
+    """`nixos-container run` reads it, and where it does not enter the namespace of users it does so as the host."""
+    async with waiting(driver, tmp_path) as running:
+        plant = ["sh", "-c", "echo 'echo >> /state/said' > /root/.profile"]
+        assert (await driver.exec(IRIS, dirs_in(tmp_path), plant)).code == 0
+        driver.stand_in.run("nixos-container", "run", "h-iris", "--", "true")
+        said = dirs_in(tmp_path).state / "said"
+        assert said.read_text() == "\n", "the profile is one that is read"
+        await driver.switch(IRIS, driver.stand_in.system(WAITS, {"once": "true"}))
+        assert await driver._harness(IRIS) is not None
+        running.stop()
+        with trio.fail_after(PATIENCE_S):
+            await running.wait()
+        assert said.read_text() == "\n"
+
+
 # -- what is not ours, or is left over --------------------------------------------------------------------------------
 
 

@@ -249,7 +249,7 @@ class NixosContainer:
             "--wd",
         ]
         path = "PATH=/run/current-system/sw/bin:/usr/bin:/bin"
-        words += ["--", "/usr/bin/env", "-i", path, "HOME=/root", "/bin/sh", "-c", f"exec {quoted}"]
+        words += ["--", "/usr/bin/env", "-i", path, "HOME=/root", "/bin/sh", "-lc", f"exec {quoted}"]
         done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         sys.stdout.buffer.write(done.stdout.replace(b"\n", b"\r\n"))
         sys.stdout.flush()
