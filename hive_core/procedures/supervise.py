@@ -102,6 +102,7 @@ class Supervisor:
         self.outdated = False  # what runs is of another generation than it would be started with now
         self._tools = tools
         self._dirs = dirs
+        self._trouble = ""  # why it could not be seen to, the last time
         self.looked = trio.Event()  # whether one of an earlier daemon runs is known
         self._beginning = trio.Lock()  # held while it is started: an end waits for it
 
@@ -147,14 +148,16 @@ class Supervisor:
             try:
                 await self._serve()
             except* (Refusal, OSError) as group:
-                trouble, rest_s = _said(group), _rest_s(group)
+                trouble, away = _said(group), _is_away(_first(group))
                 log.error("cannot run %s: %s", self.name, trouble, extra={"agent": self.name})
             # What runs all the same is found again.
             self.running, self.changed = None, trio.Event()
             self.ended.set()
             self.looked.set()
-            self._observe("crashed", trouble)
-            with trio.move_on_after(rest_s):
+            # What a helper that is away started runs on, and is what it was.
+            self._observe(self._tools.agents.live(self.name).state if away else "crashed", trouble)
+            self._trouble = trouble
+            with trio.move_on_after(AWAY_REST_S if away else TROUBLE_REST_S):
                 await self._wait_changed()
 
     async def _serve(self) -> None:
@@ -206,6 +209,8 @@ class Supervisor:
             )
             if not self.desk.said_hello.is_set():
                 self._observe("starting", "waits for its hello")
+            elif self._trouble and self._tools.agents.live(self.name).detail == self._trouble:
+                self._tools.agents.observe_rest(self.name)
             if (await self._agent()).wanted == "down":
                 running.kill()
             await self._watch(running, adopted=True)
@@ -351,10 +356,6 @@ def _said(trouble: BaseException) -> str:
     """Why something cannot be done with an agent: cause and way out."""
     trouble = _first(trouble)
     return explain(trouble) if isinstance(trouble, OSError) else str(trouble)
-
-
-def _rest_s(trouble: BaseException) -> float:
-    return AWAY_REST_S if _is_away(_first(trouble)) else TROUBLE_REST_S
 
 
 def _is_away(trouble: BaseException) -> bool:
