@@ -77,6 +77,7 @@ class ScriptedDriver:
             raise trouble
 
     async def generation(self, name: AgentName) -> str:
+        self._may(name, "generation")
         return self.shapes.get(name, self.shape)
 
     async def start(self, name: AgentName, dirs: AgentDirs) -> Container:

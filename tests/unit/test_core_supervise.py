@@ -173,6 +173,50 @@ async def test_a_container_that_cannot_be_started_is_told_and_quarantined_and_th
     caplog.clear()
 
 
+@pytest.mark.parametrize("asked", ["find", "generation", "start"])
+async def test_an_agent_whose_driver_cannot_be_asked_for_a_while_is_told_and_has_not_crashed(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture, asked: str
+) -> None:
+    away = Refusal("unavailable", "cannot reach the helper: it is away; start it")
+    async with open_house(crash_loop=2) as house:
+        await house.add_agents("hm1nd", "iris")
+        house.let_crash()
+        house.driver.failing["iris", asked] = away
+        async with house.daemon():
+            await trio.sleep(100)
+            seen = house.live("iris")
+            assert (seen.state, seen.detail) == ("starting", away.message)
+            assert house.live("hm1nd").state == "idle"
+            house.driver.failing.clear()
+            await trio.sleep(6)
+            assert (house.live("iris").state, len(house.starts_of("iris"))) == ("idle", 1)
+        assert "agent_ended" not in await house.kinds("iris")
+    assert {record.message for record in caplog.records} == {f"cannot run iris: {away.message}"}
+    caplog.clear()
+
+
+async def test_an_agent_that_runs_on_while_its_driver_cannot_be_asked_is_then_what_it_was(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_house() as house:
+        await house.add_agents("hm1nd", "iris")
+        house.let_crash()
+        async with house.daemon():
+            await house.until(lambda: house.live("iris").state == "idle")
+        house.driver.left[IRIS] = house.last_of("iris")
+        house.driver.failing["iris", "find"] = Refusal("unavailable", "cannot reach the helper: it is away; start it")
+        async with house.daemon():
+            await trio.sleep(1)
+            house.hello("iris")  # its sockets are served, whatever is away
+            await trio.sleep(30)
+            assert (house.live("iris").state, house.live("iris").detail[:23]) == ("idle", "cannot reach the helper")
+            house.driver.failing.clear()
+            await trio.sleep(6)
+            assert (house.live("iris").state, house.live("iris").detail) == ("idle", "")
+        assert len(house.starts_of("iris")) == 1
+    caplog.clear()
+
+
 async def test_an_agent_whose_sockets_cannot_be_opened_is_told_and_tried_again_by_itself(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
