@@ -54,6 +54,7 @@ HARNESS_UNIT = "hive-agent.service"  # inside; nix/agent/service.nix
 _ENVIRONMENT = {**harness_environment(HOME), "PATH": "/run/current-system/sw/bin:/usr/bin:/bin"}  # of a command
 _START_WITHIN_S = 150.0
 _STOP_WITHIN_S = 150.0
+_ENDS_WITHIN_S = 10.0
 _SUFFIXES = ("json", "run", "end", "built", "creating")
 # How systemd inside passes on to the console what a unit prints.
 _OF_HARNESS = re.compile(r"(?:\[[ \d.]+\] )?hive-agent\[\d+\]: ?")
@@ -118,6 +119,8 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
             if not self._is_ours(name):
                 return None
             state = await self._host.state(self._unit(name))
+            if state.active == "deactivating":  # how it ended is written at the end of that
+                state = await self._host.settled(self._unit(name), _ENDS_WITHIN_S)
             if not state.runs:
                 return None
             if (difference := self._difference(name, dirs.run)) is None:
@@ -199,7 +202,13 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
         self._write(name, "run", {**self._where(dirs.run), "since": self._told(name, "run").get("since", _now())})
         if state.active == "failed":
             await self._host.run("systemctl", "reset-failed", unit)
-        done = await self._host.run("nixos-container", "start", container_id(name), patience_s=_START_WITHIN_S)
+        try:
+            done = await self._host.run("nixos-container", "start", container_id(name), patience_s=_START_WITHIN_S)
+        except Refusal:
+            # Whoever asked is told that it does not run: it shall not come up later.
+            with contextlib.suppress(Refusal):
+                await self._host.run("systemctl", "stop", unit, patience_s=_STOP_WITHIN_S)
+            raise
         state = await self._host.state(unit)
         if done.code and not self._file(name, "end").exists():
             raise Refusal("failed", f"cannot start {name}: {done.output.strip()[-300:] or 'no reason given'}")

@@ -18,7 +18,7 @@ _SYSTEM_PROGRAMS = "/run/current-system/sw/bin"  # a unit of NixOS's is not give
 _SHOWN = "--property=ActiveState,MainPID,InvocationID"
 _ASK_WITHIN_S = 30.0
 _REASON_LIMIT = 400
-_LOOKS_EACH_S = 0.02
+_LOOKS_EACH_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import trio
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from hive_core.containers import nixos_container
 from hive_core.containers.bounds import Bounds
 from hive_core.containers.inside import program_paths
 from hive_core.containers.nixos_conf import checked
@@ -358,6 +359,36 @@ async def test_a_harness_that_does_not_stop_when_asked_is_ended_by_force(tmp_pat
     assert not running.ended
     assert (await end(running)).code is None
     assert (await driver.usage(IRIS)).processes == 0
+
+
+async def test_a_container_that_does_not_come_up_in_time_is_stopped_and_does_not_come_up_later(
+    tmp_path: Path, driver: Systems, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nixos_container, "_START_WITHIN_S", 2.0)
+    await driver.switch(IRIS, driver.stand_in.system("", init="#!/bin/sh\nsleep 1000\n"))
+    with pytest.raises(OSError, match=r"did not end within 2 s"):
+        await start(driver, tmp_path)
+    assert (await driver._host.state("container@h-iris.service")).ended
+    assert not [pid for pid in pids_naming(str(driver.stand_in.folder)) if _is_container(pid)]
+
+
+async def test_a_container_that_ends_just_then_is_waited_for_by_the_next_daemon(
+    tmp_path: Path, driver: Systems
+) -> None:
+    await driver.switch(IRIS, driver.stand_in.system("true"))
+    driver.stand_in.state.set_state("h-iris", "deactivating", 0, "0123")
+    found = trio.Event()
+
+    async def look() -> None:
+        assert await driver.find(IRIS, dirs_in(tmp_path)) is None
+        found.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(look)
+        with trio.move_on_after(1):
+            await found.wait()
+        assert not found.is_set()
+        driver.stand_in.state.set_state("h-iris", "inactive", 0, "0123")
 
 
 async def test_a_container_that_reboots_has_ended_and_systemd_does_not_start_it_again(

@@ -126,6 +126,13 @@ def test_git_that_is_missing_or_broken_is_trouble(machine: Machine) -> None:
     assert machine.look("git") == ("trouble", "it does not run (no libz); install it anew")
 
 
+def test_a_machine_without_nixos_containers_is_told_what_they_need(machine: Machine) -> None:
+    machine.environment["HIVE_SANDBOX"] = "nixos-container"
+    status, message = machine.look("sandbox")
+    assert status == "trouble"
+    assert message.startswith(("nixos-container is not found: enable it with", "NixOS containers need root: "))
+
+
 def test_a_machine_without_bubblewrap_is_in_trouble_unless_its_agents_are_rehearsals(machine: Machine) -> None:
     programs = machine.folder / "bin"
     programs.mkdir()

@@ -92,11 +92,11 @@ class StandInHost:
         except OSError:
             shutil.rmtree(fresh)
 
-    def system(self, script: str, oneshots: Mapping[str, str] | None = None) -> StorePath:
-        """A system whose harness is a script, in the store; the same for the same."""
+    def system(self, script: str, oneshots: Mapping[str, str] | None = None, init: str = "") -> StorePath:
+        """A system whose harness is a script, in the store; the same for the same. init: another one than ours."""
         folder = self._programs.with_name(f"system.{os.getpid()}")
         shutil.rmtree(folder, ignore_errors=True)
-        files = system_files(script, oneshots or {})
+        files = {**system_files(script, oneshots or {}), **({"init": init} if init else {})}
         for name, text in files.items():
             write_program(folder / name, text)
         done = self.run("nix-store", "--add", str(self._named(folder)))
