@@ -51,6 +51,8 @@ in
         # The host reads its last words on the console.
         StandardOutput = "journal+console";
         StandardError = "journal+console";
+        # By which it knows them; the manager's too.
+        SyslogIdentifier = "hive-agent";
         # Told to stop it ends its turn's program with it: the host leases the message again.
         KillMode = "mixed";
         UMask = "0077";

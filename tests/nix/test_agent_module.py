@@ -64,7 +64,8 @@ def test_the_end_of_the_harness_is_the_containers_and_a_switch_is_none(nix: Nix,
     found = nix.value(
         f"let unit = {agent('{ }')}.config.systemd.services.hive-agent; in"
         " { inherit (unit) restartIfChanged; inherit (unit.unitConfig) SuccessAction FailureAction;"
-        ' restart = unit.serviceConfig.Restart or "no"; says = unit.serviceConfig.StandardOutput; }',
+        ' restart = unit.serviceConfig.Restart or "no"; says = unit.serviceConfig.StandardOutput;'
+        " as = unit.serviceConfig.SyslogIdentifier; }",
         nixpkgs,
     )
     # A restart by systemd's own doing would pass through the unit's end.
@@ -74,6 +75,7 @@ def test_the_end_of_the_harness_is_the_containers_and_a_switch_is_none(nix: Nix,
         "FailureAction": "exit",
         "restart": "no",
         "says": "journal+console",
+        "as": "hive-agent",
     }
 
 
