@@ -254,7 +254,7 @@ async def test_no_profile_of_an_agents_shell_has_a_say_in_what_the_host_does_in_
 ) -> None:
     """`nixos-container run` reads it, and where it does not enter the namespace of users it does so as the host."""
     async with waiting(driver, tmp_path) as running:
-        plant = ["sh", "-c", "echo 'echo >> /state/said' > /root/.profile"]
+        plant = ["sh", "-c", "echo 'echo >> /state/said' > ~/.profile"]
         assert (await driver.exec(IRIS, dirs_in(tmp_path), plant)).code == 0
         driver.stand_in.run("nixos-container", "run", "h-iris", "--", "true")
         said = dirs_in(tmp_path).state / "said"
