@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def test_nothing_of_the_host_is_seen_but_the_system_and_the_program(tmp_path: Pa
         private = [str(tmp_path), "/", "/root", "/home", "/etc", "/var", "/run", "/tmp", os.getcwd(), str(Path.home())]
         assert path not in private
         assert (
-            path in (*SYSTEM_PATHS, str(claude))
+            path in (*SYSTEM_PATHS, str(claude), os.path.realpath(sysconfig.get_paths()["purelib"]))
             or path.startswith(("/etc/", sys.prefix, sys.base_prefix))
             or (Path(path).name in ("hive_core", "hive_agent", "hive_mind") or is_below(sys.executable, {path}))
         )
