@@ -7,10 +7,10 @@ bring in nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import platform
-import shutil
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -77,7 +77,6 @@ class MetaFlake:
         self._nix = nix
         self._sources = sources
         self._staging = trio.Lock()
-        self._evaluating = trio.Lock()  # each may take all the memory that one is given
 
     async def open(self) -> None:
         """Make the repository if it is missing, and put back what a daemon that died had staged."""
@@ -144,7 +143,7 @@ class MetaFlake:
         wrong.
         """
         try:
-            async with self._evaluating, self._alone(name, commit) as flake:
+            async with self._alone(name, commit) as flake:
                 wanted = f"{_path_url(flake)}#nixosConfigurations.{nix_string(name)}.config"
                 words = ["eval", "--json", "--no-write-lock-file", wanted, "--apply", _WANTED]
                 said = await self._nix.run(words, readable=[flake, self._repository(name), *self._readable()])
@@ -159,8 +158,8 @@ class MetaFlake:
         """A meta flake with this agent alone, and with the others' inputs as they are locked."""
         with tempfile.TemporaryDirectory(prefix="hive-evaluation-") as folder:
             (Path(folder) / "flake.nix").write_text(self.render({name: commit}), "utf-8")
-            if (lock := self._folder / "flake.lock").exists():
-                shutil.copyfile(lock, Path(folder) / "flake.lock")
+            with contextlib.suppress(Refusal):  # nothing was committed yet; what is staged may be half written
+                (Path(folder) / "flake.lock").write_text(await self._git("show", "HEAD:flake.lock"), "utf-8")
             yield Path(folder)
 
     def _repository(self, name: AgentName) -> Path:

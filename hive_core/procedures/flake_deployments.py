@@ -22,6 +22,7 @@ from hive_core.store.door import Store
 from hive_core.systems import Deployed, System, built_commits, system_of
 
 log = logging.getLogger(__name__)
+CHECKS_WAITING = 4
 _NOT_YET = "its container is being built"
 
 
@@ -32,12 +33,18 @@ class FlakeDeployments:
         self._meta = meta
         self._systems = systems
         self._hindrances: dict[AgentName, str] = {}  # of those that were looked at: "" may start
+        # One at a time, since each may take all its memory and all its time; what is approved waits for none of them.
+        self._checking = trio.Lock()
 
     def files(self, name: AgentName, description: str) -> Mapping[str, str]:
         return self._meta.agent_files(name, description)
 
     async def check(self, name: AgentName, proposal: Proposal) -> None:
-        await self._meta.evaluate(name, proposal.sha)
+        if (waiting := self._checking.statistics().tasks_waiting) >= CHECKS_WAITING:
+            why = f"{waiting} others wait to be evaluated; ask again in a minute"
+            raise Refusal("unavailable", f"cannot check {proposal.sha[:12]} of {name}: {why}")
+        async with self._checking:
+            await self._meta.evaluate(name, proposal.sha)
 
     async def carry_out(self, change: Change) -> Deployed:
         name, sha, base = change.agent, change.sha, change.base
@@ -59,7 +66,7 @@ class FlakeDeployments:
             deployed = await self._make(name, sha, f"{name}: {sha[:12]} again", trio.lowlevel.checkpoint)
         except Exception as exc:
             if current is None:
-                way_out = "what is approved for it next, or a restart of the daemon, tries again"
+                way_out = "it is tried again when something is deployed, and when the daemon starts"
                 self._hindrances[name] = f"its container cannot be built: {exc}; {way_out}"
             raise
         self._hindrances[name] = ""

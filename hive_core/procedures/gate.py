@@ -59,6 +59,7 @@ class Gate:
         self._deployments = deployments
         self._templates = templates
         self._mended: dict[AgentName, str] = {}  # the commit of each agent that was looked at
+        self._unmended: set[AgentName] = set()  # of whom that failed
         self._defaults = {"program": default_program, "model": default_model}
 
     async def ensure_manager(self, prompt: str) -> None:
@@ -164,6 +165,10 @@ class Gate:
                     await self._carry_out(approval)
                 if not await self._mend_some():
                     await listener.wait()
+                    # What could not be mended may be possible now: another was built, a tombstone's files are back.
+                    for name in self._unmended:
+                        self._mended.pop(name, None)
+                    self._unmended.clear()
 
     def hindrance(self, name: AgentName) -> str | None:
         """Why what is deployed of an agent may not be started now, or None."""
@@ -185,6 +190,7 @@ class Gate:
     async def _mend(self, name: AgentName, sha: CommitSha) -> bool:
         """Mend what is deployed of one agent; False when there was nothing to do."""
         hindered = self._deployments.hindrance(name)
+        done = True
         try:
             deployed = await self._deployments.mend(name, sha)
         except StoreError:
@@ -192,12 +198,11 @@ class Gate:
         except Exception as exc:
             # Its own trouble, which its state shows: approvals and other agents go on.
             log.error("what %s runs on is not as it was deployed: %s", name, exc, extra={"agent": name})
-            deployed = None
-            done = True
+            self._unmended.add(name)
         else:
             done = deployed is not None
-        if deployed is not None:
-            await self._store.insist(lambda tx: note_deployed(tx, name, sha, deployed))
+            if deployed is not None:
+                await self._store.insist(lambda tx: note_deployed(tx, name, sha, deployed))
         if self._deployments.hindrance(name) != hindered:
             self._store.bus.publish([WANTED])
         return done

@@ -12,9 +12,11 @@ import pytest
 import trio
 
 from hive_core.approvals import Approval, settle
+from hive_core.procedures.flake_deployments import CHECKS_WAITING
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, CommitSha
 from hive_core.systems import system_of
+from hive_core.tombstones import Tombstones, forget, keep
 from tests.checkouts import Checkout
 from tests.hives import PATIENCE_S, Services, open_services
 from tests.needs import ROOT
@@ -150,6 +152,47 @@ async def test_another_release_of_hyperhive_reaches_every_container(
     assert str(copied) in newer.tree()[str(house.folder / "meta/flake.nix")].decode()
 
 
+async def test_an_agent_that_comes_back_from_its_tombstone_is_built_again(house: House, hive: Services) -> None:
+    iris, tombstones, away = await hive.agents.get(IRIS), Tombstones(hive.store), house.folder / "away"
+    applied = house.folder / "applied" / "iris.git"
+    tombstone = await tombstones.destroy(IRIS, OPERATOR, at_once=True)
+    applied.rename(away)
+    house.systems.file.write_text("{}")  # as the driver forgets it
+    await hive.store.write(lambda tx: keep(tx, tombstone, 0))
+    assert await system_of(hive.store, IRIS) is None
+    assert (await spawn(hive, AgentName("argus"))).state == "done"
+    assert "iris" not in lock(house)
+    with hive.store.bus.listen("wanted") as listener:
+        await tombstones.revive(tombstone, OPERATOR, range(8100, 8200))
+        # What is deployed meanwhile lets it be looked at while its files are not back.
+        sha = checkout(hive, "argus").commit(agent__toml="")
+        assert (await approve(hive, await ask(hive, sha, AgentName("argus")))).state == "done"
+        while "cannot be built" not in (hive.gate.hindrance(IRIS) or ""):
+            await listener.wait()
+    away.rename(applied)
+    await hive.store.write(lambda tx: forget(tx, tombstone, "revived", OPERATOR))
+    await mended(hive, IRIS)
+    assert await house.systems.current(IRIS)
+    assert lock(house)["iris"] == iris.deployed_sha
+
+
+async def test_checks_that_wait_are_bounded(hive: Services) -> None:
+    sha, said = checkout(hive).commit(agent__nix=OPUS), list[str]()
+
+    async def ask_once() -> None:
+        try:
+            said.append(f"card {await ask(hive, sha)}")
+        except Refusal as refusal:
+            said.append(refusal.message)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(CHECKS_WAITING + 3):
+            nursery.start_soon(ask_once)
+    assert said.count("card 2") == CHECKS_WAITING + 1
+    refused = f"cannot check {sha[:12]} of iris: {CHECKS_WAITING} others wait to be evaluated; ask again in a minute"
+    assert said.count(refused) == 2
+
+
 # -- a hive that changes what its agents run in -----------------------------------------------------------------------
 
 
@@ -200,6 +243,28 @@ async def test_a_module_that_is_no_good_is_refused_before_there_is_a_card(house:
     assert await hive.approvals.pending() == []
     assert await what_is(hive, house) == before
     assert await hive.kinds() == kinds
+
+
+async def test_nothing_that_lies_in_wait_in_a_repository_runs_or_changes_what_is_evaluated(
+    house: House, hive: Services, tmp_path: Path
+) -> None:
+    trap, fired, repository = tmp_path / "trap", tmp_path / "fired", checkout(hive)
+    trap.write_text(f"#!/bin/sh\ntouch {fired}\ncat\n")
+    trap.chmod(0o755)
+    persona = "$Format:%H$ $Id$\\r"
+    sha = repository.commit(agent__nix=OPUS.replace("Read.", persona))
+    for hook in ("post-checkout", "reference-transaction", "post-index-change", "pre-receive", "update", "fsmonitor"):
+        shutil.copy(trap, tmp_path / hook)
+    for key in ("core.fsmonitor", "filter.x.clean", "filter.x.smudge", "filter.x.process", "diff.x.textconv"):
+        repository.git("config", key, str(trap))
+    repository.git("config", "core.hooksPath", str(tmp_path))
+    (repository.path / ".git/info").mkdir(exist_ok=True)
+    (repository.path / ".git/info/attributes").write_text("* filter=x diff=x export-subst ident text eol=crlf\n")
+    (repository.path / ".git/objects/info").mkdir(exist_ok=True)
+    (repository.path / ".git/objects/info/alternates").write_text(f"{house.folder}/applied/hm1nd.git/objects\n")
+    assert (await approve(hive, await ask(hive, sha))).state == "done"
+    assert ((await hive.agents.get(IRIS)).settings or {})["prompt"] == "$Format:%H$ $Id$\r"
+    assert not fired.exists()
 
 
 async def test_without_its_agent_toml_a_module_could_not_be_run_elsewhere_and_is_refused(hive: Services) -> None:

@@ -142,6 +142,7 @@ HARMLESS = {
 async def test_a_hostile_module_is_one_sentence(tmp_path: Path, hyperhive: Path, store: Path, kind: str) -> None:
     module, said = REFUSED[kind]
     desk = Desk(tmp_path, hyperhive, store, LIMITS)
+    await desk.meta.open()
     commit = desk.commit(agent_nix=module)
     with pytest.raises(Refusal) as caught:
         await desk.meta.evaluate(AgentName("iris"), commit)
@@ -156,12 +157,14 @@ async def test_a_hostile_module_is_one_sentence(tmp_path: Path, hyperhive: Path,
 async def test_a_curious_module_learns_nothing(tmp_path: Path, hyperhive: Path, store: Path, kind: str) -> None:
     module, said = HARMLESS[kind]
     desk = Desk(tmp_path, hyperhive, store, LIMITS)
+    await desk.meta.open()
     found = await desk.meta.evaluate(AgentName("iris"), desk.commit(agent_nix=module))
     assert said in (None, found.persona)
 
 
 async def test_an_agent_cannot_read_what_another_has(tmp_path: Path, hyperhive: Path, store: Path) -> None:
     desk = Desk(tmp_path, hyperhive, store, LIMITS)
+    await desk.meta.open()
     theirs = desk.commit(AgentName("argus"), CLAUDE_md="secret")
     url = f"file://{desk.applied}/argus.git"
     read = f'builtins.readFile (builtins.fetchGit {{ url = "{url}"; rev = "{theirs}"; ref = "main"; }} + "/CLAUDE.md")'
