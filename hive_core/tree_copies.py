@@ -50,6 +50,7 @@ class Tally:
     bytes: int = 0  # of the disk
     left_out: int = 0
     changed: int = 0
+    written: int = 0
 
     def take(self, size: int) -> None:
         """Count one more. Raises TooMuch."""
@@ -59,6 +60,13 @@ class Tally:
             raise TooMuch(f"it holds more than {FILES_MOST:,} files")
         if self.bytes > self.bytes_most:
             raise TooMuch(f"it takes more than {mib(self.bytes_most)} (snapshots_bytes)")
+        self.check_time()
+
+    def write(self, size: int) -> None:
+        """Count bytes that are about to be written: not every file system tells holes from data. Raises TooMuch."""
+        self.written += size
+        if self.written > self.bytes_most:
+            raise TooMuch(f"a copy of it takes more than {mib(self.bytes_most)} (snapshots_bytes)")
         self.check_time()
 
     def check_time(self) -> None:
@@ -225,10 +233,10 @@ def _fill(file: int, made: int, size: int, tally: Tally) -> None:
             break
         at = min(os.lseek(file, begin, os.SEEK_HOLE), size)
         while begin < at:
-            tally.check_time()
             piece = os.pread(file, min(PIECE_BYTES, at - begin), begin)
             if not piece:
                 break
+            tally.write(len(piece))
             view = memoryview(piece)
             while view:
                 written = os.pwrite(made, view, begin)

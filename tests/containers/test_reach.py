@@ -10,12 +10,21 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx2
 import pytest
+import trio
 
+from hive_core.access import Access
 from hive_core.containers.inside import HOME
 from hive_core.containers.mounts import MANAGER_TARGETS, TARGETS
-from tests.containers.drivers import SANDBOXES, STAND_IN, dirs_in, need, run
+from hive_core.credentials import Credential
+from hive_core.sockets.http import serve_asgi
+from hive_core.sockets.model import ModelRelay
+from hive_core.sockets.unix import listen_unix
+from hive_core.store.bus import Bus
+from tests.containers.drivers import IRIS, SANDBOXES, STAND_IN, dirs_in, need, run
 from tests.needs import ROOT
+from tests.scripted_model import ScriptedModel, say
 
 SOCKETS = ("harness", "mcp", "model")
 # null, zero, full, random, urandom; tty, console, ptmx; terminals of its own.
@@ -173,3 +182,48 @@ def test_the_table_of_the_docs_names_every_mount() -> None:
     named = set(re.findall(r"`([/~][^`]*)`", table))
     named = {name.replace("~", "/root").replace("/NAME/config", "") for name in named}
     assert {*TARGETS, *MANAGER_TARGETS} <= named
+
+
+ASK = """
+import http.client, sys, trio
+from hive_agent.loopback import serve_loopback
+
+def ask(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("POST", "/v1/messages?beta=true", sys.argv[1], {"content-type": "application/json"})
+    answer = connection.getresponse()
+    print("ANSWER", answer.status, "text_delta" in answer.read().decode())
+
+async def main():
+    async with trio.open_nursery() as nursery:
+        await trio.to_thread.run_sync(ask, await nursery.start(serve_loopback, "/run/hive/model.sock"))
+        nursery.cancel_scope.cancel()
+
+trio.run(main)
+"""
+
+
+async def test_the_model_answers_through_the_relay_alone(tmp_path: Path, sandbox: str) -> None:
+    own = dirs_in(tmp_path)
+    own.make()
+    (own.run / "ask.py").write_text(ASK)
+    request = {"model": "sonnet", "max_tokens": 9, "stream": True, "messages": [{"role": "user", "content": "hi"}]}
+    (own.run / "request.json").write_text(json.dumps(request))
+    answered: list[int] = []
+    with ScriptedModel(lambda _: say("hello")) as model:
+        async with httpx2.AsyncClient() as client, trio.open_nursery() as nursery:
+            relay = ModelRelay(
+                IRIS,
+                client,
+                model.base_url,
+                Access(Bus()),
+                lambda: Credential("api_key", "of a test", "sk-real"),
+                lambda _, status, __: answered.append(status),
+                lambda _: None,
+            )
+            nursery.start_soon(serve_asgi, relay, listen_unix(own.run / "model.sock"))
+            ask = f'{sys.executable} -P /run/hive/ask.py "$(cat /run/hive/request.json)"'
+            code, said = await run(tmp_path, sandbox, ask)
+            nursery.cancel_scope.cancel()
+    assert (code, said.splitlines()[-1:]) == (0, ["ANSWER 200 True"]), said
+    assert answered == [200]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -17,6 +18,7 @@ from hive_core.protocol.words import AgentName
 from hive_core.snapshots import DAY_MS, Snapshot, Snapshots, spare
 from hive_core.tree_copies import DEPTH_MOST
 from hive_core.trees import remove_tree
+from tests.small_disks import small_disk, small_disks
 
 IRIS = AgentName("iris")
 NOW_MS = 1_800_000_000_000
@@ -148,6 +150,36 @@ def test_one_that_is_too_large_is_refused_with_its_limit_and_those_before_stay(t
         small.take("test", NOW_MS + 1000)
     assert len(small.all()) == 1
     assert len(list((state.parent / "snapshots").iterdir())) == 1, "nothing half done is left"
+
+
+@small_disks
+def test_a_disk_that_is_full_costs_what_is_being_made_and_nothing_else(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        state = disk / "agents" / "iris" / "state"
+        state.mkdir(parents=True)
+        (state / "note").write_text("good")
+        kept = Snapshots(disk, IRIS, 12, 64 * MIB)
+        good = kept.take("test", NOW_MS)
+        (state / "large").write_bytes(os.urandom(5 * MIB))
+        with pytest.raises(OSError, match="No space left"):
+            kept.take("test", NOW_MS + 1000)
+        assert [path.name for path in (state.parent / "snapshots").iterdir()] == [one.id for one in kept.all()]
+        assert kept.all() == [good]
+        (state / "large").rename(state.parent / "filler")
+        large = state / "large"
+        large.write_bytes(os.urandom(MIB))
+        second = kept.take("test", NOW_MS + 2000)
+        large.unlink()
+        with (disk / "rest").open("wb", buffering=0) as rest, contextlib.suppress(OSError):
+            while True:
+                rest.write(b"x" * 4096)
+        assert second is not None
+        before = digest_of(state)
+        with pytest.raises(OSError, match="No space left"):
+            kept.restore(second, NOW_MS + 3000)
+        assert digest_of(state) == before
+        assert sorted(path.name for path in state.parent.iterdir()) == ["filler", "snapshots", "state"]
+        assert kept.all() == [second, good]
 
 
 def test_what_snapshots_take_together_is_bounded_and_the_oldest_go(tmp_path: Path, state: Path) -> None:

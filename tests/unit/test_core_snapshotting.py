@@ -150,7 +150,7 @@ async def test_the_operator_takes_one_of_what_changed_and_reads_why_where_none_c
             await call("snapshots", agent=name)
 
 
-async def test_a_disk_that_is_full_costs_the_snapshot_and_nothing_else(hive: Services, tmp_path: Path) -> None:
+async def test_what_cannot_be_written_costs_the_snapshot_and_nothing_else(hive: Services) -> None:
     house = hive_of(hive)
     (hive.state_dir / "agents/iris/snapshots").write_text("no directory can be made here")
     with pytest.raises(Refusal, match="cannot use the snapshots of iris"):
