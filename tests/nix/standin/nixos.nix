@@ -20,6 +20,7 @@ let
       networking = bag "network";
       documentation.enable = flag;
       nix.enable = flag;
+      nix.settings = bag "nix.conf";
       nix.package = mkOption { type = types.package; };
       nixpkgs.config = bag "configuration of nixpkgs";
       nixpkgs.hostPlatform = mkOption { type = types.str; default = if system == null then throw "no system" else system; };
