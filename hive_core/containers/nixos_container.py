@@ -109,27 +109,36 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
     async def start(self, name: AgentName, dirs: AgentDirs) -> RunningUnit:
-        try:
-            return await self._start(name, dirs)
-        except Refusal as refusal:
-            raise OSError(refusal.message) from None
+        """Start the agent's container. Raises Refusal and OSError when it cannot be started, or runs already."""
+        system = await self.current(name)
+        if not self._is_ours(name) or system is None:
+            raise Refusal("conflict", f"cannot start {name}: it has no system yet; let a commit of its be deployed")
+        unit = self._unit(name)
+        state = await self._host.state(unit)
+        if not state.ended:
+            raise BlockingIOError(errno.EAGAIN, f"it runs already, or ends just now: systemctl status {unit}")
+        # A directory of the agent's may be on a disk that hangs: that holds up nobody else.
+        await trio.to_thread.run_sync(dirs.make)
+        await self._write_settings(name, dirs)
+        self._file(name, "end").unlink(missing_ok=True)
+        self._write(name, "run", {**self._where(dirs.run), "since": self._told(name, "run").get("since", _now())})
+        if state.active == "failed":
+            await self._host.run("systemctl", "reset-failed", unit)
+        return await self._start_unit(name)
 
     async def find(self, name: AgentName, dirs: AgentDirs) -> RunningUnit | None:
-        try:
-            if not self._is_ours(name):
-                return None
-            state = await self._host.state(self._unit(name))
-            if state.active == "deactivating":  # how it ended is written at the end of that
-                state = await self._host.settled(self._unit(name), _ENDS_WITHIN_S)
-            if not state.runs:
-                return None
-            if (difference := self._difference(name, dirs.run)) is None:
-                self._remember(name, state.invocation)
-                return self._running(name, state)
-            log.warning("ended %s (pid %d): it was started %s", name, state.pid, difference, extra={"agent": name})
-            await self._end(name, self._running(name, state))
-        except Refusal as refusal:
-            log.warning("cannot look for %s: %s", name, refusal.message, extra={"agent": name})
+        if not self._has_own(name):
+            return None
+        state = await self._host.state(self._unit(name))
+        if state.active == "deactivating":  # how it ended is written at the end of that
+            state = await self._host.settled(self._unit(name), _ENDS_WITHIN_S)
+        if not state.runs:
+            return None
+        if (difference := self._difference(name, dirs.run)) is None:
+            self._remember(name, state.invocation)
+            return self._running(name, state)
+        log.warning("ended %s (pid %d): it was started %s", name, state.pid, difference, extra={"agent": name})
+        await self._end(name, self._running(name, state))
         return None
 
     async def missed_exit(self, name: AgentName) -> Exit | None:
@@ -187,21 +196,8 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
         for suffix in _SUFFIXES:
             self._file(name, suffix).unlink(missing_ok=True)
 
-    async def _start(self, name: AgentName, dirs: AgentDirs) -> RunningUnit:
-        system = await self.current(name)
-        if not self._is_ours(name) or system is None:
-            raise Refusal("conflict", f"cannot start {name}: it has no system yet; let a commit of its be deployed")
+    async def _start_unit(self, name: AgentName) -> RunningUnit:
         unit = self._unit(name)
-        state = await self._host.state(unit)
-        if not state.ended:
-            raise BlockingIOError(errno.EAGAIN, f"it runs already, or ends just now: systemctl status {unit}")
-        # A directory of the agent's may be on a disk that hangs: that holds up nobody else.
-        await trio.to_thread.run_sync(dirs.make)
-        await self._write_settings(name, dirs)
-        self._file(name, "end").unlink(missing_ok=True)
-        self._write(name, "run", {**self._where(dirs.run), "since": self._told(name, "run").get("since", _now())})
-        if state.active == "failed":
-            await self._host.run("systemctl", "reset-failed", unit)
         try:
             done = await self._host.run("nixos-container", "start", container_id(name), patience_s=_START_WITHIN_S)
         except Refusal:
@@ -215,7 +211,7 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
         running = self._running(name, state)
         try:
             self._remember(name, state.invocation)
-        except Refusal:
+        except (Refusal, OSError):
             # Whoever asked is told that it does not run.
             with trio.CancelScope(shield=True):
                 await self._end(name, running)

@@ -68,7 +68,10 @@ class NixosHost:
 
     async def state(self, unit: str) -> UnitState:
         """What systemd says of a unit now. Raises Refusal when it says nothing."""
-        done = await self.insist(f"look at {unit}", "systemctl", "show", _SHOWN, unit)
+        try:
+            done = await self.insist(f"look at {unit}", "systemctl", "show", _SHOWN, unit)
+        except Refusal as refusal:  # systemd may be busy: what runs goes on
+            raise Refusal("unavailable", refusal.message) from None
         said = dict(line.split("=", 1) for line in done.output.splitlines() if "=" in line)
         return UnitState(
             said.get("ActiveState", "inactive"), int(said.get("MainPID") or 0), said.get("InvocationID", "")

@@ -1,8 +1,8 @@
 """The NixOS systems of agents: built beside what runs, switched to, gone back from.
 
 A container is created through nixos-container with the system that was built. Later systems are made the container's
-profile by nix-env, and the container switches to them by `nixos-container run`: all that `nixos-container update` does,
-but that would evaluate the agent's flake once more, as root and without limits.
+profile by nix-env, and the container switches to them: all that `nixos-container update` does, but that would evaluate
+the agent's flake once more, as root and without limits.
 """
 
 from __future__ import annotations
@@ -223,7 +223,10 @@ class NixosSystems:
 
 
 def write_whole(path: Path, text: str) -> bool:
-    """Write a file by renaming, so that nobody reads half of it; whether it was another before. Raises Refusal."""
+    """Write a file by renaming, so that nobody reads half of it; whether it was another before.
+
+    Raises Refusal, and OSError for a disk that cannot take it.
+    """
     try:
         with contextlib.suppress(OSError):
             if path.read_text("utf-8", "replace") == text:
@@ -232,6 +235,6 @@ def write_whole(path: Path, text: str) -> bool:
         fresh = path.with_name(f".{path.name}.hyperhive")
         fresh.write_text(text, "utf-8")
         fresh.rename(path)
-    except OSError as exc:
+    except PermissionError as exc:
         raise Refusal("failed", f"cannot write {path}: {exc.strerror}; run the daemon as root") from None
     return True

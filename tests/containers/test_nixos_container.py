@@ -175,7 +175,7 @@ async def test_what_is_no_nixos_system_is_not_switched_to(tmp_path: Path, driver
 
 
 async def test_an_agent_without_a_system_is_not_started_and_says_why(tmp_path: Path, driver: Systems) -> None:
-    with pytest.raises(OSError, match="cannot start iris: it has no system yet"):
+    with pytest.raises(Refusal, match="cannot start iris: it has no system yet"):
         await start(driver, tmp_path)
 
 
@@ -213,7 +213,7 @@ async def test_a_directory_that_the_settings_cannot_name_is_refused_in_a_sentenc
     driver = Systems(tmp_path, BOUNDS)
     await driver.switch(IRIS, driver.stand_in.system("true"))
     before = (driver.stand_in.folder / CONF).read_text()
-    with pytest.raises(OSError, match="only letters, digits and"):
+    with pytest.raises(Refusal, match="only letters, digits and"):
         await start(driver, folder)
     assert (driver.stand_in.folder / CONF).read_text() == before
 
@@ -282,7 +282,7 @@ async def test_somebody_elses_container_of_the_same_id_is_never_touched(tmp_path
     for call in (driver.switch(IRIS, other), driver.roll_back(IRIS)):
         with pytest.raises(Refusal, match=r"made by somebody else|no other system before"):
             await call
-    with pytest.raises(OSError, match=r"cannot use the container h-iris for iris: .*was made by somebody else"):
+    with pytest.raises(Refusal, match=r"cannot use the container h-iris for iris: .*was made by somebody else"):
         await start(driver, tmp_path)
     assert await driver.find(IRIS, dirs_in(tmp_path)) is None
     assert (await driver.usage(IRIS)).processes == 0
@@ -340,7 +340,7 @@ async def test_a_container_whose_mount_is_missing_says_so_and_is_an_end(tmp_path
         running = await super(Systems, driver).start(IRIS, dirs)
         assert (await running.wait()).code != 0
         said = await driver.last_words(IRIS)
-    except OSError as exc:
+    except (Refusal, OSError) as exc:
         said = str(exc)
     assert "claude" in said
 
@@ -366,10 +366,25 @@ async def test_a_container_that_does_not_come_up_in_time_is_stopped_and_does_not
 ) -> None:
     monkeypatch.setattr(nixos_container, "_START_WITHIN_S", 2.0)
     await driver.switch(IRIS, driver.stand_in.system("", init="#!/bin/sh\nsleep 1000\n"))
-    with pytest.raises(OSError, match=r"did not end within 2 s"):
+    with pytest.raises(Refusal, match=r"did not end within 2 s"):
         await start(driver, tmp_path)
     assert (await driver._host.state("container@h-iris.service")).ended
     assert not [pid for pid in pids_naming(str(driver.stand_in.folder)) if _is_container(pid)]
+
+
+async def test_a_systemd_that_does_not_answer_is_no_end_of_the_agent(tmp_path: Path, driver: Systems) -> None:
+    async with waiting(driver, tmp_path) as running:
+        systemctl = driver.stand_in.folder / "bin" / "systemctl"
+        kept = systemctl.read_text()
+        systemctl.write_text("#!/bin/sh\necho Failed to connect to bus >&2; exit 1\n")
+        for call in (driver.find(IRIS, dirs_in(tmp_path)), start(driver, tmp_path)):
+            with pytest.raises(Refusal, match=r"cannot look at container@h-iris\.service: Failed to connect") as caught:
+                await call
+            assert caught.value.code == "unavailable", "it is tried again, and what runs counts as running"
+        systemctl.write_text(kept)
+        found = await driver.find(IRIS, dirs_in(tmp_path))
+        assert found is not None
+        assert found.pid == running.pid
 
 
 async def test_a_container_that_ends_just_then_is_waited_for_by_the_next_daemon(
