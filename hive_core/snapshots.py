@@ -103,8 +103,9 @@ class Snapshots:
             last = next(iter(_list(place)), None)
             before = _entries(place, last.id) if last else {}
             with self._explained():
-                if last is not None and scan(state, self._tally()) == before:
-                    return None
+                now = scan(state, self._tally())  # also before the first: what is too large is not copied in vain
+            if last is not None and now == before:
+                return None
             try:
                 taken = self._copy(place, state, last, before, why, now_ms)
             except BaseException:

@@ -32,6 +32,7 @@ from hive_core.store.writer import Transaction
 log = logging.getLogger(__name__)
 AT_ONCE = 2  # copies under way
 LOOK_EVERY_S = 5.0
+FAILED_RESTS = 6  # as long as `snapshot_s` until the next by itself: no turn begins while one is tried
 EDGE_PATIENCE_S = 20.0  # for whoever asks, until the turn that runs has ended
 
 T = TypeVar("T")
@@ -179,6 +180,7 @@ class Snapshotting:
                 taken = await self._explained(name, partial(self._of(name).take, why, self._now_ms()))
             except Refusal as refusal:
                 self._trouble[name] = refusal.message
+                self._looked_at[name] = trio.current_time() + (FAILED_RESTS - 1) * self._limits.snapshot_s
                 self._moved(name)
                 raise
         if self._trouble.pop(name, None):

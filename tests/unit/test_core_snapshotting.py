@@ -152,11 +152,13 @@ async def test_the_operator_takes_one_of_what_changed_and_reads_why_where_none_c
 
 async def test_what_cannot_be_written_costs_the_snapshot_and_nothing_else(hive: Services) -> None:
     house = hive_of(hive)
+    await look(house.snapshots)
     (hive.state_dir / "agents/iris/snapshots").write_text("no directory can be made here")
     with pytest.raises(Refusal, match="cannot use the snapshots of iris"):
         await house.snapshots.take(IRIS)
     assert "cannot use the snapshots of iris" in house.snapshots.trouble(IRIS)
     await end_turn(hive, await begin_turn(hive))
+    assert 3590 < await look(house.snapshots) <= 3600, "trying again keeps turns waiting"
 
 
 # -- restored, with containers that end as told ------------------------------------------------------------------------
