@@ -134,7 +134,7 @@ class OwnersBwrap(ProcessDriver):
         return Launch([*self._owner.become(), *launch.command], launch.environment, launch.kept_fds)
 
     def _entering(self, dirs: AgentDirs, first: int) -> list[str]:
-        return [*self._owner.become(), *super()._entering(dirs, first)]
+        return [*self._owner.become_to_enter(), *super()._entering(dirs, first)]
 
 
 def make_root_driver(config: Config, state_dir: Path, owner: Owner, claude: Path | None) -> RootDriver:

@@ -48,6 +48,10 @@ from tests.processes import pids_naming
 
 # What is asked of a driver that starts processes of its own: units are systemd's, whose files and locks are its own.
 of_processes = pytest.mark.parametrize("sandbox", [kind for kind in SANDBOXES if kind != STAND_IN], indirect=True)
+# A helper has no pipe of the daemon's, and the directories of agents from its own configuration.
+of_own_processes = pytest.mark.parametrize(
+    "sandbox", [kind for kind in SANDBOXES if kind not in (STAND_IN, *HELPER_KINDS)], indirect=True
+)
 of_processes_or_bare = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != STAND_IN], indirect=True)
 
 
@@ -457,10 +461,8 @@ async def test_an_exit_that_nobody_watched_is_told_once(tmp_path: Path, sandbox:
     assert await driver.missed_exit(IRIS) is None
 
 
-@of_processes
+@of_own_processes
 async def test_an_agent_that_watches_the_life_pipe_ends_with_its_daemon(tmp_path: Path, sandbox: str) -> None:
-    if sandbox in HELPER_KINDS:
-        pytest.skip("a helper has no pipe of the daemon's: agents are drained when that stops")
     pid = start_and_die(tmp_path, sandbox, "cat <&LIFE; exit 5", "life")
     await wait_gone([pid])
     assert await driver_in(tmp_path, sandbox, "").missed_exit(IRIS) == Exit(5)
@@ -799,12 +801,11 @@ async def test_no_reader_of_what_an_agent_prints_is_left_behind(tmp_path: Path, 
 # -- another runtime directory ----------------------------------------------------------------------------------------
 
 
+@of_own_processes
 @pytest.mark.parametrize("remembered", [True, False])
 async def test_an_agent_that_knows_another_runtime_directory_is_ended_and_can_be_started_again(
     tmp_path: Path, sandbox: str, caplog: pytest.LogCaptureFixture, remembered: bool
 ) -> None:
-    if sandbox in HELPER_KINDS:
-        pytest.skip("a helper has the directories from its own configuration")
     ready = make_fifo(tmp_path, "ready")
     pid = start_and_die(tmp_path, sandbox, "echo > /state/ready; sleep 1000")
     await read_fifo(ready)
