@@ -48,6 +48,10 @@ def choose_sandbox(config: Config, claude: Path | None) -> Choice:
             fix = "unset helper, or set sandbox to nspawn"
             raise Refusal("usage", f"cannot start: the helper cannot start containers of NixOS yet; {fix}")
         # It has tried, and tells when it is asked; it may be away now.
+        if bwrap_trouble and bwrap_trouble.startswith("bubblewrap does not work"):
+            bwrap_trouble = (
+                bwrap_trouble.partition("; ")[0] + ": with the helper, the daemon's unit can be hardened so far"
+            )
         return Choice(config.sandbox, bwrap_trouble=bwrap_trouble)
     weakness = None
     if config.sandbox == "nspawn":

@@ -62,6 +62,12 @@ def processes_of(host: BootedHost, unit: str) -> set[str]:
     return set(host.run("sh", "-c", script, "sh", f"/sys/fs/cgroup/unified{group}").stdout.splitlines())
 
 
+def lasting(host: BootedHost, *units: str) -> set[str]:
+    """Of the processes of agents' units, those that last as long as the agent does: its programs come and go."""
+    parts = ("printed.py", "--run /run/hive")
+    return {line for unit in units for line in processes_of(host, unit) if any(part in line for part in parts)}
+
+
 def runs_under(host: BootedHost, unit: Path, command: str, *more: str) -> bool:
     """Whether a command ends well under a unit's own hardening and some lines more."""
     other = (

@@ -12,7 +12,7 @@ import pytest
 
 from hive_core.containers.host_names import host_name
 from hive_core.protocol.words import AgentName
-from tests.booted.hive import agents, ask_for_iris, idle, processes_of, shown, write_config
+from tests.booted.hive import agents, ask_for_iris, idle, lasting, processes_of, shown, write_config
 from tests.booted_host import BootedHost, booted_host
 from tests.processes import look_until
 
@@ -109,21 +109,21 @@ def test_a_container_is_called_as_the_agents_container_and_its_hive(host: Booted
 def test_agents_outlive_the_daemons_unit_with_any_kill_mode(host: BootedHost, mode: str) -> None:
     host.write(f"/etc/systemd/system/{SERVICE}.d/mode.conf", f"[Service]\nKillMode={mode}\n")
     host.ok("systemctl", "daemon-reload")
-    before = processes_of(host, IRIS) | processes_of(host, MANAGER)
+    before = lasting(host, IRIS, MANAGER)
     invocation = shown(host, IRIS, "InvocationID")["InvocationID"]
     restart(host)
-    assert processes_of(host, IRIS) | processes_of(host, MANAGER) == before
+    assert lasting(host, IRIS, MANAGER) == before
     adopted = [event for event in events(host, "agent_adopted") if event["agent"] == "iris"][-1]
     assert (adopted["data"]["unit"], adopted["data"]["invocation"]) == (IRIS, invocation)
 
 
 def test_agents_outlive_a_daemon_that_is_killed(host: BootedHost) -> None:
-    before = processes_of(host, IRIS) | processes_of(host, MANAGER)
+    before = lasting(host, IRIS, MANAGER)
     main = shown(host, SERVICE, "MainPID")["MainPID"]
     host.ok("systemctl", "kill", "--signal=SIGKILL", SERVICE)
     look_until(lambda: shown(host, SERVICE, "MainPID", "ActiveState") != {"MainPID": main, "ActiveState": "active"})
     look_until(lambda: idle(host, "hm1nd", "iris"))
-    assert processes_of(host, IRIS) | processes_of(host, MANAGER) == before
+    assert lasting(host, IRIS, MANAGER) == before
 
 
 @pytest.mark.parametrize(
@@ -138,11 +138,11 @@ def test_one_whose_unit_is_ended_has_crashed_and_is_started_in_a_new_one(
     host: BootedHost, end: Callable[[BootedHost], None]
 ) -> None:
     before = shown(host, IRIS, "InvocationID")
-    others = processes_of(host, MANAGER)
+    others = lasting(host, MANAGER)
     end(host)
     look_until(lambda: shown(host, IRIS, "InvocationID") not in ({"InvocationID": ""}, before))
     look_until(lambda: idle(host, "iris"))
-    assert processes_of(host, MANAGER) == others
+    assert lasting(host, MANAGER) == others
 
 
 def stop_iris(host: BootedHost) -> None:

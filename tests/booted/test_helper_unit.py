@@ -8,14 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from tests.booted.hive import BUBBLEWRAP, agents, ask_for_iris, idle, processes_of, runs_under, shown, write_config
+from tests.booted.hive import (
+    BUBBLEWRAP,
+    agents,
+    ask_for_iris,
+    idle,
+    lasting,
+    processes_of,
+    runs_under,
+    shown,
+    write_config,
+)
 from tests.booted_host import BootedHost, booted_host
 from tests.nix_pages import DROP_IN, HELPER_UNIT
 from tests.processes import look_until
 
 ADA = "ada"
 DAEMON, HELPER = "hyperhive.service", "hyperhive-root.service"
-SETTINGS = ('sandbox = "nspawn"', 'helper = "/run/hyperhive-root/helper.sock"', "restart_s = 0.1")
+SETTINGS = (
+    'sandbox = "nspawn"',
+    'helper = "/run/hyperhive-root/helper.sock"',
+    "restart_s = 0.1",
+    'claude = "/usr/bin/true"',
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +44,10 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootedHost]:
 
 
 def units(host: BootedHost) -> dict[str, set[str]]:
-    """The agents' units and what is in them."""
+    """The agents' units, and what is in them for as long as the agent lives."""
     listed = host.ok("systemctl", "list-units", "--plain", "--no-legend", "--type=scope", "hyperhive-agent-*")
     names = [line.split()[0] for line in listed.splitlines()]
-    return {name: processes_of(host, name) for name in names}
+    return {name: lasting(host, name) for name in names}
 
 
 def ready(host: BootedHost) -> bool:
@@ -138,5 +153,19 @@ def test_each_line_that_is_left_out_would_keep_bubblewrap_from_its_sandbox(host:
 def test_the_daemons_own_hardening_leaves_no_way_to_a_sandbox(host: BootedHost) -> None:
     assert not runs_under(host, DROP_IN, BUBBLEWRAP)
     refused = host.run("hive", "login", user=ADA)
-    assert "cannot log in" in refused.stderr
-    assert "--token" in refused.stderr
+    assert "cannot log in: it needs a sandbox, and bubblewrap does not work here" in refused.stderr
+    assert "with the helper, the daemon's unit can be hardened so far; or run `claude setup-token`" in refused.stderr
+
+
+def test_a_hive_that_changes_to_bubblewrap_has_units_of_the_daemons_user(host: BootedHost) -> None:
+    """The last one here: it changes the hive."""
+    host.write("/etc/hyperhive/config.toml", write_config(host, 'sandbox = "bwrap"', *SETTINGS[1:]))
+    host.ok("systemctl", "restart", HELPER, DAEMON)
+    look_until(lambda: ready(host) and {agent["sandbox"] for agent in agents(host, ADA).values()} == {"bwrap"})
+    found = units(host)
+    assert len(found) == 2
+    for lines in found.values():
+        wrapper = next(line.split()[0] for line in lines if " bwrap " in line or "/bwrap " in line)
+        fields = dict(line.split(":\t", 1) for line in host.ok("cat", f"/proc/{wrapper}/status").splitlines())
+        assert fields["Uid"].split()[0] == host.ok("id", "-u", "hyperhive").strip()
+        assert (fields["CapBnd"].strip(), fields["NoNewPrivs"].strip()) == ("0" * 16, "1")
