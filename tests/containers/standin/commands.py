@@ -276,11 +276,12 @@ class NixosContainer:
     def _build(self, flake: str) -> str:
         url, _, name = flake.partition("#")
         attribute = f'{url}#nixosConfigurations."{name or "container"}".config.system.build.toplevel'
-        words = ["nix", "build", "--no-link", "--print-out-paths", attribute]
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
+        link = self.host.folder / "run" / f"built.{os.getpid()}"
+        if subprocess.run(["nix", "build", "-o", str(link), attribute]).returncode:
             raise Failed(f"failed to build container from flake '{url}'")
-        return done.stdout.strip()
+        built = os.readlink(link)
+        link.unlink()
+        return built
 
     def _set(self, machine: str, system: str) -> None:
         subprocess.run(["nix-env", "-p", str(self._profile(machine)), "--set", system], check=True)
