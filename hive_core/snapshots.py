@@ -15,6 +15,7 @@ import ctypes
 import json
 import os
 import re
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -98,7 +99,7 @@ class Snapshots:
 
         Raises Refusal("failed") when it is too large, or OSError; then there is none, and those before stay.
         """
-        with self._open(make=True) as (own, place), _opened(own, "state") as state:
+        with self._open(make=True) as (own, place), _opened_state(own) as state:
             assert place is not None
             last = next(iter(_list(place)), None)
             before = _entries(place, last.id) if last else {}
@@ -119,7 +120,7 @@ class Snapshots:
         with self._open() as (own, place):
             listed = [] if place is None else _list(place)
             now: Entries = {}
-            with contextlib.suppress(FileNotFoundError, TooMuch), _opened(own, "state") as state:
+            with contextlib.suppress(FileNotFoundError, TooMuch), _opened_state(own) as state:
                 now = scan(state, self._tally())
             for one in listed:
                 assert place is not None
@@ -232,7 +233,7 @@ class Snapshots:
             os.mkdir("state", 0o700, dir_fd=own)
         entries: Entries = {}
         tally = Tally(2**62, time.monotonic() + COPY_WITHIN_S)
-        with contextlib.suppress(TooMuch), _opened(own, "state") as state:
+        with contextlib.suppress(TooMuch), _opened_state(own) as state:
             entries = scan(state, tally)
         kept = Snapshot(_free_id(place, now_ms), now_ms, why, tally.files, tally.bytes, tally.left_out, 0)
         with _opened(place, _REPLACED) as folder:
@@ -335,6 +336,13 @@ def _opened(folder: int, path: str) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _opened_state(own: int) -> contextlib.AbstractContextManager[int]:
+    """/state itself. Its agent may have taken from its owner what it takes to look into it and to move it."""
+    if stat.S_ISDIR(os.stat("state", dir_fd=own, follow_symlinks=False).st_mode):
+        os.chmod("state", 0o700, dir_fd=own)
+    return _opened(own, "state")
 
 
 def _sync_all(folder: int) -> None:

@@ -135,8 +135,14 @@ async def test_an_agent_that_removes_everything_leaves_all_but_its_own_as_it_was
     (mine.state / ".hidden").symlink_to("deep/er/tool")
     snapshots = Snapshots(tmp_path, IRIS, 12, 2**30)
     assert snapshots.take("before a test", 1_800_000_000_000) is not None
-    host = [Path("/etc"), ROOT / "hive_core", *(tmp_path / room for room in UNTOUCHED), other.run, other.state]
-    names = [Path("/usr/bin"), Path(sys.prefix), Path("/dev"), Path("/"), Path.home()]
+    host = [
+        Path("/etc"),
+        ROOT / "hive_core" / "templates",
+        *(tmp_path / room for room in UNTOUCHED),
+        other.run,
+        other.state,
+    ]
+    names = [ROOT / "hive_core", Path("/usr/bin"), Path(sys.prefix), Path("/dev"), Path("/"), Path.home()]
     state, before = digest_of(mine.state), [digest_of(tree) for tree in host]
     listed = [sorted(os.listdir(path)) for path in names]
     database = (tmp_path / "hive.sqlite").read_bytes()

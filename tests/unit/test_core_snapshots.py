@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -230,6 +231,31 @@ def test_a_restore_brings_back_names_modes_times_links_and_bytes_and_keeps_what_
     kept.restore(there, NOW_MS + 2000)
     assert (state / "unsaved").read_text() == "unsaved"
     assert len(kept.all()) == 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user: run as root")
+def test_a_daemon_that_is_not_root_restores_a_state_that_was_closed_to_it() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        state = Path(folder) / "agents" / "iris" / "state"
+        state.mkdir(parents=True)
+        (state / "note").write_text("good")
+        for path in (Path(folder), *Path(folder).rglob("*")):
+            os.chown(path, 65534, 65534)
+        pid = os.fork()
+        if pid == 0:
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            with contextlib.suppress(BaseException):
+                kept = Snapshots(Path(folder), IRIS, 12, MIB)
+                good = kept.take("test", NOW_MS)
+                assert good is not None
+                (state / "note").chmod(0)
+                state.chmod(0)
+                kept.restore(good, NOW_MS + 1000)
+                assert (state / "note").read_text() == "good"
+                os._exit(0)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_without_a_name_the_newest_that_differs_from_what_is_there_is_restored(state: Path, kept: Snapshots) -> None:
