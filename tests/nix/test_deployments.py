@@ -137,6 +137,17 @@ async def test_a_daemon_that_starts_again_builds_nothing_that_is_as_it_was_deplo
     assert house.systems.done == built
 
 
+async def test_a_container_that_somebody_took_away_or_switched_is_built_again(house: House, hive: Services) -> None:
+    ours = await house.systems.current(IRIS)
+    house.systems.file.write_text(json.dumps({"iris": ["/nix/store/somebody-elses"]}))
+    async with house.open() as again, serving(again):
+        await mended(again, HM1ND)
+        with again.store.bus.listen("deployed") as listener:
+            while await house.systems.current(IRIS) != ours:
+                await listener.wait()
+    assert await house.systems.current(HM1ND)
+
+
 async def test_another_release_of_hyperhive_reaches_every_container(
     house: House, hive: Services, tmp_path: Path
 ) -> None:
