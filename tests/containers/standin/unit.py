@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import select
 import shlex
@@ -40,7 +41,9 @@ def nspawn_script(host: Host, machine: str, conf: dict[str, str]) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     users = conf.get("PRIVATE_USERS", "")
     idmap = ":idmap" if users.isdigit() and int(users) else ""
-    flags = ["--keep-unit", "-M", machine, "-D", str(root)]
+    # Another test of this machine may have one of the same id just now.
+    own = f"{machine}-{hashlib.sha256(os.fsencode(host.folder)).hexdigest()[:6]}"
+    flags = ["--keep-unit", "-M", own, f"--hostname={machine}", "-D", str(root)]
     flags += ["--private-network"] if conf.get("PRIVATE_NETWORK") == "1" else []
     flags += [f"--private-users={users}"] if users else []
     flags += ["--network-veth"] if conf.get("HOST_ADDRESS") or conf.get("LOCAL_ADDRESS") else []
