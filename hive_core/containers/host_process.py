@@ -180,7 +180,8 @@ class HostProcessDriver:
         """The agent that was left running, as it is. What is left of one whose wrapper has ended is ended."""
         status = self._file(name, "status")
         pid = self._remembered(name)
-        if pid is None and (pid := lock_holder(status)) is not None:
+        if pid is None and (holder := lock_holder(status)) is not None and self._may_be_ours(holder):
+            pid = holder
             # What could not be written makes it no less ours: the next daemon finds it by the lock again.
             with contextlib.suppress(OSError):
                 self._remember(name, pid)
@@ -189,6 +190,10 @@ class HostProcessDriver:
                 return RunningProcess(pid, None, status, self._ways(name))
         self._end_left(name)
         return None
+
+    def _may_be_ours(self, holder: int) -> bool:
+        """Whether a process that holds an agent's lock can be its wrapper."""
+        return True
 
     def _ways(self, name: AgentName) -> Ways:
         return Ways(partial(self._first_inside, name), partial(self._end_left, name))

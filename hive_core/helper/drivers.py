@@ -133,6 +133,12 @@ class OwnersBwrap(ProcessDriver):
         launch = super()._launch(name, real, status_fd, opened)
         return Launch([*self._owner.become(), *launch.command], launch.environment, launch.kept_fds)
 
+    def _may_be_ours(self, holder: int) -> bool:
+        # bubblewrap has the lock's descriptor as the daemon's user, who can hand it to anybody else's process.
+        with contextlib.suppress(OSError):
+            return os.stat(f"/proc/{holder}").st_uid == self._owner.uid
+        return False
+
     def _entering(self, dirs: AgentDirs, first: int) -> list[str]:
         return [*self._owner.become_to_enter(), *super()._entering(dirs, first)]
 

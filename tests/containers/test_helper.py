@@ -21,6 +21,7 @@ import trio
 from hive_core.containers.host_names import host_name
 from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.running import Exit
+from hive_core.containers.status_file import is_locked
 from hive_core.helper.cli import read_own_config
 from hive_core.helper.desk import REQUEST_LIMIT_BYTES
 from hive_core.helper.staging import open_folder
@@ -29,7 +30,7 @@ from hive_core.protocol.words import AgentName
 from tests.containers.drivers import IRIS, PATIENCE_S, make_fifo, mates, need, read_fifo, wait_gone
 from tests.containers.helped import Helped, end_helper, helped_in, start_helper
 from tests.needs import ROOT
-from tests.processes import look_until, pids_naming
+from tests.processes import children_of, look_until, pids_naming
 
 OWNER, GROUP = 4242, 4343
 
@@ -339,6 +340,23 @@ def test_nothing_that_is_mounted_for_an_agent_is_seen_by_the_host_or_stays(tmp_p
     assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text().replace(before, "")
     assert ask(tmp_path, {"verb": "exit", "name": "iris"}) == {"code": 0}
     assert list((tmp_path / "stage").iterdir()) == []
+
+
+def test_nobody_elses_process_is_taken_for_an_agent_whose_lock_it_was_handed(tmp_path: Path, owned: Path) -> None:
+    """bubblewrap is run as the daemon's user, who may take the lock's descriptor from it and send it to others."""
+    serve(tmp_path, owned, "true", "bwrap")
+    (tmp_path / "processes").mkdir()
+    status = tmp_path / "processes" / "iris.status"
+    status.touch()
+    with subprocess.Popen(["flock", str(status), "sleep", "1000"]) as stranger:
+        try:
+            look_until(lambda: is_locked(status) and children_of(stranger.pid))
+            for verb in ("find", "kill", "stop", "find"):
+                assert ask(tmp_path, {"verb": verb, "name": "iris"}) in ({}, {"pid": None})
+            assert stranger.poll() is None
+        finally:
+            for pid in (*children_of(stranger.pid), stranger.pid):
+                os.kill(pid, signal.SIGKILL)
 
 
 # -- helpers that die -------------------------------------------------------------------------------------------------
