@@ -222,10 +222,11 @@ class _Session:
             desk.outdated = instance
         if found.alive is not None:
             desk.agents.observe(desk.name, "thinking")
+            desk.silence.ended()
         else:
             desk.agents.observe_rest(desk.name)
+            desk.silence.asks_nothing()
         desk.said_hello.set()
-        desk.silence.ended()
         return {"version": version, "agent": desk.name, "role": desk.role}
 
     async def _lease(self, fence: str) -> dict[str, Any]:
@@ -238,7 +239,10 @@ class _Session:
         self._lease_scope = None
         if lease is None and self._left:
             raise Refusal("conflict", "cannot lease: this harness has hung up or connected again")
-        return {"stop": True} if lease is None else self._as_form(lease)
+        if lease is None:
+            desk.silence.asks_nothing()  # until it ends
+            return {"stop": True}
+        return self._as_form(lease)
 
     def _as_form(self, lease: Lease) -> dict[str, Any]:
         desk = self._desk
@@ -323,6 +327,8 @@ class _Session:
         state = "waiting" if request.get("outcome") == "waiting" else "idle"
         detail = printable(error, 200) if isinstance(error, str) else ""
         desk.agents.observe_rest(desk.name, state, detail)
+        if self._welcome:
+            desk.silence.asks_nothing()
         return answer
 
 

@@ -9,7 +9,8 @@ WORD_WITHIN = 1 / 6  # after its turn was taken away: one that was only stopped 
 
 
 class Silence:
-    """Begins when a harness is not connected, or lost its turn since nothing was heard of it; any word ends it.
+    """Begins when a harness is not connected, has no turn and asks for none, or lost its turn since nothing was heard
+    of it; any word ends it.
 
     limit_s   how long a harness may be silent before its turn is lost (`lease_silence_s`); the patience is in its terms
     """
@@ -25,6 +26,11 @@ class Silence:
         """Its connection is gone, or was never there."""
         patience_s = HELLO_WITHIN * self._limit_s
         self._turn(f"its harness was not connected for {patience_s:.0f} s", patience_s)
+
+    def asks_nothing(self) -> None:
+        """It is connected, and has neither a turn nor asked for one; or it was told to end."""
+        patience_s = HELLO_WITHIN * self._limit_s
+        self._turn(f"its harness asked for no turn for {patience_s:.0f} s", patience_s)
 
     def lost_turn(self) -> None:
         """Its turn was taken away: it said nothing for the limit."""

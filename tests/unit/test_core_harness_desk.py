@@ -699,8 +699,31 @@ async def test_a_harness_that_lost_its_turn_in_silence_is_shown_as_stuck_and_han
         assert (live.state, live.detail.partition(";")[0], await desk.hung()) == ("stuck", why, why)
         ack = {"id": 4, "op": "ack", "turn": turn, "fence": "f-1", "outcome": "cancelled"}
         assert not (await peer.ask(ack))["counted"]
-        assert (hive.agents.live("iris").state, desk.silence.why) == ("idle", "")
+        assert (hive.agents.live("iris").state, desk.silence.why) == ("idle", "its harness asked for no turn for 1 s")
     assert desk.silence.why == "its harness was not connected for 1 s"
+
+
+@pytest.mark.parametrize("after", ["hello", "ack", "stop"])
+async def test_a_harness_that_asks_for_no_turn_hangs_and_one_that_waits_for_its_turn_does_not(
+    hive: Services, tmp_path: Path, after: str
+) -> None:
+    hive.broker = Broker(hive.store, Limits(lease_silence_s=0.1))
+    desk = desk_for(hive)
+    async with serve(tmp_path / "harness.sock", desk.serve) as door, greeted(door) as peer:
+        if after == "ack":
+            await hive.say("hm1nd", "iris", "hello")
+            turn = (await peer.ask(LEASE))["turn"]
+            with pytest.raises(trio.TooSlowError), trio.fail_after(0.7):
+                await desk.hung()  # in a turn it is the turn that counts
+            await peer.ask({"id": 4, "op": "ack", "turn": turn, "fence": "f-1", "outcome": "done"})
+        elif after == "stop":
+            await peer.send({**LEASE, "fence": "f-2"})
+            with pytest.raises(trio.TooSlowError), trio.fail_after(0.7):
+                await desk.hung()  # it waits for its turn
+            desk.ask_to_stop()
+            assert (await peer.read())["stop"]
+        with trio.fail_after(PATIENCE_S):
+            assert await desk.hung() == "its harness asked for no turn for 0 s"
 
 
 async def test_a_harness_whose_lines_the_disk_does_not_take_is_not_silent(
