@@ -36,7 +36,14 @@ from hive_core.containers.keeper import start_keeper
 from hive_core.containers.keyring import leave_session_keyring
 from hive_core.containers.mounts import AGENTS, RUN, STATE, AgentDirs
 from hive_core.containers.mounts import shape as seen
-from hive_core.containers.process_tree import boot_id, first_in_namespace, folder_id, start_time, usage_below
+from hive_core.containers.process_tree import (
+    boot_id,
+    first_in_namespace,
+    folder_id,
+    kill_that_see,
+    start_time,
+    usage_below,
+)
 from hive_core.containers.run_command import run_command
 from hive_core.containers.running import Done, Exit, RunningProcess, Usage, Ways
 from hive_core.containers.seccomp import filter_program
@@ -118,7 +125,7 @@ class HostProcessDriver:
         """Start the agent's harness. Raises OSError when the program cannot be run, or the agent runs already."""
         self._files.mkdir(mode=0o700, parents=True, exist_ok=True)
         # A directory of the agent's may be on a disk that hangs: that holds up nobody else.
-        told = await trio.to_thread.run_sync(self._prepare, dirs, limiter=trio.CapacityLimiter(1))
+        told = await trio.to_thread.run_sync(self._prepare, name, dirs, limiter=trio.CapacityLimiter(1))
         status = self._file(name, "status")
         with status.open("ab", buffering=0) as status_file:
             claim(status_file)
@@ -198,8 +205,13 @@ class HostProcessDriver:
     def _ways(self, name: AgentName) -> Ways:
         return Ways(partial(self._first_inside, name), partial(self._end_left, name))
 
-    def _prepare(self, dirs: AgentDirs) -> dict[str, Any]:
+    def _prepare(self, name: AgentName, dirs: AgentDirs) -> dict[str, Any]:
+        """Make what an agent is given, and sure that nobody has it already; what is to be written down of it."""
+        is_new = not dirs.state.exists()
         dirs.make()
+        if not is_new and not self._file(name, "status").exists():
+            # Somebody removed what was written down of it: one that runs is found by what it sees.
+            kill_that_see(folder_id(dirs.state), STATE)
         return self._told(dirs)
 
     def _told(self, dirs: AgentDirs) -> dict[str, Any]:

@@ -125,9 +125,11 @@ def kill_that_see(folder: tuple[int, int], at: str) -> None:
     ours = os.stat("/proc/self/ns/mnt")
     for pid in all_pids():
         with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(f"/proc/{pid}/ns/mnt"), ours) or folder_id(f"/proc/{pid}/root{at}") != folder:
+                continue
+            # Of whoever has this number from here on, that is still so when it is killed.
             started = start_time(pid)
-            foreign = started is not None and not os.path.samestat(os.stat(f"/proc/{pid}/ns/mnt"), ours)
-            if started is not None and foreign and folder_id(f"/proc/{pid}/root{at}") == folder:
+            if started is not None and folder_id(f"/proc/{pid}/root{at}") == folder:
                 _kill_the(pid, started)
 
 

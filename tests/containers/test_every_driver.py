@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from hive_core.containers.bounds import Bounds
-from hive_core.containers.host_process import LINES_MOST
+from hive_core.containers.host_process import LINES_MOST, HostProcessDriver
 from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.nspawn import HOST_UIDS
 from hive_core.containers.printed import LOG_LIMIT_BYTES
@@ -528,6 +528,31 @@ async def test_at_whatever_step_of_a_start_a_daemon_is_killed_the_next_one_finds
         step += 1
     # There are steps before the agent runs, and steps between that and its process file.
     assert 0 < never_started < not_remembered
+
+
+async def test_an_agent_of_which_all_files_were_removed_is_ended_before_it_is_started_again(
+    tmp_path: Path, sandbox: str
+) -> None:
+    ready = make_fifo(tmp_path, "ready")
+    script = f"echo > {inside(tmp_path, sandbox)}/ready; sleep 1000"
+    driver, dirs = driver_in(tmp_path, sandbox, script), dirs_in(tmp_path)
+    old = await driver.start(IRIS, dirs)
+    await read_fifo(ready)
+    files = driver._files if isinstance(driver, HostProcessDriver) else None
+    if files is None:
+        pytest.skip("its files are the helper's, or systemd's")
+    for file in files.glob("iris.*"):
+        file.unlink()
+    later = driver_in(tmp_path, sandbox, script)
+    assert await later.find(IRIS, dirs) is None
+    new = await later.start(IRIS, dirs)
+    await read_fifo(ready)
+    with trio.fail_after(PATIENCE_S):
+        await old.wait()
+    assert new.pid != old.pid
+    new.kill()
+    with trio.fail_after(PATIENCE_S):
+        await new.wait()
 
 
 @of_processes
