@@ -87,8 +87,8 @@ class Systems(Protocol):
     async def roll_back(self, name: AgentName) -> StorePath:
         """Go back to the system before the current one, which is removed from what is kept; the one it has then.
 
-        Raises Refusal: "conflict" when there is none before, or the container is somebody else's; "failed" when one that
-        runs does not switch to it: the agent has the system of before all the same, from its next start on.
+        Raises Refusal: "conflict" when there is none before, or the container is somebody else's; "failed" when one
+        that runs does not switch to it: the agent has the system of before all the same, from its next start on.
         """
 
     async def current(self, name: AgentName) -> StorePath | None:
