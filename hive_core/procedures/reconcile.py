@@ -123,6 +123,7 @@ class Reconciler:
                 await supervised.ended.wait()
             supervised.let_go()
             await supervised.gone.wait()
+        self.updates.forget(name)
         await self._driver.destroy(name)
 
     @asynccontextmanager

@@ -105,6 +105,7 @@ class Supervisor:
         self._trouble = ""  # why it could not be seen to, the last time
         self.looked = trio.Event()  # whether one of an earlier daemon runs is known
         self._beginning = trio.Lock()  # held while it is started: an end waits for it
+        self._unseen = True  # one that nobody has found yet may run
 
     async def now_running(self) -> Running | None:
         """What runs, also when it was just being looked for or started."""
@@ -114,11 +115,16 @@ class Supervisor:
 
     @asynccontextmanager
     async def at_rest(self, at_once: bool) -> AsyncIterator[None]:
-        """Its container ended, at its turn's edge or `at_once`, and none is started before this is left."""
+        """Its container ended, at its turn's edge or `at_once`, and none is started before this is left.
+
+        Raises Refusal where nobody can say whether one runs.
+        """
         await self.looked.wait()
         while True:
             async with self._beginning:
                 if self.running is None:
+                    if self._unseen:
+                        await self._insist_that_none_runs()
                     yield
                     return
                 self.desk.ask_to_stop()
@@ -126,6 +132,15 @@ class Supervisor:
                     self.kill()
                 ended = self.ended
             await ended.wait()
+
+    async def _insist_that_none_runs(self) -> None:
+        try:
+            found = await self._tools.driver.find(self.name, self._dirs)
+        except OSError as exc:
+            raise Refusal("unavailable", f"cannot tell whether {self.name} runs: {explain(exc)}") from exc
+        if found is not None:
+            why = "it was out of sight and runs; in a minute it is seen to again: try again then"
+            raise Refusal("conflict", f"cannot end {self.name}: {why}")
 
     def kill(self) -> None:
         """End what runs of it, at once."""
@@ -151,7 +166,7 @@ class Supervisor:
                 trouble, away = _said(group), _is_away(_first(group))
                 log.error("cannot run %s: %s", self.name, trouble, extra={"agent": self.name})
             # What runs all the same is found again.
-            self.running, self.changed = None, trio.Event()
+            self.running, self.changed, self._unseen = None, trio.Event(), True
             self.ended.set()
             self.looked.set()
             # What a helper that is away started runs on, and is what it was.
@@ -198,7 +213,9 @@ class Supervisor:
     async def _adopt(self) -> None:
         """Go on with an agent that outlived the daemon before, or tell how it ended meanwhile."""
         driver = self._tools.driver
-        if running := await driver.find(self.name, self._dirs):
+        running = await driver.find(self.name, self._dirs)
+        self._unseen = False
+        if running is not None:
             self._begin(running)
             await self.look_again()
             self.looked.set()

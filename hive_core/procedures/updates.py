@@ -62,6 +62,11 @@ class Updates:
         """Whether an agent did not come up when it was replaced, for which the others wait."""
         return name in self._failed
 
+    def forget(self, name: AgentName) -> None:
+        """An agent is destroyed: nobody waits for it any more."""
+        if self._failed.pop(name, None) is not None:
+            self._tools.store.bus.publish([LIVE])
+
     @property
     def trouble(self) -> str:
         """Why no more agents are replaced, and what lets that go on; empty where nothing is wrong."""
@@ -93,7 +98,7 @@ class Updates:
         """A daemon that starts again goes on with no update that failed; but with one to something else."""
         for name, generation in (await self._tools.states.failed_updates()).items():
             same = True  # where nobody can say, it counts as failed still
-            with contextlib.suppress(Refusal):
+            with contextlib.suppress(Refusal, OSError):
                 same = generation == await self._tools.generation(name)
             if same:
                 self._failed[name] = generation
@@ -104,7 +109,10 @@ class Updates:
             while True:
                 await listener.wait()
                 for one in list(self._supervised.values()):
-                    await one.look_again()
+                    try:
+                        await one.look_again()
+                    except (Refusal, OSError) as exc:  # with what is deployed next it is looked at again
+                        log.warning("cannot tell whether %s is outdated: %s", one.name, exc, extra={"agent": one.name})
                 self._tools.store.bus.publish([LIVE])
 
     # -- in turn ------------------------------------------------------------------------------------------------------
@@ -165,7 +173,9 @@ class Updates:
 
     async def _note_failed(self, one: Supervisor) -> None:
         name, why = one.name, self._tools.agents.live(one.name).detail
-        generation, last_words = await self._tools.generation(name), await self._tools.driver.last_words(name)
+        generation, last_words = await self._wanted_generation(name), ""
+        with contextlib.suppress(Refusal, OSError):
+            last_words = await self._tools.driver.last_words(name)
         first = name not in self._failed
         self._failed[name], self._proven = generation, False
         log.error("the update to %s stops: %s did not come up: %s", revision(), name, why, extra={"agent": name})
@@ -184,6 +194,13 @@ class Updates:
 
         if first or name in self._asked:
             await self._tools.store.insist(write)
+
+    async def _wanted_generation(self, name: AgentName) -> str:
+        """What an agent was to be; what it was begun as the last time, where its driver cannot say."""
+        try:
+            return await self._tools.generation(name)
+        except (Refusal, OSError):
+            return await self._tools.states.generation(name) or ""
 
     async def _forget_failed(self, *names: AgentName) -> None:
         if failed := [name for name in names if self._failed.pop(name, None) is not None]:

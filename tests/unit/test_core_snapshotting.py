@@ -266,3 +266,30 @@ async def test_one_is_taken_before_an_agent_is_started_in_a_container_of_another
                 taking = taking_of(house, tmp_path)
                 await house.until(lambda: house.live("iris").state == "idle")
                 assert len(await taking.all(IRIS)) == count
+
+
+async def test_an_agent_that_may_run_unseen_is_not_given_another_state_under_its_hands(
+    autojump_clock: MockClock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_house() as house:
+        await house.add_agents("iris")
+        let_end_when_asked(house)
+        async with house.daemon():
+            await house.until(lambda: house.live("iris").state == "idle")
+        house.driver.left = dict(house.driver.begun)
+        away = Refusal("unavailable", "cannot reach the helper: it is away")
+        house.driver.failing = {("iris", "find"): away}
+        async with house.daemon():
+            taking = taking_of(house, tmp_path)
+            (state_of(tmp_path) / "note").write_text("good")
+            await taking.take(IRIS)
+            (state_of(tmp_path) / "note").write_text("of the turn that runs")
+            for at_once in (False, True):
+                with pytest.raises(Refusal, match="cannot reach the helper"):
+                    await taking.restore(IRIS, at_once=at_once)
+            assert (state_of(tmp_path) / "note").read_text() == "of the turn that runs"
+            house.driver.failing = {}
+            await house.until(lambda: house.reconciler.running() == [IRIS])
+            await taking.restore(IRIS, at_once=True)
+            assert (state_of(tmp_path) / "note").read_text() == "good"
+    caplog.clear()

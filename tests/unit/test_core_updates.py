@@ -16,7 +16,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.revision import revision, revision_of
 from tests.hives import SETTINGS
-from tests.scripted_driver import House, open_house
+from tests.scripted_driver import Container, House, open_house
 
 NAMES = ("agent0", "agent1", "agent2", "agent3")
 FIRST = AgentName("agent0")
@@ -301,3 +301,61 @@ def test_the_revision_is_another_when_what_an_agent_runs_is_and_the_same_in_anot
     assert revision_of(tmp_path.parent / "second") == before
     (tmp_path / "hive_core" / "containers" / "one.py").write_text("one = 2\n")
     assert revision_of(tmp_path) != before
+
+
+async def test_what_cannot_be_asked_when_something_is_deployed_ends_no_daemon_and_holds_up_nobody(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_house() as house:
+        await house.add_agents("hm1nd", "iris", "argus")
+        house.let_crash()
+        async with house.daemon():
+            await house.until(lambda: len(house.driver.begun) == 3)
+            away = Refusal("unavailable", "cannot reach the helper: it is away")
+            house.driver.failing = {("argus", "generation"): away}
+            house.driver.shapes["iris"] = "with more programs"
+            await house.store.write(lambda tx: set_deployed(tx, "iris", "1" * 40, SETTINGS))
+            await trio.sleep(1)
+            assert asked(house) == {"iris"}
+
+
+async def test_one_that_does_not_come_up_is_told_of_though_its_driver_cannot_say_its_last_words(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with upgraded() as house:
+
+        def life(name: AgentName, container: Container) -> None:
+            if name == FIRST:
+                house.driver.failing[(name, "last_words")] = OSError(5, "Input/output error")
+                container.end(7)
+            else:
+                house.hello(name)
+
+        house.driver.life = life
+        async with house.daemon():
+            await adopted(house)
+            await trio.sleep(1)
+            await stop(house, "agent0")
+            await trio.sleep(20)
+            assert house.reconciler.updates.is_failed(FIRST)
+            assert asked(house) == set()
+        (told,) = [text for text in await house.mail(MANAGER) if text.startswith("update_failed")]
+        assert 'its last words: "". 4 other agents stay as they are.' in told
+    caplog.clear()
+
+
+async def test_one_that_did_not_come_up_and_is_destroyed_holds_up_the_others_no_more(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with upgraded() as house, house.daemon():
+        await adopted(house)
+        await fail(house, "crashes")
+        assert house.reconciler.updates.trouble
+        await house.agents.want(FIRST, "down", OPERATOR)
+        await house.reconciler.leave(FIRST, True)
+        await house.store.write(lambda tx: tx.execute("DELETE FROM agents WHERE name = 'agent0'").rowcount)
+        house.reconciler.left(FIRST)
+        await trio.sleep(60)
+        assert house.reconciler.updates.trouble == ""
+        assert asked(house) == {"agent1"}
+    caplog.clear()
