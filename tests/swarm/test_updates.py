@@ -74,7 +74,7 @@ def test_after_an_upgrade_every_agent_is_replaced_the_manager_last_and_a_broken_
         assert client.call("status")["outdated"] == [other, "hm1nd"]
         client.call("send", to=other, body="who are you?")
         daemon.wait_message(client, "it is me")
-        assert "idle, outdated" in hive(daemon, "list").stdout
+        assert ", outdated" in hive(daemon, "list").stdout
         assert hive(daemon, "update").returncode == 2, "whom, is never implied"
         assert f"the update has stopped: {failed} did not come up" in hive(daemon).stdout
         config = Config(state_dir=daemon.state, runtime_dir=daemon.runtime)
