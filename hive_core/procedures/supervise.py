@@ -98,6 +98,7 @@ class Supervisor:
         self.let_go: Callable[[], None] = lambda: None  # ends its sockets and this, and no container
         self.gone = trio.Event()  # that has been done
         self.killed_s: float | None = None  # since when it ought to have ended, by trio's clock
+        self._starts_since_s: float | None = None  # while the driver starts it
         self.starts = 0  # how often this daemon has started it, or tried to
         self.outdated = False  # what runs is of another generation than it would be started with now
         self._tools = tools
@@ -149,7 +150,9 @@ class Supervisor:
             self.running.kill()
 
     def lingers(self) -> str:
-        """That it was killed some time ago and has not gone; else an empty text."""
+        """That it was killed some time ago and has not gone, or its start has not come back; else an empty text."""
+        if self._starts_since_s is not None and trio.current_time() - self._starts_since_s >= KILL_PATIENCE_S:
+            return "its start has not come back; its disk may hang"
         if self.running is None or self.killed_s is None or trio.current_time() - self.killed_s < KILL_PATIENCE_S:
             return ""
         return f"process {self.running.pid} was killed and has not gone yet; its disk may hang"
@@ -295,6 +298,7 @@ class Supervisor:
                 await self._tools.before_switch(self.name)
             await self._tools.states.note_start(self.name, generation)
             try:
+                self._starts_since_s = trio.current_time()
                 running = await self._tools.driver.start(self.name, self._dirs)
             except (Refusal, OSError) as exc:
                 if isinstance(exc, StoreBusy) or getattr(exc, "errno", None) in _FULL or _is_away(exc):
@@ -303,6 +307,8 @@ class Supervisor:
                 log.error("cannot start %s: %s", self.name, trouble, extra={"agent": self.name})
                 await self._note_end(None, f"could not be started: {trouble}")
                 return None
+            finally:
+                self._starts_since_s = None
             self._begin(running)
             return running
 

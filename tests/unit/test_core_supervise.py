@@ -368,6 +368,7 @@ async def test_an_agent_whose_start_hangs_holds_up_no_other_and_is_not_waited_fo
             await trio.sleep(100)
             assert {house.live(name).state for name in ("hm1nd", "rowan")} == {"idle"}
             assert house.live("iris").detail == "its start has not come back for 20 s; its disk may hang"
+            assert house.reconciler.lingers(IRIS) == "its start has not come back; its disk may hang"
             with pytest.raises(Refusal, match="cannot end iris at once: its start has not come back; its disk may"):
                 await house.reconciler.kill(IRIS, OPERATOR)
             assert (await house.reconciler.drain(1.0))["iris"] == "not ended"
