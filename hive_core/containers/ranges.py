@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import hashlib
 import pwd
 from collections.abc import Collection
@@ -18,13 +19,19 @@ def pick_range(name: str, taken: Collection[int]) -> int:
     """The first uid of a range that is free: the name's hash first, the next one otherwise. Raises Refusal."""
     first = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % len(RANGES)
     foreign = [range(start, start + count) for start, count in _subordinate()]
+    peoples = {number - number % SIZE for number in _known()}
     for step in range(len(RANGES)):
         uids = range(candidate := RANGES[(first + step) % len(RANGES)], candidate + SIZE)
-        if candidate in taken or _is_somebodys(candidate):
+        if candidate in taken or candidate in peoples or _is_somebodys(candidate):
             continue
         if not any(other.start < uids.stop and uids.start < other.stop for other in foreign):
             return candidate
     raise Refusal("refused", f"cannot allocate uids for {name}: all {len(RANGES)} ranges are; purge some agents")
+
+
+def _known() -> set[int]:
+    """The uids and gids of all users and groups that the host can list. A directory service may have more."""
+    return {user.pw_uid for user in pwd.getpwall()} | {group.gr_gid for group in grp.getgrall()}
 
 
 def _is_somebodys(uid: int) -> bool:

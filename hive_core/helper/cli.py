@@ -11,11 +11,10 @@ from pathlib import Path
 import trio
 
 from hive_core.config import Config, load_config
-from hive_core.containers.inside import package_parents
 from hive_core.helper.desk import HelperDesk
 from hive_core.helper.drivers import make_root_driver, trouble_of
 from hive_core.helper.owner import Owner
-from hive_core.helper.trust import check_trusted
+from hive_core.helper.trust import check_code, check_trusted
 from hive_core.lock import take_lock
 from hive_core.logs import set_up_logs
 from hive_core.programs import find_claude
@@ -63,8 +62,8 @@ def read_own_config(file: Path) -> Config:
     ):
         path.mkdir(mode=mode, exist_ok=True)
         check_trusted(path, setting)
-    for path in (Path(sys.executable), *map(Path, package_parents()), config.nspawn_root):
-        check_trusted(path, "a part of the sandbox")
+    check_code()
+    check_trusted(config.nspawn_root, "a part of the sandbox")
     return config
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from hive_core.protocol.paths import explain
@@ -37,6 +39,23 @@ def check_trusted(path: Path, setting: str) -> None:
             raise Refusal("refused", f"cannot use {path} as {setting}: {why}; {fix}")
         if stat.S_ISLNK(found.st_mode):
             here = Path("/") if target.is_absolute() else here.parent
+
+
+def check_code() -> None:
+    """Raise Refusal unless root alone can change what this process runs, and where it would look for more."""
+    for path in {*_code()}:
+        check_trusted(path, "a part of the helper")
+
+
+def _code() -> Iterator[Path]:
+    yield Path(sys.executable)
+    for entry in sys.path:
+        if os.path.exists(entry or "."):
+            yield Path(os.path.abspath(entry))
+    for module in [*sys.modules.values()]:
+        for file in (getattr(module, "__file__", None), getattr(module, "__cached__", None)):
+            if file and os.path.exists(file):
+                yield Path(os.path.abspath(file))
 
 
 def _others_may_change(mode: int) -> bool:

@@ -510,6 +510,26 @@ def test_directories_and_programs_of_the_helper_must_be_roots(tmp_path: Path) ->
     assert f"hive-root: cannot use {claude} as claude: {theirs} can be changed by others than root" in done.stderr
 
 
+@pytest.mark.parametrize("part", ["__init__.py", "", "__pycache__"])
+def test_a_module_that_somebody_else_could_change_is_no_part_of_the_helper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    theirs = tmp_path / "packages" / "planted" / part
+    (tmp_path / "packages" / "planted").mkdir(parents=True)
+    (tmp_path / "packages" / "planted" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    __import__("planted")
+    try:
+        path = config_in(tmp_path / "etc")
+        read_own_config(path)
+        os.chown(theirs, OWNER, 0)
+        with pytest.raises(Refusal, match=f"as a part of the helper: {theirs} can be changed by others than root"):
+            read_own_config(path)
+    finally:
+        del sys.modules["planted"]
+
+
 def test_a_helper_without_a_socket_to_serve_or_a_user_says_so(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text("")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import grp
 import pwd
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -70,4 +72,13 @@ def test_what_a_user_of_the_host_has_or_may_give_to_containers_is_left_alone(mon
 
     monkeypatch.setattr(pwd, "getpwuid", getpwuid)
     monkeypatch.setattr(ranges, "_subordinate", lambda: [(first - 1, 2), (100000, 65536)])
+    assert pick_range("iris", ()) == first + 2 * SIZE
+
+
+def test_a_range_in_whose_middle_a_user_or_a_group_of_the_host_is_goes_to_no_agent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = pick_range("iris", ())
+    monkeypatch.setattr(pwd, "getpwall", lambda: [SimpleNamespace(pw_uid=first + 1000)])
+    monkeypatch.setattr(grp, "getgrall", lambda: [SimpleNamespace(gr_gid=first + 2 * SIZE - 1)])
     assert pick_range("iris", ()) == first + 2 * SIZE
