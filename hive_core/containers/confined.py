@@ -4,6 +4,11 @@ Run by its path inside a container, by whatever was just put there and still may
 
     python -I -S confined.py [OPTION …] -- COMMAND …
 
+or outside of one, to enter it first. Whoever enters has every right in there until it has given them up, and what is
+in there is the agent's by then, the interpreter's place and the loader's too: so nothing of it is run before.
+
+    --enter PID       be in the container of a process from now on, in every way; as its root
+    --enter-as-is PID  the same, as the user that it is
     --empty DIR       put an empty, read-only directory over one
     --read-only PATH  nothing below it can be written
     --hide FILE       put /dev/null over a file
@@ -27,6 +32,7 @@ _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC = 
 _MNT_DETACH = 2
 _QUIET = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 1, 22, 24, 38, 47
+_NAMESPACES = ("user", "mnt", "pid", "ipc", "net", "uts", "cgroup")
 _CAPABILITIES_V3 = 0x20080522
 _SIGKILL = 9
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -44,7 +50,9 @@ def confine(words: list[str]) -> None:
     for option in given:
         if option == "--":
             break
-        if option == "--empty":
+        if option in ("--enter", "--enter-as-is"):
+            _enter(int(next(given)), become_root=option == "--enter")
+        elif option == "--empty":
             _empty(next(given))
         elif option == "--read-only":
             _read_only(next(given))
@@ -71,6 +79,49 @@ def confine(words: list[str]) -> None:
         _become_module(command[3:], environment)
     else:
         os.execvpe(command[0], command, environment)
+
+
+def _enter(pid: int, *, become_root: bool) -> None:
+    _run_from_memory()
+    place = f"/proc/{pid}"
+    namespaces = [os.open(f"{place}/ns/{kind}", os.O_RDONLY) for kind in _NAMESPACES]
+    root = os.open(f"{place}/root", os.O_PATH | os.O_DIRECTORY)
+    # Who has privileges here may lose them with the user namespace, and who has none gets them there.
+    left = [namespace for namespace in namespaces[1:] if _libc.setns(namespace, 0) < 0]
+    for namespace in (namespaces[0], *left):
+        _checked(_libc.setns(namespace, 0), "cannot enter the container")
+    os.fchdir(root)
+    os.chroot(".")
+    for descriptor in (*namespaces, root):
+        os.close(descriptor)
+    if child := os.fork():  # only what is born now is in the pid namespace
+        _end_as(os.waitpid(child, 0)[1])
+    if become_root:
+        os.setgroups([])
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+
+
+def _run_from_memory() -> None:
+    """Be a copy of this program that nobody can write: in the container /proc/PID/exe leads to the host's otherwise."""
+    import fcntl
+
+    if os.readlink("/proc/self/exe").startswith("/memfd:"):
+        return
+    copy = os.memfd_create("hive", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open("/proc/self/exe", "rb") as program:
+        while os.sendfile(copy, program.fileno(), None, 1 << 30):
+            pass
+    fcntl.fcntl(copy, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+    os.execve(copy, [sys.executable, *sys.orig_argv[1:]], os.environ)
+
+
+def _end_as(status: int) -> None:
+    """End as a child has ended."""
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    os._exit(code if code >= 0 else 128 - code)
 
 
 def _become_module(command: list[str], environment: dict[str, str]) -> None:

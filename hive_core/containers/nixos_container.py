@@ -28,7 +28,7 @@ import trio
 
 from hive_core.containers.bounds import Bounds
 from hive_core.containers.driver import Driver, Systems
-from hive_core.containers.entering import confined, nsenter
+from hive_core.containers.entering import confined
 from hive_core.containers.host_process import LINES_LIMIT_BYTES, LINES_MOST
 from hive_core.containers.inside import HOME, harness_environment, program_paths
 from hive_core.containers.mounts import STATE, AgentDirs
@@ -185,7 +185,7 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
         harness = await self._harness(name)
         if harness is None:
             raise Refusal("conflict", "cannot run a command in the container: the agent does not run; start it first")
-        entering = [*nsenter(harness), "--", *confined(self._filter, _ENVIRONMENT, "--chdir", STATE)]
+        entering = confined(self._filter, _ENVIRONMENT, "--enter", str(harness), "--chdir", STATE)
         return await run_command([*entering, *command], patience_s)
 
     async def destroy(self, name: AgentName) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hive_core.containers.bounds import AgentGroups
-from hive_core.containers.entering import confined, nsenter
+from hive_core.containers.entering import confined
 from hive_core.containers.host_names import host_name
 from hive_core.containers.host_process import HostProcessDriver, Launch
 from hive_core.containers.inside import (
@@ -185,8 +185,8 @@ class NspawnDriver(HostProcessDriver):
             kill_that_see(state, STATE)
 
     def _entering(self, dirs: AgentDirs, first: int) -> list[str]:
-        options = ("--chdir", STATE)
-        return [*nsenter(first), "--", *confined(self._filter, harness_environment(HOME), *options)]
+        options = ("--enter", str(first), "--chdir", STATE)
+        return confined(self._filter, harness_environment(HOME), *options)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from hive_core.containers.bounds import AgentGroups
 from hive_core.containers.bubblewrap import bwrap_command
-from hive_core.containers.entering import confined, nsenter
+from hive_core.containers.entering import confined
 from hive_core.containers.host_process import HostProcessDriver, Launch
 from hive_core.containers.inside import HOME, harness_environment, in_memory
-from hive_core.containers.mounts import AgentDirs
+from hive_core.containers.mounts import STATE, AgentDirs
 from hive_core.containers.status_file import end_inside
 from hive_core.protocol.words import AgentName
 
@@ -48,7 +48,8 @@ class ProcessDriver(HostProcessDriver):
             environment = harness_environment(str(dirs.state))
             return ["env", f"--chdir={dirs.state}", *(f"{name}={value}" for name, value in environment.items())]
         # As in its user namespace it is, where nobody else is known.
-        return [*nsenter(first), "--preserve-credentials", "--", *confined(self._filter, harness_environment(HOME))]
+        options = ("--enter-as-is", str(first), "--chdir", STATE)
+        return confined(self._filter, harness_environment(HOME), *options)
 
     def _launch(self, name: AgentName, dirs: AgentDirs, status_fd: int, opened: contextlib.ExitStack) -> Launch:
         command = self._command(name, dirs)

@@ -320,6 +320,45 @@ async def test_a_command_in_a_container_has_no_more_rights_than_the_agent(tmp_pa
     assert said.count("0000000000000000") == 5
 
 
+async def test_an_agent_that_puts_its_own_program_in_the_interpreters_place_gets_no_rights_by_a_command(
+    tmp_path: Path, sandbox: str
+) -> None:
+    """Whatever enters a container has all rights in there for a moment: it must run nothing of the container's."""
+    folders = " ".join(str(folder) for folder in reversed(Path(sys.executable).parents[:-1]))
+    plant = (
+        f"for folder in {folders}; do mv $folder $folder-gone && break; done"
+        f"; mkdir -p {os.path.dirname(sys.executable)}"
+        f"; printf '#!/bin/sh\ngrep ^Cap /proc/self/status > /state/rights\n' > {sys.executable}"
+        f"; chmod 755 {sys.executable}; echo > STATE/ready; exec sleep 1000"
+    )
+    async with started(tmp_path, sandbox, plant) as (driver, _running):
+        done = await driver.exec(IRIS, dirs_in(tmp_path), ["/bin/sh", "-c", "grep ^Cap /proc/self/status"])
+    planted = dirs_in(tmp_path).state / "rights"
+    said = done.output + (planted.read_text() if planted.exists() else "")
+    assert {line.split()[1] for line in said.splitlines()} == {"0" * 16}, said
+    assert not planted.exists()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SANDBOXES if kind != STAND_IN], indirect=True)
+@pytest.mark.skipif(not os.path.islink("/bin"), reason="the host has a /bin of its own, which no agent can replace")
+async def test_whatever_enters_a_container_is_no_file_of_the_hosts_that_the_agent_gets_hold_of(
+    tmp_path: Path, kind: str
+) -> None:
+    """What says #!/proc/self/exe is run by what runs it: under the host's own uids it could be written from inside."""
+    look = "#!/proc/self/exe\nimport os\nprint(*os.stat('/proc/self/exe')[1:3])\n"
+    dirs_in(tmp_path).make()
+    (dirs_in(tmp_path).state / "look").write_text(look)
+    plant = (
+        "PATH=/usr/bin; rm /bin && mkdir /bin && cp /state/look /bin/look && chmod 755 /bin/look"
+        "; echo > STATE/ready; exec sleep 1000"
+    )
+    async with started(tmp_path, kind, plant) as (driver, _running):
+        done = await driver.exec(IRIS, dirs_in(tmp_path), ["/bin/look"])
+    assert done.code == 0, done.output
+    programs = [os.stat(path) for path in ("/usr/bin/nsenter", os.path.realpath(sys.executable))]
+    assert done.output.split() not in [[str(found.st_ino), str(found.st_dev)] for found in programs]
+
+
 async def test_a_command_that_does_not_end_is_killed_with_all_that_it_started(tmp_path: Path, kind: str) -> None:
     async with started(tmp_path, kind, "echo > STATE/ready; exec sleep 1000") as (driver, _running):
         with pytest.raises(Refusal, match=r"did not end within 0\.5 s"):
