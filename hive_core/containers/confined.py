@@ -33,6 +33,7 @@ _MNT_DETACH = 2
 _QUIET = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 1, 22, 24, 38, 47
 _NAMESPACES = ("user", "mnt", "pid", "ipc", "net", "uts", "cgroup")
+_NS_GET_USERNS = 0xB701
 _CAPABILITIES_V3 = 0x20080522
 _SIGKILL = 9
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -84,16 +85,20 @@ def confine(words: list[str]) -> None:
 def _enter(pid: int, *, become_root: bool) -> None:
     _run_from_memory()
     place = f"/proc/{pid}"
-    namespaces = [os.open(f"{place}/ns/{kind}", os.O_RDONLY) for kind in _NAMESPACES]
+    user, *namespaces = [os.open(f"{place}/ns/{kind}", os.O_RDONLY) for kind in _NAMESPACES]
     root = os.open(f"{place}/root", os.O_PATH | os.O_DIRECTORY)
-    # Who has privileges here may lose them with the user namespace, and who has none gets them there.
-    left = [namespace for namespace in namespaces[1:] if _libc.setns(namespace, 0) < 0]
-    for namespace in (namespaces[0], *left):
-        _checked(_libc.setns(namespace, 0), "cannot enter the container")
+    ours = os.stat("/proc/self/ns/user")
+    # Who has privileges here would lose them with the user namespace, and who has none gets them in the one that the
+    # others belong to: bwrap makes another below it.
+    if left := [namespace for namespace in namespaces if _libc.setns(namespace, 0) < 0]:
+        owner = _libc.ioctl(left[0], _NS_GET_USERNS)
+        for namespace in (owner, *left):
+            _checked(_libc.setns(namespace, 0), "cannot enter the container")
+        ours = os.fstat(owner)
     os.fchdir(root)
     os.chroot(".")
-    for descriptor in (*namespaces, root):
-        os.close(descriptor)
+    if not os.path.samestat(ours, os.fstat(user)):
+        _checked(_libc.setns(user, 0), "cannot enter the container's users")
     if child := os.fork():  # only what is born now is in the pid namespace
         _end_as(os.waitpid(child, 0)[1])
     if become_root:

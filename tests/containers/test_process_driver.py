@@ -16,11 +16,12 @@ import pytest
 import trio
 
 from hive_core.config import Config
-from hive_core.containers import bubblewrap, choice, host_process
+from hive_core.containers import bubblewrap, choice, confined, host_process
 from hive_core.containers.bubblewrap import sandbox_trouble
 from hive_core.containers.choice import Choice, make_driver
 from hive_core.containers.mounts import AgentDirs
 from hive_core.containers.process import ProcessDriver
+from hive_core.containers.process_tree import first_in_namespace
 from hive_core.protocol.words import AgentName
 from tests.containers.drivers import (
     IRIS,
@@ -186,3 +187,40 @@ async def test_a_program_that_cannot_be_started_is_an_os_error(tmp_path: Path) -
     with pytest.raises(FileNotFoundError):
         await driver.start(IRIS, dirs_in(tmp_path))
     assert children_of(os.getpid()) == []
+
+
+def test_a_daemon_without_rights_runs_a_command_in_a_sandbox_of_its_own(tmp_path: Path) -> None:
+    python = shutil.which("python3", path="/usr/bin")
+    if os.geteuid() != 0 or python is None:
+        pytest.skip("a user without rights is what root can become, with an interpreter that everybody can run")
+    become = ["setpriv", "--reuid=4242", "--regid=4242", "--clear-groups", "--bounding-set=-all", "--no-new-privs"]
+    for path in (tmp_path, *tmp_path.parents[:2]):
+        path.chmod(0o755)
+    program = tmp_path / "confined.py"
+    shutil.copy(confined.__file__, program)
+    sandbox = [
+        *become,
+        *bubblewrap._bwrap(None),
+        "--as-pid-1",
+        *bubblewrap._system(),
+        "--bind",
+        str(tmp_path),
+        "/state",
+    ]
+    with subprocess.Popen([*sandbox, "sh", "-c", "echo; exec sleep 1000"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        first = first_in_namespace(process.pid)
+        entering = [python, "-I", "-S", str(program), "--enter-as-is", str(first), "--chdir", "/state"]
+        look = [
+            "--env",
+            "PATH=/usr/bin:/bin",
+            "--",
+            "sh",
+            "-c",
+            "pwd; id -u; echo $$; grep -c ^Cap.*0000000000000000 /proc/$$/status",
+        ]
+        done = subprocess.run([*become, *entering, *look], capture_output=True, text=True)
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+    assert (done.stdout.split(), done.stderr) == (["/state", "0", "2", "5"], "")
