@@ -14,7 +14,9 @@ from hive_core.containers.bounds import AgentGroups, Bounds
 from hive_core.containers.bubblewrap import sandbox_trouble
 from hive_core.containers.cgroups import Cgroups
 from hive_core.containers.driver import Driver
+from hive_core.containers.former import FormerContainers, FormerProcesses
 from hive_core.containers.helped import HelpedDriver, Helper
+from hive_core.containers.host_process import HostProcessDriver
 from hive_core.containers.nixos_container import NixosContainerDriver
 from hive_core.containers.nixos_look import look_for_nixos_containers
 from hive_core.containers.nspawn import NspawnDriver, look_for_nspawn
@@ -99,7 +101,7 @@ def make_driver(
     cgroups = None if groups.trouble else groups
     if choice.sandbox == "nixos-container":
         # Its units outlive the daemon, whatever that asks of other agents; and systemd bounds them.
-        return NixosContainerDriver(
+        nixos = NixosContainerDriver(
             config.state_dir,
             base_of=first_uid,
             own_uids=choice.weakness is None,
@@ -109,8 +111,11 @@ def make_driver(
             readable=readable_sources(config),
             build_s=config.build_s,
         )
+        nixos.former = FormerProcesses(config.state_dir, nixos.sandbox, config.orphan_grace_s)
+        return nixos
+    driver: HostProcessDriver
     if choice.sandbox == "nspawn":
-        return NspawnDriver(
+        driver = NspawnDriver(
             config.state_dir,
             base_of=first_uid,
             own_uids=choice.weakness is None,
@@ -120,11 +125,14 @@ def make_driver(
             life_fd=life_fd,
             cgroups=cgroups,
         )
-    return ProcessDriver(
-        config.state_dir,
-        sandbox=choice.sandbox,
-        claude=claude,
-        orphan_grace_s=config.orphan_grace_s,
-        life_fd=life_fd,
-        cgroups=cgroups,
-    )
+    else:
+        driver = ProcessDriver(
+            config.state_dir,
+            sandbox=choice.sandbox,
+            claude=claude,
+            orphan_grace_s=config.orphan_grace_s,
+            life_fd=life_fd,
+            cgroups=cgroups,
+        )
+    driver.former = FormerContainers(config.state_dir)
+    return driver

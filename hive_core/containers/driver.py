@@ -62,6 +62,13 @@ class Driver(Protocol):
         """Forget that there ever was such an agent, which has ended; its directories stay. Nothing when it is gone."""
 
 
+class Former(Protocol):
+    """What an agent runs in still where the hive's sandbox was another before."""
+
+    async def end(self, name: AgentName, dirs: AgentDirs) -> None:
+        """End that. Raises Refusal when it cannot be ended: nothing else is started then."""
+
+
 @runtime_checkable
 class Systems(Protocol):
     """The NixOS systems that agents' containers are made of: what a driver offers besides whose sandbox is

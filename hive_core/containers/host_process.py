@@ -31,6 +31,7 @@ from typing import Any
 import trio
 
 from hive_core.containers.bounds import AgentGroups
+from hive_core.containers.driver import Former
 from hive_core.containers.inside import package_parents
 from hive_core.containers.keeper import start_keeper
 from hive_core.containers.keyring import leave_session_keyring
@@ -72,9 +73,11 @@ class HostProcessDriver:
 
     cgroups: what bounds its agents; None bounds them not at all.
     life_fd: the read end of a pipe whose write end only this daemon holds; None lets agents outlive it.
+    former: what ends what an agent runs in otherwise, where the hive's sandbox was another.
     """
 
     sandbox: str
+    former: Former | None = None
 
     def __init__(
         self,
@@ -174,6 +177,8 @@ class HostProcessDriver:
         One that was given another run directory can never reach us, and one in another kind of container is not as it
         is wanted: it is ended, and counts as not running.
         """
+        if self.former is not None:
+            await self.former.end(name, dirs)
         if (running := self.look(name)) is None:
             return None
         if (difference := self.difference(name, dirs.run)) is None:

@@ -27,7 +27,7 @@ from typing import Any
 import trio
 
 from hive_core.containers.bounds import Bounds
-from hive_core.containers.driver import Driver, Systems
+from hive_core.containers.driver import Driver, Former, Systems
 from hive_core.containers.entering import confined
 from hive_core.containers.host_process import LINES_LIMIT_BYTES, LINES_MOST
 from hive_core.containers.inside import HOME, harness_environment, program_paths
@@ -71,7 +71,10 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
     base_of: the first uid of an agent's own range, the same for ever.
     own_uids: whether agents have uids of their own.
     bounds: what each may take of the host; None bounds them not at all.
+    former: what ends what an agent runs in otherwise, where the hive's sandbox was another.
     """
+
+    former: Former | None = None
 
     def __init__(
         self,
@@ -127,6 +130,8 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
         return await self._start_unit(name)
 
     async def find(self, name: AgentName, dirs: AgentDirs) -> RunningUnit | None:
+        if self.former is not None:
+            await self.former.end(name, dirs)
         if not self._has_own(name):
             return None
         state = await self._host.state(self._unit(name))

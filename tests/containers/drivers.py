@@ -19,6 +19,7 @@ import trio
 
 from hive_core.containers.bounds import AgentGroups, Bounds
 from hive_core.containers.driver import Driver
+from hive_core.containers.former import FormerContainers, FormerProcesses
 from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.nixos_container import NixosContainerDriver
 from hive_core.containers.nspawn import HOST_UIDS, NspawnDriver
@@ -31,7 +32,7 @@ from hive_core.nix import Nix
 from hive_core.protocol.words import MANAGER, AgentName
 from tests import processes
 from tests.containers.helped import HELPER_KINDS, Helped, end_helper, helped_in
-from tests.containers.standin.host import StandInHost
+from tests.containers.standin.host import StandInHost, host_of
 from tests.needs import ROOT, missing
 from tests.processes import children_of, pids_naming
 
@@ -122,6 +123,11 @@ def driver_in(
             cgroups=cgroups,
         )
     driver.script = script
+    driver.former = (
+        FormerProcesses(folder, driver.sandbox, 600)
+        if isinstance(driver, Systems)
+        else FormerContainers(folder, host_of(folder / "host"))
+    )
     return driver
 
 

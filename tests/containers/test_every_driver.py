@@ -890,21 +890,27 @@ async def test_an_agent_that_knows_another_runtime_directory_is_ended_and_can_be
     assert (await driver.last_words(IRIS)).endswith("sockets")
 
 
-@pytest.mark.parametrize(("before", "now"), [("bwrap", "nspawn"), ("nspawn", "bwrap")])
+@pytest.mark.parametrize(
+    ("before", "now"), [("bwrap", "nspawn"), ("nspawn", "bwrap"), ("bwrap", STAND_IN), (STAND_IN, "bwrap")]
+)
 async def test_an_agent_in_another_kind_of_container_than_is_set_is_ended_whole(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, before: str, now: str
 ) -> None:
-    need("nspawn")
+    for each in (before, now):
+        need(each)
+    await run(tmp_path, now, "true")  # what it left behind then says nothing of now
     ready = make_fifo(tmp_path, "ready")
     start_and_die(tmp_path, before, "setsid sleep 1000 & echo > /state/ready; wait")
     await read_fifo(ready)
     as_before = await driver_in(tmp_path, before, "").find(IRIS, dirs_in(tmp_path))
     assert as_before is not None
     everything = mates(as_before)
-    assert len(everything) == 2
-    assert await driver_in(tmp_path, now, "").find(IRIS, dirs_in(tmp_path)) is None
+    assert len(everything) == 2 + beside(before)
+    driver = driver_in(tmp_path, now, "")
+    assert await driver.find(IRIS, dirs_in(tmp_path)) is None
     await wait_gone([as_before.pid, *everything])
-    assert f"with sandbox {before}, and this daemon has {now}" in caplog.text
+    assert ("its sandbox is another now" if before == STAND_IN else f"with sandbox {before}, and this") in caplog.text
+    assert await driver.missed_exit(IRIS) is None, "it did not crash"
     assert await run(tmp_path, now, "echo again") == (0, "again")
 
 

@@ -51,6 +51,19 @@ exit 4
 """
 
 
+def host_of(folder: Path, programs: Path | None = None) -> NixosHost:
+    """Where the host below a directory keeps what it has of containers; nothing is made."""
+    state = Host(folder)
+    return NixosHost(
+        confs=state.confs,
+        roots=folder / "var/lib/nixos-containers",
+        profiles=state.nix / "var/nix/profiles/per-container",
+        store=state.nix / "store",
+        drop_ins=state.drop_ins,
+        programs=str(programs or folder / "bin"),
+    )
+
+
 class StandInHost:
     """
     programs  where its commands are; below its directory when it is not said
@@ -65,14 +78,7 @@ class StandInHost:
         self._programs = programs or folder / "bin"
         if not self._programs.exists():
             self._make_programs()
-        self.host = NixosHost(
-            confs=self.state.confs,
-            roots=folder / "var/lib/nixos-containers",
-            profiles=self.state.nix / "var/nix/profiles/per-container",
-            store=self.state.nix / "store",
-            drop_ins=self.state.drop_ins,
-            programs=str(self._programs),
-        )
+        self.host = host_of(folder, self._programs)
 
     def _make_programs(self) -> None:
         fresh = self._programs.with_name(f"bin.{os.getpid()}")
