@@ -17,6 +17,7 @@ import itertools
 import os
 import stat
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from hive_core.trees import open_folder
 
 Entries = dict[str, list[Any]]
 FILES_MOST = 100_000  # files, directories and links of one tree
+WORDS_BYTES_MOST = 16 << 20  # of their names and of what links say, all of which is held in memory
 DEPTH_MOST = 100  # each level of it takes three descriptors
 PIECE_BYTES = 1 << 20
 _FICLONE = 0x40049409
@@ -51,13 +53,24 @@ class Tally:
     left_out: int = 0
     changed: int = 0
     written: int = 0
+    words: int = 0
 
-    def take(self, size: int) -> None:
-        """Count one more. Raises TooMuch."""
-        self.files += 1
-        self.bytes += size
+    def see(self, names: Sequence[str]) -> None:
+        """Count what stands in one more directory, before any of it is looked at. Raises TooMuch."""
+        self.files += len(names)
         if self.files > FILES_MOST:
             raise TooMuch(f"it holds more than {FILES_MOST:,} files")
+        self.hear(*names)
+
+    def hear(self, *words: str) -> None:
+        """Count what has to be written down. Raises TooMuch."""
+        self.words += sum(len(os.fsencode(word)) for word in words)
+        if self.words > WORDS_BYTES_MOST:
+            raise TooMuch(f"the names and links in it take more than {mib(WORDS_BYTES_MOST)}")
+
+    def take(self, size: int) -> None:
+        """Count what one more takes. Raises TooMuch."""
+        self.bytes += size
         if self.bytes > self.bytes_most:
             raise TooMuch(f"it takes more than {mib(self.bytes_most)} (snapshots_bytes)")
         self.check_time()
@@ -77,7 +90,7 @@ class Tally:
 def scan(folder: int, tally: Tally, depth: int = 0) -> Entries:
     """What stands in a directory now, of which nothing is read. Raises TooMuch, OSError."""
     entries: Entries = {}
-    for name in _names(folder):
+    for name in _names(folder, tally):
         try:
             found = os.stat(name, dir_fd=folder, follow_symlinks=False)
             tally.take(found.st_blocks * 512)
@@ -86,7 +99,9 @@ def scan(folder: int, tally: Tally, depth: int = 0) -> Entries:
                     below = scan(_open(name, folder, opened), tally, depth + 1)
                 entries[name] = ["d", found.st_mode & 0o777, below]
             elif stat.S_ISLNK(found.st_mode):
-                entries[name] = ["l", os.readlink(name, dir_fd=folder)]
+                link = os.readlink(name, dir_fd=folder)
+                tally.hear(link)
+                entries[name] = ["l", link]
             elif stat.S_ISREG(found.st_mode):
                 entries[name] = _of_file(found)
             else:
@@ -98,10 +113,12 @@ def scan(folder: int, tally: Tally, depth: int = 0) -> Entries:
     return entries
 
 
-def _names(folder: int) -> list[str]:
-    """What stands in a directory; no more of it than would be too much anyway."""
+def _names(folder: int, tally: Tally) -> list[str]:
+    """What stands in a directory; no more of it is listed than would be too much anyway. Raises TooMuch."""
     with os.scandir(folder) as listed:
-        return [one.name for one in itertools.islice(listed, FILES_MOST + 1)]
+        names = [one.name for one in itertools.islice(listed, FILES_MOST + 1 - tally.files)]
+    tally.see(names)
+    return names
 
 
 def copy_changed(source: int, target: int, tally: Tally, before: Entries, earlier: int | None) -> Entries:
@@ -116,7 +133,7 @@ def copy_changed(source: int, target: int, tally: Tally, before: Entries, earlie
 
 def _copy(source: int, target: int, tally: Tally, before: Entries, earlier: int | None, depth: int) -> Entries:
     entries: Entries = {}
-    for name in _names(source):
+    for name in _names(source, tally):
         try:
             found = os.stat(name, dir_fd=source, follow_symlinks=False)
             tally.take(found.st_blocks * 512)
@@ -124,6 +141,7 @@ def _copy(source: int, target: int, tally: Tally, before: Entries, earlier: int 
                 entries[name] = _copy_folder(source, target, name, found, tally, before, earlier, depth)
             elif stat.S_ISLNK(found.st_mode):
                 link = os.readlink(name, dir_fd=source)
+                tally.hear(link)
                 os.symlink(link, name, dir_fd=target)
                 entries[name] = ["l", link]
             elif not stat.S_ISREG(found.st_mode):

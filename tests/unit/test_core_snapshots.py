@@ -11,13 +11,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hive_core import tree_copies
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from hive_core.snapshots import DAY_MS, Snapshot, Snapshots, spare
-from hive_core.tree_copies import DEPTH_MOST
+from hive_core.tree_copies import DEPTH_MOST, WORDS_BYTES_MOST
 from hive_core.trees import remove_tree
 from tests.small_disks import small_disk, small_disks
 
@@ -353,3 +355,34 @@ def test_a_daemon_that_dies_at_any_step_of_a_restore_leaves_the_one_or_the_other
             seen.add("as before")
         number += 1
     assert seen == {"restored", "as before"}
+
+
+def test_what_is_written_down_of_a_snapshot_is_bounded_too(state: Path, kept: Snapshots) -> None:
+    for number in range(WORDS_BYTES_MOST // 4000 + 1):
+        (state / f"{number}").symlink_to("x" * 4000)
+    with pytest.raises(Refusal, match=r"the names and links in it take more than 16\.0 MiB"):
+        kept.take("test", NOW_MS)
+    assert kept.all() == []
+
+
+def test_of_full_directories_in_full_directories_no_more_is_listed_than_may_be_copied(
+    state: Path, kept: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tree_copies, "FILES_MOST", 100)
+    folder, listed = state, list[int]()
+    for _ in range(5):
+        for number in range(90):
+            (folder / f"{number}").touch()
+        folder = folder / "below"
+        folder.mkdir()
+    names = tree_copies._names
+
+    def count(*given: Any) -> list[str]:
+        found = names(*given)
+        listed.append(len(found))
+        return found
+
+    monkeypatch.setattr(tree_copies, "_names", count)
+    with pytest.raises(Refusal, match="it holds more than 100 files"):
+        kept.take("test", NOW_MS)
+    assert sum(listed) <= 101
