@@ -23,6 +23,7 @@ from hive_core.systems import Deployed, System, built_commits, system_of
 
 log = logging.getLogger(__name__)
 CHECKS_WAITING = 4
+_STAYS = "SELECT 1 FROM agents WHERE name = ? AND name NOT IN (SELECT name FROM tombstones WHERE state = 'destroying')"
 _NOT_YET = "its container is being built"
 
 
@@ -52,7 +53,8 @@ class FlakeDeployments:
         if base is not None:
             await self._repos.check_main(name, sha, base)
             settle = partial(self._repos.deploy, name, change.number, sha, base)
-        deployed = await self._make(name, sha, f"{name}: deployed/{change.number if base else 0}", settle)
+        message = f"{name}: deployed/{change.number if base else 0}"
+        deployed = await self._make(name, sha, message, settle, is_new=base is None)
         self._hindrances[name] = ""
         return deployed
 
@@ -79,9 +81,16 @@ class FlakeDeployments:
         self._hindrances.pop(name, None)
 
     async def _make(
-        self, name: AgentName, sha: CommitSha, message: str, settle: Callable[[], Awaitable[None]]
+        self,
+        name: AgentName,
+        sha: CommitSha,
+        message: str,
+        settle: Callable[[], Awaitable[None]],
+        is_new: bool = False,
     ) -> Deployed:
         """Build a commit, and make it the agent's; `settle` is the point after which it stays.
+
+        is_new: it is no agent yet. One that was one, and is none any more when it is built, is given no container.
 
         All of it can be done again: what is built is there already, and a switch to what is current is none.
         """
@@ -93,17 +102,24 @@ class FlakeDeployments:
         try:
             async with self._meta.staged(flake, message) as url:
                 path = await self._systems.build(name, url)
+                if not is_new and await self._is_leaving(name):
+                    raise Refusal("conflict", f"cannot deploy {name}: it was destroyed meanwhile")
                 if path != await self._systems.current(name):
                     await self._systems.switch(name, path)
                 await settle()
                 settled = True
         except Exception as exc:
             if not settled:
-                await self._go_back(name, before)
+                if is_new or not await self._is_leaving(name):
+                    await self._go_back(name, before)
                 raise
             # The log lacks a line, and the next one who stages has its flake right.
             log.error("the meta flake was not committed: %s", exc, extra={"agent": name})
         return Deployed(harness_settings(found.settings, found.persona), System(sha, path, self._meta.inputs))
+
+    async def _is_leaving(self, name: AgentName) -> bool:
+        """Whether an agent is being destroyed, or was."""
+        return await self._store.row(_STAYS, (name,)) is None
 
     async def _before(self, name: AgentName) -> StorePath | None:
         """What the agent has if this comes to nothing. What it has now may be what a daemon switched to that died

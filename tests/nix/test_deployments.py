@@ -14,7 +14,7 @@ import trio
 from hive_core.approvals import Approval, settle
 from hive_core.procedures.flake_deployments import CHECKS_WAITING
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import OPERATOR, AgentName, CommitSha
+from hive_core.protocol.words import OPERATOR, AgentName, CommitSha, StorePath
 from hive_core.systems import system_of
 from hive_core.tombstones import Tombstones, forget, keep
 from tests.checkouts import Checkout
@@ -303,6 +303,30 @@ async def test_what_fails_leaves_everything_as_it_was_and_the_next_change_goes_t
     assert {**after, "meta": None} == {**before, "meta": None}
     assert await house.systems.current(HM1ND)
     assert (await approve(hive, await ask(hive, checkout(hive).commit(agent__toml="")))).state == "done"
+
+
+@pytest.mark.parametrize("when", ["destroying", "kept"])
+async def test_an_agent_that_is_destroyed_while_it_is_built_is_given_no_container(
+    house: House, hive: Services, when: str
+) -> None:
+    number = await ask(hive, checkout(hive).commit(agent__nix=OPUS))
+    tombstones, build = Tombstones(hive.store), house.systems.build
+
+    async def build_while_it_is_destroyed(name: AgentName, flake: str) -> StorePath:
+        built: StorePath = await build(name, flake)
+        tombstone = await tombstones.destroy(IRIS, OPERATOR, at_once=True)
+        house.systems.file.write_text("{}")  # as the driver forgets it
+        (house.folder / "applied/iris.git").rename(house.folder / "away")
+        if when == "kept":
+            await hive.store.write(lambda tx: keep(tx, tombstone, 0))
+        return built
+
+    house.systems.build = build_while_it_is_destroyed
+    failed = await approve(hive, number)
+    assert (failed.state, failed.note) == ("failed", "cannot deploy iris: it was destroyed meanwhile")
+    assert await house.systems.current(IRIS) is None
+    house.systems.build = build
+    assert (await spawn(hive, AgentName("argus"))).state == "done"
 
 
 async def test_a_repository_whose_main_cannot_move_gives_the_former_system_back(house: House, hive: Services) -> None:
