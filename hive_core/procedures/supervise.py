@@ -301,8 +301,8 @@ class Supervisor:
                 self._starts_since_s = trio.current_time()
                 running = await self._tools.driver.start(self.name, self._dirs)
             except (Refusal, OSError) as exc:
-                if isinstance(exc, StoreBusy) or getattr(exc, "errno", None) in _FULL or _is_away(exc):
-                    raise  # a full disk is no fault of the agent's, and a helper that is away none either
+                if isinstance(exc, StoreBusy | BlockingIOError) or _is_full(exc) or _is_away(exc):
+                    raise  # no fault of the agent's: a full disk, a helper that is away, one that runs and is found now
                 trouble = _said(exc)
                 log.error("cannot start %s: %s", self.name, trouble, extra={"agent": self.name})
                 await self._note_end(None, f"could not be started: {trouble}")
@@ -383,6 +383,10 @@ def _said(trouble: BaseException) -> str:
 
 def _is_away(trouble: BaseException) -> bool:
     return isinstance(trouble, Refusal) and trouble.code == "unavailable" and not isinstance(trouble, StoreBusy)
+
+
+def _is_full(trouble: BaseException) -> bool:
+    return getattr(trouble, "errno", None) in _FULL
 
 
 def _first(trouble: BaseException) -> BaseException:

@@ -321,6 +321,26 @@ async def test_what_the_driver_cannot_do_for_one_agent_is_that_agents_trouble_an
     caplog.clear()
 
 
+async def test_one_that_runs_already_when_it_is_to_be_started_is_adopted_and_has_not_crashed(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_house() as house:
+        await house.add_agents("hm1nd", "iris")
+        house.let_crash()
+        async with house.daemon():
+            await house.until(lambda: house.live("iris").state == "idle")
+        # Of a start that the daemon before had not seen to its end: it was not there yet to be found.
+        house.driver.failing = {("iris", "start"): BlockingIOError(errno.EAGAIN, "it runs already")}
+        async with house.daemon():
+            await house.until(lambda: house.live("iris").state == "crashed")
+            assert "it runs already" in house.live("iris").detail
+            house.driver.left = dict(house.driver.begun)
+            await house.until(lambda: "iris" in house.reconciler.running())
+        assert "agent_quarantined" not in await house.kinds("iris")
+        assert await house.store.row("SELECT 1 FROM container_states WHERE crashes > 0") is None
+    caplog.clear()
+
+
 async def test_a_disk_that_is_full_while_agents_start_quarantines_none(
     autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
