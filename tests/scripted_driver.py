@@ -119,6 +119,7 @@ class House:
     driver: ScriptedDriver
     limits: Limits
     set_s: float = 0.0  # how far somebody has set the wall clock
+    unfit: dict[str, str] = field(default_factory=dict)  # why these agents may not be started here
     unserved: str = ""  # why no agent's sockets can be opened
     desks: dict[AgentName, HarnessDesk] = field(default_factory=dict)
     agents: Agents = field(init=False)
@@ -156,9 +157,12 @@ class House:
         def dirs(name: AgentName) -> AgentDirs:
             return agent_dirs(Path("state"), Path("run"), name)
 
+        def may_run(agent: Agent) -> str | None:
+            return self.unfit.get(agent.name)
+
         driver: Any = self.driver
         self.reconciler = Reconciler(
-            store, self.agents, driver, dirs, lambda _: None, serve, self.broker.put_back, limits, self.wall_clock
+            store, self.agents, driver, dirs, may_run, serve, self.broker.put_back, limits, self.wall_clock
         )
 
     @asynccontextmanager

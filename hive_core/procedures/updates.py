@@ -45,6 +45,7 @@ class Updates:
         self._places: set[AgentName] = set()  # who is being replaced in its turn
         self._asked: set[AgentName] = set()  # who is because the operator said so
         self._failed: dict[AgentName, str] = {}  # who did not come up, and with which generation
+        self._unfit: set[AgentName] = set()  # who runs, and might not be started again now
         self._proven = False  # one has come up as it is started now
         self._nursery: trio.Nursery | None = None
 
@@ -82,17 +83,24 @@ class Updates:
         await complete.wait()
         for one in list(self._supervised.values()):
             await one.looked.wait()
+        await self._look()
         try:
             async with trio.open_nursery() as self._nursery:
                 self._nursery.start_soon(self._follow_deployments)
                 with self._tools.store.bus.listen(LIVE, WANTED) as listener:
                     while True:
+                        await self._look()
                         for name in self.outdated:
                             if self._tools.agents.live(name).state in AT_REST:
                                 self.at_edge(self._supervised[name])
                         await listener.wait()
         finally:
             self._nursery = None
+
+    async def _look(self) -> None:
+        """Who may not be started here runs on as it is: its container may be being built, or its program be gone."""
+        agents = await self._tools.agents.all() if self.outdated else []
+        self._unfit = {agent.name for agent in agents if self._tools.may_run(agent) is not None}
 
     async def _load(self) -> None:
         """A daemon that starts again goes on with no update that failed; but with one to something else."""
@@ -127,7 +135,7 @@ class Updates:
         if self._nursery is None or self._failed or self._tools.draining or name in self._places | self._asked:
             return False
         # Who is paused takes no turn: it is replaced when it goes on.
-        waiting = [other for other in self.outdated if self._tools.agents.reason(other) is None]
+        waiting = [one for one in self.outdated if one not in self._unfit and self._tools.agents.reason(one) is None]
         if name not in waiting or (name == MANAGER and len(waiting) > 1):
             return False
         return len(self._places) < (self._tools.limits.updates_at_once if self._proven else 1)

@@ -15,6 +15,7 @@ from hive_core.agents import set_deployed
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.revision import revision, revision_of
+from hive_core.store.bus import WANTED
 from tests.hives import SETTINGS
 from tests.scripted_driver import Container, House, open_house
 
@@ -359,3 +360,23 @@ async def test_one_that_did_not_come_up_and_is_destroyed_holds_up_the_others_no_
         assert house.reconciler.updates.trouble == ""
         assert asked(house) == {"agent1"}
     caplog.clear()
+
+
+async def test_who_may_not_be_started_yet_runs_on_and_holds_up_nobody(autojump_clock: MockClock) -> None:
+    async with upgraded() as house:
+        house.unfit = dict.fromkeys(("hm1nd", *NAMES), "its container is being built")
+        async with house.daemon():
+            await adopted(house)
+            await trio.sleep(100)
+            house.desks[FIRST].at_edge()
+            assert asked(house) == set()
+            del house.unfit["agent2"]
+            house.store.bus.publish([WANTED])
+            await trio.sleep(1)
+            assert asked(house) == {"agent2"}
+            await stop(house, "agent2")
+            house.unfit.clear()
+            house.store.bus.publish([WANTED])
+            await trio.sleep(1)
+            assert asked(house) == {"agent0", "agent1"}
+            assert house.reconciler.updates.trouble == ""
