@@ -27,10 +27,11 @@ from hive_core.containers.seccomp import filter_program
 _ETC_OF_THE_NETWORK = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/ssl", "/etc/pki", "/etc/static")
 
 
-def bwrap_command(dirs: AgentDirs, claude: Path | None, status_fd: int, filter_fd: int | None) -> list[str]:
+def bwrap_command(dirs: AgentDirs, claude: Path | None, status_fd: int | None, filter_fd: int | None) -> list[str]:
     """bwrap with its options, to be followed by what runs inside; it inherits both descriptors."""
+    status = [] if status_fd is None else ["--json-status-fd", str(status_fd)]
     # The harness is process 1: when it ends, the kernel ends everything else in its pid namespace.
-    argv = [*_bwrap(filter_fd), "--json-status-fd", str(status_fd), "--as-pid-1", *_system()]
+    argv = [*_bwrap(filter_fd), *status, "--as-pid-1", *_system()]
     bound = program_paths(claude)
     for path in sorted(bound):
         argv += ["--ro-bind", path, path]

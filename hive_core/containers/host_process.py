@@ -55,6 +55,8 @@ from hive_core.protocol.words import MANAGER, AgentName
 log = logging.getLogger(__name__)
 LINES_MOST = 500
 LINES_LIMIT_BYTES = 64 << 10
+# Written by whoever outlives the command: a line of the status file.
+_WAIT = 'status=$1; shift; "$@"%s; code=$?; printf \'{"exit-code": %%d}\\n\' "$code" >> "$status"; exit "$code"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Launch:
     command: list[str]
     environment: dict[str, str]
     kept_fds: list[int] = field(default_factory=list)
-    stdin_fd: int | None = None  # None: it has nothing to read
+    stdin_fd: int | None = None  # None: it has nothing to read; the status file's own: it is nowhere else
     error_fd: int | None = None  # None: what it says is the agent's print
 
 
@@ -103,6 +105,10 @@ class HostProcessDriver:
     def _launch(self, name: AgentName, dirs: AgentDirs, status_fd: int, opened: contextlib.ExitStack) -> Launch:
         """The wrapper's command; it writes into `status_fd` how the agent ended. `opened` closes what it needs."""
         raise NotImplementedError
+
+    def _waiting(self, name: AgentName, command: Sequence[str], stdin: str = "") -> list[str]:
+        """A wrapper that starts a command, with another stdin than its own, and writes down how it ended."""
+        return ["/bin/sh", "-c", _WAIT % stdin, "hive-agent", str(self._file(name, "status")), *command]
 
     def _first_inside(self, name: AgentName) -> int | None:
         """The host's number of the agent's first process in its container; None when there is none (yet)."""
@@ -154,7 +160,11 @@ class HostProcessDriver:
         try:
             with output, contextlib.ExitStack() as opened:
                 launch = self._launch(name, dirs, status_fd, opened)
-                keep = [status_fd, *launch.kept_fds, *([] if self._life_fd is None else [self._life_fd])]
+                keep = [
+                    *({status_fd} - {launch.stdin_fd}),
+                    *launch.kept_fds,
+                    *([] if self._life_fd is None else [self._life_fd]),
+                ]
                 groups, command = self._cgroups, launch.command
                 process = subprocess.Popen(
                     command if groups is None else groups.entering(name, command, keeper.pid),

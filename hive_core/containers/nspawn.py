@@ -53,8 +53,6 @@ _PROBE = AgentName("probe")
 PROBE_UID = 0x6FFF0000  # the last of the range that systemd keeps for containers; no agent gets it
 # What systemd-nspawn puts into a container and an agent has no use for: all of it tells of the host, or is its.
 _EMPTIED = ("/sys", "/run/host", "/dev/net")
-# Written by whoever outlives it: a line of the status file. Of a container that is killed systemd-nspawn tells no more.
-_WRAPPER = 'status=$1; shift; "$@"; code=$?; printf \'{"exit-code": %d}\\n\' "$code" >> "$status"; exit "$code"'
 
 
 def nspawn_command(
@@ -155,7 +153,7 @@ class NspawnDriver(HostProcessDriver):
         command += self._command(name, dirs)
         own_words = opened.enter_context(self._file(name, "nspawn").open("wb"))
         return Launch(
-            ["/bin/sh", "-c", _WRAPPER, "hive-agent", str(self._file(name, "status")), *command],
+            self._waiting(name, command),
             _environment(),
             kept,
             stdin_fd=self._life_fd,

@@ -15,11 +15,14 @@ from hive_core.containers.choice import bounds_of, choose_groups
 from hive_core.containers.driver import Driver
 from hive_core.containers.host_names import host_name
 from hive_core.containers.host_process import Launch
-from hive_core.containers.mounts import AgentDirs, Mount
+from hive_core.containers.inside import HOME, harness_environment
+from hive_core.containers.mounts import STATE, AgentDirs, Mount
 from hive_core.containers.nspawn import NspawnDriver, look_for_nspawn, nspawn_command
 from hive_core.containers.process import ProcessDriver
+from hive_core.containers.process_tree import kill_that_see
 from hive_core.containers.ranges import pick_range
 from hive_core.containers.running import RunningProcess
+from hive_core.containers.status_file import end_holders
 from hive_core.helper import staged as staged_file
 from hive_core.helper.owner import Owner
 from hive_core.helper.staging import clone_mount
@@ -130,8 +133,17 @@ class OwnersBwrap(ProcessDriver):
         # The paths of open descriptors are this process's own. Whoever has no more rights than the daemon's user may
         # be led anywhere.
         real = AgentDirs(tuple(Mount(mount.source.readlink(), mount.target, mount.read_only) for mount in dirs.mounts))
-        launch = super()._launch(name, real, status_fd, opened)
-        return Launch([*self._owner.become(), *launch.command], launch.environment, launch.kept_fds)
+        sandbox, kept = self._sandbox(real, None, opened)
+        # Nor is any descriptor of ours safe with that user, who may take it out of what runs there (pidfd_getfd(2)): by
+        # the status file's whoever is handed it would be the agent, for us to kill. The wrapper, root's, alone has it.
+        command = [*self._owner.become(), *sandbox, *self._command(name, real)]
+        wrapper = self._waiting(name, command, " < /dev/null")
+        return Launch(wrapper, harness_environment(HOME), kept, stdin_fd=status_fd)
+
+    def _end_left(self, name: AgentName) -> None:
+        end_holders(self._file(name, "status"))
+        if (state := self._state_id(name)) is not None:
+            kill_that_see(state, STATE)
 
     def _may_be_ours(self, holder: int) -> bool:
         # bubblewrap has the lock's descriptor as the daemon's user, who can hand it to anybody else's process.

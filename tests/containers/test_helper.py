@@ -20,6 +20,7 @@ import trio
 
 from hive_core.containers.host_names import host_name
 from hive_core.containers.mounts import agent_dirs
+from hive_core.containers.process_tree import all_pids
 from hive_core.containers.running import Exit
 from hive_core.containers.status_file import is_locked
 from hive_core.helper.cli import read_own_config
@@ -94,6 +95,7 @@ import os, sys, trio
 from pathlib import Path
 from hive_core.containers.helped import Helper, HelpedDriver
 from hive_core.containers.mounts import agent_dirs
+from hive_core.containers.process_tree import all_pids
 from hive_core.containers.process import ProcessDriver
 from hive_core.protocol.words import AgentName
 
@@ -357,6 +359,30 @@ def test_nobody_elses_process_is_taken_for_an_agent_whose_lock_it_was_handed(tmp
         finally:
             for pid in (*children_of(stranger.pid), stranger.pid):
                 os.kill(pid, signal.SIGKILL)
+
+
+async def test_nothing_of_the_daemons_user_has_a_descriptor_of_the_helpers_own_files(tmp_path: Path) -> None:
+    """Who has the status file's is the agent: the daemon's user would hand it to somebody whom root is to kill."""
+    ready = make_fifo(tmp_path, "ready")
+    driver = helped_in(tmp_path, "helper-bwrap", "echo > /state/ready; sleep 1000")
+    running = await driver.start(IRIS, agent_dirs(tmp_path, tmp_path / "runtime", IRIS))
+    await read_fifo(ready)
+    own = str(tmp_path / "processes")
+    holders = [pid for pid in all_pids() if any(link.startswith(own) for link in links_of_descriptors(pid))]
+    keepers = [pid for pid in holders if "printed.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+    wrapper = Path(f"/proc/{running.pid}/cmdline").read_text()
+    running.kill()
+    with trio.fail_after(PATIENCE_S):
+        await running.wait()
+        await driver.forget(IRIS)
+    assert sorted(holders) == sorted([*keepers, running.pid])
+    assert wrapper.startswith("/bin/sh")
+
+
+def links_of_descriptors(pid: int) -> list[str]:
+    with contextlib.suppress(OSError):
+        return [os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")]
+    return []
 
 
 # -- helpers that die -------------------------------------------------------------------------------------------------
