@@ -272,6 +272,8 @@ class HostProcessDriver:
 
     async def _end_seen(self, name: AgentName) -> None:
         self._file(name, "json").unlink(missing_ok=True)
+        # What was left of it is ended, and the number of its state directory may be another agent's from now on.
+        self._file(name, "run").unlink(missing_ok=True)
         if self._cgroups is None:
             return
         if killed := await trio.to_thread.run_sync(self._cgroups.remove, name):

@@ -22,7 +22,6 @@ from hive_core.containers.process import ProcessDriver
 from hive_core.containers.process_tree import kill_that_see
 from hive_core.containers.ranges import pick_range
 from hive_core.containers.running import RunningProcess
-from hive_core.containers.status_file import end_holders
 from hive_core.helper import staged as staged_file
 from hive_core.helper.owner import Owner
 from hive_core.helper.staging import clone_mount
@@ -141,18 +140,17 @@ class OwnersBwrap(ProcessDriver):
         return Launch(wrapper, harness_environment(HOME), kept, stdin_fd=status_fd)
 
     def _end_left(self, name: AgentName) -> None:
-        end_holders(self._file(name, "status"))
         if (state := self._state_id(name)) is not None:
             kill_that_see(state, STATE)
 
     def _may_be_ours(self, holder: int) -> bool:
-        # bubblewrap has the lock's descriptor as the daemon's user, who can hand it to anybody else's process.
+        # The wrapper alone has the lock's descriptor. But root is to kill what this says, so it is looked at again.
         with contextlib.suppress(OSError):
-            return os.stat(f"/proc/{holder}").st_uid == self._owner.uid
+            return b"\0hive-agent\0" in Path(f"/proc/{holder}/cmdline").read_bytes()
         return False
 
     def _entering(self, dirs: AgentDirs, first: int) -> list[str]:
-        return [*self._owner.become_to_enter(), *super()._entering(dirs, first)]
+        return [*self._owner.become(), *super()._entering(dirs, first)]
 
 
 def make_root_driver(config: Config, state_dir: Path, owner: Owner, claude: Path | None) -> RootDriver:

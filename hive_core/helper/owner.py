@@ -28,16 +28,8 @@ class Owner:
 
     def become(self) -> list[str]:
         """What a command is given to, so that it has this user's rights and no others, now and later."""
-        return self._become("--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all")
-
-    def become_to_enter(self) -> list[str]:
-        """The same for nsenter(1): it may enter namespaces too, and loses that in the user namespace it enters last."""
-        entering = "+sys_admin,+sys_chroot,+sys_ptrace"
-        return self._become(f"--inh-caps={entering}", f"--ambient-caps={entering}")
-
-    def _become(self, *capabilities: str) -> list[str]:
         if self.uid == 0:
             return []
         program = shutil.which("setpriv") or "setpriv"
         ids = [f"--reuid={self.uid}", f"--regid={self.gid}", "--clear-groups"]
-        return [program, *ids, *capabilities, "--no-new-privs", "--"]
+        return [program, *ids, "--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all", "--no-new-privs", "--"]

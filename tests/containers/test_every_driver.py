@@ -359,6 +359,34 @@ async def test_whatever_enters_a_container_is_no_file_of_the_hosts_that_the_agen
     assert done.output.split() not in [[str(found.st_ino), str(found.st_dev)] for found in programs]
 
 
+async def test_looking_for_an_agent_that_has_ended_ends_no_other_that_has_the_number_of_its_directory_by_now(
+    tmp_path: Path, kind: str
+) -> None:
+    """A directory that is removed leaves its number to the next one; moved, it has it for certain."""
+    if kind == "none":
+        pytest.skip("nothing is looked for by its directory")
+    assert (await run(tmp_path, kind, "exit 0"))[0] == 0
+    argus = AgentName("argus")
+    iris, theirs = dirs_in(tmp_path), dirs_in(tmp_path, name="argus")
+    await driver_in(tmp_path, kind, "").forget(IRIS)
+    theirs.make()
+    theirs.state.rmdir()
+    iris.state.rename(theirs.state)
+    iris.make()
+    ready = tmp_path / "agents" / "argus" / "state" / "ready"
+    os.mkfifo(ready)
+    driver = driver_in(tmp_path, kind, "echo > /state/ready; exec sleep 1000")
+    running = await driver.start(argus, theirs)
+    try:
+        await read_fifo(ready)
+        assert await driver.find(IRIS, iris) is None
+        assert (await driver.usage(argus)).processes == 1 + beside(kind)
+    finally:
+        running.kill()
+        with trio.CancelScope(shield=True), trio.move_on_after(PATIENCE_S):
+            await running.wait()
+
+
 async def test_a_command_that_does_not_end_is_killed_with_all_that_it_started(tmp_path: Path, kind: str) -> None:
     async with started(tmp_path, kind, "echo > STATE/ready; exec sleep 1000") as (driver, _running):
         with pytest.raises(Refusal, match=r"did not end within 0\.5 s"):
