@@ -93,6 +93,20 @@ class Cgroups(AgentGroups):
         ]
 
 
+def joining(pid: int, command: Sequence[str]) -> list[str]:
+    """The command, to be run in the groups that another process is in."""
+    mounted, files, lines = mounted_trees(), [], ""
+    with contextlib.suppress(OSError):  # it has ended: what is to be done with it says so
+        lines = Path(f"/proc/{pid}/cgroup").read_text()
+    for line in lines.splitlines():
+        _, kinds, path = line.split(":", 2)
+        for kind in kinds.split(","):
+            file = mounted.get(kind, Path("/nowhere")) / path.lstrip("/") / "cgroup.procs"
+            if file.exists() and str(file) not in files:
+                files.append(str(file))
+    return ["/bin/sh", "-c", _ENTER, "hive-command", *files, "--", *command]
+
+
 def hand_down(parent: Path, folder: Path, kinds: Sequence[str] = KINDS) -> None:
     """Let groups in a folder below `parent` bound what is in them, in the tree for all. Raises OSError.
 

@@ -31,6 +31,7 @@ from typing import Any
 import trio
 
 from hive_core.containers.bounds import AgentGroups
+from hive_core.containers.cgroups import joining
 from hive_core.containers.driver import Former
 from hive_core.containers.inside import package_parents
 from hive_core.containers.keeper import start_keeper
@@ -294,7 +295,8 @@ class HostProcessDriver:
         """
         if (first := self._first_inside(name)) is None:
             raise Refusal("conflict", "cannot run a command in the container: the agent does not run; start it first")
-        return await run_command([*self._entering(dirs, first), *command], patience_s)
+        entering = [*self._entering(dirs, first), *command]
+        return await run_command(entering if self._cgroups is None else joining(first, entering), patience_s)
 
     async def destroy(self, name: AgentName) -> None:
         """Forget that there ever was such an agent, which has ended; its directories stay. Nothing when it is gone."""

@@ -27,6 +27,7 @@ from typing import Any
 import trio
 
 from hive_core.containers.bounds import Bounds
+from hive_core.containers.cgroups import joining
 from hive_core.containers.driver import Driver, Former, Systems
 from hive_core.containers.entering import confined
 from hive_core.containers.host_process import LINES_LIMIT_BYTES, LINES_MOST
@@ -191,7 +192,7 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
         if harness is None:
             raise Refusal("conflict", "cannot run a command in the container: the agent does not run; start it first")
         entering = confined(self._filter, _ENVIRONMENT, "--enter", str(harness), "--chdir", STATE)
-        return await run_command([*entering, *command], patience_s)
+        return await run_command(joining(harness, [*entering, *command]), patience_s)
 
     async def destroy(self, name: AgentName) -> None:
         if self._has_own(name):

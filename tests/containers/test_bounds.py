@@ -89,6 +89,22 @@ async def test_an_agent_that_computes_gets_no_more_of_the_processors_than_it_may
     assert float(said) > 0.2 / (BOUNDS.cpu_percent / 100) - 0.2
 
 
+async def test_a_command_in_a_container_is_bounded_as_the_agent_is(tmp_path: Path, kind: str, cgroups: Cgroups) -> None:
+    ready = make_fifo(tmp_path, "ready")
+    driver = driver_in(tmp_path, kind, f"echo > {inside(tmp_path, kind)}/ready; exec sleep 1000", cgroups=cgroups)
+    running = await driver.start(IRIS, dirs_in(tmp_path))
+    try:
+        await read_fifo(ready)
+        grab = f"b'x' * {BOUNDS.memory_bytes * 2}; print('has it')"
+        done = await driver.exec(IRIS, dirs_in(tmp_path), [sys.executable, "-I", "-c", grab])
+        assert (done.code != 0, done.output) == (True, "")
+    finally:
+        running.kill()
+        with trio.CancelScope(shield=True), trio.move_on_after(PATIENCE_S):
+            await running.wait()
+            await driver.forget(IRIS)
+
+
 async def test_all_of_an_agent_is_in_its_groups_and_they_go_when_it_has_ended(
     tmp_path: Path, kind: str, cgroups: Cgroups
 ) -> None:
