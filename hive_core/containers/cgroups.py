@@ -102,7 +102,7 @@ def joining(pid: int, command: Sequence[str]) -> list[str]:
         _, kinds, path = line.split(":", 2)
         for kind in kinds.split(","):
             file = mounted.get(kind, Path("/nowhere")) / path.lstrip("/") / "cgroup.procs"
-            if file.exists() and str(file) not in files:
+            if os.access(file, os.W_OK) and str(file) not in files:
                 files.append(str(file))
     return ["/bin/sh", "-c", _ENTER, "hive-command", *files, "--", *command]
 

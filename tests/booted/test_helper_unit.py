@@ -165,7 +165,7 @@ def test_a_hive_that_changes_to_bubblewrap_has_units_of_the_daemons_user(host: B
     found = units(host)
     assert len(found) == 2
     for lines in found.values():
-        wrapper = next(line.split()[0] for line in lines if " bwrap " in line or "/bwrap " in line)
+        wrapper = next(words[0] for words in map(str.split, lines) if words[1:] and words[1].endswith("bwrap"))
         fields = dict(line.split(":\t", 1) for line in host.ok("cat", f"/proc/{wrapper}/status").splitlines())
         assert fields["Uid"].split()[0] == host.ok("id", "-u", "hyperhive").strip()
         assert (fields["CapBnd"].strip(), fields["NoNewPrivs"].strip()) == ("0" * 16, "1")
