@@ -22,7 +22,8 @@ from hive_core.cli.doctor import Finding, Progress, Status
 from hive_core.cli.up import SANDBOXES, orphans
 from hive_core.config import Config, load_config
 from hive_core.containers.bubblewrap import bwrap_command
-from hive_core.containers.choice import Choice, bounds_of, choose_groups, choose_sandbox
+from hive_core.containers.choice import Choice, choose_sandbox
+from hive_core.containers.groups import bounds_of, choose_groups
 from hive_core.containers.inside import HOME, harness_environment, in_memory
 from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.nspawn import look_for_nspawn

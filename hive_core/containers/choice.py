@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from hive_core.building import make_nix, nix_trouble, readable_sources
 from hive_core.config import Config
-from hive_core.containers.bounds import AgentGroups, Bounds
 from hive_core.containers.bubblewrap import sandbox_trouble
-from hive_core.containers.cgroups import Cgroups
 from hive_core.containers.driver import Driver
 from hive_core.containers.former import FormerContainers, FormerProcesses
+from hive_core.containers.groups import bounds_of, choose_groups
 from hive_core.containers.helped import HelpedDriver, Helper
 from hive_core.containers.host_process import HostProcessDriver
 from hive_core.containers.nixos_container import NixosContainerDriver
 from hive_core.containers.nixos_look import look_for_nixos_containers
 from hive_core.containers.nspawn import NspawnDriver, look_for_nspawn
 from hive_core.containers.process import ProcessDriver
-from hive_core.containers.scopes import Scopes, systemd_runs
 from hive_core.containers.seccomp import filter_program
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
@@ -64,21 +61,6 @@ def choose_sandbox(config: Config, claude: Path | None) -> Choice:
         trouble, weakness = found.trouble or nix_trouble(config), found.weakness
     sandbox = "none" if trouble or config.unsafe_no_sandbox else config.sandbox
     return Choice(sandbox, trouble, None if sandbox == "none" else weakness, bwrap_trouble)
-
-
-def bounds_of(config: Config) -> Bounds:
-    """What each agent may take of the host."""
-    return Bounds(config.agent_memory_bytes, config.agent_cpu_percent, config.agent_tasks)
-
-
-def choose_groups(state_dir: Path, bounds: Bounds) -> AgentGroups:
-    """What bounds agents here: units of systemd where it runs and we may ask for them, else groups made by hand."""
-    if systemd_runs() and os.geteuid() == 0:
-        scopes = Scopes(state_dir, bounds)
-        if scopes.trouble is None:
-            return scopes
-        log.warning("%s", scopes.trouble)
-    return Cgroups(state_dir, bounds)
 
 
 def make_driver(

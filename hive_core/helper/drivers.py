@@ -11,8 +11,8 @@ from typing import Protocol
 
 from hive_core.config import Config
 from hive_core.containers.bubblewrap import sandbox_trouble
-from hive_core.containers.choice import bounds_of, choose_groups
 from hive_core.containers.driver import Driver
+from hive_core.containers.groups import bounds_of, choose_groups
 from hive_core.containers.host_names import host_name
 from hive_core.containers.host_process import Launch
 from hive_core.containers.inside import HOME, harness_environment

@@ -17,7 +17,7 @@ from typing import Any
 import trio
 
 from hive_core.containers.bounds import Bounds
-from hive_core.containers.choice import choose_groups
+from hive_core.containers.groups import choose_groups
 from hive_core.containers.host_process import Launch
 from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.nspawn import NspawnDriver, nspawn_command

@@ -555,6 +555,14 @@ def test_a_module_that_somebody_else_could_change_is_no_part_of_the_helper(
         del sys.modules["planted"]
 
 
+def test_the_helper_loads_nothing_of_repositories_containers_of_nixos_and_pages() -> None:
+    """Who audits it reads what it loads."""
+    look = "import sys, hive_core.helper.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert "hive_core.helper.desk" in loaded
+    assert {"git", "jinja2", "starlette", "hive_core.repos", "hive_core.containers.nixos_conf"} & {*loaded} == set()
+
+
 def test_a_helper_without_a_socket_to_serve_or_a_user_says_so(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text("")
