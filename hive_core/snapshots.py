@@ -102,7 +102,7 @@ class Snapshots:
         with self._open(make=True) as (own, place), _opened_state(own) as state:
             assert place is not None
             last = next(iter(_list(place)), None)
-            before = _entries(place, last.id) if last else {}
+            before = (_entries(place, last.id) if last else None) or {}
             with self._explained():
                 now = scan(state, self._tally())  # also before the first: what is too large is not copied in vain
             if last is not None and now == before:
@@ -124,7 +124,8 @@ class Snapshots:
                 now = scan(state, self._tally())
             for one in listed:
                 assert place is not None
-                if _content(_entries(place, one.id)) != _content(now):
+                entries = _entries(place, one.id)
+                if entries is not None and _content(entries) != _content(now):
                     return one
         none = "it has no snapshot" if not listed else "all of its snapshots are what it has now"
         raise Refusal("not_found", f"cannot restore the state of {self._name}: {none}")
@@ -217,7 +218,9 @@ class Snapshots:
     def _lay_out(self, own: int, place: int, wanted: Snapshot) -> None:
         _remove(_RESTORED, own)
         os.mkdir(_RESTORED, 0o700, dir_fd=own)
-        entries = _entries(place, wanted.id)
+        if (entries := _entries(place, wanted.id)) is None:
+            why = f"it has too many files to be listed; they are in {self._own / PLACE / wanted.id / 'state'}"
+            raise Refusal("failed", f"cannot restore {wanted.id} of {self._name}: {why}: take from there what you need")
         tally = Tally(2**62, time.monotonic() + 10 * COPY_WITHIN_S)
         try:
             with _opened(own, _RESTORED) as target, _opened(place, f"{wanted.id}/state") as source:
@@ -231,7 +234,7 @@ class Snapshots:
         os.mkdir(_REPLACED, 0o700, dir_fd=place)
         with contextlib.suppress(FileExistsError):
             os.mkdir("state", 0o700, dir_fd=own)
-        entries: Entries = {}
+        entries: Entries | None = None
         tally = Tally(2**62, time.monotonic() + COPY_WITHIN_S)
         with contextlib.suppress(TooMuch), _opened_state(own) as state:
             entries = scan(state, tally)
@@ -284,8 +287,9 @@ def _about(name: str, place: int) -> Snapshot:
     return about
 
 
-def _entries(place: int, ident: str) -> Entries:
-    entries: Entries = json.loads(_read(f"{ident}/entries.json", place))
+def _entries(place: int, ident: str) -> Entries | None:
+    """What stands in a snapshot; None where that was moved there whole, and was too much to be listed."""
+    entries: Entries | None = json.loads(_read(f"{ident}/entries.json", place))
     return entries
 
 
@@ -301,7 +305,7 @@ def _read(path: str, place: int) -> bytes:
         return file.read()
 
 
-def _write_down(folder: int, one: Snapshot, entries: Entries) -> None:
+def _write_down(folder: int, one: Snapshot, entries: Entries | None) -> None:
     # ASCII, so that a name that is not UTF-8 survives.
     for name, content in (("about.json", asdict(one)), ("entries.json", entries)):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

@@ -386,3 +386,22 @@ def test_of_full_directories_in_full_directories_no_more_is_listed_than_may_be_c
     with pytest.raises(Refusal, match="it holds more than 100 files"):
         kept.take("test", NOW_MS)
     assert sum(listed) <= 101
+
+
+def test_what_was_there_at_a_restore_and_is_too_much_to_be_listed_is_never_restored_as_nothing(
+    tmp_path: Path, state: Path, kept: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tree_copies, "FILES_MOST", 10)
+    (state / "note").write_text("good")
+    good = kept.take("test", NOW_MS)
+    assert good is not None
+    for number in range(20):
+        (state / f"{number}").write_text("work")
+    large = kept.restore(good, NOW_MS + 1000)
+    there = tmp_path / "agents/iris/snapshots" / large.id / "state"
+    assert len(list(there.iterdir())) == 21
+    with pytest.raises(Refusal, match=f"it has too many files to be listed; they are in {there}"):
+        kept.restore(large, NOW_MS + 2000)
+    assert [path.name for path in state.iterdir()] == ["note"]
+    (state / "note").write_text("another")
+    assert kept.last_other() == good
