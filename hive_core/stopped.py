@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from hive_core.access import Closed
 from hive_core.agents import Agent, Agents
 from hive_core.protocol.harness import STUCK
+from hive_core.protocol.words import AgentName
 
 
-def stopped(agents: Agents, everybody: Iterable[Agent]) -> list[dict[str, Any]]:
-    """A row for each reason: `agents` (names), `state`, `why` (cause and way out), `until_ms` (or None)."""
+def stopped(agents: Agents, everybody: Iterable[Agent], trouble: Callable[[AgentName], str]) -> list[dict[str, Any]]:
+    """A row for each reason: `agents` (names), `state`, `why` (cause and way out), `until_ms` (or None).
+
+    trouble    why an agent cannot be seen to now, such as a helper that is away; else an empty text
+    """
     rows: dict[Closed, list[str]] = {}
     for agent in everybody:
-        if agent.wanted != "down" and (reason := agents.access.closed(agent.name) or _broken(agents, agent)):
+        reason = agents.access.closed(agent.name) or _broken(agents, agent) or _unseen(agents, agent, trouble)
+        if agent.wanted != "down" and reason:
             rows.setdefault(reason, []).append(agent.name)
     return [
         {"agents": names, "state": one.state, "why": one.sentence, "until_ms": one.until_ms}
@@ -35,3 +40,9 @@ def _broken(agents: Agents, agent: Agent) -> Closed | None:
     if live.state in ("stuck", "down", "quarantined") and live.detail:
         return Closed(live.state, live.detail)
     return None
+
+
+def _unseen(agents: Agents, agent: Agent, trouble: Callable[[AgentName], str]) -> Closed | None:
+    """Who cannot be started or found, though its state does not say that something is wrong."""
+    why = trouble(agent.name)
+    return Closed(agents.live(agent.name).state, f"{why}; that is tried again by itself") if why else None

@@ -180,7 +180,7 @@ def _begin(tx: Transaction, tombstone: Tombstone, state: str, deed: str) -> bool
     """Move one on from kept. False when that was done before; raises Refusal when something else is under way."""
     row = tx.execute("SELECT state FROM tombstones WHERE id = ?", (tombstone.id,)).fetchone()
     if row is None or row["state"] not in ("kept", state):
-        now = row["state"] if row else "gone"
+        now = _UNDER_WAY.get(row["state"], row["state"]) if row else "gone"
         raise Refusal("conflict", f"cannot {deed} {tombstone.label}: it is {now}; look at `hive tombstones`")
     tx.wake(TOMBSTONES)
     if row["state"] == state:
@@ -208,5 +208,7 @@ def _insert_agent(tx: Transaction, tombstone: Tombstone, ports: range) -> None:
 def _from_row(row: sqlite3.Row) -> Tombstone:
     return Tombstone(**{**dict(row), "at_once": bool(row["at_once"]), "name": AgentName(row["name"])})
 
+
+_UNDER_WAY = {"destroying": "being destroyed", "reviving": "being revived", "purging": "being purged"}
 
 _SELECT = "SELECT id, name, label, state, at_once, bytes, destroyed_by, destroyed_at_ms FROM tombstones"

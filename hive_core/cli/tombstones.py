@@ -65,7 +65,8 @@ def _line(row: dict[str, Any]) -> str:
     state = "" if row["state"] == "kept" else f" {show.paint(row['state'], 'amber')}"
     trouble = f"\n    {show.safe(row['trouble'])}" if row["trouble"] else ""
     when = show.ago(row["destroyed_at_ms"])
-    return f"{show.paint(row['tombstone'], 'bold')}{state} {_size(row)}, destroyed {when} ago{trouble}"
+    told = f"since {when}" if row["state"] == "destroying" else f"{_size(row)}, destroyed {when} ago"
+    return f"{show.paint(row['tombstone'], 'bold')}{state} {told}{trouble}"
 
 
 def _size(row: dict[str, Any]) -> str:

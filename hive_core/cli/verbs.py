@@ -326,7 +326,7 @@ def parse(words: list[str]) -> Namespace:
         parser.add_argument("--version", action="store_true", help="print the version")
         parser.set_defaults(run="hive.status")
         if words and not words[0].startswith("-"):
-            parser.error(f"there is no verb {shown(words[0])}; the verbs are {', '.join(VERBS)}")
+            parser.error(f"there is no verb {shown(words[0])}")
     parser.add_argument("--json", action="store_true", help="print JSON")
     # Options may stand between the words of these.
     return (parser.parse_intermixed_args if parser.prog in _INTERMIXED else parser.parse_args)(words)

@@ -159,6 +159,11 @@ class Reconciler:
         supervised = self._supervised.get(name)
         return "" if supervised is None else supervised.lingers()
 
+    def trouble(self, name: AgentName) -> str:
+        """Why an agent cannot be seen to now, which is tried again; else an empty text."""
+        supervised = self._supervised.get(name)
+        return "" if supervised is None else supervised.trouble()
+
     async def kill(self, name: AgentName, actor: AgentName) -> None:
         """End an agent now and keep it down. Raises Refusal for the manager itself and for unknown names."""
         if name == MANAGER and actor == MANAGER:

@@ -149,6 +149,10 @@ class Supervisor:
             self.killed_s = trio.current_time() if self.killed_s is None else self.killed_s
             self.running.kill()
 
+    def trouble(self) -> str:
+        """Why it cannot be seen to, as its row says it; an empty text where it can, or that was before."""
+        return self._trouble if self._tools.agents.live(self.name).detail == self._trouble else ""
+
     def lingers(self) -> str:
         """That it was killed some time ago and has not gone, or its start has not come back; else an empty text."""
         if self._starts_since_s is not None and trio.current_time() - self._starts_since_s >= KILL_PATIENCE_S:

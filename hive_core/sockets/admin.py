@@ -165,7 +165,7 @@ class AdminDesk:
             "sandbox_weakness": hive.sandbox_weakness,
             "unsafe": hive.unsafe,
             "frozen_since_ms": hive.freeze.since_ms,
-            "stopped": stopped(hive.agents, agents),
+            "stopped": stopped(hive.agents, agents, hive.reconciler.trouble),
             "pending": [{"id": a.id, "kind": a.kind, "agent": a.agent, "reason": a.reason} for a in approvals],
             "unread": await hive.broker.messages.unread(),
             "questions": [one.to_wire() for one in await hive.questions.open_to(OPERATOR)],

@@ -42,6 +42,9 @@ class Drained:
     def running(self) -> list[AgentName]:
         return [] if self.end.is_set() else [IRIS]
 
+    def trouble(self, name: AgentName) -> str:
+        return ""
+
     async def drain(self, patience_s: float) -> dict[str, str]:
         self.patience_s = patience_s
         await self.end.wait()

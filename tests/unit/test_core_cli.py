@@ -71,7 +71,7 @@ def test_every_verb_names_the_function_that_runs_it(verb: str) -> None:
 @pytest.mark.parametrize(
     ("words", "cause"),
     [
-        (["frob"], "there is no verb 'frob'; the verbs are up, demo, list"),
+        (["frob"], "there is no verb 'frob'; `hive --help` says more"),
         (["fr\x1b[31mob"], r"there is no verb 'fr\x1b[31mob'"),
         (["x" * 10_000], "(10002 characters)"),
         (["list", "more"], "unrecognized arguments: more; `hive list --help` says more"),

@@ -58,7 +58,7 @@ async def test_a_crash_loop_is_quarantined_across_daemons_and_told_once_to_the_m
             assert (seen.state, len(house.starts_of("iris"))) == ("quarantined", 4)
             why = 'it crashed 4 times in a row; the last time it ended with code 1. Its last words: "iris fell over".'
             assert seen.detail == f"{why} `hive start iris` starts it again"
-            (row,) = stopped(house.agents, await house.agents.all())
+            (row,) = stopped(house.agents, await house.agents.all(), house.reconciler.trouble)
             assert (row["agents"], row["state"], row["why"]) == (["iris"], "quarantined", seen.detail)
         told = f"container_quarantined: iris is not started any more: {seen.detail}."
         assert await house.mail(OPERATOR) == [told]
@@ -187,8 +187,12 @@ async def test_an_agent_whose_driver_cannot_be_asked_for_a_while_is_told_and_has
             seen = house.live("iris")
             assert (seen.state, seen.detail) == ("starting", away.message)
             assert house.live("hm1nd").state == "idle"
+            (row,) = stopped(house.agents, await house.agents.all(), house.reconciler.trouble)
+            assert (row["agents"], row["state"]) == (["iris"], "starting")
+            assert row["why"] == f"{away.message}; that is tried again by itself"
             house.driver.failing.clear()
             await trio.sleep(6)
+            assert stopped(house.agents, await house.agents.all(), house.reconciler.trouble) == []
             assert (house.live("iris").state, len(house.starts_of("iris"))) == ("idle", 1)
         assert "agent_ended" not in await house.kinds("iris")
     assert {record.message for record in caplog.records} == {f"cannot run iris: {away.message}"}
@@ -227,7 +231,7 @@ async def test_an_agent_whose_sockets_cannot_be_opened_is_told_and_tried_again_b
         async with house.daemon():
             await trio.sleep(100)
             assert house.driver.begun == []
-            (row,) = stopped(house.agents, await house.agents.all())
+            (row,) = stopped(house.agents, await house.agents.all(), house.reconciler.trouble)
             assert row["why"] == "no space left on device; it is started again by itself"
             house.unserved = ""
             await trio.sleep(60)

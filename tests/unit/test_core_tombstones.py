@@ -192,6 +192,9 @@ async def test_who_is_being_destroyed_is_not_started_again_meanwhile(hive: Servi
     for wanted in ("up", "paused"):
         with pytest.raises(Refusal, match="cannot start iris: it is being destroyed; wait until that is done"):
             await hive.agents.want(IRIS, wanted, OPERATOR)
+    for deed in (house.destruction.purge, house.destruction.revive):
+        with pytest.raises(Refusal, match="it is being destroyed; look at `hive tombstones`"):
+            await deed("iris")
     assert (await hive.agents.get("iris")).wanted == "down"
     await hive.agents.want(IRIS, "down", OPERATOR)
     async with destroying(hive) as again:
