@@ -187,8 +187,13 @@ class NixosSystems:
         if before is None:
             return "it had no system before"
         failed, *earlier = self._generations(name)
+        links = {each: self._profile(name).with_name(f"system-{each}-link") for each in earlier}
+        # Not always the newest of them: somebody may have gone back by hand.
+        back = next((each for each in earlier if os.readlink(links[each]) == before), None)
         try:
-            await self._nix_env(name, "--switch-generation", str(earlier[0]))
+            if back is None:
+                raise Refusal("failed", f"{before} is kept no more")
+            await self._nix_env(name, "--switch-generation", str(back))
             await self._nix_env(name, "--delete-generations", str(failed))
             await self._activate(name, before)
         except Refusal as refusal:

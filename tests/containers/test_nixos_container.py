@@ -148,6 +148,20 @@ async def test_a_switch_whose_unit_fails_is_undone_and_names_it(tmp_path: Path, 
             await driver.roll_back(IRIS)
 
 
+async def test_a_switch_that_is_undone_goes_back_to_what_there_was_and_not_to_the_newest(
+    tmp_path: Path, driver: Systems
+) -> None:
+    newer = driver.stand_in.system(WAITS, {"once": "true"})
+    async with waiting(driver, tmp_path):
+        before = await driver.current(IRIS)
+        await driver.switch(IRIS, newer)
+        await driver._nix_env(IRIS, "--rollback")  # somebody, by hand
+        assert await driver.current(IRIS) == before
+        with pytest.raises(Refusal, match="it has the system before again"):
+            await driver.switch(IRIS, driver.stand_in.system(WAITS, {"migrate": "exit 1"}))
+        assert await driver.current(IRIS) == before
+
+
 async def test_an_agent_goes_back_to_the_system_before_and_forgets_the_one_it_had(
     tmp_path: Path, driver: Systems
 ) -> None:
