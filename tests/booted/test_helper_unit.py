@@ -67,6 +67,16 @@ def test_the_helper_answers_nobody_but_the_daemons_user(host: BootedHost) -> Non
     assert host.ok("stat", "-c", "%U %a", "/run/hyperhive-root/helper.sock") == "hyperhive 600\n"
 
 
+def test_a_command_runs_in_a_container_under_the_helpers_hardening_and_has_no_right(host: BootedHost) -> None:
+    look = ["sh", "-c", "id -u; grep -c ^Cap.*0000000000000000 /proc/self/status"]
+    request = json.dumps({"verb": "exec", "name": "iris", "command": look})
+    ask = (
+        "import socket, sys; sock = socket.socket(socket.AF_UNIX); sock.connect('/run/hyperhive-root/helper.sock');"
+        " sock.sendall(sys.argv[1].encode() + b'\\n'); print(sock.makefile().readline())"
+    )
+    assert json.loads(host.ok("python3", "-c", ask, request)) == {"code": 0, "output": "0\n5\n"}
+
+
 def test_nothing_of_an_agent_is_in_the_units_of_the_two(host: BootedHost) -> None:
     for unit in (DAEMON, HELPER):
         assert len(processes_of(host, unit)) == 1, processes_of(host, unit)
