@@ -219,7 +219,8 @@ class Updates:
     async def update(self, name: AgentName, actor: AgentName) -> bool:
         """Replace one agent, at its turn's edge; or start it again, where it did not come up.
 
-        False when it runs as it would be started now. Raises Refusal for one that is not there or kept down.
+        False when it runs as it would be started now. Raises Refusal for one that is not there, is kept
+        down, or may not be started here.
         """
         agent, one = await self._tools.agents.get(name), self._supervised.get(name)
         if agent.wanted == "down":
@@ -230,6 +231,8 @@ class Updates:
         if one.running is not None and not one.outdated:
             await self._forget_failed(name)
             return False
+        if (reason := self._tools.may_run(agent)) is not None:
+            raise Refusal("conflict", f"cannot update {name}: {reason}")
 
         def write(tx: Transaction) -> None:
             forgive(tx, name)

@@ -369,6 +369,8 @@ async def test_who_may_not_be_started_yet_runs_on_and_holds_up_nobody(autojump_c
             await adopted(house)
             await trio.sleep(100)
             house.desks[FIRST].at_edge()
+            with pytest.raises(Refusal, match="cannot update agent0: its container is being built"):
+                await house.reconciler.updates.update(FIRST, OPERATOR)
             assert asked(house) == set()
             del house.unfit["agent2"]
             house.store.bus.publish([WANTED])
