@@ -26,7 +26,7 @@ from hive_core.containers.running import Done, Exit, Running, Usage
 from hive_core.protocol.lines import decode, encode
 from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import AgentName
+from hive_core.protocol.words import AgentName, shown
 
 PATIENCE_S = 30.0
 ANSWER_LIMIT_BYTES = 6 * max(OUTPUT_LIMIT_BYTES, LINES_LIMIT_BYTES) + 4096  # JSON may spell each byte with six
@@ -215,7 +215,7 @@ class HelpedDriver:
 
     async def missed_exit(self, name: AgentName) -> Exit | None:
         answer = await self._helper.ask("missed_exit", name)
-        return Exit(answer.get("code")) if answer.get("missed") else None
+        return Exit(_told(answer, "code", int, type(None))) if answer.get("missed") else None
 
     async def forget(self, name: AgentName) -> None:
         await self._helper.ask("forget", name)
@@ -225,16 +225,24 @@ class HelpedDriver:
 
     async def logs(self, name: AgentName, lines: int = 50) -> list[str]:
         answer = await self._helper.ask("logs", name, lines=max(1, min(lines, LINES_MOST)))
-        return [str(line) for line in answer.get("lines", ())]
+        return [str(line) for line in _told(answer, "lines", list)]
 
     async def usage(self, name: AgentName) -> Usage:
         answer = await self._helper.ask("usage", name)
-        return Usage(answer["processes"], answer["memory_bytes"])
+        return Usage(_told(answer, "processes", int), _told(answer, "memory_bytes", int))
 
     async def exec(self, name: AgentName, dirs: AgentDirs, command: Sequence[str], patience_s: float = 60.0) -> Done:
         measure = {"command": list(command), "patience_s": patience_s}
         answer, _ = await self._helper.ask_for("exec", name, measure, patience_s + PATIENCE_S)
-        return Done(answer["code"], answer["output"])
+        return Done(_told(answer, "code", int), _told(answer, "output", str))
 
     async def destroy(self, name: AgentName) -> None:
         await self._helper.ask("destroy", name)
+
+
+def _told(answer: dict[str, Any], key: str, *kinds: type) -> Any:
+    """What an answer has for a key. Raises Refusal when that is of none of the kinds: the helper is not what it was."""
+    if not isinstance(value := answer.get(key), kinds):
+        fix = "run a helper and a daemon of the same version"
+        raise Refusal("failed", f"cannot use the helper's answer: its {key} is {shown(value)}; {fix}")
+    return value

@@ -26,8 +26,10 @@ from hive_core.containers.status_file import is_locked
 from hive_core.helper.cli import read_own_config
 from hive_core.helper.desk import REQUEST_LIMIT_BYTES
 from hive_core.helper.staging import open_folder
+from hive_core.protocol.lines import encode
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
+from hive_core.sockets.unix import Connection, Lines, listen_unix, serve_unix
 from tests.containers.drivers import IRIS, PATIENCE_S, make_fifo, mates, need, read_fifo, wait_gone
 from tests.containers.helped import Helped, end_helper, helped_in, start_helper
 from tests.needs import ROOT
@@ -472,6 +474,32 @@ async def test_a_helper_of_another_hive_is_not_asked_for_anything(tmp_path: Path
     driver = Helped(tmp_path, "nspawn")
     with pytest.raises(Refusal, match=f"its state_dir is {other}, and the daemon's {tmp_path}; give both the same"):
         await driver.find(IRIS, agent_dirs(tmp_path, tmp_path / "runtime", IRIS))
+
+
+@pytest.mark.parametrize("answer", [{}, {"lines": 5, "processes": "x", "code": []}, {"code": 0, "missed": "yes"}])
+async def test_a_helper_that_answers_otherwise_than_it_should_is_refused_in_one_sentence(
+    tmp_path: Path, answer: dict[str, Any]
+) -> None:
+    driver = Helped(tmp_path, "nspawn")
+    hello = {"state_dir": str(tmp_path), "runtime_dir": str(tmp_path / "runtime")}
+    dirs = agent_dirs(tmp_path, tmp_path / "runtime", IRIS)
+
+    async def answer_one(stream: Connection) -> None:
+        request = await Lines(stream).next()
+        assert isinstance(request, dict)
+        await stream.send_all(encode(hello if request["verb"] == "hello" else answer))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve_unix, listen_unix(tmp_path / "helper.sock"), answer_one)
+        for call in (
+            driver.usage(IRIS),
+            driver.logs(IRIS),
+            driver.exec(IRIS, dirs, ["true"]),
+            driver.start(IRIS, dirs),
+        ):
+            with pytest.raises((Refusal, OSError), match=r"cannot use the helper's answer|gave no descriptor"):
+                await call
+        nursery.cancel_scope.cancel()
 
 
 # -- what it believes -------------------------------------------------------------------------------------------------
