@@ -90,11 +90,11 @@ def test_an_errand_that_costs_a_message_a_try_is_found() -> None:
 def test_a_turn_that_begins_while_the_way_is_closed_is_found() -> None:
     class AsksNobody(Broker):
         def _begin_turn(self, tx: Transaction, agent: AgentName, fence: str) -> Lease | None:
-            closed, self._closed = self._closed, lambda _: None
+            no_turn, self._no_turn = self._no_turn, lambda _: None
             try:
                 return super()._begin_turn(tx, agent, fence)
             finally:
-                self._closed = closed
+                self._no_turn = no_turn
 
     assert_found("began while the (credential|stop|budget)", AsksNobody)
 
