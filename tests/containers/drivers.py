@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -223,6 +224,14 @@ def _children(pid: int, task: str) -> list[int]:
     with contextlib.suppress(OSError):
         return [int(child) for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
     return []
+
+
+def let_all_enter(folder: Path) -> None:
+    """Open the way to a test's own directory to other users: pytest makes it for its user alone."""
+    for path in (folder, *folder.parents):
+        if path == Path(tempfile.gettempdir()):
+            break
+        path.chmod(0o755)
 
 
 async def wait_gone(pids: list[int]) -> None:

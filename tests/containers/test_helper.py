@@ -30,7 +30,7 @@ from hive_core.protocol.lines import encode
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from hive_core.sockets.unix import Connection, Lines, listen_unix, serve_unix
-from tests.containers.drivers import IRIS, PATIENCE_S, make_fifo, mates, need, read_fifo, wait_gone
+from tests.containers.drivers import IRIS, PATIENCE_S, let_all_enter, make_fifo, mates, need, read_fifo, wait_gone
 from tests.containers.helped import Helped, end_helper, helped_in, start_helper
 from tests.needs import ROOT
 from tests.processes import children_of, look_until, pids_naming
@@ -69,8 +69,7 @@ def owned(tmp_path: Path) -> Path:
     dirs.make()
     for path in (tmp_path / "hive", *(tmp_path / "hive").rglob("*")):
         os.chown(path, OWNER, GROUP)
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)  # the test's own, which pytest makes for its user alone
+    let_all_enter(tmp_path)
     return tmp_path / "hive"
 
 
@@ -174,9 +173,11 @@ def test_only_the_daemons_user_and_root_are_answered(tmp_path: Path, owned: Path
         reader, writer = os.pipe()
         pid = os.fork()
         if pid == 0:
-            os.setresuid(uid, uid, uid)
-            os.write(writer, json.dumps(ask(tmp_path, {"verb": "list"})).encode())
-            os._exit(0)
+            try:
+                os.setresuid(uid, uid, uid)
+                os.write(writer, json.dumps(ask(tmp_path, {"verb": "list"})).encode())
+            finally:
+                os._exit(0)
         os.close(writer)
         with open(reader) as told:
             said = told.read()

@@ -28,6 +28,7 @@ from tests.containers.drivers import (
     PATIENCE_S,
     dirs_in,
     driver_in,
+    let_all_enter,
     make_fifo,
     need,
     read_fifo,
@@ -194,8 +195,7 @@ def test_a_daemon_without_rights_runs_a_command_in_a_sandbox_of_its_own(tmp_path
     if os.geteuid() != 0 or python is None:
         pytest.skip("a user without rights is what root can become, with an interpreter that everybody can run")
     become = ["setpriv", "--reuid=4242", "--regid=4242", "--clear-groups", "--bounding-set=-all", "--no-new-privs"]
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
+    let_all_enter(tmp_path)
     program = tmp_path / "confined.py"
     shutil.copy(confined.__file__, program)
     sandbox = [
