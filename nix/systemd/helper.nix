@@ -8,7 +8,7 @@
       StartLimitIntervalSec = 0;
     };
 
-    Service = {
+    Service = import ./hardening.nix // {
       Type = "notify";
       NotifyAccess = "main";
       TimeoutStopSec = 15;
@@ -30,7 +30,6 @@
       WorkingDirectory = "/var/lib/hyperhive-root";
 
       # Agents inherit it, as what becomes their containers does.
-      NoNewPrivileges = true;
       CapabilityBoundingSet = [
         "CAP_CHOWN"
         "CAP_DAC_OVERRIDE"
@@ -47,41 +46,15 @@
         "CAP_SYS_PTRACE"
         "CAP_SYS_RESOURCE"
       ];
-      ProtectSystem = "strict";
       # What agents write is the daemon's, in directories that may not be there yet when the helper starts.
       ReadWritePaths = [
         "/var/lib"
         "/run"
       ];
-      ProtectHome = true;
-      PrivateTmp = true;
-      PrivateMounts = true;
       PrivateNetwork = true;
       # An agent that can be no unit of its own has its loopback all the same.
       IPAddressDeny = "any";
       IPAddressAllow = "localhost";
-      ProtectClock = true;
-      ProtectKernelModules = true;
-      ProtectProc = "invisible";
-      LockPersonality = true;
-      RestrictRealtime = true;
-      RestrictSUIDSGID = true;
-      RemoveIPC = true;
-      KeyringMode = "private";
-      SystemCallArchitectures = "native";
-      SystemCallErrorNumber = "EPERM";
-      SystemCallFilter = [
-        "@system-service"
-        "@mount"
-        "sethostname"
-      ];
-      # An agent's own loopback; AF_NETLINK: systemd-nspawn brings it up.
-      RestrictAddressFamilies = [
-        "AF_UNIX"
-        "AF_INET"
-        "AF_INET6"
-        "AF_NETLINK"
-      ];
 
       # Cannot be had, as what becomes an agent's container inherits it:
       # User, PrivateUsers        it maps uids, and mounts

@@ -9,7 +9,7 @@
     StartLimitIntervalSec = 0;
   };
 
-  Service = {
+  Service = import ./hardening.nix // {
     # Ready when every socket listens. The watchdog is fed by the loop that serves them, so one that hangs is restarted.
     Type = "notify";
     NotifyAccess = "main";
@@ -37,41 +37,13 @@
     RuntimeDirectoryPreserve = "yes";
     WorkingDirectory = "/var/lib/hyperhive";
 
-    # All that the job allows. Agents are children of the daemon and inherit it; bwrap makes their sandboxes, and what
-    # would keep it from that is left out below.
-    NoNewPrivileges = true;
+    # With hardening.nix all that the job allows. Agents are children of the daemon and inherit it; bwrap makes their
+    # sandboxes, and what would keep it from that is left out below.
     CapabilityBoundingSet = "";
     AmbientCapabilities = "";
-    ProtectSystem = "strict";
-    ProtectHome = true;
-    PrivateTmp = true;
     PrivateDevices = true;
-    PrivateMounts = true;
     DevicePolicy = "closed";
-    ProtectClock = true;
     ProtectControlGroups = true;
-    ProtectKernelModules = true;
-    ProtectProc = "invisible";
-    LockPersonality = true;
-    RestrictRealtime = true;
-    RestrictSUIDSGID = true;
-    RemoveIPC = true;
-    KeyringMode = "private";
-    SystemCallArchitectures = "native";
-    SystemCallErrorNumber = "EPERM";
-    # @mount, sethostname: bwrap mounts the sandbox's root, and gives it a name.
-    SystemCallFilter = [
-      "@system-service"
-      "@mount"
-      "sethostname"
-    ];
-    # The provider, the dashboard, and the sockets of agents; AF_NETLINK: bwrap brings up the sandbox's loopback with it.
-    RestrictAddressFamilies = [
-      "AF_UNIX"
-      "AF_INET"
-      "AF_INET6"
-      "AF_NETLINK"
-    ];
 
     # Cannot be had (but see helper.nix):
     # RestrictNamespaces        bwrap makes namespaces
