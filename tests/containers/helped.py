@@ -16,7 +16,7 @@ from hive_core.containers.bounds import AgentGroups
 from hive_core.containers.helped import HelpedDriver, Helper
 from hive_core.containers.process import ProcessDriver
 from tests.needs import ROOT
-from tests.processes import look_until
+from tests.processes import PATIENCE_S, look_until
 
 HELPER_KINDS = ["helper-bwrap", "helper-nspawn"]
 
@@ -53,9 +53,16 @@ def helped_in(folder: Path, kind: str, script: str, cgroups: AgentGroups | None 
 
 
 def answers(folder: Path) -> bool:
+    """Whether the helper of a folder says hello.
+
+    A connection alone tells nothing: a helper that is killed while it forks leaves its listening socket to the child
+    for a moment, and who connects to that is hung up on.
+    """
     with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
+        sock.settimeout(PATIENCE_S)
         sock.connect(str(folder / "helper.sock"))
-        return True
+        sock.sendall(b'{"verb": "hello"}\n')
+        return bool(sock.recv(1))
     return False
 
 
