@@ -106,7 +106,7 @@ class Forms:
     async def approve(self, request: Request) -> Response:
         approval_id = number(request.path_params["id"], "an approval")
         form = await read_form(request)
-        approval = await self._hive.approvals.approve(approval_id, form.get("digest", ""), OPERATOR)
+        approval = await self._hive.gate.approve(approval_id, form.get("digest", ""), OPERATOR, _door(request))
         if approval.state == "failed":
             raise Refusal("conflict", f"approval {approval_id} was carried out and failed: {approval.note}")
         return yes(request, "/", f"approved: {_what(approval)}")
@@ -117,7 +117,7 @@ class Forms:
         approval = await self._hive.approvals.get(approval_id)
         if form.get("digest") != approval.digest:
             raise Refusal("conflict", f"cannot deny {approval_id}: it is not what you were shown; look at it again")
-        approval = await self._hive.gate.deny(approval_id, form.get("reason"), OPERATOR)
+        approval = await self._hive.gate.deny(approval_id, form.get("reason"), OPERATOR, _door(request))
         return yes(request, "/", f"denied: {_what(approval)}")
 
     async def answer(self, request: Request) -> Response:
@@ -144,6 +144,10 @@ class Forms:
         answer = yes(request, "/", "signed out")
         answer.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
         return answer
+
+
+def _door(request: Request) -> str:
+    return f"the dashboard, {request.client.host if request.client else 'from somewhere'}"
 
 
 def _what(approval: Approval) -> str:

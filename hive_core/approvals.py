@@ -1,6 +1,10 @@
 """Approvals: what waits for the operator's click, bound to exactly what was shown.
 
-States: pending → approved → done or failed; pending → denied. Each step is one transaction with its event.
+pending ──▶ approved ──▶ done or failed
+   ├──▶ denied by the operator, cancelled by whoever asked, expired at its instant
+   └──▶ failed, when it cannot be carried out any more
+
+Each step is one transaction with its event.
 """
 
 from __future__ import annotations
@@ -8,81 +12,191 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
-from hive_core.store.bus import APPROVED, EVENTS
+from hive_core.store.bus import EVENTS
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
+
+TOPIC = "approvals"  # published when the instant of an expiry may have changed
+BATCH = 100  # that expire in one transaction
+_BEGINS = {  # end of a step → where it may begin
+    "approved": ("pending",),
+    "denied": ("pending",),
+    "cancelled": ("pending",),
+    "expired": ("pending",),
+    "done": ("approved",),
+    "failed": ("pending", "approved"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Approval:
+    """
+    payload        what will be done, whole; each kind's own: see hive_core/procedures/kinds
+    effect         what that changes, as the card shows it; None where a kind shows nothing beside its payload
+    step           how far it is carried out while it is approved, since step_at_ms
+    proof          of one that is done: "healthy", or "unproven" and why
+    resolved_from  the door that the click came through
+    rule           of the policy, where it passed without a click
+    """
+
     id: int
-    kind: str  # spawn or apply_commit
+    kind: str
     agent: AgentName
     requested_by: AgentName
     reason: str
-    payload: dict[str, Any]  # spawn: {files: {name: text}}; apply_commit: {sha, base, diff}
+    payload: dict[str, Any]
+    effect: dict[str, Any] | None
     digest: str
     state: str
+    step: str | None
+    step_at_ms: int | None
+    proof: str | None
     note: str | None
     requested_at_ms: int
+    expires_at_ms: int
     resolved_at_ms: int | None
     resolved_by: str | None
+    resolved_from: str | None
+    rule: str | None
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def digest_of(kind: str, agent: str, payload: dict[str, Any]) -> str:
-    """What a click is bound to: changes when anything that was shown changes."""
-    whole = json.dumps([kind, agent, payload], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(whole.encode()).hexdigest()
+class Shown(NamedTuple):
+    """What a card shows, and a click is bound to."""
+
+    payload: dict[str, Any]
+    effect: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What somebody asks the operator for."""
+
+    kind: str
+    agent: AgentName
+    requested_by: AgentName
+    reason: str
+    shown: Shown
+
+
+def digest_of(kind: str, agent: str, shown: Shown) -> str:
+    """What a click is bound to: changes when anything that is shown changes."""
+    parts = [kind, agent, shown.payload] + ([] if shown.effect is None else [shown.effect])
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def from_row(row: sqlite3.Row) -> Approval:
-    values = {**dict(row), "payload": json.loads(row["payload"])}
-    return Approval(**values)
+    effect = None if row["effect"] is None else json.loads(row["effect"])
+    return Approval(**{**dict(row), "payload": json.loads(row["payload"]), "effect": effect})
 
 
-def put_request(
-    tx: Transaction, kind: str, agent: AgentName, requested_by: AgentName, reason: str, payload: dict[str, Any]
-) -> int:
+def put_request(tx: Transaction, request: Request, expires_s: float) -> int:
     """Put a card before the operator; the same request while one is open is that card. Returns its id."""
-    digest = digest_of(kind, agent, payload)
+    kind, agent, shown = request.kind, request.agent, request.shown
+    digest = digest_of(kind, agent, shown)
     sql = "SELECT id FROM approvals WHERE kind = ? AND agent = ? AND digest = ? AND state IN ('pending', 'approved')"
     if row := tx.execute(sql, (kind, agent, digest)).fetchone():
         return int(row["id"])
     cursor = tx.execute(
-        "INSERT INTO approvals (kind, agent, requested_by, reason, payload, digest, state, requested_at_ms)"
-        " VALUES (?, ?, ?, ?, ?, ?, 'pending', ?)",
-        (kind, agent, requested_by, reason, json.dumps(payload, ensure_ascii=False), digest, tx.now_ms),
+        "INSERT INTO approvals (kind, agent, requested_by, reason, payload, effect, digest, state, requested_at_ms,"
+        " expires_at_ms) VALUES (?, ?, ?, ?, ?, ?, ?, 'pending', ?, ?)",
+        (
+            kind,
+            agent,
+            request.requested_by,
+            request.reason,
+            *_stored(shown),
+            digest,
+            tx.now_ms,
+            tx.now_ms + int(expires_s * 1000),
+        ),
     )
     assert cursor.lastrowid is not None
-    tx.emit("approval_requested", requested_by, agent, approval=cursor.lastrowid, what=kind)
+    tx.emit("approval_requested", request.requested_by, agent, approval=cursor.lastrowid, what=kind)
+    tx.wake(TOPIC)
     return cursor.lastrowid
 
 
-def settle(tx: Transaction, approval: Approval, state: str, note: str | None, actor: str) -> None:
-    """Move an approval on by one step. Raises Refusal("conflict") when it is not where the step begins."""
-    begins = "approved" if state in ("done", "failed") else "pending"
+def show_again(tx: Transaction, approval: Approval, shown: Shown) -> None:
+    """What would be done is not what was shown: the card shows it, and a click on the card before counts for nothing.
+
+    Raises Refusal("conflict") when the approval is not pending any more.
+    """
+    digest = digest_of(approval.kind, approval.agent, shown)
     changed = tx.execute(
-        "UPDATE approvals SET state = ?, note = coalesce(?, note), resolved_by = coalesce(resolved_by, ?),"
-        " resolved_at_ms = coalesce(resolved_at_ms, ?) WHERE id = ? AND state = ?",
-        (state, note, actor, tx.now_ms, approval.id, begins),
+        "UPDATE approvals SET payload = ?, effect = ?, digest = ? WHERE id = ? AND state = 'pending'",
+        (*_stored(shown), digest, approval.id),
     ).rowcount
     if changed != 1:
-        now = tx.execute("SELECT state FROM approvals WHERE id = ?", (approval.id,)).fetchone()["state"]
-        raise Refusal("conflict", f"cannot set approval {approval.id} to {state}: it is {now}")
-    tx.emit(f"approval_{state}", actor, approval.agent, approval=approval.id, what=approval.kind, note=note)
+        raise _is_elsewhere(tx, approval, "show it anew")
+    tx.emit("approval_changed", approval.requested_by, approval.agent, approval=approval.id, what=approval.kind)
+
+
+def settle(
+    tx: Transaction,
+    approval: Approval,
+    state: str,
+    note: str | None,
+    actor: str,
+    origin: str | None = None,
+    proof: str | None = None,
+) -> None:
+    """Move an approval on. Raises Refusal("conflict") when it is not where the step begins.
+
+    origin: the door that the operator's word came through.
+    """
+    begins = ", ".join(f"'{each}'" for each in _BEGINS[state])
+    changed = tx.execute(
+        f"""
+        UPDATE approvals SET state = ?, proof = ?, step = NULL, step_at_ms = NULL, note = coalesce(?, note),
+          resolved_by = coalesce(resolved_by, ?), resolved_from = coalesce(resolved_from, ?),
+          resolved_at_ms = coalesce(resolved_at_ms, ?)
+        WHERE id = ? AND state IN ({begins})
+        """,
+        (state, proof, note, actor, origin, tx.now_ms, approval.id),
+    ).rowcount
+    if changed != 1:
+        raise _is_elsewhere(tx, approval, f"set it to {state}")
+    told = {"approval": approval.id, "what": approval.kind, "note": note}
+    if origin is not None:
+        told["origin"] = origin
+    tx.emit(f"approval_{state}", actor, approval.agent, None, **told)
+    tx.wake(TOPIC)
+
+
+def note_step(tx: Transaction, approval: Approval, step: str) -> None:
+    """Show how far an approval is carried out."""
+    sql = "UPDATE approvals SET step = ?, step_at_ms = ? WHERE id = ? AND state = 'approved' AND step IS NOT ?"
+    if tx.execute(sql, (step, tx.now_ms, approval.id, step)).rowcount:
+        tx.emit("approval_step", approval.requested_by, approval.agent, approval=approval.id, step=step)
+
+
+def _stored(shown: Shown) -> tuple[str, str | None]:
+    effect = None if shown.effect is None else json.dumps(shown.effect, ensure_ascii=False)
+    return json.dumps(shown.payload, ensure_ascii=False), effect
+
+
+def _is_elsewhere(tx: Transaction, approval: Approval, deed: str) -> Refusal:
+    now = tx.execute("SELECT state FROM approvals WHERE id = ?", (approval.id,)).fetchone()["state"]
+    return Refusal("conflict", f"cannot move approval {approval.id} on ({deed}): it is {now}")
 
 
 class Approvals:
+    """expired: tells whoever asked for one that nobody decided it in time; called in the transaction that ends it."""
+
+    topic = TOPIC
+
     def __init__(self, store: Store) -> None:
         self._store = store
+        self.expired: Callable[[Transaction, Approval], None] = lambda tx, approval: None
 
     async def get(self, approval_id: int) -> Approval:
         """One approval. Raises Refusal("not_found")."""
@@ -93,45 +207,53 @@ class Approvals:
 
     async def pending(self) -> list[Approval]:
         """What waits for the operator, oldest first."""
-        rows = await self._store.rows("SELECT * FROM approvals WHERE state = 'pending' ORDER BY id")
-        return [from_row(row) for row in rows]
-
-    async def recent(self, limit: int = 20) -> list[Approval]:
-        """The newest that are resolved, newest first."""
-        sql = "SELECT * FROM approvals WHERE state != 'pending' ORDER BY id DESC LIMIT ?"
-        return [from_row(row) for row in await self._store.rows(sql, (limit,))]
+        return await self._all("INDEXED BY approvals_pending WHERE state = 'pending' ORDER BY id")
 
     async def approved(self) -> list[Approval]:
         """What is approved and not carried out yet, oldest first."""
-        rows = await self._store.rows("SELECT * FROM approvals WHERE state = 'approved' ORDER BY id")
-        return [from_row(row) for row in rows]
+        return await self._all("INDEXED BY approvals_approved WHERE state = 'approved' ORDER BY id")
 
-    async def approve(self, approval_id: int, shown_digest: str, actor: str) -> Approval:
-        """The operator's click on what was shown; return once it is carried out (done or failed).
+    async def recent(self, limit: int = 20) -> list[Approval]:
+        """The newest that are resolved, newest first."""
+        return await self._all("INDEXED BY approvals_resolved WHERE state != 'pending' ORDER BY id DESC LIMIT ?", limit)
 
-        Idempotent: approving what is approved already waits for the same end. Raises Refusal("conflict") when it
-        was denied, or when what would be done is not what was shown.
-        """
-        approval = await self.get(approval_id)
-        if shown_digest != approval.digest:
-            raise Refusal(
-                "conflict",
-                f"cannot approve {approval_id}: it is not what you were shown; look at it again and approve that",
-            )
-        if approval.state == "denied":
-            raise Refusal("conflict", f"cannot approve {approval_id}: it was denied")
+    async def of(self, agent: AgentName, limit: int = 100) -> list[Approval]:
+        """The newest that are about an agent, newest first."""
+        return await self._all("INDEXED BY approvals_of WHERE agent = ? ORDER BY id DESC LIMIT ?", agent, limit)
 
-        def write(tx: Transaction) -> None:
-            state = tx.execute("SELECT state FROM approvals WHERE id = ?", (approval_id,)).fetchone()["state"]
-            if state in ("pending", "denied"):
-                settle(tx, approval, "approved", None, actor)
-                tx.wake(APPROVED)
-
-        await self._store.write(write)
-        return await self._wait_settled(approval_id)
-
-    async def _wait_settled(self, approval_id: int) -> Approval:
+    async def wait_settled(self, approval_id: int) -> Approval:
+        """An approval once it is not being carried out."""
         with self._store.bus.listen(EVENTS) as listener:
             while (approval := await self.get(approval_id)).state == "approved":
                 await listener.wait()
             return approval
+
+    async def _all(self, clauses: str, *values: object) -> list[Approval]:
+        return [from_row(row) for row in await self._store.rows(f"SELECT * FROM approvals {clauses}", values)]
+
+    # -- the clock's --------------------------------------------------------------------------------------------------
+
+    def fire(self, tx: Transaction) -> None:
+        """End what nobody decided in time. What was asked for at an instant that the clock has still to reach, so
+        before it was set back, waits as long as ever from now."""
+        tx.execute(_SET_BACK, {"now": tx.now_ms})
+        for row in tx.execute(_OVER, (tx.now_ms, BATCH)).fetchall():
+            approval = from_row(row)
+            settle(tx, approval, "expired", None, "system")
+            self.expired(tx, approval)
+
+    def next_after(self, tx: Transaction) -> int | None:
+        sql = "SELECT min(expires_at_ms) FROM approvals INDEXED BY approvals_expiring WHERE state = 'pending'"
+        at: int | None = tx.execute(sql).fetchone()[0]
+        return at
+
+
+_SET_BACK = """
+    UPDATE approvals INDEXED BY approvals_pending
+    SET expires_at_ms = expires_at_ms - requested_at_ms + :now, requested_at_ms = :now
+    WHERE state = 'pending' AND requested_at_ms > :now
+"""
+_OVER = """
+    SELECT * FROM approvals INDEXED BY approvals_expiring
+    WHERE state = 'pending' AND expires_at_ms <= ? ORDER BY expires_at_ms, id LIMIT ?
+"""

@@ -163,6 +163,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             repos,
             deployments,
             _templates(config),
+            config,
             default_program=config.default_program,
             default_model=config.default_model,
         )
@@ -313,7 +314,7 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
     page = listen_dashboard(config)
     hive.dashboard_port = page.getsockname()[1]
     admin = listen_unix(Path(host_socket(str(config.runtime_dir))), 0o660)
-    timers: list[Timer] = [Rests(hive.broker.limits), hive.questions, hive.reminders, hive.schedules]
+    timers: list[Timer] = [Rests(hive.broker.limits), hive.questions, hive.reminders, hive.schedules, hive.approvals]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(serve_unix, admin, AdminDesk(hive).serve)
         nursery.start_soon(partial(serve_asgi, build_app(hive), page, stopping=hive.stopping))

@@ -121,6 +121,9 @@ class Limits(BaseModel):
     snapshots_bytes: Annotated[
         int, Field(ge=1, lt=2**62, description="what an agent's snapshots may take of the disk, and each of them alone")
     ] = 4 * 1024**3
+    approval_ttl_s: Annotated[Seconds, Field(description="how long a request waits for the operator's word")] = (
+        7 * 24 * 3600.0
+    )
     question_ttl_s: Annotated[Seconds, Field(description="how long a question waits for its answer")] = 6 * 3600.0
     kept_s: Annotated[Seconds, Field(description="how long an acked message is kept")] = 30 * 24 * 3600.0
     history_kept_s: Annotated[

@@ -136,6 +136,10 @@ class Repos:
         async with self._fetching:
             return await _in_thread(self._fetch, name, sha)
 
+    async def look_again(self, name: AgentName, sha: CommitSha) -> Proposal:
+        """What was fetched before, held against what the agent runs now. Raises Refusal as `fetch` does."""
+        return await _in_thread(self._look_again, name, sha)
+
     async def read(self, name: AgentName, sha: CommitSha) -> dict[str, Any]:
         """The harness settings that a commit of the applied repository holds."""
         return await _in_thread(self._read, name, sha)
@@ -257,6 +261,10 @@ class Repos:
                     "refused",
                     f"cannot fetch {sha} from the configuration of {name}: {_reason(exc)}; commit it first",
                 ) from None
+            return self._check(repo, name, sha)
+
+    def _look_again(self, name: AgentName, sha: CommitSha) -> Proposal:
+        with self._open(name) as repo:
             return self._check(repo, name, sha)
 
     def _check(self, repo: git.Repo, name: AgentName, sha: CommitSha) -> Proposal:

@@ -119,7 +119,7 @@ class Services:
             sql = "SELECT DISTINCT recipient FROM deliveries WHERE state = 'queued' AND available_at_ms <= ?"
             for row in tx.execute(sql, (tx.now_ms,)).fetchall():
                 tx.wake(mail(row[0]))
-            for timer in (self.questions, self.reminders, self.schedules):
+            for timer in (self.questions, self.reminders, self.schedules, self.approvals):
                 timer.fire(tx)
 
         await self.store.write(write)
@@ -173,6 +173,7 @@ async def open_services(
             repos,
             deployments(store, repos),
             templates,
+            limits or Limits(),
             default_program="rehearsal",
             default_model="sonnet",
         )

@@ -1,19 +1,25 @@
 """The gate: nothing changes without a commit and a click.
 
 A request becomes a card; approve is one transaction; carrying it out is a step of its own that can be done again, so
-a daemon that dies in between finishes it when it starts. Whoever asked is told of every end.
+a daemon that dies in between finishes it when it starts. Whoever asked is told of every end. What the kinds of changes
+do is in kinds/.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from jinja2 import Environment
 
-from hive_core.agents import Agents, check_free, set_deployed
-from hive_core.approvals import Approval, Approvals, digest_of, put_request, settle
-from hive_core.post import no_room, put_message
-from hive_core.procedures.deployments import Change, Deployments
+from hive_core.agents import Agents, set_deployed
+from hive_core.approvals import Approval, Approvals, note_step, settle, show_again
+from hive_core.limits import Limits
+from hive_core.post import put_message
+from hive_core.procedures.deployments import Deployments
+from hive_core.procedures.kinds.apply_commit import ApplyCommit
+from hive_core.procedures.kinds.kind import Asking, Kind
+from hive_core.procedures.kinds.spawn import Spawn
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import quoted
 from hive_core.protocol.words import (
@@ -21,7 +27,6 @@ from hive_core.protocol.words import (
     MANAGER,
     NOTE_LIMIT_BYTES,
     OPERATOR,
-    PERSONA_LIMIT_BYTES,
     SYSTEM,
     AgentName,
     CommitSha,
@@ -34,9 +39,13 @@ from hive_core.store.door import Store
 from hive_core.store.schema import StoreError
 from hive_core.store.writer import Transaction
 from hive_core.systems import note_deployed
-from hive_core.tool_calls import first_answer, once
 
 log = logging.getLogger(__name__)
+_OTHER_ENDS = {
+    "denied": "it was denied",
+    "cancelled": "whoever asked for it took it back",
+    "expired": "it has expired; let it be asked for again",
+}
 
 
 class Gate:
@@ -48,6 +57,7 @@ class Gate:
         repos: Repos,
         deployments: Deployments,
         templates: Environment,
+        limits: Limits,
         *,
         default_program: str,
         default_model: str,
@@ -57,10 +67,21 @@ class Gate:
         self._approvals = approvals
         self._repos = repos
         self._deployments = deployments
-        self._templates = templates
         self._mended: dict[AgentName, str] = {}  # the commit of each agent that was looked at
         self._unmended: set[AgentName] = set()  # of whom that failed
-        self._defaults = {"program": default_program, "model": default_model}
+        asking = Asking(store, limits.approval_ttl_s)
+        self.spawn = Spawn(
+            asking,
+            agents,
+            repos,
+            deployments,
+            templates,
+            default_program=default_program,
+            default_model=default_model,
+        )
+        self.apply_commit = ApplyCommit(asking, agents, repos, deployments)
+        self.kinds: Mapping[str, Kind] = {each.kind: each for each in (self.spawn, self.apply_commit)}
+        approvals.expired = self._tell_expired
 
     async def ensure_manager(self, prompt: str) -> None:
         """Create hm1nd if it is missing: the one agent that needs no approval, since it asks for all others."""
@@ -74,7 +95,7 @@ class Gate:
             log.error("the repositories of %s are not as they should be: %s", MANAGER, exc)
 
     async def _create_manager(self, prompt: str) -> None:
-        sha = await self._repos.create(MANAGER, self._files(MANAGER, "manages this hive", prompt))
+        sha = await self._repos.create(MANAGER, self.spawn.files(MANAGER, "manages this hive", prompt))
         settings = await self._repos.read(MANAGER, sha)
 
         def write(tx: Transaction) -> None:
@@ -84,77 +105,106 @@ class Gate:
 
         await self._store.write(write)
 
-    async def request_spawn(
-        self,
-        requested_by: AgentName,
-        name: AgentName,
-        given_persona: object,
-        given_reason: object,
-        key: str | None = None,
-    ) -> dict[str, int]:
-        """Ask for a new agent; `{"approval": id}`. Raises Refusal when the name is taken or a text is malformed."""
-        persona = parse_text(given_persona, "persona", PERSONA_LIMIT_BYTES - 2048)
-        reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
-        prompt = self._templates.get_template("CLAUDE.md.j2").render(name=name, persona=persona)
-        payload = {"files": self._files(name, "", prompt)}
+    # -- the operator's word ------------------------------------------------------------------------------------------
 
-        def ask(tx: Transaction) -> dict[str, int]:
-            check_free(tx, name, "ask for")
-            digest = digest_of("spawn", name, payload)
-            sql = """
-                SELECT id FROM approvals
-                WHERE kind = 'spawn' AND agent = ? AND state IN ('pending', 'approved') AND digest != ?
-            """
-            if row := tx.execute(sql, (name, digest)).fetchone():
-                raise Refusal("refused", f"cannot ask for {name}: approval {row['id']} asks for it already and waits")
-            if tx.short:
-                raise no_room(f"ask for {name}")
-            return {"approval": put_request(tx, "spawn", name, requested_by, reason, payload)}
+    async def approve(self, approval_id: int, shown_digest: str, actor: str, origin: str | None = None) -> Approval:
+        """The operator's click on what was shown; return once it is carried out (done or failed).
 
-        return await self._store.write(lambda tx: once(tx, requested_by, key, "request_spawn", lambda: ask(tx)))
+        Idempotent: approving what is approved already waits for the same end. Raises Refusal("conflict") when it was
+        decided otherwise, or when what would be done is not what was shown: the card shows it then. Cancelling it
+        takes no click back.
 
-    async def request_apply_commit(
-        self, requested_by: AgentName, name: AgentName, sha: CommitSha, given_reason: object, key: str | None = None
-    ) -> dict[str, int]:
-        """Ask to run an agent on a commit of its proposed repository; `{"approval": id}`.
-
-        The commit is fetched and checked first: a request that cannot be deployed leaves no approval.
+        origin: the door that the click came through.
         """
-        reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
-        await self._agents.get(name)
-        tool = f"request_apply_commit {name} {sha}"
-        answer = await self._store.write(lambda tx: first_answer(tx, requested_by, key, tool))
-        if answer is None:
-            proposal = await self._repos.fetch(name, sha)
-            await self._deployments.check(name, proposal)
-            payload = {"sha": proposal.sha, "base": proposal.base, "diff": proposal.diff}
+        approval = await self._approvals.get(approval_id)
+        cannot = f"cannot approve {approval_id}"
+        if shown_digest != approval.digest:
+            raise Refusal("conflict", f"{cannot}: it is not what you were shown; look at it again and approve that")
+        if approval.state == "pending":
+            await self._insist_that_it_is_as_shown(approval)
 
-            def ask(tx: Transaction) -> dict[str, int]:
-                if tx.short:
-                    raise no_room(f"ask for a commit of {name}")
-                return {"approval": put_request(tx, "apply_commit", name, requested_by, reason, payload)}
+        def write(tx: Transaction) -> None:
+            row = tx.execute("SELECT state, digest FROM approvals WHERE id = ?", (approval_id,)).fetchone()
+            if row["digest"] != shown_digest:
+                raise Refusal("conflict", f"{cannot}: it is not what you were shown; look at it again and approve that")
+            if row["state"] in _OTHER_ENDS:
+                raise Refusal("conflict", f"{cannot}: {_OTHER_ENDS[row['state']]}")
+            if row["state"] == "pending":
+                settle(tx, approval, "approved", None, actor, origin)
+                tx.wake(APPROVED)
 
-            answer = await self._store.write(lambda tx: once(tx, requested_by, key, tool, lambda: ask(tx)))
-        await self._repos.tag(name, f"proposal/{answer['approval']}", sha)
-        return answer
+        await self._store.write(write)
+        return await self._approvals.wait_settled(approval_id)
 
-    async def deny(self, approval_id: int, given_reason: object, actor: str) -> Approval:
+    async def _insist_that_it_is_as_shown(self, approval: Approval) -> None:
+        """Raise Refusal when what would be done now is not what the card shows, and let the card show it."""
+        try:
+            shown = await self.kinds[approval.kind].show_now(approval)
+        except Refusal as refusal:
+            if refusal.code == "unavailable":  # later it may be possible
+                raise
+            message = refusal.message
+            await self._store.write(lambda tx: self._end(tx, approval, "failed", message, SYSTEM))
+            await self._close(approval)
+            raise Refusal("conflict", f"cannot approve {approval.id} any more: {message}") from None
+        if shown != (approval.payload, approval.effect):
+            await self._store.write(lambda tx: show_again(tx, approval, shown))
+            why = f"{approval.agent} was changed meanwhile, and it would do something else than you were shown"
+            raise Refusal("conflict", f"cannot approve {approval.id}: {why}; look at it again and approve that")
+
+    async def deny(self, approval_id: int, given_reason: object, actor: str, origin: str | None = None) -> Approval:
         """The operator's no, with the reason that the requester reads. Denying twice is fine."""
         reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
+        return await self._withdraw(approval_id, "denied", reason, actor, origin)
+
+    async def cancel(self, approval_id: int, given_reason: object, actor: AgentName) -> Approval:
+        """Take a request back that nobody decided yet; whoever made it may, and nobody else. Twice is fine.
+
+        Raises Refusal: "not_found", also for somebody else's, and "conflict" for one that was decided.
+        """
+        reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
+        if (await self._approvals.get(approval_id)).requested_by != actor:
+            raise Refusal("not_found", f"cannot cancel approval {approval_id}: you have not asked for it")
+        return await self._withdraw(approval_id, "cancelled", reason, actor, None)
+
+    async def _withdraw(self, approval_id: int, end: str, reason: str, actor: str, origin: str | None) -> Approval:
         approval = await self._approvals.get(approval_id)
-        if approval.state != "denied":
+        if approval.state != end:
 
             def write(tx: Transaction) -> None:
-                sql = "SELECT 1 FROM approvals WHERE id = ? AND state = 'denied'"
-                if tx.execute(sql, (approval_id,)).fetchone() is None:
-                    settle(tx, approval, "denied", reason, actor)
-                    _tell(tx, approval, "denied", reason)
+                sql = "SELECT 1 FROM approvals WHERE id = ? AND state = ?"
+                if tx.execute(sql, (approval_id, end)).fetchone() is None:
+                    self._end(tx, approval, end, reason, actor, origin)
 
             await self._store.write(write)
-            if approval.kind == "apply_commit":
-                sha = CommitSha(approval.payload["sha"])
-                await self._repos.tag(approval.agent, f"denied/{approval_id}", sha, reason)
+            await self._close(approval)
         return await self._approvals.get(approval_id)
+
+    def _end(
+        self, tx: Transaction, approval: Approval, end: str, note: str | None, actor: str, origin: str | None = None
+    ) -> None:
+        """Move an approval to its end, and tell whoever asked for it."""
+        settle(tx, approval, end, note, actor, origin)
+        self._tell(tx, approval, end, note)
+
+    def _tell_expired(self, tx: Transaction, approval: Approval) -> None:
+        self._tell(tx, approval, "expired", "nobody decided it in time; ask again if it is still wanted")
+
+    def _tell(self, tx: Transaction, approval: Approval, end: str, reason: str | None) -> None:
+        """One message to whoever asked, unless the operator did, or took it back himself."""
+        if approval.requested_by == OPERATOR or end == "cancelled":
+            return
+        text = f"approval_resolved: approval {approval.id}, {self.kinds[approval.kind].title(approval)}: {end}."
+        if reason:
+            # What failed is told in words of libraries, which quote what agents wrote.
+            text += f" The reason: {quoted(reason) if end == 'failed' else reason}"
+        put_message(tx, SYSTEM, approval.requested_by, parse_body(text[: INLINE_LIMIT_BYTES // 4]))
+
+    async def _close(self, approval: Approval) -> None:
+        """What a kind does about an approval of which nothing is to be done any more."""
+        await self.kinds[approval.kind].closed(await self._approvals.get(approval.id))
+
+    # -- carrying out -------------------------------------------------------------------------------------------------
 
     async def serve(self) -> None:
         """Carry out what is approved, also what was approved before the daemon started; and mend between two of those
@@ -208,11 +258,18 @@ class Gate:
         return done
 
     async def _carry_out(self, approval: Approval) -> None:
+        async def step(word: str) -> None:
+            await self._store.insist(lambda tx: note_step(tx, approval, word))
+
         try:
-            if approval.kind == "spawn":
-                await self._spawn(approval)
-            else:
-                await self._apply(approval)
+            done = await self.kinds[approval.kind].carry_out(approval, step)
+
+            def write(tx: Transaction) -> None:
+                done.write(tx)
+                settle(tx, approval, "done", None, SYSTEM, proof=done.proof)
+                self._tell(tx, approval, "approved", None)
+
+            await self._store.insist(write)
         except StoreError:
             raise
         except Exception as exc:
@@ -220,54 +277,5 @@ class Gate:
             reason = str(exc) if isinstance(exc, Refusal | OSError) else f"{type(exc).__name__}: {exc}"
             log.warning("approval %d of %s failed: %s", approval.id, approval.agent, reason)
             self._mended.pop(approval.agent, None)
-
-            def fail(tx: Transaction) -> None:
-                settle(tx, approval, "failed", reason, SYSTEM)
-                # What failed is told in words of libraries, which quote what agents wrote.
-                _tell(tx, approval, "failed", quoted(reason))
-
-            await self._store.insist(fail)
-
-    async def _spawn(self, approval: Approval) -> None:
-        # What an earlier try left behind under this name began with other files than the card shows.
-        sha = await self._repos.create(approval.agent, approval.payload["files"], replace=True)
-        deployed = await self._deployments.carry_out(Change(approval.agent, approval.id, sha, None))
-        welcome = self._templates.get_template("welcome.j2").render(approval=approval, reason=quoted(approval.reason))
-
-        def write(tx: Transaction) -> None:
-            self._agents.create(tx, approval.agent, approval.requested_by)
-            note_deployed(tx, approval.agent, sha, deployed)
-            put_message(tx, SYSTEM, approval.agent, parse_body(welcome))
-            settle(tx, approval, "done", None, SYSTEM)
-            _tell(tx, approval, "approved", None)
-
-        await self._store.insist(write)
-
-    async def _apply(self, approval: Approval) -> None:
-        sha, base = CommitSha(approval.payload["sha"]), CommitSha(approval.payload["base"])
-        deployed = await self._deployments.carry_out(Change(approval.agent, approval.id, sha, base))
-
-        def write(tx: Transaction) -> None:
-            note_deployed(tx, approval.agent, sha, deployed)
-            settle(tx, approval, "done", None, SYSTEM)
-            _tell(tx, approval, "approved", None)
-
-        await self._store.insist(write)
-
-    def _files(self, name: AgentName, description: str, prompt: str) -> dict[str, str]:
-        toml = self._templates.get_template("agent.toml.j2").render(**self._defaults, description=description)
-        return {"agent.toml": toml, "CLAUDE.md": prompt, **self._deployments.files(name, description)}
-
-
-def _tell(tx: Transaction, approval: Approval, end: str, reason: str | None) -> None:
-    """One message to whoever asked, unless the operator did."""
-    if approval.requested_by == OPERATOR:
-        return
-    what = {
-        "spawn": f"the new agent {approval.agent}",
-        "apply_commit": f"commit {approval.payload.get('sha', '')} for {approval.agent}",
-    }[approval.kind]
-    text = f"approval_resolved: approval {approval.id}, {what}: {end}."
-    if reason:
-        text += f" The reason: {reason}"
-    put_message(tx, SYSTEM, approval.requested_by, parse_body(text[: INLINE_LIMIT_BYTES // 4]))
+            await self._store.insist(lambda tx: self._end(tx, approval, "failed", reason, SYSTEM))
+            await self._close(approval)

@@ -30,7 +30,6 @@ from hive_core.protocol.words import (
     AgentName,
     parse_agent_name,
     parse_body,
-    parse_commit_sha,
     parse_id,
     parse_recipients,
     parse_text,
@@ -38,6 +37,7 @@ from hive_core.protocol.words import (
 )
 from hive_core.questions import parse_answer
 from hive_core.schedules import parse_plan
+from hive_core.sockets.admin_approvals import approval_verbs, caller_uid
 from hive_core.sockets.admin_credentials import credential_streams, credential_verbs
 from hive_core.sockets.admin_snapshots import snapshot_verbs
 from hive_core.sockets.admin_spend import spend_verbs
@@ -88,18 +88,13 @@ class AdminDesk:
             "schedule_remove": (partial(self._schedule_move, "remove"), {"schedule"}),
             "schedule_run": (self._schedule_run, {"schedule", "key"}),
             "loose_ends": (self._loose_ends, {"agent"}),
-            "request_spawn": (self._request_spawn, {"agent", "persona", "reason"}),
-            "request_apply_commit": (self._request_apply_commit, {"agent", "sha", "reason"}),
-            "pending": (self._pending, set()),
-            "show": (self._show, {"approval"}),
-            "approve": (self._approve, {"approval", "digest"}),
-            "deny": (self._deny, {"approval", "reason"}),
             "start": (partial(self._want, "up"), {"agent"}),
             "pause": (partial(self._want, "paused"), {"agent"}),
             "estop": (self._estop, set()),
             "thaw": (self._thaw, set()),
             "kill": (self._kill, {"agent"}),
             "dashboard": (self._dashboard, set()),
+            **approval_verbs(hive),
             **credential_verbs(hive),
             **snapshot_verbs(hive),
             **spend_verbs(hive),
@@ -117,6 +112,7 @@ class AdminDesk:
 
     async def serve(self, stream: Connection) -> None:
         """Answer one client until it hangs up."""
+        caller_uid.set(stream.peer_uid())
         lines = Lines(stream, LINE_LIMIT_BYTES)
         while (request := await lines.next()) is not None:
             try:
@@ -305,32 +301,8 @@ class AdminDesk:
             return await self._hive.loose_ends.of(OPERATOR)
         return await self._hive.loose_ends.of((await self._hive.agents.get(parse_agent_name(args["agent"]))).name)
 
-    async def _request_spawn(self, args: Args) -> Any:
-        name = parse_agent_name(args.get("agent"))
-        return await self._hive.gate.request_spawn(OPERATOR, name, args.get("persona"), args.get("reason"))
-
-    async def _request_apply_commit(self, args: Args) -> Any:
-        name, sha = parse_agent_name(args.get("agent")), parse_commit_sha(args.get("sha"))
-        return await self._hive.gate.request_apply_commit(OPERATOR, name, sha, args.get("reason"))
-
     async def _inbox(self, args: Args) -> Any:
         return {"messages": await self._hive.broker.messages.inbox(_limit(args))}
-
-    async def _pending(self, _: Args) -> Any:
-        return {"approvals": [approval.to_wire() for approval in await self._hive.approvals.pending()]}
-
-    async def _show(self, args: Args) -> Any:
-        return (await self._hive.approvals.get(parse_id(args.get("approval"), "an approval"))).to_wire()
-
-    async def _approve(self, args: Args) -> Any:
-        approval_id, digest = parse_id(args.get("approval"), "an approval"), args.get("digest")
-        if not isinstance(digest, str):
-            raise Refusal("usage", "cannot approve without the digest of what was shown; `show` gives it")
-        return (await self._hive.approvals.approve(approval_id, digest, OPERATOR)).to_wire()
-
-    async def _deny(self, args: Args) -> Any:
-        approval_id, reason = parse_id(args.get("approval"), "an approval"), args.get("reason")
-        return (await self._hive.gate.deny(approval_id, reason, OPERATOR)).to_wire()
 
     async def _want(self, wanted: str, args: Args) -> Any:
         name = parse_agent_name(args.get("agent"))

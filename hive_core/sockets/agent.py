@@ -275,7 +275,7 @@ class AgentDesk:
     )
     async def request_spawn(self, given: forms.SpawnArguments, key: Key) -> Result:
         name = parse_agent_name(given.name)
-        return await self._gate.request_spawn(self.name, name, given.persona, given.reason, key)
+        return await self._gate.spawn.request(self.name, name, given.persona, given.reason, key)
 
     @_tool(
         "Ask the operator to run an agent on a commit you made in /agents/AGENT/config.",
@@ -286,7 +286,7 @@ class AgentDesk:
     )
     async def request_apply_commit(self, given: forms.ApplyArguments, key: Key) -> Result:
         name, sha = parse_agent_name(given.agent), parse_commit_sha(given.sha)
-        return await self._gate.request_apply_commit(self.name, name, sha, given.reason, key)
+        return await self._gate.apply_commit.request(self.name, name, sha, given.reason, key)
 
     @_tool(
         "Stop an agent now. It stays down until the operator starts it.",

@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from hive_core.approvals import Approval, settle
+from hive_core.approvals import Approval, Shown, settle, show_again
 from hive_core.commit_contents import FILE_LIMIT_BYTES
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import PERSONA_LIMIT_BYTES, AgentName, CommitSha
@@ -56,7 +56,7 @@ async def serving(hive: Services) -> AsyncIterator[None]:
 
 async def approve(hive: Services, number: int) -> Approval:
     card = await hive.approvals.get(number)
-    return await hive.approvals.approve(number, card.digest, "operator")
+    return await hive.gate.approve(number, card.digest, "operator")
 
 
 async def click_and_die(hive: Services, number: int) -> None:
@@ -66,7 +66,7 @@ async def click_and_die(hive: Services, number: int) -> None:
 
 
 async def ask_for_argus(hive: Services, persona: str = "You watch.", **more: Any) -> int:
-    return (await hive.gate.request_spawn(HM1ND, ARGUS, persona, "we need eyes", **more))["approval"]
+    return (await hive.gate.spawn.request(HM1ND, ARGUS, persona, "we need eyes", **more))["approval"]
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ async def hive(tmp_path: Path) -> AsyncIterator[Services]:
 @pytest.fixture
 async def iris(hive: Services) -> Checkout:
     """iris with her repositories; her proposed one."""
-    number = (await hive.gate.request_spawn(AgentName("operator"), IRIS, "You read.", "a reader"))["approval"]
+    number = (await hive.gate.spawn.request(AgentName("operator"), IRIS, "You read.", "a reader"))["approval"]
     async with serving(hive):
         assert (await approve(hive, number)).state == "done"
     return Checkout(hive.repos.proposed_dir / "iris" / "config")
@@ -133,7 +133,7 @@ async def test_a_persona_of_just_the_limit_can_be_deployed(hive: Services) -> No
     async with serving(hive):
         assert (await approve(hive, number)).state == "done"
     with refused("cannot take the persona: it has"):
-        await hive.gate.request_spawn(HM1ND, IRIS, "x" * (PERSONA_LIMIT_BYTES - 2047), "r")
+        await hive.gate.spawn.request(HM1ND, IRIS, "x" * (PERSONA_LIMIT_BYTES - 2047), "r")
 
 
 async def test_deny_makes_nothing_and_tells_who_asked_why(hive: Services) -> None:
@@ -183,18 +183,18 @@ async def test_on_a_full_disk_nothing_new_is_asked_for_and_what_was_asked_is_dec
     number = await ask_for_argus(hive, key="k")
     hive.set_full(True)
     with pytest.raises(Refusal, match="cannot ask for damocles: no space is left"):
-        await hive.gate.request_spawn(HM1ND, AgentName("damocles"), "p", "r")
+        await hive.gate.spawn.request(HM1ND, AgentName("damocles"), "p", "r")
     with pytest.raises(Refusal, match="cannot ask for a commit of iris: no space is left"):
-        await hive.gate.request_apply_commit(HM1ND, IRIS, iris.commit(CLAUDE__md="Read more."), "r")
+        await hive.gate.apply_commit.request(HM1ND, IRIS, iris.commit(CLAUDE__md="Read more."), "r")
     assert await ask_for_argus(hive, key="k") == number
     assert (await hive.gate.deny(number, "not now", "operator")).state == "denied"
 
 
 async def test_an_agent_that_exists_is_not_asked_for_again(hive: Services, iris: Checkout) -> None:
     with refused("an agent of that name exists"):
-        await hive.gate.request_spawn(HM1ND, IRIS, "p", "r")
+        await hive.gate.spawn.request(HM1ND, IRIS, "p", "r")
     with refused("an agent of that name exists"):
-        await hive.gate.request_spawn(HM1ND, HM1ND, "p", "r")
+        await hive.gate.spawn.request(HM1ND, HM1ND, "p", "r")
 
 
 async def test_a_click_on_something_else_than_what_is_there_is_refused(hive: Services) -> None:
@@ -203,7 +203,7 @@ async def test_a_click_on_something_else_than_what_is_there_is_refused(hive: Ser
     await hive.sql("UPDATE approvals SET digest = 'moved'")
     for digest in (stale, "", "f" * 64):
         with refused("not what you were shown", "conflict"):
-            await hive.approvals.approve(number, digest, "operator")
+            await hive.gate.approve(number, digest, "operator")
     assert (await hive.approvals.get(number)).state == "pending"
 
 
@@ -271,7 +271,7 @@ async def test_a_daemon_that_died_with_half_a_repository_finishes_it_when_it_sta
 async def test_a_name_whose_first_try_failed_gets_what_the_second_card_showed(tmp_path: Path) -> None:
     async with open_services(tmp_path, ports=range(8100, 8101)) as hive, serving(hive):
         await hive.gate.ensure_manager("You manage.")
-        await hive.gate.request_spawn(HM1ND, IRIS, "You read.", "r")
+        await hive.gate.spawn.request(HM1ND, IRIS, "You read.", "r")
         await approve(hive, 1)
         failed = await approve(hive, await ask_for_argus(hive, "You are harmless."))
         assert (failed.state, "ports" in (failed.note or "")) == ("failed", True)
@@ -292,7 +292,7 @@ async def test_a_repository_that_cannot_be_made_fails_the_approval_and_not_the_d
         failed = await approve(hive, number)
         assert failed.state == "failed"
         assert failed.note
-        await hive.gate.request_spawn(HM1ND, IRIS, "You read.", "r")
+        await hive.gate.spawn.request(HM1ND, IRIS, "You read.", "r")
         assert (await approve(hive, number + 1)).state == "done"
 
 
@@ -300,7 +300,7 @@ async def test_a_repository_that_cannot_be_made_fails_the_approval_and_not_the_d
 
 
 async def ask_for(hive: Services, sha: str, **more: Any) -> int:
-    return (await hive.gate.request_apply_commit(HM1ND, IRIS, CommitSha(sha), "a better model", **more))["approval"]
+    return (await hive.gate.apply_commit.request(HM1ND, IRIS, CommitSha(sha), "a better model", **more))["approval"]
 
 
 async def test_the_first_configuration_is_tagged_from_the_start(hive: Services, iris: Checkout) -> None:
@@ -374,7 +374,9 @@ async def test_a_request_sent_again_gets_the_first_answer_even_after_its_end(hiv
     assert await hive.approvals.pending() == []
 
 
-async def test_a_change_whose_base_has_moved_fails_with_the_reason(hive: Services, iris: Checkout) -> None:
+async def test_a_change_that_is_beside_what_was_deployed_meanwhile_fails_at_the_click_with_the_reason(
+    hive: Services, iris: Checkout
+) -> None:
     first = iris.head()
     one = await ask_for(hive, iris.commit(agent__toml=TOML))
     iris.git("reset", "-q", "--hard", first)
@@ -382,12 +384,101 @@ async def test_a_change_whose_base_has_moved_fails_with_the_reason(hive: Service
     other = await ask_for(hive, sha)
     async with serving(hive):
         assert (await approve(hive, one)).state == "done"
-        failed = await approve(hive, other)
+        with refused(f"cannot approve {other} any more: cannot apply {sha[:12]}: it is not based on", "conflict"):
+            await approve(hive, other)
+    failed = await hive.approvals.get(other)
     assert failed.state == "failed"
-    assert f"not {first[:12]}" in (failed.note or "")
+    assert "which iris runs; rebase it" in (failed.note or "")
     assert 'failed. The reason: "cannot apply' in (await mail_of(hive, "hm1nd"))[-1]
     assert (await hive.agents.get("iris")).deployed_sha == (await hive.approvals.get(one)).payload["sha"]
     assert f"deployed/{other}" not in tags(hive)
+
+
+async def test_a_change_on_top_of_one_that_was_deployed_meanwhile_is_shown_anew_before_it_can_be_approved(
+    hive: Services, iris: Checkout
+) -> None:
+    one = await ask_for(hive, iris.commit(agent__toml=TOML))
+    two = await ask_for(hive, iris.commit(CLAUDE__md="Read slowly.\n"))
+    before = await hive.approvals.get(two)
+    assert "agent.toml" in before.payload["diff"]
+    async with serving(hive):
+        await approve(hive, one)
+        with refused(f"cannot approve {two}: iris was changed meanwhile, .* look at it again", "conflict"):
+            await approve(hive, two)
+        with refused(f"cannot approve {two}: it is not what you were shown", "conflict"):
+            await hive.gate.approve(two, before.digest, "operator")
+        after = await hive.approvals.get(two)
+        assert (after.state, after.payload["base"]) == ("pending", (await hive.approvals.get(one)).payload["sha"])
+        assert "agent.toml" not in after.payload["diff"]
+        assert (await approve(hive, two)).state == "done"
+    assert [kind for kind in await hive.kinds() if kind == "approval_changed"] == ["approval_changed"]
+
+
+async def test_a_card_that_changes_between_the_look_and_the_click_is_not_approved(
+    hive: Services, iris: Checkout
+) -> None:
+    number = await ask_for(hive, iris.commit(agent__toml=TOML))
+    card = await hive.approvals.get(number)
+    look = hive.gate.apply_commit.show_now
+
+    async def look_and_change(approval: Approval) -> Shown:
+        shown = await look(approval)
+        other = Shown({**card.payload, "diff": "another"})
+        await hive.store.write(lambda tx: show_again(tx, card, other))
+        return shown
+
+    hive.gate.apply_commit.show_now = look_and_change  # type: ignore[method-assign]
+    async with serving(hive):
+        with refused("it is not what you were shown", "conflict"):
+            await approve(hive, number)
+    assert (await hive.approvals.get(number)).state == "pending"
+
+
+async def test_whoever_asked_can_take_it_back_and_nobody_else_can(hive: Services, iris: Checkout) -> None:
+    number = await ask_for(hive, iris.commit(agent__toml=TOML))
+    with refused(f"cannot cancel approval {number}: you have not asked for it", "not_found"):
+        await hive.gate.cancel(number, "no", IRIS)
+    assert (await hive.gate.cancel(number, "a better one comes", HM1ND)).state == "cancelled"
+    assert (await hive.gate.cancel(number, "again", HM1ND)).note == "a better one comes"
+    with refused("whoever asked for it took it back", "conflict"):
+        await approve(hive, number)
+    with refused("it is cancelled", "conflict"):
+        await hive.gate.deny(number, "no", "operator")
+    assert not [body for body in await mail_of(hive, "hm1nd") if f"approval {number}," in body]
+
+
+async def test_what_nobody_decides_expires_and_its_asker_is_told(hive: Services, iris: Checkout) -> None:
+    number = await ask_for(hive, iris.commit(agent__toml=TOML))
+    card = await hive.approvals.get(number)
+    assert card.expires_at_ms == card.requested_at_ms + 7 * 86_400_000
+    await hive.let_time_pass(6 * 86_400.0)
+    assert (await hive.approvals.get(number)).state == "pending"
+    await hive.let_time_pass(86_400.0)
+    assert (await hive.approvals.get(number)).state == "expired"
+    assert "expired. The reason: nobody decided it in time" in (await mail_of(hive, "hm1nd"))[-1]
+    with refused("it has expired", "conflict"):
+        await approve(hive, number)
+
+
+async def test_a_request_of_an_instant_that_the_clock_has_still_to_reach_waits_as_long_as_ever(
+    hive: Services, iris: Checkout
+) -> None:
+    number = await ask_for(hive, iris.commit(agent__toml=TOML))
+    await hive.let_time_pass(-90 * 86_400.0)
+    card = await hive.approvals.get(number)
+    assert card.requested_at_ms <= hive.now_ms()
+    assert card.expires_at_ms == card.requested_at_ms + 7 * 86_400_000
+
+
+async def test_a_click_is_recorded_with_who_when_and_from_where(hive: Services, iris: Checkout) -> None:
+    number = await ask_for(hive, iris.commit(agent__toml=TOML))
+    card = await hive.approvals.get(number)
+    async with serving(hive):
+        done = await hive.gate.approve(number, card.digest, "operator", "the dashboard, 127.0.0.1")
+        again = await hive.gate.approve(number, card.digest, "operator", "host.sock, uid 0")
+    assert (done.resolved_by, done.resolved_from) == ("operator", "the dashboard, 127.0.0.1")
+    assert done.resolved_at_ms is not None
+    assert again == done
 
 
 async def test_an_older_configuration_does_not_come_back(hive: Services, iris: Checkout) -> None:
@@ -412,7 +503,7 @@ async def test_a_change_whose_daemon_died_after_the_click_is_finished(tmp_path: 
         state.mkdir()
         async with open_services(state) as hive, serving(hive):
             await hive.gate.ensure_manager("You manage.")
-            await hive.gate.request_spawn(HM1ND, IRIS, "You read.", "r")
+            await hive.gate.spawn.request(HM1ND, IRIS, "You read.", "r")
             await approve(hive, 1)
             iris = Checkout(state / "proposed" / "iris" / "config")
             first, sha = iris.head(), iris.commit(agent__toml=TOML)
@@ -441,7 +532,7 @@ async def test_a_lock_that_a_killed_git_left_fails_the_approval_and_not_the_daem
 
 async def test_a_change_of_an_unknown_agent_is_refused(hive: Services) -> None:
     with refused("cannot find argus", "not_found"):
-        await hive.gate.request_apply_commit(HM1ND, ARGUS, CommitSha("0" * 40), "r")
+        await hive.gate.apply_commit.request(HM1ND, ARGUS, CommitSha("0" * 40), "r")
 
 
 async def test_a_commit_that_is_not_there_is_refused_with_the_way_out(hive: Services, iris: Checkout) -> None:

@@ -242,9 +242,9 @@ async def hive(tmp_path: Path) -> AsyncIterator[Services]:
     (tmp_path / "state").mkdir()
     async with open_services(tmp_path / "state") as services, trio.open_nursery() as nursery:
         nursery.start_soon(services.gate.serve)
-        number = (await services.gate.request_spawn(OPERATOR, IRIS, "You read.", "r"))["approval"]
+        number = (await services.gate.spawn.request(OPERATOR, IRIS, "You read.", "r"))["approval"]
         card = await services.approvals.get(number)
-        assert (await services.approvals.approve(number, card.digest, "operator")).state == "done"
+        assert (await services.gate.approve(number, card.digest, "operator")).state == "done"
         yield services
         nursery.cancel_scope.cancel()
 
@@ -262,7 +262,7 @@ async def test_a_trap_in_the_proposed_repository_never_runs(hive: Services, iris
     iris.marker.unlink(missing_ok=True)  # planting it may have set it off
     for end in ("deny", "approve"):
         try:
-            number = (await hive.gate.request_apply_commit(OPERATOR, IRIS, sha, "r"))["approval"]
+            number = (await hive.gate.apply_commit.request(OPERATOR, IRIS, sha, "r"))["approval"]
         except Refusal as refusal:
             # The one repository that is not whole.
             assert (name, "cannot fetch" in refusal.message) == ("promisor ext::", True)
@@ -272,7 +272,7 @@ async def test_a_trap_in_the_proposed_repository_never_runs(hive: Services, iris
         if end == "deny":
             await hive.gate.deny(number, "no", "operator")
         else:
-            assert (await hive.approvals.approve(number, card.digest, "operator")).state == "done"
+            assert (await hive.gate.approve(number, card.digest, "operator")).state == "done"
     await hive.repos.create(IRIS, FILES)
     assert not iris.fired
 
@@ -326,7 +326,7 @@ def objects_of(folder: Path) -> dict[tuple[int, int], os.stat_result]:
 async def test_no_object_of_the_applied_repository_can_be_written_through_the_proposed_one(
     hive: Services, iris: Planted
 ) -> None:
-    await hive.gate.request_apply_commit(OPERATOR, IRIS, iris.change(), "r")
+    await hive.gate.apply_commit.request(OPERATOR, IRIS, iris.change(), "r")
     applied, proposed = objects_of(hive.state_dir / "applied" / "iris.git"), objects_of(iris.path)
     assert not set(applied) & set(proposed)
     assert all(entry.st_nlink == 1 for entry in (applied | proposed).values())
@@ -395,7 +395,7 @@ async def test_a_proposed_repository_that_points_elsewhere_is_not_followed(
             secret.rename(tmp_path / "room" / "config")
             iris.path.parent.symlink_to(tmp_path / "room")
     with pytest.raises(Refusal, match="no directory of its own"):
-        await hive.gate.request_apply_commit(OPERATOR, IRIS, sha, "r")
+        await hive.gate.apply_commit.request(OPERATOR, IRIS, sha, "r")
     assert await hive.approvals.pending() == []
 
 
@@ -408,21 +408,21 @@ async def test_a_repository_that_never_answers_is_given_up_and_leaves_no_process
     os.mkfifo(iris.dot_git / "HEAD")
     monkeypatch.setattr(repos, "GIT_TIMEOUT_S", 0.3)
     with trio.fail_after(PATIENCE_S), pytest.raises(Refusal, match="cannot fetch"):
-        await hive.gate.request_apply_commit(OPERATOR, IRIS, sha, "r")
+        await hive.gate.apply_commit.request(OPERATOR, IRIS, sha, "r")
     # Nobody holds the pipe open for reading any more.
     with pytest.raises(OSError, match="No such device"):
         os.open(iris.dot_git / "HEAD", os.O_WRONLY | os.O_NONBLOCK)
     monkeypatch.undo()
     (iris.dot_git / "HEAD").unlink()
     (iris.dot_git / "HEAD").write_text(head)
-    assert await hive.gate.request_apply_commit(OPERATOR, IRIS, sha, "r")
+    assert await hive.gate.apply_commit.request(OPERATOR, IRIS, sha, "r")
 
 
 async def test_a_repository_that_is_broken_is_refused_with_what_git_said(hive: Services, iris: Planted) -> None:
     sha = iris.change()
     (iris.dot_git / "config").write_text("[core\n")
     with pytest.raises(Refusal, match="cannot fetch") as caught:
-        await hive.gate.request_apply_commit(OPERATOR, IRIS, sha, "r")
+        await hive.gate.apply_commit.request(OPERATOR, IRIS, sha, "r")
     assert len(caught.value.message) < 500
 
 
@@ -432,4 +432,4 @@ async def test_an_object_that_git_would_not_check_out_safely_is_refused(hive: Se
     tree = iris.git("mktree", said=f"100644 blob {blob}\t.git\n")
     sha = iris.git("commit-tree", tree, "-p", "HEAD", "-m", "x")
     with pytest.raises(Refusal, match="cannot fetch"):
-        await hive.gate.request_apply_commit(OPERATOR, IRIS, CommitSha(sha), "r")
+        await hive.gate.apply_commit.request(OPERATOR, IRIS, CommitSha(sha), "r")

@@ -50,17 +50,17 @@ async def hive(house: House) -> AsyncIterator[Services]:
 
 
 async def spawn(services: Services, name: AgentName = IRIS) -> Approval:
-    number = (await services.gate.request_spawn(OPERATOR, name, "You read.", "a reader"))["approval"]
+    number = (await services.gate.spawn.request(OPERATOR, name, "You read.", "a reader"))["approval"]
     return await approve(services, number)
 
 
 async def approve(services: Services, number: int) -> Approval:
     card = await services.approvals.get(number)
-    return await services.approvals.approve(number, card.digest, OPERATOR)
+    return await services.gate.approve(number, card.digest, OPERATOR)
 
 
 async def ask(services: Services, sha: CommitSha, name: AgentName = IRIS) -> int:
-    return (await services.gate.request_apply_commit(HM1ND, name, sha, "a change"))["approval"]
+    return (await services.gate.apply_commit.request(HM1ND, name, sha, "a change"))["approval"]
 
 
 def checkout(services: Services, name: str = IRIS) -> Checkout:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import AsyncIterator
@@ -14,7 +15,7 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hive_core.approvals import put_request
+from hive_core.approvals import Request, Shown, put_request
 from hive_core.config import Config
 from hive_core.credentials import Credentials
 from hive_core.hive import Hive
@@ -29,6 +30,7 @@ from hive_core.sockets.admin import AdminDesk
 from tests.hives import PATIENCE_S, Peer, Services, connect, run_in_hive, serve
 
 IRIS, HM1ND = AgentName("iris"), AgentName("hm1nd")
+EYES = Request("spawn", AgentName("argus"), HM1ND, "eyes", Shown({"files": {}}))
 
 
 @dataclass
@@ -106,7 +108,7 @@ async def refusal(peer: Peer, obj: object, code: str = "usage") -> str:
 
 
 async def test_status_tells_what_is_missing_and_what_waits(hive: Services, peer: Peer) -> None:
-    await hive.store.write(lambda tx: put_request(tx, "spawn", AgentName("argus"), HM1ND, "eyes", {"files": {}}))
+    await hive.store.write(lambda tx: put_request(tx, EYES, 60.0))
     await hive.say("iris", "operator", "hi")
     status = await ask(peer, "status")
     assert status["credential"] is None
@@ -147,13 +149,14 @@ async def test_a_sender_is_never_an_argument(peer: Peer) -> None:
 
 
 async def test_a_card_is_shown_and_denied_with_a_reason(hive: Services, peer: Peer) -> None:
-    await hive.store.write(lambda tx: put_request(tx, "spawn", AgentName("argus"), HM1ND, "eyes", {"files": {}}))
+    await hive.store.write(lambda tx: put_request(tx, EYES, 60.0))
     shown = await ask(peer, "show", approval=1)
     assert (await ask(peer, "pending"))["approvals"] == [shown]
     assert "digest of what was shown" in await refusal(peer, request("approve", approval=1))
     await refusal(peer, request("approve", approval=1, digest="0" * 64), "conflict")
     assert "empty" in await refusal(peer, request("deny", approval=1, reason=" "))
-    assert (await ask(peer, "deny", approval=1, reason="not now"))["state"] == "denied"
+    denied = await ask(peer, "deny", approval=1, reason="not now")
+    assert (denied["state"], denied["resolved_from"]) == ("denied", f"host.sock, uid {os.getuid()}")
     assert (await ask(peer, "deny", approval=1, reason="again"))["note"] == "not now"
     await refusal(peer, request("approve", approval=1, digest=shown["digest"]), "conflict")
 

@@ -71,7 +71,7 @@ async def approve(hive: Services, approval_id: int) -> None:
         nursery.start_soon(hive.gate.serve)
         with trio.fail_after(20):
             approval = await hive.approvals.get(approval_id)
-            done = await hive.approvals.approve(approval.id, approval.digest, OPERATOR)
+            done = await hive.gate.approve(approval.id, approval.digest, OPERATOR)
         nursery.cancel_scope.cancel()
     assert done.state == "done"
 
@@ -85,7 +85,7 @@ def state(tmp_path: Path) -> Path:
     async def fill() -> None:
         async with open_services(folder) as hive:
             await hive.gate.ensure_manager("You manage.")
-            asked = await hive.gate.request_spawn(OPERATOR, AgentName("iris"), "You write.", "hands")
+            asked = await hive.gate.spawn.request(OPERATOR, AgentName("iris"), "You write.", "hands")
             await approve(hive, asked["approval"])
             await hive.say("operator", "iris", "remember me")
 
@@ -217,7 +217,7 @@ def test_an_approval_that_is_carried_out_while_we_copy_is_undecided_in_the_copy(
             (config / "CLAUDE.md").write_text("You paint.")
             git(config, "commit", "--quiet", "--all", "--message", "paint")
             sha = git(config, "rev-parse", "HEAD")
-            asked = await hive.gate.request_apply_commit(MANAGER, AgentName("iris"), sha, "why not")  # type: ignore[arg-type]
+            asked = await hive.gate.apply_commit.request(MANAGER, AgentName("iris"), sha, "why not")  # type: ignore[arg-type]
             await approve(hive, asked["approval"])
             assert (await hive.agents.get("iris")).deployed_sha == sha
 

@@ -53,7 +53,7 @@ async def test_a_name_whose_container_would_have_the_id_of_another_is_refused_wh
     assert container_id(AgentName(first)) == container_id(AgentName(second))
     why = f"cannot ask for {second}: its container would be called {container_id(AgentName(first))}, as that of {first}"
     with pytest.raises(Refusal, match=why):
-        await hive.gate.request_spawn(MANAGER, AgentName(second), "You are late.", "a test")
+        await hive.gate.spawn.request(MANAGER, AgentName(second), "You are late.", "a test")
     with pytest.raises(Refusal, match=f"cannot create {second}"):
         await hive.store.write(lambda tx: hive.agents.create(tx, AgentName(second), OPERATOR))
     assert await hive.value("SELECT count(*) FROM approvals") == 0

@@ -83,7 +83,7 @@ async def test_a_crash_quotes_the_last_words(hive: Services, hostile: str) -> No
 async def test_an_approval_that_failed_quotes_why_and_a_welcome_quotes_the_reason(
     hive: Services, hostile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = await hive.gate.request_spawn(MANAGER, ARGUS, "You watch.", hostile)
+    asked = await hive.gate.spawn.request(MANAGER, ARGUS, "You watch.", hostile)
     digest = (await hive.approvals.get(asked["approval"])).digest
 
     async def broken(*_: object, **__: object) -> str:
@@ -96,7 +96,7 @@ async def test_an_approval_that_failed_quotes_why_and_a_welcome_quotes_the_reaso
     assert words_of_the_hive(body, hostile) == (
         f"approval_resolved: approval {asked['approval']}, the new agent argus: failed. The reason: …"
     )
-    again = await hive.gate.request_spawn(MANAGER, ARGUS, "You watch.", hostile)
+    again = await hive.gate.spawn.request(MANAGER, ARGUS, "You watch.", hostile)
     await carry_out(hive, again["approval"], (await hive.approvals.get(again["approval"])).digest)
     welcome = (await hive.broker.lease(ARGUS)).message["body"]
     assert FORGED not in words_of_the_hive(welcome, hostile)
@@ -106,5 +106,5 @@ async def test_an_approval_that_failed_quotes_why_and_a_welcome_quotes_the_reaso
 async def carry_out(hive: Services, approval: int, digest: str) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(hive.gate.serve)
-        await hive.approvals.approve(approval, digest, OPERATOR)
+        await hive.gate.approve(approval, digest, OPERATOR)
         nursery.cancel_scope.cancel()

@@ -48,7 +48,7 @@ async def test_each_sees_what_waits_on_it_and_what_it_waits_for(hive: Services) 
     await hive.questions.ask(IRIS, Ask(OPERATOR, "May I?"))
     await hive.reminders.remind(IRIS, When(after_s=600), "look again")
     await hive.schedules.add(parse_plan("iris", "daily", "0 7 * * *"))
-    await hive.gate.request_spawn(MANAGER, AgentName("argus"), "You watch.", "two eyes")
+    await hive.gate.spawn.request(MANAGER, AgentName("argus"), "You watch.", "two eyes")
     iris, damocles = await hive.loose_ends.of(IRIS), await hive.loose_ends.of(DAMOCLES)
     assert [one["question"] for one in iris["you_wait_for"]["questions"]] == [1, 2]
     assert [one["body"] for one in iris["you_wait_for"]["reminders"]] == ["look again"]

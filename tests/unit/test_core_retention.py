@@ -251,7 +251,7 @@ def long_ago(hive: Services) -> int:
 
 
 async def test_history_stays_longer_than_messages_and_approvals_for_ever(hive: Services) -> None:
-    await hive.gate.request_spawn(HM1ND, AgentName("argus"), "You watch.", "two eyes")
+    await hive.gate.spawn.request(HM1ND, AgentName("argus"), "You watch.", "two eyes")
     for _ in range(2):
         await hive.say("operator", "iris", "word")
         await deliver(hive, IRIS)

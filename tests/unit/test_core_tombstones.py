@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from hive_core.agents import set_deployed
-from hive_core.approvals import put_request
+from hive_core.approvals import Request, Shown, put_request
 from hive_core.budgets import THE_HIVE, Budgets, parse_change
 from hive_core.hive import Hive
 from hive_core.limits import Limits
@@ -92,8 +92,9 @@ async def test_questions_reminders_schedules_background_works_and_approvals_of_i
         "INSERT INTO background_works (agent, work, command, note, output, state, begun_at_ms)"
         " VALUES ('iris', 'a', 'sleep', '', '/state/a', 'running', 1)"
     )
-    payload = {"sha": "1" * 40, "base": "0" * 40, "diff": ""}
-    card = await hive.store.write(lambda tx: put_request(tx, "apply_commit", IRIS, MANAGER, "better", payload))
+    shown = Shown({"sha": "1" * 40, "base": "0" * 40, "diff": ""})
+    request = Request("apply_commit", IRIS, MANAGER, "better", shown)
+    card = await hive.store.write(lambda tx: put_request(tx, request, 60.0))
     async with destroying(hive) as house:
         await destroy(house)
     assert await hive.value("SELECT state FROM questions WHERE id = ?", asked) == "dropped"

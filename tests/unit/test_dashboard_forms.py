@@ -23,7 +23,7 @@ async def post(client: httpx2.AsyncClient, path: str, **fields: str) -> Any:
 
 
 async def ask_for_argus(hive: Services) -> tuple[int, str]:
-    answer = await hive.gate.request_spawn(MANAGER, AgentName("argus"), "You watch.", "two eyes")
+    answer = await hive.gate.spawn.request(MANAGER, AgentName("argus"), "You watch.", "two eyes")
     return answer["approval"], (await hive.approvals.get(answer["approval"])).digest
 
 

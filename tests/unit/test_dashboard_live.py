@@ -79,7 +79,7 @@ async def test_what_is_changed_by_a_turn_is_told_as_it_happens(hive: Services) -
 async def test_a_card_appears_goes_and_becomes_a_decision(hive: Services) -> None:
     async with served(hive_of(hive)) as browser:
         after = await hive.store.last_seq()
-        asked = await hive.gate.request_spawn(MANAGER, AgentName("argus"), "You watch.", "two eyes")
+        asked = await hive.gate.spawn.request(MANAGER, AgentName("argus"), "You watch.", "two eyes")
         card = (await browser.told(f"/live?after={hive.at(after)}", "approval-1"))[-1]
         assert (card.data["list"], "APPR0VE" in card.data["html"]) == ("pending", True)
         after = await hive.store.last_seq()
@@ -95,9 +95,9 @@ async def test_a_new_agent_can_be_written_to_at_once(hive: Services) -> None:
     async with served(hive_of(hive)) as browser, trio.open_nursery() as nursery:
         nursery.start_soon(gate.serve)
         after = await hive.store.last_seq()
-        asked = await gate.request_spawn(MANAGER, AgentName("argus"), "You watch.", "two eyes")
+        asked = await gate.spawn.request(MANAGER, AgentName("argus"), "You watch.", "two eyes")
         digest = (await hive.approvals.get(asked["approval"])).digest
-        await hive.approvals.approve(asked["approval"], digest, "operator")
+        await hive.gate.approve(asked["approval"], digest, "operator")
         told = await browser.told(f"/live?after={hive.at(after)}", "to-argus")
         assert "agent-argus" in [frame.target for frame in told]
         nursery.cancel_scope.cancel()

@@ -16,7 +16,7 @@ from tests.hives import Services
 
 async def test_the_dashboard_shows_agents_calls_and_flow_with_the_number_it_is_true_for(hive: Services) -> None:
     await hive.say("operator", "iris", "a message to iris")
-    await hive.gate.request_spawn(MANAGER, AgentName("argus"), "You watch.", "two eyes")
+    await hive.gate.spawn.request(MANAGER, AgentName("argus"), "You watch.", "two eyes")
     async with browse(hive_of(hive)) as client:
         page = (await client.get("/")).text
     for hook in ("agent-hm1nd", "agent-iris", "agent-damocles", "approval-1", "message-1", "to-iris"):

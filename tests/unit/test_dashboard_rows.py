@@ -90,18 +90,25 @@ def approval(text: str, kind: str = "spawn", state: str = "pending") -> Approval
     if kind == "apply_commit":
         payload = {"sha": "a" * 40, "base": "b" * 40, "diff": f"@@ -1,2 +1,2 @@\n-{text}\n+{text}\n same\n"}
     return Approval(
-        5,
-        kind,
-        AgentName("argus"),
-        AgentName("hm1nd"),
-        text,
-        payload,
-        "d" * 64,
-        state,
-        text,
-        1_700_000_000_000,
-        1,
-        "operator",
+        id=5,
+        kind=kind,
+        agent=AgentName("argus"),
+        requested_by=AgentName("hm1nd"),
+        reason=text,
+        payload=payload,
+        effect=None,
+        digest="d" * 64,
+        state=state,
+        step=None,
+        step_at_ms=None,
+        proof=None,
+        note=text,
+        requested_at_ms=1_700_000_000_000,
+        expires_at_ms=1_700_000_900_000,
+        resolved_at_ms=1,
+        resolved_by="operator",
+        resolved_from=text,
+        rule=None,
     )
 
 

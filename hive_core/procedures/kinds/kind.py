@@ -1,0 +1,69 @@
+"""What one kind of approval is to the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple, Protocol
+
+from hive_core.approvals import Approval, Request, Shown, put_request
+from hive_core.post import no_room
+from hive_core.protocol.words import AgentName
+from hive_core.store.door import Store
+from hive_core.store.writer import Transaction
+from hive_core.tool_calls import once
+
+Step = Callable[[str], Awaitable[None]]
+
+
+class Done(NamedTuple):
+    """write: the rows that belong to the end, in the transaction that tells of it. proof: see Approval."""
+
+    write: Callable[[Transaction], None]
+    proof: str | None = None
+
+
+class Kind(Protocol):
+    """A change that the operator approves. What it keeps in an approval's payload is its own."""
+
+    def title(self, approval: Approval) -> str:
+        """What it changes, in a few words: "the new agent iris"."""
+
+    async def show_now(self, approval: Approval) -> Shown:
+        """What the card of a pending approval would show if it was made now.
+
+        Raises Refusal when it cannot be carried out any more, with the reason that whoever asked reads.
+        """
+
+    async def carry_out(self, approval: Approval, step: Step) -> Done:
+        """Do it, telling each step. Raises when that is impossible; then all is as it was.
+
+        It can be done again from the beginning: a daemon that dies in it is followed by one that does so.
+        """
+
+    async def closed(self, approval: Approval) -> None:
+        """It was decided and nothing is to be done any more. It can be called again; what it does is lost when the
+        daemon dies before, and the rows never depend on it."""
+
+
+class Asking:
+    """How a kind puts a card before the operator. expires_s: how long one waits."""
+
+    def __init__(self, store: Store, expires_s: float) -> None:
+        self.store = store
+        self._expires_s = expires_s
+
+    async def put(
+        self, requested_by: AgentName, key: str | None, tool: str, what: str, make: Callable[[Transaction], Request]
+    ) -> dict[str, Any]:
+        """`{"approval": id}`. make: what is asked for; it raises Refusal when that cannot be.
+
+        what: what is asked for, in the sentence that says that the disk is full: "a commit of iris".
+        """
+
+        def ask(tx: Transaction) -> dict[str, Any]:
+            request = make(tx)
+            if tx.short:
+                raise no_room(f"ask for {what}")
+            return {"approval": put_request(tx, request, self._expires_s)}
+
+        return await self.store.write(lambda tx: once(tx, requested_by, key, tool, lambda: ask(tx)))

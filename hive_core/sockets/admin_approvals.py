@@ -1,0 +1,56 @@
+"""The operator's verbs about what is asked for and decided, on host.sock."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any
+
+from hive_core.hive import Hive
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import OPERATOR, parse_agent_name, parse_commit_sha, parse_id
+
+Args = dict[str, Any]
+Verbs = dict[str, tuple[Callable[[Args], Awaitable[Any]], set[str]]]
+caller_uid: ContextVar[int] = ContextVar("caller_uid")  # of whoever is answered now
+
+
+def approval_verbs(hive: Hive) -> Verbs:
+    """verb → (what answers it, the arguments it takes)."""
+
+    async def request_spawn(args: Args) -> Any:
+        name = parse_agent_name(args.get("agent"))
+        return await hive.gate.spawn.request(OPERATOR, name, args.get("persona"), args.get("reason"))
+
+    async def request_apply_commit(args: Args) -> Any:
+        name, sha = parse_agent_name(args.get("agent")), parse_commit_sha(args.get("sha"))
+        return await hive.gate.apply_commit.request(OPERATOR, name, sha, args.get("reason"))
+
+    async def pending(_: Args) -> Any:
+        return {"approvals": [approval.to_wire() for approval in await hive.approvals.pending()]}
+
+    async def show(args: Args) -> Any:
+        return (await hive.approvals.get(parse_id(args.get("approval"), "an approval"))).to_wire()
+
+    async def approve(args: Args) -> Any:
+        approval_id, digest = parse_id(args.get("approval"), "an approval"), args.get("digest")
+        if not isinstance(digest, str):
+            raise Refusal("usage", "cannot approve without the digest of what was shown; `show` gives it")
+        return (await hive.gate.approve(approval_id, digest, OPERATOR, _door())).to_wire()
+
+    async def deny(args: Args) -> Any:
+        approval_id, reason = parse_id(args.get("approval"), "an approval"), args.get("reason")
+        return (await hive.gate.deny(approval_id, reason, OPERATOR, _door())).to_wire()
+
+    return {
+        "request_spawn": (request_spawn, {"agent", "persona", "reason"}),
+        "request_apply_commit": (request_apply_commit, {"agent", "sha", "reason"}),
+        "pending": (pending, set()),
+        "show": (show, {"approval"}),
+        "approve": (approve, {"approval", "digest"}),
+        "deny": (deny, {"approval", "reason"}),
+    }
+
+
+def _door() -> str:
+    return f"host.sock, uid {caller_uid.get()}"

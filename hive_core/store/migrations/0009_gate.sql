@@ -1,0 +1,45 @@
+-- The gate: more kinds of approvals, more ends of them, and what their cards show besides. The kinds are the code's to
+-- know, so that the next one needs no other table.
+
+CREATE TABLE approvals_new (
+  id             INTEGER PRIMARY KEY AUTOINCREMENT,
+  kind           TEXT NOT NULL,
+  agent          TEXT NOT NULL,
+  requested_by   TEXT NOT NULL,
+  reason         TEXT NOT NULL,
+  payload        TEXT NOT NULL,              -- what will be done, whole: JSON, each kind's own
+  effect         TEXT,                       -- what that changes, as the card shows it: JSON
+  digest         TEXT NOT NULL,              -- of kind, agent, payload and effect: what a click is bound to
+  state          TEXT NOT NULL
+                 CHECK (state IN ('pending', 'approved', 'denied', 'expired', 'cancelled', 'done', 'failed')),
+  step           TEXT,                       -- how far it is carried out, while it is approved
+  step_at_ms     INTEGER,
+  proof          TEXT,                       -- of one that is done: how what it changed was found well
+  note           TEXT,
+  requested_at_ms INTEGER NOT NULL,
+  expires_at_ms  INTEGER NOT NULL,
+  resolved_at_ms INTEGER,
+  resolved_by    TEXT,
+  resolved_from  TEXT,                       -- the door that the click came through
+  rule           TEXT                        -- of the policy, which let it pass without a click
+) STRICT;
+
+INSERT INTO approvals_new (
+  id, kind, agent, requested_by, reason, payload, digest, state, note, requested_at_ms, expires_at_ms, resolved_at_ms,
+  resolved_by
+)
+SELECT
+  id, kind, agent, requested_by, reason, payload, digest, state, note, requested_at_ms,
+  max(requested_at_ms, 1000 * CAST(strftime('%s', 'now') AS INTEGER)) + 7 * 86400 * 1000, resolved_at_ms, resolved_by
+FROM approvals;
+
+DROP TABLE approvals;
+ALTER TABLE approvals_new RENAME TO approvals;
+
+-- One card for one change: the same request twice is the same card.
+CREATE UNIQUE INDEX approvals_open ON approvals (kind, agent, digest) WHERE state IN ('pending', 'approved');
+CREATE INDEX approvals_pending ON approvals (id) WHERE state = 'pending';
+CREATE INDEX approvals_approved ON approvals (id) WHERE state = 'approved';
+CREATE INDEX approvals_expiring ON approvals (expires_at_ms) WHERE state = 'pending';
+CREATE INDEX approvals_resolved ON approvals (id) WHERE state != 'pending';
+CREATE INDEX approvals_of ON approvals (agent, id);
