@@ -15,10 +15,9 @@ from hive_agent.claude import Claude
 from hive_agent.runner import Ending, Seat
 from tests.harness_host import a_lease
 from tests.needs import find_claude
+from tests.processes import PATIENCE_S
 from tests.scripted_model import Answer, AnswerFunction, ScriptedModel
 from tests.scripted_tools import ScriptedTools
-
-PATIENCE_S = 60.0
 
 
 class Desk:

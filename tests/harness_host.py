@@ -13,8 +13,7 @@ import trio
 from hive_core.protocol.harness import PROTOCOL_VERSION
 from hive_core.protocol.lines import decode, encode
 from hive_core.sockets.harness import BESIDE
-
-PATIENCE_S = 20.0
+from tests.processes import PATIENCE_S
 
 
 class HarnessConnection:

@@ -48,10 +48,10 @@ from hive_core.store.writer import Transaction
 from hive_core.turn_records import TurnRecords
 from hive_core.turns import Turns
 from tests.needs import ROOT
+from tests.processes import PATIENCE_S
 
 SETTINGS = {"program": "rehearsal", "model": "sonnet", "tools": ["Bash"], "prompt": "You are a test."}
 # Long enough for a machine under load, short enough that a test that hangs says so.
-PATIENCE_S = 20.0
 
 
 @dataclass

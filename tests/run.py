@@ -31,6 +31,7 @@ class Group:
     home: str
     share_s: float
     processes: int = 1
+    whole_files: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,11 @@ def read_counts(report: Path) -> Counts:
 
 
 def _environment(group: Group) -> dict[str, str]:
-    """Only the group that is meant to spend money sees the keys, and no test is told how make was called."""
-    hidden = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"}
+    """Only the group that is meant to spend money sees the keys, and no test is told how make was called.
+
+    What is compiled is kept, wherever we run: else each of many hundred processes compiles our modules anew.
+    """
+    hidden = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHONDONTWRITEBYTECODE"}
     if "account" not in group.needs:
         hidden.update(needs.ACCOUNT_KEYS)
     return {name: value for name, value in os.environ.items() if name not in hidden}
@@ -92,7 +96,8 @@ def run_group(group: Group, root: Path) -> Counts:
         # A test that hangs shows where, instead of nothing.
         options = ["-o", "faulthandler_timeout=300", f"--junitxml={report}"]
         if group.processes > 1:
-            options += [f"--numprocesses={group.processes}", "--dist=worksteal"]
+            spread = "loadfile" if group.whole_files else "worksteal"
+            options += [f"--numprocesses={group.processes}", f"--dist={spread}"]
         pytest = subprocess.Popen([sys.executable, "-m", "pytest", *options, *paths], cwd=root, env=_environment(group))
         try:
             code = pytest.wait()

@@ -35,10 +35,9 @@ from tests import processes
 from tests.containers.helped import HELPER_KINDS, Helped, end_helper, helped_in
 from tests.containers.standin.host import StandInHost, host_of
 from tests.needs import ROOT, missing
-from tests.processes import children_of, pids_naming
+from tests.processes import PATIENCE_S, children_of, pids_naming
 
 IRIS = AgentName("iris")
-PATIENCE_S = 20.0
 STAND_IN = "nixos-container (stand-in)"
 SANDBOXES = ["bwrap", "nspawn", HOST_UIDS, STAND_IN, *HELPER_KINDS]
 KINDS = [*SANDBOXES, "none"]

@@ -45,7 +45,7 @@ def tried(name):
 
 def connect(family, address):
     with socket.socket(family) as one:
-        one.settimeout(5)
+        one.settimeout(60)
         one.connect(address)
     return "reached"
 
@@ -189,7 +189,7 @@ import http.client, sys, trio
 from hive_agent.loopback import serve_loopback
 
 def ask(port):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("POST", "/v1/messages?beta=true", sys.argv[1], {"content-type": "application/json"})
     answer = connection.getresponse()
     print("ANSWER", answer.status, "text_delta" in answer.read().decode())

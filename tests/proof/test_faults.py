@@ -19,7 +19,7 @@ from hive_core.protocol.harness import PROTOCOL_VERSION
 from hive_core.protocol.lines import encode
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
-from tests.daemons import KEY, NO_CLAUDE, Daemon, open_daemon
+from tests.daemons import KEY, NO_CLAUDE, WITHIN_S, Daemon, open_daemon
 from tests.hives import Peer, connect, open_services
 from tests.proof import clients
 from tests.proof.clients import AGENTS, INITIALIZE, add_agents
@@ -77,7 +77,7 @@ def injected(daemon: Daemon, call: str, error: str) -> Iterator[None]:
         yield
     finally:
         strace.terminate()
-        strace.communicate(timeout=30)
+        strace.communicate(timeout=WITHIN_S)
 
 
 def fill(path: Path) -> None:
@@ -98,7 +98,7 @@ def test_after_a_failed_sync_nothing_is_answered_and_the_daemon_ends_and_starts_
         with injected(daemon, "fdatasync", "EIO"):
             with pytest.raises(Refusal) as refused:
                 send(client, told, "meanwhile")
-            assert daemon.process.wait(10) == 1
+            assert daemon.process.wait(WITHIN_S) == 1
         assert refused.value.code == "not_running", refused.value
         assert "hive-core: cannot go on: the disk refused a commit (disk I/O error)" in daemon.log.read_text()
         send(daemon.start(), told, "after")
@@ -359,7 +359,7 @@ async def test_a_clock_that_jumps_a_day_loses_nothing_and_holds_nothing_for_ever
         services.clock.ahead_s += jump_s
         told.sends.append(Sent(await services.say("ada", "bob", "after"), "ada", ("bob",), "after"))
         bodies = set()
-        with trio.fail_after(20):
+        with trio.fail_after(WITHIN_S):
             for _ in range(3):
                 lease = await services.broker.lease(bob)
                 bodies.add(lease.message["body"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hive_core.protocol.refusal import Refusal
-from tests.daemons import open_daemon
+from tests.daemons import WITHIN_S, open_daemon
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
@@ -79,7 +79,7 @@ def test_a_stop_is_clean_and_leaves_no_socket_of_the_operator(number: signal.Sig
     with open_daemon() as daemon:
         daemon.start()
         daemon.process.send_signal(number)
-        assert daemon.process.wait(10) == 0
+        assert daemon.process.wait(WITHIN_S) == 0
         assert not (daemon.runtime / "host.sock").exists()
 
 

@@ -21,9 +21,8 @@ from hive_agent.reports import Reports
 from hive_core.protocol.harness import BACKGROUND_AT_ONCE, BACKGROUND_NOTE_LIMIT, BACKGROUND_TAIL_LIMIT
 from hive_core.protocol.refusal import Refusal
 from tests.harness_host import a_lease
-from tests.processes import PROGRAMS, look_until
+from tests.processes import PATIENCE_S, PROGRAMS, look_until
 
-PATIENCE_S = 20.0
 PATH = {"PATH": PROGRAMS}
 
 

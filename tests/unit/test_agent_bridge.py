@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from hive_agent.bridge import ANSWER_LIMIT_BYTES, Lines, TooLong
 from hive_agent.own_command import own_command
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
+from tests.processes import PATIENCE_S
 
-PATIENCE_S = 10.0
 INITIALIZE = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": {"protocolVersion": "2025-11-25"}}
 INITIALIZED = {"jsonrpc": "2.0", "method": "notifications/initialized"}
 

@@ -17,9 +17,8 @@ from hive_agent.serve import as_ack
 from hive_core.protocol.harness import REQUEST_LIMIT_BYTES
 from hive_core.protocol.lines import decode, encode
 from tests.harness_host import a_lease
-from tests.processes import PROGRAMS, look_until
+from tests.processes import PATIENCE_S, PROGRAMS, look_until
 
-PATIENCE_S = 20.0
 INIT = '{"type":"system","subtype":"init","session_id":"s","mcp_servers":[{"name":"hive","status":"connected"}]}'
 RESULT = '{"type":"result","is_error":false}'
 
@@ -95,10 +94,12 @@ async def test_a_new_process_that_ends_before_it_begins_is_not_started_again(tmp
 
 
 async def test_a_turn_that_is_cut_off_leaves_no_process(tmp_path: Path) -> None:
-    runner = a_runner(tmp_path, "turn; echo $$ > pid; exec sleep 600")
-    with trio.move_on_after(0.3):
-        await take(runner, [])
-    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+    runner, written = a_runner(tmp_path, "turn; echo $$ > new; mv new pid; exec sleep 600"), tmp_path / "pid"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(take, runner, [])
+        await trio.to_thread.run_sync(look_until, written.exists)
+        nursery.cancel_scope.cancel()
+    assert not Path(f"/proc/{written.read_text().strip()}").exists()
 
 
 def a_result(cost: float, tokens: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from hive_agent.turn_lines import TurnLines
 from hive_core.protocol.harness import LINES_PER_REQUEST, PROTOCOL_VERSION
 from hive_core.protocol.refusal import Refusal
 from tests.harness_host import open_host
+from tests.processes import PATIENCE_S
 
 if TYPE_CHECKING:
     from hive_core.protocol.harness import Lease
@@ -60,7 +61,7 @@ def a_link(folder: Path, orphan_grace_s: float = 600.0) -> HostLink:
 
 
 async def run_to_its_end(link: HostLink) -> None:
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE_S):
         await link.run()
 
 
@@ -343,7 +344,7 @@ async def test_what_is_told_beside_the_turns_does_not_wait_for_a_lease_and_both_
             assert sorted(again, key=lambda one: one["id"] if one else 0) == [lease, told]
             await connection.answer(told, counted=True)
             await connection.answer(lease, stop=True)
-            with trio.fail_after(10):
+            with trio.fail_after(PATIENCE_S):
                 while len(answers) < 2:
                     await trio.testing.wait_all_tasks_blocked()
     assert (answers["lease"]["stop"], answers["unasked_turn"]["counted"]) == (True, True)

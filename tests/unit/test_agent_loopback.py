@@ -9,6 +9,7 @@ from pathlib import Path
 import trio
 
 from hive_agent.loopback import serve_loopback
+from tests.processes import PATIENCE_S
 
 Handler = Callable[[trio.SocketStream], Awaitable[None]]
 
@@ -28,7 +29,7 @@ async def open_model(path: Path, handler: Handler) -> AsyncIterator[None]:
 async def open_loopback(path: Path) -> AsyncIterator[int]:
     async with trio.open_nursery() as nursery:
         port: int = await nursery.start(serve_loopback, str(path))
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE_S):
             yield port
         nursery.cancel_scope.cancel()
 

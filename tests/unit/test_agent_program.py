@@ -11,7 +11,7 @@ import trio
 
 from hive_agent import program
 from hive_agent.program import Command, Line, Program
-from tests.processes import PROGRAMS
+from tests.processes import PATIENCE_S, PROGRAMS, look_until
 
 
 @asynccontextmanager
@@ -33,14 +33,14 @@ async def run(script: str, folder: Path, told: bytes = b"", over: bytes = b"over
         return line == over
 
     command = Command(["/bin/sh", "-c", script], {"PATH": PROGRAMS, "ONLY": "this"}, str(folder))
-    with trio.fail_after(20):
+    with trio.fail_after(PATIENCE_S):
         started = await Program.start(command)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(started.tell, told)
                 if not told:
                     await started.read(read, lambda line: None)
-                nursery.cancel_scope.deadline = trio.current_time() + 5
+                nursery.cancel_scope.deadline = trio.current_time() + PATIENCE_S / 4
             return await started.finish(read), lines
         finally:
             await started.kill()
@@ -71,10 +71,12 @@ async def test_a_program_that_goes_on_after_its_result_is_ended(
 
 
 async def test_a_cancelled_run_leaves_no_process(tmp_path: Path) -> None:
-    with trio.move_on_after(0.3):
-        await run("trap '' TERM; echo $$ > pid; while :; do sleep 1; done", tmp_path)
-    pid = int(await trio.Path(tmp_path / "pid").read_text())
-    assert not await trio.Path(f"/proc/{pid}").exists()
+    written = tmp_path / "pid"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, "trap '' TERM; echo $$ > new; mv new pid; while :; do sleep 1; done", tmp_path)
+        await trio.to_thread.run_sync(look_until, written.exists)
+        nursery.cancel_scope.cancel()
+    assert not Path(f"/proc/{written.read_text().strip()}").exists()
 
 
 async def test_a_program_that_is_not_there_cannot_be_started(tmp_path: Path) -> None:
@@ -102,6 +104,6 @@ async def test_a_program_that_closes_its_output_and_goes_on_does_not_hold_the_tu
 ) -> None:
     monkeypatch.setattr(program, "LINGER_S", 0.1)
     async with started("exec >&- 2>&-; exec sleep 600", tmp_path) as running:
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE_S):
             assert not await running.read(lambda line: True, lambda line: None)
             assert await running.finish() is None

@@ -21,7 +21,7 @@ from hive_agent.rehearse import MARK
 from hive_agent.runner import Seat
 from hive_agent.wake import wake_prompt
 from tests.harness_host import a_lease
-from tests.processes import PROGRAMS
+from tests.processes import PATIENCE_S, PROGRAMS
 from tests.scripted_tools import ScriptedTools
 
 FIXTURE = Path(__file__).parent / "fixtures" / "claude" / "success.jsonl"
@@ -57,7 +57,7 @@ class Stage:
             env=environment(self.seat, "api_key"),
             cwd=self.folder,
             stdout=subprocess.PIPE,
-            timeout=20,
+            timeout=PATIENCE_S,
             check=False,
         )
         assert done.returncode == code
@@ -122,7 +122,9 @@ def test_the_harness_reads_it_as_a_good_turn(stage: Stage) -> None:
 def test_a_configuration_of_servers_that_is_none_is_one_error(stage: Stage, given: str, why: str) -> None:
     streams = ["--input-format", "stream-json", "--output-format", "stream-json"]
     words = [*own_command("rehearse"), "--print", "--verbose", *streams, "--mcp-config", given]
-    done = subprocess.run(words, input=b"", env=environment(stage.seat, "api_key"), capture_output=True, timeout=20)
+    done = subprocess.run(
+        words, input=b"", env=environment(stage.seat, "api_key"), capture_output=True, timeout=PATIENCE_S
+    )
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr.decode().startswith(f"error: cannot use --mcp-config: {why}")
     assert done.stderr.count(b"\n") == 1

@@ -17,10 +17,9 @@ import trio
 
 from hive_agent.own_command import own_command
 from tests.harness_host import HarnessConnection, HarnessHost, a_lease, open_host
-from tests.processes import PROGRAMS, look_until
+from tests.processes import PATIENCE_S, PROGRAMS, look_until
 from tests.scripted_tools import ScriptedTools
 
-PATIENCE_S = 20.0
 Harnesses = Any
 
 

@@ -25,6 +25,7 @@ from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, parse_body
 from tests.hives import Services, held_writer, run_in_hive
+from tests.processes import PATIENCE_S
 from tests.tools import desk_for
 
 IRIS, DAMOCLES, HM1ND = AgentName("iris"), AgentName("damocles"), AgentName("hm1nd")
@@ -213,7 +214,7 @@ async def test_the_index_follows_by_itself(hive: Services, monkeypatch: pytest.M
     async with trio.open_nursery() as nursery:
         nursery.start_soon(archive_of(hive).index.serve)
         await hive.say("operator", "iris", "word")
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE_S):
             while await hive.value("SELECT message_id FROM search_mark") != 1:
                 await trio.lowlevel.checkpoint()
         nursery.cancel_scope.cancel()
@@ -256,7 +257,7 @@ async def test_on_a_full_disk_the_index_waits_and_says_so_and_goes_on_by_itself(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(archive_of(hive).index.serve)
         assert await archive_of(hive).search(Query("word")) == {"messages": [], "next_cursor": None, "unindexed": 1}
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE_S):
             while "the search is late: no space is left" not in caplog.text:
                 await trio.lowlevel.checkpoint()
             hive.set_full(False)

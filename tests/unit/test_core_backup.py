@@ -32,6 +32,7 @@ from hive_core.store.schema import APPLICATION_ID, migrate
 from tests.dashboards import hive_of
 from tests.hives import Services, clean_environment, open_services
 from tests.needs import ROOT
+from tests.processes import PATIENCE_S
 
 NOW = "2026-01-01T00:00:00+00:00"
 
@@ -69,7 +70,7 @@ async def approve(hive: Services, approval_id: int) -> None:
     """Approve what is asked for, and see it carried out."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(hive.gate.serve)
-        with trio.fail_after(20):
+        with trio.fail_after(PATIENCE_S):
             approval = await hive.approvals.get(approval_id)
             done = await hive.gate.approve(approval.id, approval.digest, OPERATOR)
         nursery.cancel_scope.cancel()
@@ -677,7 +678,7 @@ def command(home: Path, state: Path, *words: str) -> subprocess.CompletedProcess
         input="",
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
 
 

@@ -162,7 +162,7 @@ async def test_an_agent_whose_settings_name_another_credential_uses_that_from_th
         nursery.start_soon(desk.breaker.serve)
         await trio.testing.wait_all_tasks_blocked()
         await hive.store.write(lambda tx: set_deployed(tx, "iris", "1" * 40, settings))
-        with trio.fail_after(5):  # not at its next look, which is half a minute later
+        with trio.fail_after(20):  # not at its next look, which is half a minute later
             while desk.breaker.name_of(IRIS) != "work":
                 await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()

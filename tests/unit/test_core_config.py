@@ -24,6 +24,7 @@ from hive_core.settings import DEFAULT_TOOLS, parse_agent_toml
 from hive_core.sockets.admin import PATIENCE_MOST_S
 from hive_core.systemd import notify
 from tests.needs import ROOT
+from tests.processes import PATIENCE_S
 
 # -- the daemon's configuration ---------------------------------------------------------------------------------------
 
@@ -463,7 +464,7 @@ def test_the_service_manager_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     address = f"@{tmp_path}" if abstract else str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(address.replace("@", "\0"))
-        manager.settimeout(5)
+        manager.settimeout(PATIENCE_S)
         monkeypatch.setenv("NOTIFY_SOCKET", address)
         notify("READY=1")
         assert manager.recv(100) == b"READY=1"

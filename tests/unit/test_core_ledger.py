@@ -29,6 +29,7 @@ from hive_core.store.bus import EVENTS, TURN_ENDS
 from hive_core.usage import Call
 from hive_core.usage_compared import compare
 from tests.hives import Services, run_in_hive, wait_until
+from tests.processes import PATIENCE_S
 
 IRIS, DAMOCLES, HM1ND = AgentName("iris"), AgentName("damocles"), AgentName("hm1nd")
 HAIKU = "claude-haiku-4-5"  # a micro-USD a token of input, five for output
@@ -391,7 +392,7 @@ async def test_whoever_was_told_no_is_woken_although_nobody_else_was_told_of_it(
     assert access.closed(DAMOCLES) is None
     lease = await take_turn(hive)
     assert access.closed(DAMOCLES) is not None
-    with hive.store.bus.listen("access") as listener, trio.fail_after(5):
+    with hive.store.bus.listen("access") as listener, trio.fail_after(PATIENCE_S):
         await hive.broker.ack(IRIS, lease.turn, "done")
         await listener.wait()
     assert access.closed(DAMOCLES) is None
@@ -454,7 +455,7 @@ async def test_what_a_call_under_way_is_known_to_cost_counts_at_once_and_cuts_it
     with hive.store.bus.listen("access") as listener:
         answer(call, {"input_tokens": 1_000_000, "output_tokens": 1})
         ledger.call_moved(call)
-        with trio.fail_after(1):
+        with trio.fail_after(PATIENCE_S):
             await listener.wait()
     assert hive.agents.access.closed(IRIS) is not None
     ledger.call_ended(call)

@@ -25,6 +25,7 @@ from hive_core.store.writer import Transaction
 from hive_core.withdrawal import withdraw_thread
 from tests.dashboards import OURS, browse, hive_of, served
 from tests.hives import Services, open_services, run_hive, serve
+from tests.processes import PATIENCE_S
 from tests.tools import program_of
 
 IRIS, DAMOCLES = AgentName("iris"), AgentName("damocles")
@@ -186,7 +187,7 @@ async def test_cancelling_the_thread_of_a_question_cancels_the_question(hive: Se
 async def test_an_answer_that_is_taken_back_opens_its_question_again(hive: Services) -> None:
     asked = await hive.questions.ask(IRIS, Ask(DAMOCLES, "red or blue?", ("red", "blue")))
     answered = await hive.questions.answer(DAMOCLES, 1, Answer(("red",)))
-    with hive.store.bus.listen("questions") as listener, trio.fail_after(5):
+    with hive.store.bus.listen("questions") as listener, trio.fail_after(PATIENCE_S):
         assert (await withdraw_thread(hive.store, DAMOCLES, asked["message"]))["dropped"] == 1
         await listener.wait()
     question = await hive.questions.get(1)

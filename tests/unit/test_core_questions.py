@@ -34,6 +34,7 @@ from hive_core.questions import (
 from hive_core.store.writer import Transaction
 from hive_core.withdrawal import withdraw_thread
 from tests.hives import Services, open_services, run_in_hive, wait_until
+from tests.processes import PATIENCE_S
 
 IRIS, DAMOCLES, HM1ND = AgentName("iris"), AgentName("damocles"), AgentName("hm1nd")
 COLOURS = Ask(DAMOCLES, "Which colour?", ("red", "blue"))
@@ -49,7 +50,7 @@ async def tick(hive: Services, questions: Questions) -> None:
 
 async def mail_of(hive: Services, agent: AgentName) -> dict[str, Any]:
     """The next message of an agent, whose turn ends well."""
-    with trio.fail_after(5):
+    with trio.fail_after(PATIENCE_S):
         lease = await hive.broker.lease(agent)
     await hive.broker.ack(agent, lease.turn, "done")
     return lease.message

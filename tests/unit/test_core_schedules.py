@@ -24,6 +24,7 @@ from hive_core.reminders import OPEN_LIMIT, Reminders, When
 from hive_core.schedules import LATE_MOST_MS, Due, Interval, Schedules, due_at, parse_plan
 from hive_core.store.writer import Transaction
 from tests.hives import Clock, Services, open_services, run_in_hive, wait_until
+from tests.processes import PATIENCE_S
 
 IRIS, DAMOCLES = AgentName("iris"), AgentName("damocles")
 HOUR_MS = 3_600_000
@@ -693,7 +694,7 @@ async def test_whatever_is_set_tells_the_clock_that_sleeps(hive: Services) -> No
         ("schedules", hive.schedules.add(parse_plan("iris", "x", every_s=60))),
         ("questions", hive.questions.ask(IRIS, Ask(DAMOCLES, "well?"))),
     ):
-        with hive.store.bus.listen(topic) as listener, trio.fail_after(5):
+        with hive.store.bus.listen(topic) as listener, trio.fail_after(PATIENCE_S):
             await setting
             await listener.wait()
     assert {hive.questions.topic, hive.reminders.topic, hive.schedules.topic} == {"questions", "reminders", "schedules"}

@@ -28,6 +28,7 @@ from hive_core.tombstones import TOMBSTONES, Tombstone, Tombstones, parse_tombst
 from hive_core.uid_ranges import UidRanges
 from tests.dashboards import hive_of
 from tests.hives import SETTINGS, Services, open_services
+from tests.processes import PATIENCE_S
 
 IRIS, DAMOCLES = AgentName("iris"), AgentName("damocles")
 
@@ -253,7 +254,7 @@ async def test_a_hive_that_was_ended_in_the_middle_goes_on_when_it_is_opened_aga
         await before.add_agents("hm1nd", "iris")
         await hive_of(before).tombstones.destroy(IRIS, OPERATOR, at_once=False)
     async with open_services(tmp_path) as after, destroying(after) as house:
-        with trio.fail_after(10), after.store.bus.listen("events") as listener:
+        with trio.fail_after(PATIENCE_S), after.store.bus.listen("events") as listener:
             while [one.state for one in await house.tombstones.all()] != ["kept"]:
                 await listener.wait()
         assert isinstance(house.destruction, Destruction)

@@ -13,6 +13,7 @@ from hive_core.protocol.words import AgentName
 from hive_core.store.bus import RESTING
 from hive_core.turn_ends import ERRAND_EVERY, Told
 from tests.hives import Services
+from tests.processes import PATIENCE_S
 
 IRIS, OPERATOR = AgentName("iris"), AgentName("operator")
 FULL, HALF = Told(context_tokens=150, context_window=200), Told(context_tokens=100, context_window=200)
@@ -97,7 +98,7 @@ async def test_the_clock_is_told_that_an_agent_rests_from_an_errand(hive: Servic
     """No message rests with it, and mail that is due waits for the agent's rest alone."""
     await message_turn(hive, FULL)
     lease = await hive.broker.lease(IRIS)
-    with hive.store.bus.listen(RESTING) as listener, trio.fail_after(5):
+    with hive.store.bus.listen(RESTING) as listener, trio.fail_after(PATIENCE_S):
         await end(hive, lease, "waiting")
         await listener.wait()
 

@@ -453,7 +453,7 @@ async def test_what_nobody_expected_in_the_writers_thread_is_told_and_ends_the_s
     def leave(_: Transaction) -> None:
         raise SystemExit("out of here")
 
-    with trio.fail_after(20):
+    with trio.fail_after(PATIENCE_S):
         with pytest.raises(StoreError, match="cannot write: SystemExit: out of here"):
             await store.write(leave)
         with pytest.raises(StoreError, match="cannot go on"):

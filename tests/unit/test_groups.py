@@ -85,6 +85,15 @@ def test_a_group_of_several_processes_is_counted_as_one_and_a_process_that_dies_
     assert run_group(replace(group("wide"), processes=2), tmp_path) == Counts(passed=2, failed=1)
 
 
+def test_files_that_go_to_one_process_each_are_not_torn_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_PLUGINS", "xdist.plugin")
+    builds_on = "told = []\ndef test_first(): told.append(1)\n"
+    builds_on += "".join(f"def test_{number}(): assert len(told) == 1\n" for number in range(20))
+    write_group(tmp_path, "wide", builds_on)
+    (tmp_path / "wide" / "test_other.py").write_text(builds_on)
+    assert run_group(replace(group("wide"), processes=2, whole_files=True), tmp_path) == Counts(passed=42)
+
+
 def test_a_run_ends_with_the_sum_of_its_groups(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_group(tmp_path, "one", "def test_a(): pass\ndef test_b(): pass")
     write_group(tmp_path, "two", "import pytest\ndef test_c(): pytest.skip()\ndef test_d(): pass")
@@ -158,6 +167,12 @@ def test_only_the_group_that_spends_money_sees_the_keys(tmp_path: Path, monkeypa
     write_group(tmp_path, "looks", "import os\ndef test_key(): assert 'ANTHROPIC_API_KEY' not in os.environ")
     assert run_group(group("looks"), tmp_path) == Counts(passed=1)
     assert run_group(group("looks", ["account"]), tmp_path) == Counts(failed=1)
+
+
+def test_the_processes_of_a_group_keep_what_they_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    write_group(tmp_path, "looks", "import sys\ndef test_kept(): assert not sys.dont_write_bytecode")
+    assert run_group(group("looks"), tmp_path) == Counts(passed=1)
 
 
 def test_groups_are_chosen_by_name_in_the_order_of_the_table() -> None:

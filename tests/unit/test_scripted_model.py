@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.processes import PATIENCE_S
 from tests.scripted_model import Request, ScriptedModel, fail, say, tool
 
 TOOLS = [{"name": "Bash", "description": "", "input_schema": {"type": "object"}}]
@@ -18,7 +19,7 @@ def ask(
 ) -> tuple[int, dict[str, str], str]:
     message = {"role": "user", "content": [{"type": "text", "text": text}]}
     form = {"model": "sonnet", "stream": True, "tools": TOOLS, "messages": [message], **body}
-    connection = http.client.HTTPConnection(model.base_url.removeprefix("http://"), timeout=5)
+    connection = http.client.HTTPConnection(model.base_url.removeprefix("http://"), timeout=PATIENCE_S)
     try:
         connection.request(method, path, json.dumps(form) if method == "POST" else None, {"x-api-key": "k"})
         answer = connection.getresponse()
@@ -127,7 +128,7 @@ def test_a_script_that_fails_answers_500_and_fails_the_test() -> None:
 
 def test_a_connection_that_is_kept_alive_does_not_hold_the_end() -> None:
     with ScriptedModel(["one"]) as model:
-        connection = http.client.HTTPConnection(model.base_url.removeprefix("http://"), timeout=5)
+        connection = http.client.HTTPConnection(model.base_url.removeprefix("http://"), timeout=PATIENCE_S)
         connection.request("HEAD", "/")
         connection.getresponse().read()
     connection.close()
