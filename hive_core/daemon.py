@@ -25,6 +25,7 @@ from starlette.types import ASGIApp
 
 from dashboard.app import at_home, build_app
 from hive_core.access import Access
+from hive_core.agent_locks import AgentLocks
 from hive_core.agents import Agent, Agents
 from hive_core.approvals import Approvals
 from hive_core.bodies import Bodies
@@ -153,9 +154,9 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             access=access,
         )
         approvals, repos = Approvals(store), Repos(config.state_dir)
-        uids = UidRanges(store, str(config.state_dir))
+        locks, uids = AgentLocks(), UidRanges(store, str(config.state_dir))
         driver = make_driver(config, choice, claude=claude, life_fd=life_fd, first_uid=uids.first_uid)
-        deployments = await make_deployments(config, choice, store, repos, driver)
+        deployments = await make_deployments(config, choice, store, repos, locks, driver)
         gate = Gate(
             store,
             agents,
@@ -181,7 +182,15 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             approvals=approvals,
             gate=gate,
             reconciler=Reconciler(
-                store, agents, driver, rooms.dirs, rooms.may_run, rooms.serve, broker.put_back, config
+                store,
+                agents,
+                driver,
+                rooms.dirs,
+                rooms.may_run,
+                rooms.serve,
+                broker.put_back,
+                config,
+                locks=locks,
             ),
             keeper=Keeper(config.state_dir, rooms.run_dir),
             sign_ins=SignIns(store),

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import platform
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -77,12 +78,14 @@ class MetaFlake:
         self._nix = nix
         self._sources = sources
         self._staging = trio.Lock()
+        self.building = building_folder(folder.parent)
 
     async def open(self) -> None:
         """Make the repository if it is missing, and put back what a daemon that died had staged."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         await self._git("init", "--quiet", "--template=", "--initial-branch=main")
         await self._put_back()
+        shutil.rmtree(self.building, ignore_errors=True)
         try:
             await self._git("rev-parse", "--quiet", "--verify", "HEAD")
         except Refusal:
@@ -104,8 +107,8 @@ class MetaFlake:
 
     @asynccontextmanager
     async def staged(self, flake: str, message: str, update: Sequence[str] = ()) -> AsyncIterator[str]:
-        """Stage a flake.nix with its lock; what is built within builds that. Left well, it is committed with
-        `message`; left by an exception or a cancellation, everything is as before.
+        """Stage a flake.nix with its lock. Left well, it is committed with `message`; left by an exception or a
+        cancellation, everything is as before.
 
         update   inputs to lock anew; those that are new, or are at another URL, are locked anyway
         yields   the staged flake, as a URL
@@ -143,7 +146,9 @@ class MetaFlake:
         wrong.
         """
         try:
-            async with self._alone(name, commit) as flake:
+            with tempfile.TemporaryDirectory(prefix="hive-evaluation-") as folder:
+                flake = Path(folder)
+                await self._render_alone(flake, name, commit)
                 wanted = f"{_path_url(flake)}#nixosConfigurations.{nix_string(name)}.config"
                 words = ["eval", "--json", "--no-write-lock-file", wanted, "--apply", _WANTED]
                 said = await self._nix.run(words, readable=[flake, self._repository(name), *self._readable()])
@@ -154,13 +159,18 @@ class MetaFlake:
         return _checked(name, said)
 
     @asynccontextmanager
-    async def _alone(self, name: AgentName, commit: CommitSha) -> AsyncIterator[Path]:
-        """A meta flake with this agent alone, and with the others' inputs as they are locked."""
-        with tempfile.TemporaryDirectory(prefix="hive-evaluation-") as folder:
-            (Path(folder) / "flake.nix").write_text(self.render({name: commit}), "utf-8")
-            with contextlib.suppress(Refusal):  # nothing was committed yet; what is staged may be half written
-                (Path(folder) / "flake.lock").write_text(await self._git("show", "HEAD:flake.lock"), "utf-8")
-            yield Path(folder)
+    async def alone(self, name: AgentName, commit: CommitSha) -> AsyncIterator[str]:
+        """A flake with this agent alone, at a commit that is pinned, and with all inputs that are locked as they are in
+        the last one that was committed: its URL. What is built of it is what the staged one gives, and nobody waits."""
+        self.building.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=self.building) as folder:
+            await self._render_alone(Path(folder), name, commit)
+            yield _path_url(Path(folder))
+
+    async def _render_alone(self, folder: Path, name: AgentName, commit: CommitSha) -> None:
+        (folder / "flake.nix").write_text(self.render({name: commit}), "utf-8")
+        with contextlib.suppress(Refusal):  # nothing was committed yet; what is staged may be half written
+            (folder / "flake.lock").write_text(await self._git("show", "HEAD:flake.lock"), "utf-8")
 
     def _repository(self, name: AgentName) -> Path:
         return self._applied / f"{name}.git"
@@ -199,6 +209,11 @@ class MetaFlake:
             said = quoted(done.stderr.decode("utf-8", "replace").strip())[:300]
             raise Refusal("failed", f"cannot use the meta flake's repository in {self._folder}: {said}")
         return done.stdout.decode("utf-8", "replace")
+
+
+def building_folder(state_dir: Path) -> Path:
+    """Where flakes are for as long as they are built."""
+    return state_dir / "building"
 
 
 def _path_url(folder: Path) -> str:

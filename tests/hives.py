@@ -23,6 +23,7 @@ import trio_asyncio
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hive_core.access import Access
+from hive_core.agent_locks import AgentLocks
 from hive_core.agents import Agents, set_deployed
 from hive_core.approvals import Approvals
 from hive_core.background import Background
@@ -76,6 +77,7 @@ class Services:
     gate: Gate
     clock: Clock
     timeline: str
+    locks: AgentLocks
 
     def __post_init__(self) -> None:
         limits = self.broker.limits
@@ -153,7 +155,7 @@ async def open_services(
     state_dir: Path,
     ports: range = range(8100, 9000),
     limits: Limits | None = None,
-    deployments: Callable[[Store, Repos], Deployments] = PLAIN,
+    deployments: Callable[[Store, Repos, AgentLocks], Deployments] = PLAIN,
     **bounds: int,
 ) -> AsyncIterator[Services]:
     """Everything of a hive that needs no agent and no socket, in `state_dir`."""
@@ -165,13 +167,13 @@ async def open_services(
     async with trio_asyncio.open_loop(), open_store(state_dir / "hive.sqlite", clock=clock) as store:
         access = Access(store.bus)
         agents = Agents(store, manager_port=8000, agent_ports=ports, access=access)
-        approvals, repos = Approvals(store), Repos(state_dir)
+        approvals, repos, locks = Approvals(store), Repos(state_dir), AgentLocks()
         gate = Gate(
             store,
             agents,
             approvals,
             repos,
-            deployments(store, repos),
+            deployments(store, repos, locks),
             templates,
             limits or Limits(),
             default_program="rehearsal",
@@ -182,7 +184,7 @@ async def open_services(
         broker = Broker(store, limits, random.Random(0), bodies, access, ledger)
         turns = Turns(store, **bounds)
         whose = await timeline(store)
-        yield Services(state_dir, store, broker, turns, agents, approvals, repos, gate, clock, whose)
+        yield Services(state_dir, store, broker, turns, agents, approvals, repos, gate, clock, whose, locks)
 
 
 def run_in_hive(test: Callable[[Services], Awaitable[None]], *names: str, **bounds: int) -> None:

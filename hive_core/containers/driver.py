@@ -68,6 +68,9 @@ class Former(Protocol):
     async def end(self, name: AgentName, dirs: AgentDirs) -> None:
         """End that. Raises Refusal when it cannot be ended: nothing else is started then."""
 
+    async def forget(self, name: AgentName) -> None:
+        """Remove what is kept of that, which has ended, on the host; the agent is destroyed."""
+
 
 @runtime_checkable
 class Systems(Protocol):

@@ -11,11 +11,12 @@ import logging
 from pathlib import Path
 
 from hive_core.containers.mounts import AgentDirs
-from hive_core.containers.nixos_conf import marker
+from hive_core.containers.nixos_conf import OWN_FILES, marker
 from hive_core.containers.nixos_host import NixosHost
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.running_unit import RunningUnit
 from hive_core.protocol.container_id import container_id
+from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,9 @@ class FormerProcesses:
             await running.wait()
             await self._leftover.forget(name)
 
+    async def forget(self, name: AgentName) -> None:
+        await self._leftover.destroy(name)
+
 
 class FormerContainers:
     """The other way round. The container stays, for a hive that goes back to it, and is not started by itself."""
@@ -42,11 +46,7 @@ class FormerContainers:
         self._host = host or NixosHost()
 
     async def end(self, name: AgentName, dirs: AgentDirs) -> None:
-        conf = self._host.confs / f"{container_id(name)}.conf"
-        try:
-            if not conf.read_text("utf-8", "replace").startswith(marker(self._hive, name)):
-                return
-        except OSError:
+        if not self._is_ours(name):
             return
         unit = f"container@{container_id(name)}.service"
         state = await self._host.state(unit)
@@ -56,6 +56,26 @@ class FormerContainers:
             running.kill()
             await running.wait()
         self._forget(self._hive / "processes" / f"{name}.json")
+
+    async def forget(self, name: AgentName) -> None:
+        """Also where that fails the agent is destroyed: a daemon without the host's rights could never destroy it."""
+        if not self._is_ours(name):
+            return
+        machine = container_id(name)
+        try:
+            await self._host.destroy(f"remove the container that {name} had", machine)
+        except Refusal as refusal:
+            way_out = f"as root: `nixos-container destroy {machine}`"
+            log.warning("%s; %s", refusal.message, way_out, extra={"agent": name})
+        for suffix in OWN_FILES:
+            (self._hive / "processes" / f"{name}.{suffix}").unlink(missing_ok=True)
+
+    def _is_ours(self, name: AgentName) -> bool:
+        conf = self._host.confs / f"{container_id(name)}.conf"
+        try:
+            return conf.read_text("utf-8", "replace").startswith(marker(self._hive, name))
+        except OSError:
+            return False
 
     def _forget(self, file: Path) -> None:
         """Its end was asked for. What is of the driver that is set now says nothing of a run of a unit."""

@@ -301,8 +301,10 @@ class HostProcessDriver:
     async def destroy(self, name: AgentName) -> None:
         """Forget that there ever was such an agent, which has ended; its directories stay. Nothing when it is gone."""
         await self._end_seen(name)
-        for suffix in ("run", "log", "status"):
+        for suffix in ("run", "log", "status", "nspawn"):
             self._file(name, suffix).unlink(missing_ok=True)
+        if self.former is not None:
+            await self.former.forget(name)
 
     async def last_words(self, name: AgentName, limit: int = 600) -> str:
         """The end of what the harness printed, at most `limit` bytes of it, for whoever asks why it ended."""

@@ -21,6 +21,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, StorePath
 
 UIDS = 65536  # of one agent
+OWN_FILES = ("json", "run", "end", "built", "creating")  # what the hive keeps of a container: processes/NAME.SUFFIX
 _WORD = r"[A-Za-z0-9/._+@=-]+"  # of a path: nothing that a shell, systemd or nspawn's colons give a meaning to
 _HIDDEN = ("/nix/var/nix/daemon-socket", "/nix/var/nix/profiles", "/nix/var/nix/gcroots")
 _ALLOWED_FLAGS = tuple(

@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -34,7 +33,7 @@ from hive_core.containers.host_process import LINES_LIMIT_BYTES, LINES_MOST
 from hive_core.containers.inside import HOME, harness_environment, program_paths
 from hive_core.containers.mounts import STATE, AgentDirs
 from hive_core.containers.mounts import shape as seen
-from hive_core.containers.nixos_conf import conf_text, drop_in_text, marker
+from hive_core.containers.nixos_conf import OWN_FILES, conf_text, drop_in_text, marker
 from hive_core.containers.nixos_host import NixosHost, UnitState, reason_of
 from hive_core.containers.nixos_systems import NixosSystems, write_whole
 from hive_core.containers.process_tree import boot_id, folder_id, numbered_inside, usage_below
@@ -56,7 +55,6 @@ _ENVIRONMENT = {**harness_environment(HOME), "PATH": "/run/current-system/sw/bin
 _START_WITHIN_S = 150.0
 _STOP_WITHIN_S = 150.0
 _ENDS_WITHIN_S = 10.0
-_SUFFIXES = ("json", "run", "end", "built", "creating")
 # How systemd inside passes on to the console what a unit prints.
 _OF_HARNESS = re.compile(r"(?:\[[ \d.]+\] )?hive-agent\[\d+\]: ?")
 _KILLED_FOR_MEMORY = "killed by the OOM killer"
@@ -196,10 +194,10 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
 
     async def destroy(self, name: AgentName) -> None:
         if self._has_own(name):
-            await self._host.insist(f"destroy {name}", "nixos-container", "destroy", container_id(name))
-            shutil.rmtree(self._drop_in(name).parent, ignore_errors=True)
-            await self._host.insist(f"destroy {name}", "systemctl", "daemon-reload")
-        for suffix in _SUFFIXES:
+            await self._host.destroy(f"destroy {name}", container_id(name))
+        if self.former is not None:
+            await self.former.forget(name)
+        for suffix in OWN_FILES:
             self._file(name, suffix).unlink(missing_ok=True)
 
     async def _start_unit(self, name: AgentName) -> RunningUnit:
@@ -231,7 +229,8 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
         assert system is not None
         first_line = marker(self._hive, name)
         write_whole(self._conf_file(name), conf_text(first_line, system, dirs, self._lent(), base))
-        if write_whole(self._drop_in(name), drop_in_text(first_line, self._file(name, "end"), self._bounds)):
+        drop_in = drop_in_text(first_line, self._file(name, "end"), self._bounds)
+        if write_whole(self._host.drop_in(container_id(name)), drop_in):
             await self._host.insist(f"start {name}", "systemctl", "daemon-reload")
         self._make_root(self._host.roots / container_id(name), base or 0)
 
@@ -247,9 +246,6 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
     def _lent(self) -> list[str]:
         """Programs that agents need and that are not in the host's store."""
         return sorted(program_paths(self._claude))
-
-    def _drop_in(self, name: AgentName) -> Path:
-        return self._host.drop_ins / f"{self._unit(name)}.d" / "hyperhive.conf"
 
     def _running(self, name: AgentName, state: UnitState) -> RunningUnit:
         end_file = self._file(name, "end")

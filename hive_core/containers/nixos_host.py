@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,15 @@ class NixosHost:
         return UnitState(
             said.get("ActiveState", "inactive"), int(said.get("MainPID") or 0), said.get("InvocationID", "")
         )
+
+    async def destroy(self, what: str, machine: str) -> None:
+        """Remove a container, and what we have of its unit. Raises Refusal: "cannot WHAT: REASON"."""
+        await self.insist(what, "nixos-container", "destroy", machine)
+        shutil.rmtree(self.drop_in(machine).parent, ignore_errors=True)
+        await self.insist(what, "systemctl", "daemon-reload")
+
+    def drop_in(self, machine: str) -> Path:
+        return self.drop_ins / f"container@{machine}.service.d" / "hyperhive.conf"
 
     async def settled(self, unit: str, within_s: float) -> UnitState:
         """What a unit is when it has ended, or after so long: its main process has, and the rest is milliseconds."""

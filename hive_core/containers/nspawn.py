@@ -172,10 +172,6 @@ class NspawnDriver(HostProcessDriver):
             words += [line for line in said.splitlines() if not line.startswith(_OF_NO_AGENT)]
         return "\n".join(words).strip()[-limit:]
 
-    async def destroy(self, name: AgentName) -> None:
-        await super().destroy(name)
-        self._file(name, "nspawn").unlink(missing_ok=True)
-
     def _end_left(self, name: AgentName) -> None:
         # systemd-nspawn that is killed leaves all that is inside.
         end_holders(self._file(name, "status"))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
+from hive_core.agent_locks import AgentLocks
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
 from hive_core.repos import Proposal, Repos
 from hive_core.store.door import Store
 from hive_core.systems import Deployed, system_of
+
+_STAYS = "SELECT 1 FROM agents WHERE name = ? AND name NOT IN (SELECT name FROM tombstones WHERE state = 'destroying')"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +39,16 @@ class Deployments(Protocol):
     async def check(self, name: AgentName, proposal: Proposal) -> None:
         """Raises Refusal when a proposal could not be deployed; nothing is changed, and nothing that runs touched."""
 
-    async def carry_out(self, change: Change) -> Deployed:
-        """Make a commit what its agent runs on, all but the rows. Raises when that is impossible; then all is as it
-        was."""
+    async def carry_out(self, change: Change, held: AsyncExitStack) -> Deployed:
+        """Make a commit what its agent runs on, all but the rows. Raises when that is impossible, also because the
+        agent was destroyed meanwhile; then all is as it was.
 
-    async def mend(self, name: AgentName, sha: CommitSha) -> Deployed | None:
+        held: is given what keeps a destruction, and other deployments, away until it is closed: after the rows
+        """
+
+    async def mend(self, name: AgentName, sha: CommitSha, held: AsyncExitStack) -> Deployed | None:
         """Make of the commit that is deployed what has to be made of it here, where a daemon that died, one of another
-        release or with another sandbox left it otherwise; None when all is well. Raises as `carry_out` does."""
+        release or with another sandbox left it otherwise; None when all is well. As `carry_out` else."""
 
     def hindrance(self, name: AgentName) -> str | None:
         """Why an agent may not be started now, or None."""
@@ -53,9 +60,10 @@ class Deployments(Protocol):
 class PlainDeployments:
     """Of containers that know no commit: its agent.toml and CLAUDE.md reach the harness with its next turn."""
 
-    def __init__(self, store: Store, repos: Repos, sandbox: str) -> None:
+    def __init__(self, store: Store, repos: Repos, locks: AgentLocks, sandbox: str) -> None:
         self._store = store
         self._repos = repos
+        self._locks = locks
         self._sandbox = sandbox
 
     def files(self, name: AgentName, description: str) -> Mapping[str, str]:
@@ -70,14 +78,18 @@ class PlainDeployments:
                 "change agent.toml or CLAUDE.md",
             )
 
-    async def carry_out(self, change: Change) -> Deployed:
+    async def carry_out(self, change: Change, held: AsyncExitStack) -> Deployed:
+        await held.enter_async_context(self._locks.of(change.agent))
         if change.base is not None:
+            await insist_that_it_stays(self._store, change.agent)
             await self._repos.deploy(change.agent, change.number, change.sha, change.base)
         return Deployed(await self._repos.read(change.agent, change.sha))
 
-    async def mend(self, name: AgentName, sha: CommitSha) -> Deployed | None:
+    async def mend(self, name: AgentName, sha: CommitSha, held: AsyncExitStack) -> Deployed | None:
         if await system_of(self._store, name) is None:
             return None
+        await held.enter_async_context(self._locks.of(name))
+        await insist_that_it_stays(self._store, name)
         return Deployed(await self._repos.read(name, sha))
 
     def hindrance(self, name: AgentName) -> str | None:
@@ -99,10 +111,10 @@ class NoDeployments:
     async def check(self, name: AgentName, proposal: Proposal) -> None:
         raise Refusal("unavailable", f"cannot check {proposal.sha[:12]}: {self._trouble}")
 
-    async def carry_out(self, change: Change) -> Deployed:
+    async def carry_out(self, change: Change, held: AsyncExitStack) -> Deployed:
         raise Refusal("unavailable", f"cannot build {change.agent}: {self._trouble}")
 
-    async def mend(self, name: AgentName, sha: CommitSha) -> Deployed | None:
+    async def mend(self, name: AgentName, sha: CommitSha, held: AsyncExitStack) -> Deployed | None:
         return None
 
     def hindrance(self, name: AgentName) -> str | None:
@@ -110,3 +122,9 @@ class NoDeployments:
 
     def forget(self, name: AgentName) -> None:
         pass
+
+
+async def insist_that_it_stays(store: Store, name: AgentName) -> None:
+    """Raise Refusal("conflict") for an agent that is being destroyed, or was. Who holds its lock can rely on it."""
+    if await store.row(_STAYS, (name,)) is None:
+        raise Refusal("conflict", f"cannot deploy {name}: it was destroyed meanwhile")

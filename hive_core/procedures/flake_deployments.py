@@ -1,20 +1,28 @@
-"""Deployments of containers that are built from their agent's commit: staged in the meta flake, built beside what runs,
+"""Deployments of containers that are built from their agent's commit: built beside what runs, staged in the meta flake,
 switched, committed. Until main of the applied repository moves, whatever goes wrong leaves all as it was."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from functools import partial
 
 import trio
 
+from hive_core.agent_locks import AgentLocks
 from hive_core.building import make_meta_flake, make_nix
 from hive_core.config import Config
 from hive_core.containers.choice import Choice
 from hive_core.containers.driver import Driver, Systems
 from hive_core.flakes import MetaFlake
-from hive_core.procedures.deployments import Change, Deployments, NoDeployments, PlainDeployments
+from hive_core.procedures.deployments import (
+    Change,
+    Deployments,
+    NoDeployments,
+    PlainDeployments,
+    insist_that_it_stays,
+)
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha, StorePath
 from hive_core.repos import Proposal, Repos, harness_settings
@@ -23,19 +31,20 @@ from hive_core.systems import Deployed, System, built_commits, system_of
 
 log = logging.getLogger(__name__)
 CHECKS_WAITING = 4
-_STAYS = "SELECT 1 FROM agents WHERE name = ? AND name NOT IN (SELECT name FROM tombstones WHERE state = 'destroying')"
 _NOT_YET = "its container is being built"
 
 
 class FlakeDeployments:
-    def __init__(self, store: Store, repos: Repos, meta: MetaFlake, systems: Systems) -> None:
+    def __init__(self, store: Store, repos: Repos, locks: AgentLocks, meta: MetaFlake, systems: Systems) -> None:
         self._store = store
         self._repos = repos
+        self._locks = locks
         self._meta = meta
         self._systems = systems
         self._hindrances: dict[AgentName, str] = {}  # of those that were looked at: "" may start
         # One at a time, since each may take all its memory and all its time; what is approved waits for none of them.
         self._checking = trio.Lock()
+        self._settling = trio.Lock()
 
     def files(self, name: AgentName, description: str) -> Mapping[str, str]:
         return self._meta.agent_files(name, description)
@@ -47,32 +56,28 @@ class FlakeDeployments:
         async with self._checking:
             await self._meta.evaluate(name, proposal.sha)
 
-    async def carry_out(self, change: Change) -> Deployed:
+    async def carry_out(self, change: Change, held: AsyncExitStack) -> Deployed:
         name, sha, base = change.agent, change.sha, change.base
         settle: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint  # main begins at the first commit
         if base is not None:
             await self._repos.check_main(name, sha, base)
             settle = partial(self._repos.deploy, name, change.number, sha, base)
         message = f"{name}: deployed/{change.number if base else 0}"
-        deployed = await self._make(name, sha, message, settle, is_new=base is None)
-        self._hindrances[name] = ""
-        return deployed
+        return await self._make(name, sha, message, settle, held, is_new=base is None)
 
-    async def mend(self, name: AgentName, sha: CommitSha) -> Deployed | None:
+    async def mend(self, name: AgentName, sha: CommitSha, held: AsyncExitStack) -> Deployed | None:
         known, current = await system_of(self._store, name), await self._systems.current(name)
         if current is not None:
             self._hindrances[name] = ""  # what it has is good enough until it has what it should
         if known is not None and (known.sha, known.path, known.inputs) == (sha, current, self._meta.inputs):
             return None
         try:
-            deployed = await self._make(name, sha, f"{name}: {sha[:12]} again", trio.lowlevel.checkpoint)
+            return await self._make(name, sha, f"{name}: {sha[:12]} again", trio.lowlevel.checkpoint, held)
         except Exception as exc:
             if current is None:
                 way_out = "it is tried again when something is deployed, and when the daemon starts"
                 self._hindrances[name] = f"its container cannot be built: {exc}; {way_out}"
             raise
-        self._hindrances[name] = ""
-        return deployed
 
     def hindrance(self, name: AgentName) -> str | None:
         return self._hindrances.get(name, _NOT_YET) or None
@@ -86,6 +91,7 @@ class FlakeDeployments:
         sha: CommitSha,
         message: str,
         settle: Callable[[], Awaitable[None]],
+        held: AsyncExitStack,
         is_new: bool = False,
     ) -> Deployed:
         """Build a commit, and make it the agent's; `settle` is the point after which it stays.
@@ -95,31 +101,39 @@ class FlakeDeployments:
         All of it can be done again: what is built is there already, and a switch to what is current is none.
         """
         before = await self._before(name)
-        await self._repos.pin(name, sha)
-        found = await self._meta.evaluate(name, sha)
-        flake = self._meta.render({**await built_commits(self._store), name: sha})
         settled = False
         try:
-            async with self._meta.staged(flake, message) as url:
+            await self._repos.pin(name, sha)
+            found = await self._meta.evaluate(name, sha)
+            async with self._meta.alone(name, sha) as url:
                 path = await self._systems.build(name, url)
-                if not is_new and await self._is_leaving(name):
-                    raise Refusal("conflict", f"cannot deploy {name}: it was destroyed meanwhile")
-                if path != await self._systems.current(name):
-                    await self._systems.switch(name, path)
-                await settle()
-                settled = True
-        except Exception as exc:
+            # What is staged names the commits of all as the rows have them: so the next waits for those of this one.
+            async with AsyncExitStack() as locks:
+                await locks.enter_async_context(self._settling)
+                await locks.enter_async_context(self._locks.of(name))
+                if not is_new:
+                    await insist_that_it_stays(self._store, name)
+                try:
+                    async with self._meta.staged(await self._flake_with(name, sha), message):
+                        if path != await self._systems.current(name):
+                            await self._systems.switch(name, path)
+                        await settle()
+                        settled = True
+                except Exception as exc:
+                    if not settled:
+                        raise
+                    # The log lacks a line, and the next one who stages has its flake right.
+                    log.error("the meta flake was not committed: %s", exc, extra={"agent": name})
+                held.push_async_exit(locks.pop_all())
+        except Exception:
             if not settled:
-                if is_new or not await self._is_leaving(name):
-                    await self._go_back(name, before)
-                raise
-            # The log lacks a line, and the next one who stages has its flake right.
-            log.error("the meta flake was not committed: %s", exc, extra={"agent": name})
+                await self._go_back(name, before, is_new)
+            raise
+        self._hindrances[name] = ""
         return Deployed(harness_settings(found.settings, found.persona), System(sha, path, self._meta.inputs))
 
-    async def _is_leaving(self, name: AgentName) -> bool:
-        """Whether an agent is being destroyed, or was."""
-        return await self._store.row(_STAYS, (name,)) is None
+    async def _flake_with(self, name: AgentName, sha: CommitSha) -> str:
+        return self._meta.render({**await built_commits(self._store), name: sha})
 
     async def _before(self, name: AgentName) -> StorePath | None:
         """What the agent has if this comes to nothing. What it has now may be what a daemon switched to that died
@@ -127,21 +141,27 @@ class FlakeDeployments:
         known = await system_of(self._store, name)
         return known.path if known is not None else await self._systems.current(name)
 
-    async def _go_back(self, name: AgentName, before: StorePath | None) -> None:
+    async def _go_back(self, name: AgentName, before: StorePath | None, is_new: bool) -> None:
         try:
-            if before is not None and before != await self._systems.current(name):
+            async with self._locks.of(name):
+                if before is None or before == await self._systems.current(name):
+                    return
+                if not is_new:
+                    await insist_that_it_stays(self._store, name)
                 await self._systems.switch(name, before)
         except (Refusal, OSError) as exc:
             log.error("%s could not be given its former system %s: %s", name, before, exc, extra={"agent": name})
 
 
-async def make_deployments(config: Config, choice: Choice, store: Store, repos: Repos, driver: Driver) -> Deployments:
+async def make_deployments(
+    config: Config, choice: Choice, store: Store, repos: Repos, locks: AgentLocks, driver: Driver
+) -> Deployments:
     """What the sandbox that is set asks for. Raises Refusal when the meta flake's repository cannot be used."""
     if config.sandbox != "nixos-container" or config.unsafe_no_sandbox:
-        return PlainDeployments(store, repos, "none" if config.unsafe_no_sandbox else config.sandbox)
+        return PlainDeployments(store, repos, locks, "none" if config.unsafe_no_sandbox else config.sandbox)
     if choice.trouble is not None or not isinstance(driver, Systems):
         helped = "containers cannot be built through the helper; unset it and run the daemon as root, or set sandbox"
         return NoDeployments(choice.trouble or helped)
     meta = make_meta_flake(config, make_nix(config))
     await meta.open()
-    return FlakeDeployments(store, repos, meta, driver)
+    return FlakeDeployments(store, repos, locks, meta, driver)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 
 from jinja2 import Environment
 
@@ -242,7 +243,10 @@ class Gate:
         hindered = self._deployments.hindrance(name)
         done = True
         try:
-            deployed = await self._deployments.mend(name, sha)
+            async with AsyncExitStack() as held:
+                deployed = await self._deployments.mend(name, sha, held)
+                if deployed is not None:
+                    await self._store.insist(lambda tx: note_deployed(tx, name, sha, deployed))
         except StoreError:
             raise
         except Exception as exc:
@@ -251,8 +255,6 @@ class Gate:
             self._unmended.add(name)
         else:
             done = deployed is not None
-            if deployed is not None:
-                await self._store.insist(lambda tx: note_deployed(tx, name, sha, deployed))
         if self._deployments.hindrance(name) != hindered:
             self._store.bus.publish([WANTED])
         return done
@@ -269,7 +271,8 @@ class Gate:
                 settle(tx, approval, "done", None, SYSTEM, proof=done.proof)
                 self._tell(tx, approval, "approved", None)
 
-            await self._store.insist(write)
+            async with done.held:
+                await self._store.insist(write)
         except StoreError:
             raise
         except Exception as exc:

@@ -10,6 +10,7 @@ from functools import partial
 
 import trio
 
+from hive_core.agent_locks import AgentLocks
 from hive_core.agents import Agent, Agents
 from hive_core.container_states import ContainerStates
 from hive_core.containers.driver import Driver
@@ -33,6 +34,7 @@ class Reconciler:
 
     may_run   the sentence that says why an agent may not be started here, or None
     put_back  closes the running turn of an agent that was ended on purpose
+    locks     who holds an agent's keeps its container from being forgotten
     serve     opens and serves an agent's sockets until cancelled; reports its desk when they listen
     """
 
@@ -47,8 +49,10 @@ class Reconciler:
         put_back: Callable[[Transaction, AgentName], None],
         limits: Limits | None = None,
         clock: Callable[[], float] = time.time,
+        locks: AgentLocks | None = None,
     ) -> None:
         limits = limits or Limits()
+        self._locks = locks or AgentLocks()
         states, starts = ContainerStates(store, limits, clock), Starts(limits.starts_at_once)
         self._tools = Tools(store, agents, driver, may_run, put_back, limits, states, starts)
         self._store = store
@@ -124,7 +128,8 @@ class Reconciler:
             supervised.let_go()
             await supervised.gone.wait()
         self.updates.forget(name)
-        await self._driver.destroy(name)
+        async with self._locks.of(name):  # a change of its that is being switched to comes to its end first
+            await self._driver.destroy(name)
 
     @asynccontextmanager
     async def at_rest(self, name: AgentName, at_once: bool = False) -> AsyncIterator[None]:

@@ -6,12 +6,14 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 
 from hive_core.containers.bounds import Bounds
+from hive_core.containers.former import FormerContainers
 from hive_core.containers.host_process import LINES_MOST, HostProcessDriver
 from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.nspawn import HOST_UIDS
@@ -43,6 +45,7 @@ from tests.containers.drivers import (
     wait_gone,
 )
 from tests.containers.helped import HELPER_KINDS
+from tests.containers.standin.host import StandInHost, host_of
 from tests.needs import ROOT
 from tests.processes import pids_naming
 
@@ -940,6 +943,37 @@ async def test_an_agent_in_another_kind_of_container_than_is_set_is_ended_whole(
     assert ("its sandbox is another now" if before == STAND_IN else f"with sandbox {before}, and this") in caplog.text
     assert await driver.missed_exit(IRIS) is None, "it did not crash"
     assert await run(tmp_path, now, "echo again") == (0, "again")
+
+
+@pytest.mark.parametrize(
+    ("before", "now"), [("bwrap", "nspawn"), ("nspawn", "bwrap"), ("nspawn", STAND_IN), (STAND_IN, "bwrap")]
+)
+async def test_an_agent_that_is_destroyed_in_another_kind_of_container_than_it_had_leaves_neither(
+    tmp_path: Path, before: str, now: str
+) -> None:
+    for each in (before, now):
+        need(each)
+        await run(tmp_path, each, "true")
+    await driver_in(tmp_path, now, "").destroy(IRIS)
+    assert list((tmp_path / "processes").iterdir()) == []
+    if STAND_IN in (before, now):
+        host = StandInHost(tmp_path / "host")
+        assert host.run("nixos-container", "list") == ""
+        assert not list((tmp_path / "host/run/systemd/system").iterdir())
+        assert not list((tmp_path / "host/nix/var/nix/profiles/per-container").iterdir())
+
+
+async def test_a_container_that_cannot_be_removed_with_the_agent_that_had_it_is_named_with_the_way_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for each in (STAND_IN, "bwrap"):
+        await run(tmp_path, need(each), "true")
+    host = host_of(tmp_path / "host")
+    driver = driver_in(tmp_path, "bwrap", "")
+    driver.former = FormerContainers(tmp_path, replace(host, programs="/nowhere"))  # type: ignore[union-attr]
+    await driver.destroy(IRIS)
+    assert list((tmp_path / "processes").iterdir()) == []
+    assert "as root: `nixos-container destroy h-iris`" in caplog.text
 
 
 async def test_an_agent_whose_runtime_directory_was_made_anew_is_ended(tmp_path: Path, sandbox: str) -> None:

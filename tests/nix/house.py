@@ -19,6 +19,7 @@ from typing import Any
 
 import trio
 
+from hive_core.agent_locks import AgentLocks
 from hive_core.flakes import MetaFlake, Sources
 from hive_core.nix import Nix, NixFailed, NixLimits, explained
 from hive_core.procedures.flake_deployments import FlakeDeployments
@@ -94,7 +95,7 @@ class House:
         self.folder = folder
         self.sources = Sources(hyperhive, STANDIN, SYSTEM)
         self.nix = Nix(folder / "nix", limits, store)
-        readable = [folder / "meta", folder / "applied", hyperhive, STANDIN]
+        readable = [folder / "building", folder / "applied", hyperhive, STANDIN]
         self.systems: Any = ScriptedSystems(folder / "profiles.json", self.nix, readable)
 
     @property
@@ -107,8 +108,8 @@ class House:
         meta = self.meta
         await meta.open()
 
-        def deployments(store: Store, repos: Repos) -> FlakeDeployments:
-            return FlakeDeployments(store, repos, meta, self.systems)
+        def deployments(store: Store, repos: Repos, locks: AgentLocks) -> FlakeDeployments:
+            return FlakeDeployments(store, repos, locks, meta, self.systems)
 
         async with open_services(self.folder, deployments=deployments) as services:
             await services.gate.ensure_manager("You manage.")

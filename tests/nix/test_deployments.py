@@ -6,13 +6,17 @@ import json
 import shutil
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from hive_core.approvals import Approval, settle
+from hive_core.containers.mounts import agent_dirs
 from hive_core.procedures.flake_deployments import CHECKS_WAITING
+from hive_core.procedures.reconcile import Reconciler
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, CommitSha, StorePath
 from hive_core.systems import system_of
@@ -21,6 +25,20 @@ from tests.checkouts import Checkout
 from tests.hives import PATIENCE_S, Services, open_services
 from tests.needs import ROOT
 from tests.nix.house import House, mended, nothing, serving
+from tests.scripted_driver import ScriptedDriver
+
+
+class ForgettingDriver(ScriptedDriver):
+    """Nothing runs, and of a destroyed agent there is no container any more."""
+
+    def __init__(self, house: House) -> None:
+        super().__init__()
+        self._house = house
+
+    async def destroy(self, name: AgentName) -> None:
+        kept = json.loads(self._house.systems.file.read_text())
+        self._house.systems.file.write_text(json.dumps({who: what for who, what in kept.items() if who != name}))
+
 
 HM1ND, IRIS = AgentName("hm1nd"), AgentName("iris")
 MORE = """
@@ -326,6 +344,35 @@ async def test_an_agent_that_is_destroyed_while_it_is_built_is_given_no_containe
     assert (failed.state, failed.note) == ("failed", "cannot deploy iris: it was destroyed meanwhile")
     assert await house.systems.current(IRIS) is None
     house.systems.build = build
+    assert (await spawn(hive, AgentName("argus"))).state == "done"
+
+
+async def test_a_destruction_waits_for_the_switch_that_is_under_way_and_then_leaves_no_container(
+    house: House, hive: Services
+) -> None:
+    number = await ask(hive, checkout(hive).commit(agent__nix=OPUS))
+    switch, driver, gone = house.systems.switch, ForgettingDriver(house), trio.Event()
+    dirs = partial(agent_dirs, house.folder, house.folder / "run")
+    reconciler = Reconciler(hive.store, hive.agents, driver, dirs, nothing, nothing, nothing, locks=hive.locks)  # type: ignore[arg-type]
+
+    async def leave() -> None:
+        await reconciler.leave(IRIS, at_once=True)
+        gone.set()
+
+    async with trio.open_nursery() as nursery:
+
+        async def switch_while_it_is_destroyed(name: AgentName, system: StorePath) -> None:
+            await Tombstones(hive.store).destroy(IRIS, OPERATOR, at_once=True)
+            nursery.start_soon(leave)
+            await trio.testing.wait_all_tasks_blocked()
+            await switch(name, system)
+
+        house.systems.switch = switch_while_it_is_destroyed
+        done = await approve(hive, number)
+        await gone.wait()
+    assert done.state == "done"
+    assert await house.systems.current(IRIS) is None
+    house.systems.switch = switch
     assert (await spawn(hive, AgentName("argus"))).state == "done"
 
 

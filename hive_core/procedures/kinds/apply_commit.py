@@ -5,6 +5,7 @@ base is what main of the applied repository is: what the agent runs on.
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from typing import Any
 
 from hive_core.agents import Agents
@@ -58,12 +59,13 @@ class ApplyCommit:
 
     async def carry_out(self, approval: Approval, step: Step) -> Done:
         sha, base = CommitSha(approval.payload["sha"]), CommitSha(approval.payload["base"])
-        deployed = await self._deployments.carry_out(Change(approval.agent, approval.id, sha, base))
+        async with AsyncExitStack() as held:
+            deployed = await self._deployments.carry_out(Change(approval.agent, approval.id, sha, base), held)
 
-        def write(tx: Transaction) -> None:
-            note_deployed(tx, approval.agent, sha, deployed)
+            def write(tx: Transaction) -> None:
+                note_deployed(tx, approval.agent, sha, deployed)
 
-        return Done(write)
+            return Done(write, held=held.pop_all())
 
     async def closed(self, approval: Approval) -> None:
         if approval.state == "denied":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 from hive_core.approvals import Approval, Request, Shown, put_request
@@ -16,10 +17,14 @@ Step = Callable[[str], Awaitable[None]]
 
 
 class Done(NamedTuple):
-    """write: the rows that belong to the end, in the transaction that tells of it. proof: see Approval."""
+    """write: the rows that belong to the end, in the transaction that tells of it. proof: see Approval.
+
+    held: what keeps others from what was done until those are written.
+    """
 
     write: Callable[[Transaction], None]
     proof: str | None = None
+    held: AbstractAsyncContextManager[object] = nullcontext()
 
 
 class Kind(Protocol):

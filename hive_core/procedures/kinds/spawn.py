@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from typing import Any
 
 from jinja2 import Environment
@@ -87,15 +88,16 @@ class Spawn:
     async def carry_out(self, approval: Approval, step: Step) -> Done:
         # What an earlier try left behind under this name began with other files than the card shows.
         sha = await self._repos.create(approval.agent, approval.payload["files"], replace=True)
-        deployed = await self._deployments.carry_out(Change(approval.agent, approval.id, sha, None))
         welcome = self._templates.get_template("welcome.j2").render(approval=approval, reason=quoted(approval.reason))
+        async with AsyncExitStack() as held:
+            deployed = await self._deployments.carry_out(Change(approval.agent, approval.id, sha, None), held)
 
-        def write(tx: Transaction) -> None:
-            self._agents.create(tx, approval.agent, approval.requested_by)
-            note_deployed(tx, approval.agent, sha, deployed)
-            put_message(tx, SYSTEM, approval.agent, parse_body(welcome))
+            def write(tx: Transaction) -> None:
+                self._agents.create(tx, approval.agent, approval.requested_by)
+                note_deployed(tx, approval.agent, sha, deployed)
+                put_message(tx, SYSTEM, approval.agent, parse_body(welcome))
 
-        return Done(write)
+            return Done(write, held=held.pop_all())
 
     async def closed(self, approval: Approval) -> None:
         pass
