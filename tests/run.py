@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from tests import needs
+from tests.compiled import compile_packages
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,10 @@ def main(names: Sequence[str]) -> int:
     groups, homes = load_groups(table), load_homes(table)
     require = os.environ.get("HIVE_REQUIRE", "")
     check_home(require, homes)
+    chosen = choose(groups, names)
+    compile_packages()
     try:
-        return run(choose(groups, names), needs.ROOT, require, homes)
+        return run(chosen, needs.ROOT, require, homes)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 

@@ -8,6 +8,7 @@ import pkgutil
 import sys
 
 import tests.bench
+from tests.compiled import compile_packages
 
 GROUPS = sorted(
     module.name.removeprefix("group_")
@@ -20,6 +21,7 @@ def main(names: list[str]) -> int:
     if unknown := [name for name in names if name not in GROUPS]:
         print(f"there is no bench group {unknown[0]!r}; the groups are {', '.join(GROUPS)}", file=sys.stderr)
         return 2
+    compile_packages()
     for name in names or GROUPS:
         for figure in importlib.import_module(f"tests.bench.group_{name}").measure():
             print(json.dumps(figure), flush=True)
