@@ -8,9 +8,9 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from hive_core.proposals import pin_of
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
-from hive_core.repos import pin_of
 
 _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t", "$": "\\$"})
 

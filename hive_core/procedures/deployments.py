@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hive_core.agent_locks import AgentLocks
+from hive_core.proposals import Proposal
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
-from hive_core.repos import Proposal, Repos
+from hive_core.repos import Repos
 from hive_core.store.door import Store
 from hive_core.systems import Deployed, system_of
 

@@ -23,9 +23,10 @@ from hive_core.procedures.deployments import (
     PlainDeployments,
     insist_that_it_stays,
 )
+from hive_core.proposals import Proposal
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha, StorePath
-from hive_core.repos import Proposal, Repos, harness_settings
+from hive_core.repos import Repos, harness_settings
 from hive_core.store.door import Store
 from hive_core.systems import Deployed, System, built_commits, system_of
 

@@ -13,10 +13,10 @@ import trio
 import trio.testing
 
 from hive_core.approvals import Approval, Shown, settle, show_again
-from hive_core.commit_contents import FILE_LIMIT_BYTES
+from hive_core.commit_contents import FILE_LIMIT_BYTES, READ_LIMIT_BYTES
+from hive_core.proposals import DIFF_LIMIT_BYTES
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import PERSONA_LIMIT_BYTES, AgentName, CommitSha
-from hive_core.repos import DIFF_LIMIT_BYTES
 from tests.checkouts import Checkout
 from tests.hives import PATIENCE_S, Services, clean_environment, open_services
 
@@ -570,11 +570,6 @@ def a_link_named(name: str, target: str = "CLAUDE.md") -> Callable[[Checkout], C
     return make
 
 
-def an_executable(checkout: Checkout) -> CommitSha:
-    checkout.git("update-index", "--chmod=+x", "CLAUDE.md")
-    return checkout.commit_index()
-
-
 def a_missing_file(checkout: Checkout) -> CommitSha:
     (checkout.path / "CLAUDE.md").unlink()
     return checkout.commit()
@@ -596,27 +591,26 @@ def a_strange_name(checkout: Checkout) -> CommitSha:
 
 
 DEPLOYABLE = {
-    "link": (a_link, "CLAUDE.md must be a regular file that is not executable"),
-    "submodule": (a_submodule, "CLAUDE.md must be a regular file that is not executable"),
-    "folder": (a_folder, "CLAUDE.md must be a regular file that is not executable"),
-    "executable": (an_executable, "CLAUDE.md must be a regular file that is not executable"),
+    "link": (a_link, "CLAUDE.md is a symbolic link; only regular files in directories are deployed"),
+    "submodule": (a_submodule, "CLAUDE.md is a submodule; only regular files in directories are deployed"),
+    "folder": (a_folder, "CLAUDE.md is missing"),
     "missing": (a_missing_file, "CLAUDE.md is missing"),
-    "extra": (lambda checkout: checkout.commit(__envrc="true"), "it holds '.envrc'; only CLAUDE.md, agent.toml, "),
     "nix": (lambda checkout: checkout.commit(agent__nix="{ }"), "it changes agent.nix, and only containers of sandbox"),
-    "nix link": (a_link_named("agent.nix"), "agent.nix must be a regular file that is not executable"),
-    "flake link": (a_link_named("flake.nix"), "flake.nix must be a regular file that is not executable"),
-    "lock folder": (a_link_named("flake.lock", ".."), "flake.lock must be a regular file"),
+    "nix link": (a_link_named("agent.nix"), "agent.nix is a symbolic link"),
+    "link to a folder": (a_link_named("skills", ".."), "skills is a symbolic link"),
     "huge lock": (lambda checkout: checkout.commit(flake__lock="x" * (FILE_LIMIT_BYTES + 1)), "flake.lock is over the"),
     "nix that no card could show": (lambda checkout: checkout.commit(agent__nix="{ }\0"), "agent.nix holds a NUL"),
     "flake that no card could show": (
         lambda checkout: checkout.commit(flake__nix=b"\xff"),
         "flake.nix: it is not UTF-8",
     ),
-    "nix of another case": (lambda checkout: checkout.commit(Agent__nix="{ }"), "it holds 'Agent.nix'"),
-    "a module beside": (lambda checkout: checkout.commit(more__nix="{ }"), "it holds 'more.nix'"),
+    "nix of another case": (
+        lambda checkout: checkout.commit(Agent__nix="{ }", agent__nix="{ }"),
+        "Agent.nix and agent.nix differ by case at most",
+    ),
     "attributes": (lambda checkout: checkout.commit(__gitattributes="* diff=x"), "it holds '.gitattributes'"),
-    "strange": (a_strange_name, "it holds"),
-    "huge": (lambda checkout: checkout.commit(CLAUDE__md="x" * (FILE_LIMIT_BYTES + 1)), "CLAUDE.md is over the limit"),
+    "strange": (a_strange_name, "it holds .*, a name that is not UTF-8"),
+    "huge": (lambda checkout: checkout.commit(CLAUDE__md="x" * (READ_LIMIT_BYTES + 1)), "CLAUDE.md is over the limit"),
     "long prompt": (
         lambda checkout: checkout.commit(CLAUDE__md="x" * (PERSONA_LIMIT_BYTES + 1)),
         "the CLAUDE.md: it has",
@@ -670,7 +664,7 @@ async def test_a_diff_that_is_too_long_to_read_is_refused_with_the_limit(
     hive: Services, iris: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert DIFF_LIMIT_BYTES >= 2 * FILE_LIMIT_BYTES
-    monkeypatch.setattr("hive_core.repos.DIFF_LIMIT_BYTES", 100)
+    monkeypatch.setattr("hive_core.proposals.DIFF_LIMIT_BYTES", 100)
     with refused("its diff is over 100 bytes; split it"):
         await ask_for(hive, iris.commit(CLAUDE__md="Read slowly.\n" * 20))
 

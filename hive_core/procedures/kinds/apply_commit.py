@@ -12,8 +12,9 @@ from hive_core.agents import Agents
 from hive_core.approvals import Approval, Request, Shown
 from hive_core.procedures.deployments import Change, Deployments
 from hive_core.procedures.kinds.kind import Asking, Done, Step
+from hive_core.proposals import Proposal
 from hive_core.protocol.words import NOTE_LIMIT_BYTES, AgentName, CommitSha, parse_text
-from hive_core.repos import Proposal, Repos
+from hive_core.repos import Repos
 from hive_core.store.writer import Transaction
 from hive_core.systems import note_deployed
 from hive_core.tool_calls import first_answer
