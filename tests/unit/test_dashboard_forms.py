@@ -160,7 +160,6 @@ async def test_a_body_of_another_kind_is_refused(hive: Services, kind: str, body
     assert answer.status_code == status, answer.text
 
 
-@pytest.mark.filterwarnings("ignore:GitDB is deprecated")
 async def test_the_swarm_is_stopped_and_let_go_by_a_click(hive: Services) -> None:
     ours = hive_of(hive)
     async with browse(ours) as client:

@@ -89,7 +89,6 @@ async def test_a_card_appears_goes_and_becomes_a_decision(hive: Services) -> Non
         assert (decision.data["place"], 'data-state="denied"' in decision.data["html"]) == ("prepend", True)
 
 
-@pytest.mark.filterwarnings("ignore:GitDB is deprecated")
 async def test_a_new_agent_can_be_written_to_at_once(hive: Services) -> None:
     gate: Gate = hive.gate
     async with served(hive_of(hive)) as browser, trio.open_nursery() as nursery:
