@@ -145,6 +145,23 @@ async def test_what_agent_nix_says_is_shown_and_is_what_the_agent_runs_on(house:
     assert (row.sha, row.path) == (sha, await house.systems.current(IRIS))
 
 
+async def test_agent_nix_sees_the_whole_tree_that_was_shown_as_git_holds_it(house: House, hive: Services) -> None:
+    """Also what lies in folders, and whatever git would substitute or leave out where attributes could say so."""
+    repository = checkout(hive)
+    for name, text in {"modules/more.nix": OPUS, "skills/read/SKILL.md": "$Format:%H$ $Id$\r\n"}.items():
+        (path := repository.path / name).parent.mkdir(parents=True)
+        path.write_bytes(text.encode().replace(b"./agent.toml", b"../agent.toml"))
+    persona = "builtins.readFile ./skills/read/SKILL.md"
+    module = f"{{ lib, ... }}: {{ imports = [ ./modules/more.nix ]; hyperhive.persona = lib.mkForce ({persona}); }}"
+    number = await ask(hive, repository.commit(agent__nix=module))
+    card = await hive.approvals.get(number)
+    assert "+++ b/modules/more.nix" in card.payload["diff"]
+    assert "+++ b/skills/read/SKILL.md" in card.payload["diff"]
+    assert (await approve(hive, number)).state == "done"
+    settings = (await hive.agents.get(IRIS)).settings or {}
+    assert (settings["prompt"], settings["effort"]) == ("$Format:%H$ $Id$\r\n", "high")
+
+
 async def test_a_daemon_that_starts_again_builds_nothing_that_is_as_it_was_deployed(
     house: House, hive: Services
 ) -> None:
