@@ -8,13 +8,13 @@ manager every agent's configuration, those of agents to come included, and nothi
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
 
+from hive_core.agent_locks import AgentLocks
 from hive_core.commit_contents import read_contents
 from hive_core.proposals import Proposal, check_proposal, fetch_proposal, main_of, pin_of
 from hive_core.protocol.refusal import Refusal
@@ -45,7 +45,7 @@ class Repos:
         self._proposed = state_dir / "proposed"
         # A hostile repository can take all its time: not on every thread that others need.
         self._fetching = trio.Semaphore(2)
-        self._writing: defaultdict[AgentName, trio.Lock] = defaultdict(trio.Lock)
+        self._writing = AgentLocks()
 
     @property
     def proposed_dir(self) -> Path:
@@ -57,14 +57,14 @@ class Repos:
         Returns the commit that is deployed/0. A crash at any point leaves nothing that the next call cannot finish.
         `replace` is for a name that is no agent yet: repositories that begin with other files are made anew.
         """
-        async with self._writing[name]:
+        async with self._writing.of(name):
             return await _in_thread(
                 name, lambda: make_repositories(self._applied, self._proposed, name, files, replace)
             )
 
     async def fetch(self, name: AgentName, sha: CommitSha) -> Proposal:
         """Take one commit from the proposed repository and check it. Raises Refusal when it cannot be deployed."""
-        async with self._writing[name], self._fetching:
+        async with self._writing.of(name), self._fetching:
             return await _in_thread(name, lambda: fetch_proposal(self._of(name), self._proposed, name, sha))
 
     async def look_again(self, name: AgentName, sha: CommitSha) -> Proposal:
@@ -78,7 +78,7 @@ class Repos:
 
     async def tag(self, name: AgentName, tag: str, sha: CommitSha, note: str = "") -> None:
         """Tag a commit of the applied repository; the same tag again is left as it is."""
-        async with self._writing[name]:
+        async with self._writing.of(name):
             await _in_thread(name, lambda: _tag(self._of(name), tag, sha, note))
 
     async def check_main(self, name: AgentName, sha: CommitSha, base: CommitSha) -> None:
@@ -90,12 +90,12 @@ class Repos:
 
         Raises Refusal("conflict") when main is neither.
         """
-        async with self._writing[name]:
+        async with self._writing.of(name):
             await _in_thread(name, lambda: _deploy(self._of(name), name, approval_id, sha, base))
 
     async def pin(self, name: AgentName, sha: CommitSha) -> None:
         """Give a commit of the applied repository the ref that a proposal's has, by which nix fetches it."""
-        async with self._writing[name]:
+        async with self._writing.of(name):
             await _in_thread(name, lambda: run_git(self._of(name), "update-ref", pin_of(sha), sha))
 
     def _of(self, name: AgentName) -> Path:
