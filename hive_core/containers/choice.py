@@ -14,8 +14,9 @@ from hive_core.containers.driver import Driver
 from hive_core.containers.former import FormerContainers, FormerProcesses
 from hive_core.containers.groups import bounds_of, choose_groups
 from hive_core.containers.helped import HelpedDriver, Helper
+from hive_core.containers.helped_systems import PATIENCE_OF_S, HelpedSystems
 from hive_core.containers.host_process import HostProcessDriver
-from hive_core.containers.nixos_container import NixosContainerDriver
+from hive_core.containers.nixos_build import NixosContainerDriver, SystemBuilds
 from hive_core.containers.nixos_look import look_for_nixos_containers
 from hive_core.containers.nspawn import NspawnDriver, look_for_nspawn
 from hive_core.containers.process import ProcessDriver
@@ -43,15 +44,13 @@ def choose_sandbox(config: Config, claude: Path | None) -> Choice:
         if config.unsafe_no_sandbox:
             fix = "unset unsafe_no_sandbox, or helper"
             raise Refusal("usage", f"cannot start: the helper starts no agent without a sandbox; {fix}")
-        if config.sandbox == "nixos-container":
-            fix = "unset helper, or set sandbox to nspawn"
-            raise Refusal("usage", f"cannot start: the helper cannot start containers of NixOS yet; {fix}")
-        # It has tried, and tells when it is asked; it may be away now.
+        # It has tried, and tells when it is asked; it may be away now. Systems are built here.
+        trouble = nix_trouble(config) if config.sandbox == "nixos-container" else None
         if bwrap_trouble and bwrap_trouble.startswith("bubblewrap does not work"):
             bwrap_trouble = (
                 bwrap_trouble.partition("; ")[0] + ": with the helper, the daemon's unit can be hardened so far"
             )
-        return Choice(config.sandbox, bwrap_trouble=bwrap_trouble)
+        return Choice(config.sandbox, trouble, bwrap_trouble=bwrap_trouble)
     weakness = None
     if config.sandbox == "nspawn":
         found = look_for_nspawn(config.state_dir, config.runtime_dir, claude, config.nspawn_root)
@@ -61,6 +60,13 @@ def choose_sandbox(config: Config, claude: Path | None) -> Choice:
         trouble, weakness = found.trouble or nix_trouble(config), found.weakness
     sandbox = "none" if trouble or config.unsafe_no_sandbox else config.sandbox
     return Choice(sandbox, trouble, None if sandbox == "none" else weakness, bwrap_trouble)
+
+
+def make_builds(config: Config) -> SystemBuilds:
+    """What builds the systems of agents, as the configuration has it. Raises Refusal when their sources are not set."""
+    return SystemBuilds(
+        config.state_dir, nix=make_nix(config), readable=readable_sources(config), build_s=config.build_s
+    )
 
 
 def make_driver(
@@ -74,6 +80,9 @@ def make_driver(
     """The driver that the choice asks for; `first_uid` says where an agent's range of uids begins."""
     if config.helper is not None:
         leftover = ProcessDriver(config.state_dir, sandbox="", claude=None, orphan_grace_s=config.orphan_grace_s)
+        if choice.sandbox == "nixos-container" and choice.trouble is None:
+            helper = Helper(config.helper, config.state_dir, config.runtime_dir, PATIENCE_OF_S)
+            return HelpedSystems(helper, choice.sandbox, leftover, make_builds(config))
         return HelpedDriver(Helper(config.helper, config.state_dir, config.runtime_dir), choice.sandbox, leftover)
     groups = choose_groups(config.state_dir, bounds_of(config))
     if groups.trouble:
@@ -85,13 +94,11 @@ def make_driver(
         # Its units outlive the daemon, whatever that asks of other agents; and systemd bounds them.
         nixos = NixosContainerDriver(
             config.state_dir,
+            make_builds(config),
             base_of=first_uid,
             own_uids=choice.weakness is None,
             claude=claude,
             bounds=bounds_of(config),
-            nix=make_nix(config),
-            readable=readable_sources(config),
-            build_s=config.build_s,
         )
         nixos.former = FormerProcesses(config.state_dir, nixos.sandbox, config.orphan_grace_s)
         return nixos

@@ -73,19 +73,12 @@ class Former(Protocol):
 
 
 @runtime_checkable
-class Systems(Protocol):
-    """The NixOS systems that agents' containers are made of: what a driver offers besides whose sandbox is
-    "nixos-container".
+class Switching(Protocol):
+    """The NixOS systems that agents' containers have: what a driver offers besides whose sandbox is "nixos-container".
 
     A switch leaves the harness as it is, so that no turn is cut: `Driver.generation` names the system too, and an agent
     that has another takes the new one at its turn's edge. Calls that concern one agent are made one at a time.
     """
-
-    async def build(self, name: AgentName, flake: str) -> StorePath:
-        """Build nixosConfigurations.NAME of a flake, as a URL. Touches nothing that runs.
-
-        Raises Refusal("failed") with the last lines of what nix said.
-        """
 
     async def switch(self, name: AgentName, system: StorePath) -> None:
         """Make this the agent's system, in a container that is made when there is none; one that runs switches to it.
@@ -103,3 +96,14 @@ class Systems(Protocol):
 
     async def current(self, name: AgentName) -> StorePath | None:
         """The system that the agent's container has when it is started now; None when it has none."""
+
+
+@runtime_checkable
+class Systems(Switching, Protocol):
+    """The same of a daemon's driver, which has them built too."""
+
+    async def build(self, name: AgentName, flake: str) -> StorePath:
+        """Build nixosConfigurations.NAME of a flake, as a URL. Touches nothing that runs.
+
+        Raises Refusal("failed") with the last lines of what nix said.
+        """

@@ -41,8 +41,9 @@ class FormerProcesses:
 class FormerContainers:
     """The other way round. The container stays, for a hive that goes back to it, and is not started by itself."""
 
-    def __init__(self, state_dir: Path, host: NixosHost | None = None) -> None:
-        self._hive = state_dir.absolute()
+    def __init__(self, state_dir: Path, host: NixosHost | None = None, hive: Path | None = None) -> None:
+        self._files = state_dir.absolute() / "processes"
+        self._hive = hive or state_dir.absolute()
         self._host = host or NixosHost()
 
     async def end(self, name: AgentName, dirs: AgentDirs) -> None:
@@ -55,7 +56,7 @@ class FormerContainers:
             running = RunningUnit(self._host, unit, state.pid, state.invocation, self._hive, _ask_nothing)
             running.kill()
             await running.wait()
-        self._forget(self._hive / "processes" / f"{name}.json")
+        self._forget(self._files / f"{name}.json")
 
     async def forget(self, name: AgentName) -> None:
         """Also where that fails the agent is destroyed: a daemon without the host's rights could never destroy it."""
@@ -68,7 +69,7 @@ class FormerContainers:
             way_out = f"as root: `nixos-container destroy {machine}`"
             log.warning("%s; %s", refusal.message, way_out, extra={"agent": name})
         for suffix in OWN_FILES:
-            (self._hive / "processes" / f"{name}.{suffix}").unlink(missing_ok=True)
+            (self._files / f"{name}.{suffix}").unlink(missing_ok=True)
 
     def _is_ours(self, name: AgentName) -> bool:
         conf = self._host.confs / f"{container_id(name)}.conf"

@@ -35,10 +35,20 @@ _WAY_OUT = "`systemctl start hyperhive-root`, or `hive-root serve` as root"
 
 
 class Helper:
-    """Asks the helper, and holds it to the same hive."""
+    """Asks the helper, and holds it to the same hive.
 
-    def __init__(self, path: Path, state_dir: Path, runtime_dir: Path) -> None:
+    patience_s: of verbs that may take longer than others
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        state_dir: Path,
+        runtime_dir: Path,
+        patience_s: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         self.path = path
+        self._patience_s = patience_s
         self._folders = {"state_dir": str(state_dir), "runtime_dir": str(runtime_dir)}
         self._greeted = False
 
@@ -53,7 +63,7 @@ class Helper:
         self._greeted = True
         return told
 
-    async def ask(self, verb: str, name: AgentName, **measure: int) -> dict[str, Any]:
+    async def ask(self, verb: str, name: AgentName, **measure: int | str) -> dict[str, Any]:
         """The answer. Raises Refusal: the helper's, or one that says why there is no answer."""
         return (await self.ask_for(verb, name, measure))[0]
 
@@ -62,9 +72,10 @@ class Helper:
         verb: str,
         name: AgentName,
         measure: Mapping[str, Any] = MappingProxyType({}),
-        patience_s: float = PATIENCE_S,
+        patience_s: float | None = None,
     ) -> tuple[dict[str, Any], int | None]:
         """The same, with the descriptor that comes with a pid."""
+        patience_s = patience_s or self._patience_s.get(verb, PATIENCE_S)
         if not self._greeted:
             await self.greet()
         try:
@@ -113,14 +124,17 @@ async def _converse(sock: trio.socket.SocketType, request: bytes, descriptors: l
 
 
 class RunningElsewhere(Running):
-    """An agent whose wrapper is the helper's. What is asked of it is carried out by whoever waits for its end."""
+    """An agent whose wrapper is the helper's. What is asked of it is carried out by whoever waits for its end.
 
-    def __init__(self, helper: Helper, name: AgentName, pid: int, descriptor: int) -> None:
+    descriptor: None for one that had ended before it could be shown
+    """
+
+    def __init__(self, helper: Helper, name: AgentName, pid: int, descriptor: int | None) -> None:
         self._helper = helper
         self._name = name
         self._pid = pid
         self._descriptor = descriptor
-        self._close = weakref.finalize(self, os.close, descriptor)
+        self._close = (lambda: None) if descriptor is None else weakref.finalize(self, os.close, descriptor)
         self._wanted: list[str] = []
         self._asked = trio.Event()
         self._ended = False
@@ -135,9 +149,10 @@ class RunningElsewhere(Running):
 
     async def wait(self) -> Exit:
         """Also raises Refusal, while the helper is away and something is to be asked of it; then wait again."""
-        if not self._ended:
+        if not self._ended and self._descriptor is not None:
             async with trio.open_nursery() as nursery:
                 refused: list[Refusal] = []
+                descriptor = self._descriptor
 
                 async def carry_out() -> None:
                     try:
@@ -147,7 +162,7 @@ class RunningElsewhere(Running):
                         nursery.cancel_scope.cancel()
 
                 nursery.start_soon(carry_out)
-                await trio.lowlevel.wait_readable(self._descriptor)
+                await trio.lowlevel.wait_readable(descriptor)
                 nursery.cancel_scope.cancel()
             if refused:
                 raise refused[0]
@@ -209,13 +224,15 @@ class HelpedDriver:
 
     def _running(self, name: AgentName, answer: dict[str, Any], descriptor: int | None) -> Running:
         pid = answer.get("pid")
-        if descriptor is None or not isinstance(pid, int):
+        if not isinstance(pid, int) or (pid and descriptor is None):
             raise Refusal("unavailable", f"cannot watch {name}: the helper gave no descriptor of it; look at its log")
         return RunningElsewhere(self._helper, name, pid, descriptor)
 
     async def missed_exit(self, name: AgentName) -> Exit | None:
         answer = await self._helper.ask("missed_exit", name)
-        return Exit(_told(answer, "code", int, type(None))) if answer.get("missed") else None
+        if not answer.get("missed"):
+            return None
+        return Exit(_told(answer, "code", int, type(None)), with_machine=answer.get("with_machine") is True)
 
     async def forget(self, name: AgentName) -> None:
         await self._helper.ask("forget", name)

@@ -190,7 +190,7 @@ class HostProcessDriver:
         """
         if self.former is not None:
             await self.former.end(name, dirs)
-        if (running := self.look(name)) is None:
+        if (running := await self.look(name)) is None:
             return None
         if (difference := self.difference(name, dirs.run)) is None:
             return running
@@ -199,7 +199,7 @@ class HostProcessDriver:
         await self._end_seen(name)
         return None
 
-    def look(self, name: AgentName) -> RunningProcess | None:
+    async def look(self, name: AgentName) -> RunningProcess | None:
         """The agent that was left running, as it is. What is left of one whose wrapper has ended is ended."""
         status = self._file(name, "status")
         pid = self._remembered(name)

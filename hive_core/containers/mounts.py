@@ -23,6 +23,7 @@ class Mount:
     source: Path
     target: str
     read_only: bool = False
+    mapped: bool = False  # the agent's uids are its owner's in there already
 
 
 @dataclass(frozen=True, slots=True)

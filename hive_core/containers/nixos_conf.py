@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hive_core.containers.bounds import Bounds
-from hive_core.containers.mounts import AgentDirs
+from hive_core.containers.mounts import Mount
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, StorePath
 
@@ -55,7 +55,9 @@ def marker(hive: Path, name: AgentName) -> str:
     return f"# Made by hyperhive for {name} of {hive}, and written anew at each start: a change here is lost.\n"
 
 
-def conf_text(first_line: str, system: StorePath, dirs: AgentDirs, lent: Sequence[str], base: int | None) -> str:
+def conf_text(
+    first_line: str, system: StorePath, mounts: Sequence[Mount], lent: Sequence[str], base: int | None
+) -> str:
     """The container's conf file.
 
     lent: programs of the host that are not in its store, to be had at the same paths.
@@ -72,7 +74,7 @@ def conf_text(first_line: str, system: StorePath, dirs: AgentDirs, lent: Sequenc
         "HOST_PORT": "",
         "PRIVATE_USERS": "identity" if base is None else str(base),
         "SYSTEM_PATH": system,
-        "EXTRA_NSPAWN_FLAGS": " ".join(_flags(dirs, lent, base)),
+        "EXTRA_NSPAWN_FLAGS": " ".join(_flags(mounts, lent, base)),
     }
     checked(settings)
     return first_line + "".join(f"{key}={value}\n" for key, value in settings.items())
@@ -88,6 +90,9 @@ def drop_in_text(first_line: str, end_file: Path, bounds: Bounds | None) -> str:
         lines += [f"MemoryMax={bounds.memory_bytes}", "MemorySwapMax=0", f"CPUQuota={bounds.cpu_percent}%"]
         lines += [f"TasksMax={bounds.tasks}"]
     lines += [f"ExecStopPost={_TELL_THE_END.format(file=end_file)}"]
+    # nixos-container's own runs a program of the agent's system, by a shell whose profile is the agent's to write, and
+    # before NixOS 25.05 outside of its uids. A host that is rebuilt may reload all its containers.
+    lines += ["ExecReload=", "ExecReload=/bin/sh -c :"]
     return first_line + "\n".join(lines) + "\n"
 
 
@@ -102,7 +107,7 @@ def checked(settings: Mapping[str, str]) -> None:
             raise _cannot_be_written(f"{key}={value}")
 
 
-def _flags(dirs: AgentDirs, lent: Sequence[str], base: int | None) -> Iterator[str]:
+def _flags(mounts: Sequence[Mount], lent: Sequence[str], base: int | None) -> Iterator[str]:
     mapped = "" if base is None else ":rootidmap"
     # The container's own root directory stays as it is: what is written there is in memory, and gone with it.
     yield from ("--quiet", "--settings=no", "--volatile=overlay", "--link-journal=no", "--resolv-conf=off")
@@ -117,8 +122,9 @@ def _flags(dirs: AgentDirs, lent: Sequence[str], base: int | None) -> Iterator[s
         yield f"--tmpfs={path}:ro,mode=0"
     for path in lent:
         yield f"--bind-ro={_path(path)}:{path}{mapped}"
-    for mount in dirs.mounts:
-        yield f"--bind{'-ro' if mount.read_only else ''}={_path(str(mount.source))}:{mount.target}{mapped}"
+    for mount in mounts:
+        own = "" if mount.mapped else mapped
+        yield f"--bind{'-ro' if mount.read_only else ''}={_path(str(mount.source))}:{mount.target}{own}"
 
 
 def is_plain(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""The nixos-container driver: an agent is a unit in a NixOS container of its own, built from its flake.
+"""NixOS containers: an agent is a unit in one of its own, which was built from its flake (nixos_build.py).
 
 The container is `container@ID.service` of the host's systemd, so there is never a second copy of it, and it outlives
 the daemon. Inside, the harness is a unit whose end ends the container with its exit code; the host's unit writes that
@@ -18,7 +18,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,11 @@ import trio
 
 from hive_core.containers.bounds import Bounds
 from hive_core.containers.cgroups import joining
-from hive_core.containers.driver import Driver, Former, Systems
+from hive_core.containers.driver import Driver, Former
 from hive_core.containers.entering import confined
 from hive_core.containers.host_process import LINES_LIMIT_BYTES, LINES_MOST
 from hive_core.containers.inside import HOME, harness_environment, program_paths
-from hive_core.containers.mounts import STATE, AgentDirs
+from hive_core.containers.mounts import STATE, AgentDirs, Mount
 from hive_core.containers.mounts import shape as seen
 from hive_core.containers.nixos_conf import OWN_FILES, conf_text, drop_in_text, marker
 from hive_core.containers.nixos_host import NixosHost, UnitState, reason_of
@@ -41,10 +42,9 @@ from hive_core.containers.run_command import run_command
 from hive_core.containers.running import Done, Exit, Usage
 from hive_core.containers.running_unit import RunningUnit, exit_code
 from hive_core.containers.seccomp import filter_program
-from hive_core.nix import Nix
 from hive_core.protocol.container_id import container_id
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import AgentName
+from hive_core.protocol.words import AgentName, StorePath
 
 log = logging.getLogger(__name__)
 SANDBOX = "nixos-container"
@@ -64,8 +64,8 @@ _ROOT_FOLDERS_OF_VAR = tuple(f"var/{each}" for each in ("empty", "cache", "lib/p
 _ROOT_FILES = ("etc/os-release", "etc/machine-id")
 
 
-class NixosContainerDriver(NixosSystems, Driver, Systems):
-    """Starts containers through nixos-container.
+class NixosContainers(NixosSystems, Driver):
+    """Starts containers through nixos-container, and has them switch. Needs root.
 
     base_of: the first uid of an agent's own range, the same for ever.
     own_uids: whether agents have uids of their own.
@@ -83,12 +83,10 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
         own_uids: bool = True,
         claude: Path | None,
         bounds: Bounds | None,
-        nix: Nix,
-        readable: Sequence[Path],
-        build_s: float,
+        hive: Path | None = None,
         host: NixosHost | None = None,
     ) -> None:
-        super().__init__(state_dir, nix=nix, readable=readable, build_s=build_s, host=host)
+        super().__init__(state_dir, hive=hive, host=host)
         self._sandbox = SANDBOX if own_uids else HOST_UIDS
         self._base_of = base_of
         self._claude = claude
@@ -120,17 +118,38 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
         if not state.ended:
             raise BlockingIOError(errno.EAGAIN, f"it runs already, or ends just now: systemctl status {unit}")
         # A directory of the agent's may be on a disk that hangs: that holds up nobody else.
-        await trio.to_thread.run_sync(dirs.make)
-        await self._write_settings(name, dirs)
-        self._file(name, "end").unlink(missing_ok=True)
-        self._write(name, "run", {**self._where(dirs.run), "since": self._told(name, "run").get("since", _now())})
-        if state.active == "failed":
-            await self._host.run("systemctl", "reset-failed", unit)
-        return await self._start_unit(name)
+        where = await trio.to_thread.run_sync(self._prepare, dirs, limiter=trio.CapacityLimiter(1))
+        base = await self._base_of(name) if self.sandbox == SANDBOX else None
+        async with self._placed(name, dirs, base) as placed:
+            await self._write_settings(name, system, placed, base)
+            self._file(name, "end").unlink(missing_ok=True)
+            self._write(name, "run", {**where, "since": self._told(name, "run").get("since", _now())})
+            if state.active == "failed":
+                await self._host.run("systemctl", "reset-failed", unit)
+            return await self._start_unit(name)
+
+    @asynccontextmanager
+    async def _placed(self, name: AgentName, dirs: AgentDirs, base: int | None) -> AsyncIterator[Sequence[Mount]]:
+        """What is mounted for an agent, where its unit finds it for as long as it begins."""
+        yield dirs.mounts
+
+    def _prepare(self, dirs: AgentDirs) -> dict[str, object]:
+        dirs.make()
+        return self._where(dirs.run)
 
     async def find(self, name: AgentName, dirs: AgentDirs) -> RunningUnit | None:
         if self.former is not None:
             await self.former.end(name, dirs)
+        if (running := await self.look(name)) is None:
+            return None
+        if (difference := self.difference(name, dirs.run)) is None:
+            return running
+        log.warning("ended %s (pid %d): it was started %s", name, running.pid, difference, extra={"agent": name})
+        await self._end(name, running)
+        return None
+
+    async def look(self, name: AgentName) -> RunningUnit | None:
+        """The agent that was left running, as it is."""
         if not self._has_own(name):
             return None
         state = await self._host.state(self._unit(name))
@@ -138,12 +157,8 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
             state = await self._host.settled(self._unit(name), _ENDS_WITHIN_S)
         if not state.runs:
             return None
-        if (difference := self._difference(name, dirs.run)) is None:
-            self._remember(name, state.invocation)
-            return self._running(name, state)
-        log.warning("ended %s (pid %d): it was started %s", name, state.pid, difference, extra={"agent": name})
-        await self._end(name, self._running(name, state))
-        return None
+        self._remember(name, state.invocation)
+        return self._running(name, state)
 
     async def missed_exit(self, name: AgentName) -> Exit | None:
         told = self._told(name, "json")
@@ -222,13 +237,12 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
             raise
         return running
 
-    async def _write_settings(self, name: AgentName, dirs: AgentDirs) -> None:
+    async def _write_settings(
+        self, name: AgentName, system: StorePath, mounts: Sequence[Mount], base: int | None
+    ) -> None:
         """What the host has of the container is what this daemon composes, whoever wrote there meanwhile."""
-        base = await self._base_of(name) if self.sandbox == SANDBOX else None
-        system = await self.current(name)
-        assert system is not None
         first_line = marker(self._hive, name)
-        write_whole(self._conf_file(name), conf_text(first_line, system, dirs, self._lent(), base))
+        write_whole(self._conf_file(name), conf_text(first_line, system, mounts, self._lent(), base))
         drop_in = drop_in_text(first_line, self._file(name, "end"), self._bounds)
         if write_whole(self._host.drop_in(container_id(name)), drop_in):
             await self._host.insist(f"start {name}", "systemctl", "daemon-reload")
@@ -277,7 +291,7 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
         inside = done.output.strip()
         return numbered_inside(first, int(inside)) if inside.isdecimal() else None
 
-    def _difference(self, name: AgentName, run: Path) -> str | None:
+    def difference(self, name: AgentName, run: Path) -> str | None:
         """How the agent was started otherwise than this daemon would; None too when nobody wrote it down."""
         told, here = self._told(name, "run"), self._where(run)
         if told.get("sandbox", self.sandbox) != self.sandbox:
@@ -288,7 +302,7 @@ class NixosContainerDriver(NixosSystems, Driver, Systems):
 
     def _where(self, run: Path) -> dict[str, object]:
         with contextlib.suppress(OSError):
-            return {"run": str(run), "id": list(folder_id(run)), "sandbox": self.sandbox}
+            return {"run": os.path.realpath(run), "id": list(folder_id(run)), "sandbox": self.sandbox}
         return {"run": str(run), "id": None, "sandbox": self.sandbox}
 
     def _remember(self, name: AgentName, invocation: str) -> None:

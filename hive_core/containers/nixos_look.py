@@ -26,7 +26,7 @@ def look_for_nixos_containers(state_dir: Path, runtime_dir: Path, host: NixosHos
     """What is missing, found by looking, and by mounting the state directory into a container. Blocks for a moment."""
     host = host or NixosHost()
     if os.geteuid() != 0:
-        return Found("NixOS containers need root: run the daemon as root, or set sandbox to bwrap")
+        return Found("NixOS containers need root: set helper, run the daemon as root, or set sandbox to bwrap")
     for command, fix in _COMMANDS.items():
         if shutil.which(command, path=host.path) is None:
             return Found(f"{command} is not found: {fix}, or set sandbox to bwrap")

@@ -1,4 +1,4 @@
-"""The NixOS systems of agents: built beside what runs, switched to, gone back from.
+"""The NixOS systems that agents' containers have: switched to, gone back from.
 
 A container is created through nixos-container with the system that was built. Later systems are made the container's
 profile by nix-env, and the container switches to them: all that `nixos-container update` does, but that would evaluate
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import trio
@@ -20,7 +19,6 @@ from hive_core.containers.nixos_conf import marker
 from hive_core.containers.nixos_host import NixosHost, reason_of
 from hive_core.containers.process_tree import first_in_namespace
 from hive_core.containers.running import Done
-from hive_core.nix import Nix, NixFailed, explained
 from hive_core.protocol.container_id import container_id
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, StorePath, parse_store_path
@@ -34,33 +32,14 @@ _GENERATION = re.compile(r"system-(\d+)-link")
 class NixosSystems:
     """Systems of a driver's; driver.py says what each call does.
 
-    nix        what evaluates flakes, in its limits
-    readable   what of the host those flakes are and take as inputs, outside of the store
-    build_s    how long a system may be built
+    state_dir: what is known of agents is kept in there.
+    hive: names the hive whose containers these are; the state directory where it is not said.
     """
 
-    def __init__(
-        self, state_dir: Path, *, nix: Nix, readable: Sequence[Path], build_s: float, host: NixosHost | None = None
-    ) -> None:
-        self._hive = state_dir.absolute()
-        self._files = self._hive / "processes"
+    def __init__(self, state_dir: Path, *, hive: Path | None = None, host: NixosHost | None = None) -> None:
+        self._hive = hive or state_dir.absolute()
+        self._files = state_dir.absolute() / "processes"
         self._host = host or NixosHost()
-        self._nix = nix
-        self._readable = readable
-        self._build_s = build_s
-
-    async def build(self, name: AgentName, flake: str) -> StorePath:
-        system = f'{flake}#nixosConfigurations."{name}".config.system.build.toplevel'
-        words = ["eval", "--raw", "--no-write-lock-file", f"{system}.drvPath"]
-        try:
-            derivation = parse_store_path((await self._nix.run(words, readable=self._readable)).decode())
-        except NixFailed as failed:
-            raise Refusal("failed", f"cannot build {name}: {explained(failed)}") from None
-        # A root for the garbage collector, until it is switched to.
-        built = self._file(name, "built")
-        words = ["nix-store", "--realise", derivation, "--add-root", str(built)]
-        await self._host.insist(f"build {name}", *words, patience_s=self._build_s)
-        return parse_store_path(os.readlink(built))
 
     async def switch(self, name: AgentName, system: StorePath) -> None:
         self._need_nixos(system)
@@ -73,7 +52,6 @@ class NixosSystems:
             except Refusal as refusal:
                 raise Refusal("failed", f"{refusal.message}; {await self._back(name, before)}") from None
             await self._nix_env(name, "--delete-generations", f"+{GENERATIONS_KEPT}")
-        self._file(name, "built").unlink(missing_ok=True)
 
     async def roll_back(self, name: AgentName) -> StorePath:
         now, *earlier = self._generations(name) if self._has_own(name) else [0]

@@ -55,14 +55,11 @@ PROBE_UID = 0x6FFF0000  # the last of the range that systemd keeps for container
 _EMPTIED = ("/sys", "/run/host", "/dev/net")
 
 
-def nspawn_command(
-    machine: str, dirs: AgentDirs, claude: Path | None, base: int | None, root: Path, *, mapped: bool = False
-) -> list[str]:
+def nspawn_command(machine: str, dirs: AgentDirs, claude: Path | None, base: int | None, root: Path) -> list[str]:
     """systemd-nspawn with its options, to be followed by what runs inside.
 
     machine: the container's name among all of the host.
     base: the first of the agent's own uids; None gives it the host's, without their rights.
-    mapped: the agent's directories are mounts in which it has those already.
     """
     mapping = "" if base is None else ":rootidmap"
     argv = [shutil.which("systemd-nspawn") or "systemd-nspawn", "--quiet", "--settings=no", "--register=no"]
@@ -78,7 +75,7 @@ def nspawn_command(
         argv += [f"--bind-ro={_escaped(path)}:{_escaped(path)}{mapping}"]
     for mount in dirs.mounts:
         option = "--bind-ro" if mount.read_only else "--bind"
-        argv += [f"{option}={_escaped(mount.source)}:{mount.target}{'' if mapped else mapping}"]
+        argv += [f"{option}={_escaped(mount.source)}:{mount.target}{'' if mount.mapped else mapping}"]
     return [*argv, "--"]
 
 

@@ -55,6 +55,10 @@ class RunningUnit(Running):
     def ended(self) -> bool:
         return self._pidfd is None
 
+    def copy_descriptor(self) -> int | None:
+        """A pidfd of its main process, to be closed by whoever asked; None when its end was seen."""
+        return None if self._pidfd is None else os.dup(self._pidfd)
+
     async def wait(self) -> Exit:
         if self._pidfd is not None:
             async with trio.open_nursery() as nursery:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -23,6 +24,9 @@ from hive_core.protocol.paths import SYSTEM_CONFIG, explain
 from hive_core.protocol.refusal import EXIT_CODES, Refusal
 from hive_core.sockets.unix import listen_unix, serve_unix
 from hive_core.systemd import notify, serve_watchdog
+
+if TYPE_CHECKING:
+    from hive_core.containers.nixos_host import NixosHost
 
 log = logging.getLogger(__name__)
 
@@ -67,18 +71,21 @@ def read_own_config(file: Path) -> Config:
     return config
 
 
-async def serve_helper(config: Config, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-    """Serve until SIGTERM or SIGINT, which ends no agent. Raises Refusal."""
+async def serve_helper(config: Config, host: NixosHost | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, which ends no agent. Raises Refusal.
+
+    host: the NixOS host whose containers agents have; this one when it is not said.
+    """
     assert config.helper is not None
     owner, claude = Owner.named(config.helper_user), find_claude(config.claude)
     if claude is not None:
         check_trusted(claude, "claude")
     lock = take_lock(config.helper_state_dir)
     try:
-        trouble = await trio.to_thread.run_sync(trouble_of, config, config.helper_state_dir, owner, claude)
+        trouble = await trio.to_thread.run_sync(trouble_of, config, owner, claude, host)
         if trouble is not None:
             log.error("no agent can be started: %s", trouble)
-        driver = make_root_driver(config, config.helper_state_dir, owner, claude)
+        driver = make_root_driver(config, owner, claude, host)
         sock = listen_unix(config.helper)
         os.chown(config.helper, owner.uid, -1)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -88,7 +95,6 @@ async def serve_helper(config: Config, task_status: trio.TaskStatus[None] = trio
                 nursery.start_soon(serve_watchdog)
                 log.info("ready: %s, for uid %d", config.helper, owner.uid)
                 notify("READY=1")
-                task_status.started()
                 async for number in signals:
                     log.info("stopping on %s", signal.Signals(number).name)
                     nursery.cancel_scope.cancel()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,23 @@ from typing import Any
 import trio
 
 from hive_core.config import Config
+from hive_core.containers.driver import Switching
 from hive_core.containers.host_process import LINES_MOST
-from hive_core.containers.mounts import AgentDirs, agent_dirs
-from hive_core.containers.running import Exit, RunningProcess
-from hive_core.helper.drivers import RootDriver, check_room
+from hive_core.containers.mounts import RUN, AgentDirs, agent_dirs
+from hive_core.containers.running import Exit
+from hive_core.helper.drivers import RootDriver, Watched, check_room
 from hive_core.helper.owner import Owner
 from hive_core.helper.staging import opened
 from hive_core.protocol.lines import encode
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import AgentName, parse_agent_name, shown
+from hive_core.protocol.words import AgentName, StorePath, parse_agent_name, parse_store_path, shown
 from hive_core.sockets.unix import Connection, Lines
 
 log = logging.getLogger(__name__)
 REQUEST_LIMIT_BYTES = 64 << 10
 PATIENCE_S = 5.0  # for a request to come and its answer to be taken
-END_PATIENCE_S = 5.0  # of `exit`, for an end that was just seen
+END_PATIENCE_S = 20.0  # of `exit`, for an end that was just seen
+TURN_PATIENCE_S = 20.0  # for what was asked of the same agent before
 PRINT_LIMIT_BYTES = 128 << 10
 WORDS_MOST, WORDS_LIMIT_BYTES = 64, 32 << 10  # of a command
 EXEC_MOST_S = 600.0
@@ -57,6 +60,13 @@ def words(raw: object) -> bool:
         return False
 
 
+def store_path(raw: object) -> bool:
+    try:
+        return bool(parse_store_path(raw))
+    except Refusal:
+        return False
+
+
 def _plain(word: object) -> bytes:
     if not isinstance(word, str) or "\0" in word:
         raise ValueError("no word of a command")
@@ -67,7 +77,7 @@ def _plain(word: object) -> bytes:
 class Entry:
     """An agent that this helper watches."""
 
-    running: RunningProcess
+    running: Watched
     done: trio.Event = field(default_factory=trio.Event)
     exit: Exit | None = None  # once it is done
 
@@ -99,7 +109,6 @@ class HelperDesk:
         self._entries: dict[AgentName, Entry] = {}  # agents that run
         self._exits: dict[AgentName, Exit] = {}  # how others ended, until that is told
         self._turns: weakref.WeakValueDictionary[AgentName, trio.Lock] = weakref.WeakValueDictionary()
-        # A natural place for `switch`, with the store path as its one argument: where containers are NixOS systems.
         self._verbs: dict[str, tuple[Callable[..., Awaitable[Answer]], dict[str, Check]]] = {
             "generation": (self._generation, {}),
             "start": (self._start, {}),
@@ -114,6 +123,11 @@ class HelperDesk:
             "usage": (self._usage, {}),
             "destroy": (self._destroy, {}),
         }
+        if isinstance(driver, Switching):
+            self._systems: Switching = driver
+            self._verbs["switch"] = (self._switch, {"system": store_path})
+            self._verbs["roll_back"] = (self._roll_back, {})
+            self._verbs["current"] = (self._current, {})
 
     async def serve(self, stream: Connection) -> None:
         """Answer one request, whatever it is."""
@@ -154,12 +168,25 @@ class HelperDesk:
             known = ", ".join(("hello", "list", "exec", *self._verbs))
             raise Refusal("usage", f"cannot do {shown(verb)}: there is no such verb; the verbs are {known}")
         args = _checked(str(verb), request, checks)
-        lock = self._turns.setdefault(name, trio.Lock())
-        # A request that has begun is carried out, also when whoever asked has left.
-        with trio.CancelScope(shield=True):
-            async with lock:
+        async with self._turn(name):
+            # A request that has begun is carried out, also when whoever asked has left.
+            with trio.CancelScope(shield=True):
                 told = await answer(name, **args)
         return told
+
+    @asynccontextmanager
+    async def _turn(self, name: AgentName) -> AsyncIterator[None]:
+        """One request of an agent after the other. Who waits too long gives up, and its connection with it."""
+        lock = self._turns.setdefault(name, trio.Lock())
+        with trio.move_on_after(TURN_PATIENCE_S) as waiting:
+            await lock.acquire()
+        if waiting.cancelled_caught:
+            why = f"what was asked of it before has not been done for {TURN_PATIENCE_S:g} s; look for a disk that hangs"
+            raise Refusal("unavailable", f"cannot see to {name}: {why}")
+        try:
+            yield
+        finally:
+            lock.release()
 
     async def _unless_left(
         self, stream: Connection, answer: Callable[..., Awaitable[Answer]], name: AgentName, args: Args
@@ -198,15 +225,22 @@ class HelperDesk:
         if await self._entry(name) is not None:
             raise Refusal("conflict", f"cannot start {name}: it runs already")
         check_room(self._state_dir, name)
-        with opened(self._dirs(name), self._owner.uid) as dirs:
-            running = await self._driver.start(name, dirs)
+        async with opened(self._dirs(name), self._owner.uid) as dirs:
+            try:
+                running = await self._driver.start(name, dirs)
+            except BlockingIOError as exc:
+                raise Refusal("conflict", f"cannot start {name}: {exc.strerror}") from None
         return self._told(self._watch(name, running))
 
     async def _find(self, name: AgentName) -> Answer:
+        run = AgentDirs(tuple(mount for mount in self._dirs(name).mounts if mount.target == RUN))
+        if self._driver.former is not None:
+            await self._driver.former.end(name, run)
         if (entry := await self._entry(name)) is None:
             return Answer({"pid": None})
-        with opened(self._dirs(name), self._owner.uid) as dirs:
-            difference = self._driver.difference(name, dirs.run)
+        async with opened(run, self._owner.uid) as dirs:
+            limiter = trio.CapacityLimiter(1)  # of its own: that disk may hang too
+            difference = await trio.to_thread.run_sync(self._driver.difference, name, dirs.run, limiter=limiter)
         if difference is None:
             return self._told(entry)
         log.warning("ended %s (pid %d): it was started %s", name, entry.running.pid, difference)
@@ -242,7 +276,9 @@ class HelperDesk:
             return Answer({"missed": False})
         missed = await self._driver.missed_exit(name)
         missed = self._exits.pop(name, missed)
-        return Answer({"missed": missed is not None, "code": None if missed is None else missed.code})
+        if missed is None:
+            return Answer({"missed": False})
+        return Answer({"missed": True, "code": missed.code, "with_machine": missed.with_machine})
 
     async def _forget(self, name: AgentName) -> Answer:
         if await self._entry(name) is None:
@@ -261,8 +297,8 @@ class HelperDesk:
         return Answer({"processes": usage.processes, "memory_bytes": usage.memory_bytes})
 
     async def _exec(self, name: AgentName, command: list[str], patience_s: float = 60.0) -> Answer:
-        with opened(self._dirs(name), self._owner.uid) as dirs:
-            done = await self._driver.exec(name, dirs, command, patience_s)
+        # It enters what the agent has already: the directories are not looked at.
+        done = await self._driver.exec(name, self._dirs(name), command, patience_s)
         return Answer({"code": done.code, "output": done.output})
 
     async def _destroy(self, name: AgentName) -> Answer:
@@ -271,6 +307,17 @@ class HelperDesk:
         self._exits.pop(name, None)
         await self._driver.destroy(name)
         return Answer({})
+
+    async def _switch(self, name: AgentName, system: StorePath) -> Answer:
+        check_room(self._state_dir, name)
+        await self._systems.switch(name, system)
+        return Answer({})
+
+    async def _roll_back(self, name: AgentName) -> Answer:
+        return Answer({"system": await self._systems.roll_back(name)})
+
+    async def _current(self, name: AgentName) -> Answer:
+        return Answer({"system": await self._systems.current(name)})
 
     # -- agents that run ----------------------------------------------------------------------------------------------
 
@@ -284,10 +331,10 @@ class HelperDesk:
                 return entry
             await entry.done.wait()  # it may be printing its last
             return None
-        running = self._driver.look(name)
+        running = await self._driver.look(name)
         return None if running is None else self._watch(name, running)
 
-    def _watch(self, name: AgentName, running: RunningProcess) -> Entry:
+    def _watch(self, name: AgentName, running: Watched) -> Entry:
         entry = self._entries[name] = Entry(running)
         self._exits.pop(name, None)
         self._nursery.start_soon(self._until_end, name, entry)
@@ -299,7 +346,8 @@ class HelperDesk:
         entry.done.set()
 
     def _told(self, entry: Entry) -> Answer:
-        return Answer({"pid": entry.running.pid}, entry.running.copy_descriptor())
+        descriptor = entry.running.copy_descriptor()
+        return Answer({"pid": 0 if descriptor is None else entry.running.pid}, descriptor)  # 0: it has ended already
 
 
 _EXEC: dict[str, Check] = {"command": words, "patience_s": seconds}
@@ -312,6 +360,7 @@ def _checked(verb: str, args: dict[str, Any], checks: Mapping[str, Check]) -> Ar
             raise Refusal("usage", f"cannot do {verb}: it has no argument {shown(key)}; it takes {takes}")
         if not checks[key](value):
             raise Refusal("usage", f"cannot do {verb}: {shown(value)} is out of bounds as {key}")
-    if verb == "exec" and "command" not in args:
-        raise Refusal("usage", "cannot do exec: it needs a command, a list of words")
+    for needed in ("command", "system"):
+        if needed in checks and needed not in args:
+            raise Refusal("usage", f"cannot do {verb}: it needs a {needed}")
     return args

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import sys
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hive_core.config import Config
 from hive_core.containers.bubblewrap import sandbox_trouble
-from hive_core.containers.driver import Driver
+from hive_core.containers.driver import Driver, Former
 from hive_core.containers.groups import bounds_of, choose_groups
 from hive_core.containers.host_names import host_name
 from hive_core.containers.host_process import Launch
@@ -20,63 +18,40 @@ from hive_core.containers.mounts import STATE, AgentDirs, Mount
 from hive_core.containers.nspawn import NspawnDriver, look_for_nspawn, nspawn_command
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.process_tree import kill_that_see
-from hive_core.containers.ranges import pick_range
-from hive_core.containers.running import RunningProcess
-from hive_core.helper import staged as staged_file
+from hive_core.containers.running import Running
 from hive_core.helper.owner import Owner
-from hive_core.helper.staging import clone_mount
+from hive_core.helper.staging import clones, staging_command
+from hive_core.helper.uids import UidRangesFile
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 
+if TYPE_CHECKING:
+    from hive_core.containers.nixos_host import NixosHost
+
 AGENTS_MOST = 1000
-_PROBE_UID = 0x6FFF0000
+CONTAINERS = "/etc/nixos-containers"  # of a host that can have any
+
+
+class Watched(Running, Protocol):
+    """An agent whose end others can be shown."""
+
+    def copy_descriptor(self) -> int | None:
+        """A pidfd of its wrapper's, to be closed by whoever asked; None when its end was seen."""
 
 
 class RootDriver(Driver, Protocol):
     """A driver whose agents outlive a helper, too: they are looked for anew, whatever became of their directories."""
 
-    async def start(self, name: AgentName, dirs: AgentDirs) -> RunningProcess:
+    former: Former | None  # of a helper of before, whose sandbox was another
+
+    async def start(self, name: AgentName, dirs: AgentDirs) -> Watched:
         """Start the agent's harness."""
 
-    def look(self, name: AgentName) -> RunningProcess | None:
+    async def look(self, name: AgentName) -> Watched | None:
         """The agent that was left running, as it is."""
 
     def difference(self, name: AgentName, run: Path) -> str | None:
         """How the agent was started otherwise than it would be now, with this run directory."""
-
-
-class UidRangesFile:
-    """The ranges of uids that agents have, in a file of root's. A range is free again when its agent is destroyed."""
-
-    def __init__(self, path: Path, hive: str) -> None:
-        self._path = path
-        self._hive = hive
-
-    async def first_uid(self, name: AgentName) -> int:
-        """The first uid of an agent's range, which is allocated when it has none. Raises Refusal when all are."""
-        held = self._read()
-        if name not in held:
-            held[name] = pick_range(f"{self._hive}/{name}", {*held.values()})
-            self._write(held)
-        return held[name]
-
-    def release(self, name: AgentName) -> None:
-        held = self._read()
-        if held.pop(name, None) is not None:
-            self._write(held)
-
-    def _read(self) -> dict[str, int]:
-        with contextlib.suppress(FileNotFoundError):
-            return {str(name): int(first) for name, first in json.loads(self._path.read_text()).items()}
-        return {}
-
-    def _write(self, held: dict[str, int]) -> None:
-        fresh = self._path.with_suffix(".new")
-        with fresh.open("w") as file:
-            json.dump(held, file)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.rename(self._path)
 
 
 class StagedNspawn(NspawnDriver):
@@ -98,16 +73,10 @@ class StagedNspawn(NspawnDriver):
         self._state_dir = state_dir
 
     def _container(self, name: AgentName, dirs: AgentDirs, opened: contextlib.ExitStack) -> tuple[list[str], list[int]]:
-        base, mounts, staged = self._bases[name], [], []
-        for number, mount in enumerate(dirs.mounts):
-            mounts.append(clone_mount(mount.source, read_only=mount.read_only, base=base))
-            opened.callback(os.close, mounts[-1])
-            staged.append(Mount(self._stage / str(number), mount.target, mount.read_only))
-        inner = nspawn_command(
-            host_name(name, self._state_dir), AgentDirs(tuple(staged)), self._claude, base, self._root, mapped=True
-        )
-        places = [str(self._stage), *map(str, mounts)]
-        return [sys.executable, "-I", "-S", str(staged_file.__file__), *places, "--", *inner], mounts
+        base = self._bases[name]
+        mounts, staged = clones(dirs, base, self._stage, opened)
+        inner = nspawn_command(host_name(name, self._state_dir), staged, self._claude, base, self._root)
+        return staging_command("own", self._stage, mounts, inner), mounts
 
     async def destroy(self, name: AgentName) -> None:
         await super().destroy(name)
@@ -153,21 +122,37 @@ class OwnersBwrap(ProcessDriver):
         return [*self._owner.become(), *super()._entering(dirs, first)]
 
 
-def make_root_driver(config: Config, state_dir: Path, owner: Owner, claude: Path | None) -> RootDriver:
+def make_root_driver(config: Config, owner: Owner, claude: Path | None, host: NixosHost | None = None) -> RootDriver:
     """The driver that the configuration asks for, with a state directory of root's own."""
-    if config.sandbox == "nspawn":
-        ranges = UidRangesFile(state_dir / "uid_ranges.json", str(config.state_dir))
-        return StagedNspawn(state_dir, ranges, config, claude)
-    return OwnersBwrap(state_dir, owner, config, claude)
-
-
-def trouble_of(config: Config, state_dir: Path, owner: Owner, claude: Path | None) -> str | None:
-    """Why agents cannot be started as the configuration asks, and what would mend it; None: they can."""
+    state_dir = config.helper_state_dir
+    ranges = UidRangesFile(state_dir / "uid_ranges.json", str(config.state_dir))
     if config.sandbox == "nixos-container":
-        return "the helper cannot start containers of NixOS yet; unset helper, or set sandbox to nspawn"
+        from hive_core.helper.nixos import StagedNixos  # what is not set is not loaded
+
+        return StagedNixos(config, ranges, claude, host)
+    driver: StagedNspawn | OwnersBwrap
+    if config.sandbox == "nspawn":
+        driver = StagedNspawn(state_dir, ranges, config, claude)
+    else:
+        driver = OwnersBwrap(state_dir, owner, config, claude)
+    if host is not None or os.path.isdir(CONTAINERS):
+        from hive_core.containers.former import FormerContainers
+
+        driver.former = FormerContainers(state_dir, host, config.state_dir)
+    return driver
+
+
+def trouble_of(config: Config, owner: Owner, claude: Path | None, host: NixosHost | None = None) -> str | None:
+    """Why agents cannot be started as the configuration asks, and what would mend it; None: they can."""
+    state_dir = config.helper_state_dir
     if config.sandbox == "bwrap":
         return sandbox_trouble(owner.become())
-    found = look_for_nspawn(state_dir, state_dir, claude, config.nspawn_root)
+    if config.sandbox == "nspawn":
+        found = look_for_nspawn(state_dir, state_dir, claude, config.nspawn_root)
+    else:
+        from hive_core.containers.nixos_look import look_for_nixos_containers
+
+        found = look_for_nixos_containers(state_dir, state_dir, host)
     return found.trouble or found.weakness
 
 

@@ -13,11 +13,15 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+import trio
+
 from hive_core.containers.mounts import AgentDirs, Mount
+from hive_core.helper import staged as staged_file
 from hive_core.protocol.refusal import Refusal
 
 _SYS_OPEN_TREE, _SYS_MOUNT_SETATTR = 428, 442  # the same for every processor
@@ -56,16 +60,22 @@ def open_folder(path: Path, owner: int) -> int:
     return descriptor
 
 
-@contextmanager
-def opened(dirs: AgentDirs, owner: int) -> Iterator[AgentDirs]:
-    """The same directories, each by a path that leads to an open descriptor and stays what it is. Raises Refusal."""
+@asynccontextmanager
+async def opened(dirs: AgentDirs, owner: int) -> AsyncIterator[AgentDirs]:
+    """The same directories, each by a path that leads to an open descriptor and stays what it is. Raises Refusal.
+
+    One may be on a disk that hangs: whoever waits for that holds up nobody else.
+    """
     with contextlib.ExitStack() as stack:
-        mounts = []
-        for mount in dirs.mounts:
-            descriptor = open_folder(mount.source, owner)
-            stack.callback(os.close, descriptor)
-            mounts.append(Mount(Path(f"/proc/self/fd/{descriptor}"), mount.target, mount.read_only))
-        yield AgentDirs(tuple(mounts), opened=True)
+
+        def open_all() -> Iterator[Mount]:
+            for mount in dirs.mounts:
+                descriptor = open_folder(mount.source, owner)
+                stack.callback(os.close, descriptor)
+                yield Mount(Path(f"/proc/self/fd/{descriptor}"), mount.target, mount.read_only)
+
+        mounts = await trio.to_thread.run_sync(lambda: tuple(open_all()), limiter=trio.CapacityLimiter(1))
+        yield AgentDirs(mounts, opened=True)
 
 
 def clone_mount(source: Path, *, read_only: bool, base: int | None) -> int:
@@ -94,6 +104,25 @@ def clone_mount(source: Path, *, read_only: bool, base: int | None) -> int:
         os.close(mount)
         raise
     return mount
+
+
+def clones(dirs: AgentDirs, base: int, folder: Path, opened: contextlib.ExitStack) -> tuple[list[int], AgentDirs]:
+    """Mounts of an agent's directories in which their owner is its root: (descriptors, where they are going to stand).
+
+    `opened` closes them. Raises OSError.
+    """
+    mounts, staged = [], []
+    for number, mount in enumerate(dirs.mounts):
+        mounts.append(clone_mount(mount.source, read_only=mount.read_only, base=base))
+        opened.callback(os.close, mounts[-1])
+        staged.append(Mount(folder / str(number), mount.target, mount.read_only, mapped=True))
+    return mounts, AgentDirs(tuple(staged), opened=True)
+
+
+def staging_command(namespace: str, folder: Path, mounts: Sequence[int], command: Sequence[str] = ()) -> list[str]:
+    """What puts such mounts in their places; staged.py tells what each word says."""
+    own = [sys.executable, "-I", "-S", str(staged_file.__file__)]
+    return [*own, namespace, str(folder), *map(str, mounts), "--", *command]
 
 
 @contextmanager

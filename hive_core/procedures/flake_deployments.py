@@ -161,8 +161,7 @@ async def make_deployments(
     if config.sandbox != "nixos-container" or config.unsafe_no_sandbox:
         return PlainDeployments(store, repos, locks, "none" if config.unsafe_no_sandbox else config.sandbox)
     if choice.trouble is not None or not isinstance(driver, Systems):
-        helped = "containers cannot be built through the helper; unset it and run the daemon as root, or set sandbox"
-        return NoDeployments(choice.trouble or helped)
+        return NoDeployments(choice.trouble or "its driver has no systems")
     meta = make_meta_flake(config, make_nix(config))
     await meta.open()
     return FlakeDeployments(store, repos, locks, meta, driver)

@@ -41,7 +41,7 @@ import json, sys, trio
 from pathlib import Path
 from hive_core.containers.bounds import Bounds
 from hive_core.containers.mounts import agent_dirs
-from hive_core.containers.nixos_container import NixosContainerDriver
+from hive_core.containers.nixos_build import NixosContainerDriver, SystemBuilds
 from hive_core.containers.nixos_host import NixosHost
 from hive_core.containers.ranges import pick_range
 from hive_core.nix import Nix
@@ -57,9 +57,10 @@ async def base_of(name):
     return pick_range(name, ())
 
 async def main(verb, script="", oneshot=""):
+    host = NixosHost(programs="/var/lib/standin/bin")
+    builds = SystemBuilds(STATE, nix=Nix(STATE / "nix"), readable=[], build_s=60, host=host)
     driver = NixosContainerDriver(
-        STATE, base_of=base_of, claude=None, bounds=Bounds(2**30, 150, 300), nix=Nix(STATE / "nix"), readable=[],
-        build_s=60, host=NixosHost(programs="/var/lib/standin/bin"),
+        STATE, builds, base_of=base_of, claude=None, bounds=Bounds(2**30, 150, 300), host=host
     )
     dirs = agent_dirs(STATE, Path("/run/hyperhive"), IRIS)
     if verb == "switch":

@@ -21,8 +21,9 @@ import trio
 from hive_core.containers.bounds import AgentGroups, Bounds
 from hive_core.containers.driver import Driver
 from hive_core.containers.former import FormerContainers, FormerProcesses
+from hive_core.containers.helped_systems import HelpedSystems
 from hive_core.containers.mounts import AgentDirs, agent_dirs
-from hive_core.containers.nixos_container import NixosContainerDriver
+from hive_core.containers.nixos_build import NixosContainerDriver, SystemBuilds
 from hive_core.containers.nspawn import HOST_UIDS, NspawnDriver
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.process_tree import first_in_namespace
@@ -32,21 +33,32 @@ from hive_core.containers.running_unit import RunningUnit
 from hive_core.nix import Nix
 from hive_core.protocol.words import MANAGER, AgentName
 from tests import processes
-from tests.containers.helped import HELPER_KINDS, Helped, end_helper, helped_in
+from tests.containers.helped import (
+    HELPED_STAND_IN,
+    HELPER_KINDS,
+    HelpedScripts,
+    end_helper,
+    helped_in,
+    helper_in,
+    leftover_in,
+)
 from tests.containers.standin.host import StandInHost, host_of
 from tests.needs import ROOT, missing
 from tests.processes import PATIENCE_S, children_of, pids_naming
 
 IRIS = AgentName("iris")
 STAND_IN = "nixos-container (stand-in)"
+UNITS = (STAND_IN, HELPED_STAND_IN)  # whose containers are units of a stand-in host's
 SANDBOXES = ["bwrap", "nspawn", HOST_UIDS, STAND_IN, *HELPER_KINDS]
 KINDS = [*SANDBOXES, "none"]
 
 
 def need(kind: str) -> str:
     """The kind of driver, when this machine has what it needs; with HIVE_REQUIRE=ci a test fails without."""
-    needed = ("nspawn", "bwrap", "nix") if kind == STAND_IN else (kind.partition("-")[0],)
-    if kind in HELPER_KINDS:
+    needed: tuple[str, ...] = (kind.partition("-")[0],)
+    if kind in UNITS:
+        needed = ("nspawn", "bwrap", "nix")
+    elif kind in HELPER_KINDS:
         needed = ("nspawn", "bwrap")
     if kind in SANDBOXES and (why := next(filter(None, map(missing, needed)), "")):
         assert os.environ.get("HIVE_REQUIRE") != "ci", why
@@ -78,14 +90,7 @@ class Systems(NixosContainerDriver):
         self.stand_in = StandInHost(folder / "host")
         self.script = ""
         super().__init__(
-            folder,
-            base_of=base_of,
-            claude=None,
-            bounds=bounds,
-            nix=Nix(folder / "nix", store=self.stand_in.folder),
-            readable=[folder],
-            build_s=60,
-            host=self.stand_in.host,
+            folder, builds_in(folder), base_of=base_of, claude=None, bounds=bounds, host=self.stand_in.host
         )
 
     async def start(self, name: AgentName, dirs: AgentDirs) -> RunningUnit:
@@ -98,13 +103,39 @@ class Systems(NixosContainerDriver):
         return None
 
 
+class HelpedStandIn(HelpedSystems, HelpedScripts):
+    """The same through a helper."""
+
+    def __init__(self, folder: Path, cgroups: AgentGroups | None = None) -> None:
+        self.stand_in = StandInHost(folder / "host")
+        self.script = ""
+        helper = helper_in(folder, "nixos-container", cgroups)
+        super().__init__(helper, "nixos-container", leftover_in(folder), builds_in(folder))
+
+    async def start(self, name: AgentName, dirs: AgentDirs) -> Running:
+        await self.switch(name, await trio.to_thread.run_sync(self.stand_in.system, self.script))
+        return await super().start(name, dirs)
+
+    def with_script(self, script: str) -> HelpedStandIn:
+        self.script = script
+        return self
+
+
+def builds_in(folder: Path) -> SystemBuilds:
+    """What builds systems on the stand-in host of a folder."""
+    nix = Nix(folder / "nix", store=folder / "host")
+    return SystemBuilds(folder, nix=nix, readable=[folder], build_s=60, host=host_of(folder / "host"))
+
+
 async def base_of(name: AgentName) -> int:
     return pick_range(name, ())
 
 
 def driver_in(
     folder: Path, kind: str, script: str, life_fd: int | None = None, cgroups: AgentGroups | None = None
-) -> _Processes | _Containers | Systems | Helped:
+) -> _Processes | _Containers | Systems | HelpedScripts:
+    if kind == HELPED_STAND_IN:
+        return HelpedStandIn(folder, cgroups).with_script(script)
     if kind in HELPER_KINDS:
         return helped_in(folder, kind, script, cgroups)
     driver: _Processes | _Containers | Systems
@@ -201,7 +232,7 @@ def first_inside(running: Running) -> int | None:
 
 def beside(kind: str) -> int:
     """How many processes a container has besides the harness and what that starts."""
-    return 2 if kind == STAND_IN else 0
+    return 2 if kind in UNITS else 0
 
 
 def mates(running: Running) -> list[int]:

@@ -14,25 +14,31 @@ from typing import Any
 
 from hive_core.containers.bounds import AgentGroups
 from hive_core.containers.helped import HelpedDriver, Helper
+from hive_core.containers.helped_systems import PATIENCE_OF_S
 from hive_core.containers.process import ProcessDriver
 from tests.needs import ROOT
 from tests.processes import PATIENCE_S, look_until
 
-HELPER_KINDS = ["helper-bwrap", "helper-nspawn"]
+HELPED_STAND_IN = "helper-nixos-container"
+HELPER_KINDS = ["helper-bwrap", "helper-nspawn", HELPED_STAND_IN]
 
 
-class Helped(HelpedDriver):
+class HelpedScripts(HelpedDriver):
     """The driver as it is; the helper's agents are scripts."""
 
     life_fd_inside = None
+    script: str
+
+
+class Helped(HelpedScripts):
+    """The script is in a file that the helper reads."""
 
     def __init__(self, folder: Path, sandbox: str) -> None:
-        helper = Helper(folder / "helper.sock", folder, folder / "runtime")
-        super().__init__(helper, sandbox, ProcessDriver(folder / "before", sandbox="", claude=None, orphan_grace_s=600))
+        super().__init__(Helper(folder / "helper.sock", folder, folder / "runtime"), sandbox, leftover_in(folder))
         self._script = folder / "script"
 
     @property
-    def script(self) -> str:
+    def script(self) -> str:  # type: ignore[override]
         return self._script.read_text()
 
     @script.setter
@@ -42,11 +48,22 @@ class Helped(HelpedDriver):
         fresh.rename(self._script)
 
 
-def helped_in(folder: Path, kind: str, script: str, cgroups: AgentGroups | None = None) -> Helped:
-    """A driver for the helper of a folder, which is started when none runs."""
-    sandbox = kind.removeprefix("helper-")
+def leftover_in(folder: Path) -> ProcessDriver:
+    """What a daemon of before would have had, where there was none."""
+    return ProcessDriver(folder / "before", sandbox="", claude=None, orphan_grace_s=600)
+
+
+def helper_in(folder: Path, sandbox: str, cgroups: AgentGroups | None = None) -> Helper:
+    """The helper of a folder, which is started when none runs."""
     if not answers(folder):
         start_helper(folder, sandbox, cgroups)
+    return Helper(folder / "helper.sock", folder, folder / "runtime", PATIENCE_OF_S)
+
+
+def helped_in(folder: Path, kind: str, script: str, cgroups: AgentGroups | None = None) -> Helped:
+    """A driver for the helper of a folder."""
+    sandbox = kind.removeprefix("helper-")
+    helper_in(folder, sandbox, cgroups)
     driver = Helped(folder, sandbox)
     driver.script = script
     return driver

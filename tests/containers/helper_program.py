@@ -16,6 +16,7 @@ from hive_core.config import Config
 from hive_core.containers.host_process import HostProcessDriver
 from hive_core.helper.cli import serve_helper
 from hive_core.logs import set_up_logs
+from tests.containers.standin.host import host_of
 
 
 def main() -> None:
@@ -26,7 +27,9 @@ def main() -> None:
     os.umask(0o077)
     set_up_logs("text", "info")
     # Not by load_config: folders of tests have long names, and no socket of an agent is made in them.
-    trio.run(serve_helper, Config.model_validate(settings))
+    config = Config.model_validate(settings)
+    host = host_of(config.helper_state_dir / "host") if config.sandbox == "nixos-container" else None
+    trio.run(serve_helper, config, host)
 
 
 if __name__ == "__main__":

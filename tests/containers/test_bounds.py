@@ -16,7 +16,7 @@ from hive_core.containers.cgroups import Cgroups, hand_down, mounted_trees
 from tests.containers.drivers import (
     IRIS,
     PATIENCE_S,
-    STAND_IN,
+    UNITS,
     dirs_in,
     driver_in,
     inside,
@@ -55,7 +55,7 @@ async def test_an_agent_that_holds_more_memory_than_it_may_is_killed_and_its_las
     code, said = await run_bounded(tmp_path, kind, cgroups, "print('begun', flush=True); b'x' * 500_000_000")
     assert code != 0
     assert said.startswith("begun")
-    number = "some" if kind == STAND_IN else "1"  # systemd says no number
+    number = "some" if kind in UNITS else "1"  # systemd says no number
     assert f"the kernel killed {number} of its processes: together they held more than agent_memory_bytes" in said
 
 

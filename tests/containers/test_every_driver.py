@@ -29,6 +29,7 @@ from tests.containers.drivers import (
     PATIENCE_S,
     SANDBOXES,
     STAND_IN,
+    UNITS,
     beside,
     dirs_in,
     driver_in,
@@ -50,12 +51,12 @@ from tests.needs import ROOT
 from tests.processes import pids_naming
 
 # What is asked of a driver that starts processes of its own: units are systemd's, whose files and locks are its own.
-of_processes = pytest.mark.parametrize("sandbox", [kind for kind in SANDBOXES if kind != STAND_IN], indirect=True)
+of_processes = pytest.mark.parametrize("sandbox", [kind for kind in SANDBOXES if kind not in UNITS], indirect=True)
 # A helper has no pipe of the daemon's, and the directories of agents from its own configuration.
 of_own_processes = pytest.mark.parametrize(
-    "sandbox", [kind for kind in SANDBOXES if kind not in (STAND_IN, *HELPER_KINDS)], indirect=True
+    "sandbox", [kind for kind in SANDBOXES if kind not in (*UNITS, *HELPER_KINDS)], indirect=True
 )
-of_processes_or_bare = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != STAND_IN], indirect=True)
+of_processes_or_bare = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in UNITS], indirect=True)
 
 
 @pytest.fixture(params=SANDBOXES)
@@ -92,7 +93,7 @@ async def test_an_agent_sees_nothing_else_of_the_state_directory(tmp_path: Path,
     code, said = await run(tmp_path, sandbox, look)
     assert code != 0
     assert "canary" not in said
-    assert said.count("No such file") == len(look.replace(";", "").split()) - 2 - (sandbox == STAND_IN)  # it has a /var
+    assert said.count("No such file") == len(look.replace(";", "").split()) - 2 - (sandbox in UNITS)  # it has a /var
 
 
 async def test_the_manager_alone_sees_the_configurations(tmp_path: Path, sandbox: str) -> None:
@@ -144,9 +145,9 @@ async def test_an_agent_has_no_network_but_its_own_loopback(tmp_path: Path, sand
 async def test_an_agent_sees_no_process_of_the_host_and_has_no_capability(tmp_path: Path, sandbox: str) -> None:
     _, said = await run(tmp_path, sandbox, "cat /proc/[0-9]*/comm; grep -h Cap /proc/self/status; hostname; id -u")
     names, _, rest = said.partition("CapInh")
-    assert set(names.split()) <= {"bwrap", "sh", "cat", *(["init"] if sandbox == STAND_IN else [])}
+    assert set(names.split()) <= {"bwrap", "sh", "cat", *(["init"] if sandbox in UNITS else [])}
     assert rest.count("0000000000000000") == 5
-    assert rest.split()[-2:] == ["h-iris" if sandbox == STAND_IN else "hive", "0"]
+    assert rest.split()[-2:] == ["h-iris" if sandbox in UNITS else "hive", "0"]
     code, _ = await run(tmp_path, sandbox, f"kill -0 {os.getpid()}")
     assert code != 0
 
@@ -161,7 +162,7 @@ async def test_an_agent_inherits_nothing_of_the_environment(
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-canary")
     code, said = await run(tmp_path, sandbox, "env; cat /proc/1/environ")
-    assert code == (1 if sandbox == STAND_IN else 0)  # there it is the system's, and nothing that an agent may read
+    assert code == (1 if sandbox in UNITS else 0)  # there it is the system's, and nothing that an agent may read
     assert "canary" not in said
     assert {line.split("=")[0] for line in said.replace("\0", "\n").splitlines() if "=" in line} <= {
         "HOME",
@@ -290,7 +291,7 @@ async def test_what_an_agent_takes_of_the_host_is_told(tmp_path: Path, kind: str
 
 async def test_the_last_lines_of_an_agent_are_told_in_their_order(tmp_path: Path, kind: str) -> None:
     # A unit may write so many lines into the journal, and no more.
-    await run(tmp_path, kind, "seq 98001 99000" if kind == STAND_IN else "seq 1 99000")
+    await run(tmp_path, kind, "seq 98001 99000" if kind in UNITS else "seq 1 99000")
     driver = driver_in(tmp_path, kind, "")
     assert await driver.logs(IRIS, 3) == ["98998", "98999", "99000"]
     assert len(await driver.logs(IRIS, 10**9)) == LINES_MOST
@@ -342,7 +343,7 @@ async def test_an_agent_that_puts_its_own_program_in_the_interpreters_place_gets
     assert not planted.exists()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SANDBOXES if kind != STAND_IN], indirect=True)
+@pytest.mark.parametrize("kind", [kind for kind in SANDBOXES if kind not in UNITS], indirect=True)
 @pytest.mark.skipif(not os.path.islink("/bin"), reason="the host has a /bin of its own, which no agent can replace")
 async def test_whatever_enters_a_container_is_no_file_of_the_hosts_that_the_agent_gets_hold_of(
     tmp_path: Path, kind: str
@@ -563,7 +564,7 @@ print("started", flush=True)
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in KINDS if kind not in (HOST_UIDS, STAND_IN, *HELPER_KINDS)], indirect=True
+    "kind", [kind for kind in KINDS if kind not in (HOST_UIDS, *UNITS, *HELPER_KINDS)], indirect=True
 )
 async def test_at_whatever_step_of_a_start_a_daemon_is_killed_the_next_one_finds_what_it_started(
     tmp_path: Path, kind: str
@@ -871,7 +872,7 @@ async def test_an_agent_whose_daemon_is_gone_goes_on_printing_and_the_next_daemo
         tmp_path,
         sandbox,
         "read word < /state/go; yes floods | head -c LONG; echo; echo the end; exit 4".replace(
-            "LONG", "3000" if sandbox == STAND_IN else "3000000"
+            "LONG", "3000" if sandbox in UNITS else "3000000"
         ),
     )
     driver = driver_in(tmp_path, sandbox, "")

@@ -16,7 +16,7 @@ from hive_core.protocol.words import MANAGER, AgentName
 from hive_core.repos import Repos
 from hive_core.snapshots import Snapshots
 from hive_core.store.door import open_store
-from tests.containers.drivers import IRIS, SANDBOXES, STAND_IN, digest_of, dirs_in, driver_in, need, run, started
+from tests.containers.drivers import IRIS, SANDBOXES, STAND_IN, UNITS, digest_of, dirs_in, driver_in, need, run, started
 from tests.needs import ROOT
 
 ARGUS = AgentName("argus")
@@ -64,7 +64,7 @@ async def test_two_agents_edit_one_file_of_what_all_share(tmp_path: Path, sandbo
     _, uids = await run(tmp_path, sandbox, first)
     code, other_uids = await run(tmp_path, sandbox, second, name=ARGUS)
     assert code == 0
-    assert (uids != other_uids) == (sandbox in ("nspawn", "helper-nspawn", STAND_IN)), (
+    assert (uids != other_uids) == (sandbox in ("nspawn", "helper-nspawn", *UNITS)), (
         "their containers have uids of their own, or none has"
     )
     code, said = await run(tmp_path, sandbox, third)

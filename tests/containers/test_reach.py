@@ -22,7 +22,7 @@ from hive_core.sockets.http import serve_asgi
 from hive_core.sockets.model import ModelRelay
 from hive_core.sockets.unix import listen_unix
 from hive_core.store.bus import Bus
-from tests.containers.drivers import IRIS, SANDBOXES, STAND_IN, dirs_in, need, run
+from tests.containers.drivers import IRIS, SANDBOXES, UNITS, dirs_in, need, run
 from tests.needs import ROOT
 from tests.scripted_model import ScriptedModel, say
 
@@ -164,14 +164,14 @@ async def test_what_a_container_reaches_is_what_the_table_says(tmp_path: Path, s
     assert code == 0, said
     told = json.loads(said.partition("TOLD ")[2])
     mounts = {place: mode for place, mode in told.pop("mounts") if place in (*TARGETS, *MANAGER_TARGETS)}
-    devices = set(told.pop("devices")) - HARMLESS - ({TUNNEL} if sandbox == STAND_IN else set())
+    devices = set(told.pop("devices")) - HARMLESS - ({TUNNEL} if sandbox in UNITS else set())
     assert (told.pop("disks"), devices) == ([], set())
     reached = {what for what, answer in told.items() if answer == "reached"}
     assert reached == {f"its own {name}.sock" for name in SOCKETS} | {f"to write {place}" for place in writable}
     assert told.pop("capabilities") == ["0" * 16] * 5
     assert told.pop("the interfaces") == ["lo"]
     tells = told.pop("what /sys tells")
-    assert tells in ([], "refused") or sandbox == STAND_IN, "systemd inside needs it; nothing in it can be written"
+    assert tells in ([], "refused") or sandbox in UNITS, "systemd inside needs it; nothing in it can be written"
     assert {what: answer for what, answer in told.items() if what not in reached and answer != "refused"} == {}
     wanted = {mount.target: "ro" if mount.read_only else "rw" for mount in own.mounts}
     assert mounts == wanted

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hive_core.containers.nixos_container import NixosContainerDriver
+from hive_core.containers.nixos_build import NixosContainerDriver, SystemBuilds
 from hive_core.containers.ranges import pick_range
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
@@ -38,15 +38,15 @@ class BuiltHouse(House):
         async def base_of(name: AgentName) -> int:
             return pick_range(name, ())
 
-        self.systems = NixosContainerDriver(
+        builds = SystemBuilds(
             self.folder,
-            base_of=base_of,
-            claude=None,
-            bounds=None,
             nix=self.nix,
             readable=[self.folder / "meta", self.folder / "applied", hyperhive, STANDIN],
             build_s=60,
             host=self.host.host,
+        )
+        self.systems = NixosContainerDriver(
+            self.folder, builds, base_of=base_of, claude=None, bounds=None, host=self.host.host
         )
         self.folder.mkdir()
 
