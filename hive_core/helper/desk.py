@@ -230,6 +230,9 @@ class HelperDesk:
                 running = await self._driver.start(name, dirs)
             except BlockingIOError as exc:
                 raise Refusal("conflict", f"cannot start {name}: {exc.strerror}") from None
+            except Refusal as refusal:
+                # "conflict" says that it runs already, and that alone.
+                raise Refusal("failed" if refusal.code == "conflict" else refusal.code, refusal.message) from None
         return self._told(self._watch(name, running))
 
     async def _find(self, name: AgentName) -> Answer:

@@ -83,7 +83,7 @@ class StagedNixos(NixosContainers):
 
     def difference(self, name: AgentName, run: Path) -> str | None:
         """The same, where one of which nothing is written down is a root daemon's of before: its mounts are others."""
-        return super().difference(name, run) if self._told(name, "run") else "by a daemon that was root"
+        return super().difference(name, run) if "id" in self._told(name, "run") else "by a daemon that was root"
 
     async def switch(self, name: AgentName, system: StorePath) -> None:
         await self._check(system)

@@ -105,6 +105,25 @@ def start_helper(
     return pid
 
 
+def ask(folder: Path, request: object) -> dict[str, Any]:
+    """One request as it is, and the helper's answer."""
+    return send(folder, (json.dumps(request) + "\n").encode())
+
+
+def send(folder: Path, line: bytes) -> dict[str, Any]:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(WITHIN_S)
+        sock.connect(str(folder / "helper.sock"))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            sock.sendall(line)
+        answer: dict[str, Any] = json.loads(sock.makefile("rb").readline())
+    return answer
+
+
+def error(answer: dict[str, Any]) -> str:
+    return str(answer["error"]["message"])
+
+
 def end_helper(folder: Path) -> None:
     """Kill the helper of a folder, where there is one."""
     with contextlib.suppress(OSError, ValueError):

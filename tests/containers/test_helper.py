@@ -31,7 +31,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from hive_core.sockets.unix import Connection, Lines, listen_unix, serve_unix
 from tests.containers.drivers import IRIS, PATIENCE_S, let_all_enter, make_fifo, mates, need, read_fifo, wait_gone
-from tests.containers.helped import Helped, end_helper, helped_in, start_helper
+from tests.containers.helped import Helped, ask, end_helper, error, helped_in, send, start_helper
 from tests.needs import ROOT
 from tests.processes import children_of, look_until, pids_naming
 
@@ -41,25 +41,6 @@ OWNER, GROUP = 4242, 4343
 @pytest.fixture(autouse=True)
 def _needs() -> None:
     need("helper-nspawn")
-
-
-def ask(folder: Path, request: object) -> dict[str, Any]:
-    """One request as it is, and the helper's answer."""
-    return send(folder, (json.dumps(request) + "\n").encode())
-
-
-def send(folder: Path, line: bytes) -> dict[str, Any]:
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(PATIENCE_S)
-        sock.connect(str(folder / "helper.sock"))
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            sock.sendall(line)
-        answer: dict[str, Any] = json.loads(sock.makefile("rb").readline())
-    return answer
-
-
-def error(answer: dict[str, Any]) -> str:
-    return str(answer["error"]["message"])
 
 
 @pytest.fixture
