@@ -112,7 +112,7 @@ def ask(folder: Path, request: object) -> dict[str, Any]:
 
 def send(folder: Path, line: bytes) -> dict[str, Any]:
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(WITHIN_S)
+        sock.settimeout(PATIENCE_S)
         sock.connect(str(folder / "helper.sock"))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             sock.sendall(line)
