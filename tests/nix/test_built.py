@@ -11,6 +11,7 @@ import pytest
 
 from hive_core.containers.nixos_build import NixosContainerDriver, SystemBuilds
 from hive_core.containers.ranges import pick_range
+from hive_core.flakes import building_folder
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from tests.containers.standin.host import StandInHost
@@ -41,7 +42,7 @@ class BuiltHouse(House):
         builds = SystemBuilds(
             self.folder,
             nix=self.nix,
-            readable=[self.folder / "meta", self.folder / "applied", hyperhive, STANDIN],
+            readable=[self.folder / "meta", self.folder / "applied", building_folder(self.folder), hyperhive, STANDIN],
             build_s=60,
             host=self.host.host,
         )
