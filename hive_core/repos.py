@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 import trio
 
 from hive_core.agent_locks import AgentLocks
-from hive_core.commit_contents import read_contents
-from hive_core.proposals import Proposal, check_proposal, fetch_proposal, main_of, pin_of
+from hive_core.commit_contents import kinds, read_contents
+from hive_core.proposals import Proposal, check_proposal, diff_between, fetch_proposal, main_of, pin_of
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
 from hive_core.repo_making import make_repositories
+from hive_core.revisions import expand_revision
 from hive_core.settings import POLICY, AgentSettings
 from hive_core.sterile_git import GitFailed, run_git
 
@@ -67,6 +68,22 @@ class Repos:
         async with self._writing.of(name), self._fetching:
             return await _in_thread(name, lambda: fetch_proposal(self._of(name), self._proposed, name, sha))
 
+    async def expand(self, name: AgentName, given: object) -> CommitSha:
+        """The whole id of the commit that a branch, a tag, HEAD or an abbreviation names in the proposed repository.
+
+        Raises Refusal when it names none, or more than one.
+        """
+        async with self._writing.of(name), self._fetching:
+            return await _in_thread(name, lambda: expand_revision(self._of(name), self._proposed, name, given))
+
+    async def diff(self, name: AgentName, base: CommitSha, sha: CommitSha) -> str:
+        """The whole difference between two commits of the applied repository. Raises Refusal when one is not kept."""
+        return await _in_thread(name, lambda: _diff(self._of(name), name, base, sha))
+
+    async def main(self, name: AgentName) -> CommitSha:
+        """What is deployed, as the applied repository has it."""
+        return await _in_thread(name, lambda: main_of(self._of(name)))
+
     async def look_again(self, name: AgentName, sha: CommitSha) -> Proposal:
         """What was fetched before, held against what the agent runs now. Raises Refusal as `fetch` does."""
         return await _in_thread(name, lambda: check_proposal(self._of(name), self._of(name), name, sha))
@@ -108,6 +125,14 @@ async def _in_thread(name: AgentName, function: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(function)
     except (GitFailed, OSError) as exc:
         raise Refusal("unavailable", f"cannot use the repository of {name}: {exc}") from exc
+
+
+def _diff(repository: Path, name: AgentName, base: CommitSha, sha: CommitSha) -> str:
+    for each, (kind, _) in zip((base, sha), kinds(repository, [base, sha]), strict=True):
+        if kind != "commit":
+            why = f"it is not in the repository of {name}, which keeps what was not deployed for a while only"
+            raise Refusal("not_found", f"cannot compare {each[:12]}: {why}")
+    return diff_between(repository, base, sha)
 
 
 def _tag(repository: Path, tag: str, sha: CommitSha, note: str) -> None:

@@ -24,6 +24,22 @@ def show(arguments: Namespace) -> None:
     emit(arguments, result, approval(result))
 
 
+def apply(arguments: Namespace) -> None:
+    client = Client()
+    sha = client.call("expand_commit", agent=arguments.agent, revision=arguments.revision)["sha"]
+    result = client.call("request_apply_commit", agent=arguments.agent, sha=sha, reason=arguments.reason)
+    lines = [f"{arguments.revision} is {sha}; approval {result['approval']} waits for you"]
+    lines += [f"`hive show {result['approval']}` shows it, `hive approve {result['approval']}` approves it"]
+    emit(arguments, {**result, "sha": sha}, "\n".join(lines))
+
+
+def diff(arguments: Namespace) -> None:
+    from hive_core.protocol.visible import named
+
+    result = Client().call("diff", approval=arguments.approval, against=arguments.against)
+    emit(arguments, result, named(result["diff"]).rstrip("\n") or f"the same as {result['base'][:12]}")
+
+
 def approve(arguments: Namespace) -> int:
     client = Client()
     digest = arguments.digest or client.call("show", approval=arguments.approval)["digest"]

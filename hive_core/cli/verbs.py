@@ -182,6 +182,30 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
     ),
     "pending": ("approvals.pending", "what waits for your approval", []),
     "show": ("approvals.show", "one approval, whole", [(("approval",), {"type": _whole})]),
+    "diff": (
+        "approvals.diff",
+        "what the commit of an approval changes, against what its agent runs or another commit",
+        [
+            (("approval",), {"type": _whole}),
+            (
+                ("--against",),
+                {
+                    "choices": ["running", "approved", "previous"],
+                    "default": "running",
+                    "help": "what runs now, what was approved last before it, or what was proposed before it",
+                },
+            ),
+        ],
+    ),
+    "apply": (
+        "approvals.apply",
+        "ask to run an agent on a commit of its proposed repository",
+        [
+            (("agent",), {}),
+            (("revision",), {"metavar": "REVISION", "help": "a branch, a tag, HEAD, or the id of a commit"}),
+            (("--reason",), {"default": "asked for by the operator"}),
+        ],
+    ),
     "approve": (
         "approvals.approve",
         "approve exactly what `hive show` shows",

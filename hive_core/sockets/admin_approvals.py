@@ -7,8 +7,9 @@ from contextvars import ContextVar
 from typing import Any
 
 from hive_core.hive import Hive
+from hive_core.procedures.kinds.apply_commit import BASES
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import OPERATOR, parse_agent_name, parse_commit_sha, parse_id
+from hive_core.protocol.words import OPERATOR, parse_agent_name, parse_commit_sha, parse_id, shown
 
 Args = dict[str, Any]
 Verbs = dict[str, tuple[Callable[[Args], Awaitable[Any]], set[str]]]
@@ -25,6 +26,20 @@ def approval_verbs(hive: Hive) -> Verbs:
     async def request_apply_commit(args: Args) -> Any:
         name, sha = parse_agent_name(args.get("agent")), parse_commit_sha(args.get("sha"))
         return await hive.gate.apply_commit.request(OPERATOR, name, sha, args.get("reason"))
+
+    async def expand_commit(args: Args) -> Any:
+        """What a person calls a commit → its whole id; who asks for it then says that."""
+        name = parse_agent_name(args.get("agent"))
+        return {"sha": await hive.gate.apply_commit.expand(name, args.get("revision"))}
+
+    async def diff(args: Args) -> Any:
+        approval = await hive.approvals.get(parse_id(args.get("approval"), "an approval"))
+        against = args.get("against", "running")
+        if against not in BASES:
+            raise Refusal("usage", f"cannot compare with {shown(against)}: against is one of {', '.join(BASES)}")
+        if approval.kind != "apply_commit":
+            raise Refusal("usage", f"cannot compare approval {approval.id}: it is of no commit (`hive show` shows it)")
+        return await hive.gate.apply_commit.diff(approval, against)
 
     async def pending(_: Args) -> Any:
         return {"approvals": [approval.to_wire() for approval in await hive.approvals.pending()]}
@@ -45,6 +60,8 @@ def approval_verbs(hive: Hive) -> Verbs:
     return {
         "request_spawn": (request_spawn, {"agent", "persona", "reason"}),
         "request_apply_commit": (request_apply_commit, {"agent", "sha", "reason"}),
+        "expand_commit": (expand_commit, {"agent", "revision"}),
+        "diff": (diff, {"approval", "against"}),
         "pending": (pending, set()),
         "show": (show, {"approval"}),
         "approve": (approve, {"approval", "digest"}),

@@ -14,6 +14,7 @@ import trio.testing
 
 from hive_core.approvals import Approval, Shown, settle, show_again
 from hive_core.commit_contents import FILE_LIMIT_BYTES, READ_LIMIT_BYTES
+from hive_core.events import newest_events
 from hive_core.proposals import DIFF_LIMIT_BYTES
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import PERSONA_LIMIT_BYTES, AgentName, CommitSha
@@ -358,11 +359,80 @@ async def test_a_denied_change_is_tagged_with_the_reason_and_changes_nothing(hiv
         assert (await approve(hive, again)).state == "done"
 
 
-async def test_the_same_commit_asked_for_twice_is_one_card(hive: Services, iris: Checkout) -> None:
+async def test_a_commit_that_waits_is_not_asked_for_again(hive: Services, iris: Checkout) -> None:
     sha = iris.commit(agent__toml=TOML)
-    number = await ask_for(hive, sha)
-    assert await ask_for(hive, sha) == number
-    assert len(await hive.approvals.pending()) == 1
+    number = await ask_for(hive, sha, key="first")
+    for key in (None, "second"):
+        with refused(f"cannot ask for {sha[:12]}: approval {number} asks for it already and waits", "refused"):
+            await ask_for(hive, sha, key=key)
+    assert await ask_for(hive, sha, key="first") == number
+    assert [card.id for card in await hive.approvals.pending()] == [number]
+    await hive.gate.deny(number, "no", "operator")
+    assert await ask_for(hive, sha) > number
+
+
+async def test_of_two_who_ask_for_one_commit_at_once_one_is_refused(hive: Services, iris: Checkout) -> None:
+    sha, said = iris.commit(agent__toml=TOML), list[object]()
+
+    async def ask() -> None:
+        try:
+            said.append(await ask_for(hive, sha))
+        except Refusal as refusal:
+            said.append(refusal.code)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(ask)
+    (card,) = await hive.approvals.pending()
+    assert sorted(map(str, said)) == [str(card.id), "refused", "refused"]
+
+
+async def test_a_request_that_is_refused_leaves_one_event_that_says_who_what_and_why(
+    hive: Services, iris: Checkout
+) -> None:
+    sha, before = iris.commit(agent__toml="sudo = true\n"), await hive.kinds()
+    with refused("sudo: unknown key"):
+        await ask_for(hive, sha)
+    assert (await hive.kinds())[len(before) :] == ["approval_refused"]
+    (event,) = await newest_events(hive.store, 1)
+    assert (event["actor"], event["agent"], event["data"]["sha"]) == ("hm1nd", "iris", sha)
+    assert event["data"]["reason"] == "cannot use agent.toml: sudo: unknown key"
+    assert await hive.approvals.pending() == []
+
+
+async def test_so_many_commits_of_one_agent_wait_and_no_more(
+    hive: Services, iris: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hive_core.procedures.kinds.apply_commit.WAITING_LIMIT", 2)
+    first, *_ = [await ask_for(hive, iris.commit(agent__toml=TOML + f"# {n}\n")) for n in range(2)]
+    sha = iris.commit(agent__toml=TOML)
+    with refused("2 commits of iris wait already; let the operator decide them first"):
+        await ask_for(hive, sha)
+    await hive.gate.deny(first, "no", "operator")
+    await ask_for(hive, sha)
+
+
+async def test_a_proposal_is_compared_with_what_runs_what_was_approved_and_what_was_proposed_before(
+    hive: Services, iris: Checkout
+) -> None:
+    async def compare(number: int, against: str) -> str:
+        return (await hive.gate.apply_commit.diff(await hive.approvals.get(number), against))["diff"]
+
+    one = await ask_for(hive, iris.commit(CLAUDE__md="one\n"))
+    with refused("no commit was proposed for iris before it", "not_found"):
+        await compare(one, "previous")
+    async with serving(hive):
+        assert (await approve(hive, one)).state == "done"
+    two = await ask_for(hive, iris.commit(CLAUDE__md="two\n"))
+    await hive.gate.deny(two, "no", "operator")
+    three = await ask_for(hive, iris.commit(CLAUDE__md="three\n"))
+    assert "\n-one\n+three\n" in await compare(three, "running")
+    assert "\n-one\n+three\n" in await compare(three, "approved")
+    assert "\n-two\n+three\n" in await compare(three, "previous")
+    async with serving(hive):
+        assert (await approve(hive, three)).state == "done"
+    assert await compare(three, "running") == ""
+    assert "\n-one\n+three\n" in await compare(three, "approved")
 
 
 async def test_a_request_sent_again_gets_the_first_answer_even_after_its_end(hive: Services, iris: Checkout) -> None:
@@ -640,7 +710,7 @@ async def test_a_commit_that_holds_anything_else_is_refused_by_name_and_leaves_n
     with refused(words):
         await ask_for(hive, sha)
     assert await hive.approvals.pending() == []
-    assert await hive.kinds() == before
+    assert (await hive.kinds())[len(before) :] == ["approval_refused"]
     assert list(tags(hive)) == ["deployed/0"]
 
 

@@ -234,7 +234,8 @@ async def test_checks_that_wait_are_bounded(hive: Services) -> None:
     async with trio.open_nursery() as nursery:
         for _ in range(CHECKS_WAITING + 3):
             nursery.start_soon(ask_once)
-    assert said.count("card 2") == CHECKS_WAITING + 1
+    assert said.count("card 2") == 1
+    assert said.count(f"cannot ask for {sha[:12]}: approval 2 asks for it already and waits") == CHECKS_WAITING
     refused = f"cannot check {sha[:12]} of iris: {CHECKS_WAITING} others wait to be evaluated; ask again in a minute"
     assert said.count(refused) == 2
 
@@ -288,7 +289,7 @@ async def test_a_module_that_is_no_good_is_refused_before_there_is_a_card(house:
         assert said in caught.value.message
     assert await hive.approvals.pending() == []
     assert await what_is(hive, house) == before
-    assert await hive.kinds() == kinds
+    assert (await hive.kinds())[len(kinds) :] == ["approval_refused"] * 5
 
 
 async def test_nothing_that_lies_in_wait_in_a_repository_runs_or_changes_what_is_evaluated(

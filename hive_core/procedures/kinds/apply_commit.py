@@ -5,6 +5,7 @@ base is what main of the applied repository is: what the agent runs on.
 
 from __future__ import annotations
 
+import json
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -13,11 +14,15 @@ from hive_core.approvals import Approval, Request, Shown
 from hive_core.procedures.deployments import Change, Deployments
 from hive_core.procedures.kinds.kind import Asking, Done, Step
 from hive_core.proposals import Proposal
+from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import NOTE_LIMIT_BYTES, AgentName, CommitSha, parse_text
 from hive_core.repos import Repos
 from hive_core.store.writer import Transaction
 from hive_core.systems import note_deployed
 from hive_core.tool_calls import first_answer
+
+WAITING_LIMIT = 50  # of one agent
+BASES = ("running", "approved", "previous")
 
 
 class ApplyCommit:
@@ -34,19 +39,60 @@ class ApplyCommit:
     ) -> dict[str, Any]:
         """Ask to run an agent on a commit of its proposed repository; `{"approval": id}`.
 
-        The commit is fetched and checked first: a request that cannot be deployed leaves no approval.
+        The commit is fetched and checked first: a request that cannot be deployed leaves no approval, and neither does
+        one for a commit that waits already.
         """
         reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
         await self._agents.get(name)
         tool = f"request_apply_commit {name} {sha}"
         answer = await self._asking.store.write(lambda tx: first_answer(tx, requested_by, key, tool))
         if answer is None:
-            proposal = await self._repos.fetch(name, sha)
-            await self._deployments.check(name, proposal)
-            request = Request("apply_commit", name, requested_by, reason, _shown(proposal))
-            answer = await self._asking.put(requested_by, key, tool, f"a commit of {name}", lambda tx: request)
+            async with self._asking.noting_a_refusal(self.kind, requested_by, name, sha=sha):
+                answer = await self._ask(requested_by, name, sha, reason, key, tool)
         await self._repos.tag(name, f"proposal/{answer['approval']}", sha)
         return answer
+
+    async def _ask(
+        self, requested_by: AgentName, name: AgentName, sha: CommitSha, reason: str, key: str | None, tool: str
+    ) -> dict[str, Any]:
+        await self._asking.store.write(lambda tx: _check_waiting(tx, name, sha))  # before anything is fetched
+        proposal = await self._repos.fetch(name, sha)
+        await self._deployments.check(name, proposal)
+
+        def make(tx: Transaction) -> Request:
+            _check_waiting(tx, name, sha)
+            return Request(self.kind, name, requested_by, reason, _shown(proposal))
+
+        return await self._asking.put(requested_by, key, tool, f"a commit of {name}", make)
+
+    async def expand(self, name: AgentName, given: object) -> CommitSha:
+        """What people call a commit of an agent's proposed repository, as its whole id. Raises Refusal."""
+        await self._agents.get(name)
+        return await self._repos.expand(name, given)
+
+    async def diff(self, approval: Approval, against: str) -> dict[str, str]:
+        """`{"base", "sha", "diff"}`: the commit of an approval against another base than its card's.
+
+        against: one of BASES. Raises Refusal when there is no such base.
+        """
+        sha = CommitSha(approval.payload["sha"])
+        base = await self._base(approval, against)
+        return {"base": base, "sha": sha, "diff": await self._repos.diff(approval.agent, base, sha)}
+
+    async def _base(self, approval: Approval, against: str) -> CommitSha:
+        if against == "running":
+            return await self._repos.main(approval.agent)
+        decided = "AND state IN ('approved', 'done')" if against == "approved" else ""
+        sql = f"""
+            SELECT payload FROM approvals INDEXED BY approvals_of
+            WHERE agent = ? AND id < ? AND kind = 'apply_commit' {decided} ORDER BY id DESC LIMIT 1
+        """
+        row = await self._asking.store.row(sql, (approval.agent, approval.id))
+        if row is None:
+            none = "no commit was approved" if decided else "no commit was proposed"
+            why = f"{none} for {approval.agent} before it; --against running shows what it changes"
+            raise Refusal("not_found", f"cannot compare approval {approval.id}: {why}")
+        return CommitSha(json.loads(row["payload"])["sha"])
 
     def title(self, approval: Approval) -> str:
         return f"commit {approval.payload['sha']} for {approval.agent}"
@@ -72,6 +118,25 @@ class ApplyCommit:
         if approval.state == "denied":
             sha = CommitSha(approval.payload["sha"])
             await self._repos.tag(approval.agent, f"denied/{approval.id}", sha, approval.note or "")
+
+
+def _check_waiting(tx: Transaction, name: AgentName, sha: CommitSha) -> None:
+    """Raise Refusal when a commit waits for its approval already, or is being deployed, or too many wait."""
+    sql = """
+        SELECT id FROM approvals INDEXED BY approvals_commits
+        WHERE kind = 'apply_commit' AND agent = ? AND json_extract(payload, '$.sha') = ?
+          AND state IN ('pending', 'approved')
+    """
+    if row := tx.execute(sql, (name, sha)).fetchone():
+        raise Refusal("refused", f"cannot ask for {sha[:12]}: approval {row['id']} asks for it already and waits")
+    sql = """
+        SELECT count(*) FROM approvals INDEXED BY approvals_open
+        WHERE kind = 'apply_commit' AND agent = ? AND state IN ('pending', 'approved')
+    """
+    (waiting,) = tx.execute(sql, (name,)).fetchone()
+    if waiting >= WAITING_LIMIT:
+        why = f"{waiting} commits of {name} wait already; let the operator decide them first"
+        raise Refusal("refused", f"cannot ask for {sha[:12]}: {why}")
 
 
 def _shown(proposal: Proposal) -> Shown:

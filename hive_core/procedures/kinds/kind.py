@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 from hive_core.approvals import Approval, Request, Shown, put_request
 from hive_core.post import no_room
+from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
@@ -51,11 +53,32 @@ class Kind(Protocol):
 
 
 class Asking:
-    """How a kind puts a card before the operator. expires_s: how long one waits."""
+    """How a kind puts a card before the operator, or does not. expires_s: how long one waits."""
 
     def __init__(self, store: Store, expires_s: float) -> None:
         self.store = store
         self._expires_s = expires_s
+
+    @asynccontextmanager
+    async def noting_a_refusal(
+        self, kind: str, requested_by: AgentName, agent: AgentName, **more: str
+    ) -> AsyncIterator[None]:
+        """A request that is refused in here leaves one event, and no approval.
+
+        more: what was asked for, for the event.
+        """
+        try:
+            yield
+        except Refusal as refusal:
+            reason = refusal.message
+
+            def note(tx: Transaction) -> None:
+                if not tx.short:
+                    tx.emit("approval_refused", requested_by, agent, None, what=kind, reason=reason, **more)
+
+            with contextlib.suppress(Refusal):  # of a store that can take nothing now: the first is the one to tell
+                await self.store.write(note)
+            raise
 
     async def put(
         self, requested_by: AgentName, key: str | None, tool: str, what: str, make: Callable[[Transaction], Request]

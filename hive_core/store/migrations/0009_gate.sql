@@ -43,3 +43,7 @@ CREATE INDEX approvals_approved ON approvals (id) WHERE state = 'approved';
 CREATE INDEX approvals_expiring ON approvals (expires_at_ms) WHERE state = 'pending';
 CREATE INDEX approvals_resolved ON approvals (id) WHERE state != 'pending';
 CREATE INDEX approvals_of ON approvals (agent, id);
+
+-- A commit that waits is not asked for twice; what it is, is in the payload, which may be long.
+CREATE INDEX approvals_commits ON approvals (agent, json_extract(payload, '$.sha'))
+WHERE kind = 'apply_commit' AND state IN ('pending', 'approved');

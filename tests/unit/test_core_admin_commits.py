@@ -1,0 +1,61 @@
+"""Commits that the operator proposes and compares: `hive` itself, against the real door and real git."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.sockets.admin import AdminDesk
+from tests.checkouts import Checkout
+from tests.dashboards import hive_of
+from tests.hives import PATIENCE_S, Services, open_services, run_hive, serve
+
+IRIS = AgentName("iris")
+
+
+@pytest.fixture
+async def hive(tmp_path: Path) -> AsyncIterator[Services]:
+    """iris with her repositories, and the gate served."""
+    (tmp_path / "state").mkdir()
+    async with open_services(tmp_path / "state") as services, trio.open_nursery() as nursery:
+        nursery.start_soon(services.gate.serve)
+        number = (await services.gate.spawn.request(OPERATOR, IRIS, "You read.", "a reader"))["approval"]
+        with trio.fail_after(PATIENCE_S):
+            await services.gate.approve(number, (await services.approvals.get(number)).digest, OPERATOR)
+        yield services
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_branch_is_applied_by_its_name_and_compared(hive: Services, tmp_path: Path) -> None:
+    iris = Checkout(hive.repos.proposed_dir / "iris" / "config")
+    iris.git("checkout", "-q", "-b", "slow")
+    first, second = iris.commit(CLAUDE__md="You read slowly.\n"), iris.commit(CLAUDE__md="You read very slowly.\n")
+
+    async def run(*words: str) -> tuple[int, str]:
+        done = await run_hive(tmp_path, *words)
+        return done.returncode, (done.stdout + done.stderr).decode()
+
+    async with serve(tmp_path / "host.sock", AdminDesk(hive_of(hive)).serve):
+        code, said = await run("apply", "iris", first[:9])
+        assert (code, said.splitlines()[0]) == (0, f"{first[:9]} is {first}; approval 2 waits for you")
+        code, said = await run("apply", "iris", "slow", "--json")
+        assert (code, json.loads(said)) == (0, {"approval": 3, "sha": second})
+        assert await run("apply", "iris", "slow") == (
+            4,
+            f"hive: cannot ask for {second[:12]}: approval 3 asks for it already and waits\n",
+        )
+        assert (await run("apply", "iris", "nothing"))[0] == 3
+        code, said = await run("diff", "3")
+        assert (code, "+You read very slowly." in said, "-You read slowly." in said) == (0, True, False)
+        code, said = await run("diff", "3", "--against", "previous")
+        assert (code, "+You read very slowly." in said, "-You read slowly." in said) == (0, True, True)
+        assert await run("diff", "1") == (
+            2,
+            "hive: cannot compare approval 1: it is of no commit (`hive show` shows it)\n",
+        )
+        assert (await run("diff", "3", "--against", "tomorrow"))[0] == 2
