@@ -223,21 +223,21 @@ async def test_an_agent_that_comes_back_from_its_tombstone_is_built_again(house:
 
 
 async def test_checks_that_wait_are_bounded(hive: Services) -> None:
-    sha, said = checkout(hive).commit(agent__nix=OPUS), list[str]()
+    proposal, said = await hive.repos.fetch(IRIS, checkout(hive).commit(agent__nix=OPUS)), list[str]()
 
-    async def ask_once() -> None:
+    async def check_once() -> None:
         try:
-            said.append(f"card {await ask(hive, sha)}")
+            await hive.gate._deployments.check(IRIS, proposal)
+            said.append("good")
         except Refusal as refusal:
             said.append(refusal.message)
 
     async with trio.open_nursery() as nursery:
         for _ in range(CHECKS_WAITING + 3):
-            nursery.start_soon(ask_once)
-    assert said.count("card 2") == 1
-    assert said.count(f"cannot ask for {sha[:12]}: approval 2 asks for it already and waits") == CHECKS_WAITING
-    refused = f"cannot check {sha[:12]} of iris: {CHECKS_WAITING} others wait to be evaluated; ask again in a minute"
-    assert said.count(refused) == 2
+            nursery.start_soon(check_once)
+    assert said.count("good") == CHECKS_WAITING + 1
+    refused = f"{CHECKS_WAITING} others wait to be evaluated; ask again in a minute"
+    assert said.count(f"cannot check {proposal.sha[:12]} of iris: {refused}") == 2
 
 
 # -- a hive that changes what its agents run in -----------------------------------------------------------------------
