@@ -39,7 +39,7 @@ _WANTED = (
     ' mounts = builtins.filter (path: path != "/") (builtins.attrNames config.fileSystems)'
     '  ++ map (mount: mount.where or "?") (builtins.filter (mount: builtins.substring 0 1 (mount.what or "") == "/")'
     "    (config.systemd.mounts or [ ]));"
-    " system = builtins.unsafeDiscardStringContext config.system.build.toplevel.drvPath; }"
+    " system = builtins.unsafeDiscardStringContext config.system.build.toplevel.outPath; }"
 )
 
 
@@ -63,6 +63,7 @@ class Evaluated:
 
     settings: AgentSettings
     persona: str
+    system: str  # where it says that what is built of it is
 
 
 class MetaFlake:
@@ -239,4 +240,5 @@ def _checked(name: AgentName, said: bytes) -> Evaluated:
         settings = AgentSettings.model_validate(given)
     except ValidationError as exc:
         raise Refusal("refused", f"cannot use agent.nix of {name}: hyperhive.settings: {describe(exc)}") from None
-    return Evaluated(settings, parse_text(found["persona"], "hyperhive.persona", PERSONA_LIMIT_BYTES))
+    persona = parse_text(found["persona"], "hyperhive.persona", PERSONA_LIMIT_BYTES)
+    return Evaluated(settings, persona, str(found["system"]))

@@ -89,6 +89,9 @@ class Limits(BaseModel):
     build_s: Annotated[
         Seconds, Field(description="how long the system of an agent's container may be built before the change fails")
     ] = 3600.0
+    builds_at_once: Annotated[
+        Count, Field(description="systems that are built at once; as many are evaluated, and one more to be asked for")
+    ] = 2
     hops: Annotated[
         Count, Field(description="turns that one cause may set off in a chain before the next message is held")
     ] = 24

@@ -16,6 +16,7 @@ from hive_core.config import Config
 from hive_core.containers.choice import Choice
 from hive_core.containers.driver import Driver, Systems
 from hive_core.flakes import MetaFlake
+from hive_core.limits import Limits
 from hive_core.procedures.deployments import (
     Change,
     Deployments,
@@ -36,7 +37,17 @@ _NOT_YET = "its container is being built"
 
 
 class FlakeDeployments:
-    def __init__(self, store: Store, repos: Repos, locks: AgentLocks, meta: MetaFlake, systems: Systems) -> None:
+    """builds_at_once: how many are built at the same time. What needs no build waits for none."""
+
+    def __init__(
+        self,
+        store: Store,
+        repos: Repos,
+        locks: AgentLocks,
+        meta: MetaFlake,
+        systems: Systems,
+        builds_at_once: int = Limits().builds_at_once,
+    ) -> None:
         self._store = store
         self._repos = repos
         self._locks = locks
@@ -45,6 +56,8 @@ class FlakeDeployments:
         self._hindrances: dict[AgentName, str] = {}  # of those that were looked at: "" may start
         # One at a time, since each may take all its memory and all its time; what is approved waits for none of them.
         self._checking = trio.Lock()
+        self._evaluating = trio.CapacityLimiter(builds_at_once)
+        self._building = trio.CapacityLimiter(builds_at_once)
         self._settling = trio.Lock()
 
     def files(self, name: AgentName, description: str) -> Mapping[str, str]:
@@ -105,9 +118,12 @@ class FlakeDeployments:
         settled = False
         try:
             await self._repos.pin(name, sha)
-            found = await self._meta.evaluate(name, sha)
-            async with self._meta.alone(name, sha) as url:
-                path = await self._systems.build(name, url)
+            async with self._evaluating:
+                found = await self._meta.evaluate(name, sha)
+            path = await self._systems.current(name)
+            if path is None or found.system != path:  # it says so itself, and keeps what it has if that is not so
+                async with self._building, self._meta.alone(name, sha) as url:
+                    path = await self._systems.build(name, url)
             # What is staged names the commits of all as the rows have them: so the next waits for those of this one.
             async with AsyncExitStack() as locks:
                 await locks.enter_async_context(self._settling)
@@ -164,4 +180,4 @@ async def make_deployments(
         return NoDeployments(choice.trouble or "its driver has no systems")
     meta = make_meta_flake(config, make_nix(config))
     await meta.open()
-    return FlakeDeployments(store, repos, locks, meta, driver)
+    return FlakeDeployments(store, repos, locks, meta, driver, config.builds_at_once)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 
+import trio
 from jinja2 import Environment
 
 from hive_core.agents import Agents, set_deployed
@@ -42,6 +43,7 @@ from hive_core.store.writer import Transaction
 from hive_core.systems import note_deployed
 
 log = logging.getLogger(__name__)
+_FREE = "gate_free"  # the bus topic: an agent was mended
 _OTHER_ENDS = {
     "denied": "it was denied",
     "cancelled": "whoever asked for it took it back",
@@ -70,6 +72,7 @@ class Gate:
         self._deployments = deployments
         self._mended: dict[AgentName, str] = {}  # the commit of each agent that was looked at
         self._unmended: set[AgentName] = set()  # of whom that failed
+        self._busy: set[AgentName] = set()  # of whom something is carried out or mended
         asking = Asking(store, limits.approval_ttl_s)
         self.spawn = Spawn(
             asking,
@@ -208,12 +211,30 @@ class Gate:
     # -- carrying out -------------------------------------------------------------------------------------------------
 
     async def serve(self) -> None:
-        """Carry out what is approved, also what was approved before the daemon started; and mend between two of those
-        what is deployed, an agent at a time."""
+        """Carry out what is approved, also what was approved before the daemon started: of an agent one after the
+        other, and of several at the same time. Beside that mend what is deployed, an agent at a time."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._serve_mending)
+            with self._store.bus.listen(APPROVED, _FREE) as listener:
+                while True:
+                    for approval in await self._approvals.approved():
+                        if approval.agent not in self._busy:
+                            self._busy.add(approval.agent)
+                            nursery.start_soon(self._carry_out_next, approval)
+                    await listener.wait()
+
+    async def _carry_out_next(self, approval: Approval) -> None:
+        try:
+            # It was listed a moment ago, and whoever worked on it then may have come to the end since.
+            if (await self._approvals.get(approval.id)).state == "approved":
+                await self._carry_out(approval)
+        finally:
+            self._busy.discard(approval.agent)
+            self._store.bus.publish([APPROVED])
+
+    async def _serve_mending(self) -> None:
         with self._store.bus.listen(APPROVED, DEPLOYED) as listener:
             while True:
-                for approval in await self._approvals.approved():
-                    await self._carry_out(approval)
                 if not await self._mend_some():
                     await listener.wait()
                     # What could not be mended may be possible now: another was built, a tombstone's files are back.
@@ -226,16 +247,26 @@ class Gate:
         return self._deployments.hindrance(name)
 
     async def _mend_some(self) -> bool:
-        """Mend what was not looked at yet; False when nothing is left. It ends after each agent that takes its time."""
+        """Mend what was not looked at yet; False when nothing is left. It ends after each agent that takes its time.
+
+        Of whom something is carried out, or is about to be, is looked at after that.
+        """
+        approved = {approval.agent for approval in await self._approvals.approved()}
         agents = {agent.name: agent.deployed_sha for agent in await self._agents.all()}
         for name in self._mended.keys() - agents.keys():
             del self._mended[name]
             self._deployments.forget(name)
         for name, sha in agents.items():
-            if sha is not None and self._mended.get(name) != sha:
-                self._mended[name] = sha
+            if sha is None or self._mended.get(name) == sha or name in approved | self._busy:
+                continue
+            self._mended[name] = sha
+            self._busy.add(name)
+            try:
                 if await self._mend(name, CommitSha(sha)):
                     return True
+            finally:
+                self._busy.discard(name)
+                self._store.bus.publish([_FREE])
         return False
 
     async def _mend(self, name: AgentName, sha: CommitSha) -> bool:

@@ -54,13 +54,13 @@ class ScriptedSystems:
 
     async def build(self, name: AgentName, flake: str) -> StorePath:
         self._step("build", name)
-        system = f"{flake}#nixosConfigurations.{name}.config.system.build.toplevel.drvPath"
+        system = f"{flake}#nixosConfigurations.{name}.config.system.build.toplevel.outPath"
         try:
             made = await self._nix.run(["eval", "--raw", "--no-write-lock-file", system], readable=self._readable)
         except NixFailed as failed:
             raise Refusal("failed", f"cannot build {name}: {explained(failed)}") from None
         self.at("built")
-        return parse_store_path(made.decode().removesuffix(".drv"))
+        return parse_store_path(made.decode())
 
     async def switch(self, name: AgentName, system: StorePath) -> None:
         self._step("switch", name)

@@ -22,7 +22,7 @@ from hive_core.protocol.words import OPERATOR, AgentName, CommitSha, StorePath
 from hive_core.systems import system_of
 from hive_core.tombstones import Tombstones, forget, keep
 from tests.checkouts import Checkout
-from tests.hives import PATIENCE_S, Services, open_services
+from tests.hives import PATIENCE_S, Services, open_services, wait_until
 from tests.needs import ROOT
 from tests.nix.house import House, mended, nothing, serving
 from tests.scripted_driver import ScriptedDriver
@@ -49,6 +49,7 @@ MORE = """
   %s
 }
 """
+HAIKU = 'program = "rehearsal"\nmodel = "haiku"\n'
 OPUS = MORE % 'hyperhive.effort = "high"; environment.systemPackages = [ pkgs.strace ];'
 
 
@@ -188,6 +189,8 @@ async def test_another_release_of_hyperhive_reaches_every_container(
 ) -> None:
     copied = tmp_path / "newer"
     shutil.copytree(house.sources.hyperhive, copied)
+    with (copied / "hive_core/protocol/__init__.py").open("a") as code:
+        code.write("# newer\n")
     newer = House(house.folder, copied, Path(str(house.nix._store)))
     async with newer.open() as again, serving(again):
         await again.store.row("SELECT 1")
@@ -220,6 +223,72 @@ async def test_an_agent_that_comes_back_from_its_tombstone_is_built_again(house:
     await mended(hive, IRIS)
     assert await house.systems.current(IRIS)
     assert lock(house)["iris"] == iris.deployed_sha
+
+
+class Builds:
+    """Builds that begin, and come to their end when they may."""
+
+    def __init__(self, house: House) -> None:
+        self.begun: list[AgentName] = []
+        self.may_end = trio.Event()
+        self._send, self._receive = trio.open_memory_channel[AgentName](10)
+        self._build = house.systems.build
+        house.systems.build = self.build
+
+    async def build(self, name: AgentName, flake: str) -> StorePath:
+        self.begun.append(name)
+        self._send.send_nowait(name)
+        await self.may_end.wait()
+        built: StorePath = await self._build(name, flake)
+        return built
+
+    async def next(self) -> AgentName:
+        return await self._receive.receive()
+
+
+async def test_what_needs_no_build_is_done_while_as_many_are_built_as_may_be(house: House, hive: Services) -> None:
+    argus = AgentName("argus")
+    hive.gate._deployments._building.total_tokens = 1  # type: ignore[attr-defined]
+    change = await ask(hive, checkout(hive).commit(agent__nix=OPUS))
+    new = (await hive.gate.spawn.request(OPERATOR, argus, "You watch.", "a watcher"))["approval"]
+    settings = await ask(hive, checkout(hive, HM1ND).commit(agent__toml=HAIKU), HM1ND)
+    builds, before = Builds(house), await house.systems.current(HM1ND)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(approve, hive, change)
+        assert await builds.next() == IRIS
+        nursery.start_soon(approve, hive, new)
+        assert (await approve(hive, settings)).state == "done"
+        assert ((await hive.agents.get(HM1ND)).settings or {})["model"] == "haiku"
+        assert await house.systems.current(HM1ND) == before
+        assert builds.begun == [IRIS]
+        builds.may_end.set()
+    assert [(await hive.approvals.get(card)).state for card in (change, new)] == ["done", "done"]
+    assert builds.begun == [IRIS, argus]
+    assert lock(house) == {name: (await hive.agents.get(name)).deployed_sha for name in (HM1ND, IRIS, argus)}
+
+
+async def test_changes_of_one_agent_are_carried_out_one_after_the_other(house: House, hive: Services) -> None:
+    repository = checkout(hive)
+    base = repository.head()
+    first = await ask(hive, repository.commit(agent__nix=OPUS))
+    repository.git("reset", "--quiet", "--hard", base)
+    second = await ask(hive, repository.commit(agent__nix=OPUS.replace("Read.", "Write.")))
+    builds = Builds(house)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(approve, hive, first)
+        assert await builds.next() == IRIS
+        nursery.start_soon(approve, hive, second)
+        await wait_until(hive.store, lambda: is_approved(hive, second))
+        assert builds.begun == [IRIS]
+        builds.may_end.set()
+    done, failed = await hive.approvals.get(first), await hive.approvals.get(second)
+    assert (done.state, failed.state) == ("done", "failed")
+    assert "iris runs" in (failed.note or "")
+    assert builds.begun == [IRIS]
+
+
+async def is_approved(services: Services, number: int) -> bool:
+    return (await services.approvals.get(number)).state == "approved"
 
 
 async def test_checks_that_wait_are_bounded(hive: Services) -> None:
@@ -481,15 +550,12 @@ async def test_a_daemon_that_is_killed_after_any_step_is_followed_by_one_that_fi
 async def test_what_cannot_be_finished_after_a_death_is_put_back(house: House, step: str) -> None:
     house.folder.mkdir()
     before = await die_at(house, step)
-
-    def fail_once(step: str) -> None:
-        house.systems.at = nothing
-        raise Refusal("failed", "cannot build iris: the disk is full")
-
+    held = house.folder / "applied/iris.git/refs/heads/main.lock"
+    held.touch()
     async with house.open() as hive, serving(hive):
-        house.systems.at = fail_once
         failed = await approve(hive, 2)
-        assert (failed.state, failed.note) == ("failed", "cannot build iris: the disk is full")
+        assert failed.state == "failed"
+        assert "cannot use the repository of iris" in (failed.note or "")
         await mended(hive, IRIS)
         after = await what_is(hive, house)
     assert (after["current"], after["sha"], after["status"]) == (before["current"], before["sha"], "")
