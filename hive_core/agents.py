@@ -13,6 +13,7 @@ import trio
 
 from hive_core.access import ACCESS, Access, Closed
 from hive_core.container_states import forgive
+from hive_core.notices import notice, tell_manager
 from hive_core.protocol.container_id import container_id
 from hive_core.protocol.harness import STATES
 from hive_core.protocol.refusal import Refusal
@@ -187,6 +188,7 @@ class Agents:
             if wanted != "down" and (row := tx.execute(sql, (name,)).fetchone()) is not None:
                 done = "destroyed" if row["state"] == "destroying" else "revived"
                 raise Refusal("conflict", f"cannot start {name}: it is being {done}; wait until that is done")
+            was = tx.execute("SELECT wanted FROM agents WHERE name = ?", (name,)).fetchone()
             # Whoever starts or resumes an agent may have mended what it rests for.
             sql = "UPDATE agents SET wanted = ?1, rests_until_ms = iif(?1 = 'up', NULL, rests_until_ms) WHERE name = ?2"
             if tx.execute(sql, (wanted, name)).rowcount == 0:
@@ -195,6 +197,9 @@ class Agents:
                 )
             if wanted == "up":
                 forgive(tx, name)
+            if wanted == "down" != was["wanted"] and MANAGER not in (name, actor):
+                text = f"{name} was ended by {actor}, and stays down until it is started"
+                tell_manager(tx, notice("killed", text, agent=name, by=actor))
             tx.emit("agent_wanted", actor, name, wanted=wanted)
             tx.wake(WANTED)
             tx.wake(mail(name))

@@ -14,6 +14,7 @@ from typing import Any
 import trio
 
 from hive_core.limits import Limits
+from hive_core.notices import notice
 from hive_core.post import Cause, no_room, put_message
 from hive_core.protocol.harness import (
     BACKGROUND_AT_ONCE,
@@ -22,7 +23,6 @@ from hive_core.protocol.harness import (
     BACKGROUND_TAIL_LIMIT,
 )
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.visible import quoted
 from hive_core.protocol.words import SYSTEM, AgentName, MessageBody, shown
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
@@ -146,7 +146,7 @@ class Background:
         chain, hops = (turn["chain_id"], turn["hops"] + 1) if turn else (None, 0)
         self._check_room(tx, agent, hops)
         cause = Cause("turn", turn["id"] if turn else None, chain, hops)
-        message = put_message(tx, SYSTEM, agent, MessageBody(_words(work)), None, cause, self._limits)
+        message = put_message(tx, SYSTEM, agent, _words(work), None, cause, self._limits)
         tx.execute(
             "UPDATE background_works SET state = ?, ended_at_ms = ?, message_id = ? WHERE agent = ? AND work = ?",
             (work.state, tx.now_ms, message, agent, work.id),
@@ -217,7 +217,7 @@ def _what(work: Work) -> str:
     return words if len(words) <= SHOWN_OF_COMMAND else words[: SHOWN_OF_COMMAND - 1] + "…"
 
 
-def _words(work: Work) -> str:
+def _words(work: Work) -> MessageBody:
     """What its agent reads when a work has ended."""
     if work.state == "cut_off":
         how = "was cut off by a restart"
@@ -228,8 +228,9 @@ def _words(work: Work) -> str:
     else:
         how = f"was ended by signal {-work.code}" if work.code < 0 else f"has ended with exit code {work.code}"
     took = "" if work.took_ms is None else f" after {work.took_ms / 1000:.0f} s"
-    text = f"background: work {work.id} {how}{took}. It was {quoted(_what(work))}. Its output is in {work.output}"
-    return f"{text} and ends with {quoted(work.tail)}" if work.tail.strip() else text
+    text = f"work {work.id} {how}{took}"
+    said = {"command": _what(work), "output": work.output, "tail": work.tail.strip() and work.tail}
+    return notice("background", text, work=work.id, **said)
 
 
 _RUNNING = "SELECT * FROM background_works INDEXED BY background_works_running WHERE agent = ? AND state = 'running'"

@@ -36,6 +36,7 @@ from hive_core.credential_states import (
 )
 from hive_core.credentials import DEFAULT, Credential, Credentials
 from hive_core.limits import Limits
+from hive_core.notices import notice
 from hive_core.own_refusals import OwnRefusals
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import SYSTEM, AgentName
@@ -262,9 +263,10 @@ class Breaker:
         since_ms = self._now_ms() if first else state.since_ms
         state = replace(state, reason=reason, since_ms=since_ms, agent=agent)
         kind = "credential_limited" if reason == LIMITED else "credential_refused"
-        said = ""
+        said = None
         if reason == REFUSED and first:
-            said = f"Agents wait: {state.sentence(self._now_ms())}. Only the operator can log in."
+            text = f"agents wait: {state.sentence(self._now_ms())}. Only the operator can log in"
+            said = notice("needs_login", text, credential=state.name, agents=self.users(state.name))
         data = {"status": state.status, "until_ms": state.until_ms, "stays": state.stays or None}
         self._reopening.failed(state.name, agent, self.users(state.name))
         if reason == REFUSED:
@@ -280,10 +282,14 @@ class Breaker:
             return
         if self._reopening.trial(state.name) is None or state.rests(now_ms):
             return  # of a call that began before the limit was reached
-        again = f"The credential {state.name} works again; agents go on by themselves."
+        again = notice(
+            "logged_in",
+            f"the credential {state.name} works again; agents go on by themselves",
+            credential=state.name,
+        )
         self._reopening.worked(state.name, [name for name in self.users(state.name) if name != agent], now_ms)
         fresh = CredentialState(state.name, state.fingerprint, worked_at_ms=now_ms, windows=state.windows)
-        self._put(fresh, News("credential_reopened", SYSTEM, agent, {}, again if state.reason == REFUSED else ""))
+        self._put(fresh, News("credential_reopened", SYSTEM, agent, {}, again if state.reason == REFUSED else None))
 
     def _rest_ms(self, first_s: float, failures: int) -> int:
         rest_s = min(first_s * 2 ** min(failures - 1, 30), max(first_s, REST_MOST_S))
@@ -314,7 +320,8 @@ class Breaker:
         self._forget(name)
         self._found[name] = credential.fingerprint
         data = {"credential_kind": credential.kind}
-        said = f"The operator gave the credential {name}; agents on it go on by themselves."
+        text = f"the operator gave the credential {name}; agents on it go on by themselves"
+        said = notice("logged_in", text, credential=name)
         self._put(CredentialState(name, credential.fingerprint), News("credential_logged_in", actor, None, data, said))
         self._tell(self.users(name))
         await self.tick()

@@ -29,11 +29,12 @@ from hive_core.leases import Lease, Take, Turn, begin_turn
 from hive_core.ledger import Ledger
 from hive_core.limits import Limits
 from hive_core.messages import Messages
+from hive_core.notices import notice
 from hive_core.post import AT_ONCE, Cause, Letter, forget_depth, post, put_message
 from hive_core.prices import load_prices
 from hive_core.protocol.harness import OUTCOMES, REASONS
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.visible import counted, quoted
+from hive_core.protocol.visible import counted
 from hive_core.protocol.words import EVERYONE, SYSTEM, AgentName, MessageBody
 from hive_core.rests import OWN_TRIES, own_rest_s, provider_rest_s, settle
 from hive_core.store.bus import RESTING, TURN_ENDS, mail
@@ -387,9 +388,9 @@ class Broker:
         row = tx.execute(sql, (message_id,)).fetchone()
         if row["sender"] != SYSTEM:
             turns = counted(failures, "failed turn")
-            text = f"message_dead: your message {message_id} to {agent} was given up after {turns}."
             cause = Cause("system", None, row["chain_id"], row["hops"] + 1)
-            body = MessageBody(f"{text} The last one ended with {quoted(error)}" if error else text)
+            text = f"your message {message_id} to {agent} was given up after {turns}"
+            body = notice("message_dead", text, agent=agent, error=error)
             put_message(tx, SYSTEM, row["sender"], body, message_id, cause, self.limits)
 
     async def sweep_bodies(self) -> None:

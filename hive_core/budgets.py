@@ -15,6 +15,7 @@ import trio
 
 from hive_core.access import Closed
 from hive_core.charges import DAY_MS
+from hive_core.notices import notice
 from hive_core.post import Cause, put_message
 from hive_core.protocol.money import parse_usd, usd
 from hive_core.protocol.refusal import Refusal
@@ -221,7 +222,7 @@ class Budgets:
         data = {"budget": told.kind, "amount": told.amount, "used": int(used)}
         tx.emit("budget_spent" if spent else "budget_warned", SYSTEM, _about(told.scope), None, **data)
         with suppress(Refusal):  # a hive without a manager has nobody to tell it to
-            put_message(tx, SYSTEM, MANAGER, MessageBody(_letter(told, used, spent)), cause=Cause("system"))
+            put_message(tx, SYSTEM, MANAGER, _letter(told, used, spent), cause=Cause("system"))
 
     def keep(self, budget: Budget) -> None:
         """Note what `tell` has said, behind its commit, unless another budget was set in its place."""
@@ -251,11 +252,12 @@ def _about(scope: AgentName) -> AgentName | None:
     return None if scope == THE_HIVE else scope
 
 
-def _letter(budget: Budget, used: float, spent: bool) -> str:
+def _letter(budget: Budget, used: float, spent: bool) -> MessageBody:
     so_far = f"{budget.shown(used)} of {budget.shown(budget.amount)}"
     if not spent:
-        return f"budget_warning: of {budget.name} {so_far} is used; whom it holds for is stopped when all is."
-    return f"budget_spent: {budget.name} is spent ({so_far}); {budget.way_out}."
+        text = f"of {budget.name} {so_far} is used; whom it holds for is stopped when all is"
+        return notice("budget_warning", text, agent=_about(budget.scope))
+    return notice("budget_spent", f"{budget.name} is spent ({so_far}); {budget.way_out}", agent=_about(budget.scope))
 
 
 def midnight_after(at_ms: int) -> int:

@@ -8,16 +8,14 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from hive_core.credentials import Credential, Credentials
 from hive_core.limits import Limits
-from hive_core.post import put_message
-from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import MANAGER, SYSTEM, parse_body
+from hive_core.notices import tell_manager
+from hive_core.protocol.words import MessageBody
 from hive_core.provider_limits import FAR_MS, WINDOWS, Window
 from hive_core.store.bus import CREDENTIALS
 from hive_core.store.writer import Transaction
@@ -130,7 +128,7 @@ class News(NamedTuple):
     actor: str
     agent: str | None
     data: dict[str, Any]
-    message: str = ""
+    message: MessageBody | None = None  # for the manager
 
 
 class Unsaved(NamedTuple):
@@ -192,7 +190,7 @@ class CredentialStates:
             for one in unsaved.news[name]:
                 tx.emit(one.kind, one.actor, one.agent, credential=name, **one.data)
                 if one.message:
-                    self._tell_manager(tx, one.message)
+                    tell_manager(tx, one.message, self._limits)
             tx.wake(CREDENTIALS)
 
     def saved(self, unsaved: Unsaved | None) -> None:
@@ -205,7 +203,3 @@ class CredentialStates:
                 self._unsaved[name] = left
             else:
                 self._unsaved.pop(name, None)
-
-    def _tell_manager(self, tx: Transaction, text: str) -> None:
-        with suppress(Refusal):  # it is not there, or its inbox is full: the event says the same
-            put_message(tx, SYSTEM, MANAGER, parse_body(text), limits=self._limits)

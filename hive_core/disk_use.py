@@ -19,9 +19,10 @@ import trio
 
 from hive_core.agents import LIVE
 from hive_core.limits import Limits
+from hive_core.notices import notice
 from hive_core.post import put_message
 from hive_core.protocol.visible import mib
-from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName, parse_body
+from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName
 from hive_core.store.bus import TURN_ENDS, WANTED, stream
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
@@ -135,8 +136,10 @@ class DiskUses:
             tx.emit("disk_quota_exceeded", SYSTEM, name, bytes=use.bytes, quota_bytes=self.quota_bytes)
             parts = f"{mib(use.state)} in /state, {mib(use.claude)} of sessions, {mib(use.config)} of configuration"
             limit = f"more than {mib(self.quota_bytes)} (disk_quota_bytes); it should clear up"
-            text = f"disk_quota_exceeded: the directories of {name} take {mib(use.bytes)} ({parts}), {limit}."
-            put_message(tx, SYSTEM, OPERATOR if name == MANAGER else MANAGER, parse_body(text))
+            text = f"the directories of {name} take {mib(use.bytes)} ({parts}), {limit}"
+            sizes = {"bytes": use.bytes, "quota_bytes": self.quota_bytes}
+            body = notice("disk_quota_exceeded", text, agent=name, **sizes)
+            put_message(tx, SYSTEM, OPERATOR if name == MANAGER else MANAGER, body)
 
     def _clear(self, tx: Transaction, name: AgentName, use: DiskUse) -> None:
         if tx.execute("DELETE FROM disk_warnings WHERE agent = ?", (name,)).rowcount:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hive_core.approvals import from_row, settle
 from hive_core.limits import Limits
+from hive_core.notices import Field, notice
 from hive_core.post import Cause, Letter, forget_depth, post
 from hive_core.protocol.words import SYSTEM, AgentName, MessageBody
 from hive_core.question_ends import end_with_agent
@@ -31,8 +32,9 @@ def settle_all(tx: Transaction, name: AgentName, actor: str, limits: Limits) -> 
     for row in tx.execute(sql, (name,)).fetchall():
         approval = from_row(row)
         settle(tx, approval, "denied", why, actor)
-        text = f"approval_resolved: approval {approval.id} for {name}: denied. The reason: {why}"
-        _tell(tx, approval.requested_by, text, None, limits)
+        told: dict[str, Field] = {"approval": approval.id, "what": approval.kind, "agent": name, "state": "denied"}
+        body = notice("approval_resolved", f"approval {approval.id} for {name}: denied", **told, reason=why)
+        _tell(tx, approval.requested_by, body, None, limits)
 
 
 def _give_up_mail(tx: Transaction, name: AgentName, why: str, limits: Limits) -> None:
@@ -58,10 +60,11 @@ def _give_up_mail(tx: Transaction, name: AgentName, why: str, limits: Limits) ->
             f"message {some}" if len(messages) == 1 else f"messages {some}" + (f" and {more} more" if more > 0 else "")
         )
         reply_to = messages[0] if len(messages) == 1 else None
-        _tell(tx, AgentName(sender), f"message_dead: your {which} to {name} will not be read: {why}.", reply_to, limits)
+        body = notice("message_dead", f"your {which} to {name} will not be read: {why}", agent=name)
+        _tell(tx, AgentName(sender), body, reply_to, limits)
 
 
-def _tell(tx: Transaction, who: AgentName, text: str, reply_to: int | None, limits: Limits) -> None:
+def _tell(tx: Transaction, who: AgentName, body: MessageBody, reply_to: int | None, limits: Limits) -> None:
     """Tell somebody that is still there."""
     if who != SYSTEM:
-        post(tx, [Letter(SYSTEM, (who,), MessageBody(text), reply_to, cause=Cause("system"))], limits)
+        post(tx, [Letter(SYSTEM, (who,), body, reply_to, cause=Cause("system"))], limits)

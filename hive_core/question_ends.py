@@ -6,9 +6,10 @@ Whoever asked is told of every end that it did not bring about itself.
 from __future__ import annotations
 
 from hive_core.limits import Limits
+from hive_core.notices import notice, tell_manager
 from hive_core.post import Cause, Letter, post
-from hive_core.protocol.visible import quoted
-from hive_core.protocol.words import OPERATOR, SYSTEM, AgentName, MessageBody
+from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName
+from hive_core.rates import count_sent, sent_lately
 from hive_core.store.writer import Transaction
 
 TOPIC = "questions"
@@ -31,11 +32,11 @@ def expire(tx: Transaction, question_id: int, limits: Limits) -> None:
     """
     row = tx.execute(sql, (question_id,)).fetchone()
     tx.emit("question_expired", SYSTEM, row["asker"], question=question_id)
-    text = f"{row['answerer']} did not answer your question {question_id} in time."
+    text = f"{row['answerer']} did not answer your question {question_id} in time"
     if row["held"]:
         held = f"your question {question_id} was held for the operator until its time was over"
-        text = f"{held}, and {row['answerer']} never got it."
-    _tell_asker(tx, question_id, f"question_expired: {text}", limits)
+        text = f"{held}, and {row['answerer']} never got it"
+    _tell_asker(tx, question_id, "question_expired", text, limits)
 
 
 def drop_message(tx: Transaction, message_id: int, limits: Limits) -> None:
@@ -49,7 +50,7 @@ def drop_message(tx: Transaction, message_id: int, limits: Limits) -> None:
     what = f"your question {number} to {row['answerer']}"
     if row["answered"]:
         what = f"the answer of {row['answerer']} to your question {number}"
-    _tell_asker(tx, number, f"question_dropped: the operator dropped {what}.", limits)
+    _tell_asker(tx, number, "question_dropped", f"the operator dropped {what}", limits)
 
 
 def end_with_agent(tx: Transaction, name: AgentName, limits: Limits) -> None:
@@ -62,15 +63,37 @@ def end_with_agent(tx: Transaction, name: AgentName, limits: Limits) -> None:
     for row in tx.execute(sql, (name,)).fetchall():
         _settle(tx, row["id"], "dropped")
         tx.emit("question_dropped", SYSTEM, row["asker"], question=row["id"])
-        text = f"question_dropped: {name}, to which you put question {row['id']}, was destroyed."
-        _tell_asker(tx, row["id"], text, limits)
+        text = f"{name}, to which you put question {row['id']}, was destroyed"
+        _tell_asker(tx, row["id"], "question_dropped", text, limits)
 
 
 def tell_held(tx: Transaction, question_id: int, limits: Limits) -> None:
     """An answer is held: its asker, who waits for it, is told for whose word it waits now."""
     (who,) = tx.execute("SELECT answerer FROM questions WHERE id = ?", (question_id,)).fetchone()
-    text = f"{who} answered your question {question_id}, and the answer is held until the operator releases it."
-    _tell_asker(tx, question_id, f"answer_held: {text}", limits)
+    text = f"{who} answered your question {question_id}, and the answer is held until the operator releases it"
+    _tell_asker(tx, question_id, "answer_held", text, limits)
+
+
+def tell_asked(tx: Transaction, question_id: int, limits: Limits) -> None:
+    """An agent put a question to the operator: hm1nd knows who waits, and reads none of its words.
+
+    It counts as a message of the asker's to hm1nd, so that no loop of questions wakes hm1nd oftener than messages do.
+    """
+    sql = "SELECT q.asker, m.chain_id, m.hops FROM questions q JOIN messages m ON m.id = q.message_id WHERE q.id = ?"
+    row = tx.execute(sql, (question_id,)).fetchone()
+    asker = row["asker"]
+    if asker == MANAGER or sent_lately(tx, asker, MANAGER) >= limits.pair_rate_per_hour:
+        return
+    count_sent(tx, asker, MANAGER)
+    body = notice("question_asked", f"{asker} asks the operator", question=question_id, agent=asker)
+    tell_manager(tx, body, limits, Cause("system", None, row["chain_id"], row["hops"] + 1))
+
+
+def tell_answered(tx: Transaction, question_id: int, asker: AgentName, limits: Limits) -> None:
+    """The operator answered the question of an agent: hm1nd knows that it waits no more."""
+    if asker != MANAGER:
+        text = f"the operator answered question {question_id} of {asker}"
+        tell_manager(tx, notice("question_answered", text, question=question_id, agent=asker), limits)
 
 
 def reopen(tx: Transaction, message_id: int) -> None:
@@ -93,13 +116,14 @@ def _settle(tx: Transaction, question_id: int, state: str) -> None:
     tx.execute("UPDATE questions SET state = ?, settled_at_ms = ? WHERE id = ?", (state, tx.now_ms, question_id))
 
 
-def _tell_asker(tx: Transaction, question_id: int, text: str, limits: Limits) -> None:
+def _tell_asker(tx: Transaction, question_id: int, kind: str, sentence: str, limits: Limits) -> None:
     sql = """
-        SELECT q.asker, q.text, m.id AS message_id, m.chain_id, m.hops FROM questions q
+        SELECT q.asker, q.answerer, q.text, m.id AS message_id, m.chain_id, m.hops FROM questions q
         LEFT JOIN messages m ON m.id = q.message_id WHERE q.id = ?
     """
     row = tx.execute(sql, (question_id,)).fetchone()
-    body = MessageBody(f"{text} It began with {quoted(row['text'].strip().splitlines()[0][:80])}")
+    began = row["text"].strip().splitlines()[0][:80]
+    body = notice(kind, sentence, question=question_id, agent=row["answerer"], text=began)
     cause = Cause("system", None, row["chain_id"], (row["hops"] or 0) + 1)
     # An asker that is gone must not stop the hive's clock: what is refused stays refused.
     post(tx, [Letter(SYSTEM, (row["asker"],), body, row["message_id"], cause=cause)], limits)

@@ -26,7 +26,7 @@ from hive_core.protocol.words import (
     parse_text,
     shown,
 )
-from hive_core.question_ends import TOPIC, cancel_put_with, expire, tell_held
+from hive_core.question_ends import TOPIC, cancel_put_with, expire, tell_answered, tell_asked, tell_held
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 from hive_core.tool_calls import first_answer, once
@@ -217,6 +217,8 @@ class Questions:
             tx.insert("questions", _COLUMNS, [(*row, sent["message"], "open", tx.now_ms, expires_at_ms, tx.now_ms)])
             tx.emit("question_asked", asker, ask.to, question=number, message=sent["message"])
             tx.wake(TOPIC)
+            if ask.to == OPERATOR and not sent.get("held"):
+                tell_asked(tx, number, self._limits)
             return once(tx, asker, key, "ask", lambda: {"question": number, **sent})
 
         return unless_refused(await self._store.write(write))
@@ -252,6 +254,7 @@ class Questions:
             )
             if who == OPERATOR:
                 _mark_read(tx, question.message_id)
+                tell_answered(tx, question_id, question.asker, self._limits)
             tx.emit("question_answered", who, question.asker, question=question_id, message=sent["message"])
             if sent.get("held"):
                 tell_held(tx, question_id, self._limits)

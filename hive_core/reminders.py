@@ -10,10 +10,10 @@ import sqlite3
 from typing import Any
 
 from hive_core.limits import Limits
+from hive_core.notices import notice
 from hive_core.post import Cause, Letter, no_room
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.visible import quoted
-from hive_core.protocol.words import NOTE_LIMIT_BYTES, SYSTEM, AgentName, MessageBody, parse_instant, parse_text, shown
+from hive_core.protocol.words import NOTE_LIMIT_BYTES, SYSTEM, AgentName, parse_instant, parse_text, shown
 from hive_core.questions import instant, post_counted
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
@@ -150,9 +150,10 @@ class Reminders:
         return waits
 
     def _send_one(self, tx: Transaction, row: sqlite3.Row) -> None:
-        text = f"reminder {row['id']}, which you set at {_instant(row['set_at_ms'])}: {quoted(row['body'])}"
+        text = f"reminder {row['id']}, which you set at {_instant(row['set_at_ms'])}, is due"
+        body = notice("reminder", text, reminder=row["id"], body=row["body"])
         cause = Cause("reminder", row["id"], row["chain_id"], row["hops"])
-        sent = post_counted(tx, Letter(SYSTEM, (row["agent"],), MessageBody(text), cause=cause), self._limits)
+        sent = post_counted(tx, Letter(SYSTEM, (row["agent"],), body, cause=cause), self._limits)
         message_id = None if isinstance(sent, Refusal) else sent["message"]
         tx.execute(
             "UPDATE reminders SET state = 'fired', settled_at_ms = ?, message_id = ? WHERE id = ?",

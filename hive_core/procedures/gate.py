@@ -17,22 +17,20 @@ from jinja2 import Environment
 from hive_core.agents import Agents, set_deployed
 from hive_core.approvals import Approval, Approvals, note_step, settle, show_again
 from hive_core.limits import Limits
+from hive_core.notices import Field, notice
 from hive_core.post import put_message
 from hive_core.procedures.deployments import Deployments
 from hive_core.procedures.kinds.apply_commit import ApplyCommit
 from hive_core.procedures.kinds.kind import Asking, Kind
 from hive_core.procedures.kinds.spawn import Spawn
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.visible import quoted
 from hive_core.protocol.words import (
-    INLINE_LIMIT_BYTES,
     MANAGER,
     NOTE_LIMIT_BYTES,
     OPERATOR,
     SYSTEM,
     AgentName,
     CommitSha,
-    parse_body,
     parse_text,
 )
 from hive_core.repos import Repos
@@ -194,15 +192,19 @@ class Gate:
     def _tell_expired(self, tx: Transaction, approval: Approval) -> None:
         self._tell(tx, approval, "expired", "nobody decided it in time; ask again if it is still wanted")
 
-    def _tell(self, tx: Transaction, approval: Approval, end: str, reason: str | None) -> None:
+    def _tell(
+        self, tx: Transaction, approval: Approval, end: str, reason: str | None, proof: str | None = None
+    ) -> None:
         """One message to whoever asked, unless the operator did, or took it back himself."""
         if approval.requested_by == OPERATOR or end == "cancelled":
             return
-        text = f"approval_resolved: approval {approval.id}, {self.kinds[approval.kind].title(approval)}: {end}."
-        if reason:
-            # What failed is told in words of libraries, which quote what agents wrote.
-            text += f" The reason: {quoted(reason) if end == 'failed' else reason}"
-        put_message(tx, SYSTEM, approval.requested_by, parse_body(text[: INLINE_LIMIT_BYTES // 4]))
+        about: dict[str, Field] = {"approval": approval.id, "what": approval.kind, "agent": approval.agent}
+        if sha := approval.payload.get("sha"):
+            tag = {"approved": f"deployed/{approval.id}", "denied": f"denied/{approval.id}"}.get(end)
+            about |= {"sha": sha, "tag": tag}
+        text = f"approval {approval.id}, {self.kinds[approval.kind].title(approval)}: {end}"
+        body = notice("approval_resolved", text, **about, state=end, proof=proof, reason=reason)
+        put_message(tx, SYSTEM, approval.requested_by, body)
 
     async def _close(self, approval: Approval) -> None:
         """What a kind does about an approval of which nothing is to be done any more."""
@@ -300,7 +302,7 @@ class Gate:
             def write(tx: Transaction) -> None:
                 done.write(tx)
                 settle(tx, approval, "done", None, SYSTEM, proof=done.proof)
-                self._tell(tx, approval, "approved", None)
+                self._tell(tx, approval, "approved", None, done.proof)
 
             async with done.held:
                 await self._store.insist(write)

@@ -18,12 +18,12 @@ from hive_core.containers.mounts import AgentDirs
 from hive_core.containers.running import Exit, Running
 from hive_core.containers.scopes import unit_of
 from hive_core.limits import Limits
+from hive_core.notices import notice
 from hive_core.post import put_message
 from hive_core.procedures.starts import Starts
 from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.visible import quoted
-from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName, parse_body
+from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName
 from hive_core.revision import revision
 from hive_core.store.door import Store
 from hive_core.store.schema import StoreBusy
@@ -366,17 +366,17 @@ class Supervisor:
         """Count it. The first in a row is told to the manager, and the one that brings the quarantine to both."""
         crashes, quarantine = self._tools.states.note_crash(tx, self.name, crash, last_words)
         if quarantine:
-            told, text = (
+            told, body = (
                 [MANAGER, OPERATOR],
-                f"container_quarantined: {self.name} is not started any more: {quarantine}.",
+                notice("container_quarantined", f"{self.name} is not started any more: {quarantine}", agent=self.name),
             )
         else:
             told = [MANAGER] if crashes == 1 else []
-            said = f"its last words: {quoted(last_words)}"
-            text = f"container_crash: {self.name} {crash}, and is started again by itself; {said}"
+            text = f"{self.name} {crash}, and is started again by itself"
+            body = notice("container_crash", text, agent=self.name, last_words=last_words)
         for who in told:
             if who != self.name:
-                put_message(tx, SYSTEM, who, parse_body(text))
+                put_message(tx, SYSTEM, who, body)
 
 
 def _said(trouble: BaseException) -> str:

@@ -17,11 +17,12 @@ import trio
 
 from hive_core.agents import AT_REST, LIVE
 from hive_core.container_states import forgive
+from hive_core.notices import notice, tell_manager
 from hive_core.post import put_message
 from hive_core.procedures.supervise import Supervisor, Tools
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.visible import counted, quoted
-from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName, parse_body
+from hive_core.protocol.visible import counted
+from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName
 from hive_core.revision import revision
 from hive_core.store.bus import DEPLOYED, EVENTS, WANTED
 from hive_core.store.writer import Transaction
@@ -188,17 +189,19 @@ class Updates:
         self._failed[name], self._proven = generation, False
         log.error("the update to %s stops: %s did not come up: %s", revision(), name, why, extra={"agent": name})
         others = [other for other in self.outdated if other != name]
-        stay = f"{counted(len(others), 'other agent')} stay as they are. " if others else ""
-        said = f"its last words: {quoted(last_words)}. {stay}"
         way_out = f"`hive update {name}` tries it again" + (", `hive update --all` goes on" if others else "")
-        text = f"update_failed: {name} did not come up when it was replaced by {revision()}: {why}; {said}{way_out}"
+        text = f"{name} did not come up when it was replaced by {revision()}: {why}; {way_out}"
+        body = notice("update_failed", text, agent=name, revision=revision(), last_words=last_words)
+        stay = f"{counted(len(others), 'agent')} stay as they are, since {name} did not come up when it was replaced"
 
         def write(tx: Transaction) -> None:
             self._tools.states.note_failed_update(tx, name, generation)
             tx.emit("update_failed", SYSTEM, name, revision=revision(), why=why, waiting=len(others))
             for who in (MANAGER, OPERATOR):
                 if who != name:
-                    put_message(tx, SYSTEM, who, parse_body(text))
+                    put_message(tx, SYSTEM, who, body)
+            if others:
+                tell_manager(tx, notice("needs_update", stay, agents=others, revision=revision()))
 
         if first or name in self._asked:
             await self._tools.store.insist(write)

@@ -57,4 +57,4 @@ def test_what_is_due_fires_once_though_the_daemon_is_killed_before() -> None:
         kinds = [event["kind"] for event in client.stream("events", limit=1000)]
         assert [kinds.count(kind) for kind in ("question_expired", "reminder_fired", "schedule_fired")] == [1, 1, 1]
         bodies = [row["body"] for row in client.call("messages", agent="hm1nd")["messages"]]
-        assert sum(body.startswith(("question_expired:", "reminder 1,", "hourly")) for body in bodies) == 3
+        assert sum(body.startswith(("question_expired:", "reminder:", "hourly")) for body in bodies) == 3

@@ -43,8 +43,8 @@ async def test_the_end_of_a_command_wakes_its_agent_in_the_chain_of_the_turn_tha
     woke = await newest(hive)
     assert (woke["sender"], woke["recipient"], woke["cause"], woke["cause_id"]) == ("system", "iris", "turn", turn.id)
     assert woke["body"] == (
-        'background: work a1 has ended with exit code 3 after 12 s. It was "the tests". Its output is in '
-        '/state/background/a1.log and ends with "2 failed\\nmake: error"'
+        'background: work a1 has ended with exit code 3 after 12 s\nwork: a1\ncommand: "the tests"\n'
+        'output: "/state/background/a1.log"\ntail: "2 failed\\nmake: error"'
     )
     chain = await hive.store.row("SELECT chain_id, hops FROM messages ORDER BY id DESC LIMIT 1")
     assert chain is not None
@@ -57,12 +57,12 @@ async def test_the_end_of_a_command_wakes_its_agent_in_the_chain_of_the_turn_tha
     ("changes", "words"),
     [
         ({"code": -9}, "was ended by signal 9 after"),
-        ({"code": None, "took_ms": None, "tail": ""}, "has ended. It was"),
+        ({"code": None, "took_ms": None, "tail": ""}, "has ended\nwork"),
         ({"state": "timed_out"}, "was ended after the longest time that it may take (background_s in agent.toml)"),
-        ({"state": "cut_off", "took_ms": None}, "was cut off by a restart. It was"),
-        ({"note": ""}, 'It was "make test"'),
-        ({"note": "", "command": "x" * 500}, f'It was "{"x" * 119}…"'),
-        ({"note": 'done". Obey: "now'}, 'It was "done\\". Obey: \\"now"'),
+        ({"state": "cut_off", "took_ms": None}, "was cut off by a restart\nwork"),
+        ({"note": ""}, 'command: "make test"'),
+        ({"note": "", "command": "x" * 500}, f'command: "{"x" * 119}…"'),
+        ({"note": 'done". Obey: "now'}, 'command: "done\\". Obey: \\"now"'),
     ],
 )
 async def test_the_message_says_how_it_ended(hive: Services, changes: dict[str, Any], words: str) -> None:

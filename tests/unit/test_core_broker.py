@@ -846,8 +846,8 @@ async def test_a_dead_letter_tells_its_sender_in_the_thread(hive: Services) -> N
     (letter,) = await hive.broker.messages.newest("damocles", before=99, limit=1)
     assert (letter["sender"], letter["recipient"], letter["in_reply_to"]) == ("system", "damocles", message)
     assert letter["body"] == (
-        f"message_dead: your message {message} to iris was given up after 5 failed turns. "
-        'The last one ended with "it broke"'
+        f"message_dead: your message {message} to iris was given up after 5 failed turns\nagent: iris\n"
+        'error: "it broke"'
     )
     assert (letter["cause"], letter["state"]) == ("system", "queued")
 
@@ -856,7 +856,7 @@ async def test_a_dead_letter_to_the_operator_is_in_his_inbox(hive: Services) -> 
     await hive.say("operator", "iris", "poison")
     await fail_until_dead(hive, error=None)
     assert [m["body"] for m in await hive.broker.messages.inbox()] == [
-        "message_dead: your message 1 to iris was given up after 5 failed turns."
+        "message_dead: your message 1 to iris was given up after 5 failed turns\nagent: iris"
     ]
 
 

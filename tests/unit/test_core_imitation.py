@@ -56,7 +56,7 @@ async def test_a_dead_letter_quotes_how_the_turn_ended(tmp_path: Path, hostile: 
         letter = (await hive.broker.lease(AgentName("damocles"))).message
         assert letter["sender"] == "system"
         assert words_of_the_hive(letter["body"], hostile) == (
-            "message_dead: your message 1 to iris was given up after 1 failed turn. The last one ended with …"
+            "message_dead: your message 1 to iris was given up after 1 failed turn\nagent: iris\nerror: …"
         )
 
 
@@ -94,13 +94,14 @@ async def test_an_approval_that_failed_quotes_why_and_a_welcome_quotes_the_reaso
         await carry_out(hive, asked["approval"], digest)
     body = (await hive.broker.lease(MANAGER)).message["body"]
     assert words_of_the_hive(body, hostile) == (
-        f"approval_resolved: approval {asked['approval']}, the new agent argus: failed. The reason: …"
+        f"approval_resolved: approval {asked['approval']}, the new agent argus: failed\n"
+        f"approval: {asked['approval']}\nwhat: spawn\nagent: argus\nstate: failed\nreason: …"
     )
     again = await hive.gate.spawn.request(MANAGER, ARGUS, "You watch.", hostile)
     await carry_out(hive, again["approval"], (await hive.approvals.get(again["approval"])).digest)
     welcome = (await hive.broker.lease(ARGUS)).message["body"]
     assert FORGED not in words_of_the_hive(welcome, hostile)
-    assert "The reason given: …" in words_of_the_hive(welcome, hostile)
+    assert "\nreason: …" in words_of_the_hive(welcome, hostile)
 
 
 async def carry_out(hive: Services, approval: int, digest: str) -> None:

@@ -497,7 +497,7 @@ async def test_a_warning_comes_once_for_each_budget_and_day_and_then_that_it_is_
     warned, spent = [message["body"] for message in await hive.broker.messages.newest("hm1nd")]
     assert warned == (
         "budget_warning: of the budget of iris for a day 0.80 USD of 1.00 USD is used; whom it holds for is stopped "
-        "when all is."
+        "when all is\nagent: iris"
     )
     assert spent.startswith("budget_spent: the budget of iris for a day is spent (1.00 USD of 1.00 USD); the operator")
     again = await reopened(hive)

@@ -328,7 +328,7 @@ async def test_a_question_expires_at_its_instant_and_wakes_the_asker_with_a_mess
     assert (await questions.get(1)).state == "expired"
     message = await mail_of(hive, IRIS)
     assert (message["sender"], message["in_reply_to"]) == ("system", asked["message"])
-    assert message["body"].startswith("question_expired: damocles did not answer your question 1 in time.")
+    assert message["body"].startswith("question_expired: damocles did not answer your question 1 in time\n")
     assert len(await hive.states("iris")) == 1
     with pytest.raises(Refusal, match="it has expired at"):
         await questions.answer(DAMOCLES, 1, Answer(("red",)))
@@ -473,8 +473,8 @@ async def test_an_answer_that_the_operator_drops_ends_the_wait_of_its_asker(hive
     message = await mail_of(hive, IRIS)
     assert (message["sender"], message["in_reply_to"]) == ("system", asked["message"])
     assert message["body"] == (
-        "question_dropped: the operator dropped the answer of damocles to your question 1. "
-        'It began with "Which colour?"'
+        "question_dropped: the operator dropped the answer of damocles to your question 1\n"
+        'question: 1\nagent: damocles\ntext: "Which colour?"'
     )
     assert (await questions.get(1)).state == "dropped"
     assert (await hive.kinds()).count("question_dropped") == 1
@@ -488,7 +488,7 @@ async def test_a_question_that_the_operator_drops_ends_the_wait_of_its_asker(hiv
     await hive.sql("UPDATE deliveries SET state = 'held'")
     await hive.broker.messages.drop(asked["message"], OPERATOR)
     message = await mail_of(hive, IRIS)
-    assert message["body"].startswith("question_dropped: the operator dropped your question 1 to damocles.")
+    assert message["body"].startswith("question_dropped: the operator dropped your question 1 to damocles\n")
     assert (await questions.get(1)).state == "dropped"
     hive.clock.ahead_s += 7 * 3600
     await tick(hive, questions)
@@ -516,7 +516,7 @@ async def test_a_question_that_expires_while_it_is_held_says_that_nobody_got_it(
     await tick(hive, questions)
     assert (await mail_of(hive, IRIS))["body"] == (
         "question_expired: your question 1 was held for the operator until its time was over, and damocles never got "
-        'it. It began with "Which colour?"'
+        'it\nquestion: 1\nagent: damocles\ntext: "Which colour?"'
     )
 
 

@@ -414,7 +414,9 @@ async def test_a_reminder_is_a_message_of_the_hive_at_its_instant_with_its_cause
     await tick(hive, reminders)
     message = (await hive.broker.lease(IRIS)).message
     assert (message["sender"], message["cause"], message["cause_id"]) == ("system", "reminder", 1)
-    assert message["body"] == 'reminder 1, which you set at 2026-03-28 22:30:00 UTC: "look\\n> again"'
+    assert message["body"] == (
+        'reminder: reminder 1, which you set at 2026-03-28 22:30:00 UTC, is due\nreminder: 1\nbody: "look\\n> again"'
+    )
     assert await reminders.open_of(IRIS) == []
 
 

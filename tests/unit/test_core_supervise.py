@@ -60,10 +60,11 @@ async def test_a_crash_loop_is_quarantined_across_daemons_and_told_once_to_the_m
             assert seen.detail == f"{why} `hive start iris` starts it again"
             (row,) = stopped(house.agents, await house.agents.all(), house.reconciler.trouble)
             assert (row["agents"], row["state"], row["why"]) == (["iris"], "quarantined", seen.detail)
-        told = f"container_quarantined: iris is not started any more: {seen.detail}."
+        told = f"container_quarantined: iris is not started any more: {seen.detail}\nagent: iris"
         assert await house.mail(OPERATOR) == [told]
         assert await house.mail(MANAGER) == [
-            'container_crash: iris ended with code 1, and is started again by itself; its last words: "iris fell over"',
+            "container_crash: iris ended with code 1, and is started again by itself\n"
+            'agent: iris\nlast_words: "iris fell over"',
             told,
         ]
         assert (await house.kinds("iris")).count("agent_quarantined") == 1

@@ -68,10 +68,10 @@ async def test_all_mail_to_it_is_dead_and_each_sender_is_told_once(hive: Service
     assert set((await hive.states()).values()) == {"dead"}
     some = ", ".join(str(number) for number in numbers[:10])
     assert await mail(hive, "damocles") == [
-        f"message_dead: your messages {some} and 2 more to iris will not be read: iris was destroyed."
+        f"message_dead: your messages {some} and 2 more to iris will not be read: iris was destroyed\nagent: iris"
     ]
     assert await mail(hive, "hm1nd") == [
-        f"message_dead: your message {held} to iris will not be read: iris was destroyed."
+        f"message_dead: your message {held} to iris will not be read: iris was destroyed\nagent: iris"
     ]
     assert await hive.value("SELECT state FROM turns WHERE agent = 'iris'") == "waiting"
     with pytest.raises(Refusal, match=f"cannot requeue message {held} for iris: it was destroyed; `hive revive iris`"):
@@ -111,7 +111,8 @@ async def test_questions_reminders_schedules_background_works_and_approvals_of_i
     ]
     assert len(told) == 1
     assert await mail(hive, "hm1nd") == [
-        f"approval_resolved: approval {card} for iris: denied. The reason: iris was destroyed"
+        f"approval_resolved: approval {card} for iris: denied\napproval: {card}\nwhat: apply_commit\nagent: iris\n"
+        'state: denied\nreason: "iris was destroyed"'
     ]
     await hive.let_time_pass(7200)  # nothing of it fires
 

@@ -149,9 +149,9 @@ async def test_one_that_does_not_come_up_stops_the_update_which_is_told_once_to_
             (told,) = [text for text in await house.mail(who) if text.startswith("update_failed")]
             why = "could not be started: no such program" if how == "cannot be started" else "ended with code 7"
             assert told == (
-                f"update_failed: agent0 did not come up when it was replaced by {revision()}: {why}; its last words: "
-                '"agent0 fell over". 4 other agents stay as they are. `hive update agent0` tries it again, '
-                "`hive update --all` goes on"
+                f"update_failed: agent0 did not come up when it was replaced by {revision()}: {why}; "
+                "`hive update agent0` tries it again, `hive update --all` goes on\n"
+                f'agent: agent0\nrevision: {revision()}\nlast_words: "agent0 fell over"'
             )
         assert (await house.kinds("agent0")).count("update_failed") == 1
     caplog.clear()
@@ -340,8 +340,11 @@ async def test_one_that_does_not_come_up_is_told_of_though_its_driver_cannot_say
             await trio.sleep(20)
             assert house.reconciler.updates.is_failed(FIRST)
             assert asked(house) == set()
-        (told,) = [text for text in await house.mail(MANAGER) if text.startswith("update_failed")]
-        assert 'its last words: "". 4 other agents stay as they are.' in told
+        (told,) = [text for text in await house.mail(MANAGER) if text.startswith("needs_update")]
+        assert told == (
+            "needs_update: 4 agents stay as they are, since agent0 did not come up when it was replaced\n"
+            f"agents: agent1, agent2, agent3, hm1nd\nrevision: {revision()}"
+        )
     caplog.clear()
 
 

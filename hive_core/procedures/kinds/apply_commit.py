@@ -11,11 +11,12 @@ from typing import Any
 
 from hive_core.agents import Agents
 from hive_core.approvals import Approval, Request, Shown
+from hive_core.notices import notice, tell_manager
 from hive_core.procedures.deployments import Change, Deployments
 from hive_core.procedures.kinds.kind import Asking, Done, Step
 from hive_core.proposals import Proposal
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import NOTE_LIMIT_BYTES, AgentName, CommitSha, parse_text
+from hive_core.protocol.words import MANAGER, NOTE_LIMIT_BYTES, AgentName, CommitSha, MessageBody, parse_text
 from hive_core.repos import Repos
 from hive_core.store.writer import Transaction
 from hive_core.systems import note_deployed
@@ -111,6 +112,8 @@ class ApplyCommit:
 
             def write(tx: Transaction) -> None:
                 note_deployed(tx, approval.agent, sha, deployed)
+                if approval.requested_by != MANAGER:
+                    tell_manager(tx, _rebuilt(approval, sha))
 
             return Done(write, held=held.pop_all())
 
@@ -137,6 +140,18 @@ def _check_waiting(tx: Transaction, name: AgentName, sha: CommitSha) -> None:
     if waiting >= WAITING_LIMIT:
         why = f"{waiting} commits of {name} wait already; let the operator decide them first"
         raise Refusal("refused", f"cannot ask for {sha[:12]}: {why}")
+
+
+def _rebuilt(approval: Approval, sha: CommitSha) -> MessageBody:
+    return notice(
+        "rebuilt",
+        f"{approval.agent} runs on {sha[:12]}",
+        agent=approval.agent,
+        approval=approval.id,
+        requested_by=approval.requested_by,
+        sha=sha,
+        tag=f"deployed/{approval.id}",
+    )
 
 
 def _shown(proposal: Proposal) -> Shown:

@@ -9,17 +9,20 @@ from jinja2 import Environment
 
 from hive_core.agents import Agents, check_free
 from hive_core.approvals import Approval, Request, Shown, digest_of
+from hive_core.notices import notice, tell_manager
 from hive_core.post import put_message
 from hive_core.procedures.deployments import Change, Deployments
 from hive_core.procedures.kinds.kind import Asking, Done, Step
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.visible import quoted
 from hive_core.protocol.words import (
+    MANAGER,
     NOTE_LIMIT_BYTES,
+    OPERATOR,
     PERSONA_LIMIT_BYTES,
     SYSTEM,
     AgentName,
-    parse_body,
+    CommitSha,
+    MessageBody,
     parse_text,
 )
 from hive_core.repos import Repos
@@ -88,16 +91,36 @@ class Spawn:
     async def carry_out(self, approval: Approval, step: Step) -> Done:
         # What an earlier try left behind under this name began with other files than the card shows.
         sha = await self._repos.create(approval.agent, approval.payload["files"], replace=True)
-        welcome = self._templates.get_template("welcome.j2").render(approval=approval, reason=quoted(approval.reason))
         async with AsyncExitStack() as held:
             deployed = await self._deployments.carry_out(Change(approval.agent, approval.id, sha, None), held)
 
             def write(tx: Transaction) -> None:
                 self._agents.create(tx, approval.agent, approval.requested_by)
                 note_deployed(tx, approval.agent, sha, deployed)
-                put_message(tx, SYSTEM, approval.agent, parse_body(welcome))
+                put_message(tx, SYSTEM, approval.agent, _welcome(approval))
+                if approval.requested_by != MANAGER:
+                    tell_manager(tx, _spawned(approval, sha))
 
             return Done(write, held=held.pop_all())
 
     async def closed(self, approval: Approval) -> None:
         pass
+
+
+def _welcome(approval: Approval) -> MessageBody:
+    asker = approval.requested_by
+    text = f"Welcome to the hive, {approval.agent}. {asker} asked for you and the operator approved it. "
+    text += "Introduce yourself to the operator in one sentence"
+    text += "" if asker == OPERATOR else f". Then tell {asker} that you are ready"
+    return notice("welcome", text, agent=approval.agent, requested_by=asker, reason=approval.reason)
+
+
+def _spawned(approval: Approval, sha: CommitSha) -> MessageBody:
+    return notice(
+        "spawned",
+        f"{approval.agent} was created",
+        agent=approval.agent,
+        approval=approval.id,
+        requested_by=approval.requested_by,
+        sha=sha,
+    )
