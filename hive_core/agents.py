@@ -17,7 +17,7 @@ from hive_core.notices import notice, tell_manager
 from hive_core.protocol.container_id import container_id
 from hive_core.protocol.harness import STATES
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import MANAGER, SYSTEM, AgentName, parse_text
+from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName, parse_text
 from hive_core.store.bus import DEPLOYED, WANTED, mail, stream
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
@@ -180,7 +180,8 @@ class Agents:
     async def want(self, name: AgentName, wanted: str, actor: str) -> None:
         """Set what is wanted of an agent: up, paused (runs, but takes no turn) or down.
 
-        Raises Refusal: "not_found", or "conflict" for one that is being destroyed or revived, which stays down.
+        Raises Refusal: "not_found", "conflict" for one that is being destroyed or revived, which stays down, and
+        "refused" where hm1nd would undo what the operator did.
         """
 
         def write(tx: Transaction) -> None:
@@ -188,10 +189,16 @@ class Agents:
             if wanted != "down" and (row := tx.execute(sql, (name,)).fetchone()) is not None:
                 done = "destroyed" if row["state"] == "destroying" else "revived"
                 raise Refusal("conflict", f"cannot start {name}: it is being {done}; wait until that is done")
-            was = tx.execute("SELECT wanted FROM agents WHERE name = ?", (name,)).fetchone()
+            was = tx.execute("SELECT wanted, wanted_by FROM agents WHERE name = ?", (name,)).fetchone()
+            if was and actor == MANAGER and was["wanted"] != "up" and was["wanted_by"] == OPERATOR:
+                kept = "paused" if was["wanted"] == "paused" else "ended"
+                raise Refusal("refused", f"cannot start {name}: the operator {kept} it; ask the operator to start it")
             # Whoever starts or resumes an agent may have mended what it rests for.
-            sql = "UPDATE agents SET wanted = ?1, rests_until_ms = iif(?1 = 'up', NULL, rests_until_ms) WHERE name = ?2"
-            if tx.execute(sql, (wanted, name)).rowcount == 0:
+            sql = """
+                UPDATE agents SET wanted = ?1, wanted_by = ?3, rests_until_ms = iif(?1 = 'up', NULL, rests_until_ms)
+                WHERE name = ?2
+            """
+            if tx.execute(sql, (wanted, name, actor)).rowcount == 0:
                 raise Refusal(
                     "not_found", f"cannot find {name}: no agent has that name; `list_agents` or `hive list` shows them"
                 )

@@ -47,7 +47,7 @@ from hive_core.procedures.supervise import Desk
 from hive_core.programs import find_claude
 from hive_core.protocol.paths import explain, host_socket
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import PERSONA_LIMIT_BYTES, AgentName, parse_text
+from hive_core.protocol.words import MANAGER, PERSONA_LIMIT_BYTES, AgentName, parse_text
 from hive_core.repos import Repos
 from hive_core.rests import Rests
 from hive_core.sign_ins import SignIns
@@ -255,7 +255,7 @@ class _Rooms:
     async def serve(self, agent: Agent, task_status: trio.TaskStatus[Desk]) -> None:
         """Listen on an agent's sockets and its page until cancelled."""
         # Imported when the first agent is served: it takes half a second that a start need not wait for.
-        agent_socket = await trio.to_thread.run_sync(_import_agent_socket)
+        agent_socket, manager_tools = await trio.to_thread.run_sync(_import_agent_sockets)
         hive, name, run = self.hive, agent.name, self.run_dir(agent.name)
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
         kind = partial(hive.breaker.kind_for, name)
@@ -263,7 +263,12 @@ class _Rooms:
         harness = HarnessDesk(name, agent.role, hive.broker, hive.turns, hive.agents, hive.background, kind, limited)
         self._desks[name] = harness
         tools = agent_socket.AgentDesk(
-            name, hive.broker, hive.agents, hive.gate, hive.reconciler.kill, hive.archive, hive.loose_ends
+            name,
+            hive.broker,
+            hive.agents,
+            hive.archive,
+            hive.loose_ends,
+            manager_tools.ManagerTools(hive) if name == MANAGER else None,
         )
         relay = ModelRelay(
             name,
@@ -313,8 +318,8 @@ class _Rooms:
         nursery.start_soon(partial(serve_asgi, page, sock, stopping=self.hive.stopping))
 
 
-def _import_agent_socket() -> ModuleType:
-    return import_module("hive_core.sockets.agent")
+def _import_agent_sockets() -> tuple[ModuleType, ModuleType]:
+    return import_module("hive_core.sockets.agent"), import_module("hive_core.sockets.manager_tools")
 
 
 async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

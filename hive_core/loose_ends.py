@@ -50,6 +50,15 @@ class LooseEnds:
             waits_for["schedules"] = [row for row in await self.schedules.all() if row["state"] == "on"]
         return {"waits_on_you": waits_on, "you_wait_for": waits_for}
 
+    async def of_all(self) -> dict[str, Any]:
+        """What waits in the whole hive, whoever it is for."""
+        return {
+            "questions": open_questions(await self.questions.open_of_all(SHOWN)),
+            "approvals": (await self._approvals(None))[:SHOWN],
+            "held": await self._messages("held", OPERATOR),
+            "dead": await self._messages("dead", OPERATOR),
+        }
+
     async def _count(self, sql: str, who: str) -> int:
         row = await self.store.row(sql, (who,))
         return int(row[0]) if row else 0
@@ -65,15 +74,15 @@ class LooseEnds:
         """
         return [dict(row) for row in await self.store.rows(sql, {"who": who, "limit": SHOWN})]
 
-    async def _approvals(self, who: str) -> list[dict[str, Any]]:
-        """What an agent asked for and is not done; for the operator, what waits for a click."""
+    async def _approvals(self, who: str | None) -> list[dict[str, Any]]:
+        """What an agent, or anybody, asked for and is not done; for the operator, what waits for a click."""
         sql = """
             SELECT id AS approval, kind, agent, requested_by, state FROM approvals
-            WHERE state = 'pending' OR (state = 'approved' AND :who != 'operator')
+            WHERE state = 'pending' OR (state = 'approved' AND :who IS NOT 'operator')
             ORDER BY id
         """
         rows = [dict(row) for row in await self.store.rows(sql, {"who": who})]
-        return [row for row in rows if who in (OPERATOR, row["requested_by"])][:SHOWN]
+        return [row for row in rows if who in (None, OPERATOR, row["requested_by"])][:SHOWN]
 
 
 _UNREAD = """

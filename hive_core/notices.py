@@ -59,6 +59,7 @@ KINDS: dict[str, Kind] = {
         "an agent runs on another commit",
         ("agent", "approval", "requested_by", "sha", "tag"),
     ),
+    "restarted": Kind("hm1nd", "an agent that was to be restarted or updated has said hello", ("agent", "by")),
     "killed": Kind("hm1nd, unless it did it", "an agent was ended and is kept down", ("agent", "by")),
     "container_crash": Kind(
         "hm1nd",

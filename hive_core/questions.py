@@ -329,6 +329,11 @@ class Questions:
         """
         return [from_row(row) for row in await self._store.rows(sql, (who, limit))]
 
+    async def open_of_all(self, limit: int = 100) -> list[Question]:
+        """What waits for anybody's answer, oldest first."""
+        sql = "SELECT * FROM questions INDEXED BY questions_open WHERE state = 'open' ORDER BY id LIMIT ?"
+        return [from_row(row) for row in await self._store.rows(sql, (limit,))]
+
     async def held_from(self, who: str, limit: int = 100) -> list[Question]:
         """What was put to `who` and waits for the operator's release, oldest first."""
         sql = """

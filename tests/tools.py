@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hive_core.archive import Archive
-from hive_core.protocol.words import AgentName
+from hive_core.protocol.words import MANAGER, AgentName
 from hive_core.sockets.agent import AgentDesk, serve_agent
+from hive_core.sockets.manager_tools import ManagerTools
+from tests.dashboards import hive_of
 from tests.hives import Peer, Services, connect, serve
 
 INITIALIZE = {
@@ -65,15 +67,10 @@ class Program(Peer):
         return text
 
 
-Kill = Callable[[AgentName, AgentName], Awaitable[None]]
-
-
-def desk_for(hive: Services, name: str, kill: Kill | None = None) -> AgentDesk:
-    async def nobody(_: AgentName, __: AgentName) -> None:
-        raise AssertionError("nobody is killed here")
-
+def desk_for(hive: Services, name: str) -> AgentDesk:
     archive = Archive(hive.store, hive.broker.limits, hive.state_dir / "bodies")
-    return AgentDesk(AgentName(name), hive.broker, hive.agents, hive.gate, kill or nobody, archive, hive.loose_ends)
+    manager = ManagerTools(hive_of(hive)) if name == MANAGER else None
+    return AgentDesk(AgentName(name), hive.broker, hive.agents, archive, hive.loose_ends, manager)
 
 
 @asynccontextmanager
@@ -86,8 +83,8 @@ async def program(door: Path) -> AsyncIterator[Program]:
 
 
 @asynccontextmanager
-async def program_of(hive: Services, name: str, folder: Path, kill: Kill | None = None) -> AsyncIterator[Program]:
+async def program_of(hive: Services, name: str, folder: Path) -> AsyncIterator[Program]:
     """A client of an agent's own socket, which is made in `folder`."""
-    handler = partial(serve_agent, desk_for(hive, name, kill))
+    handler = partial(serve_agent, desk_for(hive, name))
     async with serve(folder / f"{name}.sock", handler) as door, program(door) as client:
         yield client

@@ -29,6 +29,18 @@ def want(arguments: Namespace) -> None:
     emit(arguments, result, f"{result['agent']} is wanted {result['wanted']}")
 
 
+def restart(arguments: Namespace) -> None:
+    result = Client().call("restart", agent=arguments.agent)
+    emit(arguments, result, f"{result['agent']} is started anew, at its turn's edge")
+
+
+def logs(arguments: Namespace) -> None:
+    from hive_core.protocol.visible import named
+
+    result = Client().call("logs", agent=arguments.agent, lines=arguments.lines)
+    emit(arguments, result, named("\n".join(result["lines"])) or f"{result['agent']} has printed nothing that is kept")
+
+
 def cancel(arguments: Namespace) -> None:
     result = Client().call("cancel", agent=arguments.agent)
     emit(arguments, result, f"turn {result['turn']} of {result['agent']} is cancelled, and its messages with it")

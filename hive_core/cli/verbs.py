@@ -222,6 +222,12 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
     "start": ("agents.want", "start an agent that was killed or paused", [(("agent",), {})]),
     "pause": ("agents.want", "let an agent take no turn and reach no model until it is started", [(("agent",), {})]),
     "kill": ("agents.want", "end an agent now, and keep it down until it is started", [(("agent",), {})]),
+    "restart": ("agents.restart", "start an agent anew, at its turn's edge", [(("agent",), {})]),
+    "logs": (
+        "agents.logs",
+        "the last lines that an agent's harness printed",
+        [(("agent",), {}), (("--lines",), {"type": _whole, "default": 50, "help": "how many, at most 500"})],
+    ),
     "update": (
         "agents.update",
         "replace agents that an older release started, each at its turn's edge",

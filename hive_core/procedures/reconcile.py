@@ -12,7 +12,7 @@ import trio
 
 from hive_core.agent_locks import AgentLocks
 from hive_core.agents import Agent, Agents
-from hive_core.container_states import ContainerStates
+from hive_core.container_states import ContainerStates, forgive
 from hive_core.containers.driver import Driver
 from hive_core.containers.mounts import AgentDirs
 from hive_core.limits import Limits
@@ -178,6 +178,31 @@ class Reconciler:
             return
         why = supervised.lingers() or "its start has not come back; its disk may hang"
         raise Refusal("unavailable", f"cannot end {name} at once: {why}. It is kept down, and ends with that")
+
+    async def restart(self, name: AgentName, actor: AgentName) -> None:
+        """Start an agent anew, at its turn's edge; at once where none of it runs. hm1nd is told when that has come up.
+
+        Raises Refusal for unknown names, for one that is kept down, and for one that is not served.
+        """
+        agent, supervised = await self._agents.get(name), self._supervised.get(name)
+        if agent.wanted == "down":
+            raise Refusal("conflict", f"cannot restart {name}: it is kept down; start it")
+        if supervised is None:
+            raise Refusal("unavailable", f"cannot restart {name}: the hive does not serve it now; `hive list` says why")
+
+        def write(tx: Transaction) -> None:
+            forgive(tx, name)
+            tx.emit("restart_asked", actor, name)
+            tx.wake(WANTED)
+
+        supervised.restarted_by = actor
+        await self._store.write(write)
+        if supervised.running is not None:
+            supervised.desk.ask_to_stop()
+
+    async def logs(self, name: AgentName, lines: int) -> list[str]:
+        """The last lines that an agent printed, the oldest first. Raises Refusal for unknown names."""
+        return await self._driver.logs((await self._agents.get(name)).name, lines)
 
     async def _end_now(self, supervised: Supervisor) -> bool:
         """Kill what runs of an agent; whether that has gone, which is not waited for for long."""

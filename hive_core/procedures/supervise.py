@@ -18,7 +18,7 @@ from hive_core.containers.mounts import AgentDirs
 from hive_core.containers.running import Exit, Running
 from hive_core.containers.scopes import unit_of
 from hive_core.limits import Limits
-from hive_core.notices import notice
+from hive_core.notices import notice, tell_manager
 from hive_core.post import put_message
 from hive_core.procedures.starts import Starts
 from hive_core.protocol.paths import explain
@@ -100,6 +100,7 @@ class Supervisor:
         self.killed_s: float | None = None  # since when it ought to have ended, by trio's clock
         self._starts_since_s: float | None = None  # while the driver starts it
         self.starts = 0  # how often this daemon has started it, or tried to
+        self.restarted_by: AgentName | None = None  # who wants to know of its next hello
         self.outdated = False  # what runs is of another generation than it would be started with now
         self._tools = tools
         self._dirs = dirs
@@ -288,6 +289,20 @@ class Supervisor:
             self._observe("starting", f"its start has not come back for {limit_s:.0f} s; its disk may hang")
         self._tools.starts.give_back(self.name)
 
+    async def _tell_restarted(self) -> None:
+        """Tell hm1nd that it has said hello, where somebody had it started anew."""
+        await self.desk.said_hello.wait()
+        if (by := self.restarted_by) is not None:
+            self.restarted_by = None
+
+            def write(tx: Transaction) -> None:
+                tx.emit("agent_restarted", SYSTEM, self.name, by=by)
+                if self.name != MANAGER:
+                    text = f"{self.name} was started anew, and has said hello"
+                    tell_manager(tx, notice("restarted", text, agent=self.name, by=by))
+
+            await self._tools.store.insist(write)
+
     async def _start(self, nursery: trio.Nursery) -> Running | None:
         """What runs now; None when it could not be started, which is told, or is not wanted any more."""
         async with self._beginning:
@@ -297,6 +312,7 @@ class Supervisor:
             self._observe("starting")
             self.desk.expect()
             nursery.start_soon(self._let_others_start)
+            nursery.start_soon(self._tell_restarted)
             generation = await self._tools.generation(self.name)
             if await self._tools.states.generation(self.name) not in (None, generation):
                 await self._tools.before_switch(self.name)

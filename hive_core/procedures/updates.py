@@ -243,6 +243,7 @@ class Updates:
             tx.wake(WANTED)
 
         await self._tools.store.write(write)
+        one.restarted_by = actor
         if name not in self._asked:
             self._asked.add(name)
             if one.running is None:  # what was seen of it before the operator asked does not count

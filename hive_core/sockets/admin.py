@@ -39,6 +39,7 @@ from hive_core.questions import parse_answer
 from hive_core.schedules import parse_plan
 from hive_core.sockets.admin_approvals import approval_verbs, caller_uid
 from hive_core.sockets.admin_credentials import credential_streams, credential_verbs
+from hive_core.sockets.admin_lifecycle import lifecycle_verbs
 from hive_core.sockets.admin_snapshots import snapshot_verbs
 from hive_core.sockets.admin_spend import spend_verbs
 from hive_core.sockets.admin_steering import steering_verbs
@@ -96,6 +97,7 @@ class AdminDesk:
             "dashboard": (self._dashboard, set()),
             **approval_verbs(hive),
             **credential_verbs(hive),
+            **lifecycle_verbs(hive),
             **snapshot_verbs(hive),
             **spend_verbs(hive),
             **steering_verbs(hive),

@@ -7,31 +7,27 @@ often a bridge sends it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
 import mcp_types as types
 import trio
 from mcp.server.lowlevel import Server
 from mcp.shared.message import SessionMessage
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from hive_core.agents import Agents
 from hive_core.archive import Archive, parse_query
 from hive_core.broker import Broker
 from hive_core.loose_ends import LooseEnds
-from hive_core.procedures.gate import Gate
 from hive_core.protocol.call_key import CallKey
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
     MANAGER,
     AgentName,
-    parse_agent_name,
     parse_body,
-    parse_commit_sha,
     parse_recipients,
 )
 from hive_core.questions import parse_answer, parse_ask
@@ -39,68 +35,15 @@ from hive_core.reminders import When
 from hive_core.settings import describe
 from hive_core.sockets import forms, told
 from hive_core.sockets.rpc import Wire, say_what_is_wrong
+from hive_core.sockets.told import Result
+from hive_core.sockets.tool import Key, tool, tools_of
 from hive_core.sockets.unix import Connection
 from hive_core.version import __version__
 from hive_core.withdrawal import withdraw_thread
 
-Key = CallKey | None
 PROGRESS_EVERY_S = 15.0
 WAITS_LIMIT = 16  # calls of one agent that wait for mail at once: each is run again with every message
 SEARCHES_LIMIT = 4  # of one agent at once: all searches of a hive wait for each other
-Result = told.Result
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """call: the method of AgentDesk, with its parsed arguments, its key, and where it waits, whether it is taken back.
-
-    told: the result in words.
-    """
-
-    name: str
-    description: str
-    takes: type[forms.Arguments]
-    answers: type[BaseModel]
-    told: Callable[[Result], str]
-    call: Callable[..., Awaitable[Result]]
-    read_only: bool = False
-    destructive: bool = False
-    waits: bool = False  # it may take minutes: whoever asks to be told that it goes on is told
-    managers: bool = False  # the manager's alone
-
-    def to_mcp(self) -> types.Tool:
-        return types.Tool(
-            name=self.name,
-            description=self.description,
-            input_schema=forms.schema_of(self.takes),
-            output_schema=forms.schema_of(self.answers),
-            annotations=types.ToolAnnotations(
-                read_only_hint=self.read_only,
-                idempotent_hint=True,
-                destructive_hint=self.destructive,
-                open_world_hint=False,
-            ),
-        )
-
-
-_TOOLS: list[Tool] = []
-Method = TypeVar("Method", bound=Callable[..., Awaitable[Result]])
-
-
-def _tool(
-    description: str,
-    takes: type[forms.Arguments],
-    answers: type[BaseModel],
-    told: Callable[[Result], str],
-    **traits: bool,
-) -> Callable[[Method], Method]:
-    """The method is the tool of its name."""
-
-    def add(method: Method) -> Method:
-        _TOOLS.append(Tool(method.__name__, description, takes, answers, told, method, **traits))
-        return method
-
-    return add
 
 
 class AgentDesk:
@@ -111,19 +54,17 @@ class AgentDesk:
         name: AgentName,
         broker: Broker,
         agents: Agents,
-        gate: Gate,
-        kill: Callable[[AgentName, AgentName], Awaitable[None]],
         archive: Archive,
         loose_ends: LooseEnds,
+        manager: object = None,
     ) -> None:
+        """manager: an object whose methods are tools too, for the agent that has them."""
         self.name = name
         self._broker = broker
         self._agents = agents
-        self._gate = gate
-        self._kill = kill
         self._archive = archive
         self._ends = loose_ends
-        self.tools = _TOOLS_OF[name == MANAGER]
+        self.tools = tools_of(self) | ({} if manager is None else tools_of(manager))
         self.waits = trio.Semaphore(WAITS_LIMIT)
         self._searches = trio.Semaphore(SEARCHES_LIMIT)
 
@@ -134,25 +75,25 @@ class AgentDesk:
 
         taken_back: whether the client has cancelled it, for a tool that waits.
         """
-        tool = self.tools.get(name)
-        if tool is None:
+        found = self.tools.get(name)
+        if found is None:
             raise Refusal("not_found", f"cannot call {ascii(name)[:60]}: the tools are {', '.join(self.tools)}")
         try:
-            parsed = tool.takes.model_validate(arguments)
+            parsed = found.takes.model_validate(arguments)
         except ValidationError as exc:
             raise Refusal("usage", f"cannot call {name}: {describe(exc)}") from None
         given = parsed.model_dump()
         # What the agent chose holds in every turn (but of mail in the one that took it), the tool-use id in one call.
         key = given.get("key") or key
-        call = partial(tool.call, taken_back=taken_back) if tool.waits else tool.call
-        return await call(self, parsed, None if key is None else CallKey(key, {**given, "key": None}))
+        call = partial(found.call, taken_back=taken_back) if found.waits else found.call
+        return await call(parsed, None if key is None else CallKey(key, {**given, "key": None}))
 
-    @_tool("Send a message to an agent or to the operator.", forms.SendArguments, forms.SendResult, told.sent)
+    @tool("Send a message to an agent or to the operator.", forms.SendArguments, forms.SendResult, told.sent)
     async def send(self, given: forms.SendArguments, key: Key) -> Result:
         recipients, body = parse_recipients(given.to), parse_body(given.body)
         return await self._broker.send(self.name, recipients, body, given.in_reply_to, key)
 
-    @_tool(
+    @tool(
         "Take more of your mail in this turn; waits if asked to.",
         forms.RecvArguments,
         forms.RecvResult,
@@ -162,7 +103,7 @@ class AgentDesk:
     async def recv(self, given: forms.RecvArguments, key: Key, taken_back: Callable[[], bool]) -> Result:
         return await self._broker.recv(self.name, given.max, given.wait_seconds, key, taken_back)
 
-    @_tool(
+    @tool(
         "Read on in a large message, 64 KiB a call.",
         forms.ReadBodyArguments,
         forms.ReadBodyResult,
@@ -172,11 +113,11 @@ class AgentDesk:
     async def read_body(self, given: forms.ReadBodyArguments, _: Key) -> Result:
         return await self._broker.messages.read_body(given.id, given.offset, self.name)
 
-    @_tool("Your name and role.", forms.NoArguments, forms.WhoamiResult, told.whoami, read_only=True)
+    @tool("Your name and role.", forms.NoArguments, forms.WhoamiResult, told.whoami, read_only=True)
     async def whoami(self, _: forms.NoArguments, __: Key) -> Result:
         return {"name": self.name, "role": "manager" if self.name == MANAGER else "agent"}
 
-    @_tool(
+    @tool(
         "The agents of this hive and what they do now.",
         forms.NoArguments,
         forms.ListResult,
@@ -196,7 +137,7 @@ class AgentDesk:
             ]
         }
 
-    @_tool(
+    @tool(
         "Find messages you sent or received.",
         forms.SearchArguments,
         forms.SearchResult,
@@ -217,7 +158,7 @@ class AgentDesk:
         finally:
             self._searches.release()
 
-    @_tool(
+    @tool(
         "Ask an agent or the operator; the answer comes as a message.",
         forms.AskArguments,
         forms.AskResult,
@@ -227,16 +168,16 @@ class AgentDesk:
         ask = parse_ask(given.to, given.question, given.options, given.multi, given.free_text, given.ttl_s)
         return await self._ends.questions.ask(self.name, ask, key)
 
-    @_tool("Answer a question that was put to you.", forms.AnswerArguments, forms.AnswerResult, told.answered)
+    @tool("Answer a question that was put to you.", forms.AnswerArguments, forms.AnswerResult, told.answered)
     async def answer(self, given: forms.AnswerArguments, key: Key) -> Result:
         answer = parse_answer(given.choices, given.text)
         return await self._ends.questions.answer(self.name, given.question, answer, key)
 
-    @_tool("Send yourself a message later.", forms.RemindArguments, forms.RemindResult, told.reminded)
+    @tool("Send yourself a message later.", forms.RemindArguments, forms.RemindResult, told.reminded)
     async def remind(self, given: forms.RemindArguments, key: Key) -> Result:
         return await self._ends.reminders.remind(self.name, When(given.at, given.after_s), given.body, key)
 
-    @_tool(
+    @tool(
         "Take back your reminder, question, or what nobody has read of a thread.",
         forms.CancelArguments,
         forms.CancelResult,
@@ -252,7 +193,7 @@ class AgentDesk:
             case "thread":
                 return await withdraw_thread(self._ends.store, self.name, given.id)
 
-    @_tool(
+    @tool(
         "What waits on you, and what you wait for.",
         forms.NoArguments,
         forms.LooseEndsResult,
@@ -262,47 +203,9 @@ class AgentDesk:
     async def loose_ends(self, _: forms.NoArguments, __: Key) -> Result:
         return await self._ends.of(self.name)
 
-    @_tool("Say in one line what you are about.", forms.StatusArguments, forms.StatusResult, told.status)
+    @tool("Say in one line what you are about.", forms.StatusArguments, forms.StatusResult, told.status)
     async def set_status(self, given: forms.StatusArguments, _: Key) -> Result:
         return await self._agents.set_status(self.name, given.text)
-
-    @_tool(
-        "Ask the operator for a new agent.",
-        forms.SpawnArguments,
-        forms.RequestResult,
-        told.requested,
-        managers=True,
-    )
-    async def request_spawn(self, given: forms.SpawnArguments, key: Key) -> Result:
-        name = parse_agent_name(given.name)
-        return await self._gate.spawn.request(self.name, name, given.persona, given.reason, key)
-
-    @_tool(
-        "Ask the operator to run an agent on a commit you made in /agents/AGENT/config.",
-        forms.ApplyArguments,
-        forms.RequestResult,
-        told.requested,
-        managers=True,
-    )
-    async def request_apply_commit(self, given: forms.ApplyArguments, key: Key) -> Result:
-        name, sha = parse_agent_name(given.agent), parse_commit_sha(given.sha)
-        return await self._gate.apply_commit.request(self.name, name, sha, given.reason, key)
-
-    @_tool(
-        "Stop an agent now. It stays down until the operator starts it.",
-        forms.KillArguments,
-        forms.KillResult,
-        told.killed,
-        destructive=True,
-        managers=True,
-    )
-    async def kill(self, given: forms.KillArguments, _: Key) -> Result:
-        name = parse_agent_name(given.agent)
-        await self._kill(name, self.name)
-        return {"killed": name}
-
-
-_TOOLS_OF = {manager: {tool.name: tool for tool in _TOOLS if manager or not tool.managers} for manager in (False, True)}
 
 
 async def serve_agent(desk: AgentDesk, stream: Connection, *, progress_every_s: float = PROGRESS_EVERY_S) -> None:
@@ -310,11 +213,11 @@ async def serve_agent(desk: AgentDesk, stream: Connection, *, progress_every_s: 
     wire = Wire(stream)
 
     async def list_tools(_: object, __: object) -> types.ListToolsResult:
-        return types.ListToolsResult(tools=[tool.to_mcp() for tool in desk.tools.values()])
+        return types.ListToolsResult(tools=[one.to_mcp() for one in desk.tools.values()])
 
     async def call_tool(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
-        tool = desk.tools.get(params.name)
-        if tool is None or not tool.waits:
+        called = desk.tools.get(params.name)
+        if called is None or not called.waits:
             return await answer(context, params)
         try:
             desk.waits.acquire_nowait()

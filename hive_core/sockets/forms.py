@@ -151,8 +151,18 @@ class ApplyArguments(Arguments):
     key: ToolKey = None
 
 
-class KillArguments(Arguments):
+class CancelRequestArguments(Arguments):
+    approval: Annotated[int, Field(gt=0, lt=2**63)]
+    reason: str
+
+
+class AgentArguments(Arguments):
     agent: str
+
+
+class LogsArguments(Arguments):
+    agent: str
+    lines: Annotated[int, Field(ge=1, le=500)] = 50
 
 
 # -- what they answer with ---------------------------------------------------------------------------------------------
@@ -315,5 +325,22 @@ class RequestResult(BaseModel):
     approval: int
 
 
-class KillResult(BaseModel):
-    killed: str
+class AgentResult(BaseModel):
+    agent: str
+
+
+class UpdateResult(BaseModel):
+    agent: str
+    replaced: Annotated[bool, Field(description="false: it runs as it would be started now")]
+
+
+class LogsResult(BaseModel):
+    agent: str
+    lines: Annotated[list[str], Field(description="the oldest first")]
+
+
+class HiveLooseEndsResult(BaseModel):
+    questions: list[OpenQuestion]
+    approvals: list[OpenApproval]
+    held: list[AsideMessage]
+    dead: list[AsideMessage]

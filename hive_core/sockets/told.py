@@ -10,7 +10,7 @@ from typing import Any
 
 from hive_core.protocol.frame import framed, marked
 from hive_core.protocol.held import say_held
-from hive_core.protocol.visible import named, quoted
+from hive_core.protocol.visible import counted, named, quoted
 from hive_core.questions import instant
 
 Result = dict[str, Any]
@@ -128,5 +128,44 @@ def requested(result: Result) -> str:
     return f"approval {result['approval']} asks the operator for it; a message will tell you the decision"
 
 
+def taken_back(result: Result) -> str:
+    return f"approval {result['approval']} is cancelled"
+
+
 def killed(result: Result) -> str:
-    return f"{result['killed']} is stopped, until the operator starts it"
+    return f"{result['agent']} is ended, and stays down until it is started"
+
+
+def started(result: Result) -> str:
+    return f"{result['agent']} is started"
+
+
+def restarted(result: Result) -> str:
+    return f"{result['agent']} is started anew at its turn's edge; a message will tell you when it has said hello"
+
+
+def updated(result: Result) -> str:
+    if not result["replaced"]:
+        return f"{result['agent']} runs as it would be started now"
+    return f"{result['agent']} is replaced at its turn's edge; a message will tell you when it has said hello"
+
+
+def logs(result: Result) -> str:
+    lines = result["lines"]
+    if not lines:
+        return f"{result['agent']} has printed nothing that is kept"
+    head = f'the last {counted(len(lines), "line")} of {result["agent"]}, each behind "> "; they are its words:'
+    return named(f"{head}\n{marked(chr(10).join(lines))}".rstrip("\n"))
+
+
+def hive_loose_ends(result: Result) -> str:
+    lines = [_approval(one) for one in result["approvals"]]
+    lines += [_question(one, f"{one['asker']} asks {one['answerer']}", "no answer yet") for one in result["questions"]]
+    lines += [_aside(state, one) for state in ("held", "dead") for one in result[state]]
+    return "\n".join(lines) or "nothing waits in the hive"
+
+
+def _approval(one: Result) -> str:
+    return (
+        f"approval {one['approval']} ({one['kind']} {one['agent']}), asked for by {one['requested_by']}: {one['state']}"
+    )

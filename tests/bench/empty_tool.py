@@ -9,10 +9,11 @@ from typing import Any
 
 import trio
 
-from hive_core.sockets.agent import _TOOLS, AgentDesk, serve_agent
+from hive_core.sockets.agent import AgentDesk, serve_agent
+from hive_core.sockets.tool import declared
 from hive_core.sockets.unix import listen_unix, serve_unix
 
-(_SEND,) = (tool for tool in _TOOLS if tool.name == "send")
+(_SEND,) = (tool for tool in declared(AgentDesk) if tool.name == "send")
 
 
 class EmptyDesk(AgentDesk):

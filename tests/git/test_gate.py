@@ -149,7 +149,7 @@ async def test_deny_makes_nothing_and_tells_who_asked_why(hive: Services) -> Non
         await hive.agents.get("argus")
     assert not (hive.state_dir / "applied" / "argus.git").exists()
     assert len(told := await mail_of(hive, "hm1nd")) == 1
-    assert "denied. The reason: not before Monday" in told[0]
+    assert 'state: denied\nreason: "not before Monday"' in told[0]
 
 
 async def test_deny_needs_a_reason(hive: Services) -> None:
@@ -276,7 +276,7 @@ async def test_a_name_whose_first_try_failed_gets_what_the_second_card_showed(tm
         await approve(hive, 1)
         failed = await approve(hive, await ask_for_argus(hive, "You are harmless."))
         assert (failed.state, "ports" in (failed.note or "")) == ("failed", True)
-        assert 'failed. The reason: "cannot create argus' in (await mail_of(hive, "hm1nd"))[-1]
+        assert 'state: failed\nreason: "cannot create argus' in (await mail_of(hive, "hm1nd"))[-1]
     async with open_services(tmp_path) as hive, serving(hive):
         assert (await approve(hive, await ask_for_argus(hive, "You watch."))).state == "done"
         argus = await hive.agents.get("argus")
@@ -459,7 +459,7 @@ async def test_a_change_that_is_beside_what_was_deployed_meanwhile_fails_at_the_
     failed = await hive.approvals.get(other)
     assert failed.state == "failed"
     assert "which iris runs; rebase it" in (failed.note or "")
-    assert 'failed. The reason: "cannot apply' in (await mail_of(hive, "hm1nd"))[-1]
+    assert '\nreason: "cannot apply' in (await mail_of(hive, "hm1nd"))[-1]
     assert (await hive.agents.get("iris")).deployed_sha == (await hive.approvals.get(one)).payload["sha"]
     assert f"deployed/{other}" not in tags(hive)
 
@@ -525,7 +525,7 @@ async def test_what_nobody_decides_expires_and_its_asker_is_told(hive: Services,
     assert (await hive.approvals.get(number)).state == "pending"
     await hive.let_time_pass(86_400.0)
     assert (await hive.approvals.get(number)).state == "expired"
-    assert "expired. The reason: nobody decided it in time" in (await mail_of(hive, "hm1nd"))[-1]
+    assert '\nreason: "nobody decided it in time' in (await mail_of(hive, "hm1nd"))[-1]
     with refused("it has expired", "conflict"):
         await approve(hive, number)
 

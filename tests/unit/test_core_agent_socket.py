@@ -23,14 +23,17 @@ from hive_core.questions import Ask
 from hive_core.reminders import When
 from hive_core.sockets.agent import SEARCHES_LIMIT, WAITS_LIMIT, serve_agent
 from tests.hives import PATIENCE_S, Services, connect, held_writer, run_in_hive, serve, wait_until
-from tests.tools import Program, desk_for, program, program_of
+from tests.tools import Program, desk_for, program
 
 IRIS = AgentName("iris")
 EVERYBODYS = {
     *("send", "recv", "read_body", "whoami", "list_agents", "search_messages", "ask", "answer", "remind", "cancel"),
     *("loose_ends", "set_status"),
 }
-MANAGERS = {"request_spawn", "request_apply_commit", "kill"}
+MANAGERS = {
+    *("request_spawn", "request_apply_commit", "cancel_request"),
+    *("kill", "start", "restart", "update", "get_logs", "hive_loose_ends"),
+}
 
 
 @pytest.fixture
@@ -97,11 +100,10 @@ async def work(hive: Services, tmp_path: Path) -> AsyncIterator[Path]:
     await hive.sql("UPDATE deliveries SET state = 'dead', note = 'it broke' WHERE recipient = 'iris'")
     turn = (await hive.broker.lease(MANAGER)).turn.id
     await hive.background.tell(MANAGER, Work("a1", "running", turn, "make test", "", "/state/background/a1.log"))
+    (hive.state_dir / "processes").mkdir()
+    (hive.state_dir / "processes" / "iris.log").write_text("first\nsecond \u202e\n")
 
-    async def kill(agent: AgentName, actor: AgentName) -> None:
-        await hive.agents.want(agent, "down", actor)
-
-    async with serve(tmp_path / "hm1nd.sock", partial(serve_agent, desk_for(hive, "hm1nd", kill))) as path:
+    async with serve(tmp_path / "hm1nd.sock", partial(serve_agent, desk_for(hive, "hm1nd"))) as path:
         yield path
 
 
@@ -129,8 +131,18 @@ CALLS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("cancel", {"kind": "question", "id": 3}, ["question 3", "nobody got it"]),
     ("cancel", {"kind": "thread", "id": 7}, ["thread 7", "taken back: 1", "too late: 0"]),
     ("request_spawn", {"name": "argus", "persona": "You watch.", "reason": "eyes"}, ["approval 1"]),
-    ("kill", {"agent": "iris"}, ["iris"]),
+    (
+        "hive_loose_ends",
+        {},
+        ["approval 1 (spawn argus), asked for by hm1nd: pending", "hm1nd asks operator", "it broke"],
+    ),
+    ("cancel_request", {"approval": 1, "reason": "not needed"}, ["approval 1"]),
+    ("kill", {"agent": "iris"}, ["iris", "stays down"]),
+    ("start", {"agent": "iris"}, ["iris is started"]),
+    ("get_logs", {"agent": "iris"}, ["the last 2 lines of iris", "> first", "> second ⟨U+202E⟩"]),
 ]
+# Of those that need agents that run: test_core_manager_tools.py.
+ELSEWHERE = {"request_apply_commit", "restart", "update"}
 
 
 def closed(schema: Any) -> Any:
@@ -146,9 +158,7 @@ def closed(schema: Any) -> Any:
 async def test_each_tool_answers_as_its_schema_says_and_in_words_that_hold_all_a_model_needs(work: Path) -> None:
     async with program(work) as client:
         schemas = {tool["name"]: closed(tool["outputSchema"]) for tool in await client.tools()}
-        # It would need a commit; its answer is that of request_spawn.
-        assert schemas.pop("request_apply_commit") == schemas["request_spawn"]
-        assert {name for name, _, _ in CALLS} == set(schemas)
+        assert {name for name, _, _ in CALLS} == set(schemas) - ELSEWHERE
         for name, arguments, words in CALLS:
             result = await client.result(name, **arguments)
             assert not result.get("isError"), result
@@ -344,19 +354,6 @@ async def test_the_same_spawn_asked_for_twice_with_one_id_is_one_card(hive: Serv
         assert "an agent of that name exists" in await client.refusal("request_spawn", **{**wish, "name": "iris"})
         assert "reserved" in await client.refusal("request_spawn", **{**wish, "name": "operator"})
     assert [(card.agent, card.requested_by) for card in await hive.approvals.pending()] == [("argus", "hm1nd")]
-
-
-async def test_the_manager_ends_an_agent_and_is_the_one_who_did(hive: Services, tmp_path: Path) -> None:
-    killed: list[tuple[str, str]] = []
-
-    async def kill(agent: AgentName, actor: AgentName) -> None:
-        await hive.agents.want(agent, "down", actor)
-        killed.append((agent, actor))
-
-    async with program_of(hive, "hm1nd", tmp_path, kill) as client:
-        assert await client.call("kill", agent="iris") == {"killed": "iris"}
-        assert "argus" in await client.refusal("kill", agent="argus")
-    assert killed == [("iris", "hm1nd")]
 
 
 async def test_mail_is_received_in_a_turn_and_waited_for(hive: Services, door: Path) -> None:

@@ -332,7 +332,7 @@ async def test_the_operator_sees_a_question_and_answers_it(hive: Services, comma
         2,
         "hive: cannot answer question 1 with nothing: give one of its options, or text of your own",
     )
-    assert await command("answer", "1", "green, please") == (0, "question 1 is answered, with message 3")
+    assert await command("answer", "1", "green, please") == (0, "question 1 is answered, with message 5")
     code, said = await command("answer", "1", "--choice", "red")
     assert (code, "operator answered it at" in said) == (4, True)
     assert (await command("answer", "2", "--choice", "b", "--choice", "1"))[0] == 0
@@ -428,11 +428,11 @@ async def test_the_operator_sees_the_loose_ends_of_himself_and_of_an_agent(hive:
     assert "reminder 1 at" in said
     await hive.broker.send(IRIS, (DAMOCLES,), parse_body("one"))
     await hive.store.write(
-        lambda tx: tx.execute("UPDATE deliveries SET state = 'held', held = 'rate' WHERE message_id = 2")
+        lambda tx: tx.execute("UPDATE deliveries SET state = 'held', held = 'rate' WHERE message_id = 3")
     )
     said = (await command("loose-ends", "iris"))[1]
-    assert "message 2 iris → damocles is held" in said.partition("iris waits for:")[2]
-    assert "message 2 iris → damocles is held" in (await command("loose-ends"))[1].partition("you wait for:")[0]
+    assert "message 3 iris → damocles is held" in said.partition("iris waits for:")[2]
+    assert "message 3 iris → damocles is held" in (await command("loose-ends"))[1].partition("you wait for:")[0]
     assert (await command("loose-ends", "nobody"))[0] == 3
     await hive.store.write(lambda tx: tx.execute("UPDATE reminders SET state = 'due'"))
     assert ", due and waits for room (inbox_depth, held_depth): look" in (await command("loose-ends", "iris"))[1]

@@ -47,3 +47,6 @@ CREATE INDEX approvals_of ON approvals (agent, id);
 -- A commit that waits is not asked for twice; what it is, is in the payload, which may be long.
 CREATE INDEX approvals_commits ON approvals (agent, json_extract(payload, '$.sha'))
 WHERE kind = 'apply_commit' AND state IN ('pending', 'approved');
+
+-- Agents: who said last what is wanted of one, which hm1nd may undo unless it was the operator.
+ALTER TABLE agents ADD COLUMN wanted_by TEXT;
