@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import trio
 
 from hive_core.agent_locks import AgentLocks
-from hive_core.commit_contents import kinds, read_contents
+from hive_core.commit_contents import Contents, kinds, read_contents
 from hive_core.proposals import Proposal, check_proposal, diff_between, fetch_proposal, main_of, pin_of
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
@@ -90,8 +90,12 @@ class Repos:
 
     async def read(self, name: AgentName, sha: CommitSha) -> dict[str, Any]:
         """The harness settings that a commit of the applied repository holds."""
-        found = await _in_thread(name, lambda: read_contents(self._of(name), sha))
+        found = await self.contents(name, sha)
         return harness_settings(found.settings, found.prompt)
+
+    async def contents(self, name: AgentName, sha: CommitSha) -> Contents:
+        """What a commit of the applied repository holds. Raises Refusal where that may not be deployed any more."""
+        return await _in_thread(name, lambda: read_contents(self._of(name), sha))
 
     async def tag(self, name: AgentName, tag: str, sha: CommitSha, note: str = "") -> None:
         """Tag a commit of the applied repository; the same tag again is left as it is."""

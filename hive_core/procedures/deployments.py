@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hive_core.agent_locks import AgentLocks
+from hive_core.commit_contents import FILES, Contents
+from hive_core.effects import Effect, file_lines, prompt_lines
+from hive_core.effects_of_settings import settings_lines
 from hive_core.proposals import Proposal
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
@@ -37,8 +40,9 @@ class Deployments(Protocol):
     def files(self, name: AgentName, description: str) -> Mapping[str, str]:
         """What a new agent's first commit holds besides agent.toml and CLAUDE.md."""
 
-    async def check(self, name: AgentName, proposal: Proposal) -> None:
-        """Raises Refusal when a proposal could not be deployed; nothing is changed, and nothing that runs touched."""
+    async def check(self, name: AgentName, proposal: Proposal) -> Effect:
+        """What a proposal would change. Raises Refusal when it could not be deployed; nothing is changed, and nothing
+        that runs touched."""
 
     async def carry_out(self, change: Change, held: AsyncExitStack) -> Deployed:
         """Make a commit what its agent runs on, all but the rows. Raises when that is impossible, also because the
@@ -58,6 +62,26 @@ class Deployments(Protocol):
         """There is no such agent any more."""
 
 
+async def contents_before(repos: Repos, name: AgentName, base: CommitSha) -> tuple[Contents | None, list[str]]:
+    """What a commit that runs holds; or None, and what is unknown then."""
+    try:
+        return await repos.contents(name, base), []
+    except Refusal as refusal:  # deployed by another release, which took what this one does not
+        return None, [f"what {name} has now: {refusal.message}"]
+
+
+async def effect_of_files(repos: Repos, name: AgentName, proposal: Proposal) -> Effect:
+    """What a commit changes by its agent.toml and its CLAUDE.md, and which files it brings besides."""
+    before, unknown = await contents_before(repos, name, proposal.base)
+    after = await repos.contents(name, proposal.sha)
+    lines = settings_lines(before.settings if before else None, after.settings)
+    lines += prompt_lines(before.prompt if before else None, after.prompt)
+    lines += file_lines(before.files if before else {}, after.files, FILES)
+    if "agent.nix" in after.files:
+        unknown.append("packages: there is an agent.nix, which is not built in this sandbox")
+    return Effect(lines, unknown)
+
+
 class PlainDeployments:
     """Of containers that know no commit: its agent.toml and CLAUDE.md reach the harness with its next turn."""
 
@@ -70,7 +94,7 @@ class PlainDeployments:
     def files(self, name: AgentName, description: str) -> Mapping[str, str]:
         return {}
 
-    async def check(self, name: AgentName, proposal: Proposal) -> None:
+    async def check(self, name: AgentName, proposal: Proposal) -> Effect:
         if "agent.nix" in proposal.changed:
             raise Refusal(
                 "refused",
@@ -78,6 +102,7 @@ class PlainDeployments:
                 f'sandbox = "nixos-container" are built from it (here it is {self._sandbox}); '
                 "change agent.toml or CLAUDE.md",
             )
+        return await effect_of_files(self._repos, name, proposal)
 
     async def carry_out(self, change: Change, held: AsyncExitStack) -> Deployed:
         await held.enter_async_context(self._locks.of(change.agent))
@@ -109,7 +134,7 @@ class NoDeployments:
     def files(self, name: AgentName, description: str) -> Mapping[str, str]:
         return {}
 
-    async def check(self, name: AgentName, proposal: Proposal) -> None:
+    async def check(self, name: AgentName, proposal: Proposal) -> Effect:
         raise Refusal("unavailable", f"cannot check {proposal.sha[:12]}: {self._trouble}")
 
     async def carry_out(self, change: Change, held: AsyncExitStack) -> Deployed:

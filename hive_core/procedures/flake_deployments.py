@@ -12,16 +12,20 @@ import trio
 
 from hive_core.agent_locks import AgentLocks
 from hive_core.building import make_meta_flake, make_nix
+from hive_core.commit_contents import FILES
 from hive_core.config import Config
 from hive_core.containers.choice import Choice
 from hive_core.containers.driver import Driver, Systems
-from hive_core.flakes import MetaFlake
+from hive_core.effects import Effect, file_lines, prompt_lines
+from hive_core.effects_of_settings import settings_lines
+from hive_core.flakes import Evaluated, MetaFlake
 from hive_core.limits import Limits
 from hive_core.procedures.deployments import (
     Change,
     Deployments,
     NoDeployments,
     PlainDeployments,
+    contents_before,
     insist_that_it_stays,
 )
 from hive_core.proposals import Proposal
@@ -33,6 +37,7 @@ from hive_core.systems import Deployed, System, built_commits, system_of
 
 log = logging.getLogger(__name__)
 CHECKS_WAITING = 4
+EVALUATED_KEPT = 64
 _NOT_YET = "its container is being built"
 
 
@@ -54,6 +59,7 @@ class FlakeDeployments:
         self._meta = meta
         self._systems = systems
         self._hindrances: dict[AgentName, str] = {}  # of those that were looked at: "" may start
+        self._known: dict[tuple[AgentName, CommitSha, str], Evaluated] = {}  # the longest unused first
         # One at a time, since each may take all its memory and all its time; what is approved waits for none of them.
         self._checking = trio.Lock()
         self._evaluating = trio.CapacityLimiter(builds_at_once)
@@ -63,12 +69,34 @@ class FlakeDeployments:
     def files(self, name: AgentName, description: str) -> Mapping[str, str]:
         return self._meta.agent_files(name, description)
 
-    async def check(self, name: AgentName, proposal: Proposal) -> None:
+    async def check(self, name: AgentName, proposal: Proposal) -> Effect:
         if (waiting := self._checking.statistics().tasks_waiting) >= CHECKS_WAITING:
             why = f"{waiting} others wait to be evaluated; ask again in a minute"
             raise Refusal("unavailable", f"cannot check {proposal.sha[:12]} of {name}: {why}")
         async with self._checking:
-            await self._meta.evaluate(name, proposal.sha)
+            after = await self._evaluated(name, proposal.sha)
+            unknown: list[str] = []
+            try:
+                before = await self._evaluated(name, proposal.base)
+            except Refusal as refusal:  # by another release, which took what this one does not
+                before, unknown = None, [f"what {name} has now: {refusal.message}"]
+        files_before, more = await contents_before(self._repos, name, proposal.base)
+        files_after = await self._repos.contents(name, proposal.sha)
+        lines = settings_lines(before.settings if before else None, after.settings)
+        lines += prompt_lines(before.persona if before else None, after.persona)
+        lines += file_lines(files_before.files if files_before else {}, files_after.files, FILES)
+        return Effect(lines, unknown + more)
+
+    async def _evaluated(self, name: AgentName, sha: CommitSha) -> Evaluated:
+        """What a commit is evaluated to: the same for as long as it is built from the same."""
+        key = (name, sha, self._meta.inputs)
+        if (found := self._known.pop(key, None)) is None:
+            await self._repos.pin(name, sha)
+            found = await self._meta.evaluate(name, sha)
+        self._known[key] = found
+        while len(self._known) > EVALUATED_KEPT:
+            del self._known[next(iter(self._known))]
+        return found
 
     async def carry_out(self, change: Change, held: AsyncExitStack) -> Deployed:
         name, sha, base = change.agent, change.sha, change.base

@@ -13,9 +13,10 @@ import trio
 import trio.testing
 
 from hive_core.approvals import Approval, Shown, settle, show_again
-from hive_core.commit_contents import FILE_LIMIT_BYTES, READ_LIMIT_BYTES
+from hive_core.commit_contents import FILE_LIMIT_BYTES, READ_LIMIT_BYTES, Contents
 from hive_core.events import newest_events
 from hive_core.proposals import DIFF_LIMIT_BYTES
+from hive_core.protocol.effect import effect_line
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import PERSONA_LIMIT_BYTES, AgentName, CommitSha
 from tests.checkouts import Checkout
@@ -330,6 +331,47 @@ async def test_approve_applies_exactly_the_commit_that_was_shown(hive: Services,
     assert tags(hive) == {"deployed/0": first, f"proposal/{number}": sha, f"deployed/{number}": sha}
     assert applied(hive, "rev-parse", "main") == sha
     assert f"commit {sha} for iris: approved" in (await mail_of(hive, "hm1nd"))[-1]
+
+
+async def test_the_card_of_a_commit_tells_its_effect_and_the_click_is_bound_to_it(
+    hive: Services, iris: Checkout
+) -> None:
+    toml = 'program = "rehearsal"\nmodel = "opus"\ntools = ["Bash", "WebFetch"]\n'
+    sha = iris.commit(agent__toml=toml, CLAUDE__md="You read.\nAnd write.\n")
+    number = (await hive.gate.apply_commit.request(HM1ND, IRIS, sha, "more"))["approval"]
+    card = await hive.approvals.get(number)
+    assert card.effect is not None
+    told = [(line["weight"], effect_line(line)) for line in card.effect["lines"]]
+    assert told[:3] == [
+        ("wide", "tools: + WebFetch"),
+        ("plain", "tools: − Read, Edit, Write, Glob, Grep"),
+        ("plain", "model: sonnet → opus"),
+    ]
+    assert told[3][1].startswith("prompt: ")
+    assert card.effect["unknown"] == []
+    other = {**card.effect, "lines": card.effect["lines"][1:]}
+    await hive.store.write(lambda tx: show_again(tx, card, Shown(card.payload, other)))
+    with refused("not what you were shown"):
+        await hive.gate.approve(number, card.digest, "operator")
+
+
+async def test_what_runs_and_cannot_be_read_any_more_makes_the_effect_unknown(
+    hive: Services, iris: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = CommitSha(applied(hive, "rev-parse", "main"))
+    contents = hive.repos.contents
+
+    async def of_this_release(name: AgentName, sha: CommitSha) -> Contents:
+        if sha == base:
+            raise Refusal("usage", "cannot use agent.toml: old_key: unknown key")
+        return await contents(name, sha)
+
+    monkeypatch.setattr(hive.repos, "contents", of_this_release)
+    sha = iris.commit(agent__toml=TOML)
+    card = await hive.approvals.get((await hive.gate.apply_commit.request(HM1ND, IRIS, sha, "x"))["approval"])
+    assert card.effect is not None
+    assert card.effect["unknown"] == ["what iris has now: cannot use agent.toml: old_key: unknown key"]
+    assert ("model", None, "opus") in [(line["what"], line["before"], line["after"]) for line in card.effect["lines"]]
 
 
 async def test_rewriting_the_repository_after_the_request_changes_nothing(hive: Services, iris: Checkout) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from hive_core.agents import Agents
 from hive_core.approvals import Approval, Request, Shown
+from hive_core.effects import Effect
 from hive_core.notices import notice, tell_manager
 from hive_core.procedures.deployments import Change, Deployments
 from hive_core.procedures.kinds.kind import Asking, Done, Step
@@ -58,11 +59,11 @@ class ApplyCommit:
     ) -> dict[str, Any]:
         await self._asking.store.write(lambda tx: _check_waiting(tx, name, sha))  # before anything is fetched
         proposal = await self._repos.fetch(name, sha)
-        await self._deployments.check(name, proposal)
+        shown = _shown(proposal, await self._deployments.check(name, proposal))
 
         def make(tx: Transaction) -> Request:
             _check_waiting(tx, name, sha)
-            return Request(self.kind, name, requested_by, reason, _shown(proposal))
+            return Request(self.kind, name, requested_by, reason, shown)
 
         return await self._asking.put(requested_by, key, tool, f"a commit of {name}", make)
 
@@ -102,8 +103,7 @@ class ApplyCommit:
         proposal = await self._repos.look_again(approval.agent, CommitSha(approval.payload["sha"]))
         if proposal.base == approval.payload["base"]:
             return Shown(approval.payload, approval.effect)
-        await self._deployments.check(approval.agent, proposal)
-        return _shown(proposal)
+        return _shown(proposal, await self._deployments.check(approval.agent, proposal))
 
     async def carry_out(self, approval: Approval, step: Step) -> Done:
         sha, base = CommitSha(approval.payload["sha"]), CommitSha(approval.payload["base"])
@@ -154,5 +154,5 @@ def _rebuilt(approval: Approval, sha: CommitSha) -> MessageBody:
     )
 
 
-def _shown(proposal: Proposal) -> Shown:
-    return Shown({"sha": proposal.sha, "base": proposal.base, "diff": proposal.diff})
+def _shown(proposal: Proposal, effect: Effect) -> Shown:
+    return Shown({"sha": proposal.sha, "base": proposal.base, "diff": proposal.diff}, effect.to_wire())

@@ -9,6 +9,8 @@ from jinja2 import Environment
 
 from hive_core.agents import Agents, check_free
 from hive_core.approvals import Approval, Request, Shown, digest_of
+from hive_core.effects import Effect, Line, prompt_lines
+from hive_core.effects_of_settings import settings_lines
 from hive_core.notices import notice, tell_manager
 from hive_core.post import put_message
 from hive_core.procedures.deployments import Change, Deployments
@@ -26,6 +28,7 @@ from hive_core.protocol.words import (
     parse_text,
 )
 from hive_core.repos import Repos
+from hive_core.settings import parse_agent_toml
 from hive_core.store.writer import Transaction
 from hive_core.systems import note_deployed
 
@@ -63,7 +66,7 @@ class Spawn:
         persona = parse_text(given_persona, "persona", PERSONA_LIMIT_BYTES - 2048)
         reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
         prompt = self._templates.get_template("CLAUDE.md.j2").render(name=name, persona=persona)
-        shown = Shown({"files": self.files(name, "", prompt)})
+        shown = _shown(self.files(name, "", prompt))
 
         def make(tx: Transaction) -> Request:
             check_free(tx, name, "ask for")
@@ -124,3 +127,10 @@ def _spawned(approval: Approval, sha: CommitSha) -> MessageBody:
         requested_by=approval.requested_by,
         sha=sha,
     )
+
+
+def _shown(files: dict[str, str]) -> Shown:
+    lines = settings_lines(None, parse_agent_toml(files["agent.toml"].encode()))
+    lines += [Line("budget", None, "none of its own; the hive's holds"), *prompt_lines(None, files["CLAUDE.md"])]
+    unknown = ["packages: agent.nix is evaluated when this is approved"] if "agent.nix" in files else []
+    return Shown({"files": files}, Effect(lines, unknown).to_wire())

@@ -1,0 +1,111 @@
+"""What a change does, beside what it says: lines that are stored with its card, and that a click is bound to.
+
+A line is a thing, what it was before and what it is after. What could not be found out is said as well, with the
+reason: a card never passes over it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hive_core.commit_contents import Entry
+from hive_core.protocol.effect import PLAIN, WIDE
+from hive_core.protocol.visible import counted
+
+LISTED = 12  # names in one line
+TEXT_LIMIT = 400  # characters of one; a card's diff has them all
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """
+    what           as agent.toml, or a command, calls it
+    before, after  as whoever approves reads it; None: it was not there, or is no more
+    wide           whether the change widens what somebody may do
+    """
+
+    what: str
+    before: str | None
+    after: str | None
+    wide: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """unknown: what could not be told, and why: "packages: agent.nix is not built in this sandbox"."""
+
+    lines: Sequence[Line] = ()
+    unknown: Sequence[str] = ()
+
+    def to_wire(self) -> dict[str, Any]:
+        """As it is stored: what widens comes first."""
+        ordered = sorted(self.lines, key=lambda line: not line.wide)
+        return {"lines": [_wire(line) for line in ordered], "unknown": list(self.unknown)}
+
+
+def _wire(line: Line) -> dict[str, Any]:
+    weight = WIDE if line.wide else PLAIN
+    return {"what": line.what, "before": _cut(line.before), "after": _cut(line.after), "weight": weight}
+
+
+def _cut(text: str | None) -> str | None:
+    if text is None or len(text) <= TEXT_LIMIT:
+        return text
+    return f"{text[:TEXT_LIMIT]}… and {counted(len(text) - TEXT_LIMIT, 'more character')}"
+
+
+def changed(what: str, before: str | None, after: str | None, wide: bool = False) -> list[Line]:
+    """A line where the two differ."""
+    return [] if before == after else [Line(what, before, after, wide)]
+
+
+def listed(what: str, before: Collection[str], after: Collection[str], *, widens: bool = False) -> list[Line]:
+    """What is added to a list of names, and what is taken out of it. widens: adding to it does."""
+    added, removed = [one for one in after if one not in before], [one for one in before if one not in after]
+    lines = [Line(what, None, some(added), widens)] if added else []
+    return lines + ([Line(what, some(removed), None)] if removed else [])
+
+
+def some(names: Collection[str]) -> str:
+    """Names as one text, the first of them where they are many."""
+    first, more = list(names)[:LISTED], len(names) - LISTED
+    return ", ".join(first) + (f" and {more:,} more" if more > 0 else "")
+
+
+def prompt_lines(before: str | None, after: str) -> list[Line]:
+    """How a prompt changes: its size, and how many of its lines come and go."""
+    if before is None or before == after:
+        return changed("prompt", before, after if before == after else _size(after))
+    old, new = Counter(before.splitlines()), Counter(after.splitlines())
+    added, removed = (new - old).total(), (old - new).total()
+    moved = "" if added or removed else "; the same lines in another order"
+    how = f" (+{added:,} −{removed:,} lines{moved})"
+    return [Line("prompt", _size(before), _size(after) + how)]
+
+
+def _size(text: str) -> str:
+    return f"{counted(len(text.splitlines()), 'line')}, {counted(len(text.encode()), 'byte')}"
+
+
+def file_lines(before: Mapping[str, Entry], after: Mapping[str, Entry], besides: Iterable[str] = ()) -> list[Line]:
+    """Files that come, go and change, by their paths. besides: those whose change is told otherwise."""
+    told = set(besides)
+    other = [path for path in after if path in before and _differs(before[path], after[path]) and path not in told]
+    came = [path for path in after if path not in before and path not in told]
+    went = [path for path in before if path not in after and path not in told]
+    lines = [Line("files", None, _files(came))] if came else []
+    lines += [Line("files", _files(went), None)] if went else []
+    lines += [Line("files", _files(other), "changed")] if other else []
+    can_run, could_run = ([path for path, entry in one.items() if entry.executable] for one in (after, before))
+    return lines + listed("executable files", could_run, can_run)
+
+
+def _differs(before: Entry, after: Entry) -> bool:
+    return before.object_id != after.object_id
+
+
+def _files(paths: Sequence[str]) -> str:
+    return some(paths) if len(paths) <= LISTED else f"{len(paths):,}: {some(paths)}"

@@ -1,0 +1,19 @@
+"""The effect of a change as a card, a terminal and a test tell it: one wording for all."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+WIDE = "wide"  # the weight of a line that widens what somebody may do
+PLAIN = "plain"
+
+
+def effect_line(line: Mapping[str, Any]) -> str:
+    """One line of a stored effect: "model: sonnet → opus", "tools: + WebFetch", "recipients: − iris"."""
+    what, before, after = line["what"], line["before"], line["after"]
+    if before is None:
+        return f"{what}: + {after}"
+    return f"{what}: − {before}" if after is None else f"{what}: {before} → {after}"

@@ -1,0 +1,137 @@
+"""What a change does is told line by line, what widens rights first, and what is unknown with its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hive_core.commit_contents import Entry
+from hive_core.effects import LISTED, TEXT_LIMIT, Effect, Line, file_lines, prompt_lines
+from hive_core.effects_of_settings import settings_lines
+from hive_core.protocol.effect import effect_line
+from hive_core.settings import AgentSettings
+
+# key → a value that is another than the default, and how the change to it reads; `!` before what widens
+CHANGES: dict[str, tuple[Any, list[str]]] = {
+    "program": ("rehearsal", ["program: claude → rehearsal"]),
+    "model": ("opus", ["model: sonnet → opus"]),
+    "available_models": (["sonnet", "opus"], ["available_models: any → sonnet, opus"]),
+    "effort": ("high", ["effort: the program's own → high"]),
+    "tools": (["Bash", "Read", "WebFetch"], ["!tools: + WebFetch", "tools: − Edit, Write, Glob, Grep"]),
+    "turns": ("cold", ["turns: warm → cold"]),
+    "warm_idle_s": (60, ["warm_idle_s: 300 → 60"]),
+    "warm_turns": (7, ["warm_turns: 50 → 7"]),
+    "warm_memory_mib": (64, ["warm_memory_mib: 1024 → 64"]),
+    "background_s": (60, ["background_s: 21600 → 60"]),
+    "turn_silence_s": (60, ["turn_silence_s: 1800 → 60"]),
+    "context_window": (1_000, ["context_window: as the program says → 1000"]),
+    "compact_at_percent": (50, ["compact_at_percent: 75 → 50"]),
+    "description": ("reads", ["description: empty → reads"]),
+    "credential": ("work", ["!credential: default → work"]),
+    "recipients": (["hm1nd"], ["recipients: everybody → hm1nd"]),
+    "pair_rate_per_hour": (5, ["!pair_rate_per_hour: the hive's → 5"]),
+    "env": ({"TOKEN": "hunter2"}, ["env: + TOKEN"]),
+    "mcp_servers": (
+        {"maps": {"command": "maps", "args": ["--at", "a b"], "env": {"KEY": "hunter2"}}},
+        ["!mcp_servers: + maps: maps --at 'a b' (env KEY)"],
+    ),
+}
+
+
+def settings(**given: Any) -> AgentSettings:
+    return AgentSettings.model_validate(given)
+
+
+def told(lines: list[Line]) -> list[str]:
+    wire = Effect(lines).to_wire()["lines"]
+    return [("!" if line["weight"] == "wide" else "") + effect_line(line) for line in wire]
+
+
+@pytest.mark.parametrize("key", AgentSettings.model_fields)
+def test_every_key_of_agent_toml_has_its_line(key: str) -> None:
+    value, words = CHANGES[key]
+    assert told(settings_lines(AgentSettings(), settings(**{key: value}))) == words
+    # What is taken back is told as well.
+    assert settings_lines(settings(**{key: value}), AgentSettings())
+    new = [line for line in settings_lines(None, settings(**{key: value})) if line.what == key]
+    assert new
+    assert all(line.before is None for line in new)
+    assert any(line.wide for line in new) == any(word.startswith("!") for word in words)
+
+
+def test_equal_settings_have_no_line() -> None:
+    whole = {key: value for key, (value, _) in CHANGES.items() if key not in ("available_models", "model")}
+    assert settings_lines(settings(**whole), settings(**whole)) == []
+    assert settings_lines(settings(tools=["Bash", "Read"]), settings(tools=["Read", "Bash"])) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "after", "words"),
+    [
+        ("recipients", ["hm1nd"], None, ["!recipients: hm1nd → everybody"]),
+        ("recipients", ["hm1nd", "iris"], ["iris", "argus"], ["!recipients: + argus", "recipients: − hm1nd"]),
+        ("recipients", [], ["iris"], ["!recipients: + iris"]),
+        ("recipients", None, [], ["recipients: everybody → nobody"]),
+        ("pair_rate_per_hour", 5, 4, ["pair_rate_per_hour: 5 → 4"]),
+        ("pair_rate_per_hour", 5, 6, ["!pair_rate_per_hour: 5 → 6"]),
+        ("pair_rate_per_hour", 5, None, ["!pair_rate_per_hour: 5 → the hive's"]),
+        ("available_models", ["sonnet"], [], ["!available_models: sonnet → any"]),
+        ("available_models", ["sonnet"], ["sonnet", "opus"], ["!available_models: + opus"]),
+        ("env", {"A": "1"}, {"A": "2"}, ["env: A → another value"]),
+        ("mcp_servers", {"m": {"command": "m"}}, {}, ["mcp_servers: − m: m"]),
+    ],
+)
+def test_what_widens_is_told_from_what_narrows(key: str, before: Any, after: Any, words: list[str]) -> None:
+    assert told(settings_lines(settings(**{key: before}), settings(**{key: after}))) == words
+
+
+def test_a_value_of_the_environment_is_never_told() -> None:
+    server = {"command": "maps", "env": {"KEY": "hunter2"}}
+    before, after = (
+        {"command": "maps", "env": {"KEY": "hunter1"}},
+        settings(env={"A": "hunter2"}, mcp_servers={"m": server}),
+    )
+    for one in (None, AgentSettings(), settings(env={"A": "hunter1"}, mcp_servers={"m": before})):
+        lines = settings_lines(one, after)
+        assert {"env", "mcp_servers"} <= {line.what for line in lines}
+        assert "hunter" not in str(lines)
+
+
+def test_a_new_agent_is_told_by_what_it_has() -> None:
+    assert told(settings_lines(None, settings(recipients=["hm1nd"]))) == [
+        "credential: + default",
+        "recipients: + hm1nd",
+        "tools: + Bash, Read, Edit, Write, Glob, Grep",
+        "program: + claude",
+        "model: + sonnet",
+    ]
+
+
+def test_a_prompt_is_told_by_its_size_and_by_how_many_lines_come_and_go() -> None:
+    assert told(prompt_lines("a\nb\n", "a\nb\n")) == []
+    assert told(prompt_lines(None, "a\n")) == ["prompt: + 1 line, 2 bytes"]
+    assert told(prompt_lines("a\nb\n", "a\nc\nd\n")) == ["prompt: 2 lines, 4 bytes → 3 lines, 6 bytes (+2 −1 lines)"]
+    (moved,) = told(prompt_lines("a\nb\n", "b\na\n"))
+    assert "in another order" in moved
+
+
+def test_files_are_told_by_name_and_the_first_of_them_where_they_are_many() -> None:
+    one, two, run = Entry("1" * 40), Entry("2" * 40), Entry("1" * 40, executable=True)
+    before = {"agent.toml": one, "old.md": one, "same.md": one, "other.md": one, "tool": one}
+    after = {"agent.toml": two, "same.md": one, "other.md": two, "tool": run} | {f"new/{n}.md": one for n in range(500)}
+    came, went, other, runs = told(file_lines(before, after, ["agent.toml"]))
+    assert came.startswith("files: + 500: new/0.md, ")
+    assert came.endswith(f"and {500 - LISTED} more")
+    assert (went, other) == ("files: − old.md", "files: other.md → changed")
+    assert runs == "executable files: + tool"
+
+
+@given(st.text(), st.text())
+def test_an_effect_is_bounded_and_what_widens_comes_first(text: str, other: str) -> None:
+    wire = Effect([Line("a", text * 50, None), Line("b", None, other * 50, wide=True)], ["why"]).to_wire()
+    assert [line["weight"] for line in wire["lines"]] == ["wide", "plain"]
+    assert all(len(line["before"] or line["after"] or "") <= TEXT_LIMIT + 40 for line in wire["lines"])
+    assert wire["unknown"] == ["why"]
