@@ -12,6 +12,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dashboard.answers import Unsure, asked, no, refused
+from dashboard.approvals import ApprovalForms
 from dashboard.credentials import CredentialForms
 from dashboard.door import Door
 from dashboard.forms import Forms
@@ -55,8 +56,8 @@ def build_app(hive: Hive) -> ASGIApp:
             Route("/messages/{id}/requeue", forms.requeue, methods=["POST"]),
             Route("/messages/{id}/drop", forms.drop, methods=["POST"]),
             Route("/questions/{id}/answer", forms.answer, methods=["POST"]),
-            Route("/approvals/{id}/approve", forms.approve, methods=["POST"]),
-            Route("/approvals/{id}/deny", forms.deny, methods=["POST"]),
+            Route("/approvals/{id}", pages.approval),
+            *ApprovalForms(hive).routes(),
         ],
         exception_handlers={
             Refusal: _on_refusal,

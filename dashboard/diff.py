@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
+from itertools import groupby
 from typing import NamedTuple
 
 COMPARED_LINES = 2_000
+_FILE = "diff --git "
 _HUNK = re.compile(r"@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@")
 
 
@@ -35,6 +37,46 @@ def read_diff(diff: str) -> list[Line]:
             kind = "meta"
         lines.append(Line(kind, text))
     return lines
+
+
+class Run(NamedTuple):
+    """Lines of one kind that follow each other."""
+
+    kind: str
+    text: str
+
+
+class FileDiff(NamedTuple):
+    """What a diff says of one file. path: empty for what comes before the first."""
+
+    path: str
+    added: int
+    removed: int
+    runs: list[Run]
+
+
+def diff_files(diff: str) -> list[FileDiff]:
+    """A diff as git writes it, file by file. Few runs stand for many lines, which is what a browser can hold."""
+    files: list[tuple[str, list[Line]]] = []
+    for line in read_diff(diff):
+        if line.kind == "meta" and line.text.startswith(_FILE):
+            files.append((_path(line.text), []))
+        elif not files:
+            files.append(("", []))
+        files[-1][1].append(line)
+    return [_of_file(path, lines) for path, lines in files]
+
+
+def _path(head: str) -> str:
+    """From `diff --git a/PATH b/PATH`: the two are one, since renames are not looked for."""
+    both = head.removeprefix(_FILE)
+    return both[2 : len(both) // 2]
+
+
+def _of_file(path: str, lines: list[Line]) -> FileDiff:
+    grouped = [(kind, [line.text for line in group]) for kind, group in groupby(lines, key=lambda line: line.kind)]
+    counts = {kind: sum(len(texts) for one, texts in grouped if one == kind) for kind in ("add", "del")}
+    return FileDiff(path, counts["add"], counts["del"], [Run(kind, "\n".join(texts)) for kind, texts in grouped])
 
 
 def compare(old: str, new: str) -> list[Line]:

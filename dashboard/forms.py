@@ -1,4 +1,4 @@
-"""What the operator can do by a form: write a message, approve, deny, sign out."""
+"""What the operator can do by a form: write a message, answer, stop the swarm, sign out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from starlette.responses import Response
 
 from dashboard.answers import Unsure, wants_json, yes
 from dashboard.door import COOKIE
-from hive_core.approvals import Approval
 from hive_core.commands import read_command, run_command
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
@@ -32,7 +31,7 @@ from hive_core.questions import parse_answer
 FORM_LIMIT_BYTES = 3 * BODY_LIMIT_BYTES + 64 * 1024  # each byte of a message may take three in a form
 # What is read and dropped of a body over the limit: a browser that still sends would not see the answer.
 DRAINED_BYTES = 4 * 1024 * 1024
-FIELDS_LIMIT = 16
+FIELDS_LIMIT = 128
 
 Mover = Callable[[int, AgentName], Awaitable[list[str]]]
 
@@ -103,23 +102,6 @@ class Forms:
         names = await move(message_id, OPERATOR)
         return yes(request, "/", said.format(message_id, ", ".join(names)))
 
-    async def approve(self, request: Request) -> Response:
-        approval_id = number(request.path_params["id"], "an approval")
-        form = await read_form(request)
-        approval = await self._hive.gate.approve(approval_id, form.get("digest", ""), OPERATOR, _door(request))
-        if approval.state == "failed":
-            raise Refusal("conflict", f"approval {approval_id} was carried out and failed: {approval.note}")
-        return yes(request, "/", f"approved: {_what(approval)}")
-
-    async def deny(self, request: Request) -> Response:
-        approval_id = number(request.path_params["id"], "an approval")
-        form = await read_form(request)
-        approval = await self._hive.approvals.get(approval_id)
-        if form.get("digest") != approval.digest:
-            raise Refusal("conflict", f"cannot deny {approval_id}: it is not what you were shown; look at it again")
-        approval = await self._hive.gate.deny(approval_id, form.get("reason"), OPERATOR, _door(request))
-        return yes(request, "/", f"denied: {_what(approval)}")
-
     async def answer(self, request: Request) -> Response:
         """The operator's answer: `choice-N` for each option that was chosen, by its place, and `text`."""
         question = await self._hive.questions.get(number(request.path_params["id"], "a question"))
@@ -144,11 +126,3 @@ class Forms:
         answer = yes(request, "/", "signed out")
         answer.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
         return answer
-
-
-def _door(request: Request) -> str:
-    return f"the dashboard, {request.client.host if request.client else 'from somewhere'}"
-
-
-def _what(approval: Approval) -> str:
-    return f"{'spawn' if approval.kind == 'spawn' else 'change'} {approval.agent}"

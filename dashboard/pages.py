@@ -103,6 +103,14 @@ class Pages:
             raise Refusal("not_found", refusal.message) from None
         return self._page("thread.html", [], thread=found)
 
+    async def approval(self, request: Request) -> Response:
+        """One approval whole, with a page of its own: for what was decided too."""
+        try:
+            approval = await self._hive.approvals.get(_number(request.path_params["id"], "an approval"))
+        except Refusal as refusal:
+            raise Refusal("not_found", refusal.message) from None
+        return self._page("approval.html", [], approval=approval)
+
     async def asset(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name not in ASSETS:
@@ -172,9 +180,9 @@ def _after(request: Request) -> str:
     return request.headers.get("last-event-id") or request.query_params.get("after", "")
 
 
-def _number(text: str) -> int:
-    """A message's number as an address has it."""
-    return parse_id(int(text) if text.isascii() and text.isdigit() and len(text) < 20 else text, "a message")
+def _number(text: str, what: str = "a message") -> int:
+    """A number as an address has it."""
+    return parse_id(int(text) if text.isascii() and text.isdigit() and len(text) < 20 else text, what)
 
 
 def _existing_name(request: Request) -> AgentName:

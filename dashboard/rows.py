@@ -11,12 +11,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from dashboard.diff import read_diff
+from dashboard.diff import diff_files, read_diff
 from dashboard.terminal import read_line, tokens
 from dashboard.visible import plain, visible
 from hive_core.agents import Agent
 from hive_core.approvals import Approval
 from hive_core.hive import Hive
+from hive_core.protocol.effect import effect_line
 from hive_core.protocol.held import WHY_HELD
 from hive_core.protocol.money import about
 from hive_core.protocol.visible import counted
@@ -83,6 +84,16 @@ def state_word(state: str) -> str:
     return "in turn" if state == "leased" else state
 
 
+def deed(approval: Approval) -> str:
+    """What approving it does, before the agent's name."""
+    return {"spawn": "spawn", "apply_commit": "change"}.get(approval.kind, approval.kind.replace("_", " "))
+
+
+def decided(state: str) -> str:
+    """What has become of an approval, in a chip."""
+    return {"approved": "under way", "done": "approved", "cancelled": "taken back"}.get(state, state)
+
+
 @cache
 def templates() -> Environment:
     environment = Environment(
@@ -96,8 +107,15 @@ def templates() -> Environment:
     )
     environment.filters.update(visible=visible, clock=clock, day=day)
     environment.filters.update(
-        counted=counted, measure=measure, read_diff=read_diff, tokens=tokens, about=about, brief=brief
+        counted=counted,
+        measure=measure,
+        read_diff=read_diff,
+        diff_files=diff_files,
+        tokens=tokens,
+        about=about,
+        brief=brief,
     )
+    environment.filters.update(deed=deed, decided=decided, effect_line=effect_line)
     environment.globals.update(asset=asset_url, voice=voice, state_word=state_word)
     return environment
 

@@ -26,6 +26,7 @@ from hive_core.procedures.gate import Gate
 from hive_core.procedures.logins import Logins
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.procedures.snapshotting import Snapshotting
+from hive_core.procedures.together import Together
 from hive_core.questions import Questions
 from hive_core.reminders import Reminders
 from hive_core.retention import Retention
@@ -77,6 +78,7 @@ class Hive:
     snapshots: Snapshotting = field(init=False)
     tombstones: Tombstones = field(init=False)
     destruction: Destruction = field(init=False)
+    together: Together = field(init=False)
 
     def __post_init__(self) -> None:
         self.freeze = Freeze(self.store, self.access)
@@ -90,6 +92,7 @@ class Hive:
         self.destruction = Destruction(
             self.store, self.agents, self.reconciler, self.tombstones, self.keeper, self.broker
         )
+        self.together = Together(self.store, self.approvals, self.gate)
         self.logins = Logins(self.store.bus, self.credentials, self.breaker, self.claude, self.bwrap_trouble)
         self.archive = Archive(self.store, self.config, self.config.bodies_dir)
         self.retention = Retention(self.store, self.config, self.archive.index)

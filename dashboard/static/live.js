@@ -21,8 +21,9 @@ function keep(old, fresh) {
   const typed = all("textarea, input:not([type=hidden])", old);
   all("textarea, input:not([type=hidden])", fresh).forEach((field, i) => {
     if (!typed[i]) return;
-    field.value = typed[i].value;
-    field.checked = typed[i].checked;
+    // A card that shows something else now was not chosen.
+    if (field.type === "checkbox") field.checked = typed[i].checked && typed[i].value === field.value;
+    else field.value = typed[i].value;
   });
   const picked = all("select", old);
   all("select", fresh).forEach((field, i) => {
@@ -59,7 +60,16 @@ function swap({ target, html, list, place, once }) {
   }
 }
 
+// How many cards are chosen, beside the button that approves them together.
+function countChosen() {
+  const button = $("#approve-chosen"), chosen = all("input[form=together]:checked").length;
+  if (!button) return;
+  $("#chosen").textContent = `(${chosen})`;
+  button.disabled = chosen === 0;
+}
+
 function count() {
+  countChosen();
   for (const badge of all("[data-counts]")) {
     const lists = badge.dataset.counts.split(" ").map((id) => document.getElementById(id));
     badge.textContent = lists.reduce((sum, list) => sum + list.children.length, 0);
@@ -78,7 +88,7 @@ function show(state, word) {
 }
 
 function openStream() {
-  if (stream || document.hidden) return;
+  if (stream || document.hidden || !page.live) return;
   stream = new EventSource(`${page.live}?after=${encodeURIComponent(after)}`);
   stream.onopen = () => show("on", "live");
   stream.onmessage = (event) => {
@@ -121,8 +131,9 @@ async function send(form, button) {
     });
     const said = await answer.json();
     if (answer.status === 401) return location.reload();
-    if (said.error) return toast(said.error.message, "bad");
-    toast(said.said, "good");
+    if (said.error) return said.error.message.split("\n").forEach((line) => toast(line, "bad"));
+    for (const line of said.said.split("\n")) toast(line, "good");
+    if (!page.live) return location.reload();
     // What was written while this was on its way is not ours to throw away.
     if ("reset" in form.dataset && form.elements.body.value === written) { const to = form.elements.to.value; form.reset(); form.elements.to.value = to; reply("", ""); }
   } catch {
@@ -163,5 +174,8 @@ document.addEventListener("click", (event) => {
   if (event.target.closest?.("#no-reply")) reply("", "");
 });
 
+document.addEventListener("change", countChosen);
+
 localTime(document);
+countChosen();
 openStream();

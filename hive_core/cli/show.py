@@ -274,24 +274,6 @@ def approval_line(row: dict[str, Any]) -> str:
     return f"{paint('◆ ' + str(row['id']), 'amber')} {what} {paint(row['agent'], 'bold')}: {safe(row['reason'])}"
 
 
-def approval(row: dict[str, Any]) -> str:
-    lines = [approval_line(row), f"  asked by {row['requested_by']} {ago(row['requested_at_ms'])} ago; {row['state']}"]
-    if row["note"]:
-        lines.append(f"  note: {safe(row['note'])}")
-    payload = row["payload"]
-    for name, text in payload.get("files", {}).items():
-        lines += [paint(f"  {name}", "bold"), *(f"    {line}" for line in safe(text).splitlines())]
-    if "diff" in payload:
-        lines.append(f"  commit {payload['sha']} on {payload['base'][:12]}")
-        lines += [f"    {_diff_line(line)}" for line in safe(payload["diff"]).splitlines()]
-    return "\n".join(lines)
-
-
-def _diff_line(line: str) -> str:
-    colour = {"+": "green", "-": "red", "@": "mauve"}.get(line[:1])
-    return paint(line, colour) if colour else line
-
-
 def event(row: dict[str, Any]) -> str:
     data = " ".join(f"{key}={safe(str(value))[:80]}" for key, value in row["data"].items() if value is not None)
     about = f" {row['agent']}" if row["agent"] and row["agent"] != row["actor"] else ""

@@ -208,9 +208,9 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
     ),
     "approve": (
         "approvals.approve",
-        "approve exactly what `hive show` shows",
+        "approve exactly what `hive show` shows, several of one kind together",
         [
-            (("approval",), {"type": _whole}),
+            (("approval",), {"type": _whole, "nargs": "+"}),
             (("--digest",), {"help": "approve only if it is still this; `hive show --json` gives it"}),
         ],
     ),

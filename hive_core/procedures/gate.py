@@ -8,6 +8,7 @@ do is in kinds/.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 
@@ -109,7 +110,14 @@ class Gate:
 
     # -- the operator's word ------------------------------------------------------------------------------------------
 
-    async def approve(self, approval_id: int, shown_digest: str, actor: str, origin: str | None = None) -> Approval:
+    async def approve(
+        self,
+        approval_id: int,
+        shown_digest: str,
+        actor: str,
+        origin: str | None = None,
+        patience_s: float | None = None,
+    ) -> Approval:
         """The operator's click on what was shown; return once it is carried out (done or failed).
 
         Idempotent: approving what is approved already waits for the same end. Raises Refusal("conflict") when it was
@@ -117,6 +125,7 @@ class Gate:
         takes no click back.
 
         origin: the door that the click came through.
+        patience_s: after so long return it as it is then, approved and under way.
         """
         approval = await self._approvals.get(approval_id)
         cannot = f"cannot approve {approval_id}"
@@ -136,7 +145,9 @@ class Gate:
                 tx.wake(APPROVED)
 
         await self._store.write(write)
-        return await self._approvals.wait_settled(approval_id)
+        with trio.move_on_after(math.inf if patience_s is None else patience_s):
+            return await self._approvals.wait_settled(approval_id)
+        return await self._approvals.get(approval_id)
 
     async def _insist_that_it_is_as_shown(self, approval: Approval) -> None:
         """Raise Refusal when what would be done now is not what the card shows, and let the card show it."""

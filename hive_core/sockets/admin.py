@@ -37,7 +37,7 @@ from hive_core.protocol.words import (
 )
 from hive_core.questions import parse_answer
 from hive_core.schedules import parse_plan
-from hive_core.sockets.admin_approvals import approval_verbs, caller_uid
+from hive_core.sockets.admin_approvals import approval_streams, approval_verbs, caller_uid
 from hive_core.sockets.admin_credentials import credential_streams, credential_verbs
 from hive_core.sockets.admin_lifecycle import lifecycle_verbs
 from hive_core.sockets.admin_snapshots import snapshot_verbs
@@ -109,6 +109,7 @@ class AdminDesk:
             "watch": (self._watch, set()),
             "events": (self._events, {"follow", "after", "limit"}),
             "down": (self._down, {"patience_s"}),
+            **approval_streams(hive),
             **credential_streams(hive),
         }
 

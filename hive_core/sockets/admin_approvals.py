@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
+import trio
+
 from hive_core.hive import Hive
 from hive_core.procedures.kinds.apply_commit import BASES
+from hive_core.procedures.together import Click
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, parse_agent_name, parse_commit_sha, parse_id, shown
 
 Args = dict[str, Any]
+Tell = Callable[[Any], Awaitable[None]]
+Streams = dict[str, tuple[Callable[[Args, Tell], Awaitable[None]], set[str]]]
 Verbs = dict[str, tuple[Callable[[Args], Awaitable[Any]], set[str]]]
 caller_uid: ContextVar[int] = ContextVar("caller_uid")  # of whoever is answered now
 
@@ -67,6 +73,33 @@ def approval_verbs(hive: Hive) -> Verbs:
         "approve": (approve, {"approval", "digest"}),
         "deny": (deny, {"approval", "reason"}),
     }
+
+
+def approval_streams(hive: Hive) -> Streams:
+    """verb → (what goes on, the arguments it takes)."""
+
+    async def approve_all(args: Args, tell: Tell) -> None:
+        """Each step of each, and its end; one that is refused tells its `error`."""
+        clicks = _clicks(args.get("approvals"))
+
+        async def tell_step(row: dict[str, Any]) -> None:
+            with suppress(trio.BrokenResourceError):  # it goes on, whether anybody looks or not
+                await tell(row)
+
+        for outcome in await hive.together.approve(clicks, OPERATOR, _door(), tell=tell_step):
+            await tell({**outcome.to_wire(), "end": True})
+
+    return {"approve_all": (approve_all, {"approvals"})}
+
+
+def _clicks(given: object) -> list[Click]:
+    """From `[[ID, DIGEST], …]`. Raises Refusal("usage")."""
+    if not isinstance(given, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in given):
+        raise Refusal("usage", "cannot approve without the digests of what was shown: give [ID, DIGEST] for each")
+    clicks = [Click(parse_id(number, "an approval"), digest) for number, digest in given]
+    if not all(isinstance(click.digest, str) for click in clicks):
+        raise Refusal("usage", "cannot approve without the digest of what was shown; `show` gives it")
+    return clicks
 
 
 def _door() -> str:

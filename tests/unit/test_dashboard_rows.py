@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dashboard.diff import compare, read_diff
+from dashboard.diff import compare, diff_files, read_diff
 from dashboard.rows import Rows
 from dashboard.terminal import read_line, tokens
 from dashboard.visible import SHOWN_CHARACTERS, visible
@@ -85,10 +85,15 @@ def delivery(recipient: str, state: str, note: str) -> dict[str, Any]:
     }
 
 
+def change(text: str, weight: str) -> dict[str, Any]:
+    return {"what": text, "before": text, "after": text, "weight": weight}
+
+
 def approval(text: str, kind: str = "spawn", state: str = "pending") -> Approval:
     payload: dict[str, Any] = {"files": {"CLAUDE.md": text, "agent.toml": text}}
     if kind == "apply_commit":
-        payload = {"sha": "a" * 40, "base": "b" * 40, "diff": f"@@ -1,2 +1,2 @@\n-{text}\n+{text}\n same\n"}
+        head = "diff --git a/x b/x\n--- a/x\n+++ b/x\n"
+        payload = {"sha": "a" * 40, "base": "b" * 40, "diff": f"{head}@@ -1,2 +1,2 @@\n-{text}\n+{text}\n same\n"}
     return Approval(
         id=5,
         kind=kind,
@@ -96,19 +101,19 @@ def approval(text: str, kind: str = "spawn", state: str = "pending") -> Approval
         requested_by=AgentName("hm1nd"),
         reason=text,
         payload=payload,
-        effect=None,
+        effect={"lines": [change(text, "wide"), change(text, "plain")], "unknown": [text]},
         digest="d" * 64,
         state=state,
-        step=None,
-        step_at_ms=None,
-        proof=None,
+        step=text,
+        step_at_ms=1,
+        proof=text,
         note=text,
         requested_at_ms=1_700_000_000_000,
         expires_at_ms=1_700_000_900_000,
         resolved_at_ms=1,
         resolved_by="operator",
         resolved_from=text,
-        rule=None,
+        rule=text,
     )
 
 
@@ -228,6 +233,24 @@ def test_a_line_of_a_diff_is_what_the_hunk_says_not_what_it_looks_like() -> None
     )
     assert [line.kind for line in compare("a\nb\n", "a\nc\n")] == ["hunk", "same", "del", "add"]
     assert [line.kind for line in compare("same", "same")] == ["same"]
+
+
+def test_a_diff_is_told_file_by_file_in_runs_of_lines_that_lose_nothing() -> None:
+    diff = (
+        "diff --git a/a b.md b/a b.md\n--- a/a b.md\n+++ b/a b.md\n@@ -1,2 +1,2 @@\n-diff --git a/no b/no\n-x\n+y\n+z\n"
+        "diff --git a/new b/new\nnew file mode 100644\n--- /dev/null\n+++ b/new\n@@ -0,0 +1,2 @@\n+1\n+2\n"
+    )
+    first, second = diff_files(diff)
+    assert (first.path, first.added, first.removed) == ("a b.md", 2, 2)
+    assert [run.kind for run in first.runs] == ["meta", "hunk", "del", "add"]
+    assert (second.path, second.added, second.removed) == ("new", 2, 0)
+    assert "\n".join(run.text for one in (first, second) for run in one.runs) + "\n" == diff
+
+
+async def test_what_widens_and_what_is_unknown_is_said_in_words(hive: Services) -> None:
+    text = Shape(Rows(hive_of(hive)).approval(approval("x"))).text
+    assert text.index("▲ widens") < text.index("? unknown")
+    assert "x: x → x" in text
 
 
 KEYS = [
