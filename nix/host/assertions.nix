@@ -41,10 +41,6 @@ in
         message = "services.hyperhive.sandbox is nspawn, for which the daemon has no privileges: say services.hyperhive.helper.enable = true.";
       }
       {
-        assertion = cfg.sandbox != "nixos-container" || !cfg.helper.enable;
-        message = "services.hyperhive.helper cannot start containers of NixOS yet: say services.hyperhive.helper.enable = false, and the daemon is root.";
-      }
-      {
         assertion = port == 0 || port != managerPort;
         message = "services.hyperhive.dashboard.port is ${toString managerPort}, the port of the manager's page: choose another, or set services.hyperhive.settings.manager_port.";
       }

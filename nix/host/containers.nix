@@ -3,25 +3,26 @@
 { config, lib, ... }:
 let
   cfg = config.services.hyperhive;
+  inherit ((import ../systemd/helper.nix).Containers) ReadWritePaths Environment RestrictSUIDSGID;
 in
 {
   config = lib.mkIf (cfg.enable && cfg.sandbox == "nixos-container") {
     # nixos-container and its unit: a host that declares no container of its own would not have them.
     boot.enableContainers = true;
-    systemd.tmpfiles.rules = [ "d /etc/nixos-containers 0755 root root -" ];
+    # Where it keeps them is there before the first.
+    systemd.tmpfiles.rules = map (path: "d ${path} 0755 root root -") ReadWritePaths;
     # Agents are made of what this host's flake has locked.
     services.hyperhive.settings = {
       hyperhive_source = lib.mkDefault "${flake}";
       nixpkgs = lib.mkDefault "${nixpkgs}";
     };
-    systemd.services.hyperhive = {
-      # What agents propose is evaluated by the daemon itself.
+    # What agents propose is evaluated and built by the daemon, as its own user.
+    systemd.services.hyperhive.path = [ config.nix.package ];
+    systemd.services.hyperhive-root = {
       path = [ config.nix.package ];
-      # nixos-container writes to /etc, /nix/var and /var/lib, and enters containers: that is root's, with all it may.
-      serviceConfig = lib.mapAttrs (_: lib.mkForce) {
-        User = "root";
-        CapabilityBoundingSet = "~";
-        ProtectSystem = true;
+      serviceConfig = {
+        inherit ReadWritePaths Environment;
+        RestrictSUIDSGID = lib.mkForce RestrictSUIDSGID;
       };
     };
   };

@@ -28,7 +28,7 @@ in
         "nixos-container"
       ];
       default = "bwrap";
-      description = "What agents run in. With `nixos-container` each has a NixOS system of its own, built from its `agent.nix` and from this host's nixpkgs; the daemon is root then.";
+      description = "What agents run in. With `nixos-container` each has a NixOS system of its own, built from its `agent.nix` and from this host's nixpkgs; the daemon builds it, and the helper has containers of it.";
     };
 
     settings = mkOption {
@@ -98,7 +98,7 @@ in
     helper.enable = mkOption {
       type = types.bool;
       default = false;
-      description = "Whether a helper that is root, `hyperhive-root.service`, starts the agents, each as a transient unit; `sandbox` is `nspawn` then unless it is said: containers with uids of their own. The daemon is hardened further then, and `hive login` takes a token (`--token`) in the place of running the program.";
+      description = "Whether a helper that is root, `hyperhive-root.service`, starts the agents, each as a transient unit; `sandbox` is `nspawn` then unless it is said: containers with uids of their own. With `nixos-container` there is one in any case. With the others the daemon is hardened further then, and `hive login` takes a token (`--token`) in the place of running the program.";
     };
 
     adminUsers = mkOption {

@@ -8,7 +8,8 @@ let
   cfg = config.services.hyperhive;
   unit = import ../systemd/unit.nix;
   inherit (import ../systemd/helper.nix) Helper Daemon;
-  helped = cfg.helper.enable;
+  containers = cfg.sandbox == "nixos-container";
+  helped = cfg.helper.enable || containers;
   written = (pkgs.formats.toml { }).generate "hyperhive-config.toml" cfg.settings;
   # The daemon's own parser reads it, so a setting that it would refuse ends the build.
   checked = pkgs.runCommand "hyperhive-config-checked.toml" { } ''
@@ -18,7 +19,7 @@ let
 in
 {
   config = lib.mkIf cfg.enable {
-    services.hyperhive.sandbox = lib.mkIf helped (lib.mkDefault "nspawn");
+    services.hyperhive.sandbox = lib.mkIf cfg.helper.enable (lib.mkDefault "nspawn");
     services.hyperhive.settings = {
       state_dir = lib.mkDefault "/var/lib/hyperhive";
       runtime_dir = lib.mkDefault "/run/hyperhive";
@@ -66,7 +67,7 @@ in
       restartTriggers = [ checked ];
       serviceConfig =
         unit.Service
-        // lib.optionalAttrs helped Daemon.Service
+        // lib.optionalAttrs (helped && !containers) Daemon.Service
         // {
           ExecStart = "${cfg.package}/bin/hive-core serve";
         }

@@ -11,6 +11,8 @@
     Service = import ./hardening.nix // {
       Type = "notify";
       NotifyAccess = "main";
+      # Fed by the loop that answers: a helper that hangs is restarted, and finds the agents again.
+      WatchdogSec = 60;
       TimeoutStopSec = 15;
       Restart = "on-failure";
       RestartSec = 1;
@@ -73,7 +75,22 @@
     Install.WantedBy = "multi-user.target";
   };
 
-  # Agents are no children of the daemon then, so it makes no sandboxes. `hive login` runs the program in one, and cannot:
+  # What the helper's has besides where agents are NixOS containers, whose units are the host's.
+  Containers = {
+    # nixos-container keeps a container in these, and in /var/lib.
+    ReadWritePaths = [
+      "/etc/nixos-containers"
+      "/nix/var/nix/gcroots/per-container"
+      "/nix/var/nix/profiles/per-container"
+    ];
+    # nix's daemon is asked for what root could do to the store itself: that is read-only here.
+    Environment = "NIX_REMOTE=daemon";
+    # A switch activates a system inside, under the filters of whoever began it, and that makes setuid wrappers.
+    RestrictSUIDSGID = false;
+  };
+
+  # Agents are no children of the daemon then, so it makes no sandboxes, but where it builds NixOS containers: what agents
+  # wrote is evaluated in one, and the daemon's unit stays as it is. `hive login` runs the program in one, and cannot:
   # `hive login --token` reads what `claude setup-token` printed elsewhere.
   Daemon = {
     Unit = {

@@ -141,10 +141,6 @@ def test_claude_is_taken_from_a_package_and_needs_its_licence_allowed(nix: Nix) 
         ('credentials.anthropic-api-key = "/nix/store/x"', "would put a secret into the Nix store"),
         ('environmentFiles = [ "/nix/store/env" ]', "would put a secret into the Nix store"),
         ("dashboard.port = 8000", "the port of the manager's page"),
-        (
-            'helper.enable = true; services.hyperhive.sandbox = "nixos-container"',
-            "cannot start containers of NixOS yet",
-        ),
         ('sandbox = "nspawn"', "say services.hyperhive.helper.enable = true"),
         ("settings.dashboard_port = 8000", "the port of the manager's page"),
         ('settings.sandbox = "nspawn"', "say services.hyperhive.sandbox instead"),
@@ -208,18 +204,26 @@ def test_containers_of_nixos_are_built_from_the_flake_and_the_nixpkgs_of_the_hos
         " {{ inherit (config.boot) enableContainers; inherit (config.systemd.tmpfiles) rules;"
         " inherit (config.services.hyperhive) settings;"
         " nix = lib.elem config.nix.package config.systemd.services.hyperhive.path;"
-        " inherit (config.systemd.services.hyperhive.serviceConfig) User CapabilityBoundingSet; }}"
+        " daemon = config.systemd.services.hyperhive.serviceConfig;"
+        " helper = config.systemd.services.hyperhive-root.serviceConfig or null; }}"
     )
     found = nix.value(of.format('"nixos-container"'))
     assert (found["enableContainers"], found["nix"]) == (True, True)
-    assert (found["User"], found["CapabilityBoundingSet"]) == ("root", "~")
+    # The daemon has no rights, and evaluates what agents wrote in a sandbox that it makes; the helper has all the rest.
+    assert (found["daemon"]["User"], found["daemon"]["CapabilityBoundingSet"]) == ("hyperhive", "")
+    assert "RestrictNamespaces" not in found["daemon"]
+    kept = {path for path in found["helper"]["ReadWritePaths"] if path.startswith(("/etc", "/nix"))}
+    assert kept >= {str(NixosHost().confs), str(NixosHost().profiles)}
+    assert kept == {rule.split()[1] for rule in found["rules"] if rule.split()[1] in kept}
+    assert {"/var/lib", "/run"} < {*found["helper"]["ReadWritePaths"]}
+    assert (found["helper"]["Environment"], found["helper"]["RestrictSUIDSGID"]) == ("NIX_REMOTE=daemon", False)
     assert any(rule.startswith(f"d {NixosHost().confs} ") for rule in found["rules"])
     config = Config(**found["settings"])
-    assert config.sandbox == "nixos-container"
+    assert (config.sandbox, str(config.helper)) == ("nixos-container", "/run/hyperhive-root/helper.sock")
     assert (config.hyperhive_source, config.nixpkgs) == (ROOT, ROOT / "tests/nix/standin")
     found = nix.value(of.format('"bwrap"'))
     assert (found["enableContainers"], found["nix"], "nixpkgs" in found["settings"]) == (False, False, False)
-    assert (found["User"], found["CapabilityBoundingSet"]) == ("hyperhive", "")
+    assert (found["daemon"]["User"], found["helper"]) == ("hyperhive", None)
 
 
 def test_limits_hold_the_slice_of_the_daemon_and_its_agents(nix: Nix) -> None:
