@@ -30,12 +30,17 @@ class BootedHost:
     def __init__(self, first: int) -> None:
         self._enter = ["nsenter", "--target", str(first), "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
 
+    def entering(self, user: str = "") -> list[str]:
+        """What a command of this machine's is given to, to run in there as root, USER or USER:GROUP."""
+        name, _, group = user.partition(":")
+        become = ["setpriv", f"--reuid={name}", f"--regid={group or name}", "--init-groups"] if user else []
+        return [*self._enter, *become]
+
     def run(self, *command: str, user: str = "", given: str = "") -> subprocess.CompletedProcess[str]:
         """A command in there, as root or a user, with `given` on its stdin."""
-        become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"] if user else []
         environment = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/tmp", "LANG": "C.UTF-8"}
         return subprocess.run(
-            [*self._enter, *become, *command],
+            [*self.entering(user), *command],
             input=given,
             env=environment,
             capture_output=True,

@@ -24,6 +24,7 @@ Type=notify
 Environment=PYTHONPATH={SOURCE} INSTANCE=%i
 EnvironmentFile=-/etc/nixos-containers/%i.conf
 ExecStart={VENV}/bin/python -P -m tests.containers.standin.start %i
+ExecReload=/usr/bin/touch /run/reloaded
 SyslogIdentifier=container %i
 Restart=on-failure
 RestartForceExitStatus=133
