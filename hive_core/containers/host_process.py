@@ -140,7 +140,8 @@ class HostProcessDriver:
         with status.open("ab", buffering=0) as status_file:
             claim(status_file)
             self._file(name, "run").write_text(json.dumps(told))
-            process, keeper = await trio.to_thread.run_sync(self._start, name, dirs, status_file.fileno())
+            own = trio.CapacityLimiter(1)
+            process, keeper = await trio.to_thread.run_sync(self._start, name, dirs, status_file.fileno(), limiter=own)
         running = RunningProcess(process.pid, process, status, self._ways(name), keeper)
         try:
             self._remember(name, process.pid)

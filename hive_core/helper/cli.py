@@ -66,6 +66,11 @@ def read_own_config(file: Path) -> Config:
     ):
         path.mkdir(mode=mode, exist_ok=True)
         check_trusted(path, setting)
+    # What agents printed is in there, and for a moment what they have is mounted below it.
+    if (entry := config.helper_state_dir.stat().st_mode & 0o077) != 0:
+        fix = f"`chmod 700 {config.helper_state_dir}`"
+        why = f"others than root may enter it (its mode has {entry:03o} for them)"
+        raise Refusal("refused", f"cannot use {config.helper_state_dir} as helper_state_dir: {why}; {fix}")
     check_code()
     check_trusted(config.nspawn_root, "a part of the sandbox")
     return config

@@ -11,6 +11,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from hive_core.protocol.words import AgentName
 from hive_core.sockets.unix import Connection, Lines, listen_unix, serve_unix
 from tests.containers.drivers import IRIS, PATIENCE_S, let_all_enter, make_fifo, mates, need, read_fifo, wait_gone
 from tests.containers.helped import Helped, ask, end_helper, error, helped_in, send, start_helper
+from tests.hanging_disk import hanging
 from tests.needs import ROOT
 from tests.processes import children_of, look_until, pids_naming
 
@@ -318,6 +320,32 @@ def test_a_descriptor_of_a_directory_stays_what_it_is_when_its_path_leads_elsewh
         os.close(descriptor)
 
 
+@pytest.mark.parametrize("sandbox", ["nspawn", "bwrap"])
+def test_a_disk_that_hangs_holds_up_nobody_but_the_agent_whose_it_is(tmp_path: Path, owned: Path, sandbox: str) -> None:
+    if sandbox == "bwrap" and not readable_by_all(Path(sys.base_prefix)):
+        pytest.skip("the interpreter stands where nobody but its user can read: bwrap, as another user, cannot bind it")
+    agent_dirs(owned, owned / "runtime", AgentName("argus")).make()
+    for path in (*(owned / "agents").rglob("*"), *(owned / "runtime").rglob("*")):
+        os.chown(path, OWNER, GROUP)
+    serve(tmp_path, owned, "exit 7", sandbox)
+    hung, said = {"verb": "start", "name": "iris"}, []
+    with hanging(owned / "agents" / "iris" / "state"):
+        others = [threading.Thread(target=lambda: said.append(error(ask(tmp_path, hung)))) for _ in range(5)]
+        for other in others:
+            other.start()
+        others_exit = [ask(tmp_path, {"verb": verb, "name": "argus"}) for verb in ("start", "exit", "forget")]
+        assert others_exit[1] == {"code": 7}
+        look_until(lambda: len(said) == 4)  # the first waits for the disk, and holds no more connections than its own
+        assert ask(tmp_path, {"verb": "list"}) == {"agents": {}}
+    for other in others:
+        other.join(PATIENCE_S)
+    why = "cannot see to iris: what was asked of it before has not been done for 10 s; look for a disk that hangs"
+    assert said[:4] == [why] * 4
+    assert said[4].startswith("cannot use")
+    assert "pid" in ask(tmp_path, hung)
+    ask(tmp_path, {"verb": "exit", "name": "iris"})
+
+
 def test_nothing_that_is_mounted_for_an_agent_is_seen_by_the_host_or_stays(tmp_path: Path, owned: Path) -> None:
     serve(tmp_path, owned, "exit 0")
     before = Path("/proc/self/mountinfo").read_text()
@@ -529,6 +557,9 @@ def test_directories_and_programs_of_the_helper_must_be_roots(tmp_path: Path) ->
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     os.chown(theirs, OWNER, 0)
+    (tmp_path / "open").mkdir(mode=0o755)
+    with pytest.raises(Refusal, match=r"others than root may enter it \(its mode has 055 for them\); `chmod 700"):
+        read_own_config(config_in(tmp_path / "etc", helper_state_dir=str(tmp_path / "open")))
     for setting, value in (
         ("helper_state_dir", theirs / "own"),
         ("helper", theirs / "helper.sock"),
