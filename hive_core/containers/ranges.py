@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import hashlib
+import json
+import os
 import pwd
 from collections.abc import Collection
 from pathlib import Path
 
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import AgentName
 
 SIZE = 65536
 # What systemd keeps for containers (its UIDS-GIDS page), but for the last range, which containers are tried with.
@@ -55,3 +59,37 @@ def _subordinate() -> list[tuple[int, int]]:
             if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit():
                 found.append((int(parts[1]), int(parts[2])))
     return found
+
+
+class UidRangesFile:
+    """The ranges of uids that agents have, in a file of root's. A range is free again when its agent is destroyed."""
+
+    def __init__(self, path: Path, hive: str) -> None:
+        self._path = path
+        self._hive = hive
+
+    async def first_uid(self, name: AgentName) -> int:
+        """The first uid of an agent's range, which is allocated when it has none. Raises Refusal when all are."""
+        held = self._read()
+        if name not in held:
+            held[name] = pick_range(f"{self._hive}/{name}", {*held.values()})
+            self._write(held)
+        return held[name]
+
+    def release(self, name: AgentName) -> None:
+        held = self._read()
+        if held.pop(name, None) is not None:
+            self._write(held)
+
+    def _read(self) -> dict[str, int]:
+        with contextlib.suppress(FileNotFoundError):
+            return {str(name): int(first) for name, first in json.loads(self._path.read_text()).items()}
+        return {}
+
+    def _write(self, held: dict[str, int]) -> None:
+        fresh = self._path.with_suffix(".new")
+        with fresh.open("w") as file:
+            json.dump(held, file)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.rename(self._path)

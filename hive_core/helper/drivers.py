@@ -18,10 +18,10 @@ from hive_core.containers.mounts import STATE, AgentDirs, Mount
 from hive_core.containers.nspawn import NspawnDriver, look_for_nspawn, nspawn_command
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.process_tree import kill_that_see
+from hive_core.containers.ranges import UidRangesFile
 from hive_core.containers.running import Running
 from hive_core.helper.owner import Owner
 from hive_core.helper.staging import clones, staging_command
-from hive_core.helper.uids import UidRangesFile
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 

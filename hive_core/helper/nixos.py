@@ -19,9 +19,9 @@ from hive_core.containers.groups import bounds_of
 from hive_core.containers.mounts import AgentDirs, Mount
 from hive_core.containers.nixos_container import NixosContainers
 from hive_core.containers.nixos_host import NixosHost
+from hive_core.containers.ranges import UidRangesFile
 from hive_core.containers.scopes import systemd_runs
 from hive_core.helper.staging import clones, staging_command
-from hive_core.helper.uids import UidRangesFile
 from hive_core.protocol.container_id import container_id
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, StorePath, parse_store_path

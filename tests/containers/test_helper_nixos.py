@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import trio
 
+from hive_core.containers.idmapped import clone_mount
 from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.nixos_container import NixosContainers
 from hive_core.containers.running import Exit
-from hive_core.helper.staging import clone_mount, staging_command
+from hive_core.helper.staging import staging_command
 from hive_core.protocol.refusal import Refusal
 from tests.containers.drivers import (
     IRIS,
