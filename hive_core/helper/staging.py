@@ -3,7 +3,8 @@
 What the daemon's user can write is hostile here. Between a look at a path and its use somebody may put a link, a pipe
 or another directory there; so each path is walked once, and what was found is used by its descriptor from then on. A
 clone of it (open_tree(2)) is a mount that stands nowhere yet, in which the daemon's user is the agent's root
-(mount_setattr(2)); staged.py puts it in its place, in a mount namespace that only the agent's wrapper has.
+(mount_setattr(2)); staged.py puts it in its place, in a mount namespace that only the agent's wrapper has, or on the
+host while its unit begins.
 """
 
 from __future__ import annotations

@@ -35,6 +35,11 @@ def runs():
 start_all()
 machine.wait_for_unit("hyperhive.service")
 
+with subtest("the daemon has no right, and the helper that has them answers it"):
+    machine.wait_for_unit("hyperhive-root.service")
+    assert machine.succeed("systemctl show --property=User --value hyperhive.service").strip() == "hyperhive"
+    assert "it starts agents in nixos-container for uid" in machine.succeed("hive doctor || true")
+
 with subtest("the manager's container is built and started"):
     machine.wait_until_succeeds("systemctl is-active container@hm1nd.service", timeout=BUILT_WITHIN_S)
     assert agents()["hm1nd"]["sandbox"] == "nixos-container"
@@ -55,6 +60,9 @@ with subtest("it reaches nothing of the host"):
     machine.fail(f"{INSIDE} touch /nix/var/nix/profiles/mine")
     machine.fail(f"{INSIDE} test -e /var/lib/hyperhive")
     assert machine.succeed(f"{INSIDE} ls /sys/class/net").split() == ["lo"]
+
+with subtest("nothing of it stays mounted on the host, and nobody but the helper can start it"):
+    machine.fail("grep -q /var/lib/hyperhive-root/stage /proc/1/mountinfo")
 
 with subtest("a change of its agent.nix is shown, approved and built, and comes at a turn's edge"):
     machine.fail(f"{INSIDE} test -e /run/current-system/sw/bin/hello")
