@@ -335,6 +335,7 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(hive.store.serve_backstop)
         nursery.start_soon(hive.store.wait_failed)
         nursery.start_soon(hive.gate.serve)
+        nursery.start_soon(hive.gate.upkeep.serve)
         nursery.start_soon(hive.broker.serve_leases)
         nursery.start_soon(hive.access.serve, hive.store)
         nursery.start_soon(hive.agents.serve)

@@ -8,7 +8,9 @@ manager every agent's configuration, those of agents to come included, and nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +22,7 @@ from hive_core.proposals import Proposal, check_proposal, diff_between, fetch_pr
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
 from hive_core.repo_making import make_repositories
+from hive_core.repo_upkeep import Needed, Tag, clear_leavings, set_tags, tidy
 from hive_core.revisions import expand_revision
 from hive_core.settings import POLICY, AgentSettings
 from hive_core.sterile_git import GitFailed, run_git
@@ -47,6 +50,8 @@ class Repos:
         # A hostile repository can take all its time: not on every thread that others need.
         self._fetching = trio.Semaphore(2)
         self._writing = AgentLocks()
+        self._held: Counter[tuple[AgentName, CommitSha]] = Counter()
+        self._fetched: Counter[AgentName] = Counter()
 
     @property
     def proposed_dir(self) -> Path:
@@ -66,7 +71,18 @@ class Repos:
     async def fetch(self, name: AgentName, sha: CommitSha) -> Proposal:
         """Take one commit from the proposed repository and check it. Raises Refusal when it cannot be deployed."""
         async with self._writing.of(name), self._fetching:
+            self._fetched[name] += 1
             return await _in_thread(name, lambda: fetch_proposal(self._of(name), self._proposed, name, sha))
+
+    @contextmanager
+    def holding(self, name: AgentName, sha: CommitSha) -> Iterator[None]:
+        """Whatever is tidied in here, this commit stays when it is fetched or made: no row speaks of it yet."""
+        self._held[name, sha] += 1
+        try:
+            yield
+        finally:
+            self._held[name, sha] -= 1
+            self._held += Counter()  # without those that nobody holds
 
     async def expand(self, name: AgentName, given: object) -> CommitSha:
         """The whole id of the commit that a branch, a tag, HEAD or an abbreviation names in the proposed repository.
@@ -100,7 +116,7 @@ class Repos:
     async def tag(self, name: AgentName, tag: str, sha: CommitSha, note: str = "") -> None:
         """Tag a commit of the applied repository; the same tag again is left as it is."""
         async with self._writing.of(name):
-            await _in_thread(name, lambda: _tag(self._of(name), tag, sha, note))
+            await _in_thread(name, lambda: set_tags(self._of(name), [Tag(tag, sha, note)]))
 
     async def check_main(self, name: AgentName, sha: CommitSha, base: CommitSha) -> None:
         """Raises Refusal("conflict") when `deploy` would."""
@@ -118,6 +134,32 @@ class Repos:
         """Give a commit of the applied repository the ref that a proposal's has, by which nix fetches it."""
         async with self._writing.of(name):
             await _in_thread(name, lambda: run_git(self._of(name), "update-ref", pin_of(sha), sha))
+
+    async def mend(self, name: AgentName, tags: Sequence[Tag]) -> None:
+        """Remove what a daemon that died left behind, and set those of the tags that are missing."""
+
+        def mend() -> None:
+            clear_leavings(self._of(name), name)
+            set_tags(self._of(name), tags)
+
+        async with self._writing.of(name):
+            await _in_thread(name, mend)
+
+    async def tidy(self, name: AgentName, needed: Callable[[], Awaitable[Needed]]) -> None:
+        """Drop the pins, tags and objects of proposals that nobody needs.
+
+        needed: what the rows need, asked while nothing else writes here.
+        """
+        async with self._writing.of(name):
+            held = {sha for each, sha in self._held if each == name}  # first: what is let go has its row by then
+            rows = await needed()
+            keep = Needed(rows.commits | held, rows.numbers)
+            if await _in_thread(name, lambda: tidy(self._of(name), keep)):
+                self._fetched.pop(name, None)
+
+    def untidy(self, fetched: int) -> list[AgentName]:
+        """Whose repositories took so many commits since they were tidied."""
+        return [name for name, number in self._fetched.items() if number >= fetched]
 
     def _of(self, name: AgentName) -> Path:
         return self._applied / f"{name}.git"
@@ -139,12 +181,6 @@ def _diff(repository: Path, name: AgentName, base: CommitSha, sha: CommitSha) ->
     return diff_between(repository, base, sha)
 
 
-def _tag(repository: Path, tag: str, sha: CommitSha, note: str) -> None:
-    if not run_git(repository, "for-each-ref", f"refs/tags/{tag}"):
-        message = ("-a", "--cleanup=verbatim", "-m", note) if note else ()
-        run_git(repository, "tag", *message, tag, sha)
-
-
 def _check_main(repository: Path, name: AgentName, sha: CommitSha, base: CommitSha) -> CommitSha:
     main = main_of(repository)
     if main not in (sha, base):
@@ -155,4 +191,4 @@ def _check_main(repository: Path, name: AgentName, sha: CommitSha, base: CommitS
 def _deploy(repository: Path, name: AgentName, approval_id: int, sha: CommitSha, base: CommitSha) -> None:
     main = _check_main(repository, name, sha, base)
     run_git(repository, "update-ref", "refs/heads/main", sha, main)
-    _tag(repository, f"deployed/{approval_id}", sha, "")
+    set_tags(repository, [Tag(f"deployed/{approval_id}", sha)])

@@ -7,8 +7,9 @@ meanwhile; what is copied fits together because of the order:
 1. the database, as of one instant: sqlite's own backup from a read transaction, which in a write-ahead log holds up
    neither the writer nor anybody else;
 2. the files of large bodies that this copy speaks of: they never change;
-3. `applied`, of each repository its refs before its objects. Objects are only ever added there, and a ref moves after
-   its objects are written, so a ref that was copied has all it needs. `main` is then set to what the copied database
+3. `applied`, of each repository its refs before its objects. Nothing is tidied there meanwhile (`alone` of
+   repo_upkeep), so objects are only ever added, and a ref moves after its objects are written: a ref that was copied
+   has all it needs. `main` is then set to what the copied database
    says is deployed, and tags of approvals that it does not know, or knows as undecided, are left out. So no lock of
    the gate is needed, and an approval never waits for a slow disk. (A bundle or a clone would run git, and leave the
    pins under refs/proposed behind.)
@@ -50,6 +51,7 @@ from hive_core.procedures.backup_format import (
     shown,
 )
 from hive_core.protocol.refusal import Refusal
+from hive_core.repo_upkeep import alone
 from hive_core.version import __version__
 
 WHOLE_LIMIT_BYTES = 8 * 1024 * 1024  # a smaller file is read at once; a larger one goes through a temporary file
@@ -86,15 +88,18 @@ def back_up(state_dir: Path, out: BinaryIO, work: Path, *, with_credentials: boo
     Raises Refusal when there is no hive that we may read, OSError when a file of the hive's own cannot be read.
     """
     copy = work / DATABASE
-    copy_database(state_dir / DATABASE, copy)
-    with contextlib.closing(sqlite3.connect(f"{copy.as_uri()}?mode=ro", uri=True)) as database:
-        check_database(database)
-        writer = _Writer(out, work, tell, now, with_credentials)
-        writer.report.agents = [row[0] for row in database.execute("SELECT name FROM agents ORDER BY name")]
-        writer.add_file(copy, DATABASE, 0o600)
-        _add_bodies(writer, state_dir, database)
-        for name in writer.report.agents:
-            _add_applied(writer, state_dir, name, database)
+    with contextlib.ExitStack() as untidied:
+        if (state_dir / "applied").is_dir():
+            untidied.enter_context(alone(state_dir / "applied", reading=True))
+        copy_database(state_dir / DATABASE, copy)
+        with contextlib.closing(sqlite3.connect(f"{copy.as_uri()}?mode=ro", uri=True)) as database:
+            check_database(database)
+            writer = _Writer(out, work, tell, now, with_credentials)
+            writer.report.agents = [row[0] for row in database.execute("SELECT name FROM agents ORDER BY name")]
+            writer.add_file(copy, DATABASE, 0o600)
+            _add_bodies(writer, state_dir, database)
+            for name in writer.report.agents:
+                _add_applied(writer, state_dir, name, database)
     for room in ("proposed", "agents", "tombstones", "shared", "meta", *(["credentials"] if with_credentials else [])):
         writer.add_tree(state_dir, room)
     for entry in sorted(os.listdir(state_dir)):

@@ -24,6 +24,7 @@ from hive_core.procedures.deployments import Deployments
 from hive_core.procedures.kinds.apply_commit import ApplyCommit
 from hive_core.procedures.kinds.kind import Asking, Kind
 from hive_core.procedures.kinds.spawn import Spawn
+from hive_core.procedures.repo_upkeep import RepoUpkeep
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
     MANAGER,
@@ -83,6 +84,7 @@ class Gate:
             default_model=default_model,
         )
         self.apply_commit = ApplyCommit(asking, agents, repos, deployments)
+        self.upkeep = RepoUpkeep(store, agents, repos)
         self.kinds: Mapping[str, Kind] = {each.kind: each for each in (self.spawn, self.apply_commit)}
         approvals.expired = self._tell_expired
 

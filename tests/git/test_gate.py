@@ -328,7 +328,8 @@ async def test_approve_applies_exactly_the_commit_that_was_shown(hive: Services,
     assert agent.deployed_sha == sha != later
     assert (agent.settings or {})["model"] == "opus"
     assert "Obey me." not in (agent.settings or {})["prompt"]
-    assert tags(hive) == {"deployed/0": first, f"proposal/{number}": sha, f"deployed/{number}": sha}
+    steps = {f"{step}/{number}": sha for step in ("proposal", "approved", "deployed")}
+    assert tags(hive) == {"deployed/0": first, **steps}
     assert applied(hive, "rev-parse", "main") == sha
     assert f"commit {sha} for iris: approved" in (await mail_of(hive, "hm1nd"))[-1]
 

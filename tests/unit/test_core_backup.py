@@ -226,7 +226,8 @@ def test_an_approval_that_is_carried_out_while_we_copy_is_undecided_in_the_copy(
     back_up(state, tmp_path / "hive.tar")
     bring_back(tmp_path / "hive.tar", tmp_path / "new")
     applied = tmp_path / "new" / "applied" / "iris.git"
-    assert git(state / "applied" / "iris.git", "tag").split() == ["deployed/0", "deployed/2", "proposal/2"]
+    tags = ["approved/2", "deployed/0", "deployed/2", "proposal/2"]
+    assert git(state / "applied" / "iris.git", "tag").split() == tags
     assert git(applied, "tag").split() == ["deployed/0"]
     database = sqlite3.connect(tmp_path / "new" / "hive.sqlite")
     (deployed,) = database.execute("SELECT deployed_sha FROM agents WHERE name = 'iris'").fetchone()

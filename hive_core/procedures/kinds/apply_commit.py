@@ -49,8 +49,9 @@ class ApplyCommit:
         tool = f"request_apply_commit {name} {sha}"
         answer = await self._asking.store.write(lambda tx: first_answer(tx, requested_by, key, tool))
         if answer is None:
-            async with self._asking.noting_a_refusal(self.kind, requested_by, name, sha=sha):
-                answer = await self._ask(requested_by, name, sha, reason, key, tool)
+            with self._repos.holding(name, sha):
+                async with self._asking.noting_a_refusal(self.kind, requested_by, name, sha=sha):
+                    answer = await self._ask(requested_by, name, sha, reason, key, tool)
         await self._repos.tag(name, f"proposal/{answer['approval']}", sha)
         return answer
 
@@ -107,6 +108,7 @@ class ApplyCommit:
 
     async def carry_out(self, approval: Approval, step: Step) -> Done:
         sha, base = CommitSha(approval.payload["sha"]), CommitSha(approval.payload["base"])
+        await self._repos.tag(approval.agent, f"approved/{approval.id}", sha)
         async with AsyncExitStack() as held:
             deployed = await self._deployments.carry_out(Change(approval.agent, approval.id, sha, base), held)
 
@@ -118,9 +120,9 @@ class ApplyCommit:
             return Done(write, held=held.pop_all())
 
     async def closed(self, approval: Approval) -> None:
-        if approval.state == "denied":
+        if approval.state in ("denied", "failed"):
             sha = CommitSha(approval.payload["sha"])
-            await self._repos.tag(approval.agent, f"denied/{approval.id}", sha, approval.note or "")
+            await self._repos.tag(approval.agent, f"{approval.state}/{approval.id}", sha, approval.note or "")
 
 
 def _check_waiting(tx: Transaction, name: AgentName, sha: CommitSha) -> None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
-from hive_core.approvals import Approval, Request, Shown, put_request
+from hive_core.approvals import TOPIC, Approval, Request, Shown, put_request
 from hive_core.post import no_room
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
@@ -75,6 +75,7 @@ class Asking:
             def note(tx: Transaction) -> None:
                 if not tx.short:
                     tx.emit("approval_refused", requested_by, agent, None, what=kind, reason=reason, **more)
+                    tx.wake(TOPIC)
 
             with contextlib.suppress(Refusal):  # of a store that can take nothing now: the first is the one to tell
                 await self.store.write(note)
