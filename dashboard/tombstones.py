@@ -37,6 +37,8 @@ class TombstoneForms:
         name = parse_agent_name(request.path_params["name"])
         await read_form(request)
         found = await self._hive.destruction.destroy(name, at_once=False)
+        if found is not None and (why := self._hive.destruction.trouble(found)):
+            return yes(request, "/", f"{name} is destroyed as soon as that can be done: {why}")
         if found is not None and found.state == "destroying":
             return yes(request, "/", f"{name} ends at its turn's edge and is destroyed then")
         return yes(request, "/", f"{name} is destroyed; what it had is kept")

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def destroy(arguments: Namespace) -> None:
     result = Client().call("destroy", agent=arguments.agent, now=arguments.now)
     name = arguments.agent
-    if result is not None and result["state"] == "destroying" and arguments.now:
+    if result is not None and result["state"] == "destroying" and result["trouble"]:
+        text = f"{name} is destroyed as soon as that can be done: {result['trouble']}"
+    elif result is not None and result["state"] == "destroying" and arguments.now:
         text = f"{name} was killed and has not gone yet; it is destroyed when it has: `hive tombstones` tells"
     elif result is not None and result["state"] == "destroying":
         text = f"{name} ends at its turn's edge and is destroyed then; `hive destroy {name} --now` does not wait"

@@ -123,7 +123,10 @@ def up(*, as_json: bool, unsafe_no_sandbox: bool) -> int:
 def findings(status: dict[str, Any]) -> list[str]:
     """What the daemon found to run agents with, a line each; what is missing says how to get it."""
     lines = []
-    if status["sandbox"] != "none":
+    if status["sandbox"] != "none" and status["sandbox_trouble"]:
+        why = f"{SANDBOXES[status['sandbox']]}, and no agent can be started now: {status['sandbox_trouble']}"
+        lines.append(show.paint(f"sandbox: {why}", "amber"))
+    elif status["sandbox"] != "none":
         lines.append(f"sandbox: {SANDBOXES[status['sandbox']]}")
         if status["sandbox_weakness"]:
             lines.append(show.paint(f"sandbox: {status['sandbox_weakness']}", "amber"))

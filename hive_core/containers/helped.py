@@ -29,6 +29,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, shown
 
 PATIENCE_S = 30.0
+GREETING_PATIENCE_S = 2.0  # of somebody who only wants to know whether it is there
 ANSWER_LIMIT_BYTES = 6 * max(OUTPUT_LIMIT_BYTES, LINES_LIMIT_BYTES) + 4096  # JSON may spell each byte with six
 _ROOM = socket.CMSG_SPACE(4)
 _WAY_OUT = "`systemctl start hyperhive-root`, or `hive-root serve` as root"
@@ -52,9 +53,9 @@ class Helper:
         self._folders = {"state_dir": str(state_dir), "runtime_dir": str(runtime_dir)}
         self._greeted = False
 
-    async def greet(self) -> dict[str, Any]:
+    async def greet(self, patience_s: float = PATIENCE_S) -> dict[str, Any]:
         """What the helper says of itself. Raises Refusal when it is away, or serves another hive."""
-        told, _ = await self._ask({"verb": "hello"}, PATIENCE_S)
+        told, _ = await self._ask({"verb": "hello"}, patience_s)
         for key, ours in self._folders.items():
             if told.get(key) != ours:
                 fix = "give both the same config.toml, and start both again"
@@ -105,6 +106,15 @@ class Helper:
 
     def _away(self, why: str) -> Refusal:
         return Refusal("unavailable", f"cannot reach the helper on {self.path}: {why}; {_WAY_OUT}")
+
+
+async def helper_trouble(helper: Helper) -> str | None:
+    """Why it starts no agents now, and what would mend that; None when it does."""
+    try:
+        told = await helper.greet(GREETING_PATIENCE_S)
+    except Refusal as refusal:
+        return refusal.message
+    return None if told.get("trouble") is None else str(told["trouble"])
 
 
 async def _converse(sock: trio.socket.SocketType, request: bytes, descriptors: list[int]) -> bytes:

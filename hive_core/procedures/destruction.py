@@ -14,6 +14,7 @@ from hive_core.broker import Broker
 from hive_core.kept import Keeper
 from hive_core.last_will import settle_all
 from hive_core.procedures.reconcile import Reconciler
+from hive_core.procedures.supervise import AWAY_REST_S, is_away
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.store.bus import EVENTS
@@ -43,6 +44,7 @@ class Destruction:
         self._broker = broker
         self._working: set[int] = set()
         self._trouble: dict[str, str] = {}  # label → why it does not come to its end
+        self._retried: set[str] = set()  # labels of those that go on by themselves when that is over
 
     async def serve(self) -> None:
         """Carry out what is under way, also what a daemon before left half done, until cancelled."""
@@ -63,7 +65,8 @@ class Destruction:
         return self._trouble.get(tombstone.label) or lingers
 
     async def destroy(self, name: AgentName, *, at_once: bool) -> Tombstone | None:
-        """Destroy an agent at its turn's edge, or `at_once`. Its tombstone as far as that came in some seconds."""
+        """Destroy an agent at its turn's edge, or `at_once`. Its tombstone as far as that came in some seconds, or
+        until it waits for whoever would end it: `trouble` says so. Raises Refusal."""
         self._try_anew(name)
         tombstone = await self._tombstones.destroy(name, OPERATOR, at_once=at_once)
         return await self._wait(tombstone, "destroying")
@@ -86,30 +89,47 @@ class Destruction:
 
     def _try_anew(self, name: AgentName) -> None:
         """What failed before says nothing of the next try."""
-        self._trouble = {label: why for label, why in self._trouble.items() if not label.startswith(f"{name}@")}
+        kept = {label for label in self._trouble if label in self._retried or not label.startswith(f"{name}@")}
+        self._trouble = {label: why for label, why in self._trouble.items() if label in kept}
 
     async def _wait(self, tombstone: Tombstone, state: str) -> Tombstone | None:
         """Until it left a state, but not for long; what there is of it then. Raises Refusal where it cannot."""
         with trio.move_on_after(ANSWER_WITHIN_S), self._store.bus.listen(EVENTS, TOMBSTONES) as listener:
             while (now := await self._tombstones.by_id(tombstone.id)) is not None and now.state == state:
+                if tombstone.label in self._retried:
+                    break
                 if why := self.trouble(tombstone):
                     raise Refusal("failed", f"{why}. It is tried again at the next start, and when you ask again")
                 await listener.wait()
         return await self._tombstones.by_id(tombstone.id)
 
     async def _carry_out(self, tombstone: Tombstone) -> None:
+        try:
+            while not await self._try(tombstone):  # noqa: ASYNC110 - a helper that comes back tells nobody
+                await trio.sleep(AWAY_REST_S)
+        finally:
+            self._retried.discard(tombstone.label)
+            self._working.discard(tombstone.id)
+            self._store.bus.publish([EVENTS])
+
+    async def _try(self, tombstone: Tombstone) -> bool:
+        """Carry out what is under way as far as that goes; False when whoever would do it is away."""
         steps = {"destroying": self._destroy, "reviving": self._revive, "purging": self._purge}
         try:
             # It was listed a moment ago, and whoever worked on it then may have come to the end since.
             now = await self._tombstones.by_id(tombstone.id)
             if now is not None and now.state in steps:
                 await steps[now.state](now)
+            self._trouble.pop(tombstone.label, None)
         except (Refusal, OSError) as exc:
+            if self._trouble.get(tombstone.label) != str(exc):
+                log.error("%s of %s: %s", tombstone.state, tombstone.label, exc, extra={"agent": tombstone.name})
             self._trouble[tombstone.label] = str(exc)
-            log.error("%s of %s: %s", tombstone.state, tombstone.label, exc, extra={"agent": tombstone.name})
-        finally:
-            self._working.discard(tombstone.id)
-            self._store.bus.publish([EVENTS])
+            if is_away(exc):
+                self._retried.add(tombstone.label)
+                self._store.bus.publish([EVENTS])
+                return False
+        return True
 
     async def _destroy(self, tombstone: Tombstone) -> None:
         name = tombstone.name

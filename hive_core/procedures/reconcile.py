@@ -112,14 +112,13 @@ class Reconciler:
     async def leave(self, name: AgentName, at_once: bool) -> None:
         """End an agent, which is wanted down, and serve it no more: at its turn's edge, or `at_once`.
 
-        It is not taken on again before `left`.
+        It is not taken on again before `left`. Again is fine. Raises Refusal, "unavailable" while whoever would end it
+        is away.
         """
         if self._serving:
             await self._complete.wait()
         self._leaving.add(name)
-        if (supervised := self._supervised.get(name)) is None:
-            await self._end_unserved(name, {})
-        else:
+        if (supervised := self._supervised.get(name)) is not None:
             if await supervised.now_running() is not None:
                 supervised.desk.ask_to_stop()
                 if at_once:
@@ -127,6 +126,8 @@ class Reconciler:
                 await supervised.ended.wait()
             supervised.let_go()
             await supervised.gone.wait()
+        # Also what was out of sight while it was served.
+        await self._end_unserved(name, {})
         self.updates.forget(name)
         async with self._locks.of(name):  # a change of its that is being switched to comes to its end first
             await self._driver.destroy(name)

@@ -171,7 +171,7 @@ class Supervisor:
             try:
                 await self._serve()
             except* (Refusal, OSError) as group:
-                trouble, away = _said(group), _is_away(_first(group))
+                trouble, away = _said(group), is_away(_first(group))
                 log.error("cannot run %s: %s", self.name, trouble, extra={"agent": self.name})
             # What runs all the same is found again.
             self.running, self.changed, self._unseen = None, trio.Event(), True
@@ -321,7 +321,7 @@ class Supervisor:
                 self._starts_since_s = trio.current_time()
                 running = await self._tools.driver.start(self.name, self._dirs)
             except (Refusal, OSError) as exc:
-                if isinstance(exc, StoreBusy | BlockingIOError) or _is_full(exc) or _is_away(exc):
+                if isinstance(exc, StoreBusy | BlockingIOError) or _is_full(exc) or is_away(exc):
                     raise  # no fault of the agent's: a full disk, a helper that is away, one that runs and is found now
                 trouble = _said(exc)
                 log.error("cannot start %s: %s", self.name, trouble, extra={"agent": self.name})
@@ -401,7 +401,8 @@ def _said(trouble: BaseException) -> str:
     return explain(trouble) if isinstance(trouble, OSError) else str(trouble)
 
 
-def _is_away(trouble: BaseException) -> bool:
+def is_away(trouble: BaseException) -> bool:
+    """Whether all that is missing is whoever would do it: it can be tried again."""
     return isinstance(trouble, Refusal) and trouble.code == "unavailable" and not isinstance(trouble, StoreBusy)
 
 

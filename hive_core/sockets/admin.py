@@ -16,6 +16,7 @@ import trio
 
 from hive_core.agents import LIVE
 from hive_core.archive import parse_query
+from hive_core.containers.helped import Helper, helper_trouble
 from hive_core.events import follow_events, newest_events
 from hive_core.flow import count_aside
 from hive_core.hive import Hive
@@ -160,7 +161,7 @@ class AdminDesk:
             "claude": str(hive.claude) if hive.claude else None,
             "claude_chosen": str(hive.config.claude) if hive.config.claude else None,
             "sandbox": hive.sandbox,
-            "sandbox_trouble": hive.sandbox_trouble,
+            "sandbox_trouble": hive.sandbox_trouble or await self._helper_trouble(),
             "sandbox_weakness": hive.sandbox_weakness,
             "unsafe": hive.unsafe,
             "frozen_since_ms": hive.freeze.since_ms,
@@ -172,6 +173,12 @@ class AdminDesk:
             **update_status(hive),
             "refused": {agent.name: agent.refused for agent in agents if agent.refused},
         }
+
+    async def _helper_trouble(self) -> str | None:
+        config = self._hive.config
+        if config.helper is None:
+            return None
+        return await helper_trouble(Helper(config.helper, config.state_dir, config.runtime_dir))
 
     async def _list(self, _: Args) -> Any:
         hive = self._hive

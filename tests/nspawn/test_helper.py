@@ -17,6 +17,7 @@ from tests.daemons import WITHIN_S, Daemon
 from tests.needs import ROOT
 from tests.processes import look_until, pids_naming, wait_gone
 from tests.swarm.test_outlive import GATED, SAY_WHO, WELCOME, open_swarm, spawn
+from tests.swarm.test_tombstones import hive
 
 
 class Helped:
@@ -120,6 +121,35 @@ def test_a_hive_goes_on_while_its_helper_is_away_and_the_next_one_finds_its_agen
         list(client.stream("down"))
         assert daemon.process.wait(WITHIN_S) == 0
         wait_gone(*pids_naming(f"{helper.own}/stage"))
+
+
+def test_a_destruction_is_accepted_while_the_helper_is_away_and_carried_out_when_it_is_back() -> None:
+    with open_helped() as (daemon, helper):
+        helper.start()
+        client = daemon.start()
+        spawn(client, "iris", [WELCOME, GATED])
+        client.call("send", to="iris", body="work")
+        daemon.wait_message(client, "begun")
+        pid = helper.pid_of("iris")
+        assert hive(daemon, "up").stdout.splitlines()[1] == "sandbox: systemd-nspawn"
+
+        helper.kill()
+        _, found = hive(daemon, "up").stdout.splitlines()[:2]
+        assert found.startswith("sandbox: systemd-nspawn, and no agent can be started now: cannot reach the helper on ")
+        assert "`systemctl start hyperhive-root`" in found
+        for _ in range(2):
+            said = hive(daemon, "destroy", "iris", "--now").stdout
+            assert said.startswith("iris is destroyed as soon as that can be done: cannot reach the helper on "), said
+        assert "cannot reach the helper" in hive(daemon, "tombstones").stdout
+        assert os.path.exists(f"/proc/{pid}")
+
+        known = last_number(client)
+        helper.start()
+        daemon.events(client, lambda event: event["kind"] == "agent_destroyed", after=known)
+        wait_gone(pid)
+        (kept,) = client.call("tombstones")["tombstones"]
+        assert (kept["state"], kept["trouble"]) == ("kept", None)
+        assert not list((helper.own / "processes").glob("iris.*"))
 
 
 def test_the_doctor_has_a_line_for_the_helper(tmp_path: Path) -> None:
