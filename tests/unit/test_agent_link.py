@@ -292,7 +292,7 @@ async def test_a_host_that_is_not_ready_yet_is_asked_again(tmp_path: Path) -> No
 async def test_without_a_host_the_link_gives_up_after_the_grace(tmp_path: Path) -> None:
     begin = trio.current_time()
     await run_to_its_end(a_link(tmp_path, orphan_grace_s=0.3))
-    assert 0.3 <= trio.current_time() - begin < 5
+    assert trio.current_time() - begin >= 0.3
 
 
 async def test_a_program_that_runs_keeps_the_link_past_the_grace(tmp_path: Path) -> None:

@@ -320,7 +320,7 @@ async def test_a_child_that_holds_the_pipes_does_not_hold_the_turn(start: Harnes
         begin = time.monotonic()
         _, ack = await (await welcomed(host)).take_turn(a_lease(program="claude"))
     assert ack["outcome"] == "failed"
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < PATIENCE_S
 
 
 async def test_sigterm_while_waiting_ends_at_once(start: Harnesses, tmp_path: Path) -> None:

@@ -200,7 +200,11 @@ async def test_a_browser_that_leaves_ends_its_stream(hive: Services) -> None:
                 await trio.sleep(0.01)
 
 
-async def test_open_streams_and_their_connections_end_at_once_when_the_hive_stops(hive: Services) -> None:
+async def test_open_streams_and_their_connections_end_at_once_when_the_hive_stops(
+    hive: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What hypercorn gives an open connection is no help here: it is longer than this waits.
+    monkeypatch.setattr("hive_core.sockets.http.GRACE_S", 2 * PATIENCE_S)
     ours = hive_of(hive)
     async with (
         served(ours) as browser,
@@ -211,14 +215,11 @@ async def test_open_streams_and_their_connections_end_at_once_when_the_hive_stop
         await one.until("agent-iris")
         await two.until("agent-iris")
         assert await ended.rest() == ["None"]
-        began = trio.current_time()
         ours.stopping.set()
         assert "agent-iris" not in await one.rest()
         assert "agent-iris" not in await two.rest()
         with trio.fail_after(PATIENCE_S):
             assert [await answer.peer.receive_some() for answer in (one, two, ended)] == [b"", b"", b""]
-        # Well under the grace of 0.5 s that hypercorn gives an open connection.
-        assert trio.current_time() - began < 0.25
     assert "live" not in hive.store.bus.topics()
 
 
