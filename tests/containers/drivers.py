@@ -7,7 +7,6 @@ import hashlib
 import os
 import signal
 import stat
-import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -43,7 +42,8 @@ from tests.containers.helped import (
     leftover_in,
 )
 from tests.containers.standin.host import StandInHost, host_of
-from tests.needs import ROOT, missing
+from tests.containers.starters import run_forked
+from tests.needs import missing
 from tests.processes import PATIENCE_S, children_of, pids_naming
 
 IRIS = AgentName("iris")
@@ -288,7 +288,7 @@ def make_fifo(folder: Path, name: str) -> Path:
 
 
 _STARTER = """
-import socket, sys, trio
+import os, signal, socket, sys, trio
 from pathlib import Path
 from tests.containers.drivers import IRIS, dirs_in, driver_in
 
@@ -298,7 +298,7 @@ async def main(folder, kind, script, with_life_pipe):
     driver.script = script.replace("LIFE", str(driver.life_fd_inside))
     running = await driver.start(IRIS, dirs_in(folder))
     print(running.pid, flush=True)
-    await trio.sleep_forever()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 trio.run(main, Path(sys.argv[1]), *sys.argv[2:4], sys.argv[4] == "life")
 """
@@ -307,16 +307,9 @@ trio.run(main, Path(sys.argv[1]), *sys.argv[2:4], sys.argv[4] == "life")
 def start_and_die(folder: Path, kind: str, script: str, life: str = "") -> int:
     """Another process starts the agent and is killed by SIGKILL. Returns the pid of the agent's wrapper."""
     driver_in(folder, kind, "")
-    with subprocess.Popen(
-        [sys.executable, "-c", _STARTER, str(folder), kind, script, life],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as starter:
-        assert starter.stdout is not None
-        pid = int(starter.stdout.readline())
-        starter.send_signal(signal.SIGKILL)
-    return pid
+    code, printed = run_forked(_STARTER, str(folder), kind, script, life)
+    assert code == -signal.SIGKILL
+    return int(printed)
 
 
 def end_all(folder: Path) -> None:

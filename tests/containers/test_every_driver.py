@@ -47,6 +47,7 @@ from tests.containers.drivers import (
 )
 from tests.containers.helped import HELPER_KINDS
 from tests.containers.standin.host import StandInHost, host_of
+from tests.containers.starters import run_forked
 from tests.needs import ROOT
 from tests.processes import pids_naming
 
@@ -574,12 +575,8 @@ async def test_at_whatever_step_of_a_start_a_daemon_is_killed_the_next_one_finds
     driver, dirs = driver_in(tmp_path, kind, script), dirs_in(tmp_path)
     never_started = not_remembered = step = 0
     while True:
-        starter = await trio.run_process(
-            [sys.executable, "-c", STARTER_THAT_IS_KILLED, str(tmp_path), script, kind, str(step)],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_stdout=True,
-            check=False,
-        )
+        code, _ = run_forked(STARTER_THAT_IS_KILLED, str(tmp_path), script, kind, str(step))
+        assert code in (0, -signal.SIGKILL)
         not_remembered += not (tmp_path / "processes" / "iris.json").exists()
         running = await driver.find(IRIS, dirs)
         if running is None:
@@ -594,7 +591,7 @@ async def test_at_whatever_step_of_a_start_a_daemon_is_killed_the_next_one_finds
                 await running.wait()
             await driver.forget(IRIS)
             await wait_gone(pids_naming(str(tmp_path)))
-        if starter.returncode == 0:
+        if code == 0:
             break
         step += 1
     # There are steps before the agent runs, and steps between that and its process file.

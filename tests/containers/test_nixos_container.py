@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, StorePath
 from tests.containers.drivers import IRIS, PATIENCE_S, STAND_IN, Systems, dirs_in, make_fifo, need, read_fifo
 from tests.containers.standin.host import system_files, write_program
-from tests.needs import ROOT
+from tests.containers.starters import run_forked
 from tests.processes import pids_naming
 
 BOUNDS = Bounds(memory_bytes=500 * 2**20, cpu_percent=200, tasks=100)
@@ -493,9 +492,7 @@ async def test_before_whatever_command_a_daemon_is_killed_the_next_one_has_one_c
     driver.script = "exec sleep 1000"
     step, code = 0, 1
     while code:
-        words = [sys.executable, "-c", STARTER_THAT_IS_KILLED, str(tmp_path), str(step)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        code = (await trio.run_process(words, env=environment, capture_stdout=True, check=False)).returncode
+        code, _ = run_forked(STARTER_THAT_IS_KILLED, str(tmp_path), str(step))
         assert code in (0, -signal.SIGKILL)
         running = await driver.find(IRIS, dirs_in(tmp_path)) or await driver.start(IRIS, dirs_in(tmp_path))
         containers = [pid for pid in pids_naming(str(driver.stand_in.folder)) if _is_container(pid)]
