@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,26 @@ from hive_core.containers.bounds import AgentGroups
 from hive_core.containers.helped import HelpedDriver, Helper
 from hive_core.containers.helped_systems import PATIENCE_OF_S
 from hive_core.containers.process import ProcessDriver
-from tests.needs import ROOT
+from tests.containers.starters import run_forked
 from tests.processes import PATIENCE_S, look_until
 
 HELPED_STAND_IN = "helper-nixos-container"
 HELPER_KINDS = ["helper-bwrap", "helper-nspawn", HELPED_STAND_IN]
+
+
+_HELPER = """
+import json, os, sys
+from tests.containers.helper_program import main
+
+if (pid := os.fork()) == 0:
+    os.setsid()
+    log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    main(json.loads(sys.argv[2]))
+    os._exit(0)
+print(pid)
+"""
 
 
 class HelpedScripts(HelpedDriver):
@@ -95,10 +108,9 @@ def start_helper(
         bounds = cgroups.bounds
         settings |= {"agent_memory_bytes": bounds.memory_bytes, "agent_cpu_percent": bounds.cpu_percent}
         settings |= {"agent_tasks": bounds.tasks}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HELPER_SETTINGS": json.dumps(settings)}
-    begin = f"setsid {sys.executable} -m tests.containers.helper_program < /dev/null >> $0/helper.log 2>&1 & echo $!"
-    done = subprocess.run(["sh", "-c", begin, str(folder)], env=environment, stdout=subprocess.PIPE, cwd=ROOT)
-    pid = int(done.stdout)
+    code, printed = run_forked(_HELPER, str(folder / "helper.log"), json.dumps(settings))
+    assert code == 0
+    pid = int(printed)
     (folder / "helper.pid").write_text(str(pid))
     look_until(lambda: answers(folder) or not os.path.exists(f"/proc/{pid}"))
     assert answers(folder), (folder / "helper.log").read_text()

@@ -1,11 +1,10 @@
 """The helper as it is, in a process of its own, but that an agent is the script that stands in a file of root's.
 
-Run with a folder and settings in its environment: nothing that looks for agents of a folder must find it.
+Nothing that looks for agents of a folder must find it: the folder is not in its command line.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from hive_core.logs import set_up_logs
 from tests.containers.standin.host import host_of
 
 
-def main() -> None:
-    settings: dict[str, Any] = json.loads(os.environ.pop("HELPER_SETTINGS"))
+def main(settings: dict[str, Any]) -> None:
     script = Path(settings["helper_state_dir"]) / "script"
     shell: Any = lambda *_: ["/bin/sh", "-c", script.read_text()]  # noqa: E731
     HostProcessDriver._command = shell  # type: ignore[method-assign]
@@ -30,7 +28,3 @@ def main() -> None:
     config = Config.model_validate(settings)
     host = host_of(config.helper_state_dir / "host") if config.sandbox == "nixos-container" else None
     trio.run(serve_helper, config, host)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Daemons that tests start and kill by the dozen: each is a fork of one process that has loaded all they need."""
+"""Daemons and helpers that tests start by the dozen: each is a fork of one process that has loaded all they need."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from tests.needs import ROOT
 # Nothing in its command line is of a test, which looks for what names its directory.
 _FORKS = """
 import json, os, socket, sys
-import tests.containers.drivers
+import tests.containers.drivers, tests.containers.helper_program
 
 with socket.socket(fileno=0) as tests:
     while True:
         request, fds, _, _ = socket.recv_fds(tests, 1 << 16, 2)
         if not request:
             break
-        program, *words = json.loads(request)
+        program, environment, *words = json.loads(request)
         if (child := os.fork()) == 0:
             nothing = os.open(os.devnull, os.O_RDONLY)
             for number, fd in enumerate((nothing, *fds)):
                 os.dup2(fd, number)
                 os.close(fd)
             sys.argv = ["-c", *words]
+            os.environ.clear()
+            os.environ.update(environment)
             code = 1
             try:
                 exec(program, {"__name__": "__main__"})
@@ -56,7 +58,7 @@ def run_forked(program: str, *words: str) -> tuple[int, str]:
     """Run a Python program, which finds the words behind sys.argv[0], to its end: (exit code, what it printed)."""
     forking, _ = _forking()
     with open(os.memfd_create("printed"), "r+b") as printed:
-        socket.send_fds(forking, [json.dumps([program, *words]).encode()], [printed.fileno(), 2])
+        socket.send_fds(forking, [json.dumps([program, dict(os.environ), *words]).encode()], [printed.fileno(), 2])
         code = int(json.loads(forking.recv(100)))
         printed.seek(0)
         return code, printed.read().decode()

@@ -11,13 +11,18 @@ from hypothesis import strategies as st
 
 from hive_core.protocol.container_id import CONTAINER_ID_LIMIT, container_id
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import MANAGER, OPERATOR, AgentName, parse_agent_name
+from hive_core.protocol.words import MANAGER, OPERATOR, RESERVED, AgentName, parse_agent_name
 from hive_core.sockets.admin import AdminDesk
 from tests.dashboards import hive_of
 from tests.hives import Services
 
 PARTS = st.text(string.ascii_lowercase + string.digits, min_size=1, max_size=9)
-NAMES = st.lists(PARTS, min_size=1, max_size=3).map(lambda parts: "a" + "-".join(parts)).map(parse_agent_name)
+NAMES = (
+    st.lists(PARTS, min_size=1, max_size=3)
+    .map(lambda parts: "a" + "-".join(parts))
+    .filter(lambda name: name not in RESERVED)
+    .map(parse_agent_name)
+)
 # Two names of one beginning and one digest, found by trying.
 TWINS = ("agent-0141", "agent-3948")
 
