@@ -19,6 +19,7 @@ import trio
 from hive_core.agent_locks import AgentLocks
 from hive_core.commit_contents import Contents, kinds, read_contents
 from hive_core.proposals import Proposal, check_proposal, diff_between, fetch_proposal, main_of, pin_of
+from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
 from hive_core.repo_making import make_repositories
@@ -170,7 +171,8 @@ async def _in_thread(name: AgentName, function: Callable[[], T]) -> T:
     try:
         return await trio.to_thread.run_sync(function)
     except (GitFailed, OSError) as exc:
-        raise Refusal("unavailable", f"cannot use the repository of {name}: {exc}") from exc
+        why = explain(exc) if isinstance(exc, OSError) else str(exc)
+        raise Refusal("unavailable", f"cannot use the repository of {name}: {why}") from exc
 
 
 def _diff(repository: Path, name: AgentName, base: CommitSha, sha: CommitSha) -> str:

@@ -270,5 +270,5 @@ def test_a_system_error_that_nobody_foresaw_names_its_file() -> None:
         state.mkdir(0o700)
         (state / "applied").write_text("in the way")
         said = the_one_line(serve(Path(folder)))
-        assert said.startswith(f"hive-core: cannot go on: {state}/applied")
+        assert said.startswith(f"hive-core: cannot use the repository of hm1nd: {state}/applied")
         assert said.endswith(": a file stands where a directory is needed; move it away")
