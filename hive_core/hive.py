@@ -23,6 +23,9 @@ from hive_core.ledger import Ledger
 from hive_core.loose_ends import LooseEnds
 from hive_core.procedures.destruction import Destruction
 from hive_core.procedures.gate import Gate
+from hive_core.procedures.kinds.destroy import Destroy
+from hive_core.procedures.kinds.raise_budget import RaiseBudget
+from hive_core.procedures.kinds.schedule_prompt import SchedulePrompt
 from hive_core.procedures.logins import Logins
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.procedures.snapshotting import Snapshotting
@@ -79,6 +82,9 @@ class Hive:
     tombstones: Tombstones = field(init=False)
     destruction: Destruction = field(init=False)
     together: Together = field(init=False)
+    schedule_prompt: SchedulePrompt = field(init=False)
+    raise_budget: RaiseBudget = field(init=False)
+    destroy: Destroy = field(init=False)
 
     def __post_init__(self) -> None:
         self.freeze = Freeze(self.store, self.access)
@@ -101,6 +107,10 @@ class Hive:
         self.schedules = Schedules(self.store, limits)
         self.background = Background(self.store, limits)
         self.steering = Steering(self.store)
+        self.schedule_prompt = SchedulePrompt(self.gate.asking, self.schedules)
+        self.raise_budget = RaiseBudget(self.gate.asking, self.ledger)
+        self.destroy = Destroy(self.gate.asking, self.agents, self.tombstones)
+        self.gate.add(self.schedule_prompt, self.raise_budget, self.destroy)
         self.turn_records = TurnRecords(self.store)
         self.loose_ends = LooseEnds(self.store, self.questions, self.reminders, self.schedules, self.background)
 

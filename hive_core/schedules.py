@@ -123,25 +123,29 @@ class Schedules:
         def put(tx: Transaction) -> dict[str, Any]:
             if tx.short:
                 raise no_room("schedule")
-            if tx.execute("SELECT 1 FROM agents WHERE name = ?", (plan.agent,)).fetchone() is None:
-                raise Refusal("not_found", f"cannot schedule for {plan.agent}: no agent has that name")
-            (count,) = tx.execute("SELECT count(*) FROM schedules WHERE state != 'removed'").fetchone()
-            if count >= SCHEDULES_LIMIT:
-                raise Refusal("refused", f"cannot schedule: there are {count} schedules, the limit; remove some")
-            next_at_ms = plan.rhythm(tx.now_ms).next_after(tx.now_ms)
-            if next_at_ms is None:
-                raise Refusal("usage", "cannot schedule: such a day never comes")
-            cron, zone = (plan.cron.expression, plan.cron.zone) if plan.cron else (None, None)
-            cursor = tx.execute(
-                "INSERT INTO schedules (agent, body, cron, zone, every_ms, state, created_at_ms, next_at_ms,"
-                " moved_at_ms) VALUES (?, ?, ?, ?, ?, 'on', ?, ?, ?)",
-                (plan.agent, plan.body, cron, zone, plan.every_ms, tx.now_ms, next_at_ms, tx.now_ms),
-            )
-            tx.emit("schedule_added", OPERATOR, plan.agent, schedule=cursor.lastrowid, next_at_ms=next_at_ms)
-            tx.wake(TOPIC)
-            return {"schedule": cursor.lastrowid, "next_at_ms": next_at_ms}
+            return self.put(tx, plan)
 
         return await self._store.write(lambda tx: once(tx, OPERATOR, key, "schedule", lambda: put(tx)))
+
+    def put(self, tx: Transaction, plan: Plan) -> dict[str, Any]:
+        """The same as a part of another change, which has looked for room on the disk."""
+        if tx.execute("SELECT 1 FROM agents WHERE name = ?", (plan.agent,)).fetchone() is None:
+            raise Refusal("not_found", f"cannot schedule for {plan.agent}: no agent has that name")
+        (count,) = tx.execute("SELECT count(*) FROM schedules WHERE state != 'removed'").fetchone()
+        if count >= SCHEDULES_LIMIT:
+            raise Refusal("refused", f"cannot schedule: there are {count} schedules, the limit; remove some")
+        next_at_ms = plan.rhythm(tx.now_ms).next_after(tx.now_ms)
+        if next_at_ms is None:
+            raise Refusal("usage", "cannot schedule: such a day never comes")
+        cron, zone = (plan.cron.expression, plan.cron.zone) if plan.cron else (None, None)
+        cursor = tx.execute(
+            "INSERT INTO schedules (agent, body, cron, zone, every_ms, state, created_at_ms, next_at_ms,"
+            " moved_at_ms) VALUES (?, ?, ?, ?, ?, 'on', ?, ?, ?)",
+            (plan.agent, plan.body, cron, zone, plan.every_ms, tx.now_ms, next_at_ms, tx.now_ms),
+        )
+        tx.emit("schedule_added", OPERATOR, plan.agent, schedule=cursor.lastrowid, next_at_ms=next_at_ms)
+        tx.wake(TOPIC)
+        return {"schedule": cursor.lastrowid, "next_at_ms": next_at_ms}
 
     async def pause(self, schedule_id: int) -> dict[str, Any]:
         """Let it rest until `resume`; what would have been due meanwhile is not missed. Again is fine."""

@@ -93,25 +93,25 @@ class Tombstones:
         """Begin to destroy an agent; again is fine, and may hasten it. Raises Refusal."""
         if name == MANAGER:
             raise Refusal("refused", f"cannot destroy {name}: a hive has one manager; `hive kill {name}` keeps it down")
-
-        def write(tx: Transaction) -> int:
-            if tx.execute("UPDATE agents SET wanted = 'down' WHERE name = ?", (name,)).rowcount == 0:
-                raise Refusal("not_found", f"cannot destroy {name}: no agent has that name; `hive list` shows them")
-            sql = "SELECT id, state FROM tombstones WHERE name = ? AND state IN ('destroying', 'reviving')"
-            if row := tx.execute(sql, (name,)).fetchone():
-                if row["state"] == "reviving":
-                    raise Refusal("conflict", f"cannot destroy {name}: it is being revived; try again in a moment")
-                number = int(row["id"])
-                tx.execute("UPDATE tombstones SET at_once = max(at_once, ?) WHERE id = ?", (at_once, number))
-            else:
-                number = self._put(tx, name, actor, at_once)
-            for topic in (WANTED, TOMBSTONES, mail(name)):
-                tx.wake(topic)
-            return number
-
-        found = await self.by_id(await self._store.write(write))
+        found = await self.by_id(await self._store.write(lambda tx: self.begin(tx, name, actor, at_once=at_once)))
         assert found is not None
         return found
+
+    def begin(self, tx: Transaction, name: AgentName, actor: str, *, at_once: bool) -> int:
+        """The same as a part of another change: the tombstone's id."""
+        if tx.execute("UPDATE agents SET wanted = 'down' WHERE name = ?", (name,)).rowcount == 0:
+            raise Refusal("not_found", f"cannot destroy {name}: no agent has that name; `hive list` shows them")
+        sql = "SELECT id, state FROM tombstones WHERE name = ? AND state IN ('destroying', 'reviving')"
+        if row := tx.execute(sql, (name,)).fetchone():
+            if row["state"] == "reviving":
+                raise Refusal("conflict", f"cannot destroy {name}: it is being revived; try again in a moment")
+            number = int(row["id"])
+            tx.execute("UPDATE tombstones SET at_once = max(at_once, ?) WHERE id = ?", (at_once, number))
+        else:
+            number = self._put(tx, name, actor, at_once)
+        for topic in (WANTED, TOMBSTONES, mail(name)):
+            tx.wake(topic)
+        return number
 
     def _put(self, tx: Transaction, name: AgentName, actor: str, at_once: bool) -> int:
         # Two of a name never have the same second in their labels.

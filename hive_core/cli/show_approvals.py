@@ -72,6 +72,9 @@ def _payload(payload: dict[str, Any]) -> Iterator[str]:
     for name, text in payload.get("files", {}).items():
         yield paint(f"  {name}", "bold")
         yield from (f"    {line}" for line in safe(text).splitlines())
+    if "text" in payload:
+        yield paint("  what it is told", "bold")
+        yield from (f"    {line}" for line in safe(payload["text"]).splitlines())
     if "diff" in payload:
         yield f"  commit {payload['sha']} on {payload['base'][:12]}"
         yield from (f"    {_diff_line(line)}" for line in safe(payload["diff"]).splitlines())

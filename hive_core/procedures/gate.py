@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from contextlib import AsyncExitStack
 
 import trio
@@ -73,7 +72,7 @@ class Gate:
         self._mended: dict[AgentName, str] = {}  # the commit of each agent that was looked at
         self._unmended: set[AgentName] = set()  # of whom that failed
         self._busy: set[AgentName] = set()  # of whom something is carried out or mended
-        asking = Asking(store, limits.approval_ttl_s)
+        asking = self.asking = Asking(store, limits.approval_ttl_s)
         self.spawn = Spawn(
             asking,
             agents,
@@ -85,8 +84,13 @@ class Gate:
         )
         self.apply_commit = ApplyCommit(asking, agents, repos, deployments)
         self.upkeep = RepoUpkeep(store, agents, repos)
-        self.kinds: Mapping[str, Kind] = {each.kind: each for each in (self.spawn, self.apply_commit)}
+        self.kinds: dict[str, Kind] = {}
+        self.add(self.spawn, self.apply_commit)
         approvals.expired = self._tell_expired
+
+    def add(self, *kinds: Kind) -> None:
+        """More kinds: all are there before anything is carried out."""
+        self.kinds.update({each.kind: each for each in kinds})
 
     async def ensure_manager(self, prompt: str) -> None:
         """Create hm1nd if it is missing: the one agent that needs no approval, since it asks for all others."""

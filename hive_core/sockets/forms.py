@@ -6,7 +6,7 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, SkipJsonSchema
 from pydantic_core import core_schema
 
 from hive_core.archive import SEARCH_LIMIT
@@ -23,21 +23,21 @@ class _Untitled(GenerateJsonSchema):
 class _Brief(_Untitled):
     """What every request to the model carries: nothing in it that does not help to call the tool.
 
-    That what may be left out may be null as well, that a number has 63 bits at most, that a text has some length and no
-    other field is taken: a call that errs is told so, and each request is spared it.
+    That what may be left out may be null as well, and what it is then, that a number has bounds, that a text has some
+    length and no other field is taken: a call that errs is told so, and each request is spared it.
     """
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
         return self.generate_inner(schema["schema"])
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
-        given = super().default_schema(schema)
-        return {key: value for key, value in given.items() if (key, value) != ("default", None)}
+        return {key: value for key, value in super().default_schema(schema).items() if key != "default"}
 
     def int_schema(self, schema: core_schema.IntSchema) -> JsonSchemaValue:
-        given = super().int_schema(schema)
-        taken = {"exclusiveMinimum": 0, "exclusiveMaximum": 2**63}
-        return {key: value for key, value in given.items() if taken.get(key) != value}
+        return {"type": super().int_schema(schema)["type"]}
+
+    def float_schema(self, schema: core_schema.FloatSchema) -> JsonSchemaValue:
+        return {"type": super().float_schema(schema)["type"]}
 
     def str_schema(self, schema: core_schema.StringSchema) -> JsonSchemaValue:
         return {"type": super().str_schema(schema)["type"]}
@@ -64,28 +64,28 @@ ToolKey = Annotated[
     str | None,
     Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$", description="the same key counts once"),
 ]
+# Taken by every tool that writes, and told with one: the id of a call does the same within a turn.
+UntoldKey = Annotated[ToolKey, SkipJsonSchema()]
 
 
 class SendArguments(Arguments):
-    to: Annotated[str | list[str], Field(description="an agent's name, operator, a list of them, or * for everyone")]
-    body: Annotated[str, Field(description="what to say, at most 512 KiB")]
-    in_reply_to: Annotated[int | None, Field(gt=0, lt=2**63, description="the number of the message this answers")] = (
-        None
-    )
+    to: Annotated[str | list[str], Field(description="an agent, operator, a list of them, or * for all")]
+    body: Annotated[str, Field(description="at most 512 KiB")]
+    in_reply_to: Annotated[int | None, Field(gt=0, lt=2**63, description="a message's number")] = None
     key: ToolKey = None
 
 
 class RecvArguments(Arguments):
-    wait_seconds: Annotated[float, Field(ge=0, le=RECV_WAIT_LIMIT_S, description="how long to wait for mail")] = 0
+    wait_seconds: Annotated[
+        float, Field(ge=0, le=RECV_WAIT_LIMIT_S, description=f"at most {RECV_WAIT_LIMIT_S:.0f}")
+    ] = 0
     max: Annotated[int, Field(ge=1, le=RECV_LIMIT)] = RECV_LIMIT
-    key: ToolKey = None
+    key: UntoldKey = None
 
 
 class ReadBodyArguments(Arguments):
-    id: Annotated[int, Field(gt=0, lt=2**63, description="the message's number")]
-    offset: Annotated[
-        int, Field(ge=0, lt=2**63, description="the byte to begin with, next_offset of the answer before")
-    ] = 0
+    id: Annotated[int, Field(gt=0, lt=2**63)]
+    offset: Annotated[int, Field(ge=0, lt=2**63, description="next_offset of the answer before")] = 0
 
 
 class NoArguments(Arguments):
@@ -93,39 +93,37 @@ class NoArguments(Arguments):
 
 
 class SearchArguments(Arguments):
-    text: Annotated[
-        str, Field(description='words that must all be there, 16 at most; "two words" together; wor* begins a word')
-    ] = ""
+    text: Annotated[str, Field(description='words that are all there; "two words" together; wor* begins one')] = ""
     sender: str | None = None
-    thread: Annotated[int | None, Field(gt=0, lt=2**63, description="any message of the thread")] = None
-    after: Annotated[str | None, Field(description="sent then or later, ISO 8601")] = None
+    thread: Annotated[int | None, Field(gt=0, lt=2**63, description="a message of it")] = None
+    after: Annotated[str | None, Field(description="ISO 8601")] = None
     before: str | None = None
     limit: Annotated[int, Field(ge=1, le=SEARCH_LIMIT)] = 20
-    cursor: Annotated[int | None, Field(gt=0, lt=2**63, description="next_cursor of the answer before")] = None
+    cursor: Annotated[int | None, Field(gt=0, lt=2**63, description="next_cursor")] = None
 
 
 class AskArguments(Arguments):
-    to: Annotated[str, Field(description="an agent's name, or operator")]
+    to: Annotated[str, Field(description="an agent, or operator")]
     question: str
-    options: Annotated[list[str] | None, Field(description="2 to 12 answers to choose from")] = None
-    multi: Annotated[bool, Field(description="several may be chosen")] = False
-    free_text: Annotated[bool, Field(description="other text is an answer too")] = False
-    ttl_s: Annotated[float | None, Field(description="seconds to wait for the answer")] = None
-    key: ToolKey = None
+    options: Annotated[list[str] | None, Field(description="2 to 12")] = None
+    multi: Annotated[bool, Field(description="several of them")] = False
+    free_text: Annotated[bool, Field(description="or other text")] = False
+    ttl_s: Annotated[float | None, Field(description="seconds to wait")] = None
+    key: UntoldKey = None
 
 
 class AnswerArguments(Arguments):
     question: Annotated[int, Field(gt=0, lt=2**63)]
-    choices: Annotated[list[str] | None, Field(description="options of the question")] = None
+    choices: Annotated[list[str] | None, Field(description="of its options")] = None
     text: str | None = None
-    key: ToolKey = None
+    key: UntoldKey = None
 
 
 class RemindArguments(Arguments):
     body: str
-    at: Annotated[str | None, Field(description="an instant, ISO 8601")] = None
-    after_s: Annotated[float | None, Field(description="or seconds from now")] = None
-    key: ToolKey = None
+    at: Annotated[str | None, Field(description="ISO 8601")] = None
+    after_s: Annotated[float | None, Field(description="or in seconds")] = None
+    key: UntoldKey = None
 
 
 class CancelArguments(Arguments):
@@ -138,17 +136,41 @@ class StatusArguments(Arguments):
 
 
 class SpawnArguments(Arguments):
-    name: Annotated[str, Field(description="the new agent's name: a-z, 0-9 and dashes")]
-    persona: Annotated[str, Field(description="who it is and how it works: the text of its CLAUDE.md")]
-    reason: Annotated[str, Field(description="why the operator should approve it")]
-    key: ToolKey = None
+    name: Annotated[str, Field(description="a-z, 0-9 and dashes")]
+    persona: Annotated[str, Field(description="who it is, for its CLAUDE.md")]
+    reason: Annotated[str, Field(description="for the operator")]
+    key: UntoldKey = None
 
 
 class ApplyArguments(Arguments):
     agent: str
-    sha: Annotated[str, Field(description="the whole commit id, 40 hex digits, from /agents/AGENT/config")]
-    reason: Annotated[str, Field(description="what the change is for")]
-    key: ToolKey = None
+    sha: Annotated[str, Field(description="40 hex digits")]
+    reason: str
+    key: UntoldKey = None
+
+
+class ScheduleArguments(Arguments):
+    agent: str
+    body: str
+    cron: Annotated[str | None, Field(description="five fields")] = None
+    zone: Annotated[str | None, Field(description="of cron, such as Europe/Berlin")] = None
+    every_s: Annotated[float | None, Field(description="instead of cron")] = None
+    reason: str
+    key: UntoldKey = None
+
+
+class BudgetArguments(Arguments):
+    scope: Annotated[str, Field(description="an agent, or hive")]
+    day: Annotated[str | None, Field(description="USD")] = None
+    total: Annotated[str | None, Field(description="USD")] = None
+    reason: str
+    key: UntoldKey = None
+
+
+class DestroyArguments(Arguments):
+    agent: str
+    reason: str
+    key: UntoldKey = None
 
 
 class CancelRequestArguments(Arguments):
@@ -162,7 +184,7 @@ class AgentArguments(Arguments):
 
 class LogsArguments(Arguments):
     agent: str
-    lines: Annotated[int, Field(ge=1, le=500)] = 50
+    lines: Annotated[int, Field(ge=1, le=500, description="50; at most 500")] = 50
 
 
 # -- what they answer with ---------------------------------------------------------------------------------------------

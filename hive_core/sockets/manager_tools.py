@@ -34,6 +34,18 @@ class ManagerTools:
         name, sha = parse_agent_name(given.agent), parse_commit_sha(given.sha)
         return await self._hive.gate.apply_commit.request(MANAGER, name, sha, given.reason, key)
 
+    @tool("Ask to send an agent a message by a clock.", forms.ScheduleArguments, forms.RequestResult, told.requested)
+    async def request_schedule_prompt(self, given: forms.ScheduleArguments, key: Key) -> Result:
+        return await self._hive.schedule_prompt.request(MANAGER, given.model_dump(), key)
+
+    @tool("Ask to raise a budget.", forms.BudgetArguments, forms.RequestResult, told.requested)
+    async def request_raise_budget(self, given: forms.BudgetArguments, key: Key) -> Result:
+        return await self._hive.raise_budget.request(MANAGER, given.model_dump(), key)
+
+    @tool("Ask for an agent's end.", forms.DestroyArguments, forms.RequestResult, told.requested)
+    async def request_destroy(self, given: forms.DestroyArguments, key: Key) -> Result:
+        return await self._hive.destroy.request(MANAGER, parse_agent_name(given.agent), given.reason, key)
+
     @tool("Take back what you asked for.", forms.CancelRequestArguments, forms.RequestResult, told.taken_back)
     async def cancel_request(self, given: forms.CancelRequestArguments, _: Key) -> Result:
         await self._hive.gate.cancel(given.approval, given.reason, MANAGER)

@@ -31,7 +31,8 @@ EVERYBODYS = {
     *("loose_ends", "set_status"),
 }
 MANAGERS = {
-    *("request_spawn", "request_apply_commit", "cancel_request"),
+    *("request_spawn", "request_apply_commit", "request_schedule_prompt", "request_raise_budget", "request_destroy"),
+    "cancel_request",
     *("kill", "start", "restart", "update", "get_logs", "hive_loose_ends"),
 }
 
@@ -141,8 +142,8 @@ CALLS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("start", {"agent": "iris"}, ["iris is started"]),
     ("get_logs", {"agent": "iris"}, ["the last 2 lines of iris", "> first", "> second ⟨U+202E⟩"]),
 ]
-# Of those that need agents that run: test_core_manager_tools.py.
-ELSEWHERE = {"request_apply_commit", "restart", "update"}
+# Of those that need agents that run, and of what else is asked for: test_core_manager_tools.py, test_core_kinds_*.py.
+ELSEWHERE = {"restart", "update", *(tool for tool in MANAGERS if tool.startswith("request_"))} - {"request_spawn"}
 
 
 def closed(schema: Any) -> Any:

@@ -32,6 +32,8 @@ class Done(NamedTuple):
 class Kind(Protocol):
     """A change that the operator approves. What it keeps in an approval's payload is its own."""
 
+    kind: str
+
     def title(self, approval: Approval) -> str:
         """What it changes, in a few words: "the new agent iris"."""
 

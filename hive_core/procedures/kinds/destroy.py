@@ -1,0 +1,66 @@
+"""The end of an agent. payload: {}. It ends at its turn's edge, and what it had is kept as a tombstone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hive_core.agents import Agents
+from hive_core.approvals import Approval, Request, Shown
+from hive_core.effects import Effect, Line
+from hive_core.procedures.kinds.kind import Asking, Done, Step
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import MANAGER, NOTE_LIMIT_BYTES, OPERATOR, AgentName, parse_text
+from hive_core.store.writer import Transaction
+from hive_core.tombstones import Tombstones
+
+
+class Destroy:
+    kind = "destroy"
+
+    def __init__(self, asking: Asking, agents: Agents, tombstones: Tombstones) -> None:
+        self._asking = asking
+        self._agents = agents
+        self._tombstones = tombstones
+
+    async def request(
+        self, requested_by: AgentName, name: AgentName, given_reason: object, key: str | None = None
+    ) -> dict[str, Any]:
+        """Ask for the end of an agent; `{"approval": id}`. Raises Refusal for hm1nd, and for who is no agent."""
+        reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
+        if name == MANAGER:
+            raise Refusal("refused", f"cannot ask for the end of {name}: a hive has one manager")
+        await self._agents.get(name)
+
+        def make(_: Transaction) -> Request:
+            return Request(self.kind, name, requested_by, reason, _shown(name))
+
+        return await self._asking.put(requested_by, key, f"request_{self.kind}", f"the end of {name}", make)
+
+    def title(self, approval: Approval) -> str:
+        return f"the end of {approval.agent}"
+
+    async def show_now(self, approval: Approval) -> Shown:
+        await self._agents.get(approval.agent)
+        return _shown(approval.agent)
+
+    async def carry_out(self, approval: Approval, step: Step) -> Done:
+        # What the rows say is carried out from there on by procedures/destruction.py, whichever daemon runs then.
+        return Done(lambda tx: self._begin(tx, approval.agent))
+
+    def _begin(self, tx: Transaction, name: AgentName) -> None:
+        self._tombstones.begin(tx, name, OPERATOR, at_once=False)
+
+    async def closed(self, approval: Approval) -> None:
+        pass
+
+
+def _shown(name: AgentName) -> Shown:
+    ends = "at its turn's edge; its mail, questions, reminders and requests, and who waits for them is told"
+    kept = f"its directories, repositories, budgets and history; `hive revive {name}` makes it an agent again"
+    lines = [
+        Line("agent", name, None),
+        Line("ends", None, ends),
+        Line("schedules", "on", "paused"),
+        Line("kept", None, kept),
+    ]
+    return Shown({}, Effect(lines).to_wire())
