@@ -11,6 +11,7 @@ from typing import Any
 
 import trio
 
+from hive_core.absent import no_such_agent, not_found
 from hive_core.access import ACCESS, Access, Closed
 from hive_core.container_states import forgive
 from hive_core.notices import notice, tell_manager
@@ -199,9 +200,7 @@ class Agents:
                 WHERE name = ?2
             """
             if tx.execute(sql, (wanted, name, actor)).rowcount == 0:
-                raise Refusal(
-                    "not_found", f"cannot find {name}: no agent has that name; `list_agents` or `hive list` shows them"
-                )
+                raise no_such_agent(tx, name)
             if wanted == "up":
                 forgive(tx, name)
             if wanted == "down" != was["wanted"] and MANAGER not in (name, actor):
@@ -264,9 +263,7 @@ class Agents:
         """One agent. Raises Refusal("not_found")."""
         found = await self._select("WHERE name = ?", (name,))
         if not found:
-            raise Refusal(
-                "not_found", f"cannot find {name}: no agent has that name; `list_agents` or `hive list` shows them"
-            )
+            raise await not_found(self._store, name)
         return found[0]
 
     async def _select(self, where: str, parameters: tuple[Any, ...] = ()) -> list[Agent]:

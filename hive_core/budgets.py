@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import trio
 
+from hive_core.absent import no_such_agent
 from hive_core.access import Closed
 from hive_core.charges import DAY_MS
 from hive_core.notices import notice
@@ -170,10 +171,7 @@ class Budgets:
             if change.scope != THE_HIVE:
                 sql = "SELECT 1 FROM agents WHERE name = ?"
                 if tx.execute(sql, (change.scope,)).fetchone() is None:
-                    raise Refusal(
-                        "not_found",
-                        f"cannot set a budget for {change.scope}: no agent has that name; `hive list` shows them",
-                    )
+                    raise no_such_agent(tx, change.scope, "set a budget for")
             rows = [(change.scope, kind, amount, change.warn_percent, tx.now_ms) for kind, amount in changes]
             tx.executemany(
                 "INSERT OR REPLACE INTO budgets (scope, kind, amount, warn_percent, set_at_ms) VALUES (?, ?, ?, ?, ?)",

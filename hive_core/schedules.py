@@ -10,6 +10,7 @@ import sqlite3
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from hive_core.absent import no_such_agent
 from hive_core.cron import Cron, parse_cron
 from hive_core.limits import Limits
 from hive_core.post import Cause, Letter, no_room
@@ -130,7 +131,7 @@ class Schedules:
     def put(self, tx: Transaction, plan: Plan) -> dict[str, Any]:
         """The same as a part of another change, which has looked for room on the disk."""
         if tx.execute("SELECT 1 FROM agents WHERE name = ?", (plan.agent,)).fetchone() is None:
-            raise Refusal("not_found", f"cannot schedule for {plan.agent}: no agent has that name")
+            raise no_such_agent(tx, plan.agent, "schedule for")
         (count,) = tx.execute("SELECT count(*) FROM schedules WHERE state != 'removed'").fetchone()
         if count >= SCHEDULES_LIMIT:
             raise Refusal("refused", f"cannot schedule: there are {count} schedules, the limit; remove some")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from hive_core.absent import no_such_agent
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, shown
 from hive_core.settings import EFFORTS, parse_model
@@ -87,7 +88,7 @@ def _row(tx: Transaction, name: str) -> Any:
     """
     row = tx.execute(sql, (name,)).fetchone()
     if row is None:
-        raise Refusal("not_found", f"cannot find {name}: no agent has that name; `hive list` shows them")
+        raise no_such_agent(tx, name)
     return row
 
 

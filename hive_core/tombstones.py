@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from hive_core.absent import no_such_agent
 from hive_core.agents import LINE_BYTES, check_free, pick_port
 from hive_core.budgets import bring_back, put_away
 from hive_core.protocol.refusal import Refusal
@@ -100,7 +101,7 @@ class Tombstones:
     def begin(self, tx: Transaction, name: AgentName, actor: str, *, at_once: bool) -> int:
         """The same as a part of another change: the tombstone's id."""
         if tx.execute("UPDATE agents SET wanted = 'down' WHERE name = ?", (name,)).rowcount == 0:
-            raise Refusal("not_found", f"cannot destroy {name}: no agent has that name; `hive list` shows them")
+            raise no_such_agent(tx, name, "destroy")
         sql = "SELECT id, state FROM tombstones WHERE name = ? AND state IN ('destroying', 'reviving')"
         if row := tx.execute(sql, (name,)).fetchone():
             if row["state"] == "reviving":

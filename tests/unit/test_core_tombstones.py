@@ -204,6 +204,23 @@ async def test_who_is_being_destroyed_is_not_started_again_meanwhile(hive: Servi
         await destroy(again)
 
 
+async def test_whatever_is_asked_of_a_destroyed_agent_is_answered_with_how_it_comes_back(hive: Services) -> None:
+    plan = {"agent": "iris", "body": "x", "every_s": 60}
+    async with destroying(hive) as house:
+        await destroy(house)
+        desk = AdminDesk(house)
+        asked = [
+            *(("snapshots", {}), ("snapshot", {}), ("start", {}), ("update", {}), ("restore_state", {}), ("logs", {})),
+            *(("pause", {}), ("kill", {}), ("cancel", {}), ("destroy", {}), ("compact", {}), ("schedule", plan)),
+        ]
+        for verb, more in asked:
+            with pytest.raises(Refusal) as refused:
+                await desk._verbs[verb][0]({"agent": "iris", **more})
+            assert "iris: it is destroyed; `hive tombstones` shows" in refused.value.message, verb
+            assert "`hive revive iris` brings it back" in refused.value.message
+            assert refused.value.code == "not_found"
+
+
 async def test_the_manager_and_who_is_not_there_are_refused(hive: Services) -> None:
     async with destroying(hive) as house:
         with pytest.raises(Refusal, match="cannot destroy hm1nd: a hive has one manager"):
