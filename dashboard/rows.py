@@ -158,9 +158,7 @@ class Rows:
         if not held and not dead:
             return Markup("")
         reasons = sorted({WHY_HELD.get(one["held"], one["held"]) for one in held})
-        reasons += [
-            f"{one['recipient']}, after {_turns(one['failures'])}: {one['note'] or 'no reason'}" for one in dead
-        ]
+        reasons += [f"{one['recipient']}{_turns(one['failures'])}: {one['note'] or 'no reason'}" for one in dead]
         return render(
             "rows/aside.html",
             message=message,
@@ -202,7 +200,7 @@ class Rows:
 
 
 def _turns(failures: int) -> str:
-    return counted(failures, "failed turn")
+    return f", after {counted(failures, 'failed turn')}" if failures else ""
 
 
 def _some(names: list[str]) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from hive_core.cli import show, story
 from hive_core.cli.client import Client
 from hive_core.cli.up import start_daemon
+from hive_core.protocol.ends import how_ended
 from hive_core.protocol.paths import check_socket_room
 from hive_core.protocol.refusal import Refusal
 
@@ -191,7 +192,7 @@ class _Stage:
             case "agent_started":
                 self.say(show.paint(f"  ▓ {event['agent']} runs", "green"))
             case "agent_ended" if not event["data"]["expected"]:
-                self.say(show.paint(f"  ! {event['agent']} ended with code {event['data']['code']}", "red"))
+                self.say(show.paint(f"  ! {event['agent']} {how_ended(event['data']['code'])}", "red"))
             case _:
                 pass
         return False

@@ -143,9 +143,9 @@ def aside(state: str, row: dict[str, Any]) -> str:
     if state == "held":
         why = f"held {ago(row['sent_at_ms'])} ago: {WHY_HELD.get(row['held'], row['held'])}"
     else:
-        failed = counted(row["failures"], "failed turn")
+        failed = f" after {counted(row['failures'], 'failed turn')}" if row["failures"] else ""
         note = f": {safe(row['note'])}" if row["note"] else ""
-        why = f"dead {ago(row['settled_at_ms'] or row['sent_at_ms'])} ago after {failed}{note}"
+        why = f"dead {ago(row['settled_at_ms'] or row['sent_at_ms'])} ago{failed}{note}"
     first = safe(row["body"]).strip().partition("\n")[0]
     said = first if len(first) <= 100 else f"{first[:99]}…"
     return f"{paint(str(row['id']), 'red' if state == 'dead' else 'amber')} {who} {' '.join(why.split())}\n    {said}"

@@ -21,6 +21,7 @@ from hive_core.limits import Limits
 from hive_core.notices import notice, tell_manager
 from hive_core.post import put_message
 from hive_core.procedures.starts import Starts
+from hive_core.protocol.ends import how_ended
 from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName
@@ -244,7 +245,7 @@ class Supervisor:
         if missed := await driver.missed_exit(self.name):
             when = "with the machine" if missed.with_machine else "while the daemon was away"
             expected = missed.code == 0 or missed.with_machine
-            await self._note_end(missed, "" if expected else f"{_how(missed)} {when}", when=when)
+            await self._note_end(missed, "" if expected else f"{how_ended(missed.code)} {when}", when=when)
 
     async def look_again(self) -> None:
         """Know whether what runs is as it would be started now."""
@@ -356,7 +357,7 @@ class Supervisor:
         # An adopted one may have been asked by the daemon before.
         if self.desk.asked_to_stop or (exit_.code == 0 and adopted):
             return ""
-        return _how(exit_) + (", and nobody had asked it to" if exit_.code == 0 else "")
+        return how_ended(exit_.code) + (", and nobody had asked it to" if exit_.code == 0 else "")
 
     async def _note_end(self, exit_: Exit | None, crash: str, when: str = "", hung: str = "") -> None:
         """Write down how it ended, and tell of a crash. exit_: None when it never began."""
@@ -414,7 +415,3 @@ def _first(trouble: BaseException) -> BaseException:
     while isinstance(trouble, BaseExceptionGroup):
         trouble = trouble.exceptions[0]
     return trouble
-
-
-def _how(exit_: Exit) -> str:
-    return "was ended from outside" if exit_.code is None else f"ended with code {exit_.code}"

@@ -110,7 +110,7 @@ async def test_exits_while_the_daemon_was_away_count_too(autojump_clock: MockClo
         async with house.daemon():
             await trio.sleep(1)
             assert house.live("iris").state == "quarantined"
-            assert "ended with code 137 while the daemon was away" in house.live("iris").detail
+            assert "was killed by signal 9 (SIGKILL) while the daemon was away" in house.live("iris").detail
         assert house.starts_of("iris") == []
 
 

@@ -14,6 +14,7 @@ import trio.testing
 from hive_core.agents import set_deployed
 from hive_core.approvals import Request, Shown, put_request
 from hive_core.budgets import THE_HIVE, Budgets, parse_change
+from hive_core.cli import show
 from hive_core.hive import Hive
 from hive_core.limits import Limits
 from hive_core.procedures.destruction import Destruction
@@ -73,6 +74,8 @@ async def test_all_mail_to_it_is_dead_and_each_sender_is_told_once(hive: Service
     assert await mail(hive, "hm1nd") == [
         f"message_dead: your message {held} to iris will not be read: iris was destroyed\nagent: iris"
     ]
+    dead = (await AdminDesk(hive_of(hive))._verbs["dead"][0]({}))["messages"]
+    assert all("ago: iris was destroyed\n" in show.aside("dead", row) for row in dead), "no turn failed"
     assert await hive.value("SELECT state FROM turns WHERE agent = 'iris'") == "waiting"
     with pytest.raises(Refusal, match=f"cannot requeue message {held} for iris: it was destroyed; `hive revive iris`"):
         await hive.broker.messages.requeue(held, OPERATOR)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hive_core.protocol import words
+from hive_core.protocol.ends import how_ended
 from hive_core.protocol.refusal import EXIT_CODES, Refusal
 from hive_core.protocol.visible import counted
 
@@ -234,3 +235,21 @@ def test_a_malformed_refusal_becomes_one_with_a_sentence(wire: object) -> None:
 
 def test_the_exit_codes_are_those_the_manual_promises() -> None:
     assert EXIT_CODES == {"usage": 2, "not_found": 3, "not_running": 3, "refused": 4, "conflict": 4}
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (None, "was ended from outside"),
+        (0, "ended with code 0"),
+        (1, "ended with code 1"),
+        (-9, "was killed by signal 9 (SIGKILL)"),
+        (137, "was killed by signal 9 (SIGKILL)"),
+        (143, "was killed by signal 15 (SIGTERM)"),
+        (255, "ended with code 255"),
+        (128, "ended with code 128"),
+        (-(2**40), f"ended with code {-(2**40)}"),
+    ],
+)
+def test_how_a_process_ended_is_said_in_words(code: int | None, said: str) -> None:
+    assert how_ended(code) == said
