@@ -102,9 +102,8 @@ def put_request(tx: Transaction, request: Request, expires_s: float) -> int:
     """Put a card before the operator; the same request while one is open is that card. Returns its id."""
     kind, agent, shown = request.kind, request.agent, request.shown
     digest = digest_of(kind, agent, shown)
-    sql = "SELECT id FROM approvals WHERE kind = ? AND agent = ? AND digest = ? AND state IN ('pending', 'approved')"
-    if row := tx.execute(sql, (kind, agent, digest)).fetchone():
-        return int(row["id"])
+    if known := _open(tx, kind, agent, digest):
+        return known
     cursor = tx.execute(
         "INSERT INTO approvals (kind, agent, requested_by, reason, payload, effect, digest, state, requested_at_ms,"
         " expires_at_ms) VALUES (?, ?, ?, ?, ?, ?, ?, 'pending', ?, ?)",
@@ -128,9 +127,14 @@ def put_request(tx: Transaction, request: Request, expires_s: float) -> int:
 def show_again(tx: Transaction, approval: Approval, shown: Shown) -> None:
     """What would be done is not what was shown: the card shows it, and a click on the card before counts for nothing.
 
-    Raises Refusal("conflict") when the approval is not pending any more.
+    Raises Refusal("conflict") when the approval is not pending any more, or another card shows that already.
     """
     digest = digest_of(approval.kind, approval.agent, shown)
+    if (other := _open(tx, approval.kind, approval.agent, digest)) == approval.id:
+        return  # another click has found that out, and the card shows it
+    if other is not None:
+        why = f"it would do what approval {other} does, which is open too; deny this one"
+        raise Refusal("conflict", f"cannot approve {approval.id}: {why}")
     changed = tx.execute(
         "UPDATE approvals SET payload = ?, effect = ?, digest = ? WHERE id = ? AND state = 'pending'",
         (*_stored(shown), digest, approval.id),
@@ -177,6 +181,13 @@ def note_step(tx: Transaction, approval: Approval, step: str) -> None:
     sql = "UPDATE approvals SET step = ?, step_at_ms = ? WHERE id = ? AND state = 'approved' AND step IS NOT ?"
     if tx.execute(sql, (step, tx.now_ms, approval.id, step)).rowcount:
         tx.emit("approval_step", approval.requested_by, approval.agent, approval=approval.id, step=step)
+
+
+def _open(tx: Transaction, kind: str, agent: str, digest: str) -> int | None:
+    """The card that shows this and was not carried out yet."""
+    sql = "SELECT id FROM approvals WHERE kind = ? AND agent = ? AND digest = ? AND state IN ('pending', 'approved')"
+    row = tx.execute(sql, (kind, agent, digest)).fetchone()
+    return None if row is None else int(row["id"])
 
 
 def _stored(shown: Shown) -> tuple[str, str | None]:

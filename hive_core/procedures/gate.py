@@ -141,9 +141,12 @@ class Gate:
             await self._insist_that_it_is_as_shown(approval)
 
         def write(tx: Transaction) -> None:
-            row = tx.execute("SELECT state, digest FROM approvals WHERE id = ?", (approval_id,)).fetchone()
+            sql = "SELECT state, digest, resolved_by, note FROM approvals WHERE id = ?"
+            row = tx.execute(sql, (approval_id,)).fetchone()
             if row["digest"] != shown_digest:
                 raise Refusal("conflict", f"{cannot}: it is not what you were shown; look at it again and approve that")
+            if row["state"] == "failed" and row["resolved_by"] == SYSTEM:  # before anybody approved it
+                raise Refusal("conflict", f"{cannot} any more: {row['note']}")
             if row["state"] in _OTHER_ENDS:
                 raise Refusal("conflict", f"{cannot}: {_OTHER_ENDS[row['state']]}")
             if row["state"] == "pending":
@@ -156,16 +159,25 @@ class Gate:
         return await self._approvals.get(approval_id)
 
     async def _insist_that_it_is_as_shown(self, approval: Approval) -> None:
-        """Raise Refusal when what would be done now is not what the card shows, and let the card show it."""
+        """Raise Refusal when what would be done now is not what the card shows, and let the card show it. One that
+        cannot be carried out any more fails."""
         try:
             shown = await self.kinds[approval.kind].show_now(approval)
         except Refusal as refusal:
             if refusal.code == "unavailable":  # later it may be possible
                 raise
             message = refusal.message
-            await self._store.write(lambda tx: self._end(tx, approval, "failed", message, SYSTEM))
-            await self._close(approval)
-            raise Refusal("conflict", f"cannot approve {approval.id} any more: {message}") from None
+
+            def write(tx: Transaction) -> bool:
+                is_ours = tx.execute("SELECT 1 FROM approvals WHERE id = ? AND state = 'pending'", (approval.id,))
+                if is_ours.fetchone() is None:
+                    return False  # another click has found that out, or it was decided meanwhile
+                self._end(tx, approval, "failed", message, SYSTEM)
+                return True
+
+            if await self._store.write(write):
+                await self._close(approval)
+            return
         if shown != (approval.payload, approval.effect):
             await self._store.write(lambda tx: show_again(tx, approval, shown))
             why = f"{approval.agent} was changed meanwhile, and it would do something else than you were shown"

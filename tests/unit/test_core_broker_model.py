@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import queue
-import tempfile
-import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import outcome
 import pytest
-import trio
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -22,9 +15,9 @@ from hive_core.leases import Lease, Turn
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import EVERYONE, OPERATOR, SYSTEM, AgentName, parse_body
-from tests.hives import PATIENCE_S, Services, open_services
+from tests.hives import Services
+from tests.living import LivingHive
 
-T = TypeVar("T")
 IRIS, DAMOCLES = AgentName("iris"), AgentName("damocles")
 NAMES = (IRIS, DAMOCLES)
 # Long rests, so that only the rule of time ends them.
@@ -80,45 +73,6 @@ class Model:
                     self.send(SYSTEM, [self.sender[number]])
 
 
-class LivingHive:
-    """A hive in a thread of its own, so that a test can go on in steps."""
-
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=trio.run, args=(self._live,))
-        self._thread.start()
-        self._token, self._calls = self._results.get(timeout=PATIENCE_S)
-        self.do(lambda hive: hive.add_agents(*NAMES))
-
-    async def _live(self) -> None:
-        send, receive = trio.open_memory_channel[Callable[[Services], Awaitable[Any]] | None](1)
-        self._results.put((trio.lowlevel.current_trio_token(), send))
-        again = True
-        while again:
-            again = False
-            async with open_services(Path(self._folder.name), limits=LIMITS) as hive:
-                async for call in receive:
-                    if call is None:
-                        again = True
-                        break
-                    with trio.move_on_after(PATIENCE_S):
-                        self._results.put(await outcome.acapture(call, hive))
-
-    def do(self, call: Callable[[Services], Awaitable[T]]) -> T:
-        trio.from_thread.run_sync(self._calls.send_nowait, call, trio_token=self._token)
-        result: T = self._results.get(timeout=PATIENCE_S).unwrap()
-        return result
-
-    def restart(self) -> None:
-        trio.from_thread.run_sync(self._calls.send_nowait, None, trio_token=self._token)
-
-    def close(self) -> None:
-        trio.from_thread.run_sync(self._calls.close, trio_token=self._token)
-        self._thread.join(PATIENCE_S)
-        self._folder.cleanup()
-
-
 AGENTS = st.sampled_from(NAMES)
 OUTCOMES = st.sampled_from(["done", "failed", "waiting", "cancelled"])
 NUMBERS = st.integers(1, 12)
@@ -127,7 +81,7 @@ NUMBERS = st.integers(1, 12)
 class Story(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.hive, self.model = LivingHive(), Model()
+        self.hive, self.model = LivingHive(*NAMES, limits=LIMITS), Model()
         self.turns: dict[str, Lease | None] = {IRIS: None, DAMOCLES: None}
         self.ended: list[tuple[AgentName, Turn, str]] = []
         self.answers: dict[tuple[str, str], tuple[Any, list[AgentName]]] = {}
