@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,24 +24,17 @@ from urllib.parse import quote
 import trio
 from pydantic import ValidationError
 
+from hive_core.effects_of_systems import Closure, Facts, parse_closure, parse_facts
 from hive_core.flake_files import agent_files, git_url, meta_flake, nix_string
 from hive_core.nix import Nix, NixFailed, explained
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import quoted
-from hive_core.protocol.words import MANAGER, PERSONA_LIMIT_BYTES, AgentName, CommitSha, parse_text
+from hive_core.protocol.words import MANAGER, PERSONA_LIMIT_BYTES, AgentName, CommitSha, parse_store_path, parse_text
 from hive_core.settings import AgentSettings, describe
 
 log = logging.getLogger(__name__)
 GIT_WITHIN_S = 30
-# What of an evaluated agent the host wants to know. The system's derivation is made and not built, so that whatever of
-# a build is evaluation is seen before it.
-_WANTED = (
-    "config: { inherit (config.hyperhive) settings persona role;"
-    ' mounts = builtins.filter (path: path != "/") (builtins.attrNames config.fileSystems)'
-    '  ++ map (mount: mount.where or "?") (builtins.filter (mount: builtins.substring 0 1 (mount.what or "") == "/")'
-    "    (config.systemd.mounts or [ ]));"
-    " system = builtins.unsafeDiscardStringContext config.system.build.toplevel.outPath; }"
-)
+_WANTED = resources.files("hive_core").joinpath("templates/nix/wanted.nix").read_text("utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +58,7 @@ class Evaluated:
     settings: AgentSettings
     persona: str
     system: str  # where it says that what is built of it is
+    facts: Facts  # what that holds
 
 
 class MetaFlake:
@@ -168,6 +163,16 @@ class MetaFlake:
             await self._render_alone(Path(folder), name, commit)
             yield _path_url(Path(folder))
 
+    async def closure(self, system: str) -> Closure | None:
+        """What a system needs in all; None where it is not in the store, so was never built here."""
+        try:
+            path = parse_store_path(system)
+            said = await self._nix.run(["path-info", "--json", "--closure-size", path])
+            paths = await self._nix.run(["path-info", "--recursive", path])
+        except (Refusal, NixFailed, OSError):
+            return None
+        return parse_closure(said, paths)
+
     async def _render_alone(self, folder: Path, name: AgentName, commit: CommitSha) -> None:
         (folder / "flake.nix").write_text(self.render({name: commit}), "utf-8")
         with contextlib.suppress(Refusal):  # nothing was committed yet; what is staged may be half written
@@ -241,4 +246,4 @@ def _checked(name: AgentName, said: bytes) -> Evaluated:
     except ValidationError as exc:
         raise Refusal("refused", f"cannot use agent.nix of {name}: hyperhive.settings: {describe(exc)}") from None
     persona = parse_text(found["persona"], "hyperhive.persona", PERSONA_LIMIT_BYTES)
-    return Evaluated(settings, persona, str(found["system"]))
+    return Evaluated(settings, persona, str(found["system"]), parse_facts(found.get("facts")))

@@ -18,6 +18,7 @@ from hive_core.containers.choice import Choice
 from hive_core.containers.driver import Driver, Systems
 from hive_core.effects import Effect, file_lines, prompt_lines
 from hive_core.effects_of_settings import settings_lines
+from hive_core.effects_of_systems import closure_lines, system_lines
 from hive_core.flakes import Evaluated, MetaFlake
 from hive_core.limits import Limits
 from hive_core.procedures.deployments import (
@@ -80,12 +81,18 @@ class FlakeDeployments:
                 before = await self._evaluated(name, proposal.base)
             except Refusal as refusal:  # by another release, which took what this one does not
                 before, unknown = None, [f"what {name} has now: {refusal.message}"]
+            closures = [await self._meta.closure(one.system) if one else None for one in (before, after)]
         files_before, more = await contents_before(self._repos, name, proposal.base)
         files_after = await self._repos.contents(name, proposal.sha)
         lines = settings_lines(before.settings if before else None, after.settings)
         lines += prompt_lines(before.persona if before else None, after.persona)
         lines += file_lines(files_before.files if files_before else {}, files_after.files, FILES)
-        return Effect(lines, unknown + more)
+        unknown += more
+        if before is not None and before.system != after.system:
+            for told, untold in (system_lines(before.facts, after.facts), closure_lines(*closures)):
+                lines += told
+                unknown += untold
+        return Effect(lines, unknown)
 
     async def _evaluated(self, name: AgentName, sha: CommitSha) -> Evaluated:
         """What a commit is evaluated to: the same for as long as it is built from the same."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hive_core.commit_contents import Entry
 from hive_core.effects import LISTED, TEXT_LIMIT, Effect, Line, file_lines, prompt_lines
 from hive_core.effects_of_settings import settings_lines
+from hive_core.effects_of_systems import Facts, closure_lines, parse_closure, parse_facts, system_lines
 from hive_core.protocol.effect import effect_line
 from hive_core.settings import AgentSettings
 
@@ -135,3 +136,39 @@ def test_an_effect_is_bounded_and_what_widens_comes_first(text: str, other: str)
     assert [line["weight"] for line in wire["lines"]] == ["wide", "plain"]
     assert all(len(line["before"] or line["after"] or "") <= TEXT_LIMIT + 40 for line in wire["lines"])
     assert wire["unknown"] == ["why"]
+
+
+def test_closures_are_told_by_size_and_by_what_comes_and_goes() -> None:
+    paths = [f"/nix/store/{'a' * 32}-{name}" for name in ("glibc-2", "strace-6", "git-2")]
+    old = '[{"path": "x", "closureSize": 1048576}]', paths[:2]
+    new = '{"x": {"closureSize": 2097152}}', [paths[0], paths[2]]
+    before, after = (parse_closure(said.encode(), "\n".join(some).encode()) for said, some in (old, new))
+    lines, unknown = closure_lines(before, after)
+    assert told(lines) == [
+        "closure: 1.0 MiB in 2 paths → 2.0 MiB in 2 paths",
+        "closure: + git-2",
+        "closure: − strace-6",
+    ]
+    assert unknown == []
+    assert closure_lines(before, None)[1]
+
+
+@pytest.mark.parametrize(
+    "said", ["", "[]", "null", "7", "{}", '[{"path": "x"}]', '{"x": null}', '[{"closureSize": "1"}]']
+)
+def test_what_nix_says_of_no_closure_is_none(said: str) -> None:
+    assert parse_closure(said.encode(), b"") is None
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
+
+
+@given(JSON | st.fixed_dictionaries(dict.fromkeys(Facts.model_fields, JSON)))
+def test_facts_that_an_agent_made_up_are_none_or_are_told(raw: object) -> None:
+    facts = parse_facts(raw)
+    lines, unknown = system_lines(Facts(), facts)
+    assert (lines, len(unknown)) == ([], len(Facts.model_fields))
+    assert system_lines(facts, facts)[0] == []

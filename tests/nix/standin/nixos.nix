@@ -29,7 +29,8 @@ let
       system.stateVersion = mkOption { type = types.str; };
       system.build.toplevel = mkOption { type = types.unspecified; };
       systemd = {
-        services = bag "units";
+        services = bag "services";
+        units = bag "units, as they are written";
         mounts = list;
         slices = bag "slices";
         tmpfiles.rules = list;
@@ -39,6 +40,7 @@ let
       users.groups = bag "groups";
     };
     config = {
+      systemd.units = lib.mapAttrs' (name: unit: lib.nameValuePair "${name}.service" { text = builtins.toJSON (unit.serviceConfig or { }); }) config.systemd.services;
       nix.package = lib.mkDefault (pkgsFor config.nixpkgs.hostPlatform config.nixpkgs.config).nix;
       _module.args.pkgs = lib.mkDefault (pkgsFor config.nixpkgs.hostPlatform config.nixpkgs.config);
       system.build.toplevel =

@@ -1,0 +1,181 @@
+"""What a change does to the system that an agent's container is: told from what nix makes of both commits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+from hive_core.effects import Line, changed, listed, some
+from hive_core.protocol.visible import counted, mib
+
+T = TypeVar("T")
+Text = Annotated[str, StringConstraints(max_length=1_000)]
+
+
+class _Fact(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Package(_Fact):
+    """mark: of what it is built from."""
+
+    name: Text
+    mark: Text
+
+
+class Wrapper(_Fact):
+    setuid: bool
+    setgid: bool
+    capabilities: Text
+
+    def __str__(self) -> str:
+        rights = [word for word, has in (("setuid", self.setuid), ("setgid", self.setgid)) if has]
+        return ", ".join([*rights, self.capabilities] if self.capabilities else rights) or "no rights"
+
+
+class Network(_Fact):
+    firewall: bool
+    dhcp: bool
+    tcp: list[Text]
+    udp: list[Text]
+    nameservers: list[Text]
+
+
+class Facts(_Fact):
+    """What nix says of a system. None: it could not say that."""
+
+    packages: list[Package] | None = None
+    services: dict[Text, Text] | None = None  # unit → a mark of what it says
+    users: dict[Text, list[Text]] | None = None  # name → its groups
+    setuid: dict[Text, Wrapper] | None = None  # program → what it gets
+    capabilities: dict[Text, Text] | None = None  # service → what it begins with
+    network: Network | None = None
+    programs: list[Text] | None = None
+
+
+class Closure(NamedTuple):
+    """The store paths that a system needs, and the bytes that they have."""
+
+    paths: frozenset[str]
+    size: int
+
+    def __str__(self) -> str:
+        return f"{mib(self.size)} in {counted(len(self.paths), 'path')}"
+
+
+def parse_closure(said: bytes, paths: bytes) -> Closure | None:
+    """From `nix path-info --json --closure-size` and `--recursive` of one path; None where it is not there."""
+    try:
+        found = json.loads(said)  # a list, and by later releases an object of path → what is known of it
+        (info,) = found if isinstance(found, list) else found.values()
+        size = info["closureSize"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return Closure(frozenset(paths.decode("utf-8", "replace").split()), size) if isinstance(size, int) else None
+
+
+def closure_lines(before: Closure | None, after: Closure | None) -> tuple[list[Line], list[str]]:
+    """The lines, and what is unknown."""
+    if before is None or after is None:
+        return [], ["closure: what it adds and takes, and its size, is known once it is built"]
+    added, removed = sorted(after.paths - before.paths), sorted(before.paths - after.paths)
+    lines = changed("closure", str(before), str(after))
+    lines += [Line("closure", None, some([_package(path) for path in added]))] if added else []
+    return lines + ([Line("closure", some([_package(path) for path in removed]), None)] if removed else []), []
+
+
+def _package(path: str) -> str:
+    """/nix/store/HASH-NAME → NAME."""
+    return path.rpartition("/")[2].partition("-")[2]
+
+
+def parse_facts(raw: object) -> Facts:
+    """Facts from what an evaluation printed, which an agent may have made up; none of what makes no sense."""
+    given: Mapping[str, Any] = raw if isinstance(raw, dict) else {}
+    kept = {}
+    for key in Facts.model_fields:
+        try:
+            kept[key] = getattr(Facts.model_validate({key: given.get(key)}), key)
+        except ValidationError:
+            kept[key] = None
+    return Facts(**kept)
+
+
+def system_lines(before: Facts, after: Facts) -> tuple[list[Line], list[str]]:
+    """The lines, and what is unknown."""
+    lines: list[Line] = []
+    unknown: list[str] = []
+    for key, rule in _RULES.items():
+        was, is_now = getattr(before, key), getattr(after, key)
+        if was is None or is_now is None:
+            where = "this commit" if is_now is None else "what runs now"
+            unknown.append(f"{key}: nix cannot tell them of {where}")
+        else:
+            lines += rule(key, was, is_now)
+    return lines, unknown
+
+
+def _packages(key: str, before: list[Package], after: list[Package]) -> list[Line]:
+    names, others = _names(before), _names(after)
+    lines = listed(key, names, others)
+    rebuilt = [name for name in others if name in names and others[name] != names[name]]
+    return lines + ([Line(key, some(rebuilt), "built otherwise")] if rebuilt else [])
+
+
+def _names(packages: list[Package]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for package in sorted(packages, key=lambda one: (one.name, one.mark)):
+        found.setdefault(package.name, []).append(package.mark)
+    return found
+
+
+def _services(key: str, before: dict[str, str], after: dict[str, str]) -> list[Line]:
+    others = [name for name in after if name in before and after[name] != before[name]]
+    return listed(key, before, after) + ([Line(key, some(others), "changed")] if others else [])
+
+
+def _each(widens: bool) -> Callable[[str, Mapping[str, T], Mapping[str, T]], list[Line]]:
+    """A line for each that comes, goes or is another."""
+
+    def rule(key: str, before: Mapping[str, T], after: Mapping[str, T]) -> list[Line]:
+        lines: list[Line] = []
+        for name in sorted({*before, *after}):
+            was, is_now = (_told(name, one[name]) if name in one else None for one in (before, after))
+            lines += changed(key, was, is_now, wide=widens and name in after)
+        return lines
+
+    return rule
+
+
+def _told(name: str, value: object) -> str:
+    text = some(value) if isinstance(value, list) else str(value)
+    return f"{name} ({text})" if text else name
+
+
+def _network(key: str, before: Network, after: Network) -> list[Line]:
+    on = {True: "on", False: "off"}
+    return [
+        *changed("firewall", on[before.firewall], on[after.firewall], wide=not after.firewall),
+        *changed("DHCP", on[before.dhcp], on[after.dhcp], wide=after.dhcp),
+        *listed("open TCP ports", before.tcp, after.tcp, widens=True),
+        *listed("open UDP ports", before.udp, after.udp, widens=True),
+        *listed("nameservers", before.nameservers, after.nameservers, widens=True),
+    ]
+
+
+def _programs(key: str, before: list[str], after: list[str]) -> list[Line]:
+    return listed(key, before, after)
+
+
+_RULES: Mapping[str, Callable[[str, Any, Any], list[Line]]] = {
+    "setuid": _each(widens=True),
+    "capabilities": _each(widens=True),
+    "network": _network,
+    "users": _each(widens=False),
+    "packages": _packages,
+    "services": _services,
+    "programs": _programs,
+}

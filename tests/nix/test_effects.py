@@ -1,0 +1,123 @@
+"""What a card tells of a change of agent.nix, by real nix: what the systems of both commits are made of."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hive_core.protocol.effect import effect_line
+from hive_core.protocol.words import OPERATOR, AgentName
+from tests.checkouts import Checkout
+from tests.hives import Services
+from tests.nix.desk import Desk
+from tests.nix.house import House, mended, serving
+
+HM1ND = AgentName("hm1nd")
+MODULE = """
+{ pkgs, lib, ... }:
+{
+  hyperhive.settings = fromTOML (builtins.readFile ./agent.toml);
+  hyperhive.persona = builtins.readFile ./CLAUDE.md;
+  %s
+}
+"""
+MORE = """
+  environment.systemPackages = [ pkgs.strace pkgs.taplo ];
+  systemd.services.watch.serviceConfig = { ExecStart = "/bin/watch"; AmbientCapabilities = [ "CAP_NET_RAW" ]; };
+  users.users.reader.extraGroups = [ "wheel" ];
+  users.users.nobody-yet.enable = false;
+  security.wrappers.ping = { setuid = true; capabilities = "cap_net_raw+ep"; };
+  networking.firewall = { enable = true; allowedTCPPorts = [ 80 ]; };
+  networking.nameservers = [ "192.0.2.1" ];
+"""
+
+
+@pytest.fixture
+async def hive(tmp_path: Path, hyperhive: Path, store: Path) -> AsyncIterator[Services]:
+    """hm1nd, built."""
+    (tmp_path / "state").mkdir()
+    house = House(tmp_path / "state", hyperhive, store)
+    async with house.open() as services, serving(services):
+        await mended(services, HM1ND)
+        yield services
+
+
+async def effect(hive: Services, module: str) -> dict[str, Any]:
+    """What the card of a commit with this agent.nix tells."""
+    sha = Checkout(hive.repos.proposed_dir / HM1ND / "config").commit(agent__nix=module)
+    number = (await hive.gate.apply_commit.request(OPERATOR, HM1ND, sha, "a change"))["approval"]
+    found = (await hive.approvals.get(number)).effect
+    assert found is not None
+    return found
+
+
+async def approve(hive: Services) -> None:
+    (card,) = await hive.approvals.pending()
+    assert (await hive.gate.approve(card.id, card.digest, OPERATOR)).state == "done"
+
+
+def told(found: dict[str, Any]) -> list[str]:
+    return [("!" if line["weight"] == "wide" else "") + effect_line(line) for line in found["lines"]]
+
+
+async def test_the_card_tells_what_the_system_gains_and_loses(hive: Services) -> None:
+    found = await effect(hive, MODULE % MORE)
+    lines = told(found)
+    assert lines[:6] == [
+        "!setuid: + ping (setuid, cap_net_raw+ep)",
+        "!capabilities: + watch (CAP_NET_RAW)",
+        "!open TCP ports: + 80",
+        "!nameservers: + 192.0.2.1",
+        *lines[4:6],
+    ]
+    assert {"packages: + strace-0, taplo-0", "users: + reader (wheel)", "services: + watch.service"} <= set(lines)
+    assert "firewall: off → on" in lines
+    assert not [line for line in lines if "nobody-yet" in line]
+    assert found["unknown"] == ["closure: what it adds and takes, and its size, is known once it is built"]
+
+    await approve(hive)
+    other = MORE.replace("pkgs.strace pkgs.taplo", "(pkgs.strace // { drvPath = pkgs.taplo.drvPath; })")
+    other = other.replace("/bin/watch", "/bin/other").replace("setuid = true", "setuid = false")
+    found = await effect(hive, MODULE % other)
+    assert set(told(found)) >= {
+        "packages: − taplo-0",
+        "packages: strace-0 → built otherwise",
+        "services: watch.service → changed",
+        "!setuid: ping (setuid, cap_net_raw+ep) → ping (cap_net_raw+ep)",
+    }
+
+
+async def test_settings_and_prompt_are_told_as_agent_nix_gives_them(hive: Services) -> None:
+    module = MODULE.replace("./agent.toml)", './agent.toml) // { effort = "high"; }')
+    module = module.replace("builtins.readFile ./CLAUDE.md", '"Just read."')
+    lines = told(await effect(hive, module % ""))
+    assert "effort: the program's own → high" in lines
+    assert [line for line in lines if line.startswith("prompt: ")]
+    assert "files: agent.nix → changed" in lines
+
+
+async def test_what_cannot_be_told_is_said_to_be_unknown_and_hinders_nothing(hive: Services) -> None:
+    module = 'networking.nameservers = throw "not now"; environment.systemPackages = [ pkgs.git ];'
+    found = await effect(hive, MODULE % module)
+    unknown = [text.partition(":")[0] for text in found["unknown"]]
+    assert "network" in unknown
+    assert "nix cannot tell them of this commit" in str(found["unknown"])
+
+
+async def test_a_closure_is_told_of_what_is_in_the_store_and_of_nothing_else(
+    tmp_path: Path, hyperhive: Path, store: Path
+) -> None:
+    desk = Desk(tmp_path, hyperhive, store)
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "file").write_text("x" * 2**20)
+    added = await desk.nix.run(["store", "add-path", str(tmp_path / "some")], readable=[tmp_path / "some"])
+    path = added.decode().strip()
+    found = await desk.meta.closure(path)
+    assert found is not None
+    assert found.paths == {path}
+    assert str(found).startswith("1.0 MiB in 1 path")
+    assert await desk.meta.closure(path.replace("-some", "-other")) is None
+    assert await desk.meta.closure("github:x/y") is None
