@@ -101,6 +101,7 @@ def test_what_a_turn_does_while_the_daemon_is_away_arrives_whole_and_once() -> N
     with open_swarm() as daemon:
         client = daemon.start()
         spawn(client, "iris", [WELCOME, gated])
+        seq = daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris")["seq"]
         client.call("send", to="iris", body="work")
         daemon.wait_message(client, "begun")
         before, state = pid_of(daemon, "iris"), daemon.state / "agents" / "iris" / "state"
@@ -109,13 +110,13 @@ def test_what_a_turn_does_while_the_daemon_is_away_arrives_whole_and_once() -> N
         look_until((state / "ready").exists)  # it sends now, and nobody is there
         client = daemon.start()
         daemon.wait_message(client, "finished")
-        ended = daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["data"]["turn"] == 2)
+        ended = daemon.events(client, lambda e: e["kind"] == "turn_ended" and e["agent"] == "iris", seq)
         assert ended["data"]["state"] == "done"
         assert copies_of(daemon, "iris") == [before]
         bodies = [row["body"] for row in client.call("messages", agent="iris")["messages"]]
         assert bodies.count("finished") == 1
-        turn = client.call("turn", turn=2)
-        stream = client.call("turn_lines", turn=2)["lines"]
+        turn = client.call("turn", turn=ended["data"]["turn"])
+        stream = client.call("turn_lines", turn=ended["data"]["turn"])["lines"]
         assert turn["given"]["message"]["body"] == "work"
         assert [line["n"] for line in stream] == list(range(turn["lines"]))
         assert [n for n in range(200) if not any(f"line {n} x" in line["line"] for line in stream)] == []
