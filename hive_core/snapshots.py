@@ -33,6 +33,7 @@ MEASURE_WITHIN_S = 2.0
 DAY_MS = 24 * 3600 * 1000
 _ID = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 _NEW, _REPLACED, _RESTORED = ".new", ".replaced", ".restored"
+_FORMS = {"f": (int,) * 5, "d": (int, dict), "l": (str,)}  # of an entry, after its kind; tree_copies.py
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -102,7 +103,9 @@ class Snapshots:
         with self._open(make=True) as (own, place), _opened_state(own) as state:
             assert place is not None
             last = next(iter(_list(place)), None)
-            before = (_entries(place, last.id) if last else None) or {}
+            before: Entries = {}
+            with contextlib.suppress(Refusal):  # nothing is shared with one that is damaged
+                before = (_entries(place, last.id) if last else None) or {}
             with self._explained():
                 now = scan(state, self._tally())  # also before the first: what is too large is not copied in vain
             if last is not None and now == before:
@@ -124,10 +127,13 @@ class Snapshots:
                 now = scan(state, self._tally())
             for one in listed:
                 assert place is not None
-                entries = _entries(place, one.id)
-                if entries is not None and _content(entries) != _content(now):
-                    return one
-        none = "it has no snapshot" if not listed else "all of its snapshots are what it has now"
+                with contextlib.suppress(Refusal):  # one that is damaged is restored by its name alone, if at all
+                    entries = _entries(place, one.id)
+                    if entries is not None and _content(entries) != _content(now):
+                        return one
+        none = "it has no snapshot yet; one is taken at the edge of its next turn"
+        if listed:
+            none = f"its snapshots are what it has now; `hive snapshots {self._name}` lists them: name the one you mean"
         raise Refusal("not_found", f"cannot restore the state of {self._name}: {none}")
 
     def restore(self, wanted: Snapshot, now_ms: int) -> Snapshot:
@@ -288,9 +294,34 @@ def _about(name: str, place: int) -> Snapshot:
 
 
 def _entries(place: int, ident: str) -> Entries | None:
-    """What stands in a snapshot; None where that was moved there whole, and was too much to be listed."""
-    entries: Entries | None = json.loads(_read(f"{ident}/entries.json", place))
+    """What stands in a snapshot; None where that was moved there whole, and was too much to be listed.
+
+    Raises Refusal("failed") where that is not what was written there.
+    """
+    try:
+        entries: Entries | None = json.loads(_read(f"{ident}/entries.json", place))
+        if entries is not None:
+            _check(entries)
+    except (OSError, ValueError, RecursionError) as exc:
+        fix = f"choose another, or take what you need from its `state` in {PLACE}/{ident}"
+        raise Refusal(
+            "failed", f"cannot use the snapshot {ident}: its entries.json is damaged ({exc}); {fix}"
+        ) from None
     return entries
+
+
+def _check(entries: object) -> None:
+    """Raise ValueError for what no `scan` gives."""
+    if not isinstance(entries, dict):
+        raise ValueError("it holds no entries")
+    for name, entry in entries.items():
+        kind, *given = entry if isinstance(entry, list) and entry else [None]
+        forms = _FORMS.get(kind) if isinstance(kind, str) else None
+        named = name not in ("", ".", "..") and "/" not in name and "\0" not in name
+        if not named or forms is None or tuple(map(type, given)) != forms:
+            raise ValueError("one of them has no form that is known")
+        if kind == "d":
+            _check(given[1])
 
 
 def _content(entries: Entries) -> Entries:

@@ -405,3 +405,39 @@ def test_what_was_there_at_a_restore_and_is_too_much_to_be_listed_is_never_resto
     assert [path.name for path in state.iterdir()] == ["note"]
     (state / "note").write_text("another")
     assert kept.last_other() == good
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        *("[]", '"x"', "7", "{", "", '{"a": 1}', '{"a": []}', '{"a": ["f"]}', '{"a": ["d", 1, []]}', '{"a": ["q", 1]}'),
+        *('{"../a": ["l", "x"]}', '{"a": ["l", 7]}', '{"a": [["f"], 1]}', "[" * 100_000),
+    ],
+)
+def test_a_damaged_snapshot_is_refused_in_a_sentence_and_the_others_stay_of_use(
+    state: Path, kept: Snapshots, damaged: str
+) -> None:
+    (state / "note").write_text("first")
+    first = kept.take("a turn", NOW_MS)
+    (state / "note").write_text("second")
+    second = kept.take("a turn", NOW_MS + 1000)
+    assert first is not None
+    assert second is not None
+    (copy_of(state, second).parent / "entries.json").write_text(damaged)
+    with pytest.raises(Refusal, match=f"cannot use the snapshot {second.id}: its entries.json is damaged") as refused:
+        kept.restore(second, NOW_MS + 2000)
+    assert "choose another, or take what you need from its `state`" in refused.value.message
+    assert (state / "note").read_text() == "second"
+    assert kept.last_other() == first
+    kept.restore(first, NOW_MS + 3000)
+    assert (state / "note").read_text() == "first"
+    (state / "note").write_text("third")
+    assert kept.take("a turn", NOW_MS + 4000) is not None
+
+
+def test_where_nothing_can_be_brought_back_there_is_a_way_out(state: Path, kept: Snapshots) -> None:
+    with pytest.raises(Refusal, match="it has no snapshot yet; one is taken at the edge of its next turn"):
+        kept.last_other()
+    kept.take("a turn", NOW_MS)
+    with pytest.raises(Refusal, match="are what it has now; `hive snapshots iris` lists them: name the one you mean"):
+        kept.last_other()
