@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from hive_agent.claude_command import environment, flags, session_flags, tried_version
+from hive_agent.claude_command import environment, flags, passing_session_flags, session_flags, tried_version
 from hive_agent.claude_errors import describe_exit, shortened
 from hive_agent.claude_stream import Report
 from hive_agent.descendants import adopt_orphans
@@ -108,9 +108,11 @@ class Check:
             flag for line in said.text.splitlines() if (found := _LISTED.match(line)) for flag in flags_in(found[1])
         }
         first, later = command_lines(self._seat)
-        ours = list(dict.fromkeys([*flags_of(first), *flags_of(later)]))
+        passing = [*flags(self._seat, SETTINGS), *passing_session_flags()]
+        ours = list(dict.fromkeys([*flags_of(first), *flags_of(later), *flags_of(passing)]))
         gone: list[str] = []
         began = await self._start(first, gone)
+        await self._start(passing, gone)
         resumed = await self._start(later, gone)
         if gone:
             raise _Trouble(f"it does not know {', '.join(gone)} any more")

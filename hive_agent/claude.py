@@ -15,10 +15,10 @@ from typing import Any
 
 import trio
 
-from hive_agent.claude_command import environment, flags, session_flags, user_line
-from hive_agent.claude_stream import DENIED, Report, begins_turn
+from hive_agent.claude_command import environment, flags, passing_session_flags, session_flags, user_line
+from hive_agent.claude_stream import DENIED, NO_TOOLS, Report, begins_turn
 from hive_agent.claude_usage import added
-from hive_agent.errands import GO_ON, compact, run_errand
+from hive_agent.errands import GO_ON, SHOW_COST, compact, run_errand
 from hive_agent.program import Command, Line, Program
 from hive_agent.runner import Activity, Ending, Runner, Seat
 from hive_agent.turn_lines import hive_line
@@ -30,7 +30,7 @@ from hive_core.protocol.lines import encode
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from hive_agent.errands import Attempt
-    from hive_core.protocol.harness import Lease, Outcome, Settings
+    from hive_core.protocol.harness import Check, Lease, Outcome, Settings
 
 INTERRUPT_S = 5.0  # that a program which is asked to end its turn has for it
 LATE_S = 3.0  # that a program which has told its result may take to end, before it is shown as one that does not
@@ -73,6 +73,17 @@ class Claude(Runner):
 
         ending = await self._play(lease, attempt, pass_on)
         return replace(ending, usage=usage, session_lost=lost)
+
+    async def check(self, check: Check) -> str:
+        await self.close()
+        try:
+            report, ending = await self._attempt(check, None, SHOW_COST, lambda line: None)
+            if report.began and report.has_tools:
+                return ""
+            return NO_TOOLS if report.began else ending.error or "it said nothing of itself"
+        finally:
+            await self.close()
+            self._never_started = 0
 
     async def _play(self, lease: Lease, attempt: Attempt, pass_on: Callable[[str], None]) -> Ending:
         """All prompts of a turn: one, unless it is an errand or too long."""
@@ -136,7 +147,7 @@ class Claude(Runner):
         await self._finish()
 
     async def _attempt(
-        self, lease: Lease, session: str | None, prompt: str, pass_on: Callable[[str], None]
+        self, lease: Lease | Check, session: str | None, prompt: str, pass_on: Callable[[str], None]
     ) -> tuple[Report, Ending]:
         """One prompt to a process, which may be a new one."""
         settings, executable = lease["settings"], self.executable()
@@ -179,7 +190,7 @@ class Claude(Runner):
         told = report.usage(), reason, None, report.context()
         return Ending(outcome, report.session or session, error, *told)
 
-    async def _ready(self, executable: list[str], lease: Lease, session: str | None) -> Program:
+    async def _ready(self, executable: list[str], lease: Lease | Check, session: str | None) -> Program:
         """The process for a turn: the one that runs, if it is still the right one. Raises OSError."""
         seat, settings = self.seat, lease["settings"]
         variables = environment(seat, lease["credential"], settings.get("env"))
@@ -188,7 +199,7 @@ class Claude(Runner):
         if program is not None and not (program.runs and (command, session) == (self._command, self._session)):
             await self._finish()
         if self._program is None:
-            argv = [*command.argv, *session_flags(session)]
+            argv = [*command.argv, *(passing_session_flags() if "check" in lease else session_flags(session))]
             self._program, self._command = await Program.start(replace(command, argv=argv)), command
             self._turns, self._last = 0, None
         return self._program

@@ -58,6 +58,11 @@ def session_flags(session: str | None) -> list[str]:
     return ["--resume", session] if session else ["--session-id", str(uuid.uuid4())]
 
 
+def passing_session_flags() -> list[str]:
+    """Of a process whose session nobody goes on with."""
+    return ["--no-session-persistence"]
+
+
 def user_line(prompt: str) -> bytes:
     """The line of stdin that begins a turn."""
     return encode({"type": "user", "message": {"role": "user", "content": prompt}})

@@ -16,6 +16,7 @@ from hive_core.protocol.refusal import Refusal
 # Tools that wait for a person. They are not among `--tools`; a call all the same will never be answered.
 INTERACTIVE = frozenset({"AskUserQuestion", "ExitPlanMode", "EnterPlanMode"})
 DENIED = "nobody can answer here: go on without it, or ask with the hive's tools"
+NO_TOOLS = "the hive's tools could not be reached from the turn"
 THINKING = Activity("thinking")
 DETAIL_LIMIT = 60  # characters of what stands beside a state
 SESSION_LIMIT = 64  # of a session's number
@@ -97,7 +98,7 @@ class Report:
             return self._failed("crashed", self._last_stderr or describe_exit(exit_code))
         if not self.has_tools:
             # It could not answer anybody, so nobody may take the message for handled.
-            return self._failed("no_tools", "the hive's tools could not be reached from the turn")
+            return self._failed("no_tools", NO_TOOLS)
         return Ending("done", self.session, None, self.usage(), context=self.context())
 
     def usage(self) -> dict[str, Any] | None:

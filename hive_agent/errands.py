@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     Attempt = Callable[[str | None, str], Awaitable[tuple[Any, Ending]]]  # one prompt in a session
 
 COMPACT = "/compact"
+SHOW_COST = "/cost"  # the program answers it by itself: it says all of itself, and calls no model
 SAVE_NOTES = (
     "Your context is nearly full and will be compacted after this turn: most of what was said will be gone. Write what "
     "you must not lose to a file in your working directory, the one you know best or NOTES.md: what you were asked to "

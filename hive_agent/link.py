@@ -178,6 +178,7 @@ class HostLink:
 
     async def _hello(self, stream: trio.SocketStream, answers: _Answers) -> None:
         form = {"op": "hello", "version": PROTOCOL_VERSION, "instance": self._instance, "fences": self._fences}
+        form["checks"] = True
         with trio.move_on_after(HELLO_LIMIT_S) as limit:
             await stream.send_all(encode({"id": 0, **form}))
             answer = await answers.next()

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 VERSION = "rehearsal"
 MARK = "[rehearsal]"  # such an answer gets no answer: two rehearsals would thank each other for ever
 OUTPUT_LIMIT = 30_000
-_SWITCHES = frozenset({"--print", "--verbose", "--strict-mcp-config", "--dangerously-skip-permissions"})
+_SWITCHES = frozenset(
+    {"--print", "--verbose", "--strict-mcp-config", "--dangerously-skip-permissions", "--no-session-persistence"}
+)
 _VALUES = frozenset(
     {
         "--input-format",
@@ -140,6 +142,9 @@ class Rehearsal:
             self._compact()
             return None
         self._init()
+        if prompt == "/cost":
+            self._result("A rehearsal costs nothing.")
+            return None
         try:
             exit_code = self._follow(prompt)
         except BadScript as exc:
@@ -394,7 +399,8 @@ def main(argv: list[str]) -> int:
     if resumed is not None and not sessions.holds(resumed):
         return refuse_session(resumed)
     session = resumed or flags.get("--session-id") or str(uuid.uuid4())
-    sessions.keep(session)
+    if "--no-session-persistence" not in flags:
+        sessions.keep(session)
     rehearsal, orders = Rehearsal(flags, server, session), Orders()
     try:
         while (prompt := orders.next()) is not None:

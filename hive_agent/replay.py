@@ -36,7 +36,7 @@ from hive_core.protocol.harness import REASONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from hive_core.protocol.harness import Lease
+    from hive_core.protocol.harness import Check, Lease
 
 QUIET_S = 1.0  # of real time in which nothing happens, before virtual time goes on
 SHOWN = 300  # characters of what differs
@@ -59,7 +59,7 @@ class Replay(Claude):
     def executable(self) -> list[str]:
         return own_command("tape", str(self._tape))
 
-    async def _ready(self, executable: list[str], lease: Lease, session: str | None) -> Program:
+    async def _ready(self, executable: list[str], lease: Lease | Check, session: str | None) -> Program:
         program = await super()._ready(executable, lease, session)
         if self._before is not None:
             self._last, self._before = self._before, None

@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from hive_core.protocol.harness import Context, Lease, Outcome
+    from hive_core.protocol.harness import Check, Context, Lease, Outcome
 
 # The name in agent.toml → module and class. Only the one that is used is imported.
 RUNNERS = {
@@ -83,6 +83,13 @@ class Runner(ABC):
         """Run the program for one message or errand; each line of its stream goes to `pass_on` as it comes.
 
         Cancelled, the program and all that it started are gone.
+        """
+
+    @abstractmethod
+    async def check(self, check: Check) -> str:
+        """Start the program as for a turn, and end it again, without a call of the model.
+
+        Why it does not come up or reach the hive's tools, in a sentence; an empty text when all is well.
         """
 
     @abstractmethod

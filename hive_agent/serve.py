@@ -32,7 +32,7 @@ from hive_core.protocol.refusal import Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from hive_core.protocol.harness import Ack, Lease
+    from hive_core.protocol.harness import Ack, Check, Lease
 
 REFUSED_REST_S = 2.0
 LATE_TRIES = 30  # of all lines of a turn that the host cannot take, when the turn is over
@@ -92,14 +92,17 @@ async def take_turns(
     runner: Runner | None = None
     try:
         while lease is not None or not stop.wished:
-            if lease is None:
-                lease = await wait_for_lease(link, runner, stop, reports)
-            if lease is None:
+            given = lease or await wait_for_lease(link, runner, stop, reports)
+            if given is None:
                 return
-            if runner is None or runner.name != lease["settings"]["program"]:
+            if runner is None or runner.name != given["settings"]["program"]:
                 if runner is not None:
                     await runner.close()
-                runner = make(lease["settings"]["program"])
+                runner = make(given["settings"]["program"])
+            if "check" in given:
+                await check(link, runner, cast("Check", given))
+                continue
+            lease = given
             link.begin_turn()
             background.begin_turn(lease)
             ack = await take_turn(link, runner, lease)
@@ -111,8 +114,17 @@ async def take_turns(
                 await runner.close()
 
 
-async def wait_for_lease(link: HostLink, runner: Runner | None, stop: Stop, reports: Reports) -> Lease | None:
-    """The next turn, while what is left of the last one is looked after. None at a stop."""
+async def check(link: HostLink, runner: Runner, asked: Check) -> None:
+    """See whether the program comes up, and tell the host."""
+    error = await runner.check(asked)
+    try:
+        await link.request({"op": "checked", "check": asked["check"], "ok": not error, "error": error})
+    except Refusal as refusal:  # it does not want to know any more
+        print(f"cannot tell how a check ended: {refusal.message}", file=sys.stderr)
+
+
+async def wait_for_lease(link: HostLink, runner: Runner | None, stop: Stop, reports: Reports) -> Lease | Check | None:
+    """The next turn, or a check, while what is left of the last turn is looked after. None at a stop."""
 
     async def look_after(runner: Runner) -> None:
         if await runner.rest():
@@ -121,15 +133,15 @@ async def wait_for_lease(link: HostLink, runner: Runner | None, stop: Stop, repo
     async with trio.open_nursery() as nursery:
         if runner is not None:
             nursery.start_soon(look_after, runner)
-        lease: Lease | None = None
+        lease: Lease | Check | None = None
         with stop.cuts_wait():
             lease = await next_lease(link)
         nursery.cancel_scope.cancel()
     return lease
 
 
-async def next_lease(link: HostLink) -> Lease | None:
-    """Wait for the next message. None when the host wants this harness to stop."""
+async def next_lease(link: HostLink) -> Lease | Check | None:
+    """Wait for the next message, or for what else is asked. None when the host wants this harness to stop."""
     fence = new_fence()
     link.hold(fence)
     while True:
@@ -139,7 +151,9 @@ async def next_lease(link: HostLink) -> Lease | None:
             print(f"cannot lease a message: {refusal.message}", file=sys.stderr)
             await trio.sleep(REFUSED_REST_S)
         else:
-            return None if answer.get("stop") else cast("Lease", answer)
+            if answer.get("stop"):
+                return None
+            return cast("Check", answer["check"]) if "check" in answer else cast("Lease", answer)
 
 
 async def take_turn(link: HostLink, runner: Runner, lease: Lease) -> Ack:

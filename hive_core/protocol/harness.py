@@ -3,8 +3,9 @@
 JSON lines, one request at a time, answered in order: `{"id": n, "op": …}` gets `{"id": n, "ok": true, …}` or
 `{"id": n, "ok": false, "error": {…}}`. What a harness says is a claim: it can lose only its own agent's mail.
 
-    hello  version, instance, fences            → version, agent, role
-    lease  fence                                → turn, or stop: true
+    hello  version, instance, fences, checks    → version, agent, role; checks: it can be asked to check its program
+    lease  fence                                → turn, or check: a Check, or stop: true
+    checked  check, ok, error                   → counted: the end of a check, and in a sentence why it was not well
     lines  turn, first, lines, state, …         → kept, running; the first also with prompt_sha256, of what was asked
     ack    turn, fence, outcome, next, …        → counted, stop, and lease where the next turn began with it
     background  state, work, …                  → counted, also while a lease waits: a command in the background began
@@ -15,6 +16,9 @@ The harness chooses the fence of each turn, so a request that is asked again aft
 the first one began. `lines` without lines, every RENEW_EVERY_S, says that the harness of a quiet turn lives; `running`
 false in its answer says that the turn was taken away or cancelled, and its program has to end. `state` in it is what
 the program does now, when that has changed.
+
+A check is no turn: the harness of an agent that was changed starts its program, sees that it reaches the hive's tools,
+and ends it, without a call of the model. A harness that said nothing of `checks` is asked for none.
 
 A hello is answered in the harness's own version. One that is older than the host's gets no new turn: `stop` comes with
 the answer to its ack, or instead of a lease, and the host starts a harness of its own version in its place.
@@ -75,6 +79,11 @@ if TYPE_CHECKING:
         settings: Settings
         session: str | None  # the program's session to go on with
         credential: str  # the kind of placeholder the program needs: "api_key" or "oauth_token"
+
+    class Check(TypedDict):
+        check: str  # names it, for `checked`
+        settings: Settings
+        credential: str  # as of a lease
 
     class BackgroundWork(TypedDict):
         """A command that outlives the turn which began it. All of it is the agent's claim."""

@@ -26,6 +26,7 @@ from hive_core.protocol.harness import (
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_id
 from hive_core.sockets.claims import claimed_end, claimed_session, claimed_state, claimed_usage, printable
+from hive_core.sockets.harness_checks import Checks
 from hive_core.sockets.silence import Silence
 from hive_core.sockets.unix import Connection, Lines
 from hive_core.store.writer import Transaction
@@ -59,6 +60,7 @@ class HarnessDesk:
     outdated: str | None = None  # the instance that has to, being of an older version
     said_hello: trio.Event = field(default_factory=trio.Event)
     at_edge: Callable[[], None] = lambda: None  # called between two turns
+    checks: Checks = field(default_factory=Checks)
     silence: Silence = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +82,7 @@ class HarnessDesk:
     def expect(self) -> None:
         """Its container is started: what is known of the harness before does not hold for the next one."""
         self.stops, self.outdated, self.said_hello = False, None, trio.Event()
+        self.checks.can = False
 
     @property
     def asked_to_stop(self) -> bool:
@@ -92,9 +95,22 @@ class HarnessDesk:
         if self.session is not None:
             self.session.end_wait()
 
+    def hold(self, held: bool) -> None:
+        """Let no turn begin while it is held, though its harness stays; what is asked of it meanwhile is a check."""
+        self.checks.hold(held)
+        if held and self.session is not None:
+            self.session.end_wait()
+
+    async def check(self) -> str | None:
+        """Have its harness, which is held and has said hello, see whether its program comes up.
+
+        Why it does not, in a sentence; an empty text when all is well; None of a harness that cannot be asked.
+        """
+        return await self.checks.ask() if self.checks.can else None
+
     @property
     def begins_none(self) -> bool:
-        """Whether the harness that is connected gets no new turn."""
+        """Whether the harness that is connected gets no new turn, and has to end."""
         return self.stops or (self.outdated is not None and self.outdated == self.instance)
 
     async def serve(self, stream: Connection) -> None:
@@ -181,7 +197,7 @@ class _Session:
         match request.get("op"):
             case "hello":
                 return await self._hello(request)
-            case "lease" | "lines" | "ack" | "background" | "unasked_turn" if not self._welcome:
+            case "lease" | "lines" | "ack" | "background" | "unasked_turn" | "checked" if not self._welcome:
                 raise Refusal("usage", "cannot do anything before hello")
             case "lease":
                 return await self._lease(_fence(request.get("fence")))
@@ -194,8 +210,10 @@ class _Session:
             case "unasked_turn":
                 key = _fence(request.get("key"))
                 return {"counted": await self._desk.background.tell_unasked_turn(self._desk.name, key)}
+            case "checked":
+                return {"counted": self._desk.checks.answered(request, _error_of(request, 400))}
             case other:
-                verbs = "hello, lease, lines, ack, background, unasked_turn"
+                verbs = "hello, lease, lines, ack, background, unasked_turn, checked"
                 raise Refusal("usage", f"cannot do {ascii(other)[:40]}: the verbs are {verbs}")
 
     async def _hello(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -226,6 +244,7 @@ class _Session:
         else:
             desk.agents.observe_rest(desk.name)
             desk.silence.asks_nothing()
+        desk.checks.can = request.get("checks") is True
         desk.said_hello.set()
         return {"version": version, "agent": desk.name, "role": desk.role}
 
@@ -233,9 +252,15 @@ class _Session:
         desk = self._desk
         lease: Lease | None = None
         desk.at_edge()
-        with trio.CancelScope() as self._lease_scope:
-            if not desk.begins_none and not self._left:
-                lease = await desk.broker.lease(desk.name, fence)
+        while not desk.begins_none and not self._left and lease is None:
+            changed = desk.checks.changed
+            with trio.CancelScope() as self._lease_scope:
+                if desk.checks.held:
+                    if (asked := desk.checks.asked) is not None:
+                        return {"check": await self._check(asked.key)}
+                    await changed.wait()
+                else:
+                    lease = await desk.broker.lease(desk.name, fence)
         self._lease_scope = None
         if lease is None and self._left:
             raise Refusal("conflict", "cannot lease: this harness has hung up or connected again")
@@ -243,6 +268,12 @@ class _Session:
             desk.silence.asks_nothing()  # until it ends
             return {"stop": True}
         return self._as_form(lease)
+
+    async def _check(self, key: str) -> dict[str, Any]:
+        agent = await self._desk.agents.get(self._desk.name)
+        chosen = {"model": agent.chosen_model, "effort": agent.chosen_effort}
+        settings = {**(agent.settings or {}), **{key: value for key, value in chosen.items() if value}}
+        return {"check": key, "settings": settings, "credential": self._desk.credential_kind()}
 
     def _as_form(self, lease: Lease) -> dict[str, Any]:
         desk = self._desk
@@ -304,7 +335,6 @@ class _Session:
         desk = self._desk
         turn_id, fence = parse_id(request.get("turn"), "a turn"), _fence(request.get("fence"))
         next_fence = None if request.get("next") is None else _fence(request["next"])
-        error = request.get("error")
         desk.at_edge()
         # Whoever acks lives: while the disk takes no ack, the turn must not be lost for silence.
         runs, told = desk.broker.renew(desk.name, turn_id), claimed_end(request)
@@ -314,10 +344,10 @@ class _Session:
             desk.name,
             Turn(turn_id, fence),
             str(request.get("outcome")),
-            error=printable(error, ERROR_LIMIT) if isinstance(error, str) and error else None,
+            error=_error_of(request, ERROR_LIMIT) or None,
             usage=claimed_usage(request.get("usage")),
             session=claimed_session(request.get("session")),
-            next_fence=None if desk.begins_none else next_fence,
+            next_fence=None if desk.begins_none or desk.checks.held else next_fence,
             told=told,
         )
         answer = {"counted": acked.counted, "stop": desk.begins_none}
@@ -325,11 +355,17 @@ class _Session:
             return {**answer, "lease": self._as_form(acked.lease)}
         # What kept a turn from ending well stays in view until the next one begins.
         state = "waiting" if request.get("outcome") == "waiting" else "idle"
-        detail = printable(error, 200) if isinstance(error, str) else ""
+        detail = _error_of(request, 200)
         desk.agents.observe_rest(desk.name, state, detail)
         if self._welcome:
             desk.silence.asks_nothing()
         return answer
+
+
+def _error_of(request: dict[str, Any], limit: int) -> str:
+    """What a harness says went wrong, as it may be shown; an empty text where it says nothing."""
+    error = request.get("error")
+    return printable(error, limit) if isinstance(error, str) and error else ""
 
 
 def _fence(raw: object) -> str:

@@ -16,7 +16,7 @@ from hive_agent.reports import Reports
 from hive_agent.runner import Ending
 from tests.claude_desk import a_desk
 from tests.harness_host import a_lease
-from tests.processes import look_until
+from tests.processes import PATIENCE_S, look_until
 from tests.scripted_model import Answer, fail, say, tool
 
 
@@ -122,3 +122,21 @@ async def test_the_programs_own_background_is_off_and_the_harness_runs_what_outl
             assert "parameter `run_in_background` was provided" in json.dumps(desk.model.turns[-1].messages[-1])
             assert desk.pid is not None
         nursery.cancel_scope.cancel()
+
+
+async def test_a_check_tells_whether_the_tools_are_reached_without_a_call_of_the_model_or_a_session(
+    tmp_path: Path,
+) -> None:
+    async with a_desk(tmp_path, ["one", "two"]) as desk:
+        first = await desk.turn("first")
+        sessions = sorted((tmp_path / ".claude" / "projects").rglob("*.jsonl"))
+        settings = a_lease(9, program="claude", prompt="You are iris, changed.")["settings"]
+        for credential in ("api_key", "oauth_token"):
+            asked = {"check": "k", "settings": settings, "credential": credential}
+            with trio.fail_after(PATIENCE_S):
+                assert await desk.runner.check(cast("Any", asked)) == ""
+            assert desk.pid is None
+        assert (len(desk.model.turns), len(sessions)) == (1, 1)
+        assert sorted((tmp_path / ".claude" / "projects").rglob("*.jsonl")) == sessions
+        second = await desk.turn("second")
+        assert (second.outcome, second.session) == ("done", first.session)

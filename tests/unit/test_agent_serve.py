@@ -125,6 +125,31 @@ async def test_a_turn_is_run_streamed_and_acked_and_the_next_goes_on_in_its_sess
         assert await harness.ended() == (0, "")
 
 
+async def test_a_check_starts_the_program_sees_its_tools_and_leaves_neither_process_nor_session(
+    start: Harnesses, tmp_path: Path
+) -> None:
+    check = {"check": "k", "settings": a_lease(1)["settings"], "credential": "api_key"}
+    async with open_host(tmp_path) as host:
+        harness = start()
+        connection = await host.accept()
+        assert (await connection.welcome())["checks"] is True
+        await connection.give({"check": check})
+        told = await connection.expect("checked")
+        assert (told["check"], told["ok"], told["error"]) == ("k", True, "")
+        await connection.answer(told, counted=True)
+        assert not list(tmp_path.rglob("rehearsal-sessions"))
+        missing = {**check, "settings": {**check["settings"], "program": "claude"}, "check": "l"}
+        await connection.give({"check": missing})
+        told = await connection.expect("checked")
+        assert (told["check"], told["ok"]) == ("l", False)
+        assert "this host has no claude program" in told["error"]
+        await connection.refuse(told, "usage", "nobody asked")
+        _, ack = await connection.take_turn(a_lease(2, prompt=follow({"say": "hello"})))
+        assert ack["outcome"] == "done"
+        await connection.give({"stop": True})
+        assert (await harness.ended())[0] == 0
+
+
 # -- one process for many turns ---------------------------------------------------------------------------------------
 
 TELL_PID = {"run": "echo $PPID"}

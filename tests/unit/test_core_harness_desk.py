@@ -107,7 +107,7 @@ async def test_a_hello_needs_an_instance(door: Path, instance: object) -> None:
         assert "1 to 64 characters" in (await peer.ask({**HELLO, "instance": instance}))["error"]["message"]
 
 
-@pytest.mark.parametrize("op", ["lease", "lines", "ack", "background", "unasked_turn"])
+@pytest.mark.parametrize("op", ["lease", "lines", "ack", "background", "unasked_turn", "checked"])
 async def test_nothing_is_done_before_hello(hive: Services, door: Path, op: str) -> None:
     await hive.say("hm1nd", "iris", "hello")
     async with connect(door) as peer:
@@ -184,6 +184,58 @@ async def test_what_a_harness_tells_beside_its_turns_is_answered_while_its_lease
         assert answers[5]["counted"] is True
         assert "work a1 has ended with exit code 0" in answers[2]["message"]["body"]
         assert await peer.ask({"id": 6, "op": "background", "state": "none"}) == {"id": 6, "ok": True, "counted": False}
+
+
+# -- a check ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_harness_that_is_held_is_asked_for_a_check_and_begins_no_turn_before_it_is_let_go(
+    hive: Services, desk: HarnessDesk, door: Path
+) -> None:
+    ends: list[str | None] = []
+
+    async def check() -> None:
+        ends.append(await desk.check())
+
+    message = await hive.say("hm1nd", "iris", "hello")
+    desk.hold(True)
+    async with greeted(door, checks=True) as peer, trio.open_nursery() as nursery:
+        await peer.send(LEASE)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(check)
+        asked = (await peer.read())["check"]
+        assert (asked["settings"], asked["credential"]) == (SETTINGS, "api_key")
+        wrong = {"op": "checked", "ok": True, "check": "another"}
+        assert await peer.ask({"id": 3, **wrong}) == {"id": 3, "ok": True, "counted": False}
+        told = {"op": "checked", "check": asked["check"], "ok": False, "error": "no tools\ud800" + "x" * 1000}
+        assert (await peer.ask({"id": 4, **told}))["counted"] is True
+        assert (await peer.ask({"id": 5, **told}))["counted"] is False
+        await trio.testing.wait_all_tasks_blocked()
+        assert [end[:9] for end in ends if end] == ["no tools?"]
+        assert len(ends[0] or "") <= 400
+        await peer.send(LEASE)
+        await trio.testing.wait_all_tasks_blocked()
+        assert await hive.value("SELECT count(*) FROM turns") == 0
+        desk.hold(False)
+        assert (await peer.read())["message"]["id"] == message
+
+
+async def test_a_check_that_was_asked_is_asked_again_on_the_next_connection(desk: HarnessDesk, door: Path) -> None:
+    desk.hold(True)
+    async with trio.open_nursery() as nursery:
+        async with greeted(door, checks=True) as peer:
+            nursery.start_soon(desk.check)
+            first = (await peer.ask(LEASE))["check"]
+        await wait_free(desk)
+        async with greeted(door, checks=True) as peer:
+            assert (await peer.ask(LEASE))["check"] == first
+            assert (await peer.ask({"id": 3, "op": "checked", "check": first["check"], "ok": True}))["counted"]
+
+
+async def test_a_harness_of_a_release_without_checks_is_asked_for_none(desk: HarnessDesk, door: Path) -> None:
+    desk.hold(True)
+    async with greeted(door):
+        assert await desk.check() is None
 
 
 # -- lease, lines, ack ------------------------------------------------------------------------------------------------
