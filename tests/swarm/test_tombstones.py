@@ -98,7 +98,7 @@ def test_now_does_not_wait_for_the_turn_and_its_message_is_dead() -> None:
         wait_gone(pid)
         (dead,) = client.call("dead")["messages"]
         assert (dead["id"], dead["note"]) == (sent, "iris was destroyed")
-        daemon.wait_message(client, f"message_dead: your message {sent} to iris will not be read: iris was destroyed.")
+        daemon.wait_message(client, f"message_dead: your message {sent} to iris will not be read: iris was destroyed")
 
 
 STRIKE = """

@@ -83,7 +83,11 @@ def test_after_an_upgrade_every_agent_is_replaced_the_manager_last_and_a_broken_
         assert (finding.check, finding.status, finding.message[: len(said)]) == ("updates", "warning", said)
         shutil.copy(ROOT / "hive_agent" / "serve_cli.py", folder / "hive_agent" / "serve_cli.py")
         done = hive(daemon, "update", failed)
-        assert (done.returncode, done.stdout) == (0, f"{failed}: replaced at the edge of its turn\n")
+        # It may have been started again by itself already, when its rest was over.
+        assert (done.returncode, done.stdout.startswith((f"{failed}: replaced at", f"{failed} is as it would"))) == (
+            0,
+            True,
+        )
         seen = set()
         while len(seen) < len(NAMES):
             ready = daemon.wait_live(
