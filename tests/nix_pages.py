@@ -88,6 +88,11 @@ def helper_texts(source: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[
     }
 
 
+def drop_in_text(service: Mapping[str, Any]) -> str:
+    """Lines for a service that there is, as a drop-in of its unit."""
+    return _file("", {"Service": service})
+
+
 def _starting(sections: Mapping[str, Mapping[str, Any]], command: str) -> Mapping[str, Mapping[str, Any]]:
     return {**sections, "Service": {**sections["Service"], "ExecStart": command}}
 

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from tests.booted.hive import shown
+from tests import nix_pages
+from tests.booted.hive import runs_under, shown
 from tests.booted.test_nixos_containers import TEMPLATE, UNIT
 from tests.booted_host import SOURCE, VENV, BootedHost, booted_host
 from tests.needs import missing
 from tests.nix_pages import HELPER_UNIT
+from tests.nix_pages import UNIT as DAEMON_UNIT
 from tests.processes import look_until
 
 HELPER, DAEMON_USER = "hyperhive-root.service", "hyperhive:hive-admin"
@@ -29,13 +31,9 @@ helper = "/run/hyperhive-root/helper.sock"
 claude = "/usr/bin/true"
 agent_memory_bytes = 1073741824
 """
-# What nix/systemd/helper.nix adds for such containers, but that no daemon of nix serves the store here.
-CONTAINERS = """\
-[Service]
-Environment=PATH=/var/lib/standin/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin
-ReadWritePaths=/etc/nixos-containers /nix
-RestrictSUIDSGID=no
-"""
+PROGRAMS = "[Service]\nEnvironment=PATH=/var/lib/standin/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin\n"
+NIX_CONF = "experimental-features = nix-command flakes\nbuild-users-group =\nsubstituters =\nsandbox = false\n"
+NIX_DAEMON = "[Service]\nExecStart=/usr/bin/nix-daemon\n"
 # As root: `python system.py SCRIPT ONESHOT INIT` puts a system into the store.
 SYSTEM = """\
 import sys
@@ -44,6 +42,18 @@ from tests.containers.standin.host import StandInHost
 stand_in = StandInHost(Path("/"), Path("/var/lib/standin/bin"), booted=True)
 script, oneshot, init = sys.argv[1:]
 print(stand_in.system(script, {"once": oneshot} if oneshot else {}, init), end="")
+"""
+# As root: `python flake.py SCRIPT` writes a flake with a system for iris, which nix has to build.
+FLAKE = """\
+import sys
+from pathlib import Path
+from tests.containers.standin.host import system_files, write_program
+for name, text in system_files(sys.argv[1], {}).items():
+    write_program(Path("/srv/flake/system") / name, text)
+words = 'args = [ "-c" "/usr/bin/cp -r ${./system} $out" ];'
+output = f'derivation {{ name = "nixos-system-iris"; system = "x86_64-linux"; builder = "/bin/sh"; {words} }}'
+flake = f"{{ outputs = _: {{ nixosConfigurations.iris.config.system.build.toplevel = {output}; }}; }}"
+Path("/srv/flake/flake.nix").write_text(flake)
 """
 # As the daemon's user; each call is a daemon of its own: `python daemon.py VERB [WORD]`.
 DAEMON = """\
@@ -65,7 +75,7 @@ async def main(verb, word=""):
     driver = HelpedSystems(
         Helper(Path("/run/hyperhive-root/helper.sock"), STATE, RUN, PATIENCE_OF_S), "nixos-container",
         ProcessDriver(STATE, sandbox="", claude=None, orphan_grace_s=600),
-        SystemBuilds(STATE, nix=Nix(STATE / "nix"), readable=[], build_s=60),
+        SystemBuilds(STATE, nix=Nix(STATE / "nix"), readable=[Path("/srv/flake")], build_s=60),
     )
     dirs = agent_dirs(STATE, RUN, IRIS)
     if verb in ("switch", "roll_back", "current", "destroy"):
@@ -73,6 +83,8 @@ async def main(verb, word=""):
             return await getattr(driver, verb)(IRIS, *([word] if word else []))
         except Refusal as refusal:
             return refusal.message
+    if verb == "build":
+        return await driver.switch(IRIS, await driver.build(IRIS, word))
     if verb == "start":
         return (await driver.start(IRIS, dirs)).pid
     if verb in ("find", "stop", "kill", "wait"):
@@ -106,13 +118,20 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootedHost]:
         host.write("/opt/hive/daemon.py", DAEMON)
         host.install(CONFIG, "")
         host.install_helper()
-        host.write(f"/etc/systemd/system/{HELPER}.d/containers.conf", CONTAINERS)
+        helper = nix_pages.evaluate("(import ./nix/systemd/helper.nix).Containers")
+        host.write(f"/etc/systemd/system/{HELPER}.d/containers.conf", nix_pages.drop_in_text(helper))
+        host.write(f"/etc/systemd/system/{HELPER}.d/programs.conf", PROGRAMS)
+        host.write("/etc/systemd/system/nix-daemon.service", NIX_DAEMON)
+        host.write("/etc/nix/nix.conf", NIX_CONF)
         host.ok("mkdir", "/var/lib/standin")
         system(host, "true")  # which makes the rest of the stand-in
+        # nix is the real one, whose daemon serves the store.
+        host.ok("sh", "-c", "rm /var/lib/standin/bin/nix /var/lib/standin/bin/nix-*")
+        host.ok("mkdir", "-p", *helper["ReadWritePaths"])
         for folder in (STATE, "/run/hyperhive"):
             host.ok("install", "-d", "-m", "700", "-o", "hyperhive", "-g", "hive-admin", folder)
         host.ok("systemctl", "daemon-reload")
-        host.ok("systemctl", "start", HELPER)
+        host.ok("systemctl", "start", "nix-daemon", HELPER)
         yield host
 
 
@@ -226,9 +245,23 @@ def test_how_it_ends_is_told_also_when_no_helper_was_there(host: BootedHost) -> 
     assert daemon(host, "stop") == 5
 
 
+def test_the_daemons_unit_builds_a_system_by_asking_nix_and_has_the_helper_switch_to_it(host: BootedHost) -> None:
+    host.write("/opt/hive/flake.py", FLAKE)
+    host.ok(*PYTHON, "/opt/hive/flake.py", "exit 6")
+    before = daemon(host, "current")
+    build = " ".join([*PYTHON, "/opt/hive/daemon.py", "build", "path:/srv/flake"])
+    assert runs_under(host, DAEMON_UNIT, build, f"ReadWritePaths={STATE}"), host.run("journalctl", "-n", "30").stdout
+    assert daemon(host, "current") not in (None, before)
+    daemon(host, "start")
+    look_until(lambda: daemon(host, "find") is None)
+    assert daemon(host, "missed") == 6
+    assert host.run("ls", f"{STATE}/processes").stdout == "", "what was built is kept by the container's profile"
+
+
 def test_a_reload_of_a_containers_unit_runs_nothing_of_the_agents_system(host: BootedHost) -> None:
     """A host that is rebuilt may reload all its containers, by a command that is not sure to enter the agent's uids."""
-    assert "ExecReload" in TEMPLATE
+    assert "ExecReload=/usr/bin/touch /run/reloaded\n" in TEMPLATE
+    daemon(host, "switch", system(host, "exec sleep 1000"))
     daemon(host, "start")
     host.ok("systemctl", "reload", UNIT)
     assert host.run("test", "-e", "/run/reloaded").returncode != 0
