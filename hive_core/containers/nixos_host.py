@@ -58,8 +58,7 @@ class NixosHost:
 
     async def run(self, *words: str, patience_s: float = _ASK_WITHIN_S) -> Done:
         """Run one of the host's commands. Raises Refusal when it cannot be run, or takes longer."""
-        remote = {key: os.environ[key] for key in ("NIX_REMOTE",) if key in os.environ}
-        return await run_command(words, patience_s, {"PATH": self.path, "LANG": "C.UTF-8", **remote})
+        return await run_command(words, patience_s, {"PATH": self.path, "LANG": "C.UTF-8"})
 
     async def insist(self, what: str, *words: str, patience_s: float = _ASK_WITHIN_S) -> Done:
         """The same, and Refusal("failed") too when it ends with another code than 0: "cannot WHAT: REASON"."""

@@ -115,7 +115,13 @@ class FlakeDeployments:
         return await self._make(name, sha, message, settle, held, is_new=base is None)
 
     async def mend(self, name: AgentName, sha: CommitSha, held: AsyncExitStack) -> Deployed | None:
-        known, current = await system_of(self._store, name), await self._systems.current(name)
+        known = await system_of(self._store, name)
+        try:
+            current = await self._systems.current(name)
+        except Refusal as refusal:
+            if self.hindrance(name) is not None:
+                self._hindrances[name] = refusal.message
+            raise
         if current is not None:
             self._hindrances[name] = ""  # what it has is good enough until it has what it should
         if known is not None and (known.sha, known.path, known.inputs) == (sha, current, self._meta.inputs):

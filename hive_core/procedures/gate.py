@@ -42,6 +42,7 @@ from hive_core.store.writer import Transaction
 from hive_core.systems import note_deployed
 
 log = logging.getLogger(__name__)
+_AWAY_S = 5.0
 _FREE = "gate_free"  # the bus topic: an agent was mended
 _OTHER_ENDS = {
     "denied": "it was denied",
@@ -71,6 +72,7 @@ class Gate:
         self._deployments = deployments
         self._mended: dict[AgentName, str] = {}  # the commit of each agent that was looked at
         self._unmended: set[AgentName] = set()  # of whom that failed
+        self._away = False  # what has their containers did not answer: it is asked again
         self._busy: set[AgentName] = set()  # of whom something is carried out or mended
         asking = self.asking = Asking(store, limits.approval_ttl_s)
         self.spawn = Spawn(
@@ -267,7 +269,9 @@ class Gate:
         with self._store.bus.listen(APPROVED, DEPLOYED) as listener:
             while True:
                 if not await self._mend_some():
-                    await listener.wait()
+                    with trio.move_on_after(_AWAY_S if self._away else math.inf):
+                        await listener.wait()
+                    self._away = False
                     # What could not be mended may be possible now: another was built, a tombstone's files are back.
                     for name in self._unmended:
                         self._mended.pop(name, None)
@@ -313,8 +317,11 @@ class Gate:
             raise
         except Exception as exc:
             # Its own trouble, which its state shows: approvals and other agents go on.
-            log.error("what %s runs on is not as it was deployed: %s", name, exc, extra={"agent": name})
+            away = isinstance(exc, Refusal) and exc.code == "unavailable"
+            level = logging.INFO if away else logging.ERROR
+            log.log(level, "what %s runs on is not as it was deployed: %s", name, exc, extra={"agent": name})
             self._unmended.add(name)
+            self._away |= away
         else:
             done = deployed is not None
         if self._deployments.hindrance(name) != hindered:

@@ -3,7 +3,7 @@
 { config, lib, ... }:
 let
   cfg = config.services.hyperhive;
-  inherit ((import ../systemd/helper.nix).Containers) ReadWritePaths Environment RestrictSUIDSGID;
+  inherit ((import ../systemd/helper.nix).Containers) ReadWritePaths RestrictSUIDSGID;
 in
 {
   config = lib.mkIf (cfg.enable && cfg.sandbox == "nixos-container") {
@@ -21,7 +21,7 @@ in
     systemd.services.hyperhive-root = {
       path = [ config.nix.package ];
       serviceConfig = {
-        inherit ReadWritePaths Environment;
+        inherit ReadWritePaths;
         RestrictSUIDSGID = lib.mkForce RestrictSUIDSGID;
       };
     };

@@ -77,14 +77,13 @@
 
   # What the helper's has besides where agents are NixOS containers, whose units are the host's.
   Containers = {
-    # nixos-container keeps a container in these, and in /var/lib.
+    # nixos-container keeps a container in these, and in /var/lib. The rest of /nix is read-only here, so that nix asks
+    # its daemon for what it would do to the store as root.
     ReadWritePaths = [
       "/etc/nixos-containers"
       "/nix/var/nix/gcroots/per-container"
       "/nix/var/nix/profiles/per-container"
     ];
-    # nix's daemon is asked for what root could do to the store itself: that is read-only here.
-    Environment = "NIX_REMOTE=daemon";
     # A switch activates a system inside, under the filters of whoever began it, and that makes setuid wrappers.
     RestrictSUIDSGID = false;
   };

@@ -40,6 +40,7 @@ from tests.containers.helped import (
     helped_in,
     helper_in,
     leftover_in,
+    unmount_all,
 )
 from tests.containers.standin.host import StandInHost, host_of
 from tests.containers.starters import run_forked
@@ -315,6 +316,7 @@ def start_and_die(folder: Path, kind: str, script: str, life: str = "") -> int:
 def end_all(folder: Path) -> None:
     """Many agents here outlive who started them; those of a test that failed are ended by pid."""
     end_helper(folder)
+    unmount_all(folder)
     for pid in pids_naming(str(folder)):
         for each in (*children_of(pid), pid):
             with contextlib.suppress(ProcessLookupError):

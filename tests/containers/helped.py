@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,18 @@ def end_helper(folder: Path) -> None:
     with contextlib.suppress(OSError, ValueError):
         os.kill(int((folder / "helper.pid").read_text()), signal.SIGKILL)
     (folder / "helper.pid").unlink(missing_ok=True)
+
+
+def unmount_all(folder: Path) -> None:
+    """Take away what is mounted below a folder: what a broken helper left there would be in the way of all tests."""
+    for place in reversed(mounts_below(folder)):
+        subprocess.run(["umount", "--lazy", place], check=False, capture_output=True)
+
+
+def mounts_below(folder: Path) -> list[str]:
+    """Where something is mounted below a directory, as this namespace sees it."""
+    places = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return [place for place in places if place.startswith(f"{folder}/")]
 
 
 def log_of(folder: Path) -> str:

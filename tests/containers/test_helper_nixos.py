@@ -31,7 +31,7 @@ from tests.containers.drivers import (
     read_fifo,
     wait_gone,
 )
-from tests.containers.helped import HELPED_STAND_IN, ask, end_helper, error, log_of, start_helper
+from tests.containers.helped import HELPED_STAND_IN, ask, end_helper, error, log_of, mounts_below, start_helper
 from tests.containers.standin.host import StandInHost, system_files, write_program
 
 WAITS = "echo > /state/ready; exec sleep 1000"
@@ -46,12 +46,6 @@ def _needed() -> None:
 @pytest.fixture
 def driver(tmp_path: Path) -> HelpedStandIn:
     return HelpedStandIn(tmp_path)
-
-
-def mounts_below(folder: Path) -> list[str]:
-    """Where something is mounted below a directory, as this namespace sees it."""
-    places = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    return [place for place in places if place.startswith(f"{folder}/")]
 
 
 async def start(driver: HelpedStandIn, folder: Path) -> Any:

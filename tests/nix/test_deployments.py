@@ -15,6 +15,7 @@ import trio.testing
 
 from hive_core.approvals import Approval, settle
 from hive_core.containers.mounts import agent_dirs
+from hive_core.procedures import gate
 from hive_core.procedures.flake_deployments import CHECKS_WAITING
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.protocol.refusal import Refusal
@@ -505,6 +506,31 @@ async def test_an_agent_whose_container_cannot_be_built_waits_and_says_why(house
     house.systems.at = nothing
     async with house.open() as hive, serving(hive):
         await mended(hive, HM1ND)
+
+
+async def test_who_has_the_containers_may_be_away_when_the_daemon_starts_and_is_asked_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "_AWAY_S", 0.05)
+    house.folder.mkdir()
+    systems, asked = house.systems, []
+    current = systems.current
+
+    async def away(name: AgentName) -> StorePath | None:
+        asked.append(name)
+        if len(asked) < 4:
+            raise Refusal("unavailable", "cannot reach the helper")
+        found: StorePath | None = await current(name)
+        return found
+
+    systems.current = away
+    async with house.open() as hive, serving(hive):
+        with hive.store.bus.listen("wanted") as listener:
+            while (why := hive.gate.hindrance(HM1ND)) == "its container is being built":
+                await listener.wait()
+        assert why in ("cannot reach the helper", None)
+        await mended(hive, HM1ND)
+    assert asked[:4] == [HM1ND] * 4
 
 
 # -- a daemon that dies -----------------------------------------------------------------------------------------------
