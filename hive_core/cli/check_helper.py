@@ -21,7 +21,7 @@ def look_at_helper(name: str, config: Config) -> Iterator[Finding]:
         yield Finding(name, "ok", f"{config.helper} is there; only {config.helper_user} and root may ask it")
         return
     try:
-        told = trio.run(Helper(config.helper, config.state_dir, config.runtime_dir).greet)
+        told = trio.run(Helper(config.helper, config.state_dir, config.runtime_dir, config.sandbox).greet)
     except Refusal as refusal:
         yield Finding(name, "trouble", refusal.message)
         return

@@ -80,10 +80,12 @@ def make_driver(
     """The driver that the choice asks for; `first_uid` says where an agent's range of uids begins."""
     if config.helper is not None:
         leftover = ProcessDriver(config.state_dir, sandbox="", claude=None, orphan_grace_s=config.orphan_grace_s)
-        if choice.sandbox == "nixos-container" and choice.trouble is None:
-            helper = Helper(config.helper, config.state_dir, config.runtime_dir, PATIENCE_OF_S)
+        own = config.sandbox == "nixos-container"
+        patience_s = PATIENCE_OF_S if own else {}
+        helper = Helper(config.helper, config.state_dir, config.runtime_dir, config.sandbox, patience_s)
+        if own and choice.trouble is None:
             return HelpedSystems(helper, choice.sandbox, leftover, make_builds(config))
-        return HelpedDriver(Helper(config.helper, config.state_dir, config.runtime_dir), choice.sandbox, leftover)
+        return HelpedDriver(helper, choice.sandbox, leftover)
     groups = choose_groups(config.state_dir, bounds_of(config))
     if groups.trouble:
         log.warning("%s", groups.trouble)

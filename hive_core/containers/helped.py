@@ -38,6 +38,7 @@ _WAY_OUT = "`systemctl start hyperhive-root`, or `hive-root serve` as root"
 class Helper:
     """Asks the helper, and holds it to the same hive.
 
+    sandbox: what it has to start agents in; None: whatever it has
     patience_s: of verbs that may take longer than others
     """
 
@@ -46,17 +47,19 @@ class Helper:
         path: Path,
         state_dir: Path,
         runtime_dir: Path,
+        sandbox: str | None = None,
         patience_s: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self.path = path
         self._patience_s = patience_s
-        self._folders = {"state_dir": str(state_dir), "runtime_dir": str(runtime_dir)}
+        self._same = {"state_dir": str(state_dir), "runtime_dir": str(runtime_dir)}
+        self._same |= {"sandbox": sandbox} if sandbox else {}
         self._greeted = False
 
     async def greet(self, patience_s: float = PATIENCE_S) -> dict[str, Any]:
         """What the helper says of itself. Raises Refusal when it is away, or serves another hive."""
         told, _ = await self._ask({"verb": "hello"}, patience_s)
-        for key, ours in self._folders.items():
+        for key, ours in self._same.items():
             if told.get(key) != ours:
                 fix = "give both the same config.toml, and start both again"
                 why = f"its {key} is {told.get(key)}, and the daemon's {ours}"

@@ -88,6 +88,8 @@ class StagedNixos(NixosContainers):
     async def switch(self, name: AgentName, system: StorePath) -> None:
         await self._check(system)
         await super().switch(name, system)
+        if not self._file(name, "run").exists():
+            self._write(name, "run", {})  # from now on it is one of so many agents as there may be
 
     async def destroy(self, name: AgentName) -> None:
         await super().destroy(name)

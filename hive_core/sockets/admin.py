@@ -178,7 +178,7 @@ class AdminDesk:
         config = self._hive.config
         if config.helper is None:
             return None
-        return await helper_trouble(Helper(config.helper, config.state_dir, config.runtime_dir))
+        return await helper_trouble(Helper(config.helper, config.state_dir, config.runtime_dir, config.sandbox))
 
     async def _list(self, _: Args) -> Any:
         hive = self._hive

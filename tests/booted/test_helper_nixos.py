@@ -69,11 +69,11 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 
 assert os.getuid() != 0
-IRIS, STATE, RUN = AgentName("iris"), Path("/var/lib/hyperhive"), Path("/run/hyperhive")
+IRIS, STATE, RUN, KIND = AgentName("iris"), Path("/var/lib/hyperhive"), Path("/run/hyperhive"), "nixos-container"
 
 async def main(verb, word=""):
     driver = HelpedSystems(
-        Helper(Path("/run/hyperhive-root/helper.sock"), STATE, RUN, PATIENCE_OF_S), "nixos-container",
+        Helper(Path("/run/hyperhive-root/helper.sock"), STATE, RUN, KIND, PATIENCE_OF_S), KIND,
         ProcessDriver(STATE, sandbox="", claude=None, orphan_grace_s=600),
         SystemBuilds(STATE, nix=Nix(STATE / "nix"), readable=[Path("/srv/flake")], build_s=60),
     )

@@ -71,7 +71,7 @@ def helper_in(folder: Path, sandbox: str, cgroups: AgentGroups | None = None) ->
     """The helper of a folder, which is started when none runs."""
     if not answers(folder):
         start_helper(folder, sandbox, cgroups)
-    return Helper(folder / "helper.sock", folder, folder / "runtime", PATIENCE_OF_S)
+    return Helper(folder / "helper.sock", folder, folder / "runtime", sandbox, PATIENCE_OF_S)
 
 
 def helped_in(folder: Path, kind: str, script: str, cgroups: AgentGroups | None = None) -> Helped:

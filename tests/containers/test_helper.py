@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import trio
 
+from hive_core.containers.helped import Helper
 from hive_core.containers.host_names import host_name
 from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.process_tree import all_pids
@@ -484,6 +485,9 @@ async def test_a_helper_of_another_hive_is_not_asked_for_anything(tmp_path: Path
     driver = Helped(tmp_path, "nspawn")
     with pytest.raises(Refusal, match=f"its state_dir is {other}, and the daemon's {tmp_path}; give both the same"):
         await driver.find(IRIS, agent_dirs(tmp_path, tmp_path / "runtime", IRIS))
+    otherwise = Helper(tmp_path / "helper.sock", other, other / "runtime", "nixos-container")
+    with pytest.raises(Refusal, match="its sandbox is nspawn, and the daemon's nixos-container; give both the same"):
+        await otherwise.ask("current", IRIS)
 
 
 @pytest.mark.parametrize("answer", [{}, {"lines": 5, "processes": "x", "code": []}, {"code": 0, "missed": "yes"}])

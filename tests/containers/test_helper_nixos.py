@@ -17,8 +17,10 @@ from hive_core.containers.idmapped import clone_mount
 from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.nixos_container import NixosContainers
 from hive_core.containers.running import Exit
+from hive_core.helper.drivers import AGENTS_MOST
 from hive_core.helper.staging import staging_command
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import AgentName
 from tests.containers.drivers import (
     IRIS,
     PATIENCE_S,
@@ -144,6 +146,20 @@ async def test_a_path_that_is_no_registered_system_of_roots_is_refused_and_makes
     assert "/iris" in error(ask(tmp_path, {"verb": "switch", "name": "../iris", "system": system}))
     assert host.run("nixos-container", "list") == ""
     assert list((tmp_path / "processes").glob("iris.*")) == []
+
+
+async def test_what_has_a_system_is_one_of_so_many_agents_as_there_may_be(
+    tmp_path: Path, driver: HelpedStandIn
+) -> None:
+    system = driver.stand_in.system("true")
+    for number in range(AGENTS_MOST - 1):
+        (tmp_path / "processes").mkdir(exist_ok=True)
+        (tmp_path / "processes" / f"agent-{number}.run").touch()
+    await driver.switch(IRIS, system)
+    with pytest.raises(Refusal, match=f"there are {AGENTS_MOST} agents; destroy some"):
+        await driver.switch(AgentName("argus"), system)
+    await driver.destroy(IRIS)
+    await driver.switch(AgentName("argus"), system)
 
 
 # -- whose directories it gets ----------------------------------------------------------------------------------------
