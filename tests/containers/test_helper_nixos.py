@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import stat
@@ -215,7 +216,7 @@ async def test_a_helper_that_is_killed_at_any_moment_of_a_start_leaves_one_conta
         async with trio.open_nursery() as nursery:
 
             async def begin() -> None:
-                with pytest.raises((Refusal, OSError)):
+                with contextlib.suppress(Refusal, OSError):  # or it had just started
                     await start(driver, tmp_path)
 
             nursery.start_soon(begin)
