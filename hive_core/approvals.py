@@ -190,6 +190,11 @@ def _open(tx: Transaction, kind: str, agent: str, digest: str) -> int | None:
     return None if row is None else int(row["id"])
 
 
+def note_proof(tx: Transaction, approval: Approval, proof: str) -> None:
+    """Keep how an approval was proven until it is done, also by the next daemon."""
+    tx.execute("UPDATE approvals SET proof = ? WHERE id = ? AND state = 'approved'", (proof, approval.id))
+
+
 def _stored(shown: Shown) -> tuple[str, str | None]:
     effect = None if shown.effect is None else json.dumps(shown.effect, ensure_ascii=False)
     return json.dumps(shown.payload, ensure_ascii=False), effect

@@ -44,6 +44,7 @@ from hive_core.procedures.flake_deployments import make_deployments
 from hive_core.procedures.gate import Gate
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.procedures.supervise import Desk
+from hive_core.procedures.walk import Walk
 from hive_core.programs import find_claude
 from hive_core.protocol.paths import explain, host_socket
 from hive_core.protocol.refusal import Refusal
@@ -157,22 +158,34 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
         locks, uids = AgentLocks(), UidRanges(store, str(config.state_dir))
         driver = make_driver(config, choice, claude=claude, life_fd=life_fd, first_uid=uids.first_uid)
         deployments = await make_deployments(config, choice, store, repos, locks, driver)
+        rooms = _Rooms(config)
+        ledger = Ledger(store, access, load_prices(config.prices), config)
+        stack.push_async_callback(ledger.aclose)
+        bodies = Bodies(config.state_dir / "bodies", store)
+        broker = Broker(store, config, bodies=bodies, access=access, ledger=ledger, silent=rooms.lost_turn)
+        reconciler = Reconciler(
+            store,
+            agents,
+            driver,
+            rooms.dirs,
+            rooms.may_run,
+            rooms.serve,
+            broker.put_back,
+            config,
+            locks=locks,
+        )
         gate = Gate(
             store,
             agents,
             approvals,
             repos,
             deployments,
+            Walk(store, repos, deployments, locks, reconciler),
             _templates(config),
             config,
             default_program=config.default_program,
             default_model=config.default_model,
         )
-        rooms = _Rooms(config)
-        ledger = Ledger(store, access, load_prices(config.prices), config)
-        stack.push_async_callback(ledger.aclose)
-        bodies = Bodies(config.state_dir / "bodies", store)
-        broker = Broker(store, config, bodies=bodies, access=access, ledger=ledger, silent=rooms.lost_turn)
         hive = Hive(
             config=config,
             store=store,
@@ -181,17 +194,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             agents=agents,
             approvals=approvals,
             gate=gate,
-            reconciler=Reconciler(
-                store,
-                agents,
-                driver,
-                rooms.dirs,
-                rooms.may_run,
-                rooms.serve,
-                broker.put_back,
-                config,
-                locks=locks,
-            ),
+            reconciler=reconciler,
             keeper=Keeper(config.state_dir, rooms.run_dir),
             sign_ins=SignIns(store),
             credentials=Credentials(config.state_dir),
@@ -206,6 +209,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
         await hive.freeze.load()
         await hive.breaker.load()
         await ledger.load()
+        await gate.load()
         rooms.hive = hive
         rooms.client = await stack.enter_async_context(
             httpx2.AsyncClient(
@@ -334,6 +338,7 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(partial(serve_asgi, build_app(hive), page, stopping=hive.stopping))
         nursery.start_soon(hive.store.serve_backstop)
         nursery.start_soon(hive.store.wait_failed)
+        await nursery.start(hive.reconciler.serve)  # which the gate waits for
         nursery.start_soon(hive.gate.serve)
         nursery.start_soon(hive.gate.upkeep.serve)
         nursery.start_soon(hive.broker.serve_leases)
@@ -345,7 +350,6 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(hive.archive.index.serve)
         nursery.start_soon(serve_clock, hive.store, timers)
         nursery.start_soon(_serve_pruning, hive)
-        nursery.start_soon(hive.reconciler.serve)
         nursery.start_soon(hive.destruction.serve)
         nursery.start_soon(hive.disk.serve)
         nursery.start_soon(hive.snapshots.serve)

@@ -77,6 +77,12 @@ class Limits(BaseModel):
     start_s: Annotated[
         Seconds, Field(description="how long a container that has not said hello yet holds up the starts of others")
     ] = 20.0
+    hello_s: Annotated[
+        Seconds, Field(description="how long an agent that was changed may take to say hello before it is taken back")
+    ] = 120.0
+    init_s: Annotated[
+        Seconds, Field(description="and then its program to start and reach the hive's tools, before it is taken back")
+    ] = 120.0
     updates_at_once: Annotated[
         Count, Field(description="agents that are replaced at once after an upgrade, each at its turn's edge")
     ] = 2

@@ -3,6 +3,7 @@ reads one holds it against the commit that is deployed, and against the system t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,15 @@ def note_deployed(tx: Transaction, name: AgentName, sha: CommitSha, deployed: De
             "INSERT INTO systems (agent, sha, path, inputs) VALUES (?, ?, ?, ?)",
             (name, system.sha, system.path, system.inputs),
         )
+
+
+async def deployed_now(store: Store, name: AgentName) -> tuple[CommitSha | None, Deployed]:
+    """The commit in an agent's rows, and what was made of it."""
+    row = await store.row("SELECT deployed_sha, settings, policy FROM agents WHERE name = ?", (name,))
+    if row is None or row["settings"] is None:
+        return None, Deployed({})
+    settings = {**json.loads(row["settings"]), "policy": json.loads(row["policy"] or "{}")}
+    return CommitSha(row["deployed_sha"]), Deployed(settings, await system_of(store, name))
 
 
 async def system_of(store: Store, name: AgentName) -> System | None:

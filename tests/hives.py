@@ -24,11 +24,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hive_core.access import Access
 from hive_core.agent_locks import AgentLocks
-from hive_core.agents import Agents, set_deployed
+from hive_core.agents import Agent, Agents, set_deployed
 from hive_core.approvals import Approvals
 from hive_core.background import Background
 from hive_core.bodies import Bodies
 from hive_core.broker import Broker
+from hive_core.containers.mounts import agent_dirs
+from hive_core.containers.process import ProcessDriver
 from hive_core.events import timeline
 from hive_core.ledger import Ledger
 from hive_core.limits import Limits
@@ -36,6 +38,9 @@ from hive_core.loose_ends import LooseEnds
 from hive_core.prices import load_prices
 from hive_core.procedures.deployments import Deployments, PlainDeployments
 from hive_core.procedures.gate import Gate
+from hive_core.procedures.reconcile import Reconciler
+from hive_core.procedures.supervise import Desk
+from hive_core.procedures.walk import Walk
 from hive_core.protocol.words import AgentName, parse_agent_name, parse_body
 from hive_core.questions import Questions
 from hive_core.reminders import Reminders
@@ -150,6 +155,10 @@ class Services:
 PLAIN = partial(PlainDeployments, sandbox="bwrap")
 
 
+async def _never(agent: Agent, task_status: trio.TaskStatus[Desk]) -> None:
+    raise AssertionError("nobody serves agents here")
+
+
 @asynccontextmanager
 async def open_services(
     state_dir: Path,
@@ -168,21 +177,29 @@ async def open_services(
         access = Access(store.bus)
         agents = Agents(store, manager_port=8000, agent_ports=ports, access=access)
         approvals, repos, locks = Approvals(store), Repos(state_dir), AgentLocks()
+        bodies = Bodies(state_dir / "bodies", store, clock)
+        ledger = Ledger(store, access, load_prices(), limits, clock)
+        broker = Broker(store, limits, random.Random(0), bodies, access, ledger)
+        turns = Turns(store, **bounds)
+        # Nobody serves it: what is deployed is proven by nobody.
+        driver = ProcessDriver(state_dir, sandbox="bwrap", claude=None, orphan_grace_s=1.0, life_fd=None)
+        dirs = partial(agent_dirs, state_dir, state_dir / "run")
+        reconciler = Reconciler(
+            store, agents, driver, dirs, lambda _: None, _never, broker.put_back, limits, clock, locks
+        )
+        made = deployments(store, repos, locks)
         gate = Gate(
             store,
             agents,
             approvals,
             repos,
-            deployments(store, repos, locks),
+            made,
+            Walk(store, repos, made, locks, reconciler),
             templates,
             limits or Limits(),
             default_program="rehearsal",
             default_model="sonnet",
         )
-        bodies = Bodies(state_dir / "bodies", store, clock)
-        ledger = Ledger(store, access, load_prices(), limits, clock)
-        broker = Broker(store, limits, random.Random(0), bodies, access, ledger)
-        turns = Turns(store, **bounds)
         whose = await timeline(store)
         yield Services(state_dir, store, broker, turns, agents, approvals, repos, gate, clock, whose, locks)
 

@@ -35,7 +35,11 @@ class Change:
 
 
 class Deployments(Protocol):
-    """Every step can be done again: a daemon that dies in one is followed by one that begins it anew."""
+    """Every step can be done again: a daemon that dies in one is followed by one that begins it anew.
+
+    A change is built, taken by its agent, which is at rest then, and settled once that has come up with it. Until it is
+    settled the agent can take again what it had before. Who lets one take, or settles, holds the agent's lock.
+    """
 
     def files(self, name: AgentName, description: str) -> Mapping[str, str]:
         """What a new agent's first commit holds besides agent.toml and CLAUDE.md."""
@@ -44,16 +48,28 @@ class Deployments(Protocol):
         """What a proposal would change. Raises Refusal when it could not be deployed; nothing is changed, and nothing
         that runs touched."""
 
-    async def carry_out(self, change: Change, held: AsyncExitStack) -> Deployed:
-        """Make a commit what its agent runs on, all but the rows. Raises when that is impossible, also because the
-        agent was destroyed meanwhile; then all is as it was.
+    async def build(self, name: AgentName, sha: CommitSha) -> Deployed:
+        """Make of a commit what is made of it here; nothing that runs is touched. Raises when that is impossible."""
 
-        held: is given what keeps a destruction, and other deployments, away until it is closed: after the rows
+    async def has(self, name: AgentName, deployed: Deployed) -> bool:
+        """Whether an agent is started on this already, all but the rows."""
+
+    async def take(self, name: AgentName, deployed: Deployed) -> None:
+        """Let an agent be started on this from now on, all but the rows. Raises when that is impossible."""
+
+    async def settle(self, change: Change) -> None:
+        """What was taken stays: main of the applied repository moves, and the log tells of it.
+
+        Raises when main cannot move, and then all is as it was.
         """
 
     async def mend(self, name: AgentName, sha: CommitSha, held: AsyncExitStack) -> Deployed | None:
         """Make of the commit that is deployed what has to be made of it here, where a daemon that died, one of another
-        release or with another sandbox left it otherwise; None when all is well. As `carry_out` else."""
+        release or with another sandbox left it otherwise; None when all is well. Raises when that is impossible, also
+        because the agent was destroyed meanwhile.
+
+        held: is given what keeps a destruction away until it is closed: after the rows
+        """
 
     def hindrance(self, name: AgentName) -> str | None:
         """Why an agent may not be started now, or None."""
@@ -104,12 +120,18 @@ class PlainDeployments:
             )
         return await effect_of_files(self._repos, name, proposal)
 
-    async def carry_out(self, change: Change, held: AsyncExitStack) -> Deployed:
-        await held.enter_async_context(self._locks.of(change.agent))
+    async def build(self, name: AgentName, sha: CommitSha) -> Deployed:
+        return Deployed(await self._repos.read(name, sha))
+
+    async def has(self, name: AgentName, deployed: Deployed) -> bool:
+        return True
+
+    async def take(self, name: AgentName, deployed: Deployed) -> None:
+        pass
+
+    async def settle(self, change: Change) -> None:
         if change.base is not None:
-            await insist_that_it_stays(self._store, change.agent)
             await self._repos.deploy(change.agent, change.number, change.sha, change.base)
-        return Deployed(await self._repos.read(change.agent, change.sha))
 
     async def mend(self, name: AgentName, sha: CommitSha, held: AsyncExitStack) -> Deployed | None:
         if await system_of(self._store, name) is None:
@@ -137,8 +159,17 @@ class NoDeployments:
     async def check(self, name: AgentName, proposal: Proposal) -> Effect:
         raise Refusal("unavailable", f"cannot check {proposal.sha[:12]}: {self._trouble}")
 
-    async def carry_out(self, change: Change, held: AsyncExitStack) -> Deployed:
-        raise Refusal("unavailable", f"cannot build {change.agent}: {self._trouble}")
+    async def build(self, name: AgentName, sha: CommitSha) -> Deployed:
+        raise Refusal("unavailable", f"cannot build {name}: {self._trouble}")
+
+    async def has(self, name: AgentName, deployed: Deployed) -> bool:
+        return True
+
+    async def take(self, name: AgentName, deployed: Deployed) -> None:
+        raise Refusal("unavailable", f"cannot switch {name}: {self._trouble}")
+
+    async def settle(self, change: Change) -> None:
+        raise Refusal("unavailable", f"cannot deploy {change.agent}: {self._trouble}")
 
     async def mend(self, name: AgentName, sha: CommitSha, held: AsyncExitStack) -> Deployed | None:
         return None
@@ -150,7 +181,12 @@ class NoDeployments:
         pass
 
 
+async def is_leaving(store: Store, name: AgentName) -> bool:
+    """Whether an agent is being destroyed, or was. Who holds its lock can rely on it."""
+    return await store.row(_STAYS, (name,)) is None
+
+
 async def insist_that_it_stays(store: Store, name: AgentName) -> None:
-    """Raise Refusal("conflict") for an agent that is being destroyed, or was. Who holds its lock can rely on it."""
-    if await store.row(_STAYS, (name,)) is None:
+    """Raise Refusal("conflict") for such an agent."""
+    if await is_leaving(store, name):
         raise Refusal("conflict", f"cannot deploy {name}: it was destroyed meanwhile")

@@ -1,12 +1,12 @@
-"""Deployments of containers that are built from their agent's commit: built beside what runs, staged in the meta flake,
-switched, committed. Until main of the applied repository moves, whatever goes wrong leaves all as it was."""
+"""Deployments of containers that are built from their agent's commit: built beside what runs, from a flake with their
+agent alone, so that no build waits for another; switched to; and told of in the meta flake, whose log is theirs."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from functools import partial
 
 import trio
 
@@ -31,7 +31,7 @@ from hive_core.procedures.deployments import (
 )
 from hive_core.proposals import Proposal
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import AgentName, CommitSha, StorePath
+from hive_core.protocol.words import AgentName, CommitSha
 from hive_core.repos import Repos, harness_settings
 from hive_core.store.door import Store
 from hive_core.systems import Deployed, System, built_commits, system_of
@@ -105,14 +105,29 @@ class FlakeDeployments:
             del self._known[next(iter(self._known))]
         return found
 
-    async def carry_out(self, change: Change, held: AsyncExitStack) -> Deployed:
-        name, sha, base = change.agent, change.sha, change.base
-        settle: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint  # main begins at the first commit
-        if base is not None:
-            await self._repos.check_main(name, sha, base)
-            settle = partial(self._repos.deploy, name, change.number, sha, base)
-        message = f"{name}: deployed/{change.number if base else 0}"
-        return await self._make(name, sha, message, settle, held, is_new=base is None)
+    async def build(self, name: AgentName, sha: CommitSha) -> Deployed:
+        await self._repos.pin(name, sha)
+        async with self._evaluating:
+            found = await self._meta.evaluate(name, sha)
+        path = await self._systems.current(name)
+        if path is None or found.system != path:  # it says so itself, and keeps what it has if that is not so
+            async with self._building, self._meta.alone(name, sha) as url:
+                path = await self._systems.build(name, url)
+        return Deployed(harness_settings(found.settings, found.persona), System(sha, path, self._meta.inputs))
+
+    async def has(self, name: AgentName, deployed: Deployed) -> bool:
+        return deployed.system is not None and deployed.system.path == await self._systems.current(name)
+
+    async def take(self, name: AgentName, deployed: Deployed) -> None:
+        if not await self.has(name, deployed):
+            assert deployed.system is not None
+            await self._systems.switch(name, deployed.system.path)
+        self._hindrances[name] = ""
+
+    async def settle(self, change: Change) -> None:
+        if change.base is not None:
+            await self._repos.deploy(change.agent, change.number, change.sha, change.base)
+        await self._log(change.agent, f"deployed/{change.number if change.base else 0}")
 
     async def mend(self, name: AgentName, sha: CommitSha, held: AsyncExitStack) -> Deployed | None:
         known = await system_of(self._store, name)
@@ -127,12 +142,19 @@ class FlakeDeployments:
         if known is not None and (known.sha, known.path, known.inputs) == (sha, current, self._meta.inputs):
             return None
         try:
-            return await self._make(name, sha, f"{name}: {sha[:12]} again", trio.lowlevel.checkpoint, held)
+            deployed = await self.build(name, sha)
+            async with AsyncExitStack() as lock:
+                await lock.enter_async_context(self._locks.of(name))
+                await insist_that_it_stays(self._store, name)
+                await self.take(name, deployed)
+                held.push_async_exit(lock.pop_all())
         except Exception as exc:
             if current is None:
                 way_out = "it is tried again when something is deployed, and when the daemon starts"
                 self._hindrances[name] = f"its container cannot be built: {exc}; {way_out}"
             raise
+        await self._log(name, f"{sha[:12]} again")
+        return deployed
 
     def hindrance(self, name: AgentName) -> str | None:
         return self._hindrances.get(name, _NOT_YET) or None
@@ -140,75 +162,20 @@ class FlakeDeployments:
     def forget(self, name: AgentName) -> None:
         self._hindrances.pop(name, None)
 
-    async def _make(
-        self,
-        name: AgentName,
-        sha: CommitSha,
-        message: str,
-        settle: Callable[[], Awaitable[None]],
-        held: AsyncExitStack,
-        is_new: bool = False,
-    ) -> Deployed:
-        """Build a commit, and make it the agent's; `settle` is the point after which it stays.
-
-        is_new: it is no agent yet. One that was one, and is none any more when it is built, is given no container.
-
-        All of it can be done again: what is built is there already, and a switch to what is current is none.
-        """
-        before = await self._before(name)
-        settled = False
+    async def _log(self, name: AgentName, what: str) -> None:
+        """Commit the meta flake with what is deployed, which is the log of all deployments."""
         try:
-            await self._repos.pin(name, sha)
-            async with self._evaluating:
-                found = await self._meta.evaluate(name, sha)
-            path = await self._systems.current(name)
-            if path is None or found.system != path:  # it says so itself, and keeps what it has if that is not so
-                async with self._building, self._meta.alone(name, sha) as url:
-                    path = await self._systems.build(name, url)
-            # What is staged names the commits of all as the rows have them: so the next waits for those of this one.
-            async with AsyncExitStack() as locks:
-                await locks.enter_async_context(self._settling)
-                await locks.enter_async_context(self._locks.of(name))
-                if not is_new:
-                    await insist_that_it_stays(self._store, name)
-                try:
-                    async with self._meta.staged(await self._flake_with(name, sha), message):
-                        if path != await self._systems.current(name):
-                            await self._systems.switch(name, path)
-                        await settle()
-                        settled = True
-                except Exception as exc:
-                    if not settled:
-                        raise
-                    # The log lacks a line, and the next one who stages has its flake right.
-                    log.error("the meta flake was not committed: %s", exc, extra={"agent": name})
-                held.push_async_exit(locks.pop_all())
-        except Exception:
-            if not settled:
-                await self._go_back(name, before, is_new)
-            raise
-        self._hindrances[name] = ""
-        return Deployed(harness_settings(found.settings, found.persona), System(sha, path, self._meta.inputs))
-
-    async def _flake_with(self, name: AgentName, sha: CommitSha) -> str:
-        return self._meta.render({**await built_commits(self._store), name: sha})
-
-    async def _before(self, name: AgentName) -> StorePath | None:
-        """What the agent has if this comes to nothing. What it has now may be what a daemon switched to that died
-        then."""
-        known = await system_of(self._store, name)
-        return known.path if known is not None else await self._systems.current(name)
-
-    async def _go_back(self, name: AgentName, before: StorePath | None, is_new: bool) -> None:
-        try:
-            async with self._locks.of(name):
-                if before is None or before == await self._systems.current(name):
-                    return
-                if not is_new:
-                    await insist_that_it_stays(self._store, name)
-                await self._systems.switch(name, before)
+            async with self._settling:
+                # By their repositories: what a row names may be on trial, or may not be written yet.
+                commits = {name: await self._repos.main(name), **await built_commits(self._store)}
+                for each in commits:
+                    with contextlib.suppress(Refusal):  # one whose repository is broken keeps no other from it
+                        commits[each] = await self._repos.main(each)
+                async with self._meta.staged(self._meta.render(commits), f"{name}: {what}"):
+                    pass
         except (Refusal, OSError) as exc:
-            log.error("%s could not be given its former system %s: %s", name, before, exc, extra={"agent": name})
+            # The log lacks a line, and the next one who stages has its flake right.
+            log.error("the meta flake was not committed: %s", exc, extra={"agent": name})
 
 
 async def make_deployments(

@@ -24,6 +24,7 @@ from hive_core.procedures.kinds.apply_commit import ApplyCommit
 from hive_core.procedures.kinds.kind import Asking, Kind
 from hive_core.procedures.kinds.spawn import Spawn
 from hive_core.procedures.repo_upkeep import RepoUpkeep
+from hive_core.procedures.walk import Walk
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
     MANAGER,
@@ -59,6 +60,7 @@ class Gate:
         approvals: Approvals,
         repos: Repos,
         deployments: Deployments,
+        walk: Walk,
         templates: Environment,
         limits: Limits,
         *,
@@ -70,6 +72,7 @@ class Gate:
         self._approvals = approvals
         self._repos = repos
         self._deployments = deployments
+        self._walk = walk
         self._mended: dict[AgentName, str] = {}  # the commit of each agent that was looked at
         self._unmended: set[AgentName] = set()  # of whom that failed
         self._away = False  # what has their containers did not answer: it is asked again
@@ -80,11 +83,12 @@ class Gate:
             agents,
             repos,
             deployments,
+            walk,
             templates,
             default_program=default_program,
             default_model=default_model,
         )
-        self.apply_commit = ApplyCommit(asking, agents, repos, deployments)
+        self.apply_commit = ApplyCommit(asking, agents, repos, deployments, walk)
         self.upkeep = RepoUpkeep(store, agents, repos)
         self.kinds: dict[str, Kind] = {}
         self.add(self.spawn, self.apply_commit)
@@ -93,6 +97,10 @@ class Gate:
     def add(self, *kinds: Kind) -> None:
         """More kinds: all are there before anything is carried out."""
         self.kinds.update({each.kind: each for each in kinds})
+
+    async def load(self) -> None:
+        """Know what a daemon before has left half done."""
+        await self._walk.load()
 
     async def ensure_manager(self, prompt: str) -> None:
         """Create hm1nd if it is missing: the one agent that needs no approval, since it asks for all others."""
@@ -239,7 +247,10 @@ class Gate:
 
     async def _close(self, approval: Approval) -> None:
         """What a kind does about an approval of which nothing is to be done any more."""
-        await self.kinds[approval.kind].closed(await self._approvals.get(approval.id))
+        try:
+            await self.kinds[approval.kind].closed(await self._approvals.get(approval.id))
+        except (Refusal, OSError) as exc:  # its repository may have gone with its agent
+            log.warning("approval %d of %s is not noted in full: %s", approval.id, approval.agent, exc)
 
     # -- carrying out -------------------------------------------------------------------------------------------------
 

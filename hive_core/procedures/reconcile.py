@@ -18,6 +18,7 @@ from hive_core.containers.mounts import AgentDirs
 from hive_core.limits import Limits
 from hive_core.procedures.starts import Starts
 from hive_core.procedures.supervise import KILL_PATIENCE_S, Desk, Supervisor, Tools
+from hive_core.procedures.trials import Trial
 from hive_core.procedures.updates import Updates
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, AgentName
@@ -63,12 +64,14 @@ class Reconciler:
         self._supervised: dict[AgentName, Supervisor] = {}
         self.updates = Updates(self._tools, self._supervised)
         self._leaving: set[AgentName] = set()  # agents that are being destroyed
+        self.on_trial: set[AgentName] = set()  # whose change is tried, also by a daemon before that died in it
         self._serving = False
         self._complete = trio.Event()  # every agent is supervised
 
-    async def serve(self) -> None:
+    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep what is wanted true, until cancelled. Cancelling it ends no agent."""
         self._serving = True
+        task_status.started()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.updates.serve, self._complete)
             with self._store.bus.listen(WANTED) as listener:
@@ -101,6 +104,8 @@ class Reconciler:
                     return
                 supervisor = self._supervised[name] = Supervisor(self._tools, name, desk, self._dirs(name))
                 supervisor.let_go = scope.cancel
+                if name in self.on_trial:
+                    supervisor.begin_trial()
                 desk.call_at_edges(partial(self.updates.at_edge, supervisor))
                 task_status.started()
                 try:
@@ -146,6 +151,29 @@ class Reconciler:
             if supervised.gone.is_set():
                 raise Refusal("conflict", f"cannot go on with {name}: it was destroyed meanwhile")
             yield
+
+    @asynccontextmanager
+    async def trial(self, name: AgentName) -> AsyncIterator[Trial]:
+        """Let an agent show that it comes up after a change. When this is left, it is as it is to stay.
+
+        Raises Refusal for one that is being destroyed.
+        """
+        if self._serving:
+            await self._complete.wait()
+        if name in self._leaving:
+            raise Refusal("conflict", f"cannot go on with {name}: it is being destroyed")
+        supervised = self._supervised.get(name)
+        self.on_trial.add(name)
+        try:
+            yield Trial(self._tools, name, supervised)
+        finally:
+            self.end_trial(name)
+
+    def end_trial(self, name: AgentName) -> None:
+        """An agent is as it is to stay. The same again does nothing."""
+        self.on_trial.discard(name)
+        if (supervised := self._supervised.get(name)) is not None and supervised.on_trial:
+            supervised.end_trial()
 
     def before_switch(self, hear: Callable[[AgentName], Awaitable[object]]) -> None:
         """Have somebody hear of each agent that is about to be started in a container of another shape."""

@@ -58,6 +58,15 @@ class Desk(Protocol):
     async def hung(self) -> str:
         """Return why the harness of a container that runs counts as hung, once it does."""
 
+    def hold(self, held: bool) -> None:
+        """Let no turn begin while it is held, though its harness stays."""
+
+    async def check(self) -> str | None:
+        """Have its harness, which is held and has said hello, see whether its program comes up.
+
+        Why it does not, in a sentence; an empty text when all is well; None of a harness that cannot be asked.
+        """
+
 
 async def _nothing(name: AgentName) -> None:
     pass
@@ -103,6 +112,8 @@ class Supervisor:
         self.starts = 0  # how often this daemon has started it, or tried to
         self.restarted_by: AgentName | None = None  # who wants to know of its next hello
         self.outdated = False  # what runs is of another generation than it would be started with now
+        self.on_trial = False  # it was changed: it takes no turn before it is proven, and its crashes are the change's
+        self.fell = False  # it has crashed on trial, and is not started again on it
         self._tools = tools
         self._dirs = dirs
         self._trouble = ""  # why it could not be seen to, the last time
@@ -163,6 +174,17 @@ class Supervisor:
             return ""
         return f"process {self.running.pid} was killed and has not gone yet; its disk may hang"
 
+    def begin_trial(self) -> None:
+        """What it runs on was changed: it is started whatever its crashes were before, and crashes once at most."""
+        self.on_trial, self.fell = True, False
+        self.desk.hold(True)
+
+    def end_trial(self) -> None:
+        """It is as it is to stay: it takes turns again."""
+        self.on_trial = self.fell = False
+        self.desk.hold(False)
+        self.changed.set()
+
     async def serve(self) -> None:
         """Keep what is wanted true, until cancelled, which ends nothing.
 
@@ -192,7 +214,9 @@ class Supervisor:
                 self._observe("down")
             elif reason := self._tools.may_run(agent):
                 self._observe("down", reason)
-            elif hindrance := await self._tools.states.hindrance(self.name):
+            elif self.fell:
+                pass
+            elif not self.on_trial and (hindrance := await self._tools.states.hindrance(self.name)):
                 self._observe(hindrance.state, hindrance.sentence, hindrance.until_ms)
                 with trio.move_on_after(hindrance.rest_s or float("inf")):
                     await self._wait_changed()
@@ -307,7 +331,8 @@ class Supervisor:
     async def _start(self, nursery: trio.Nursery) -> Running | None:
         """What runs now; None when it could not be started, which is told, or is not wanted any more."""
         async with self._beginning:
-            if self._unwanted(await self._agent()):
+            agent = await self._agent()
+            if self._unwanted(agent) or self._tools.may_run(agent):
                 return None
             self.starts, self.outdated = self.starts + 1, False
             self._observe("starting")
@@ -363,13 +388,14 @@ class Supervisor:
         """Write down how it ended, and tell of a crash. exit_: None when it never began."""
         if self._unwanted(await self._agent()):
             crash = ""
+        self.fell = self.on_trial and bool(crash)
         last_words = await self._tools.driver.last_words(self.name) if exit_ is not None else ""
         code = exit_.code if exit_ is not None else None
 
         def write(tx: Transaction) -> None:
             if exit_ is not None:
                 tx.emit("agent_ended", SYSTEM, self.name, code=code, expected=not crash, when=when, hung=hung)
-            if crash:
+            if crash and not self.fell:
                 self._tell_crash(tx, crash, last_words)
             else:
                 self._tools.put_back(tx, self.name)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
-from enum import Enum
 
 import trio
 
@@ -19,6 +18,7 @@ from hive_core.agents import AT_REST, LIVE
 from hive_core.container_states import forgive
 from hive_core.notices import notice, tell_manager
 from hive_core.post import put_message
+from hive_core.procedures.coming_up import End, how_it_came_up
 from hive_core.procedures.supervise import Supervisor, Tools
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted
@@ -29,12 +29,6 @@ from hive_core.store.writer import Transaction
 
 log = logging.getLogger(__name__)
 STEADY_S = 10.0  # how long one that has something to do has to stay up before the next is replaced
-
-
-class _End(Enum):
-    UP = "it has said hello"
-    FAILED = "it did not come up"
-    DROPPED = "it is not wanted any more"
 
 
 class Updates:
@@ -58,7 +52,7 @@ class Updates:
     def is_outdated(self, name: AgentName) -> bool:
         """Whether an agent runs in another shape than it would be started in now."""
         one = self._supervised.get(name)
-        return one is not None and one.outdated and one.running is not None
+        return one is not None and one.outdated and one.running is not None and not one.on_trial
 
     def is_failed(self, name: AgentName) -> bool:
         """Whether an agent did not come up when it was replaced, for which the others wait."""
@@ -128,7 +122,7 @@ class Updates:
 
     def at_edge(self, one: Supervisor) -> None:
         """An agent is between two turns: if it is its turn to be replaced, it begins no other."""
-        if one.outdated and one.running is not None and self._has_place(one.name):
+        if self.is_outdated(one.name) and self._has_place(one.name):
             self._places.add(one.name)
             self._begin(one, one.starts)
 
@@ -153,14 +147,14 @@ class Updates:
             with self._tools.store.bus.listen(LIVE, WANTED) as listener:
                 while (end := await self._end(one, starts)) is None:
                     await listener.wait()
-                if end is _End.UP and (await self._tools.agents.get(one.name)).queued:
+                if end is End.UP and (await self._tools.agents.get(one.name)).queued:
                     with trio.move_on_after(STEADY_S):
-                        while end is _End.UP:
+                        while end is End.UP:
                             await listener.wait()
                             end = await self._end(one, starts) or end
-            if end is _End.FAILED:
+            if end is End.FAILED:
                 await self._note_failed(one)
-            elif end is _End.UP:
+            elif end is End.UP:
                 self._proven = True
                 await self._forget_failed(one.name)
         except Refusal:
@@ -170,15 +164,8 @@ class Updates:
             self._asked.discard(one.name)
             self._tools.store.bus.publish([LIVE])
 
-    async def _end(self, one: Supervisor, starts: int) -> _End | None:
-        agent, live = await self._tools.agents.get(one.name), self._tools.agents.live(one.name)
-        if agent.wanted == "down" or self._tools.draining or self._supervised.get(one.name) is not one:
-            return _End.DROPPED
-        if live.state == "quarantined" or (live.state == "crashed" and one.starts > starts):
-            return _End.FAILED
-        if one.running is None:
-            return _End.FAILED if live.state == "down" and live.detail else None  # it may not run here any more
-        return _End.UP if one.starts > starts and one.desk.said_hello.is_set() else None
+    async def _end(self, one: Supervisor, starts: int) -> End | None:
+        return await how_it_came_up(self._tools, one, starts)
 
     async def _note_failed(self, one: Supervisor) -> None:
         name, why = one.name, self._tools.agents.live(one.name).detail
@@ -231,6 +218,8 @@ class Updates:
             raise Refusal("conflict", f"cannot update {name}: {why}")
         if one is None or self._nursery is None:
             raise Refusal("unavailable", f"cannot update {name}: the hive does not serve it yet; try again in a moment")
+        if one.on_trial:
+            raise Refusal("conflict", f"cannot update {name}: a change of it is tried just now; ask again after that")
         if one.running is not None and not one.outdated:
             await self._forget_failed(name)
             return False

@@ -164,7 +164,7 @@ async def carry_out_and_die(house: House, step: str) -> None:
     async with house.open() as services:
         services.repos.deploy = then(services.repos.deploy, "moved")  # type: ignore[method-assign]
         deployments = services.gate._deployments
-        deployments.carry_out = then(deployments.carry_out, "committed")  # type: ignore[method-assign]
+        deployments.settle = then(deployments.settle, "committed")  # type: ignore[method-assign]
         await services.gate.serve()
 
 

@@ -458,7 +458,7 @@ async def test_a_destruction_waits_for_the_switch_that_is_under_way_and_then_lea
         house.systems.switch = switch_while_it_is_destroyed
         done = await approve(hive, number)
         await gone.wait()
-    assert done.state == "done"
+    assert (done.state, done.note) == ("failed", "cannot deploy iris: it was destroyed meanwhile")
     assert await house.systems.current(IRIS) is None
     house.systems.switch = switch
     assert (await spawn(hive, AgentName("argus"))).state == "done"
@@ -480,11 +480,12 @@ async def test_a_repository_whose_main_cannot_move_gives_the_former_system_back(
 async def test_a_log_that_cannot_be_written_keeps_no_agent_from_what_was_approved(house: House, hive: Services) -> None:
     number = await ask(hive, checkout(hive).commit(agent__nix=OPUS))
     held = house.folder / "meta/.git/refs/heads/main.lock"
-    house.systems.at = lambda step: held.touch() if step == "switched" else None
+    house.systems.at = lambda step: held.mkdir() if step == "switched" else None
     assert (await approve(hive, number)).state == "done"
     assert ((await hive.agents.get(IRIS)).settings or {})["effort"] == "high"
     assert house.log()[0] == "iris: deployed/0"
     house.systems.at = nothing
+    held.rmdir()
     assert (await approve(hive, await ask(hive, checkout(hive).commit(agent__toml="")))).state == "done"
     assert lock(house)["iris"] == (await hive.agents.get(IRIS)).deployed_sha
     assert house.log()[0] == "iris: deployed/3"

@@ -6,21 +6,20 @@ base is what main of the applied repository is: what the agent runs on.
 from __future__ import annotations
 
 import json
-from contextlib import AsyncExitStack
 from typing import Any
 
 from hive_core.agents import Agents
 from hive_core.approvals import Approval, Request, Shown
 from hive_core.effects import Effect
 from hive_core.notices import notice, tell_manager
-from hive_core.procedures.deployments import Change, Deployments
+from hive_core.procedures.deployments import Deployments
 from hive_core.procedures.kinds.kind import Asking, Done, Step
+from hive_core.procedures.walk import Walk
 from hive_core.proposals import Proposal
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, NOTE_LIMIT_BYTES, AgentName, CommitSha, MessageBody, parse_text
 from hive_core.repos import Repos
 from hive_core.store.writer import Transaction
-from hive_core.systems import note_deployed
 from hive_core.tool_calls import first_answer
 
 WAITING_LIMIT = 50  # of one agent
@@ -30,11 +29,12 @@ BASES = ("running", "approved", "previous")
 class ApplyCommit:
     kind = "apply_commit"
 
-    def __init__(self, asking: Asking, agents: Agents, repos: Repos, deployments: Deployments) -> None:
+    def __init__(self, asking: Asking, agents: Agents, repos: Repos, deployments: Deployments, walk: Walk) -> None:
         self._asking = asking
         self._agents = agents
         self._repos = repos
         self._deployments = deployments
+        self._walk = walk
 
     async def request(
         self, requested_by: AgentName, name: AgentName, sha: CommitSha, given_reason: object, key: str | None = None
@@ -109,15 +109,14 @@ class ApplyCommit:
     async def carry_out(self, approval: Approval, step: Step) -> Done:
         sha, base = CommitSha(approval.payload["sha"]), CommitSha(approval.payload["base"])
         await self._repos.tag(approval.agent, f"approved/{approval.id}", sha)
-        async with AsyncExitStack() as held:
-            deployed = await self._deployments.carry_out(Change(approval.agent, approval.id, sha, base), held)
+        done = await self._walk.carry_out(approval, sha, base, step)
 
-            def write(tx: Transaction) -> None:
-                note_deployed(tx, approval.agent, sha, deployed)
-                if approval.requested_by != MANAGER:
-                    tell_manager(tx, _rebuilt(approval, sha))
+        def write(tx: Transaction) -> None:
+            done.write(tx)
+            if approval.requested_by != MANAGER:
+                tell_manager(tx, _rebuilt(approval, sha))
 
-            return Done(write, held=held.pop_all())
+        return done._replace(write=write)
 
     async def closed(self, approval: Approval) -> None:
         if approval.state in ("denied", "failed"):

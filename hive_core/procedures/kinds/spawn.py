@@ -15,6 +15,7 @@ from hive_core.notices import notice, tell_manager
 from hive_core.post import put_message
 from hive_core.procedures.deployments import Change, Deployments
 from hive_core.procedures.kinds.kind import Asking, Done, Step
+from hive_core.procedures.walk import Walk
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
     MANAGER,
@@ -42,6 +43,7 @@ class Spawn:
         agents: Agents,
         repos: Repos,
         deployments: Deployments,
+        walk: Walk,
         templates: Environment,
         *,
         default_program: str,
@@ -51,6 +53,7 @@ class Spawn:
         self._agents = agents
         self._repos = repos
         self._deployments = deployments
+        self._walk = walk
         self._templates = templates
         self._defaults = {"program": default_program, "model": default_model}
 
@@ -95,7 +98,7 @@ class Spawn:
         # What an earlier try left behind under this name began with other files than the card shows.
         sha = await self._repos.create(approval.agent, approval.payload["files"], replace=True)
         async with AsyncExitStack() as held:
-            deployed = await self._deployments.carry_out(Change(approval.agent, approval.id, sha, None), held)
+            deployed = await self._walk.begin(Change(approval.agent, approval.id, sha, None), held)
 
             def write(tx: Transaction) -> None:
                 self._agents.create(tx, approval.agent, approval.requested_by)

@@ -1,0 +1,144 @@
+"""The walk of an approved change: built beside what runs, taken at the turn's edge, proven, and settled; or taken back.
+
+Until it is settled main of the applied repository is what the agent had before. So whatever step a daemon dies at, the
+next one begins the walk anew, and knows what to go back to.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AsyncExitStack
+
+from hive_core.agent_locks import AgentLocks
+from hive_core.approvals import Approval, note_proof
+from hive_core.container_states import forgive
+from hive_core.procedures.deployments import Change, Deployments, insist_that_it_stays, is_leaving
+from hive_core.procedures.kinds.kind import Done, Step
+from hive_core.procedures.reconcile import Reconciler
+from hive_core.procedures.trials import HEALTHY, Trial
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import AgentName, CommitSha
+from hive_core.repos import Repos
+from hive_core.store.door import Store
+from hive_core.store.schema import StoreError
+from hive_core.store.writer import Transaction
+from hive_core.systems import Deployed, deployed_now, note_deployed
+
+log = logging.getLogger(__name__)
+BUILDING, WAITING, PROVING, RETURNING = "building", "waiting for its turn to end", "proving", "going back"
+
+
+class Walk:
+    def __init__(
+        self, store: Store, repos: Repos, deployments: Deployments, locks: AgentLocks, reconciler: Reconciler
+    ) -> None:
+        self._store = store
+        self._repos = repos
+        self._deployments = deployments
+        self._locks = locks
+        self._reconciler = reconciler
+
+    async def load(self) -> None:
+        """Let nobody take a turn on what a daemon before had not proven when it died."""
+        for row in await self._store.rows(_ON_TRIAL):
+            self._reconciler.on_trial.add(AgentName(row["agent"]))
+
+    async def begin(self, change: Change, held: AsyncExitStack) -> Deployed:
+        """Let a new agent be started on its first commit, all but the rows.
+
+        held: is given what keeps others away until it is closed: after the rows
+        """
+        deployed = await self._deployments.build(change.agent, change.sha)
+        await held.enter_async_context(self._locks.of(change.agent))
+        await self._deployments.take(change.agent, deployed)
+        await self._deployments.settle(change)
+        return deployed
+
+    async def carry_out(self, approval: Approval, sha: CommitSha, base: CommitSha, step: Step) -> Done:
+        """Let an agent run on a commit of its applied repository in the place of base, where main is.
+
+        Raises when that comes to nothing; then it runs on base as before.
+        """
+        name, change = approval.agent, Change(approval.agent, approval.id, sha, base)
+        await self._repos.check_main(name, sha, base)
+        if await self._repos.main(name) == sha:
+            return await self._finish(change, approval)
+        try:
+            await step(BUILDING)
+            built = await self._deployments.build(name, sha)
+            await step(WAITING)
+        except Exception:
+            await self._go_back(change, step)
+            raise
+        async with self._reconciler.trial(name) as trial:
+            try:
+                proof = await self._try(change, built, trial, step)
+                await self._store.insist(lambda tx: _note(tx, approval, proof))
+                return await self._settle(change, proof)
+            except Exception:
+                await self._go_back(change, step, trial)
+                raise
+
+    async def _try(self, change: Change, built: Deployed, trial: Trial, step: Step) -> str:
+        former, had = await deployed_now(self._store, change.agent)
+        async with trial.at_rest(), self._locks.of(change.agent):
+            await insist_that_it_stays(self._store, change.agent)
+            await self._deployments.take(change.agent, built)
+            await self._store.insist(lambda tx: note_deployed(tx, change.agent, change.sha, built))
+        await step(PROVING)
+        return await trial.prove(had.settings if former == change.base else None)
+
+    async def _settle(self, change: Change, proof: str) -> Done:
+        async with AsyncExitStack() as held:
+            await held.enter_async_context(self._locks.of(change.agent))
+            await insist_that_it_stays(self._store, change.agent)
+            await self._deployments.settle(change)
+            return Done(lambda tx: None, proof, held.pop_all())
+
+    async def _finish(self, change: Change, approval: Approval) -> Done:
+        """It was proven, and a daemon died when it was settled: what is left is to say so."""
+        built = await self._deployments.build(change.agent, change.sha)
+        async with AsyncExitStack() as held:
+            await held.enter_async_context(self._locks.of(change.agent))
+            await insist_that_it_stays(self._store, change.agent)
+            await self._deployments.take(change.agent, built)
+            await self._deployments.settle(change)
+            self._reconciler.end_trial(change.agent)
+            kept = held.pop_all()
+        return Done(lambda tx: note_deployed(tx, change.agent, change.sha, built), approval.proof, kept)
+
+    async def _go_back(self, change: Change, step: Step, trial: Trial | None = None) -> None:
+        """Let the agent run on what it had, if a try has changed that."""
+        name, base = change.agent, change.base
+        assert base is not None
+        try:
+            sha, had = await deployed_now(self._store, name)
+            if await is_leaving(self._store, name) or (sha == base and await self._deployments.has(name, had)):
+                self._reconciler.end_trial(name)
+                return
+            await step(RETURNING)
+            former = had if sha == base else await self._deployments.build(name, base)
+            async with AsyncExitStack() as stack:
+                if trial is None:
+                    trial = await stack.enter_async_context(self._reconciler.trial(name))
+                async with trial.back(), self._locks.of(name):
+                    await insist_that_it_stays(self._store, name)
+                    await self._deployments.take(name, former)
+                    await self._store.insist(lambda tx: note_deployed(tx, name, base, former))
+        except StoreError:
+            raise
+        except (Refusal, OSError) as exc:
+            log.error("%s could not be given back what it ran on: %s", name, exc, extra={"agent": name})
+
+
+def _note(tx: Transaction, approval: Approval, proof: str) -> None:
+    note_proof(tx, approval, proof)
+    if proof == HEALTHY:
+        forgive(tx, approval.agent)  # what it crashed of before is another's
+
+
+_ON_TRIAL = """
+    SELECT approvals.agent FROM approvals INDEXED BY approvals_approved
+    JOIN agents ON agents.name = approvals.agent AND agents.deployed_sha = approvals.payload ->> 'sha'
+    WHERE approvals.state = 'approved' AND approvals.kind = 'apply_commit' AND approvals.proof IS NULL
+"""

@@ -1,0 +1,213 @@
+"""Changes of a real hive of rehearsals: taken at the turn's edge, proven, and taken back when they are no good."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hive_core.cli.client import Client
+from hive_core.protocol.refusal import Refusal
+from tests.checkouts import Checkout
+from tests.daemons import WITHIN_S, Daemon
+from tests.swarm.test_outlive import GATED, SAY_WHO, WELCOME, open_swarm, persona, pid_of, spawn
+from tests.swarm.test_updates import packages
+
+SAYS = {"from": "operator", "match": "who", "do": [SAY_WHO]}
+SAYS_MORE = {
+    "from": "operator",
+    "match": "who",
+    "do": [{"tool": "send", "args": {"to": "operator", "body": "it is me, changed"}}],
+}
+SERVERS = [{"name": "hive", "status": "failed"}]
+INIT = json.dumps({"type": "system", "subtype": "init", "session_id": "s", "mcp_servers": SERVERS})
+RESULT = json.dumps({"type": "result", "subtype": "success", "is_error": False})
+
+
+def ask(daemon: Daemon, client: Client, **files: str) -> dict[str, Any]:
+    """The card of a change of iris."""
+    sha = Checkout(daemon.state / "proposed" / "iris" / "config").commit(**files)
+    asked = client.call("request_apply_commit", agent="iris", sha=sha, reason="a test")
+    return dict(client.call("show", approval=asked["approval"]))
+
+
+def approve(client: Client, card: dict[str, Any]) -> dict[str, Any]:
+    return dict(client.call("approve", approval=card["id"], digest=card["digest"]))
+
+
+def started_iris(daemon: Daemon, *rules: dict[str, Any]) -> Client:
+    client = daemon.start()
+    spawn(client, "iris", [WELCOME, *rules])
+    daemon.wait_live(lambda agent: agent["name"] == "iris" and agent["state"] == "idle")
+    return client
+
+
+def mail_of(client: Client, name: str) -> list[str]:
+    return [row["body"] for row in client.call("messages", agent=name)["messages"]]
+
+
+def steps_of(client: Client, number: int) -> list[str]:
+    found = [row for row in client.stream("events") if row["kind"] == "approval_step"]
+    return [row["data"]["step"] for row in found if row["data"]["approval"] == number]
+
+
+def test_a_change_is_taken_at_the_turns_edge_and_proven_before_the_next_message_is_read() -> None:
+    with open_swarm() as daemon:
+        client = started_iris(daemon, GATED, SAYS)
+        before = pid_of(daemon, "iris")
+        client.call("send", to="iris", body="work")
+        daemon.wait_message(client, "begun")
+        card = ask(daemon, client, CLAUDE__md=persona([WELCOME, GATED, SAYS_MORE]))
+        done: list[dict[str, Any]] = []
+        clicked = threading.Thread(target=lambda: done.append(approve(daemon.client(), card)))
+        clicked.start()
+        daemon.events(client, lambda e: e["data"].get("step") == "waiting for its turn to end")
+        client.call("send", to="iris", body="who are you?")
+        assert pid_of(daemon, "iris") == before
+        (daemon.state / "agents" / "iris" / "state" / "go").touch()
+        daemon.wait_message(client, "finished")
+        clicked.join()
+        assert [(one["state"], one["proof"], one["step"]) for one in done] == [("done", "healthy", None)]
+        assert pid_of(daemon, "iris") != before
+        assert daemon.wait_message(client, "it is me")["body"] == "it is me, changed"
+        assert steps_of(client, card["id"]) == ["building", "waiting for its turn to end", "proving"]
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        ("echo 'no good' >&2; exit 3", "its program does not come up: no good"),
+        (f"read _; echo '{INIT}'; echo '{RESULT}'; cat", "its program does not come up: the hive's tools could not be"),
+        ("cat > /dev/null", "its program said nothing of itself within 5 s (init_s)"),
+    ],
+    ids=["ends", "without_tools", "says_nothing"],
+)
+def test_a_change_whose_program_does_not_come_up_goes_back_by_itself_and_costs_nobody_anything(
+    tmp_path: Path, program: str, why: str
+) -> None:
+    executable = tmp_path / "claude"
+    executable.write_text(f"#!/bin/sh\n{program}\n")
+    executable.chmod(0o755)
+    says_nothing = {"HIVE_INIT_S": "5"} if "(init_s)" in why else {}
+    with open_swarm(f"--claude={executable}", **says_nothing) as daemon:
+        client = started_iris(daemon, SAYS)
+        card = ask(daemon, client, agent__toml='program = "claude"\n')
+        failed = approve(client, card)
+        told = f"cannot keep the change of iris: {why}"
+        assert (failed["state"], (failed["note"] or "")[: len(told)]) == ("failed", told)
+        client.call("send", to="iris", body="who are you?")
+        daemon.wait_message(client, "it is me")
+        assert steps_of(client, card["id"])[-2:] == ["proving", "going back"]
+        assert [body.partition(":")[0] for body in mail_of(client, "hm1nd")] == ["spawned"]
+
+
+def test_a_change_to_a_program_that_is_missing_goes_back() -> None:
+    with open_swarm("--claude=/dev/null") as daemon:
+        client = started_iris(daemon, SAYS)
+        failed = approve(client, ask(daemon, client, agent__toml='program = "claude"\n'))
+        why = "cannot keep the change of iris: claude is not installed"
+        assert (failed["state"], (failed["note"] or "")[: len(why)]) == ("failed", why)
+        client.call("send", to="iris", body="who are you?")
+        daemon.wait_message(client, "it is me")
+
+
+def test_an_agent_that_is_kept_down_is_changed_unproven() -> None:
+    with open_swarm() as daemon:
+        client = started_iris(daemon, SAYS)
+        client.call("kill", agent="iris")
+        done = approve(client, ask(daemon, client, CLAUDE__md=persona([WELCOME, SAYS_MORE])))
+        assert (done["state"], done["proof"]) == ("done", "unproven: it is kept down")
+        client.call("start", agent="iris")
+        client.call("send", to="iris", body="who are you?")
+        assert daemon.wait_message(client, "it is me")["body"] == "it is me, changed"
+
+
+# -- a daemon that dies in the walk -----------------------------------------------------------------------------------
+
+DYING = """
+
+def _dying(owner, name, step, after):
+    import os, signal
+    call = getattr(owner, name)
+
+    def die():
+        if os.environ.get("HIVE_TEST_DIES") == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    async def run(*arguments):
+        if not after:
+            die()
+        done = await call(*arguments)
+        die()
+        return done
+
+    setattr(owner, name, run)
+
+
+from hive_core.procedures.deployments import PlainDeployments
+_dying(PlainDeployments, "build", "built", True)
+_dying(PlainDeployments, "take", "taken", True)
+_dying(Trial, "prove", "noted", False)
+_dying(Trial, "prove", "proven", True)
+_dying(PlainDeployments, "settle", "proof kept", False)
+_dying(PlainDeployments, "settle", "settled", True)
+"""
+
+
+@pytest.fixture(scope="module")
+def dying(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packages whose daemon kills itself right after the step that HIVE_TEST_DIES names."""
+    folder = packages(tmp_path_factory.mktemp("dying"))
+    with (folder / "hive_core" / "procedures" / "walk.py").open("a") as file:
+        file.write(DYING)
+    return folder
+
+
+def die_at(daemon: Daemon, client: Client, dying: Path, step: str, **files: str) -> tuple[Client, int]:
+    """A change of iris is approved by one who dies right after a step; the operator of the next daemon."""
+    card = ask(daemon, client, **files)
+    daemon.kill()
+    client = daemon.start(PYTHONPATH=str(dying), HIVE_TEST_DIES=step)
+    with pytest.raises(Refusal):
+        approve(client, card)
+    assert daemon.process.wait(WITHIN_S) == -9
+    return daemon.start(PYTHONPATH=str(dying)), card["id"]
+
+
+def ended(daemon: Daemon, client: Client, number: int) -> dict[str, Any]:
+    daemon.events(
+        client, lambda e: e["kind"] in ("approval_done", "approval_failed") and e["data"]["approval"] == number
+    )
+    return dict(client.call("show", approval=number))
+
+
+@pytest.mark.parametrize("step", ["built", "taken", "noted", "proven", "proof kept", "settled"])
+def test_a_daemon_that_is_killed_after_any_step_is_followed_by_one_that_finishes(dying: Path, step: str) -> None:
+    with open_swarm() as daemon:
+        client = started_iris(daemon, SAYS)
+        client, number = die_at(daemon, client, dying, step, CLAUDE__md=persona([WELCOME, SAYS_MORE]))
+        client.call("send", to="iris", body="who are you?")
+        done = ended(daemon, client, number)
+        assert (done["state"], done["proof"]) == ("done", "healthy")
+        assert daemon.wait_message(client, "it is me")["body"] == "it is me, changed"
+        assert not [body for body in mail_of(client, "hm1nd") if "crash" in body]
+
+
+@pytest.mark.parametrize("step", ["built", "noted"])
+def test_what_is_no_good_is_taken_back_by_the_next_daemon_too(dying: Path, tmp_path: Path, step: str) -> None:
+    executable = tmp_path / "claude"
+    executable.write_text("#!/bin/sh\nexit 3\n")
+    executable.chmod(0o755)
+    with open_swarm(f"--claude={executable}") as daemon:
+        client = started_iris(daemon, SAYS)
+        client, number = die_at(daemon, client, dying, step, agent__toml='program = "claude"\n')
+        client.call("send", to="iris", body="who are you?")
+        failed = ended(daemon, client, number)
+        assert failed["state"] == "failed"
+        assert failed["note"].startswith("cannot keep the change of iris: its program does not come up")
+        daemon.wait_message(client, "it is me")
+        assert not [body for body in mail_of(client, "hm1nd") if "crash" in body]
+        assert {row["state"] for row in client.call("turns", agent="iris")["turns"]} <= {"done", "running"}
