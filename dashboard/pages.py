@@ -21,6 +21,7 @@ from hive_core.archive import parse_query
 from hive_core.events import timeline
 from hive_core.flow import messages_aside, newest_messages
 from hive_core.hive import Hive
+from hive_core.procedures.kinds.apply_commit import BASES
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, parse_agent_name, parse_id
 from hive_core.sign_ins import SIGN_IN_VALID_S
@@ -109,7 +110,14 @@ class Pages:
             approval = await self._hive.approvals.get(_number(request.path_params["id"], "an approval"))
         except Refusal as refusal:
             raise Refusal("not_found", refusal.message) from None
-        return self._page("approval.html", [], approval=approval)
+        against, compared, trouble = request.query_params.get("against", ""), None, ""
+        if approval.kind == "apply_commit" and against in BASES:
+            try:
+                compared = await self._hive.gate.apply_commit.diff(approval, against)
+            except Refusal as refusal:
+                trouble = refusal.message
+        told = {"against": against, "compared": compared, "trouble": trouble}
+        return self._page("approval.html", [], approval=approval, **told)
 
     async def asset(self, request: Request) -> Response:
         name = request.path_params["name"]

@@ -1,0 +1,117 @@
+"""What an operator clicks and types in test_approvals.py. A program of its own, as mail_clicks is."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.needs import find_chromium
+
+FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FREEZES_AFTER_MS = 3_000  # on a machine with other things to do
+WATCH = """
+window.longest = 0;
+new PerformanceObserver((list) => {
+  for (const entry of list.getEntries()) window.longest = Math.max(window.longest, entry.duration);
+}).observe({ type: "longtask", buffered: true });
+"""
+
+
+def decide(link: str, pipe: Path) -> list[str]:
+    """Decide each card as an operator does; what the browser complained of."""
+    troubles: list[str] = []
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=str(find_chromium()), args=FLAGS)
+        page = chromium.new_context(viewport={"width": 1280, "height": 900}).new_page()
+        page.add_init_script(WATCH)
+        page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+        page.goto(link)
+        page.wait_for_url("**/")
+        page.evaluate("window.notReloaded = true")
+        read_the_large_card(page)
+        look(page, "cards")
+        page.set_viewport_size({"width": 360, "height": 800})
+        fits(page)
+        look(page, "cards-phone")
+        approve_two_by_keyboard(page)
+        approve_what_takes_its_time(page, pipe)
+        assert page.evaluate("window.notReloaded") is True
+        see_its_page(page)
+        chromium.close()
+    return troubles
+
+
+def read_the_large_card(page: Page) -> None:
+    card = page.locator("#approval-4")
+    expect(card).to_contain_text("500 files, folded")
+    effect = card.locator(".effect li")
+    expect(effect.first).to_have_text("▲ widens tools: + WebFetch")
+    expect(effect.filter(has_text="model: sonnet → opus")).to_have_count(1)
+    expect(effect.filter(has_text="files: + 498: skills/000.md")).to_have_count(1)
+    last = card.locator("details.shown", has_text="skills/497.md")
+    expect(last.locator("pre")).to_be_hidden()
+    last.locator("summary").click()
+    expect(last.locator("pre")).to_contain_text("line 39 of skill 497")
+    prompt = card.locator("details.shown", has_text="CLAUDE.md")
+    prompt.locator("summary").press("Enter")
+    expect(prompt.locator(".mark")).to_have_text("⟨U+202E⟩")
+    longest = page.evaluate("window.longest")
+    print(f"the longest that a card of 500 files kept the page: {longest:.0f} ms", file=sys.stderr)
+    assert longest < FREEZES_AFTER_MS
+
+
+def approve_two_by_keyboard(page: Page) -> None:
+    button = page.locator("#approve-chosen")
+    expect(button).to_be_disabled()
+    for number in (2, 3):
+        page.locator(f"#approval-{number}").get_by_label("choose").press("Space")
+    expect(button).to_have_text("◆ APPR0VE the chosen (2)")
+    button.press("Enter")
+    expect(page.locator("#toasts")).to_contain_text("2: approved: spawn argus", timeout=30_000)
+    expect(page.locator("#toasts")).to_contain_text("3: approved: spawn damocles")
+    for number in (2, 3):
+        expect(page.locator(f"#approval-{number}")).to_have_count(0)
+    expect(page.locator("#agent-argus")).to_have_count(1)
+    expect(button).to_be_disabled()
+
+
+def approve_what_takes_its_time(page: Page, pipe: Path) -> None:
+    page.locator("#approval-5").get_by_role("button", name="APPR0VE").click()
+    expect(page.locator("#toasts")).to_contain_text("approved, and under way: slow iris", timeout=30_000)
+    row = page.locator("#decision-5")
+    expect(row).to_contain_text("under way")
+    expect(row.get_by_role("status")).to_contain_text("building, since")
+    row.scroll_into_view_if_needed()
+    look(page, "under-way-phone")
+    pipe.write_text("go on")
+    expect(row).to_contain_text("proof: healthy")
+    expect(row).to_contain_text("by operator, the dashboard, 127.0.0.1")
+    fits(page)
+
+
+def see_its_page(page: Page) -> None:
+    page.locator("#approval-4").get_by_role("link", name="against another base").click()
+    expect(page.locator("#c0mp4r3d")).to_contain_text("no commit was approved for iris before it")
+    page.get_by_role("link", name="what runs now").click()
+    expect(page.locator("#c0mp4r3d")).to_contain_text("500 files, folded")
+    fits(page)
+    look(page, "approval-phone")
+    page.locator("#approval-4").get_by_role("button", name="APPR0VE").click()
+    expect(page.locator("#decision-4")).to_contain_text("approved", timeout=30_000)
+
+
+def fits(page: Page) -> None:
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def look(page: Page, name: str) -> None:
+    if folder := os.environ.get("HIVE_TEST_SCREENSHOTS"):
+        page.screenshot(path=str(Path(folder) / f"{name}.png"))
+
+
+if __name__ == "__main__":
+    if found := decide(sys.argv[1], Path(sys.argv[2])):
+        sys.exit(f"the browser complained: {found}")
