@@ -136,7 +136,7 @@ class _Copy:
         except OSError:
             return None
         with open(file, "rb") as stream:
-            data = stream.read(OBJECT_LIMIT_BYTES)  # a file that grows meanwhile is no object
+            data = stream.read(os.fstat(file).st_size)  # one that grows meanwhile is no object
         self._take(len(data))
         return data
 
