@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
-from hive_core.store.bus import EVENTS
+from hive_core.store.bus import APPROVED, EVENTS
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
 TOPIC = "approvals"  # published when the instant of an expiry may have changed
+POLICY = "policy"  # who decided, and the door, of what passed by a rule
 BATCH = 100  # that expire in one transaction
 _BEGINS = {  # end of a step → where it may begin
     "approved": ("pending",),
@@ -41,7 +42,7 @@ class Approval:
     effect         what that changes, as the card shows it; None where a kind shows nothing beside its payload
     step           how far it is carried out while it is approved, since step_at_ms
     proof          of one that is done: "healthy", or "unproven" and why
-    resolved_from  the door that the click came through
+    resolved_from  the door that the click came through; "policy" where there was none
     rule           of the policy, where it passed without a click
     """
 
@@ -87,6 +88,9 @@ class Request:
     shown: Shown
 
 
+RuleFor = Callable[[Transaction, Request], str | None]
+
+
 def digest_of(kind: str, agent: str, shown: Shown) -> str:
     """What a click is bound to: changes when anything that is shown changes."""
     parts = [kind, agent, shown.payload] + ([] if shown.effect is None else [shown.effect])
@@ -98,12 +102,18 @@ def from_row(row: sqlite3.Row) -> Approval:
     return Approval(**{**dict(row), "payload": json.loads(row["payload"]), "effect": effect})
 
 
-def put_request(tx: Transaction, request: Request, expires_s: float) -> int:
-    """Put a card before the operator; the same request while one is open is that card. Returns its id."""
+def put_request(
+    tx: Transaction, request: Request, expires_s: float, rule_for: RuleFor = lambda tx, request: None
+) -> int:
+    """Put a card before the operator; the same request while one is open is that card. Returns its id.
+
+    rule_for: the rule of the policy by which it passes, or None. It is asked once: a card that waits goes on waiting.
+    """
     kind, agent, shown = request.kind, request.agent, request.shown
     digest = digest_of(kind, agent, shown)
     if known := _open(tx, kind, agent, digest):
         return known
+    rule = rule_for(tx, request)
     cursor = tx.execute(
         "INSERT INTO approvals (kind, agent, requested_by, reason, payload, effect, digest, state, requested_at_ms,"
         " expires_at_ms) VALUES (?, ?, ?, ?, ?, ?, ?, 'pending', ?, ?)",
@@ -120,6 +130,10 @@ def put_request(tx: Transaction, request: Request, expires_s: float) -> int:
     )
     assert cursor.lastrowid is not None
     tx.emit("approval_requested", request.requested_by, agent, approval=cursor.lastrowid, what=kind)
+    if rule is not None:
+        card = from_row(tx.execute("SELECT * FROM approvals WHERE id = ?", (cursor.lastrowid,)).fetchone())
+        settle(tx, card, "approved", None, POLICY, POLICY, rule=rule)
+        tx.wake(APPROVED)
     tx.wake(TOPIC)
     return cursor.lastrowid
 
@@ -152,26 +166,31 @@ def settle(
     actor: str,
     origin: str | None = None,
     proof: str | None = None,
+    rule: str | None = None,
 ) -> None:
     """Move an approval on. Raises Refusal("conflict") when it is not where the step begins.
 
     origin: the door that the operator's word came through.
+    rule: of the policy, by which it passes without a word of his
     """
     begins = ", ".join(f"'{each}'" for each in _BEGINS[state])
     changed = tx.execute(
         f"""
         UPDATE approvals SET state = ?, proof = ?, step = NULL, step_at_ms = NULL, note = coalesce(?, note),
           resolved_by = coalesce(resolved_by, ?), resolved_from = coalesce(resolved_from, ?),
-          resolved_at_ms = coalesce(resolved_at_ms, ?)
+          resolved_at_ms = coalesce(resolved_at_ms, ?),
+          rule = coalesce(rule, ?)
         WHERE id = ? AND state IN ({begins})
         """,
-        (state, proof, note, actor, origin, tx.now_ms, approval.id),
+        (state, proof, note, actor, origin, tx.now_ms, rule, approval.id),
     ).rowcount
     if changed != 1:
         raise _is_elsewhere(tx, approval, f"set it to {state}")
     told = {"approval": approval.id, "what": approval.kind, "note": note}
     if origin is not None:
         told["origin"] = origin
+    if rule is not None:
+        told["rule"] = rule
     tx.emit(f"approval_{state}", actor, approval.agent, None, **told)
     tx.wake(TOPIC)
 

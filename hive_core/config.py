@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from hive_core.limits import Limits
+from hive_core.policy_rules import Rules, cannot_use_rules
 from hive_core.protocol.harness import RENEW_EVERY_S
 from hive_core.protocol.paths import (
     PATH_FORM,
@@ -110,6 +112,12 @@ class Config(Limits):
     nixpkgs: Path | None = None  # what they are built from, with sandbox = "nixos-container": a flake's folder
     hyperhive_source: Path | None = None  # and our own modules
     unsafe_no_sandbox: bool = False
+    policy: Annotated[
+        Rules,
+        Allowed(
+            "tables [[policy]], each with name, kind, agents, requested_by and only (docs/changes.md tells of them)"
+        ),
+    ] = Field(default_factory=list)  # what may pass without a click; nothing
     helper: Path | None = None  # the socket of `hive-root serve`, which then starts and ends agents
     helper_user: Annotated[
         str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}\z"), Allowed("a user of this host")
@@ -217,6 +225,8 @@ def load_config(
         config = Config.model_validate(given)
     except ValidationError as exc:
         key = str(exc.errors(include_url=False, include_context=False)[0]["loc"][0])
+        if key == "policy" and _are_tables(given[key]):
+            raise cannot_use_rules(exc, path, _text_of(path)) from None
         if key in flags:
             place = f"--{key.replace('_', '-')}"
         else:
@@ -224,3 +234,13 @@ def load_config(
         raise cannot_use(given[key], key, _allowed(key), place) from None
     check_socket_room(str(config.runtime_dir))
     return config
+
+
+def _are_tables(given: object) -> bool:
+    return isinstance(given, list) and all(isinstance(one, dict) for one in given)
+
+
+def _text_of(path: str) -> str:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text("utf-8", "replace")
+    return ""

@@ -185,6 +185,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             config,
             default_program=config.default_program,
             default_model=config.default_model,
+            policy=config.policy,
         )
         hive = Hive(
             config=config,

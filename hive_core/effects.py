@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hive_core.commit_contents import Entry
@@ -25,12 +25,14 @@ class Line:
     what           as agent.toml, or a command, calls it
     before, after  as whoever approves reads it; None: it was not there, or is no more
     wide           whether the change widens what somebody may do
+    amounts        what the policy's rules may bound, by the name of the measure: see MEASURES in policy_rules.py
     """
 
     what: str
     before: str | None
     after: str | None
     wide: bool = False
+    amounts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,8 @@ class Effect:
 
 def _wire(line: Line) -> dict[str, Any]:
     weight = WIDE if line.wide else PLAIN
-    return {"what": line.what, "before": _cut(line.before), "after": _cut(line.after), "weight": weight}
+    told = {"what": line.what, "before": _cut(line.before), "after": _cut(line.after), "weight": weight}
+    return {**told, "amounts": dict(line.amounts)} if line.amounts else told
 
 
 def _cut(text: str | None) -> str | None:
@@ -77,13 +80,16 @@ def some(names: Collection[str]) -> str:
 
 def prompt_lines(before: str | None, after: str) -> list[Line]:
     """How a prompt changes: its size, and how many of its lines come and go."""
-    if before is None or before == after:
-        return changed("prompt", before, after if before == after else _size(after))
+    if before == after:
+        return []
+    amounts = {"prompt_lines": len(after.splitlines()), "prompt_bytes": len(after.encode())}
+    if before is None:
+        return [Line("prompt", None, _size(after), amounts=amounts)]
     old, new = Counter(before.splitlines()), Counter(after.splitlines())
     added, removed = (new - old).total(), (old - new).total()
     moved = "" if added or removed else "; the same lines in another order"
     how = f" (+{added:,} −{removed:,} lines{moved})"
-    return [Line("prompt", _size(before), _size(after) + how)]
+    return [Line("prompt", _size(before), _size(after) + how, amounts=amounts)]
 
 
 def _size(text: str) -> str:

@@ -46,7 +46,7 @@ KINDS: dict[str, Kind] = {
     "approval_resolved": Kind(
         "whoever asked for it, unless that is the operator",
         "an approval came to its end: approved (and done), denied, expired or failed",
-        ("approval", "what", "agent", "state", "sha", "tag", "proof", "reason"),
+        ("approval", "what", "agent", "state", "rule", "sha", "tag", "proof", "reason"),
     ),
     "spawned": Kind(
         "hm1nd, unless it asked for it",

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +35,7 @@ from hive_core.events import timeline
 from hive_core.ledger import Ledger
 from hive_core.limits import Limits
 from hive_core.loose_ends import LooseEnds
+from hive_core.policy_rules import Rule
 from hive_core.prices import load_prices
 from hive_core.procedures.deployments import Deployments, PlainDeployments
 from hive_core.procedures.gate import Gate
@@ -165,6 +166,7 @@ async def open_services(
     ports: range = range(8100, 9000),
     limits: Limits | None = None,
     deployments: Callable[[Store, Repos, AgentLocks], Deployments] = PLAIN,
+    policy: Sequence[Rule] = (),
     **bounds: int,
 ) -> AsyncIterator[Services]:
     """Everything of a hive that needs no agent and no socket, in `state_dir`."""
@@ -199,6 +201,7 @@ async def open_services(
             limits or Limits(),
             default_program="rehearsal",
             default_model="sonnet",
+            policy=policy,
         )
         whose = await timeline(store)
         yield Services(state_dir, store, broker, turns, agents, approvals, repos, gate, clock, whose, locks)

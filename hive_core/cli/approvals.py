@@ -30,9 +30,13 @@ def apply(arguments: Namespace) -> None:
     client = Client()
     sha = client.call("expand_commit", agent=arguments.agent, revision=arguments.revision)["sha"]
     result = client.call("request_apply_commit", agent=arguments.agent, sha=sha, reason=arguments.reason)
-    lines = [f"{arguments.revision} is {sha}; approval {result['approval']} waits for you"]
-    lines += [f"`hive show {result['approval']}` shows it, `hive approve {result['approval']}` approves it"]
-    emit(arguments, {**result, "sha": sha}, "\n".join(lines))
+    number = result["approval"]
+    if rule := client.call("show", approval=number)["rule"]:
+        ends = [f"passes by rule {rule}, without a click", f"`hive show {number}` shows it"]
+    else:
+        ends = ["waits for you", f"`hive show {number}` shows it, `hive approve {number}` approves it"]
+    text = f"{arguments.revision} is {sha}; approval {number} " + "\n".join(ends)
+    emit(arguments, {**result, "sha": sha}, text)
 
 
 def diff(arguments: Namespace) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -32,12 +32,13 @@ from hive_core.containers.seccomp import filter_program
 from hive_core.credentials import DEFAULT, Credentials
 from hive_core.daemon import listen_dashboard, listen_tcp, look_for_credential, manager_prompt
 from hive_core.lock import check_owner
+from hive_core.policy_rules import troubles
 from hive_core.prices import load_prices
 from hive_core.programs import find_claude, how_to_get_claude
 from hive_core.protocol.paths import config_files, explain
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted
-from hive_core.protocol.words import AgentName
+from hive_core.protocol.words import MANAGER, AgentName
 from hive_core.sockets.unix import listen_unix
 from hive_core.store.ballast import BALLAST_BYTES, ROOM_BYTES
 from hive_core.store.door import open_writer
@@ -252,6 +253,36 @@ def check_nix(name: str, machine: Machine) -> Iterator[Finding]:
         yield Finding(name, machine.agents_need if trouble else "ok", trouble or working)
 
 
+def check_policy(name: str, machine: Machine) -> Iterator[Finding]:
+    """Nothing where no rule lets anything pass."""
+    config = machine.config
+    if not config.policy:
+        return
+    agents = _agents(machine)
+    said = [f"{rule.name}: {why}" for rule in config.policy for why in troubles(rule, agents)]
+    told = f"{counted(len(config.policy), 'rule')} let changes pass without a click; `hive policy` lists them"
+    for text in said:
+        yield Finding(name, "warning", f"{text}; mend it in the configuration, or take it out")
+    if not said:
+        yield Finding(name, "ok", told)
+
+
+def _agents(machine: Machine) -> list[str]:
+    """Who is an agent now; only hm1nd in a hive that never ran."""
+    database = machine.config.database
+    if machine.daemon is not None:
+        with closing(Client(str(machine.config.runtime_dir))) as client:
+            client.give_up_after(DAEMON_PATIENCE_S)
+            return [agent["name"] for agent in client.call("list")["agents"]]
+    if not database.exists():
+        return [MANAGER]
+    try:
+        with closing(sqlite3.connect(f"{database.as_uri()}?immutable=1", uri=True)) as connection:
+            return [name for (name,) in connection.execute("SELECT name FROM agents")]
+    except sqlite3.Error as exc:
+        raise cannot_open(database, exc) from None
+
+
 def check_credential(name: str, machine: Machine) -> Iterator[Finding]:
     if machine.daemon is not None:
         source, missing = machine.daemon["credential"], machine.daemon["credential_missing"]
@@ -353,6 +384,7 @@ CHECKS: dict[str, Callable[[str, Machine], Iterator[Finding]]] = {
     "helper": check_helper,
     "nix": check_nix,
     "bounds": check_bounds,
+    "policy": check_policy,
     "credential": check_credential,
     "claude": check_claude,
 }

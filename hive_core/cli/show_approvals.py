@@ -42,7 +42,7 @@ def _facts(row: dict[str, Any]) -> Iterator[str]:
 def _whereby(row: dict[str, Any]) -> str:
     """Who decided it, when, and from where."""
     if row["rule"]:
-        return f" by the rule {safe(row['rule'])} at {day(row['resolved_at_ms'])}, without a click"
+        return f" by rule {safe(row['rule'])} at {day(row['resolved_at_ms'])}, without a click"
     if row["resolved_by"] is None:
         return ""
     door = f" from {safe(row['resolved_from'])}" if row["resolved_from"] else ""

@@ -219,6 +219,16 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
         "deny, with a reason that the requester reads",
         [(("approval",), {"type": _whole}), (("reason",), {})],
     ),
+    "policy": (
+        "policy.policy",
+        "the rules by which changes pass without a click, and what rules would have let pass so far",
+        [
+            (("what",), {"nargs": "?", "choices": ["list", "rehearse"], "default": "list"}),
+            (("--rule",), {"metavar": "FILE", "help": "rehearse: the rules of this file instead of those in force"}),
+            (("--name",), {"help": "rehearse: only the rule of this name"}),
+            (("--days",), {"type": _whole, "metavar": "N", "help": "rehearse: only what was asked for since then"}),
+        ],
+    ),
     "start": ("agents.want", "start an agent that was killed or paused", [(("agent",), {})]),
     "pause": ("agents.want", "let an agent take no turn and reach no model until it is started", [(("agent",), {})]),
     "kill": ("agents.want", "end an agent now, and keep it down until it is started", [(("agent",), {})]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 import trio
@@ -18,6 +19,8 @@ from hive_core.agents import Agents, set_deployed
 from hive_core.approvals import Approval, Approvals, note_step, settle, show_again
 from hive_core.limits import Limits
 from hive_core.notices import Field, notice
+from hive_core.policy import Policy
+from hive_core.policy_rules import Rule
 from hive_core.post import put_message
 from hive_core.procedures.deployments import Deployments
 from hive_core.procedures.kinds.apply_commit import ApplyCommit
@@ -66,6 +69,7 @@ class Gate:
         *,
         default_program: str,
         default_model: str,
+        policy: Sequence[Rule] = (),
     ) -> None:
         self._store = store
         self._agents = agents
@@ -77,7 +81,8 @@ class Gate:
         self._unmended: set[AgentName] = set()  # of whom that failed
         self._away = False  # what has their containers did not answer: it is asked again
         self._busy: set[AgentName] = set()  # of whom something is carried out or mended
-        asking = self.asking = Asking(store, limits.approval_ttl_s)
+        self.policy = Policy(store, policy, agents.access)
+        asking = self.asking = Asking(store, limits.approval_ttl_s, self.policy.rule_for)
         self.spawn = Spawn(
             asking,
             agents,
@@ -241,8 +246,9 @@ class Gate:
         if sha := approval.payload.get("sha"):
             tag = {"approved": f"deployed/{approval.id}", "denied": f"denied/{approval.id}"}.get(end)
             about |= {"sha": sha, "tag": tag}
-        text = f"approval {approval.id}, {self.kinds[approval.kind].title(approval)}: {end}"
-        body = notice("approval_resolved", text, **about, state=end, proof=proof, reason=reason)
+        whereby = f" by rule {approval.rule}, without a click" if approval.rule and end == "approved" else ""
+        text = f"approval {approval.id}, {self.kinds[approval.kind].title(approval)}: {end}{whereby}"
+        body = notice("approval_resolved", text, **about, state=end, rule=approval.rule, proof=proof, reason=reason)
         put_message(tx, SYSTEM, approval.requested_by, body)
 
     async def _close(self, approval: Approval) -> None:

@@ -41,6 +41,7 @@ from hive_core.schedules import parse_plan
 from hive_core.sockets.admin_approvals import approval_streams, approval_verbs, caller_uid
 from hive_core.sockets.admin_credentials import credential_streams, credential_verbs
 from hive_core.sockets.admin_lifecycle import lifecycle_verbs
+from hive_core.sockets.admin_policy import policy_verbs
 from hive_core.sockets.admin_snapshots import snapshot_verbs
 from hive_core.sockets.admin_spend import spend_verbs
 from hive_core.sockets.admin_steering import steering_verbs
@@ -99,6 +100,7 @@ class AdminDesk:
             **approval_verbs(hive),
             **credential_verbs(hive),
             **lifecycle_verbs(hive),
+            **policy_verbs(hive),
             **snapshot_verbs(hive),
             **spend_verbs(hive),
             **steering_verbs(hive),

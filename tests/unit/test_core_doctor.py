@@ -80,6 +80,24 @@ def test_each_check_is_one_line_that_begins_with_its_status(machine: Machine) ->
     assert done.stderr == ""
 
 
+def test_rules_of_the_policy_that_can_never_allow_anything_are_named(machine: Machine) -> None:
+    config = machine.folder / "config" / "hyperhive" / "config.toml"
+    config.parent.mkdir(parents=True)
+    one = "[[policy]]\nname = 'mine'\nkind = 'apply_commit'\nagents = '*'\nrequested_by = '*'\nonly = ['prompt']\n"
+    config.write_text(one)
+    status, message = machine.look("policy")
+    assert (status, "1 rule let" in message) == ("ok", True)
+    config.write_text(one.replace("prompt", "promt").replace("'*'", "['iris']", 1))
+    found = json.loads(machine.run("--json").stdout)["checks"]
+    said = [(one["status"], one["message"]) for one in found if one["check"] == "policy"]
+    assert [status for status, _ in said] == ["warning", "warning"]
+    assert "mine: only names promt, of which no effect has a line" in said[0][1]
+    assert "mine: agents names iris, which no agent is called" in said[1][1]
+    config.write_text(one.replace("only", "olny"))
+    status, message = machine.look("configuration")
+    assert (status, "rule 1: only: it is missing; change line 1 of" in message) == ("trouble", True)
+
+
 def test_what_is_looked_at_is_shown_on_a_terminal_and_wiped_away(machine: Machine) -> None:
     ours, theirs = os.openpty()
     try:

@@ -198,6 +198,15 @@ async def test_a_whole_row_keeps_its_ids_and_hooks(hive: Services) -> None:
     assert 'id="decision-5"' in rows.decision(approval("hi", state="done"))
 
 
+async def test_a_decision_tells_the_rule_by_which_it_passed_or_else_who_decided(hive: Services) -> None:
+    rows, passed = Rows(hive_of(hive)), replace(approval("hi", state="done"), rule="own prompt")
+    assert "· by rule own prompt, without a click</span>" in rows.decision(passed)
+    assert "by operator" not in rows.decision(passed)
+    clicked = rows.decision(replace(passed, rule=None, resolved_from="host.sock, uid 0"))
+    assert "· by operator, host.sock, uid 0</span>" in clicked
+    assert "without a click" not in clicked
+
+
 def test_hidden_characters_are_shown_for_what_they_are() -> None:
     assert visible("a\u202eb") == 'a<span class="mark">⟨U+202E⟩</span>b'
     assert visible("\x1b[31m") == '<span class="mark">⟨U+001B⟩</span>[31m'

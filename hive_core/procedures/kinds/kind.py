@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
-from hive_core.approvals import TOPIC, Approval, Request, Shown, put_request
+from hive_core.approvals import TOPIC, Approval, Request, RuleFor, Shown, put_request
 from hive_core.post import no_room
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
@@ -55,11 +55,15 @@ class Kind(Protocol):
 
 
 class Asking:
-    """How a kind puts a card before the operator, or does not. expires_s: how long one waits."""
+    """How a kind puts a card before the operator, or does not.
 
-    def __init__(self, store: Store, expires_s: float) -> None:
+    expires_s: how long one waits. rule_for: see put_request.
+    """
+
+    def __init__(self, store: Store, expires_s: float, rule_for: RuleFor) -> None:
         self.store = store
         self._expires_s = expires_s
+        self._rule_for = rule_for
 
     @asynccontextmanager
     async def noting_a_refusal(
@@ -95,6 +99,6 @@ class Asking:
             request = make(tx)
             if tx.short:
                 raise no_room(f"ask for {what}")
-            return {"approval": put_request(tx, request, self._expires_s)}
+            return {"approval": put_request(tx, request, self._expires_s, self._rule_for)}
 
         return await self.store.write(lambda tx: once(tx, requested_by, key, tool, lambda: ask(tx)))

@@ -48,5 +48,8 @@ CREATE INDEX approvals_of ON approvals (agent, id);
 CREATE INDEX approvals_commits ON approvals (agent, json_extract(payload, '$.sha'))
 WHERE kind = 'apply_commit' AND state IN ('pending', 'approved');
 
+-- Policy: how many passed by a rule in a day.
+CREATE INDEX approvals_by_rule ON approvals (rule, resolved_at_ms) WHERE rule IS NOT NULL;
+
 -- Agents: who said last what is wanted of one, which hm1nd may undo unless it was the operator.
 ALTER TABLE agents ADD COLUMN wanted_by TEXT;
