@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
 
@@ -27,6 +27,8 @@ from hive_core.settings import EFFORTS
 
 MODELS = ("opus", "sonnet", "haiku")  # that the page offers; any other can be chosen by name
 NAMES_SHOWN = 6
+FILES_UNFOLDED = 20  # in a diff whose files are all open
+DIFF_UNFOLDED = 64 * 1024  # its characters
 REASONS_SHOWN = 6
 VOICES: dict[str, str] = {OPERATOR: "by-operator", SYSTEM: "by-system", MANAGER: "by-manager"}
 ASSETS = {"style.css": "text/css", "live.js": "text/javascript", "favicon.svg": "image/svg+xml"}
@@ -116,13 +118,21 @@ def templates() -> Environment:
         brief=brief,
     )
     environment.filters.update(deed=deed, decided=decided, effect_line=effect_line)
-    environment.globals.update(asset=asset_url, voice=voice, state_word=state_word)
+    environment.globals.update(changes=changes, asset=asset_url, voice=voice, state_word=state_word)
     return environment
 
 
 def render(template: str, **values: object) -> Markup:
     """The template as markup: everything in it was escaped on the way."""
     return Markup(templates().get_template(template).render(**values).strip())
+
+
+@lru_cache(maxsize=8)
+def changes(diff: str) -> Markup:
+    """A diff as it stands on a card. Kept for the next page, since a long one takes a quarter of a second."""
+    files = diff_files(diff)
+    folded = len(files) > FILES_UNFOLDED or len(diff) > DIFF_UNFOLDED
+    return render("changes.html", files=files, folded=folded)
 
 
 class Rows:
