@@ -37,15 +37,27 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """unknown: what could not be told, and why: "packages: agent.nix is not built in this sandbox"."""
+    """
+    unknown   what could not be told, and why: "packages: agent.nix is not built in this sandbox"
+    inputs    a mark of what both sides were built from besides, where they are built
+    """
 
     lines: Sequence[Line] = ()
     unknown: Sequence[str] = ()
+    inputs: str = ""
 
     def to_wire(self) -> dict[str, Any]:
         """As it is stored: what widens comes first."""
         ordered = sorted(self.lines, key=lambda line: not line.wide)
-        return {"lines": [_wire(line) for line in ordered], "unknown": list(self.unknown)}
+        told = {"lines": [_wire(line) for line in ordered], "unknown": list(self.unknown)}
+        return told | ({"inputs": self.inputs} if self.inputs else {})
+
+
+def says_the_same(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
+    """Whether two stored effects tell the same, whatever they were found from."""
+    if one is None or other is None:
+        return one is other
+    return (one["lines"], one["unknown"]) == (other["lines"], other["unknown"])
 
 
 def _wire(line: Line) -> dict[str, Any]:

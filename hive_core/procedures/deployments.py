@@ -44,6 +44,10 @@ class Deployments(Protocol):
     def files(self, name: AgentName, description: str) -> Mapping[str, str]:
         """What a new agent's first commit holds besides agent.toml and CLAUDE.md."""
 
+    @property
+    def inputs(self) -> str:
+        """A mark of what is built from besides commits; empty where nothing is built. An effect has it too."""
+
     async def check(self, name: AgentName, proposal: Proposal) -> Effect:
         """What a proposal would change. Raises Refusal when it could not be deployed; nothing is changed, and nothing
         that runs touched."""
@@ -110,6 +114,10 @@ class PlainDeployments:
     def files(self, name: AgentName, description: str) -> Mapping[str, str]:
         return {}
 
+    @property
+    def inputs(self) -> str:
+        return ""
+
     async def check(self, name: AgentName, proposal: Proposal) -> Effect:
         if "agent.nix" in proposal.changed:
             raise Refusal(
@@ -155,6 +163,10 @@ class NoDeployments:
 
     def files(self, name: AgentName, description: str) -> Mapping[str, str]:
         return {}
+
+    @property
+    def inputs(self) -> str:
+        return ""
 
     async def check(self, name: AgentName, proposal: Proposal) -> Effect:
         raise Refusal("unavailable", f"cannot check {proposal.sha[:12]}: {self._trouble}")

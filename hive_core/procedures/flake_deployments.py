@@ -4,6 +4,7 @@ agent alone, so that no build waits for another; switched to; and told of in the
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
@@ -70,6 +71,10 @@ class FlakeDeployments:
     def files(self, name: AgentName, description: str) -> Mapping[str, str]:
         return self._meta.agent_files(name, description)
 
+    @property
+    def inputs(self) -> str:
+        return hashlib.sha256(self._meta.inputs.encode()).hexdigest()[:16]
+
     async def check(self, name: AgentName, proposal: Proposal) -> Effect:
         if (waiting := self._checking.statistics().tasks_waiting) >= CHECKS_WAITING:
             why = f"{waiting} others wait to be evaluated; ask again in a minute"
@@ -92,7 +97,7 @@ class FlakeDeployments:
             for told, untold in (system_lines(before.facts, after.facts), closure_lines(*closures)):
                 lines += told
                 unknown += untold
-        return Effect(lines, unknown)
+        return Effect(lines, unknown, self.inputs)
 
     async def _evaluated(self, name: AgentName, sha: CommitSha) -> Evaluated:
         """What a commit is evaluated to: the same for as long as it is built from the same."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hive_core.protocol.effect import effect_line
+from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
 from tests.checkouts import Checkout
 from tests.hives import Services
@@ -36,10 +40,14 @@ MORE = """
 
 
 @pytest.fixture
-async def hive(tmp_path: Path, hyperhive: Path, store: Path) -> AsyncIterator[Services]:
-    """hm1nd, built."""
+def house(tmp_path: Path, hyperhive: Path, store: Path) -> House:
     (tmp_path / "state").mkdir()
-    house = House(tmp_path / "state", hyperhive, store)
+    return House(tmp_path / "state", hyperhive, store)
+
+
+@pytest.fixture
+async def hive(house: House) -> AsyncIterator[Services]:
+    """hm1nd, built."""
     async with house.open() as services, serving(services):
         await mended(services, HM1ND)
         yield services
@@ -105,6 +113,36 @@ async def test_what_cannot_be_told_is_said_to_be_unknown_and_hinders_nothing(hiv
     unknown = [text.partition(":")[0] for text in found["unknown"]]
     assert "network" in unknown
     assert "nix cannot tell them of this commit" in str(found["unknown"])
+
+
+async def test_a_card_is_shown_again_where_another_nixpkgs_makes_another_change_of_it(
+    house: House, tmp_path: Path
+) -> None:
+    async with house.open() as services, serving(services):
+        await mended(services, HM1ND)
+        lines = told(await effect(services, MODULE % "environment.systemPackages = [ pkgs.taplo ];"))
+        assert "packages: + taplo-0" in lines
+    store = Path(str(house.nix._store))
+    same, newer = (House(house.folder, house.sources.hyperhive, store) for _ in range(2))
+    for which, version in ((same, "-0"), (newer, "-1")):
+        folder = tmp_path / f"nixpkgs{version}"
+        shutil.copytree(house.sources.nixpkgs, folder)
+        text = (folder / "pkgs.nix").read_text()
+        assert "-0" in text
+        (folder / "pkgs.nix").write_text(text.replace("${pname}-0", f"${{pname}}{version}"))
+        which.sources = replace(house.sources, nixpkgs=folder)
+        which.systems._readable.append(folder)
+    async with newer.open() as services:
+        (card,) = await services.approvals.pending()
+        with pytest.raises(Refusal, match="do something else than you were shown"):
+            await services.gate.approve(card.id, card.digest, OPERATOR)
+        (again,) = await services.approvals.pending()
+        assert again.effect is not None
+        assert "packages: + taplo-1" in told(again.effect)
+        await services.sql("UPDATE approvals SET effect = ?, digest = ?", json.dumps(card.effect), card.digest)
+    async with same.open() as services:  # elsewhere, and it comes to the same
+        now = await services.gate.approve(card.id, card.digest, OPERATOR, patience_s=0)
+        assert now.state == "approved"
 
 
 async def test_a_closure_is_told_of_what_is_in_the_store_and_of_nothing_else(

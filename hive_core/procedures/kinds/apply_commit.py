@@ -10,7 +10,7 @@ from typing import Any
 
 from hive_core.agents import Agents
 from hive_core.approvals import Approval, Request, Shown
-from hive_core.effects import Effect
+from hive_core.effects import Effect, says_the_same
 from hive_core.notices import notice, tell_manager
 from hive_core.procedures.deployments import Deployments
 from hive_core.procedures.kinds.kind import Asking, Done, Step
@@ -102,9 +102,13 @@ class ApplyCommit:
 
     async def show_now(self, approval: Approval) -> Shown:
         proposal = await self._repos.look_again(approval.agent, CommitSha(approval.payload["sha"]))
-        if proposal.base == approval.payload["base"]:
-            return Shown(approval.payload, approval.effect)
-        return _shown(proposal, await self._deployments.check(approval.agent, proposal))
+        as_it_is = Shown(approval.payload, approval.effect)
+        is_moved = proposal.base != approval.payload["base"]
+        if not is_moved and (approval.effect or {}).get("inputs", "") == self._deployments.inputs:
+            return as_it_is
+        shown = _shown(proposal, await self._deployments.check(approval.agent, proposal))
+        # Built from other inputs it may come to the same.
+        return as_it_is if not is_moved and says_the_same(shown.effect, approval.effect) else shown
 
     async def carry_out(self, approval: Approval, step: Step) -> Done:
         sha, base = CommitSha(approval.payload["sha"]), CommitSha(approval.payload["base"])
