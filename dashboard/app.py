@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dashboard.answers import Unsure, asked, no, refused
 from dashboard.approvals import ApprovalForms
 from dashboard.credentials import CredentialForms
+from dashboard.deploys import DeployForms
 from dashboard.door import Door
 from dashboard.forms import Forms
 from dashboard.pages import HOME, Pages
@@ -47,6 +48,7 @@ def build_app(hive: Hive) -> ASGIApp:
             *CredentialForms(hive).routes(),
             *TombstoneForms(hive).routes(),
             *SnapshotForms(hive).routes(),
+            *DeployForms(hive).routes(),
             Route("/budgets", spend.set, methods=["POST"]),
             Route("/budgets/remove", spend.remove, methods=["POST"]),
             Route("/agents/{name}/command", steering.command, methods=["POST"]),

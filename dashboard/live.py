@@ -20,6 +20,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Message, Receive, Scope, Send
 
 from dashboard.credentials import credential_rows, lacks_credential
+from dashboard.deploys import deploys_now
 from dashboard.rows import Rows
 from dashboard.snapshots import snapshots_now
 from dashboard.spend import spend_now
@@ -309,6 +310,8 @@ class Feed:
                 return [Fragment("freeze", self._rows.freeze())]
             case "approval" if self._agent is None:
                 return await self._approval(thing.id)
+            case "approval":
+                return await self._deploys(thing.id)
             case "question" if self._agent is None:
                 return await self._question(await self._hive.questions.find(thing.id))
             case "question_of" if self._agent is None:
@@ -351,6 +354,16 @@ class Feed:
             return [Fragment(f"approval-{approval.id}", self._rows.approval(approval), "pending")]
         decision = Fragment(f"decision-{approval.id}", self._rows.decision(approval), "decided", "prepend")
         return [Fragment(f"approval-{approval.id}", ""), decision]
+
+    async def _deploys(self, approval_id: int) -> list[Fragment]:
+        """An agent's deployments, when one of them has come to its end."""
+        try:
+            approval = await self._hive.approvals.get(approval_id)
+        except Refusal:
+            return []
+        if approval.agent != self._agent or approval.state not in ("done", "failed"):
+            return []
+        return [Fragment("deploys-now", await deploys_now(self._hive, approval.agent))]
 
 
 async def _wait(listener: Listener, stopping: trio.Event) -> None:

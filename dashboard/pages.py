@@ -10,6 +10,7 @@ from starlette.responses import HTMLResponse, Response
 
 from dashboard.answers import notice
 from dashboard.credentials import credential_rows, lacks_credential
+from dashboard.deploys import deploys_now
 from dashboard.door import COOKIE
 from dashboard.live import Position, live_response
 from dashboard.rows import ASSETS, Rows, asset_bytes, asset_hash, render
@@ -166,6 +167,7 @@ class Pages:
             messages=await newest_messages(hive.store, name, MESSAGES_SHOWN),
             spend=await spend_now(hive, name),
             snapshots=await snapshots_now(hive, name),
+            deploys=await deploys_now(hive, name),
         )
 
     def _page(self, template: str, agents: list[Agent], **values: Any) -> Response:

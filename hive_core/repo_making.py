@@ -44,6 +44,19 @@ def make_repositories(
     return commit_at(applied, f"refs/tags/{FIRST}")
 
 
+def write_beside(proposed_dir: Path, name: AgentName, file: str, content: bytes) -> None:
+    """Write a file of ours beside an agent's proposed repository, where the manager can read it."""
+    room, fresh = _open_room(proposed_dir, name), f".{file}.new"
+    try:
+        _remove(fresh, room)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(fresh, flags, 0o600, dir_fd=room), "wb") as opened:
+            opened.write(content)
+        os.rename(fresh, file, src_dir_fd=room, dst_dir_fd=room)
+    finally:
+        os.close(room)
+
+
 def _open_room(proposed_dir: Path, name: AgentName) -> int:
     """A descriptor of proposed/NAME. The manager can write beside it, so links are not followed."""
     proposed_dir.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 import trio
 
 from hive_core.agent_locks import AgentLocks
-from hive_core.commit_contents import Contents, kinds, read_contents
-from hive_core.proposals import Proposal, check_proposal, diff_between, fetch_proposal, main_of, pin_of
+from hive_core.commit_contents import Contents, kinds, read_contents, read_files
+from hive_core.proposals import Proposal, check_proposal, commit_at, diff_between, fetch_proposal, main_of, pin_of
 from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import AgentName, CommitSha
-from hive_core.repo_making import make_repositories
+from hive_core.protocol.words import AgentName, CommitSha, shown
+from hive_core.repo_making import make_repositories, write_beside
 from hive_core.repo_upkeep import Needed, Tag, clear_leavings, set_tags, tidy
 from hive_core.revisions import expand_revision
 from hive_core.settings import POLICY, AgentSettings
@@ -114,6 +114,28 @@ class Repos:
         """What a commit of the applied repository holds. Raises Refusal where that may not be deployed any more."""
         return await _in_thread(name, lambda: read_contents(self._of(name), sha))
 
+    async def tagged(self, name: AgentName, tag: str) -> CommitSha:
+        """The commit of a tag of the applied repository. Raises Refusal("not_found") when there is no such tag."""
+        return await _in_thread(name, lambda: _tagged(self._of(name), name, tag))
+
+    async def text(self, name: AgentName, sha: CommitSha, path: str) -> str | None:
+        """A file of a commit of the applied repository; None when it holds none of that path."""
+        return await _in_thread(name, lambda: _text(self._of(name), sha, path))
+
+    async def commit_back(self, name: AgentName, tag: str) -> CommitSha:
+        """Make a commit on main with the files of a tag's. Raises Refusal when those are main's already."""
+        async with self._writing.of(name):
+            return await _in_thread(name, lambda: _commit_back(self._of(name), name, tag))
+
+    async def hand_over(self, name: AgentName, base: CommitSha) -> None:
+        """Write what main has behind base to proposed/NAME/deployed.bundle, from which the manager can fetch it."""
+
+        def write() -> None:
+            bundle = run_git(self._of(name), "bundle", "create", "--quiet", "-", "main", f"^{base}")
+            write_beside(self._proposed, name, "deployed.bundle", bundle)
+
+        await _in_thread(name, write)
+
     async def tag(self, name: AgentName, tag: str, sha: CommitSha, note: str = "") -> None:
         """Tag a commit of the applied repository; the same tag again is left as it is."""
         async with self._writing.of(name):
@@ -181,6 +203,30 @@ def _diff(repository: Path, name: AgentName, base: CommitSha, sha: CommitSha) ->
             why = f"it is not in the repository of {name}, which keeps what was not deployed for a while only"
             raise Refusal("not_found", f"cannot compare {each[:12]}: {why}")
     return diff_between(repository, base, sha)
+
+
+def _tagged(repository: Path, name: AgentName, tag: str) -> CommitSha:
+    if not run_git(repository, "for-each-ref", f"refs/tags/{tag}"):
+        why = f"{name} has no tag {shown(tag)}; `hive history {name}` shows them"
+        raise Refusal("not_found", f"cannot find what was deployed: {why}")
+    return commit_at(repository, f"refs/tags/{tag}")
+
+
+def _text(repository: Path, sha: CommitSha, path: str) -> str | None:
+    if (entry := read_files(repository, sha).get(path)) is None:
+        return None
+    return run_git(repository, "cat-file", "blob", entry.object_id).decode("utf-8", "replace")
+
+
+def _commit_back(repository: Path, name: AgentName, tag: str) -> CommitSha:
+    main, target = main_of(repository), _tagged(repository, name, tag)
+    tree, now = (run_git(repository, "rev-parse", f"{commit}^{{tree}}").decode().strip() for commit in (target, main))
+    if tree == now:
+        raise Refusal("conflict", f"cannot roll {name} back to {tag}: it runs on the same files now")
+    made = run_git(repository, "commit-tree", tree, "-p", main, "-m", f"Back to {tag}")
+    sha = CommitSha(made.decode().strip())
+    run_git(repository, "update-ref", pin_of(sha), sha)
+    return sha
 
 
 def _check_main(repository: Path, name: AgentName, sha: CommitSha, base: CommitSha) -> CommitSha:

@@ -197,6 +197,25 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
             ),
         ],
     ),
+    "history": (
+        "deploys.history",
+        "what was deployed to an agent and what failed, newest first",
+        [(("agent",), {}), (("--limit",), {"type": _whole, "default": 20, "help": "how many (20)"})],
+    ),
+    "blame": (
+        "deploys.blame",
+        "which approval set a setting of agent.toml (`model`, `env.LANG`) or a line of a file (`CLAUDE.md:12`)",
+        [(("agent",), {}), (("key",), {})],
+    ),
+    "rollback": (
+        "deploys.rollback",
+        "run an agent on the files again that it ran on before, through the gate: shown, approved by this, proven",
+        [
+            (("agent",), {}),
+            (("--to",), {"metavar": "deployed/ID", "help": "as `hive history` tells it; else what ran before"}),
+            (("--reason",), {"help": "why, for the log"}),
+        ],
+    ),
     "apply": (
         "approvals.apply",
         "ask to run an agent on a commit of its proposed repository",

@@ -17,6 +17,7 @@ from jinja2 import Environment
 
 from hive_core.agents import Agents, set_deployed
 from hive_core.approvals import Approval, Approvals, note_step, settle, show_again
+from hive_core.deploy_log import DeployLog
 from hive_core.limits import Limits
 from hive_core.notices import Field, notice
 from hive_core.policy import Policy
@@ -94,6 +95,7 @@ class Gate:
             default_model=default_model,
         )
         self.apply_commit = ApplyCommit(asking, agents, repos, deployments, walk)
+        self.deploy_log = DeployLog(store, repos)
         self.upkeep = RepoUpkeep(store, agents, repos)
         self.kinds: dict[str, Kind] = {}
         self.add(self.spawn, self.apply_commit)

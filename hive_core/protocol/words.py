@@ -80,6 +80,13 @@ def parse_commit_sha(raw: object) -> CommitSha:
     return CommitSha(raw)
 
 
+def parse_deployed_tag(raw: object) -> str:
+    """The tag of a deployment. Raises Refusal("usage")."""
+    if not isinstance(raw, str) or not re.fullmatch(r"deployed/\d{1,18}", raw, re.ASCII):
+        raise Refusal("usage", f"cannot use {shown(raw)} as a deployment: give deployed/ID, as `hive history` tells it")
+    return raw
+
+
 def parse_store_path(raw: object) -> StorePath:
     """The whole path of a thing in the Nix store, and nothing inside of it. Raises Refusal("usage")."""
     if not isinstance(raw, str) or not _STORE_PATH.fullmatch(raw):

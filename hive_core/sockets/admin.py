@@ -40,6 +40,7 @@ from hive_core.questions import parse_answer
 from hive_core.schedules import parse_plan
 from hive_core.sockets.admin_approvals import approval_streams, approval_verbs, caller_uid
 from hive_core.sockets.admin_credentials import credential_streams, credential_verbs
+from hive_core.sockets.admin_deploys import deploy_verbs
 from hive_core.sockets.admin_lifecycle import lifecycle_verbs
 from hive_core.sockets.admin_policy import policy_verbs
 from hive_core.sockets.admin_snapshots import snapshot_verbs
@@ -98,6 +99,7 @@ class AdminDesk:
             "kill": (self._kill, {"agent"}),
             "dashboard": (self._dashboard, set()),
             **approval_verbs(hive),
+            **deploy_verbs(hive),
             **credential_verbs(hive),
             **lifecycle_verbs(hive),
             **policy_verbs(hive),

@@ -14,6 +14,7 @@ from hive_core.protocol.refusal import Refusal
 from tests.checkouts import Checkout
 from tests.daemons import WITHIN_S, Daemon
 from tests.swarm.test_outlive import GATED, SAY_WHO, WELCOME, open_swarm, persona, pid_of, spawn
+from tests.swarm.test_tombstones import hive
 from tests.swarm.test_updates import packages
 
 SAYS = {"from": "operator", "match": "who", "do": [SAY_WHO]}
@@ -123,6 +124,22 @@ def test_an_agent_that_is_kept_down_is_changed_unproven() -> None:
         client.call("start", agent="iris")
         client.call("send", to="iris", body="who are you?")
         assert daemon.wait_message(client, "it is me")["body"] == "it is me, changed"
+
+
+def test_the_command_rolls_an_agent_back_and_forth_and_tells_its_history() -> None:
+    with open_swarm() as daemon:
+        client = started_iris(daemon, SAYS)
+        approve(client, ask(daemon, client, CLAUDE__md=persona([WELCOME, SAYS_MORE])))
+        done = hive(daemon, "rollback", "iris")
+        assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "approval 3 of iris: done (healthy)")
+        client.call("send", to="iris", body="who are you?")
+        assert daemon.wait_message(client, "it is me")["body"] == "it is me"
+        assert hive(daemon, "rollback", "iris", "--to", "deployed/2").returncode == 0
+        told = hive(daemon, "history", "iris").stdout.splitlines()
+        assert ["deployed/4" in told[0], "← runs" in told[0], "healthy" in told[0], len(told)] == [True, True, True, 4]
+        assert "deployed/4" in hive(daemon, "blame", "iris", "CLAUDE.md:3").stdout
+        wrong = hive(daemon, "rollback", "iris", "--to", "main")
+        assert (wrong.returncode, "give deployed/ID" in wrong.stderr) == (2, True)
 
 
 # -- a daemon that dies in the walk -----------------------------------------------------------------------------------

@@ -6,6 +6,9 @@ base is what main of the applied repository is: what the agent runs on.
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from hive_core.agents import Agents
@@ -17,7 +20,7 @@ from hive_core.procedures.kinds.kind import Asking, Done, Step
 from hive_core.procedures.walk import Walk
 from hive_core.proposals import Proposal
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import MANAGER, NOTE_LIMIT_BYTES, AgentName, CommitSha, MessageBody, parse_text
+from hive_core.protocol.words import MANAGER, NOTE_LIMIT_BYTES, OPERATOR, AgentName, CommitSha, MessageBody, parse_text
 from hive_core.repos import Repos
 from hive_core.store.writer import Transaction
 from hive_core.tool_calls import first_answer
@@ -51,22 +54,48 @@ class ApplyCommit:
         if answer is None:
             with self._repos.holding(name, sha):
                 async with self._asking.noting_a_refusal(self.kind, requested_by, name, sha=sha):
-                    answer = await self._ask(requested_by, name, sha, reason, key, tool)
+                    fetch = partial(self._repos.fetch, name, sha)
+                    answer = await self._ask(requested_by, name, sha, reason, key, tool, fetch)
         await self._repos.tag(name, f"proposal/{answer['approval']}", sha)
         return answer
 
     async def _ask(
-        self, requested_by: AgentName, name: AgentName, sha: CommitSha, reason: str, key: str | None, tool: str
+        self,
+        requested_by: AgentName,
+        name: AgentName,
+        sha: CommitSha,
+        reason: str,
+        key: str | None,
+        tool: str,
+        look: Callable[[], Awaitable[Proposal]],
+        **more: str,
     ) -> dict[str, Any]:
         await self._asking.store.write(lambda tx: _check_waiting(tx, name, sha))  # before anything is fetched
-        proposal = await self._repos.fetch(name, sha)
-        shown = _shown(proposal, await self._deployments.check(name, proposal))
+        proposal = await look()
+        found = _shown(proposal, await self._deployments.check(name, proposal))
+        shown = found._replace(payload={**found.payload, **more})
 
         def make(tx: Transaction) -> Request:
             _check_waiting(tx, name, sha)
             return Request(self.kind, name, requested_by, reason, shown)
 
         return await self._asking.put(requested_by, key, tool, f"a commit of {name}", make)
+
+    async def request_back(self, name: AgentName, tag: str, given_reason: object = None) -> dict[str, Any]:
+        """The operator asks to run an agent on the files that it had at deployed/ID again; `{"approval": id}`.
+
+        They come in a commit of their own behind main: what was approved later does not come back unseen.
+        """
+        reason = f"back to {tag}"
+        if given_reason is not None:
+            reason += f": {parse_text(given_reason, 'reason', NOTE_LIMIT_BYTES)}"
+        await self._agents.get(name)
+        sha = await self._repos.commit_back(name, tag)
+        with self._repos.holding(name, sha):
+            look = partial(self._repos.look_again, name, sha)
+            answer = await self._ask(OPERATOR, name, sha, reason, None, "rollback", look, back=tag)
+        await self._repos.tag(name, f"proposal/{answer['approval']}", sha)
+        return answer
 
     async def expand(self, name: AgentName, given: object) -> CommitSha:
         """What people call a commit of an agent's proposed repository, as its whole id. Raises Refusal."""
@@ -98,7 +127,8 @@ class ApplyCommit:
         return CommitSha(json.loads(row["payload"])["sha"])
 
     def title(self, approval: Approval) -> str:
-        return f"commit {approval.payload['sha']} for {approval.agent}"
+        back = f", back to {approval.payload['back']}," if "back" in approval.payload else ""
+        return f"commit {approval.payload['sha']}{back} for {approval.agent}"
 
     async def show_now(self, approval: Approval) -> Shown:
         proposal = await self._repos.look_again(approval.agent, CommitSha(approval.payload["sha"]))
@@ -114,6 +144,9 @@ class ApplyCommit:
         sha, base = CommitSha(approval.payload["sha"]), CommitSha(approval.payload["base"])
         await self._repos.tag(approval.agent, f"approved/{approval.id}", sha)
         done = await self._walk.carry_out(approval, sha, base, step)
+        if "back" in approval.payload:
+            with suppress(Refusal):  # the manager can do without, where it has put something in the way
+                await self._repos.hand_over(approval.agent, base)
 
         def write(tx: Transaction) -> None:
             done.write(tx)
@@ -148,9 +181,13 @@ def _check_waiting(tx: Transaction, name: AgentName, sha: CommitSha) -> None:
 
 
 def _rebuilt(approval: Approval, sha: CommitSha) -> MessageBody:
+    sentence = f"{approval.agent} runs on {sha[:12]}"
+    if back := approval.payload.get("back"):
+        fetch = f"`git fetch /agents/{approval.agent}/deployed.bundle main`"
+        sentence += f", with the files of {back} again; what you propose next is to begin there: {fetch}"
     return notice(
         "rebuilt",
-        f"{approval.agent} runs on {sha[:12]}",
+        sentence,
         agent=approval.agent,
         approval=approval.id,
         requested_by=approval.requested_by,

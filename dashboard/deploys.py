@@ -1,0 +1,46 @@
+"""What was deployed to an agent, on its page, and the way back to each."""
+
+from __future__ import annotations
+
+from markupsafe import Markup
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from dashboard.answers import wants_json, yes
+from dashboard.forms import read_form
+from dashboard.rows import render
+from hive_core.deploy_log import Deployment
+from hive_core.hive import Hive
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import AgentName, parse_agent_name, parse_deployed_tag
+
+SHOWN = 20
+
+
+async def deploys_now(hive: Hive, name: AgentName) -> Markup:
+    """The newest deployments of an agent, and those that failed; why, where that cannot be told."""
+    log: list[Deployment] = []
+    trouble = ""
+    try:
+        log = await hive.gate.deploy_log.of(name, SHOWN)
+    except Refusal as refusal:
+        trouble = refusal.message
+    return render("rows/deploys.html", agent=name, log=log, trouble=trouble)
+
+
+class DeployForms:
+    def __init__(self, hive: Hive) -> None:
+        self._hive = hive
+
+    def routes(self) -> list[Route]:
+        return [Route("/agents/{name}/rollback", self.roll_back, methods=["POST"])]
+
+    async def roll_back(self, request: Request) -> Response:
+        """Make the card of it, and show that: it is approved there."""
+        name = parse_agent_name(request.path_params["name"])
+        tag = parse_deployed_tag((await read_form(request)).get("to"))
+        asked = await self._hive.gate.apply_commit.request_back(name, tag)
+        if wants_json(request.scope):
+            return yes(request, "/", f"approval {asked['approval']} waits for your click")
+        return RedirectResponse(f"/approvals/{asked['approval']}", 303)

@@ -1,0 +1,163 @@
+"""What was deployed, who set what, and the way back: by the gate and real git."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import MANAGER, OPERATOR, AgentName, parse_deployed_tag
+from tests.checkouts import Checkout
+from tests.git.test_gate import approve, mail_of, serving
+from tests.hives import Services, open_services
+
+IRIS = AgentName("iris")
+
+
+@pytest.fixture
+async def hive(tmp_path: Path) -> AsyncIterator[Services]:
+    """hm1nd and iris, served by nobody."""
+    async with open_services(tmp_path) as services, serving(services):
+        await services.gate.ensure_manager("You manage.")
+        number = (await services.gate.spawn.request(MANAGER, IRIS, "You read.", "a reader"))["approval"]
+        await approve(services, number)
+        yield services
+
+
+async def change(hive: Services, **files: str) -> Any:
+    """A change of iris, carried out."""
+    sha = Checkout(hive.repos.proposed_dir / "iris" / "config").commit(**files)
+    asked = await hive.gate.apply_commit.request(MANAGER, IRIS, sha, "a change")
+    return await approve(hive, asked["approval"])
+
+
+async def roll_back(hive: Services, tag: str | None = None) -> Any:
+    tag = tag or await hive.gate.deploy_log.former(IRIS)
+    asked = await hive.gate.apply_commit.request_back(IRIS, tag, "it was better before")
+    return await approve(hive, asked["approval"])
+
+
+async def model(hive: Services) -> str:
+    agent = await hive.agents.get(IRIS)
+    assert agent.settings is not None
+    return str(agent.settings["model"])
+
+
+OPUS, HAIKU = (f'program = "rehearsal"\nmodel = "{name}"\n' for name in ("opus", "haiku"))
+
+
+async def test_a_rollback_is_a_commit_of_its_own_that_the_same_gate_shows_and_another_one_undoes_it(
+    hive: Services,
+) -> None:
+    await change(hive, agent__toml=OPUS)
+    await change(hive, agent__toml=HAIKU)
+    main = await hive.repos.main(IRIS)
+    back = await roll_back(hive)
+    assert (back.state, back.kind, back.payload["back"]) == ("done", "apply_commit", "deployed/2")
+    assert await model(hive) == "opus"
+    assert back.payload["base"] == main
+    assert back.payload["sha"] not in (main, await hive.repos.tagged(IRIS, "deployed/2"))
+    assert '-model = "haiku"\n+model = "opus"' in back.payload["diff"]
+    assert back.proof == "unproven: it is not served now"
+    again = await roll_back(hive)
+    assert (again.payload["back"], await model(hive)) == ("deployed/3", "haiku")
+    first = await roll_back(hive, "deployed/0")
+    assert (first.state, await model(hive)) == ("done", "sonnet")
+
+
+async def test_what_is_deployed_already_or_never_was_is_no_way_back(hive: Services) -> None:
+    with pytest.raises(Refusal, match="it runs on its first commit"):
+        await roll_back(hive)
+    with pytest.raises(Refusal, match="iris has no tag 'deployed/7'; `hive history iris` shows them"):
+        await roll_back(hive, "deployed/7")
+    with pytest.raises(Refusal, match="it runs on the same files now"):
+        await roll_back(hive, "deployed/0")
+    assert await hive.approvals.pending() == []
+
+
+@pytest.mark.parametrize("tag", ["deployed/", "deployed/1\n", "deployed/../x", "proposal/1", "deployed/²", None, 3])
+def test_only_the_tag_of_a_deployment_names_one(tag: object) -> None:
+    with pytest.raises(Refusal, match="give deployed/ID"):
+        parse_deployed_tag(tag)
+
+
+async def test_the_manager_goes_on_from_a_rollback_by_the_bundle_that_lies_beside_the_repository(
+    hive: Services,
+) -> None:
+    await change(hive, agent__toml=OPUS)
+    await roll_back(hive)
+    (told,) = [body for body in await mail_of(hive, MANAGER) if body.startswith("rebuilt")]
+    assert "with the files of deployed/0 again; what you propose next is to begin there: `git fetch /agents/" in told
+    with pytest.raises(Refusal, match="it is not based on"):
+        await change(hive, agent__toml=HAIKU)
+    checkout = Checkout(hive.repos.proposed_dir / "iris" / "config")
+    checkout.git("fetch", "-q", "../deployed.bundle", "main")
+    checkout.git("reset", "-q", "--hard", "FETCH_HEAD")
+    assert (await change(hive, agent__toml=HAIKU)).state == "done"
+    assert await model(hive) == "haiku"
+
+
+async def test_what_the_manager_puts_in_the_way_of_the_bundle_hinders_no_rollback(
+    hive: Services, tmp_path: Path
+) -> None:
+    await change(hive, agent__toml=OPUS)
+    beside, elsewhere = hive.repos.proposed_dir / "iris", tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    (beside / ".deployed.bundle.new").symlink_to(elsewhere)
+    (beside / "deployed.bundle").mkdir()
+    (beside / "deployed.bundle" / "full").touch()
+    assert (await roll_back(hive)).state == "done"
+    assert elsewhere.read_text() == "mine"
+
+
+async def test_the_history_tells_what_was_deployed_and_what_failed_and_which_runs(hive: Services) -> None:
+    done = await change(hive, agent__toml=OPUS)
+    held = hive.state_dir / "applied/iris.git/refs/heads/main.lock"
+    held.touch()
+    failed = await change(hive, agent__toml=HAIKU)
+    held.unlink()
+    log = await hive.gate.deploy_log.of(IRIS)
+    assert [(row.id, row.state, row.tag, row.runs) for row in log] == [
+        (failed.id, "failed", f"failed/{failed.id}", False),
+        (done.id, "done", f"deployed/{done.id}", True),
+        (1, "done", "deployed/0", False),
+    ]
+    assert "cannot use the repository of iris" in (log[0].note or "")
+    assert (log[1].by, log[1].requested_by, log[1].reason) == (OPERATOR, MANAGER, "a change")
+    assert log[2].sha == await hive.repos.tagged(IRIS, "deployed/0")
+    (first,) = await hive.gate.deploy_log.of(MANAGER)
+    assert (first.id, first.tag, first.by, first.runs) == (None, "deployed/0", "system", True)
+    with pytest.raises(Refusal, match="no agent has that name"):
+        await hive.gate.deploy_log.of(AgentName("nobody"))
+
+
+async def test_a_setting_and_a_line_are_traced_to_the_approval_that_set_them(hive: Services) -> None:
+    await change(hive, agent__toml=OPUS, CLAUDE__md="one\ntwo\nthree\n")
+    await change(hive, agent__toml=OPUS + '[env]\nEDITOR = "ed"\n', CLAUDE__md="zero\none\ntwo\n3\n")
+    log = hive.gate.deploy_log
+
+    async def blamed(key: str) -> tuple[object, object]:
+        found = await log.blame(IRIS, key)
+        return found["id"], found["value"]
+
+    assert await blamed("model") == (2, "opus")
+    assert await blamed("program") == (1, "rehearsal")
+    assert await blamed("env.EDITOR") == (3, "ed")
+    assert [await blamed(f"CLAUDE.md:{line}") for line in (1, 2, 3, 4)] == [
+        (3, "zero"),
+        (2, "one"),
+        (2, "two"),
+        (3, "3"),
+    ]
+    await roll_back(hive, "deployed/2")
+    assert await blamed("CLAUDE.md:3") == (4, "three")
+    for key, why in [
+        ("effort", "agent.toml does not set it"),
+        ("CLAUDE.md:99", "has 3 lines"),
+        ("nothing.md:1", "holds no 'nothing.md'"),
+    ]:
+        with pytest.raises(Refusal, match=why):
+            await log.blame(IRIS, key)
