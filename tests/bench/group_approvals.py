@@ -13,13 +13,16 @@ from typing import Any
 import trio
 
 from hive_core.approvals import Approval, Request, Shown, put_request
+from hive_core.cli.client import Client
 from hive_core.procedures.kinds.kind import Done, Step
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName, CommitSha
 from hive_core.store.writer import Transaction
 from tests.bench.figures import figure, say
 from tests.checkouts import Checkout
+from tests.daemons import Daemon, open_daemon
 from tests.dashboards import gate_open, hive_of
 from tests.hives import Services, clean_environment, open_services
+from tests.needs import missing
 
 IRIS = AgentName("iris")
 FEW, MANY = 10, 10_000
@@ -31,6 +34,48 @@ FILES = 500
 def measure() -> Iterator[dict[str, Any]]:
     yield trio.run(approve_10k_old)
     yield trio.run(effect_500_files)
+    yield approve_settings("process", "bwrap")
+    if trouble := missing("nspawn"):
+        say(f"approve_settings_nspawn is left out: {trouble}")
+    else:
+        yield approve_settings("nspawn", "nspawn")
+
+
+def approve_settings(name: str, sandbox: str) -> dict[str, Any]:
+    say(
+        f"approve_settings_{name}: from the click to the agent proven and idle on other settings, against its own start"
+    )
+    ours, bare = [], []
+    with open_daemon("--default-program=rehearsal", f"--sandbox={sandbox}") as daemon:
+        client = daemon.start()
+        approve_card(client, client.call("request_spawn", agent=IRIS, persona="An agent.", reason="a measurement"))
+        config = Checkout(daemon.state / "proposed" / IRIS / "config")
+        for number in range(ROUNDS):
+            sha = config.commit(agent__toml=f'program = "rehearsal"\nmodel = "model{number}"\n')
+            asked = client.call("request_apply_commit", agent=IRIS, sha=sha, reason="a measurement")
+            wait_idle(daemon)
+            begin = time.perf_counter()
+            assert approve_card(client, asked)["proof"] == "healthy"
+            wait_idle(daemon)
+            ours.append(time.perf_counter() - begin)
+            client.call("kill", agent=IRIS)
+            begin = time.perf_counter()
+            client.call("start", agent=IRIS)
+            wait_idle(daemon)
+            bare.append(time.perf_counter() - begin)
+    peer = "its start"
+    return figure(f"approve_settings_{name}", statistics.median(ours), "s", peer, statistics.median(bare), digits=2)
+
+
+def approve_card(client: Client, asked: dict[str, Any]) -> dict[str, Any]:
+    digest = client.call("show", approval=asked["approval"])["digest"]
+    done = dict(client.call("approve", approval=asked["approval"], digest=digest))
+    assert done["state"] == "done", done["note"]
+    return done
+
+
+def wait_idle(daemon: Daemon) -> None:
+    daemon.wait_live(lambda agent: agent["name"] == IRIS and agent["state"] == "idle")
 
 
 class _Nothing:
