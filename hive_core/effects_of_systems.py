@@ -49,6 +49,8 @@ class Facts(_Fact):
 
     packages: list[Package] | None = None
     services: dict[Text, Text] | None = None  # unit → a mark of what it says
+    etc: dict[Text, Text] | None = None  # file → a mark of what it holds
+    scripts: Text | None = None  # a mark of what starts the system, and puts it together
     users: dict[Text, list[Text]] | None = None  # name → its groups
     setuid: dict[Text, Wrapper] | None = None  # program → what it gets
     capabilities: dict[Text, Text] | None = None  # service → what it begins with
@@ -82,7 +84,9 @@ def closure_lines(before: Closure | None, after: Closure | None) -> tuple[list[L
     if before is None or after is None:
         return [], ["closure: what it adds and takes, and its size, is known once it is built"]
     added, removed = sorted(after.paths - before.paths), sorted(before.paths - after.paths)
-    lines = changed("closure", str(before), str(after))
+    # By how much it grows is what a rule of the policy may bound.
+    grows = {"closure_bytes": max(0, after.size - before.size)}
+    lines = [Line("closure", str(before), str(after), amounts=grows)] if before != after else []
     lines += [Line("closure", None, some([_package(path) for path in added]))] if added else []
     return lines + ([Line("closure", some([_package(path) for path in removed]), None)] if removed else []), []
 
@@ -132,7 +136,7 @@ def _names(packages: list[Package]) -> dict[str, list[str]]:
     return found
 
 
-def _services(key: str, before: dict[str, str], after: dict[str, str]) -> list[Line]:
+def _marked(key: str, before: dict[str, str], after: dict[str, str]) -> list[Line]:
     others = [name for name in after if name in before and after[name] != before[name]]
     return listed(key, before, after) + ([Line(key, some(others), "changed")] if others else [])
 
@@ -176,6 +180,8 @@ _RULES: Mapping[str, Callable[[str, Any, Any], list[Line]]] = {
     "network": _network,
     "users": _each(widens=False),
     "packages": _packages,
-    "services": _services,
+    "services": _marked,
+    "etc": _marked,
+    "scripts": lambda key, before, after: [] if before == after else [Line(key, "as they are", "changed")],
     "programs": _programs,
 }

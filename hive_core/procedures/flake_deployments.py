@@ -17,7 +17,7 @@ from hive_core.commit_contents import FILES
 from hive_core.config import Config
 from hive_core.containers.choice import Choice
 from hive_core.containers.driver import Driver, Systems
-from hive_core.effects import Effect, file_lines, prompt_lines
+from hive_core.effects import Effect, Line, file_lines, prompt_lines
 from hive_core.effects_of_settings import settings_lines
 from hive_core.effects_of_systems import closure_lines, system_lines
 from hive_core.flakes import Evaluated, MetaFlake
@@ -93,10 +93,14 @@ class FlakeDeployments:
         lines += prompt_lines(before.persona if before else None, after.persona)
         lines += file_lines(files_before.files if files_before else {}, files_after.files, FILES)
         unknown += more
-        if before is not None and before.system != after.system:
-            for told, untold in (system_lines(before.facts, after.facts), closure_lines(*closures)):
-                lines += told
-                unknown += untold
+        if before is not None:
+            told, untold = system_lines(before.facts, after.facts)
+            if before.system != after.system:
+                # By something that is no fact of ours, where there is none.
+                told = told or [Line("system", "as it is", "built otherwise")]
+                more_told, more_untold = closure_lines(*closures)
+                told, untold = told + more_told, untold + more_untold
+            lines, unknown = lines + told, unknown + untold
         return Effect(lines, unknown, self.inputs)
 
     async def _evaluated(self, name: AgentName, sha: CommitSha) -> Evaluated:

@@ -98,6 +98,14 @@ async def test_the_card_tells_what_the_system_gains_and_loses(hive: Services) ->
     }
 
 
+async def test_what_no_line_is_about_is_told_as_a_system_that_is_built_otherwise(hive: Services) -> None:
+    assert {"etc: + sudoers", "files: agent.nix → changed"} == set(
+        told(await effect(hive, MODULE % 'environment.etc."sudoers".text = "reader ALL";'))
+    )
+    other = 'system.build.toplevel = lib.mkForce (derivation { name = "x"; builder = "/bin/sh"; system = "x"; });'
+    assert "system: as it is → built otherwise" in told(await effect(hive, MODULE % other))
+
+
 async def test_settings_and_prompt_are_told_as_agent_nix_gives_them(hive: Services) -> None:
     module = MODULE.replace("./agent.toml)", './agent.toml) // { effort = "high"; }')
     module = module.replace("builtins.readFile ./CLAUDE.md", '"Just read."')

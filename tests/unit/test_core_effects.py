@@ -149,8 +149,9 @@ def test_closures_are_told_by_size_and_by_what_comes_and_goes() -> None:
         "closure: + git-2",
         "closure: − strace-6",
     ]
-    assert unknown == []
+    assert (lines[0].amounts, unknown) == ({"closure_bytes": 1048576}, [])
     assert closure_lines(before, None)[1]
+    assert closure_lines(after, after) == ([], [])
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,22 @@ in
     services = known (
       if config.systemd ? units then mapAttrs (_: unit: mark (unit.text or "")) config.systemd.units else null
     );
+    etc = known (
+      mapAttrs (_: entry: mark (entry.source or (entry.text or ""))) (enabled config.environment.etc)
+    );
+    # Whatever else of a system is written as a script: what starts it, and what puts it together.
+    scripts = known (
+      mark (
+        builtins.concatStringsSep "\n" (
+          map plain [
+            (config.system.activationScripts.script or "")
+            (config.system.systemBuilderCommands or "")
+            (config.system.extraSystemBuilderCmds or "")
+            (config.environment.extraSetup or "")
+          ]
+        )
+      )
+    );
     users = known (
       mapAttrs (_: user: map plain (user.extraGroups or [ ])) (enabled config.users.users)
     );
