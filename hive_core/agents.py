@@ -65,6 +65,9 @@ class Agent:
     held: int = 0  # messages to it that wait for the operator
     dead: int = 0  # messages to it that were given up
     status: str | None = None  # what it says that it is about
+    pronouns: str | None = None  # these three it says of itself
+    icon: str | None = None
+    about: str | None = None
     context_tokens: int | None = None  # how full its session is; None: nobody knows
     context_window: int | None = None  # how many fit
     errand: str | None = None  # what its next turn does with its session
@@ -294,6 +297,9 @@ class Agents:
                 queued=row["queued"],
                 refused=row["refused"],
                 status=row["status"],
+                pronouns=row["pronouns"],
+                icon=row["icon"],
+                about=row["about"],
                 held=row["held"],
                 dead=row["dead"],
                 context_tokens=row["context_tokens"],

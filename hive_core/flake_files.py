@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -37,16 +37,19 @@ _TEMPLATES = Environment(
 )
 
 
-def agent_files(name: AgentName, title: str, *, hyperhive: str, system: str) -> dict[str, str]:
+def agent_files(
+    name: AgentName, title: str, *, hyperhive: str, system: str, packages: Sequence[str] = ()
+) -> dict[str, str]:
     """flake.nix and agent.nix of an agent's first commit; agent.toml and CLAUDE.md lie beside them.
 
     hyperhive  the flake that the modules come from, as a URL
     system     such as x86_64-linux
+    packages   that agent.nix has, by their attributes in nixpkgs
     """
     flake = _TEMPLATES.get_template("agent-flake.nix.j2")
     return {
         "flake.nix": flake.render(name=name, title=title or name, hyperhive=hyperhive, system=system),
-        "agent.nix": _TEMPLATES.get_template("agent.nix.j2").render(),
+        "agent.nix": _TEMPLATES.get_template("agent.nix.j2").render(packages=packages),
     }
 
 

@@ -92,9 +92,10 @@ class MetaFlake:
         """What decides, besides its repository, what an agent is built from."""
         return json.dumps(self._sources.urls | {"system": self._sources.system}, sort_keys=True)
 
-    def agent_files(self, name: AgentName, title: str) -> dict[str, str]:
-        """flake.nix and agent.nix of an agent's first commit."""
-        return agent_files(name, title, hyperhive=self._sources.urls["hyperhive"], system=self._sources.system)
+    def agent_files(self, name: AgentName, title: str, packages: Sequence[str] = ()) -> dict[str, str]:
+        """flake.nix and agent.nix of an agent's first commit, with these packages of nixpkgs."""
+        hyperhive, system = self._sources.urls["hyperhive"], self._sources.system
+        return agent_files(name, title, hyperhive=hyperhive, system=system, packages=packages)
 
     def render(self, commits: Mapping[AgentName, CommitSha]) -> str:
         """flake.nix with these agents, each at a commit that is pinned in its applied repository."""

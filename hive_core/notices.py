@@ -48,6 +48,11 @@ KINDS: dict[str, Kind] = {
         "an approval came to its end: approved (and done), denied, expired or failed",
         ("approval", "what", "agent", "state", "rule", "sha", "tag", "proof", "reason"),
     ),
+    "config_ready": Kind(
+        "whoever asked for it, unless that is the operator",
+        "an init_config was approved: the repositories of an agent to be are there to be shaped",
+        ("approval", "agent", "sha"),
+    ),
     "spawned": Kind(
         "hm1nd, unless it asked for it",
         "an agent was created",

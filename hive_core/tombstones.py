@@ -134,6 +134,9 @@ class Tombstones:
         def write(tx: Transaction) -> None:
             if _begin(tx, tombstone, "reviving", "revive"):
                 check_free(tx, tombstone.name, "revive")
+                if tx.execute("SELECT 1 FROM configured WHERE name = ?", (tombstone.name,)).fetchone():
+                    why = "the configuration of an agent to be has its name; let that be created and destroyed first"
+                    raise Refusal("conflict", f"cannot revive {tombstone.name}: {why}")
                 _insert_agent(tx, tombstone, ports)
                 tx.emit("agent_reviving", actor, tombstone.name, tombstone=tombstone.label)
 

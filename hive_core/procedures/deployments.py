@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,7 +18,10 @@ from hive_core.repos import Repos
 from hive_core.store.door import Store
 from hive_core.systems import Deployed, system_of
 
-_STAYS = "SELECT 1 FROM agents WHERE name = ? AND name NOT IN (SELECT name FROM tombstones WHERE state = 'destroying')"
+_STAYS = """
+    SELECT 1 FROM (SELECT name FROM agents UNION ALL SELECT name FROM configured)
+    WHERE name = ? AND name NOT IN (SELECT name FROM tombstones WHERE state = 'destroying')
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +44,8 @@ class Deployments(Protocol):
     settled the agent can take again what it had before. Who lets one take, or settles, holds the agent's lock.
     """
 
-    def files(self, name: AgentName, description: str) -> Mapping[str, str]:
-        """What a new agent's first commit holds besides agent.toml and CLAUDE.md."""
+    def files(self, name: AgentName, description: str, packages: Sequence[str] = ()) -> Mapping[str, str]:
+        """What a new agent's first commit holds besides agent.toml and CLAUDE.md, where packages can be had."""
 
     @property
     def inputs(self) -> str:
@@ -111,7 +114,7 @@ class PlainDeployments:
         self._locks = locks
         self._sandbox = sandbox
 
-    def files(self, name: AgentName, description: str) -> Mapping[str, str]:
+    def files(self, name: AgentName, description: str, packages: Sequence[str] = ()) -> Mapping[str, str]:
         return {}
 
     @property
@@ -161,7 +164,7 @@ class NoDeployments:
     def __init__(self, trouble: str) -> None:
         self._trouble = trouble
 
-    def files(self, name: AgentName, description: str) -> Mapping[str, str]:
+    def files(self, name: AgentName, description: str, packages: Sequence[str] = ()) -> Mapping[str, str]:
         return {}
 
     @property

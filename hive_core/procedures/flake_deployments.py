@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 
 import trio
@@ -68,8 +68,8 @@ class FlakeDeployments:
         self._building = trio.CapacityLimiter(builds_at_once)
         self._settling = trio.Lock()
 
-    def files(self, name: AgentName, description: str) -> Mapping[str, str]:
-        return self._meta.agent_files(name, description)
+    def files(self, name: AgentName, description: str, packages: Sequence[str] = ()) -> Mapping[str, str]:
+        return self._meta.agent_files(name, description, packages)
 
     @property
     def inputs(self) -> str:

@@ -25,6 +25,7 @@ from hive_core.policy_rules import Rule
 from hive_core.post import put_message
 from hive_core.procedures.deployments import Deployments
 from hive_core.procedures.kinds.apply_commit import ApplyCommit
+from hive_core.procedures.kinds.init_config import InitConfig
 from hive_core.procedures.kinds.kind import Asking, Kind
 from hive_core.procedures.kinds.spawn import Spawn
 from hive_core.procedures.repo_upkeep import RepoUpkeep
@@ -37,6 +38,7 @@ from hive_core.protocol.words import (
     SYSTEM,
     AgentName,
     CommitSha,
+    MessageBody,
     parse_text,
 )
 from hive_core.repos import Repos
@@ -94,11 +96,12 @@ class Gate:
             default_program=default_program,
             default_model=default_model,
         )
-        self.apply_commit = ApplyCommit(asking, agents, repos, deployments, walk)
+        self.init_config = InitConfig(self.spawn, repos)
+        self.apply_commit = ApplyCommit(asking, agents, repos, deployments, walk, self.spawn)
         self.deploy_log = DeployLog(store, repos)
         self.upkeep = RepoUpkeep(store, agents, repos)
         self.kinds: dict[str, Kind] = {}
-        self.add(self.spawn, self.apply_commit)
+        self.add(self.spawn, self.init_config, self.apply_commit)
         approvals.expired = self._tell_expired
 
     def add(self, *kinds: Kind) -> None:
@@ -239,9 +242,15 @@ class Gate:
         self._tell(tx, approval, "expired", "nobody decided it in time; ask again if it is still wanted")
 
     def _tell(
-        self, tx: Transaction, approval: Approval, end: str, reason: str | None, proof: str | None = None
+        self,
+        tx: Transaction,
+        approval: Approval,
+        end: str,
+        reason: str | None,
+        proof: str | None = None,
+        told: MessageBody | None = None,
     ) -> None:
-        """One message to whoever asked, unless the operator did, or took it back himself."""
+        """One message to whoever asked, unless the operator did, or took it back himself. told: in place of ours."""
         if approval.requested_by == OPERATOR or end == "cancelled":
             return
         about: dict[str, Field] = {"approval": approval.id, "what": approval.kind, "agent": approval.agent}
@@ -251,7 +260,7 @@ class Gate:
         whereby = f" by rule {approval.rule}, without a click" if approval.rule and end == "approved" else ""
         text = f"approval {approval.id}, {self.kinds[approval.kind].title(approval)}: {end}{whereby}"
         body = notice("approval_resolved", text, **about, state=end, rule=approval.rule, proof=proof, reason=reason)
-        put_message(tx, SYSTEM, approval.requested_by, body)
+        put_message(tx, SYSTEM, approval.requested_by, told or body)
 
     async def _close(self, approval: Approval) -> None:
         """What a kind does about an approval of which nothing is to be done any more."""
@@ -357,7 +366,7 @@ class Gate:
             def write(tx: Transaction) -> None:
                 done.write(tx)
                 settle(tx, approval, "done", None, SYSTEM, proof=done.proof)
-                self._tell(tx, approval, "approved", None, done.proof)
+                self._tell(tx, approval, "approved", None, done.proof, done.told)
 
             async with done.held:
                 await self._store.insist(write)

@@ -21,7 +21,9 @@ from pydantic import ValidationError
 from hive_core.agents import Agents
 from hive_core.archive import Archive, parse_query
 from hive_core.broker import Broker
+from hive_core.configured import all_configured
 from hive_core.loose_ends import LooseEnds
+from hive_core.profiles import set_profile
 from hive_core.protocol.call_key import CallKey
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
@@ -44,6 +46,9 @@ from hive_core.withdrawal import withdraw_thread
 PROGRESS_EVERY_S = 15.0
 WAITS_LIMIT = 16  # calls of one agent that wait for mail at once: each is run again with every message
 SEARCHES_LIMIT = 4  # of one agent at once: all searches of a hive wait for each other
+
+
+_SAID = ("status", "pronouns", "icon", "about")
 
 
 class AgentDesk:
@@ -131,9 +136,13 @@ class AgentDesk:
                     "name": agent.name,
                     "state": self._agents.live(agent.name).state,
                     "queued": agent.queued,
-                    **({"status": agent.status} if agent.status else {}),
+                    **{key: said for key in _SAID if (said := getattr(agent, key))},
                 }
                 for agent in await self._agents.all()
+            ]
+            + [
+                {"name": one["name"], "state": "configured", "queued": 0}
+                for one in await all_configured(self._ends.store)
             ]
         }
 
@@ -202,6 +211,10 @@ class AgentDesk:
     )
     async def loose_ends(self, _: forms.NoArguments, __: Key) -> Result:
         return await self._ends.of(self.name)
+
+    @tool("Say who you are.", forms.ProfileArguments, forms.ProfileResult, told.profile)
+    async def set_profile(self, given: forms.ProfileArguments, _: Key) -> Result:
+        return await set_profile(self._ends.store, self.name, given.pronouns, given.icon, given.about)
 
     @tool("Say in one line what you are about.", forms.StatusArguments, forms.StatusResult, told.status)
     async def set_status(self, given: forms.StatusArguments, _: Key) -> Result:

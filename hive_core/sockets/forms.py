@@ -11,6 +11,7 @@ from pydantic_core import core_schema
 
 from hive_core.archive import SEARCH_LIMIT
 from hive_core.broker import RECV_LIMIT, RECV_WAIT_LIMIT_S
+from hive_core.toolkits import toolkits
 
 
 class _Untitled(GenerateJsonSchema):
@@ -135,10 +136,25 @@ class StatusArguments(Arguments):
     text: Annotated[str, Field(description="at most 200 characters")]
 
 
+class ProfileArguments(Arguments):
+    pronouns: str
+    icon: str | None = None
+    about: str | None = None
+
+
 class SpawnArguments(Arguments):
     name: Annotated[str, Field(description="a-z, 0-9 and dashes")]
     persona: Annotated[str, Field(description="who it is, for its CLAUDE.md")]
     reason: Annotated[str, Field(description="for the operator")]
+    icon: str | None = None
+    toolkit: Annotated[str | None, Field(description=", ".join(toolkits()))] = None
+    key: UntoldKey = None
+
+
+class InitArguments(Arguments):
+    name: str
+    persona: str
+    reason: str
     key: UntoldKey = None
 
 
@@ -230,6 +246,9 @@ class ListedAgent(BaseModel):
     state: str
     queued: Annotated[int, Field(description="messages that wait for it")]
     status: Annotated[str, Field(description="what it says that it is about")] = ""
+    pronouns: str = ""
+    icon: str = ""
+    about: Annotated[str, Field(description="what it says of itself")] = ""
 
 
 class ListResult(BaseModel):
@@ -337,6 +356,12 @@ class YouWaitFor(BaseModel):
 class LooseEndsResult(BaseModel):
     waits_on_you: WaitsOnYou
     you_wait_for: YouWaitFor
+
+
+class ProfileResult(BaseModel):
+    pronouns: str
+    icon: str = ""
+    about: str = ""
 
 
 class StatusResult(BaseModel):

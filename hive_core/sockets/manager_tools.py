@@ -22,7 +22,19 @@ class ManagerTools:
     @tool("Ask for a new agent.", forms.SpawnArguments, forms.RequestResult, told.requested)
     async def request_spawn(self, given: forms.SpawnArguments, key: Key) -> Result:
         name = parse_agent_name(given.name)
-        return await self._hive.gate.spawn.request(MANAGER, name, given.persona, given.reason, key)
+        return await self._hive.gate.spawn.request(
+            MANAGER, name, given.persona, given.reason, key, icon=given.icon, toolkit=given.toolkit
+        )
+
+    @tool(
+        "Ask for a new agent's /agents/NAME/config alone; a commit there creates it.",
+        forms.InitArguments,
+        forms.RequestResult,
+        told.requested,
+    )
+    async def request_init_config(self, given: forms.InitArguments, key: Key) -> Result:
+        name = parse_agent_name(given.name)
+        return await self._hive.gate.init_config.request(MANAGER, name, given.persona, given.reason, key)
 
     @tool(
         "Ask to run an agent on a commit you made in /agents/AGENT/config.",

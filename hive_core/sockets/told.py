@@ -45,11 +45,17 @@ def whoami(result: Result) -> str:
 
 
 def agents(result: Result) -> str:
-    return "\n".join(
-        f"{one['name']}: {one['state']}, {one['queued']} queued"
-        + (f", {quoted(one['status'])}" if "status" in one else "")
-        for one in result["agents"]
-    )
+    return "\n".join(map(_agent, result["agents"]))
+
+
+def _agent(one: Result) -> str:
+    said = [f"{key} {quoted(one[key])}" for key in ("icon", "pronouns", "about") if key in one]
+    said += [quoted(one["status"])] if "status" in one else []
+    return ", ".join([f"{one['name']}: {one['state']}", f"{one['queued']} queued", *said])
+
+
+def profile(result: Result) -> str:
+    return "you are kept as " + ", ".join(f"{key} {quoted(said)}" for key, said in result.items())
 
 
 def found(result: Result) -> str:

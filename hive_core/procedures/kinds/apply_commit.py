@@ -1,4 +1,5 @@
-"""A commit of an agent's proposed repository, to run it on. payload: {"sha", "base", "diff"}.
+"""A commit of an agent's proposed repository, to run it on. payload: {"sha", "base", "diff"}, and
+"creates" where it is the first that an agent to be runs on.
 
 base is what main of the applied repository is: what the agent runs on.
 """
@@ -13,12 +14,15 @@ from typing import Any
 
 from hive_core.agents import Agents
 from hive_core.approvals import Approval, Request, Shown
+from hive_core.configured import is_configured
 from hive_core.effects import Effect, says_the_same
 from hive_core.notices import notice, tell_manager
 from hive_core.procedures.deployments import Deployments
 from hive_core.procedures.kinds.kind import Asking, Done, Step
+from hive_core.procedures.kinds.spawn import Spawn
 from hive_core.procedures.walk import Walk
 from hive_core.proposals import Proposal
+from hive_core.protocol.effect import WIDE
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, NOTE_LIMIT_BYTES, OPERATOR, AgentName, CommitSha, MessageBody, parse_text
 from hive_core.repos import Repos
@@ -32,12 +36,15 @@ BASES = ("running", "approved", "previous")
 class ApplyCommit:
     kind = "apply_commit"
 
-    def __init__(self, asking: Asking, agents: Agents, repos: Repos, deployments: Deployments, walk: Walk) -> None:
+    def __init__(
+        self, asking: Asking, agents: Agents, repos: Repos, deployments: Deployments, walk: Walk, spawn: Spawn
+    ) -> None:
         self._asking = asking
         self._agents = agents
         self._repos = repos
         self._deployments = deployments
         self._walk = walk
+        self._spawn = spawn
 
     async def request(
         self, requested_by: AgentName, name: AgentName, sha: CommitSha, given_reason: object, key: str | None = None
@@ -48,7 +55,7 @@ class ApplyCommit:
         one for a commit that waits already.
         """
         reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
-        await self._agents.get(name)
+        await self._insist_that_it_is_there(name)
         tool = f"request_apply_commit {name} {sha}"
         answer = await self._asking.store.write(lambda tx: first_answer(tx, requested_by, key, tool))
         if answer is None:
@@ -72,7 +79,8 @@ class ApplyCommit:
     ) -> dict[str, Any]:
         await self._asking.store.write(lambda tx: _check_waiting(tx, name, sha))  # before anything is fetched
         proposal = await look()
-        found = _shown(proposal, await self._deployments.check(name, proposal))
+        creates = await is_configured(self._asking.store, name)
+        found = _shown(proposal, await self._deployments.check(name, proposal), creates)
         shown = found._replace(payload={**found.payload, **more})
 
         def make(tx: Transaction) -> Request:
@@ -97,9 +105,14 @@ class ApplyCommit:
         await self._repos.tag(name, f"proposal/{answer['approval']}", sha)
         return answer
 
+    async def _insist_that_it_is_there(self, name: AgentName) -> None:
+        """Raise Refusal when it is neither an agent nor the configuration of one to be."""
+        if not await is_configured(self._asking.store, name):
+            await self._agents.get(name)
+
     async def expand(self, name: AgentName, given: object) -> CommitSha:
         """What people call a commit of an agent's proposed repository, as its whole id. Raises Refusal."""
-        await self._agents.get(name)
+        await self._insist_that_it_is_there(name)
         return await self._repos.expand(name, given)
 
     async def diff(self, approval: Approval, against: str) -> dict[str, str]:
@@ -128,21 +141,25 @@ class ApplyCommit:
 
     def title(self, approval: Approval) -> str:
         back = f", back to {approval.payload['back']}," if "back" in approval.payload else ""
-        return f"commit {approval.payload['sha']}{back} for {approval.agent}"
+        new = "the new agent " if "creates" in approval.payload else ""
+        return f"commit {approval.payload['sha']}{back} for {new}{approval.agent}"
 
     async def show_now(self, approval: Approval) -> Shown:
         proposal = await self._repos.look_again(approval.agent, CommitSha(approval.payload["sha"]))
+        creates = await is_configured(self._asking.store, approval.agent)
         as_it_is = Shown(approval.payload, approval.effect)
-        is_moved = proposal.base != approval.payload["base"]
+        is_moved = proposal.base != approval.payload["base"] or creates != ("creates" in approval.payload)
         if not is_moved and (approval.effect or {}).get("inputs", "") == self._deployments.inputs:
             return as_it_is
-        shown = _shown(proposal, await self._deployments.check(approval.agent, proposal))
+        shown = _shown(proposal, await self._deployments.check(approval.agent, proposal), creates)
         # Built from other inputs it may come to the same.
         return as_it_is if not is_moved and says_the_same(shown.effect, approval.effect) else shown
 
     async def carry_out(self, approval: Approval, step: Step) -> Done:
         sha, base = CommitSha(approval.payload["sha"]), CommitSha(approval.payload["base"])
         await self._repos.tag(approval.agent, f"approved/{approval.id}", sha)
+        if "creates" in approval.payload:
+            return await self._spawn.begin(approval, sha, base)
         done = await self._walk.carry_out(approval, sha, base, step)
         if "back" in approval.payload:
             with suppress(Refusal):  # the manager can do without, where it has put something in the way
@@ -196,5 +213,10 @@ def _rebuilt(approval: Approval, sha: CommitSha) -> MessageBody:
     )
 
 
-def _shown(proposal: Proposal, effect: Effect) -> Shown:
-    return Shown({"sha": proposal.sha, "base": proposal.base, "diff": proposal.diff}, effect.to_wire())
+def _shown(proposal: Proposal, effect: Effect, creates: bool) -> Shown:
+    payload = {"sha": proposal.sha, "base": proposal.base, "diff": proposal.diff}
+    told = effect.to_wire()
+    if creates:
+        line = {"what": "agent", "before": None, "after": "a new one, which is started", "weight": WIDE}
+        return Shown({**payload, "creates": True}, {**told, "lines": [line, *told["lines"]]})
+    return Shown(payload, told)

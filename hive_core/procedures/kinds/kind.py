@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from hive_core.approvals import TOPIC, Approval, Request, RuleFor, Shown, put_request
 from hive_core.post import no_room
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import AgentName
+from hive_core.protocol.words import AgentName, MessageBody
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 from hive_core.tool_calls import once
@@ -21,12 +21,14 @@ Step = Callable[[str], Awaitable[None]]
 class Done(NamedTuple):
     """write: the rows that belong to the end, in the transaction that tells of it. proof: see Approval.
 
-    held: what keeps others from what was done until those are written.
+    held: what keeps others from what was done until those are written. told: what whoever asked is told, in the place
+    of that it was approved.
     """
 
     write: Callable[[Transaction], None]
     proof: str | None = None
     held: AbstractAsyncContextManager[object] = nullcontext()
+    told: MessageBody | None = None
 
 
 class Kind(Protocol):

@@ -9,6 +9,7 @@ from jinja2 import Environment
 
 from hive_core.agents import Agents, check_free
 from hive_core.approvals import Approval, Request, Shown, digest_of
+from hive_core.configured import forget_configured
 from hive_core.effects import Effect, Line, prompt_lines
 from hive_core.effects_of_settings import settings_lines
 from hive_core.notices import notice, tell_manager
@@ -16,6 +17,7 @@ from hive_core.post import put_message
 from hive_core.procedures.deployments import Change, Deployments
 from hive_core.procedures.kinds.kind import Asking, Done, Step
 from hive_core.procedures.walk import Walk
+from hive_core.profiles import parse_icon
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
     MANAGER,
@@ -32,6 +34,7 @@ from hive_core.repos import Repos
 from hive_core.settings import parse_agent_toml
 from hive_core.store.writer import Transaction
 from hive_core.systems import note_deployed
+from hive_core.toolkits import Toolkit, parse_toolkit
 
 
 class Spawn:
@@ -64,29 +67,51 @@ class Spawn:
         given_persona: object,
         given_reason: object,
         key: str | None = None,
+        *,
+        icon: object = None,
+        toolkit: object = None,
+        kind: str = "spawn",
     ) -> dict[str, Any]:
-        """Ask for a new agent; `{"approval": id}`. Raises Refusal when the name is taken or a text is malformed."""
-        persona = parse_text(given_persona, "persona", PERSONA_LIMIT_BYTES - 2048)
+        """Ask for a new agent, or (init_config) for its repositories alone; `{"approval": id}`.
+
+        toolkit: one of toolkits.toml. Raises Refusal when the name is taken or a word is malformed.
+        """
         reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
-        prompt = self._templates.get_template("CLAUDE.md.j2").render(name=name, persona=persona)
-        shown = _shown(self.files(name, "", prompt))
+        shown = self._shown(name, given_persona, icon, toolkit)
 
         def make(tx: Transaction) -> Request:
             check_free(tx, name, "ask for")
             sql = """
-                SELECT id FROM approvals
-                WHERE kind = 'spawn' AND agent = ? AND state IN ('pending', 'approved') AND digest != ?
+                SELECT id FROM approvals INDEXED BY approvals_of
+                WHERE agent = ? AND kind IN ('spawn', 'init_config') AND state IN ('pending', 'approved')
+                  AND digest != ?
             """
-            if row := tx.execute(sql, (name, digest_of("spawn", name, shown))).fetchone():
+            if row := tx.execute(sql, (name, digest_of(kind, name, shown))).fetchone():
                 raise Refusal("refused", f"cannot ask for {name}: approval {row['id']} asks for it already and waits")
-            return Request("spawn", name, requested_by, reason, shown)
+            return Request(kind, name, requested_by, reason, shown)
 
-        return await self._asking.put(requested_by, key, "request_spawn", name, make)
+        return await self._asking.put(requested_by, key, f"request_{kind}", name, make)
 
-    def files(self, name: AgentName, description: str, prompt: str) -> dict[str, str]:
+    def _shown(self, name: AgentName, given_persona: object, icon: object, toolkit: object) -> Shown:
+        persona = parse_text(given_persona, "persona", PERSONA_LIMIT_BYTES - 2048)
+        prompt = self._templates.get_template("CLAUDE.md.j2").render(name=name, persona=persona)
+        kit = parse_toolkit(toolkit)
+        files = self.files(name, "", prompt, kit)
+        lines = settings_lines(None, parse_agent_toml(files["agent.toml"].encode()))
+        lines += [Line("budget", None, "none of its own; the hive's holds"), *prompt_lines(None, files["CLAUDE.md"])]
+        unknown = ["packages: agent.nix is evaluated when this is approved"] if "agent.nix" in files else []
+        if kit.packages and "agent.nix" not in files:
+            unknown.append(f"packages: {', '.join(kit.packages)} are not installed in this sandbox; it has the host's")
+        if icon is None:
+            return Shown({"files": files}, Effect(lines, unknown).to_wire())
+        sign = parse_icon(icon)
+        return Shown({"files": files, "icon": sign}, Effect([Line("icon", None, sign), *lines], unknown).to_wire())
+
+    def files(self, name: AgentName, description: str, prompt: str, kit: Toolkit = Toolkit()) -> dict[str, str]:  # noqa: B008
         """What a new agent's first commit holds."""
-        toml = self._templates.get_template("agent.toml.j2").render(**self._defaults, description=description)
-        return {"agent.toml": toml, "CLAUDE.md": prompt, **self._deployments.files(name, description)}
+        given = {**self._defaults, "description": description, "tools": kit.tools}
+        toml = self._templates.get_template("agent.toml.j2").render(given)
+        return {"agent.toml": toml, "CLAUDE.md": prompt, **self._deployments.files(name, description, kit.packages)}
 
     def title(self, approval: Approval) -> str:
         return f"the new agent {approval.agent}"
@@ -95,13 +120,26 @@ class Spawn:
         return Shown(approval.payload, approval.effect)
 
     async def carry_out(self, approval: Approval, step: Step) -> Done:
+        await self.insist_that_it_is_free(approval.agent)
         # What an earlier try left behind under this name began with other files than the card shows.
         sha = await self._repos.create(approval.agent, approval.payload["files"], replace=True)
+        return await self.begin(approval, sha, None)
+
+    async def insist_that_it_is_free(self, name: AgentName) -> None:
+        """Raise Refusal when an agent has the name by now: its repositories must not be made anew."""
+        await self._asking.store.write(lambda tx: check_free(tx, name, "make the repositories of"))
+
+    async def begin(self, approval: Approval, sha: CommitSha, base: CommitSha | None) -> Done:
+        """Let a new agent be started on a commit. base: where main of its applied repository is, if not there."""
         async with AsyncExitStack() as held:
-            deployed = await self._walk.begin(Change(approval.agent, approval.id, sha, None), held)
+            deployed = await self._walk.begin(Change(approval.agent, approval.id, sha, base), held)
 
             def write(tx: Transaction) -> None:
+                icon = tx.execute("SELECT icon FROM configured WHERE name = ?", (approval.agent,)).fetchone()
+                forget_configured(tx, approval.agent)
                 self._agents.create(tx, approval.agent, approval.requested_by)
+                sign = approval.payload.get("icon") or (icon and icon["icon"])
+                tx.execute("UPDATE agents SET icon = ? WHERE name = ?", (sign, approval.agent))
                 note_deployed(tx, approval.agent, sha, deployed)
                 put_message(tx, SYSTEM, approval.agent, _welcome(approval))
                 if approval.requested_by != MANAGER:
@@ -116,7 +154,7 @@ class Spawn:
 def _welcome(approval: Approval) -> MessageBody:
     asker = approval.requested_by
     text = f"Welcome to the hive, {approval.agent}. {asker} asked for you and the operator approved it. "
-    text += "Introduce yourself to the operator in one sentence"
+    text += "Choose your pronouns with set_profile. Introduce yourself to the operator in one sentence"
     text += "" if asker == OPERATOR else f". Then tell {asker} that you are ready"
     return notice("welcome", text, agent=approval.agent, requested_by=asker, reason=approval.reason)
 
@@ -130,10 +168,3 @@ def _spawned(approval: Approval, sha: CommitSha) -> MessageBody:
         requested_by=approval.requested_by,
         sha=sha,
     )
-
-
-def _shown(files: dict[str, str]) -> Shown:
-    lines = settings_lines(None, parse_agent_toml(files["agent.toml"].encode()))
-    lines += [Line("budget", None, "none of its own; the hive's holds"), *prompt_lines(None, files["CLAUDE.md"])]
-    unknown = ["packages: agent.nix is evaluated when this is approved"] if "agent.nix" in files else []
-    return Shown({"files": files}, Effect(lines, unknown).to_wire())

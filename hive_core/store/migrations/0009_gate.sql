@@ -53,3 +53,17 @@ CREATE INDEX approvals_by_rule ON approvals (rule, resolved_at_ms) WHERE rule IS
 
 -- Agents: who said last what is wanted of one, which hm1nd may undo unless it was the operator.
 ALTER TABLE agents ADD COLUMN wanted_by TEXT;
+
+-- Agents: what they say of themselves.
+ALTER TABLE agents ADD COLUMN pronouns TEXT;
+ALTER TABLE agents ADD COLUMN icon TEXT;
+ALTER TABLE agents ADD COLUMN about TEXT;
+
+-- Configurations of agents to be: their repositories are there, and nothing of them runs yet.
+CREATE TABLE configured (
+  name         TEXT PRIMARY KEY,
+  sha          TEXT NOT NULL,                -- of the first commit
+  requested_by TEXT NOT NULL,
+  icon         TEXT,
+  at_ms        INTEGER NOT NULL
+) STRICT;

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hive_core.profiles import parse_icon
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import AgentName
+from hive_core.toolkits import parse_toolkit, toolkits
+from tests.hives import Services
+from tests.tools import program_of
+
+IRIS = AgentName("iris")
+
+
+@pytest.mark.parametrize("icon", ["🦉", "i", "Ж", "★", "✈️", "👋🏽", "🇩🇪", "é", "e\u0301", "1️⃣"])
+def test_one_sign_is_an_icon(icon: str) -> None:
+    assert parse_icon(icon) == icon
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "",
+        " ",
+        "\n",
+        "ab",
+        "🦉🦉",
+        "👩\u200d💻",
+        "\u202e",
+        "\x1b",
+        "\u0301",
+        "🇩",
+        "a\u200b",
+        "x" * 100,
+        None,
+        7,
+        "\ud800",
+    ],
+)
+def test_what_is_no_one_sign_is_refused(raw: object) -> None:
+    with pytest.raises(Refusal, match="give one sign"):
+        parse_icon(raw)
+
+
+def test_a_toolkit_is_one_of_the_file() -> None:
+    assert parse_toolkit("reader").tools == ["Read", "Glob", "Grep"]
+    assert parse_toolkit(None).tools is None
+    assert "git" in toolkits()["coder"].packages
+    with pytest.raises(Refusal, match="there are reader, writer, coder"):
+        parse_toolkit("hacker")
+
+
+async def test_an_agent_says_who_it_is_and_everybody_reads_it(hive: Services, tmp_path: Path) -> None:
+    async with program_of(hive, "iris", tmp_path) as iris:
+        assert await iris.call("set_profile", pronouns="she/her", icon="🦉") == {"pronouns": "she/her", "icon": "🦉"}
+        kept = await iris.call("set_profile", pronouns="they/them", about='reads "all"')
+        assert kept == {"pronouns": "they/them", "icon": "🦉", "about": 'reads "all"'}
+        await iris.call("set_profile", **kept)
+    assert (await hive.kinds()).count("agent_profile") == 2, "the same again is nothing new"
+    async with program_of(hive, "damocles", tmp_path) as other:
+        result = await other.result("list_agents")
+    (told,) = [one for one in result["structuredContent"]["agents"] if one["name"] == "iris"]
+    assert (told["pronouns"], told["icon"], told["about"]) == ("they/them", "🦉", 'reads "all"')
+    assert r'icon "🦉", pronouns "they/them", about "reads \"all\""' in result["content"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"pronouns": ""},
+        {"pronouns": "x" * 41},
+        {"pronouns": "a\nb"},
+        {"pronouns": "a\u202eb"},
+        {"pronouns": "it", "icon": "ab"},
+        {"pronouns": "it", "about": "x" * 201},
+    ],
+)
+async def test_a_profile_is_short_and_can_be_seen(hive: Services, tmp_path: Path, given: dict[str, str]) -> None:
+    async with program_of(hive, "iris", tmp_path) as iris:
+        assert "cannot" in await iris.refusal("set_profile", **given)
+    assert (await hive.agents.get(IRIS)).pronouns is None
