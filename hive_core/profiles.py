@@ -55,7 +55,7 @@ async def set_profile(
         if (after := before | given) != before:
             sql = "UPDATE agents SET pronouns = ?, icon = ?, about = ? WHERE name = ?"
             tx.execute(sql, (after.get("pronouns"), after.get("icon"), after.get("about"), name))
-            tx.emit("agent_profile", name, name, **after)
+            tx.emit("agent_profile", name, name, profile=after)
         return after
 
     return await store.write(write)

@@ -138,7 +138,7 @@ class StatusArguments(Arguments):
 
 class ProfileArguments(Arguments):
     pronouns: str
-    icon: str | None = None
+    icon: Annotated[str | None, Field(description="one emoji")] = None
     about: str | None = None
 
 

@@ -54,7 +54,7 @@ async def configure(hive: Services, **more: Any) -> Approval:
 
 def shape(hive: Services) -> CommitSha:
     checkout = Checkout(hive.state_dir / "proposed" / "argus" / "config")
-    return CommitSha(checkout.commit({"CLAUDE.md": "You watch the door.\n"}))
+    return CommitSha(checkout.commit(**{"CLAUDE.md": "You watch the door.\n"}))
 
 
 async def test_the_repositories_are_there_and_no_agent_is_until_a_commit_of_theirs_is_approved(
@@ -95,7 +95,7 @@ async def test_a_change_of_one_that_was_created_so_is_as_any_other(hive: Service
         await configure(hive)
         await approve(hive, await hive.gate.apply_commit.request(MANAGER, ARGUS, shape(hive), "r"))
         checkout = Checkout(hive.state_dir / "proposed" / "argus" / "config")
-        sha = CommitSha(checkout.commit({"CLAUDE.md": "You watch the window.\n"}))
+        sha = CommitSha(checkout.commit(**{"CLAUDE.md": "You watch the window.\n"}))
         asked = await hive.gate.apply_commit.request(MANAGER, ARGUS, sha, "r")
         assert "creates" not in (await hive.approvals.get(asked["approval"])).payload
 

@@ -28,10 +28,10 @@ from tests.tools import Program, desk_for, program
 IRIS = AgentName("iris")
 EVERYBODYS = {
     *("send", "recv", "read_body", "whoami", "list_agents", "search_messages", "ask", "answer", "remind", "cancel"),
-    *("loose_ends", "set_status"),
+    *("loose_ends", "set_profile", "set_status"),
 }
 MANAGERS = {
-    *("request_spawn", "request_apply_commit", "request_schedule_prompt", "request_raise_budget", "request_destroy"),
+    *("request_init_config", "request_spawn", "request_apply_commit", "request_schedule_prompt", "request_raise_budget", "request_destroy"),
     "cancel_request",
     *("kill", "start", "restart", "update", "get_logs", "hive_loose_ends"),
 }
@@ -120,6 +120,7 @@ CALLS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("send", {"to": "iris", "body": "hi"}, ["sent as message 7"]),
     ("read_body", {"id": 2}, ["> first line\n> second ⟨U+202E⟩ line", "ends here"]),
     ("whoami", {}, ["hm1nd", "the manager"]),
+    ("set_profile", {"pronouns": "they/them", "icon": "🦉"}, ['pronouns "they/them"', 'icon "🦉"']),
     ("set_status", {"text": 'about "it"'}, [r'"about \"it\""']),
     ("list_agents", {}, ["iris: starting, 1 queued", r'"about \"it\""']),
     ("search_messages", {"text": "second"}, ["message 2 from iris to hm1nd", '"first line second']),
