@@ -37,6 +37,13 @@ GIT_WITHIN_S = 30
 _WANTED = resources.files("hive_core").joinpath("templates/nix/wanted.nix").read_text("utf-8")
 
 
+_UPDATED = "inputs.json"  # in the repository: the revisions that were locked anew last
+
+
+class _Looked(Exception):
+    """What was to be seen was seen: put it back."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sources:
     """Where agents' modules and packages come from, as folders or store paths, and what they are built for."""
@@ -74,6 +81,7 @@ class MetaFlake:
         self._nix = nix
         self._sources = sources
         self._staging = trio.Lock()
+        self._updated: dict[str, str] = {}  # the revisions of the inputs that were locked anew last
         self.building = building_folder(folder.parent)
 
     async def open(self) -> None:
@@ -86,11 +94,51 @@ class MetaFlake:
             await self._git("rev-parse", "--quiet", "--verify", "HEAD")
         except Refusal:
             await self._git("commit", "--quiet", "--allow-empty", "--message", "An empty hive")
+        with contextlib.suppress(FileNotFoundError):
+            self._updated = json.loads((self._folder / _UPDATED).read_text("utf-8"))
 
     @property
     def inputs(self) -> str:
         """What decides, besides its repository, what an agent is built from."""
-        return json.dumps(self._sources.urls | {"system": self._sources.system}, sort_keys=True)
+        updated = {"updated": self._updated} if self._updated else {}
+        return json.dumps(self._sources.urls | {"system": self._sources.system} | updated, sort_keys=True)
+
+    async def look_at_inputs(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The revision of each input as it is locked, and as it would be if it was locked now; nothing is changed.
+
+        Raises Refusal when nothing was locked yet, or it cannot be locked now.
+        """
+        before, after = await self._locked(), {}
+        with contextlib.suppress(_Looked):
+            async with self.staged(await self._git("show", "HEAD:flake.nix"), "", tuple(before)):
+                after = self._revisions((self._folder / "flake.lock").read_text("utf-8"))
+                raise _Looked
+        return before, after
+
+    async def lock_inputs(self, wanted: Mapping[str, str]) -> None:
+        """Lock the inputs anew, which have these revisions then; done already is fine. Raises Refusal else."""
+        if await self._locked() == wanted == self._updated:
+            return
+        async with self.staged(await self._git("show", "HEAD:flake.nix"), "inputs: locked anew", tuple(wanted)):
+            after = self._revisions((self._folder / "flake.lock").read_text("utf-8"))
+            if after != wanted:
+                raise Refusal("conflict", "cannot update the inputs: they are others by now; ask for them again")
+            (self._folder / _UPDATED).write_text(json.dumps(after), "utf-8")
+            await self._git("add", _UPDATED)
+        self._updated = after
+
+    async def _locked(self) -> dict[str, str]:
+        try:
+            return self._revisions(await self._git("show", "HEAD:flake.lock"))
+        except Refusal:
+            why = "no agent was built yet, so none is locked"
+            raise Refusal("conflict", f"cannot look at the inputs: {why}") from None
+
+    def _revisions(self, lock: str) -> dict[str, str]:
+        """Of a flake.lock: what each of our inputs is locked to, by its commit, or the hash of its files."""
+        nodes = json.loads(lock)["nodes"]
+        locked = {name: nodes[nodes["root"]["inputs"][name]]["locked"] for name in self._sources.urls}
+        return {name: str(one.get("rev") or one["narHash"]) for name, one in locked.items()}
 
     def agent_files(self, name: AgentName, title: str, packages: Sequence[str] = ()) -> dict[str, str]:
         """flake.nix and agent.nix of an agent's first commit, with these packages of nixpkgs."""

@@ -78,6 +78,14 @@ class Deployments(Protocol):
         held: is given what keeps a destruction away until it is closed: after the rows
         """
 
+    async def look_at_inputs(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """The revision of each input that agents are built from, as it is locked, and as it would be if it was locked
+        now; nothing is changed. Raises Refusal where nothing is built from inputs."""
+
+    async def lock_inputs(self, wanted: Mapping[str, str]) -> None:
+        """Lock the inputs anew, which have these revisions then: `mend` builds each agent from them. Done already is
+        fine. Raises Refusal when they would have others."""
+
     def hindrance(self, name: AgentName) -> str | None:
         """Why an agent may not be started now, or None."""
 
@@ -151,6 +159,13 @@ class PlainDeployments:
         await insist_that_it_stays(self._store, name)
         return Deployed(await self._repos.read(name, sha))
 
+    async def look_at_inputs(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        why = f'only containers of sandbox = "nixos-container" are built from inputs (here it is {self._sandbox})'
+        raise Refusal("refused", f"cannot update the inputs: {why}")
+
+    async def lock_inputs(self, wanted: Mapping[str, str]) -> None:
+        await self.look_at_inputs()
+
     def hindrance(self, name: AgentName) -> str | None:
         return None
 
@@ -188,6 +203,12 @@ class NoDeployments:
 
     async def mend(self, name: AgentName, sha: CommitSha, held: AsyncExitStack) -> Deployed | None:
         return None
+
+    async def look_at_inputs(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        raise Refusal("unavailable", f"cannot update the inputs: {self._trouble}")
+
+    async def lock_inputs(self, wanted: Mapping[str, str]) -> None:
+        await self.look_at_inputs()
 
     def hindrance(self, name: AgentName) -> str | None:
         return self._trouble

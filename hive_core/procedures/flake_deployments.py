@@ -165,6 +165,13 @@ class FlakeDeployments:
         await self._log(name, f"{sha[:12]} again")
         return deployed
 
+    async def look_at_inputs(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        return await self._meta.look_at_inputs()
+
+    async def lock_inputs(self, wanted: Mapping[str, str]) -> None:
+        async with self._settling:
+            await self._meta.lock_inputs(wanted)
+
     def hindrance(self, name: AgentName) -> str | None:
         return self._hindrances.get(name, _NOT_YET) or None
 

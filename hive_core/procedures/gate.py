@@ -28,6 +28,7 @@ from hive_core.procedures.kinds.apply_commit import ApplyCommit
 from hive_core.procedures.kinds.init_config import InitConfig
 from hive_core.procedures.kinds.kind import Asking, Kind
 from hive_core.procedures.kinds.spawn import Spawn
+from hive_core.procedures.kinds.update_meta_inputs import UpdateMetaInputs
 from hive_core.procedures.repo_upkeep import RepoUpkeep
 from hive_core.procedures.walk import Walk
 from hive_core.protocol.refusal import Refusal
@@ -97,11 +98,12 @@ class Gate:
             default_model=default_model,
         )
         self.init_config = InitConfig(self.spawn, repos)
+        self.update_meta_inputs = UpdateMetaInputs(asking, deployments, self._mend_all)
         self.apply_commit = ApplyCommit(asking, agents, repos, deployments, walk, self.spawn)
         self.deploy_log = DeployLog(store, repos)
         self.upkeep = RepoUpkeep(store, agents, repos)
         self.kinds: dict[str, Kind] = {}
-        self.add(self.spawn, self.init_config, self.apply_commit)
+        self.add(self.spawn, self.init_config, self.apply_commit, self.update_meta_inputs)
         approvals.expired = self._tell_expired
 
     def add(self, *kinds: Kind) -> None:
@@ -308,6 +310,11 @@ class Gate:
     def hindrance(self, name: AgentName) -> str | None:
         """Why what is deployed of an agent may not be started now, or None."""
         return self._deployments.hindrance(name)
+
+    def _mend_all(self) -> None:
+        """Look at every agent again: what they are built from is something else."""
+        self._mended.clear()
+        self._store.bus.publish([DEPLOYED])
 
     async def _mend_some(self) -> bool:
         """Mend what was not looked at yet; False when nothing is left. It ends after each agent that takes its time.

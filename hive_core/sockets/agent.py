@@ -93,13 +93,13 @@ class AgentDesk:
         call = partial(found.call, taken_back=taken_back) if found.waits else found.call
         return await call(parsed, None if key is None else CallKey(key, {**given, "key": None}))
 
-    @tool("Send a message to an agent or to the operator.", forms.SendArguments, forms.SendResult, told.sent)
+    @tool("Send a message.", forms.SendArguments, forms.SendResult, told.sent)
     async def send(self, given: forms.SendArguments, key: Key) -> Result:
         recipients, body = parse_recipients(given.to), parse_body(given.body)
         return await self._broker.send(self.name, recipients, body, given.in_reply_to, key)
 
     @tool(
-        "Take more of your mail in this turn; waits if asked to.",
+        "Take more of your mail.",
         forms.RecvArguments,
         forms.RecvResult,
         told.received,
@@ -109,7 +109,7 @@ class AgentDesk:
         return await self._broker.recv(self.name, given.max, given.wait_seconds, key, taken_back)
 
     @tool(
-        "Read on in a large message, 64 KiB a call.",
+        "Read on in a large message.",
         forms.ReadBodyArguments,
         forms.ReadBodyResult,
         told.read,
@@ -123,7 +123,7 @@ class AgentDesk:
         return {"name": self.name, "role": "manager" if self.name == MANAGER else "agent"}
 
     @tool(
-        "The agents of this hive and what they do now.",
+        "The agents now.",
         forms.NoArguments,
         forms.ListResult,
         told.agents,
@@ -147,7 +147,7 @@ class AgentDesk:
         }
 
     @tool(
-        "Find messages you sent or received.",
+        "Find messages of yours.",
         forms.SearchArguments,
         forms.SearchResult,
         told.found,
@@ -168,7 +168,7 @@ class AgentDesk:
             self._searches.release()
 
     @tool(
-        "Ask an agent or the operator; the answer comes as a message.",
+        "Ask somebody; a message answers.",
         forms.AskArguments,
         forms.AskResult,
         told.asked,
@@ -177,17 +177,17 @@ class AgentDesk:
         ask = parse_ask(given.to, given.question, given.options, given.multi, given.free_text, given.ttl_s)
         return await self._ends.questions.ask(self.name, ask, key)
 
-    @tool("Answer a question that was put to you.", forms.AnswerArguments, forms.AnswerResult, told.answered)
+    @tool("Answer a question.", forms.AnswerArguments, forms.AnswerResult, told.answered)
     async def answer(self, given: forms.AnswerArguments, key: Key) -> Result:
         answer = parse_answer(given.choices, given.text)
         return await self._ends.questions.answer(self.name, given.question, answer, key)
 
-    @tool("Send yourself a message later.", forms.RemindArguments, forms.RemindResult, told.reminded)
+    @tool("Message yourself later.", forms.RemindArguments, forms.RemindResult, told.reminded)
     async def remind(self, given: forms.RemindArguments, key: Key) -> Result:
         return await self._ends.reminders.remind(self.name, When(given.at, given.after_s), given.body, key)
 
     @tool(
-        "Take back your reminder, question, or what nobody has read of a thread.",
+        "Take back a reminder, question or thread.",
         forms.CancelArguments,
         forms.CancelResult,
         told.cancelled,
@@ -203,7 +203,7 @@ class AgentDesk:
                 return await withdraw_thread(self._ends.store, self.name, given.id)
 
     @tool(
-        "What waits on you, and what you wait for.",
+        "What waits on you, or you for.",
         forms.NoArguments,
         forms.LooseEndsResult,
         told.loose_ends,
@@ -216,7 +216,7 @@ class AgentDesk:
     async def set_profile(self, given: forms.ProfileArguments, _: Key) -> Result:
         return await set_profile(self._ends.store, self.name, given.pronouns, given.icon, given.about)
 
-    @tool("Say in one line what you are about.", forms.StatusArguments, forms.StatusResult, told.status)
+    @tool("Say what you are about.", forms.StatusArguments, forms.StatusResult, told.status)
     async def set_status(self, given: forms.StatusArguments, _: Key) -> Result:
         return await self._agents.set_status(self.name, given.text)
 

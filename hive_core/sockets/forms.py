@@ -25,7 +25,8 @@ class _Brief(_Untitled):
     """What every request to the model carries: nothing in it that does not help to call the tool.
 
     That what may be left out may be null as well, and what it is then, that a number has bounds, that a text has some
-    length and no other field is taken: a call that errs is told so, and each request is spared it.
+    length, no other field is taken, and the only one is needed: a call that errs is told so, and each request is spared
+    it.
     """
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
@@ -45,7 +46,8 @@ class _Brief(_Untitled):
 
     def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
         given = super().model_schema(schema)
-        return {key: value for key, value in given.items() if key not in ("title", "additionalProperties")}
+        needless = {"title", "additionalProperties", *(["required"] if len(given.get("properties", ())) == 1 else [])}
+        return {key: value for key, value in given.items() if key not in needless}
 
 
 @cache
@@ -65,28 +67,26 @@ ToolKey = Annotated[
     str | None,
     Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$", description="the same key counts once"),
 ]
-# Taken by every tool that writes, and told with one: the id of a call does the same within a turn.
+# Taken by every tool that writes, and told with none: the id of a call does the same within a turn.
 UntoldKey = Annotated[ToolKey, SkipJsonSchema()]
 
 
 class SendArguments(Arguments):
-    to: Annotated[str | list[str], Field(description="an agent, operator, a list of them, or * for all")]
-    body: Annotated[str, Field(description="at most 512 KiB")]
-    in_reply_to: Annotated[int | None, Field(gt=0, lt=2**63, description="a message's number")] = None
-    key: ToolKey = None
+    to: Annotated[str | list[str], Field(description="agents, operator, or * for all")]
+    body: str
+    in_reply_to: Annotated[int | None, Field(gt=0, lt=2**63)] = None
+    key: UntoldKey = None
 
 
 class RecvArguments(Arguments):
-    wait_seconds: Annotated[
-        float, Field(ge=0, le=RECV_WAIT_LIMIT_S, description=f"at most {RECV_WAIT_LIMIT_S:.0f}")
-    ] = 0
+    wait_seconds: Annotated[float, Field(ge=0, le=RECV_WAIT_LIMIT_S)] = 0
     max: Annotated[int, Field(ge=1, le=RECV_LIMIT)] = RECV_LIMIT
     key: UntoldKey = None
 
 
 class ReadBodyArguments(Arguments):
     id: Annotated[int, Field(gt=0, lt=2**63)]
-    offset: Annotated[int, Field(ge=0, lt=2**63, description="next_offset of the answer before")] = 0
+    offset: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 class NoArguments(Arguments):
@@ -94,28 +94,28 @@ class NoArguments(Arguments):
 
 
 class SearchArguments(Arguments):
-    text: Annotated[str, Field(description='words that are all there; "two words" together; wor* begins one')] = ""
+    text: Annotated[str, Field(description='words; "two words"; wor*')] = ""
     sender: str | None = None
-    thread: Annotated[int | None, Field(gt=0, lt=2**63, description="a message of it")] = None
+    thread: Annotated[int | None, Field(gt=0, lt=2**63)] = None
     after: Annotated[str | None, Field(description="ISO 8601")] = None
     before: str | None = None
-    limit: Annotated[int, Field(ge=1, le=SEARCH_LIMIT)] = 20
-    cursor: Annotated[int | None, Field(gt=0, lt=2**63, description="next_cursor")] = None
+    limit: SkipJsonSchema[Annotated[int, Field(ge=1, le=SEARCH_LIMIT)]] = 20
+    cursor: Annotated[int | None, Field(gt=0, lt=2**63)] = None
 
 
 class AskArguments(Arguments):
     to: Annotated[str, Field(description="an agent, or operator")]
     question: str
-    options: Annotated[list[str] | None, Field(description="2 to 12")] = None
-    multi: Annotated[bool, Field(description="several of them")] = False
-    free_text: Annotated[bool, Field(description="or other text")] = False
-    ttl_s: Annotated[float | None, Field(description="seconds to wait")] = None
+    options: list[str] | None = None
+    multi: bool = False
+    free_text: bool = False
+    ttl_s: SkipJsonSchema[float | None] = None
     key: UntoldKey = None
 
 
 class AnswerArguments(Arguments):
     question: Annotated[int, Field(gt=0, lt=2**63)]
-    choices: Annotated[list[str] | None, Field(description="of its options")] = None
+    choices: list[str] | None = None
     text: str | None = None
     key: UntoldKey = None
 
@@ -123,7 +123,7 @@ class AnswerArguments(Arguments):
 class RemindArguments(Arguments):
     body: str
     at: Annotated[str | None, Field(description="ISO 8601")] = None
-    after_s: Annotated[float | None, Field(description="or in seconds")] = None
+    after_s: float | None = None
     key: UntoldKey = None
 
 
@@ -133,19 +133,19 @@ class CancelArguments(Arguments):
 
 
 class StatusArguments(Arguments):
-    text: Annotated[str, Field(description="at most 200 characters")]
+    text: str
 
 
 class ProfileArguments(Arguments):
     pronouns: str
-    icon: Annotated[str | None, Field(description="one emoji")] = None
+    icon: str | None = None
     about: str | None = None
 
 
 class SpawnArguments(Arguments):
-    name: Annotated[str, Field(description="a-z, 0-9 and dashes")]
-    persona: Annotated[str, Field(description="who it is, for its CLAUDE.md")]
-    reason: Annotated[str, Field(description="for the operator")]
+    name: str
+    persona: str
+    reason: str
     icon: str | None = None
     toolkit: Annotated[str | None, Field(description=", ".join(toolkits()))] = None
     key: UntoldKey = None
@@ -160,7 +160,7 @@ class InitArguments(Arguments):
 
 class ApplyArguments(Arguments):
     agent: str
-    sha: Annotated[str, Field(description="40 hex digits")]
+    sha: str
     reason: str
     key: UntoldKey = None
 
@@ -168,17 +168,17 @@ class ApplyArguments(Arguments):
 class ScheduleArguments(Arguments):
     agent: str
     body: str
-    cron: Annotated[str | None, Field(description="five fields")] = None
-    zone: Annotated[str | None, Field(description="of cron, such as Europe/Berlin")] = None
-    every_s: Annotated[float | None, Field(description="instead of cron")] = None
+    cron: str | None = None
+    zone: str | None = None
+    every_s: float | None = None
     reason: str
     key: UntoldKey = None
 
 
 class BudgetArguments(Arguments):
-    scope: Annotated[str, Field(description="an agent, or hive")]
+    scope: Annotated[str, Field(description="or hive")]
     day: Annotated[str | None, Field(description="USD")] = None
-    total: Annotated[str | None, Field(description="USD")] = None
+    total: SkipJsonSchema[str | None] = None
     reason: str
     key: UntoldKey = None
 
@@ -189,9 +189,14 @@ class DestroyArguments(Arguments):
     key: UntoldKey = None
 
 
+class ReasonArguments(Arguments):
+    reason: str
+    key: UntoldKey = None
+
+
 class CancelRequestArguments(Arguments):
     approval: Annotated[int, Field(gt=0, lt=2**63)]
-    reason: str
+    reason: SkipJsonSchema[str] = "it is not wanted any more"
 
 
 class AgentArguments(Arguments):
@@ -200,7 +205,7 @@ class AgentArguments(Arguments):
 
 class LogsArguments(Arguments):
     agent: str
-    lines: Annotated[int, Field(ge=1, le=500, description="50; at most 500")] = 50
+    lines: Annotated[int, Field(ge=1, le=500)] = 50
 
 
 # -- what they answer with ---------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class ManagerTools:
         )
 
     @tool(
-        "Ask for a new agent's /agents/NAME/config alone; a commit there creates it.",
+        "Ask for a new agent's config alone.",
         forms.InitArguments,
         forms.RequestResult,
         told.requested,
@@ -37,7 +37,7 @@ class ManagerTools:
         return await self._hive.gate.init_config.request(MANAGER, name, given.persona, given.reason, key)
 
     @tool(
-        "Ask to run an agent on a commit you made in /agents/AGENT/config.",
+        "Ask to run an agent on a commit.",
         forms.ApplyArguments,
         forms.RequestResult,
         told.requested,
@@ -46,7 +46,11 @@ class ManagerTools:
         name, sha = parse_agent_name(given.agent), parse_commit_sha(given.sha)
         return await self._hive.gate.apply_commit.request(MANAGER, name, sha, given.reason, key)
 
-    @tool("Ask to send an agent a message by a clock.", forms.ScheduleArguments, forms.RequestResult, told.requested)
+    @tool("Ask to lock newer inputs.", forms.ReasonArguments, forms.RequestResult, told.requested)
+    async def request_update_meta_inputs(self, given: forms.ReasonArguments, key: Key) -> Result:
+        return await self._hive.gate.update_meta_inputs.request(MANAGER, given.reason, key)
+
+    @tool("Ask to prompt an agent by a clock.", forms.ScheduleArguments, forms.RequestResult, told.requested)
     async def request_schedule_prompt(self, given: forms.ScheduleArguments, key: Key) -> Result:
         return await self._hive.schedule_prompt.request(MANAGER, given.model_dump(), key)
 
@@ -58,37 +62,37 @@ class ManagerTools:
     async def request_destroy(self, given: forms.DestroyArguments, key: Key) -> Result:
         return await self._hive.destroy.request(MANAGER, parse_agent_name(given.agent), given.reason, key)
 
-    @tool("Take back what you asked for.", forms.CancelRequestArguments, forms.RequestResult, told.taken_back)
+    @tool("Take back a request.", forms.CancelRequestArguments, forms.RequestResult, told.taken_back)
     async def cancel_request(self, given: forms.CancelRequestArguments, _: Key) -> Result:
         await self._hive.gate.cancel(given.approval, given.reason, MANAGER)
         return {"approval": given.approval}
 
     # -- what it may do -----------------------------------------------------------------------------------------------
 
-    @tool("End an agent now, and keep it down.", forms.AgentArguments, forms.AgentResult, told.killed, destructive=True)
+    @tool("End an agent, keep it down.", forms.AgentArguments, forms.AgentResult, told.killed, destructive=True)
     async def kill(self, given: forms.AgentArguments, _: Key) -> Result:
         name = _another(given, "kill")
         await self._hive.reconciler.kill(name, MANAGER)
         return {"agent": name}
 
-    @tool("Start an agent that is down.", forms.AgentArguments, forms.AgentResult, told.started)
+    @tool("Start an agent.", forms.AgentArguments, forms.AgentResult, told.started)
     async def start(self, given: forms.AgentArguments, _: Key) -> Result:
         name = _another(given, "start")
         await self._hive.agents.want(name, "up", MANAGER)
         return {"agent": name}
 
-    @tool("Start an agent anew, at its turn's edge.", forms.AgentArguments, forms.AgentResult, told.restarted)
+    @tool("Start an agent anew.", forms.AgentArguments, forms.AgentResult, told.restarted)
     async def restart(self, given: forms.AgentArguments, _: Key) -> Result:
         name = _another(given, "restart")
         await self._hive.reconciler.restart(name, MANAGER)
         return {"agent": name}
 
-    @tool("Replace an agent that is outdated.", forms.AgentArguments, forms.UpdateResult, told.updated)
+    @tool("Replace an outdated agent.", forms.AgentArguments, forms.UpdateResult, told.updated)
     async def update(self, given: forms.AgentArguments, _: Key) -> Result:
         name = _another(given, "update")
         return {"agent": name, "replaced": await self._hive.reconciler.updates.update(name, MANAGER)}
 
-    @tool("The last lines that an agent printed.", forms.LogsArguments, forms.LogsResult, told.logs, read_only=True)
+    @tool("What an agent printed last.", forms.LogsArguments, forms.LogsResult, told.logs, read_only=True)
     async def get_logs(self, given: forms.LogsArguments, _: Key) -> Result:
         name = parse_agent_name(given.agent)
         return {"agent": name, "lines": await self._hive.reconciler.logs(name, given.lines)}

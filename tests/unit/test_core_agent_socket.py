@@ -31,8 +31,8 @@ EVERYBODYS = {
     *("loose_ends", "set_profile", "set_status"),
 }
 MANAGERS = {
-    *("request_init_config", "request_spawn", "request_apply_commit", "request_schedule_prompt", "request_raise_budget", "request_destroy"),
-    "cancel_request",
+    *("request_init_config", "request_spawn", "request_apply_commit", "request_schedule_prompt"),
+    *("request_update_meta_inputs", "request_raise_budget", "request_destroy", "cancel_request"),
     *("kill", "start", "restart", "update", "get_logs", "hive_loose_ends"),
 }
 

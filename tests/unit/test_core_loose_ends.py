@@ -21,6 +21,9 @@ from hive_core.questions import Answer, Ask
 from hive_core.reminders import When
 from hive_core.schedules import parse_plan
 from hive_core.sockets.admin import AdminDesk
+from hive_core.sockets.agent import AgentDesk
+from hive_core.sockets.manager_tools import ManagerTools
+from hive_core.sockets.tool import declared
 from hive_core.store.writer import Transaction
 from hive_core.withdrawal import withdraw_thread
 from tests.dashboards import OURS, browse, hive_of, served
@@ -268,8 +271,11 @@ async def test_every_writing_tool_counts_once_for_a_key_of_the_clients_own(
         assert await hm1nd(tool, key=f"my {tool}", **words) == first
     assert await hive.value("SELECT count(*) FROM messages WHERE body = 'once'") == 1
     assert await hive.value("SELECT count(*) FROM approvals") == 1
-    keyed = {one["name"] for one in await hm1nd("tools/list") if "key" in one["inputSchema"]["properties"]}
-    assert keyed == {"send", "recv", "ask", "answer", "remind", "request_spawn", "request_apply_commit"}
+    keyed = {
+        one.name for desk in (AgentDesk, ManagerTools) for one in declared(desk) if "key" in one.takes.model_fields
+    }
+    asking = {one.name for one in declared(ManagerTools) if one.name.startswith("request_")}
+    assert keyed == {"send", "recv", "ask", "answer", "remind"} | asking
     await hive.broker.lease(AgentName("iris"))
     await hive.say("hm1nd", "iris", "more")
     mail = await tools("iris")("recv", key="r")

@@ -1,0 +1,65 @@
+"""Newer inputs of the meta flake: shown with their revisions, and each agent is built from them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
+from hive_core.store.bus import DEPLOYED
+from hive_core.systems import system_of
+from tests.hives import open_services, wait_until
+from tests.nix.house import STANDIN, SYSTEM, House, Sources, serving
+
+IRIS = AgentName("iris")
+
+
+async def test_newer_inputs_are_shown_and_every_agent_is_built_from_them(
+    tmp_path: Path, hyperhive: Path, store: Path
+) -> None:
+    nixpkgs = tmp_path / "nixpkgs"
+    shutil.copytree(STANDIN, nixpkgs)
+    house = House(tmp_path / "state", hyperhive, store)
+    house.sources = Sources(hyperhive, nixpkgs, SYSTEM)
+    house.systems._readable.append(nixpkgs)
+    async with house.open() as hive, serving(hive):
+        asked = await hive.gate.spawn.request(MANAGER, IRIS, "You read.", "r")
+        await hive.gate.approve(asked["approval"], (await hive.approvals.get(asked["approval"])).digest, OPERATOR)
+        before = await system_of(hive.store, IRIS)
+        with pytest.raises(Refusal, match="they are the newest already"):
+            await hive.gate.update_meta_inputs.request(MANAGER, "news")
+        (nixpkgs / "NEWS").write_text("newer\n")
+        asked = await hive.gate.update_meta_inputs.request(MANAGER, "news")
+        card = await hive.approvals.get(asked["approval"])
+        assert card.effect is not None
+        (line,) = card.effect["lines"]
+        assert (line["what"], line["before"], line["after"]) == (
+            "nixpkgs",
+            card.payload["before"]["nixpkgs"],
+            card.payload["after"]["nixpkgs"],
+        )
+        assert line["before"] != line["after"]
+        assert house.log()[0] != "inputs: locked anew", "nothing is changed before the click"
+        done = await hive.gate.approve(card.id, card.digest, OPERATOR)
+        assert done.state == "done", done.note
+
+        async def built_anew() -> bool:
+            now = await system_of(hive.store, IRIS)
+            return before is not None and now is not None and now.inputs != before.inputs
+
+        await wait_until(hive.store, built_anew, "events", DEPLOYED)
+        assert "inputs: locked anew" in house.log()
+    async with house.open() as hive:
+        with pytest.raises(Refusal, match="they are the newest already"):
+            await hive.gate.update_meta_inputs.request(MANAGER, "again")
+
+
+async def test_without_nix_they_are_refused_at_once_with_the_reason(tmp_path: Path) -> None:
+    async with open_services(tmp_path) as hive:
+        await hive.gate.ensure_manager("You manage.")
+        with pytest.raises(Refusal, match='only containers of sandbox = "nixos-container" are built from inputs'):
+            await hive.gate.update_meta_inputs.request(MANAGER, "news")
+        assert await hive.approvals.pending() == []
