@@ -91,7 +91,7 @@ def test_denying_with_a_reason_tells_the_manager_and_the_card_goes(browser: Brow
     card.get_by_text("deny").first.click()
     card.locator("[name=reason]").fill("Not tonight.")
     card.get_by_role("button", name="D3NY").click()
-    expect(page.get_by_text("The reason: Not tonight.")).to_be_visible(timeout=30_000)
+    expect(page.get_by_text('reason: "Not tonight."')).to_be_visible(timeout=30_000)
     expect(page.get_by_text("Understood, no argus.")).to_be_visible(timeout=30_000)
     expect(page.locator("#agent-argus")).to_have_count(0)
 

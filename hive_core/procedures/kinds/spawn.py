@@ -98,7 +98,7 @@ class Spawn:
         kit = parse_toolkit(toolkit)
         files = self.files(name, "", prompt, kit)
         lines = settings_lines(None, parse_agent_toml(files["agent.toml"].encode()))
-        lines += [Line("budget", None, "none of its own; the hive's holds"), *prompt_lines(None, files["CLAUDE.md"])]
+        lines += [Line("budget", None, "the hive's alone"), *prompt_lines(None, files["CLAUDE.md"])]
         unknown = ["packages: agent.nix is evaluated when this is approved"] if "agent.nix" in files else []
         if kit.packages and "agent.nix" not in files:
             unknown.append(f"packages: {', '.join(kit.packages)} are not installed in this sandbox; it has the host's")
