@@ -95,10 +95,11 @@ class Cgroups(AgentGroups):
 
 def joining(pid: int, command: Sequence[str]) -> list[str]:
     """The command, to be run in the groups that another process is in."""
-    mounted, files, lines = mounted_trees(), [], ""
+    mounted, files, lines = mounted_trees(), [], b""
     with contextlib.suppress(OSError):  # it has ended: what is to be done with it says so
-        lines = Path(f"/proc/{pid}/cgroup").read_text()
-    for line in lines.splitlines():
+        lines = Path(f"/proc/{pid}/cgroup").read_bytes()
+    # A container's own systemd makes groups too, whose names are any bytes but a line feed.
+    for line in os.fsdecode(lines).split("\n")[:-1]:
         _, kinds, path = line.split(":", 2)
         for kind in kinds.split(","):
             file = mounted.get(kind, Path("/nowhere")) / path.lstrip("/") / "cgroup.procs"
@@ -165,7 +166,7 @@ def _trees() -> Mapping[str, Path] | None:
 def mounted_trees() -> dict[str, Path]:
     """Where each kind's tree is, and under "" the one for all."""
     found: dict[str, Path] = {}
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")[:-1]:
         before, _, after = line.partition(" - ")
         kind, _, options = after.split(" ", 2)
         place = Path(before.split()[4])

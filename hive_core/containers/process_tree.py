@@ -12,8 +12,8 @@ _KILL_ROUNDS = 100  # each ends what was born during the one before: two are eno
 
 
 def _stat_fields(pid: int) -> list[str]:
-    # The command's name is in parentheses and may hold spaces: count from behind it.
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    # The command's name is in parentheses and may hold any byte, which its owner chooses: count from behind it.
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
 
 
 def boot_id() -> str:
@@ -107,9 +107,9 @@ def numbered_inside(root: int, number: int) -> int | None:
     """The process that has a number in a pid namespace below ours and comes from one, by its number here; or None."""
     for pid in sorted({root, *(pid for pid, _ in _descendants(root))}):
         with contextlib.suppress(OSError):
-            status = Path(f"/proc/{pid}/status").read_text()
-            numbers = next(line.split()[1:] for line in status.splitlines() if line.startswith("NSpid:"))
-            if len(numbers) > 1 and numbers[-1] == str(number):
+            status = Path(f"/proc/{pid}/status").read_bytes()  # of its name the kernel keeps nothing out but line feeds
+            numbers = next(line.split()[1:] for line in status.split(b"\n") if line.startswith(b"NSpid:"))
+            if len(numbers) > 1 and int(numbers[-1]) == number:
                 return pid
     return None
 

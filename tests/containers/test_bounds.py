@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from hive_core.containers.bounds import Bounds
-from hive_core.containers.cgroups import Cgroups, hand_down, mounted_trees
+from hive_core.containers.cgroups import Cgroups, hand_down, joining, mounted_trees
 from tests.containers.drivers import (
     IRIS,
     PATIENCE_S,
@@ -141,6 +141,29 @@ def test_a_daemon_that_may_make_no_groups_is_told_how_it_could(tmp_path: Path, c
         trouble = Cgroups(tmp_path, BOUNDS).trouble or ""
         os._exit(0 if "Permission denied); run the daemon as root, or as a systemd unit" in trouble else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_no_name_of_a_group_leads_a_command_out_of_it_or_keeps_it_from_running(
+    tmp_path: Path, cgroups: Cgroups
+) -> None:
+    """An agent that is root of its container makes groups in its own, whose names are any bytes but a line feed."""
+    kind = "" if len(cgroups._wanted()) == 1 else "pids"
+    parent, _ = cgroups._wanted()[-1]
+    for name in (b"\xff\xfe", f"a\x0b1:{kind}:hive-elsewhere".encode(), f"a\r1:{kind}:hive-elsewhere".encode()):
+        group, elsewhere = parent / os.fsdecode(name), mounted_trees()[kind] / "hive-elsewhere"
+        for folder in (group, elsewhere):
+            folder.mkdir()
+        try:
+            with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+                (group / "cgroup.procs").write_text(str(process.pid))
+                command = joining(process.pid, ["true"])
+                assert str(group / "cgroup.procs") in command
+                assert str(elsewhere / "cgroup.procs") not in command
+                assert subprocess.run(command, check=False).returncode == 0
+                process.communicate(b"\n")
+        finally:
+            for folder in (group, elsewhere):
+                folder.rmdir()
 
 
 @pytest.fixture

@@ -231,6 +231,19 @@ async def test_a_harness_that_is_asked_to_stop_ends_as_it_likes(tmp_path: Path, 
         assert await driver.last_words(IRIS) == "goes"
 
 
+async def test_a_process_is_looked_after_whatever_bytes_its_name_is_of(tmp_path: Path, kind: str) -> None:
+    """A name is any bytes but a line feed. This one is no UTF-8, and to who takes more for a line's end it is two."""
+    program = r'n="$(printf "\377\rNSpid: 1 1")"; cp "$(command -v sleep)" "STATE/$n"; "STATE/$n" 1000 &'
+    async with started(tmp_path, kind, f"{program} echo > STATE/ready; wait") as (driver, running):
+        everything = mates(running)
+        assert (await driver.usage(IRIS)).processes == 2 + beside(kind)
+        assert (await driver.exec(IRIS, dirs_in(tmp_path), ["/bin/sh", "-c", "exit 3"])).code == 3
+        running.kill()
+        with trio.fail_after(PATIENCE_S):
+            await running.wait()
+        await wait_gone(everything)
+
+
 async def test_an_agent_that_is_killed_by_a_signal_has_crashed_and_can_be_started_again(
     tmp_path: Path, kind: str
 ) -> None:
