@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from pydantic.functional_validators import AfterValidator, BeforeValidator
@@ -23,19 +23,23 @@ from hive_core.protocol.words import MANAGER, NAME_LIMIT, OPERATOR
 from hive_core.settings import describe
 
 # A new agent, the end of one, a budget, a schedule and what all are built from always wait.
-KINDS = ("apply_commit",)
+Kind = Literal["apply_commit"]
+KINDS: tuple[str, ...] = get_args(Kind)
 RULES_LIMIT = 100
 PER_DAY = 10
 DAY_MS = 24 * 3600 * 1000
-# What a limit measures → the lines that it is about. One of those without its measure is not allowed.
+# What the lines of an effect can be about.
+OF_SYSTEMS = (
+    *("closure", "packages", "programs", "services", "etc", "scripts", "system", "users", "setuid", "capabilities"),
+    *("firewall", "DHCP", "open TCP ports", "open UDP ports", "nameservers"),
+)
+LINES = frozenset({*SETTINGS, "prompt", "files", "executable files", *OF_SYSTEMS})
+# What a limit measures → the lines that it is about. Where one of those is and its measure is not, it is not kept.
 MEASURES: Mapping[str, tuple[str, ...]] = {
     "prompt_lines": ("prompt",),
     "prompt_bytes": ("prompt",),
-    "closure_bytes": ("closure", "packages", "services", "programs"),
+    "closure_bytes": OF_SYSTEMS,
 }
-# The lines that an effect may hold and that do not always widen.
-OF_SYSTEMS = ("closure", "packages", "programs", "services", "users")
-LINES = frozenset({*SETTINGS, "prompt", "files", "executable files", *OF_SYSTEMS})
 
 EVERYBODY = "*"
 Name = Annotated[str, StringConstraints(pattern=r"^([a-z][a-z0-9-]*|\*)\z", max_length=NAME_LIMIT)]
@@ -68,7 +72,7 @@ class Rule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, StringConstraints(pattern=r"^\w[\w .,:'-]*\z", max_length=60)]
-    kind: Literal["apply_commit"]
+    kind: Kind
     agents: Names
     requested_by: Names
     only: Annotated[list[Annotated[str, Field(max_length=60)]], Field(min_length=1, max_length=100)]
@@ -99,7 +103,7 @@ class Case(NamedTuple):
 def allows(rule: Rule, case: Case) -> bool:
     """Whether a rule lets a change pass, for all that its effect says."""
     effect = case.effect
-    if case.kind not in KINDS or rule.kind != case.kind or case.agent == MANAGER:
+    if rule.kind != case.kind or case.agent == MANAGER:
         return False
     if not _among(case.agent, rule.agents) or not _among(case.requested_by, rule.requested_by):
         return False
@@ -124,7 +128,8 @@ def _is_within(lines: Sequence[Mapping[str, Any]], measure: str, bound: int) -> 
 def troubles(rule: Rule, agents: Collection[str]) -> Iterator[str]:
     """Why a rule, or a part of it, can never allow anything. agents: those that there are."""
     if unknown := [what for what in rule.only if what not in LINES]:
-        yield f"only names {_quoted(unknown)}, of which no effect has a line; the lines are {', '.join(sorted(LINES))}"
+        known = ", ".join(sorted(LINES, key=str.lower))
+        yield f"only names {_quoted(unknown)}, of which no effect has a line; the lines are {known}"
     if EVERYBODY not in rule.agents:
         if gone := [name for name in rule.agents if name not in agents]:
             yield f"agents names {_quoted(gone)}, which no agent is called"

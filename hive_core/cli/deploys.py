@@ -42,11 +42,9 @@ def _line(row: dict[str, Any]) -> str:
     if row["at_ms"]:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["at_ms"] / 1000))
     mark = " ← runs" if row["runs"] else ""
-    who = row["by"] or "nobody"
+    who = f"rule {safe(row['rule'])}, without a click," if row["rule"] else row["by"] or "nobody"
     if row["requested_by"] != who:
         who += f" for {row['requested_by']}"
-    if row["rule"]:
-        who += f" by the rule {safe(row['rule'])}"
     found = row["proof"] if row["state"] == "done" else f"failed: {row['note']}"
     parts = [row["tag"], (row["sha"] or "")[:12], f"by {who}", safe(found or ""), safe(row["reason"])]
     return f"{when}  {'  '.join(part for part in parts if part)}{mark}"

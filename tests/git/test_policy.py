@@ -9,8 +9,8 @@ from typing import Any
 
 import trio
 
-from hive_core.approvals import Approval
-from hive_core.effects import Effect
+from hive_core.approvals import Approval, Request, Shown
+from hive_core.effects import Effect, prompt_lines
 from hive_core.events import newest_events
 from hive_core.freeze import Freeze
 from hive_core.policy_rules import Rule
@@ -96,6 +96,13 @@ async def test_a_new_agent_waits_whatever_the_rules_say(tmp_path: Path) -> None:
     async with opened(tmp_path, rule(agents="*", requested_by="*", only=["prompt", "model", "tools"])) as hive:
         number = (await hive.gate.spawn.request(HM1ND, IRIS, "You read.", "a reader"))["approval"]
         assert await state(hive, number) == ("pending", None)
+
+
+async def test_a_commit_of_who_is_no_agent_yet_waits(tmp_path: Path) -> None:
+    """It would make one."""
+    async with opened(tmp_path, rule(agents="*")) as hive:
+        request = Request("apply_commit", IRIS, HM1ND, "r", Shown({}, Effect(prompt_lines(None, "x")).to_wire()))
+        assert await hive.store.write(lambda tx: hive.gate.policy.rule_for(tx, request)) is None
 
 
 async def test_the_managers_own_change_waits(tmp_path: Path) -> None:
@@ -269,9 +276,12 @@ async def test_a_rehearsal_tells_what_would_have_passed_and_first_what_of_that_w
 
         few = await hive.gate.policy.rehearse([rule(only=["prompt", "model"], per_day=1)])
         assert (few["passes"], few["over_per_day"]) == (1, 3)
+        await hive.sql("UPDATE approvals SET requested_at_ms = requested_at_ms - 86400000 WHERE id <= ?", other)
+        two = await hive.gate.policy.rehearse([rule(only=["prompt", "model"], per_day=1)])
+        assert ([one["id"] for one in two["approvals"]], two["over_per_day"]) == ([failed, done], 2)
         hive.clock.ahead_s += 3 * 24 * 3600.0
         assert (await hive.gate.policy.rehearse([rule()], days=2))["looked_at"] == 0
-        assert (await hive.gate.policy.rehearse([rule()], days=4))["looked_at"] == 5
+        assert (await hive.gate.policy.rehearse([rule()], days=5))["looked_at"] == 5
         assert (await hive.gate.policy.rehearse([]))["passes"] == 0
         assert [kind for kind in await hive.kinds() if "approval" in kind][-1] != "approval_approved"
 

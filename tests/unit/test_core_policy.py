@@ -14,7 +14,8 @@ from hive_core.commit_contents import Entry
 from hive_core.config import load_config
 from hive_core.effects import Effect, Line, file_lines, prompt_lines
 from hive_core.effects_of_settings import settings_lines
-from hive_core.policy_rules import LINES, Case, Rule, allows, parse_rules, troubles
+from hive_core.effects_of_systems import Closure, closure_lines, parse_facts, system_lines
+from hive_core.policy_rules import LINES, OF_SYSTEMS, Case, Rule, allows, parse_rules, troubles
 from hive_core.protocol.refusal import Refusal
 from hive_core.settings import AgentSettings
 from tests.unit.test_core_effects import CHANGES
@@ -41,6 +42,22 @@ def passes(one: Rule, *lines: Line, unknown: tuple[str, ...] = (), **given: Any)
     return allows(one, Case(**{**usual, "effect": Effect(lines, unknown).to_wire(), **given}))
 
 
+SMALL = Closure(frozenset("a"), 1)
+CLOSURE = closure_lines(SMALL, Closure(frozenset("ab"), 50 * 2**20 + 1))[0]
+OPEN = {"firewall": False, "dhcp": True, "tcp": ["22"], "udp": ["53"], "nameservers": ["192.0.2.1"]}
+EVERYTHING: dict[str, Any] = {
+    "packages": [{"name": "librsvg-2", "mark": "m"}],
+    "services": {"web": "m"},
+    "etc": {"motd": "m"},
+    "scripts": "m",
+    "users": {"web": ["wheel"]},
+    "setuid": {"sudo": {"setuid": True, "setgid": False, "capabilities": ""}},
+    "capabilities": {"web": "CAP_NET_BIND_SERVICE"},
+    "network": OPEN,
+    "programs": ["git"],
+}
+SHUT = {"firewall": True, "dhcp": False, "tcp": [], "udp": [], "nameservers": []}
+NOTHING: dict[str, Any] = {key: type(value)() for key, value in EVERYTHING.items()} | {"network": SHUT}
 PROMPT = prompt_lines("a\n", "a\nb\n")[0]
 MODEL = Line("model", "sonnet", "opus")
 
@@ -234,4 +251,19 @@ def test_every_line_that_a_commit_can_have_is_one_that_a_rule_can_name() -> None
     before = {"a": Entry("1" * 40), "b": Entry("2" * 40)}
     changed = file_lines(before, {"a": Entry("3" * 40), "c": Entry("4" * 40, executable=True)})
     lines = [*changed, *prompt_lines(None, "x"), *settings_lines(None, AgentSettings())]
+    none, all_of = parse_facts(NOTHING), parse_facts(EVERYTHING)
+    lines += system_lines(none, all_of)[0] + system_lines(all_of, none)[0] + CLOSURE
     assert {line.what for line in lines} <= LINES
+    assert {line.what for line in lines} >= {*OF_SYSTEMS} - {"system"}  # of a system that differs by nothing of these
+
+
+def test_a_small_package_passes_and_one_that_brings_a_setuid_program_waits() -> None:
+    small = rule(only=["packages", "programs", "closure"], at_most={"closure_bytes": 50 * 2**20})
+    facts = {key: parse_facts({**NOTHING, key: EVERYTHING[key]}) for key in ("packages", "setuid")}
+    package, setuid = (system_lines(parse_facts(NOTHING), one)[0] for one in facts.values())
+    assert passes(small, *package, *CLOSURE)
+    assert not passes(rule(**{**small.model_dump(), "only": sorted(LINES)}), *package, *setuid, *CLOSURE)
+    assert not passes(rule(**{**small.model_dump(), "at_most": {"closure_bytes": 50 * 2**20 - 1}}), *CLOSURE)
+    # What shrinks has grown by nothing.
+    assert passes(rule(at_most={"closure_bytes": 0}), *closure_lines(Closure(frozenset("ab"), 2), SMALL)[0])
+    assert not passes(small, *package, unknown=tuple(closure_lines(SMALL, None)[1]))
