@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from hive_core.profiles import parse_icon
+from hive_core.profiles import parse_icon, set_profile
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from hive_core.toolkits import parse_toolkit, toolkits
+from tests.dashboards import hive_of, served
 from tests.hives import Services
 from tests.tools import program_of
 
@@ -81,3 +82,14 @@ async def test_a_profile_is_short_and_can_be_seen(hive: Services, tmp_path: Path
     async with program_of(hive, "iris", tmp_path) as iris:
         assert "cannot" in await iris.refusal("set_profile", **given)
     assert (await hive.agents.get(IRIS)).pronouns is None
+
+
+async def test_a_page_shows_what_an_agent_says_of_itself_as_soon_as_it_does(hive: Services) -> None:
+    async with served(hive_of(hive)) as browser:
+        after = await hive.store.last_seq()
+        async with browser.stream(f"/live?after={hive.at(after)}") as stream:
+            await set_profile(hive.store, IRIS, "<b>they</b>", "🦉", 'says "hi"')
+            row = (await stream.until("agent-iris"))[-1].data["html"]
+    assert "&lt;b&gt;they&lt;/b&gt;" in row
+    assert "🦉" in row
+    assert 'title="says &#34;hi&#34;"' in row
