@@ -37,6 +37,7 @@ def decide(link: str, pipe: Path) -> list[str]:
         fits(page)
         look(page, "cards-phone")
         approve_two_by_keyboard(page)
+        choose_only_what_was_seen(page)
         approve_what_takes_its_time(page, pipe)
         assert page.evaluate("window.notReloaded") is True
         see_its_page(page)
@@ -76,6 +77,21 @@ def approve_two_by_keyboard(page: Page) -> None:
         expect(page.locator(f"#approval-{number}")).to_have_count(0)
     expect(page.locator("#agent-argus")).to_have_count(1)
     expect(button).to_be_disabled()
+
+
+def choose_only_what_was_seen(page: Page) -> None:
+    """A card that comes again stays chosen while it shows the same, and no longer."""
+    box = page.locator("#approval-5").get_by_label("choose")
+    digest = box.get_attribute("value")
+    again = "swap({ target: 'approval-5', html: $('#approval-5').outerHTML.replaceAll('%s', '%s') }); count()"
+    box.check()
+    page.evaluate(again % ("because", "because"))
+    expect(box).to_be_checked()
+    page.evaluate(again % (digest, "0" * 64))
+    expect(box).not_to_be_checked()
+    expect(page.locator("#approve-chosen")).to_be_disabled()
+    page.evaluate(again % ("0" * 64, digest))
+    expect(box).to_have_attribute("value", str(digest))
 
 
 def approve_what_takes_its_time(page: Page, pipe: Path) -> None:

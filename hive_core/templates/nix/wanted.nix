@@ -32,7 +32,10 @@ in
       }) config.environment.systemPackages
     );
     services = known (
-      if config.systemd ? units then mapAttrs (_: unit: mark (unit.text or "")) config.systemd.units else null
+      if config.systemd ? units then
+        mapAttrs (_: unit: mark (unit.text or "")) config.systemd.units
+      else
+        null
     );
     etc = known (
       mapAttrs (_: entry: mark (entry.source or (entry.text or ""))) (enabled config.environment.etc)
@@ -75,7 +78,10 @@ in
     programs = known (
       [ (plain (config.hyperhive.package.name or "")) ]
       ++ (
-        if config.hyperhive.claude.enable then [ (plain (config.hyperhive.claude.package.name or "")) ] else [ ]
+        if config.hyperhive.claude.enable then
+          [ (plain (config.hyperhive.claude.package.name or "")) ]
+        else
+          [ ]
       )
     );
   };
