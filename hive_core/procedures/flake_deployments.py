@@ -39,7 +39,7 @@ from hive_core.systems import Deployed, System, built_commits, system_of
 
 log = logging.getLogger(__name__)
 CHECKS_WAITING = 4
-EVALUATED_KEPT = 64
+EVALUATED_KEPT = 16  # some 200 KiB each, of a whole NixOS
 _NOT_YET = "its container is being built"
 
 
