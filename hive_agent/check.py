@@ -36,10 +36,12 @@ _REFUSED = re.compile(r"unknown option '?(--[\w-]+)", re.IGNORECASE)
 _LISTED = re.compile(r"^ +(-.*?)(?:  |$)")
 
 
-def command_lines(seat: Seat) -> tuple[list[str], list[str]]:
-    """The arguments of a first turn inside a sandbox, and of a later one without: all flags there are, between them."""
+def command_lines(seat: Seat) -> tuple[list[str], list[str], list[str]]:
+    """The arguments of a first turn inside a sandbox, of a look at whether the program comes up, and of a later turn
+    without a sandbox: all flags there are, between them."""
     bare = Seat(**{**{name: getattr(seat, name) for name in Seat.__slots__}, "sandboxed": False})
-    return [*flags(seat, SETTINGS), *session_flags(None)], [*flags(bare, SETTINGS), *session_flags(NO_SESSION)]
+    first, passing = ([*flags(seat, SETTINGS), *more] for more in (session_flags(None), passing_session_flags()))
+    return first, passing, [*flags(bare, SETTINGS), *session_flags(NO_SESSION)]
 
 
 def flags_of(arguments: list[str]) -> list[str]:
@@ -107,9 +109,8 @@ class Check:
         listed = {
             flag for line in said.text.splitlines() if (found := _LISTED.match(line)) for flag in flags_in(found[1])
         }
-        first, later = command_lines(self._seat)
-        passing = [*flags(self._seat, SETTINGS), *passing_session_flags()]
-        ours = list(dict.fromkeys([*flags_of(first), *flags_of(later), *flags_of(passing)]))
+        first, passing, later = command_lines(self._seat)
+        ours = list(dict.fromkeys(flags_of([*first, *passing, *later])))
         gone: list[str] = []
         began = await self._start(first, gone)
         await self._start(passing, gone)

@@ -21,7 +21,7 @@ from tests.harness_host import open_host
 from tests.processes import PATIENCE_S
 
 if TYPE_CHECKING:
-    from hive_core.protocol.harness import Lease
+    from hive_core.protocol.harness import Check, Lease
 
 
 class Stopwatch(Runner):
@@ -35,6 +35,9 @@ class Stopwatch(Runner):
 
     async def take_turn(self, lease: Lease, pass_on: Callable[[str], None]) -> Ending:
         await trio.sleep_forever()
+        raise AssertionError
+
+    async def check(self, check: Check) -> str:
         raise AssertionError
 
     def interrupt(self) -> None:
