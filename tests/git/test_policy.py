@@ -9,11 +9,11 @@ from typing import Any
 
 import trio
 
-from hive_core.approvals import Approval, Request, Shown
-from hive_core.effects import Effect, prompt_lines
+from hive_core.approvals import Approval
+from hive_core.effects import Effect
 from hive_core.events import newest_events
 from hive_core.freeze import Freeze
-from hive_core.policy_rules import Rule
+from hive_core.policy_rules import LINES, Rule
 from hive_core.procedures.deployments import PlainDeployments
 from hive_core.proposals import Proposal
 from hive_core.protocol.words import AgentName, CommitSha
@@ -98,11 +98,14 @@ async def test_a_new_agent_waits_whatever_the_rules_say(tmp_path: Path) -> None:
         assert await state(hive, number) == ("pending", None)
 
 
-async def test_a_commit_of_who_is_no_agent_yet_waits(tmp_path: Path) -> None:
-    """It would make one."""
-    async with opened(tmp_path, rule(agents="*")) as hive:
-        request = Request("apply_commit", IRIS, HM1ND, "r", Shown({}, Effect(prompt_lines(None, "x")).to_wire()))
-        assert await hive.store.write(lambda tx: hive.gate.policy.rule_for(tx, request)) is None
+async def test_a_commit_that_would_make_an_agent_waits(tmp_path: Path) -> None:
+    every = rule(agents="*", only=sorted(LINES))
+    async with opened(tmp_path, every) as hive, serving(hive):
+        asked = await hive.gate.init_config.request(HM1ND, IRIS, "You read.", "a reader")
+        assert (await approve(hive, asked["approval"])).state == "done"
+        number = await ask_for(hive, prompt(Checkout(hive.repos.proposed_dir / "iris" / "config"), "x"))
+        assert await state(hive, number) == ("pending", None)
+        assert (await hive.gate.policy.rehearse([every]))["passes"] == 0
 
 
 async def test_the_managers_own_change_waits(tmp_path: Path) -> None:

@@ -142,6 +142,45 @@ def test_the_command_rolls_an_agent_back_and_forth_and_tells_its_history() -> No
         assert (wrong.returncode, "give deployed/ID" in wrong.stderr) == (2, True)
 
 
+# -- what passes by a rule --------------------------------------------------------------------------------------------
+
+RULE = """
+[[policy]]
+name = "own prompt"
+kind = "apply_commit"
+agents = ["iris"]
+requested_by = "*"
+only = ["prompt"]
+"""
+
+
+def test_a_change_that_a_rule_allows_is_on_its_agent_without_a_click_though_the_daemon_is_killed_meanwhile() -> None:
+    with open_swarm() as daemon:
+        file = daemon.folder / "hyperhive" / "config.toml"
+        file.parent.mkdir()
+        file.write_text(RULE)
+        client = started_iris(daemon, GATED, SAYS)
+        client.call("send", to="iris", body="work")
+        daemon.wait_message(client, "begun")
+        card = ask(daemon, client, CLAUDE__md=persona([WELCOME, GATED, SAYS_MORE]))
+        assert (card["state"], card["rule"]) == ("approved", "own prompt")
+        daemon.events(client, lambda e: e["data"].get("step") == "waiting for its turn to end")
+        daemon.kill()
+        file.write_text("")  # the daemon after it knows no rule
+        client = daemon.start()
+        (daemon.state / "agents" / "iris" / "state" / "go").touch()
+        daemon.events(client, lambda e: e["kind"] == "approval_done" and e["data"]["approval"] == card["id"])
+        client.call("send", to="iris", body="who are you?")
+        assert daemon.wait_message(client, "it is me")["body"] == "it is me, changed"
+        told = hive(daemon, "history", "iris").stdout.splitlines()[0]
+        assert "by rule own prompt, without a click, for operator" in told
+        assert ask(daemon, client, CLAUDE__md=persona([WELCOME]))["state"] == "pending"
+        daemon.stop()
+        file.write_text(RULE.replace("only", "olny"))
+        with pytest.raises(Refusal, match="cannot use the policy: rule 1: only: it is missing; change line 2 of"):
+            daemon.start()
+
+
 # -- a daemon that dies in the walk -----------------------------------------------------------------------------------
 
 DYING = """
