@@ -20,7 +20,7 @@ from hive_agent.claude_stream import DENIED, NO_TOOLS, Report, begins_turn
 from hive_agent.claude_usage import added
 from hive_agent.errands import GO_ON, SHOW_COST, compact, run_errand
 from hive_agent.program import Command, Line, Program
-from hive_agent.runner import Activity, Ending, Runner, Seat
+from hive_agent.runner import Activity, Checked, Ending, Runner, Seat
 from hive_agent.turn_lines import hive_line
 from hive_agent.wake import wake_prompt
 from hive_agent.watch import Stuck, Watch, cpu_of_descendants_s
@@ -74,13 +74,16 @@ class Claude(Runner):
         ending = await self._play(lease, attempt, pass_on)
         return replace(ending, usage=usage, session_lost=lost)
 
-    async def check(self, check: Check) -> str:
+    async def check(self, check: Check) -> Checked:
         await self.close()
         try:
-            report, ending = await self._attempt(check, None, SHOW_COST, lambda line: None)
-            if report.began and report.has_tools:
-                return ""
-            return NO_TOOLS if report.began else ending.error or "it said nothing of itself"
+            prompt = check.get("prompt")
+            report, ending = await self._attempt(check, None, prompt or SHOW_COST, lambda line: None)
+            if not report.began:
+                return Checked(ending.error or "it said nothing of itself", ending.reason)
+            if not report.has_tools:
+                return Checked(NO_TOOLS, "no_tools")
+            return Checked() if prompt is None else Checked(ending.error or "", ending.reason)
         finally:
             await self.close()
             self._never_started = 0

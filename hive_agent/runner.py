@@ -63,6 +63,14 @@ class Ending:
     session_lost: bool = False
 
 
+class Checked(NamedTuple):
+    """error: why the program does not come up, reach the hive's tools or answer; empty when all is well. reason: one of
+    protocol.harness.REASONS, where one is known."""
+
+    error: str = ""
+    reason: str | None = None
+
+
 class Runner(ABC):
     """Runs an agent's turns, one at a time. Whoever makes one closes it: then nothing that it started runs on.
 
@@ -86,11 +94,8 @@ class Runner(ABC):
         """
 
     @abstractmethod
-    async def check(self, check: Check) -> str:
-        """Start the program as for a turn, and end it again, without a call of the model.
-
-        Why it does not come up or reach the hive's tools, in a sentence; an empty text when all is well.
-        """
+    async def check(self, check: Check) -> Checked:
+        """Start the program as for a turn, and end it again, without a call of the model unless there is a prompt."""
 
     @abstractmethod
     def interrupt(self) -> None:

@@ -116,9 +116,10 @@ async def take_turns(
 
 async def check(link: HostLink, runner: Runner, asked: Check) -> None:
     """See whether the program comes up, and tell the host."""
-    error = await runner.check(asked)
+    error, reason = await runner.check(asked)
+    told = {"ok": not error, "error": error, "reason": reason}
     try:
-        await link.request({"op": "checked", "check": asked["check"], "ok": not error, "error": error})
+        await link.request({"op": "checked", "check": asked["check"], **told})
     except Refusal as refusal:  # it does not want to know any more
         print(f"cannot tell how a check ended: {refusal.message}", file=sys.stderr)
 

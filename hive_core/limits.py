@@ -83,6 +83,10 @@ class Limits(BaseModel):
     init_s: Annotated[
         Seconds, Field(description="and then its program to start and reach the hive's tools, before it is taken back")
     ] = 120.0
+    canary_turn: Annotated[
+        bool, Field(description="whether an agent that was changed also takes a turn with a fixed prompt, which costs")
+    ] = False
+    canary_s: Annotated[Seconds, Field(description="how long that turn is waited for")] = 300.0
     updates_at_once: Annotated[
         Count, Field(description="agents that are replaced at once after an upgrade, each at its turn's edge")
     ] = 2

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 import trio
 
 from hive_core.agent_locks import AgentLocks
-from hive_core.agents import Agent, Agents
+from hive_core.agents import LIVE, Agent, Agents
 from hive_core.container_states import ContainerStates, forgive
 from hive_core.containers.driver import Driver
 from hive_core.containers.mounts import AgentDirs
@@ -64,6 +64,7 @@ class Reconciler:
         self._supervised: dict[AgentName, Supervisor] = {}
         self.updates = Updates(self._tools, self._supervised)
         self._leaving: set[AgentName] = set()  # agents that are being destroyed
+        self._unserved: set[AgentName] = set()  # whose sockets could not be opened
         self.on_trial: set[AgentName] = set()  # whose change is tried, also by a daemon before that died in it
         self._serving = False
         self._complete = trio.Event()  # every agent is supervised
@@ -98,14 +99,17 @@ class Reconciler:
                 try:
                     desk: Desk = await rooms.start(self._serve, agent)
                 except (Refusal, OSError) as exc:
+                    self._unserved.add(name)
                     self._agents.observe(name, "crashed", str(exc))
                     log.error("cannot serve %s: %s", name, exc, extra={"agent": name})
                     task_status.started()
                     return
+                self._unserved.discard(name)
                 supervisor = self._supervised[name] = Supervisor(self._tools, name, desk, self._dirs(name))
                 supervisor.let_go = scope.cancel
                 if name in self.on_trial:
                     supervisor.begin_trial()
+                self._store.bus.publish([LIVE])
                 desk.call_at_edges(partial(self.updates.at_edge, supervisor))
                 task_status.started()
                 try:
@@ -160,6 +164,7 @@ class Reconciler:
         """
         if self._serving:
             await self._complete.wait()
+            await self._taken_on(name)
         if name in self._leaving:
             raise Refusal("conflict", f"cannot go on with {name}: it is being destroyed")
         supervised = self._supervised.get(name)
@@ -168,6 +173,14 @@ class Reconciler:
             yield Trial(self._tools, name, supervised)
         finally:
             self.end_trial(name)
+
+    async def _taken_on(self, name: AgentName) -> None:
+        """Until an agent that may have just been created is served, or cannot be; or is none any more."""
+        with suppress(Refusal), self._store.bus.listen(LIVE, WANTED) as listener:
+            while name not in self._supervised and name not in self._leaving | self._unserved:
+                if (await self._agents.get(name)).settings is None:
+                    return
+                await listener.wait()
 
     def end_trial(self, name: AgentName) -> None:
         """An agent is as it is to stay. The same again does nothing."""
@@ -182,6 +195,7 @@ class Reconciler:
     def left(self, name: AgentName) -> None:
         """An agent of that name may be taken on again."""
         self._leaving.discard(name)
+        self._store.bus.publish([WANTED])
 
     def hasten(self, name: AgentName) -> None:
         """End what is only asked to end."""

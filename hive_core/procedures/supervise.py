@@ -37,6 +37,16 @@ AWAY_REST_S = 5.0  # and where all that is missing is whoever would do it
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+class CheckEnd(Protocol):
+    @property
+    def error(self) -> str:
+        """In a sentence; empty where all was well."""
+
+    @property
+    def reason(self) -> str | None:
+        """One of protocol.harness.REASONS, where it was told."""
+
+
 class Desk(Protocol):
     """What is asked and told of an agent's harness."""
 
@@ -61,10 +71,10 @@ class Desk(Protocol):
     def hold(self, held: bool) -> None:
         """Let no turn begin while it is held, though its harness stays."""
 
-    async def check(self) -> str | None:
-        """Have its harness, which is held and has said hello, see whether its program comes up.
+    async def check(self, prompt: str | None = None) -> CheckEnd | None:
+        """Have its harness, which is held and has said hello, see whether its program comes up, and answers a prompt.
 
-        Why it does not, in a sentence; an empty text when all is well; None of a harness that cannot be asked.
+        None of a harness that cannot be asked.
         """
 
 

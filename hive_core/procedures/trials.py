@@ -15,17 +15,27 @@ import trio
 
 from hive_core.agents import LIVE
 from hive_core.procedures.coming_up import End, how_it_came_up
-from hive_core.procedures.supervise import Supervisor, Tools
+from hive_core.procedures.supervise import CheckEnd, Supervisor, Tools
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import quoted
 from hive_core.protocol.words import AgentName
 from hive_core.store.bus import WANTED
 
 HEALTHY = "healthy"
+CANARY = "This is a test of your configuration, before it stays. Answer with the one word ready, and call no tool."
+OF_THE_PROVIDER = frozenset({"rate_limited", "overloaded", "authentication", "billing"})
 
 
 def unproven(why: str) -> str:
     return f"unproven: {why}"
+
+
+class Unhealthy(Refusal):
+    """It has not come up. why: what was seen, with its last words."""
+
+    def __init__(self, name: AgentName, why: str) -> None:
+        super().__init__("failed", f"cannot keep the change of {name}: {why}")
+        self.why = why
 
 
 class Trial:
@@ -74,7 +84,7 @@ class Trial:
         one.changed.set()
 
     async def prove(self, former: dict[str, Any] | None) -> str:
-        """How it was proven: healthy, or unproven and why. Raises Refusal("failed") when it does not come up.
+        """How it was proven: healthy, or unproven and why. Raises Unhealthy when it does not come up.
 
         former: the settings that it had before. What might not run here with those either proves nothing.
         """
@@ -101,13 +111,24 @@ class Trial:
         return None
 
     async def _check(self, one: Supervisor) -> str:
-        """Ask the harness, for as long as it is up."""
-        limit_s, error, end = self._tools.limits.init_s, None, End.UP
-        said = False
+        limits = self._tools.limits
+        if (proof := await self._ask(one, None, f"{limits.init_s:.0f} s (init_s)", limits.init_s)) != HEALTHY:
+            return proof
+        return await self._canary(one) if limits.canary_turn else HEALTHY
+
+    async def _canary(self, one: Supervisor) -> str:
+        """A turn with a fixed prompt. What is no fault of the agent's, but of the model's provider, proves nothing."""
+        if (closed := self._tools.agents.access.closed(self._name)) is not None:
+            return unproven(f"no canary turn could be taken: {closed.sentence}")
+        limit_s = self._tools.limits.canary_s
+        return await self._ask(one, CANARY, f"{limit_s:.0f} s (canary_s)", limit_s)
+
+    async def _ask(self, one: Supervisor, prompt: str | None, within: str, limit_s: float) -> str:
+        """Ask the harness for a check, for as long as it is up."""
+        end, told = End.UP, list[CheckEnd | None]()
 
         async def ask(scope: trio.CancelScope) -> None:
-            nonlocal error, said
-            error, said = await one.desk.check(), True
+            told.append(await one.desk.check(prompt))
             scope.cancel()
 
         with trio.move_on_after(limit_s):
@@ -116,15 +137,21 @@ class Trial:
                 while (end := await how_it_came_up(self._tools, one, self._starts) or End.UP) is End.UP:
                     await self._listener.wait()
                 nursery.cancel_scope.cancel()
-        if said and error is None:
+        if not told:
+            if end is not End.UP:
+                return await self._not_up(end)
+            if prompt is not None:
+                return unproven(f"its canary turn did not end within {within}")
+            raise await self._failure(f"its program said nothing of itself within {within}")
+        if (checked := told[0]) is None:
             return unproven("its harness is of an older release, and cannot be asked")
-        if said and not error:
+        if not checked.error:
             return HEALTHY
-        if said:
-            raise await self._failure(f"its program does not come up: {error}")
-        if end is not End.UP:
-            return await self._not_up(end)
-        raise await self._failure(f"its program said nothing of itself within {limit_s:.0f} s (init_s)")
+        if prompt is None:
+            raise await self._failure(f"its program does not come up: {checked.error}")
+        if checked.reason in OF_THE_PROVIDER:
+            return unproven(f"its canary turn could not be taken: {checked.error}")
+        raise await self._failure(f"its canary turn did not end well: {checked.error}")
 
     async def _not_up(self, end: End) -> str:
         if end is End.FAILED:
@@ -137,9 +164,9 @@ class Trial:
             await trio.sleep_forever()  # this daemon ends; the next one tries it again
         return unproven("it is kept down")
 
-    async def _failure(self, why: str) -> Refusal:
+    async def _failure(self, why: str) -> Unhealthy:
         last_words = ""
         with suppress(Refusal, OSError):
             last_words = (await self._tools.driver.last_words(self._name)).strip()
         said = f"; its last words: {quoted(last_words)}" if last_words else ""
-        return Refusal("failed", f"cannot keep the change of {self._name}: {why}{said}")
+        return Unhealthy(self._name, f"{why}{said}")

@@ -7,6 +7,7 @@ next one begins the walk anew, and knows what to go back to.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 
 from hive_core.agent_locks import AgentLocks
@@ -15,7 +16,7 @@ from hive_core.container_states import forgive
 from hive_core.procedures.deployments import Change, Deployments, insist_that_it_stays, is_leaving
 from hive_core.procedures.kinds.kind import Done, Step
 from hive_core.procedures.reconcile import Reconciler
-from hive_core.procedures.trials import HEALTHY, Trial
+from hive_core.procedures.trials import HEALTHY, Trial, Unhealthy
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
 from hive_core.repos import Repos
@@ -43,16 +44,43 @@ class Walk:
         for row in await self._store.rows(_ON_TRIAL):
             self._reconciler.on_trial.add(AgentName(row["agent"]))
 
-    async def begin(self, change: Change, held: AsyncExitStack) -> Deployed:
-        """Let a new agent be started on its first commit, all but the rows.
+    async def begin(
+        self, change: Change, create: Callable[[Transaction], None], step: Step
+    ) -> tuple[AsyncExitStack, str]:
+        """Let a new agent run on its first commit. It stays also when it does not come up: it is what was asked for,
+        there is nothing to go back to, and it is seen to as any agent that crashes.
 
-        held: is given what keeps others away until it is closed: after the rows
+        create: makes its row
+
+        Gives how it was proven, and what keeps it from its first turn, and its destruction away, until it is closed.
         """
-        deployed = await self._deployments.build(change.agent, change.sha)
-        await held.enter_async_context(self._locks.of(change.agent))
-        await self._deployments.take(change.agent, deployed)
-        await self._deployments.settle(change)
-        return deployed
+        name, sha = change.agent, change.sha
+        await step(BUILDING)
+        deployed = await self._deployments.build(name, sha)
+        async with AsyncExitStack() as held:
+            async with self._locks.of(name):
+                await self._deployments.take(name, deployed)
+                await self._deployments.settle(change)
+                self._reconciler.on_trial.add(name)
+                held.callback(self._reconciler.end_trial, name)
+
+                def write(tx: Transaction) -> None:
+                    # By a daemon before, maybe, that died when it proved it.
+                    if tx.execute("SELECT 1 FROM agents WHERE name = ? AND deployed_sha = ?", (name, sha)).fetchone():
+                        return
+                    create(tx)
+                    note_deployed(tx, name, sha, deployed)
+
+                await self._store.insist(write)
+            await step(PROVING)
+            try:
+                trial = await held.enter_async_context(self._reconciler.trial(name))
+                proof = await trial.prove(deployed.settings)
+            except Unhealthy as refusal:
+                proof = f"unhealthy: {refusal.why}"
+            await held.enter_async_context(self._locks.of(name))
+            await insist_that_it_stays(self._store, name)
+            return held.pop_all(), proof
 
     async def carry_out(self, approval: Approval, sha: CommitSha, base: CommitSha, step: Step) -> Done:
         """Let an agent run on a commit of its applied repository in the place of base, where main is.
@@ -141,4 +169,8 @@ _ON_TRIAL = """
     SELECT approvals.agent FROM approvals INDEXED BY approvals_approved
     JOIN agents ON agents.name = approvals.agent AND agents.deployed_sha = approvals.payload ->> 'sha'
     WHERE approvals.state = 'approved' AND approvals.kind = 'apply_commit' AND approvals.proof IS NULL
+    UNION
+    SELECT approvals.agent FROM approvals INDEXED BY approvals_approved
+    JOIN agents ON agents.name = approvals.agent
+    WHERE approvals.state = 'approved' AND approvals.kind = 'spawn'
 """

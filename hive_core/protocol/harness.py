@@ -5,7 +5,7 @@ JSON lines, one request at a time, answered in order: `{"id": n, "op": …}` get
 
     hello  version, instance, fences, checks    → version, agent, role; checks: it can be asked to check its program
     lease  fence                                → turn, or check: a Check, or stop: true
-    checked  check, ok, error                   → counted: the end of a check, and in a sentence why it was not well
+    checked  check, ok, error, reason           → counted: the end of a check, and in a sentence why it was not well
     lines  turn, first, lines, state, …         → kept, running; the first also with prompt_sha256, of what was asked
     ack    turn, fence, outcome, next, …        → counted, stop, and lease where the next turn began with it
     background  state, work, …                  → counted, also while a lease waits: a command in the background began
@@ -18,7 +18,8 @@ false in its answer says that the turn was taken away or cancelled, and its prog
 the program does now, when that has changed.
 
 A check is no turn: the harness of an agent that was changed starts its program, sees that it reaches the hive's tools,
-and ends it, without a call of the model. A harness that said nothing of `checks` is asked for none.
+and ends it, without a call of the model unless it is given a prompt for it. A harness that said nothing of `checks` is
+asked for none.
 
 A hello is answered in the harness's own version. One that is older than the host's gets no new turn: `stop` comes with
 the answer to its ack, or instead of a lease, and the host starts a harness of its own version in its place.
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
 
     class Check(TypedDict):
         check: str  # names it, for `checked`
+        prompt: NotRequired[str]  # to be answered in a turn that is none; absent: the model is not called
         settings: Settings
         credential: str  # as of a lease
 

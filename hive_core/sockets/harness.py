@@ -26,7 +26,7 @@ from hive_core.protocol.harness import (
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_id
 from hive_core.sockets.claims import claimed_end, claimed_session, claimed_state, claimed_usage, printable
-from hive_core.sockets.harness_checks import Checks
+from hive_core.sockets.harness_checks import AskedCheck, Checked, Checks
 from hive_core.sockets.silence import Silence
 from hive_core.sockets.unix import Connection, Lines
 from hive_core.store.writer import Transaction
@@ -101,12 +101,12 @@ class HarnessDesk:
         if held and self.session is not None:
             self.session.end_wait()
 
-    async def check(self) -> str | None:
-        """Have its harness, which is held and has said hello, see whether its program comes up.
+    async def check(self, prompt: str | None = None) -> Checked | None:
+        """Have its harness, which is held and has said hello, see whether its program comes up, and answers a prompt.
 
-        Why it does not, in a sentence; an empty text when all is well; None of a harness that cannot be asked.
+        None of a harness that cannot be asked.
         """
-        return await self.checks.ask() if self.checks.can else None
+        return await self.checks.ask(prompt) if self.checks.can else None
 
     @property
     def begins_none(self) -> bool:
@@ -257,7 +257,7 @@ class _Session:
             with trio.CancelScope() as self._lease_scope:
                 if desk.checks.held:
                     if (asked := desk.checks.asked) is not None:
-                        return {"check": await self._check(asked.key)}
+                        return {"check": await self._check(asked)}
                     await changed.wait()
                 else:
                     lease = await desk.broker.lease(desk.name, fence)
@@ -269,11 +269,12 @@ class _Session:
             return {"stop": True}
         return self._as_form(lease)
 
-    async def _check(self, key: str) -> dict[str, Any]:
+    async def _check(self, asked: AskedCheck) -> dict[str, Any]:
         agent = await self._desk.agents.get(self._desk.name)
         chosen = {"model": agent.chosen_model, "effort": agent.chosen_effort}
         settings = {**(agent.settings or {}), **{key: value for key, value in chosen.items() if value}}
-        return {"check": key, "settings": settings, "credential": self._desk.credential_kind()}
+        prompt = {} if asked.prompt is None else {"prompt": asked.prompt}
+        return {"check": asked.key, "settings": settings, "credential": self._desk.credential_kind(), **prompt}
 
     def _as_form(self, lease: Lease) -> dict[str, Any]:
         desk = self._desk

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
+
+from hive_core.protocol.harness import REASONS
+
+
+class Checked(NamedTuple):
+    """error: in a sentence; empty where all was well. reason: one of protocol.harness.REASONS, where it was told."""
+
+    error: str = ""
+    reason: str | None = None
 
 
 @dataclass(slots=True)
 class AskedCheck:
-    """key: names it. error: empty where all was well."""
+    """key: names it. prompt: to be answered by the model. end: of what was told."""
 
+    prompt: str | None = None
     key: str = field(default_factory=lambda: secrets.token_hex(8))
-    error: str = ""
+    end: Checked = Checked()  # noqa: RUF009 - it is immutable
     told: trio.Event = field(default_factory=trio.Event)
 
 
@@ -34,13 +44,18 @@ class Checks:
         self.held = held
         self._change()
 
-    async def ask(self) -> str:
-        """Why the program does not come up, in a sentence; an empty text when it does."""
-        self.asked = asked = AskedCheck()
+    @property
+    def calls_model(self) -> bool:
+        """Whether a check is under way that may."""
+        return self.asked is not None and self.asked.prompt is not None
+
+    async def ask(self, prompt: str | None = None) -> Checked:
+        """How a check ends, with a turn that answers the prompt where there is one."""
+        self.asked = asked = AskedCheck(prompt)
         self._change()
         try:
             await asked.told.wait()
-            return asked.error
+            return asked.end
         finally:
             self.asked = None
 
@@ -49,7 +64,10 @@ class Checks:
         asked = self.asked
         if asked is None or asked.told.is_set() or request.get("check") != asked.key:
             return False
-        asked.error = "" if request.get("ok") is True else say or "its harness gave no reason"
+        if request.get("ok") is not True:
+            reason = request.get("reason")
+            known = reason if isinstance(reason, str) and reason in REASONS else None
+            asked.end = Checked(say or "its harness gave no reason", known)
         asked.told.set()
         return True
 

@@ -134,9 +134,31 @@ async def test_a_check_tells_whether_the_tools_are_reached_without_a_call_of_the
         for credential in ("api_key", "oauth_token"):
             asked = {"check": "k", "settings": settings, "credential": credential}
             with trio.fail_after(PATIENCE_S):
-                assert await desk.runner.check(cast("Any", asked)) == ""
+                assert await desk.runner.check(cast("Any", asked)) == ("", None)
             assert desk.pid is None
         assert (len(desk.model.turns), len(sessions)) == (1, 1)
         assert sorted((tmp_path / ".claude" / "projects").rglob("*.jsonl")) == sessions
         second = await desk.turn("second")
         assert (second.outcome, second.session) == ("done", first.session)
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        ("ready", None),
+        (fail(429, "slow down"), "rate_limited"),
+        (fail(401, "who are you"), "authentication"),
+        (fail(529, "too many"), "overloaded"),
+        (fail(400, "no such model"), "error"),
+    ],
+)
+async def test_a_check_with_a_prompt_takes_a_turn_and_tells_the_providers_fault_from_its_own(
+    tmp_path: Path, answer: Answer, outcome: str | None
+) -> None:
+    async with a_desk(tmp_path, lambda request: answer) as desk:
+        settings = a_lease(9, program="claude", prompt="You are iris.")["settings"]
+        asked = {"check": "k", "settings": settings, "credential": "api_key", "prompt": "Answer with ready."}
+        with trio.fail_after(4 * PATIENCE_S):  # 529 is tried again for 17 s
+            error, reason = await desk.runner.check(cast("Any", asked))
+        assert (reason, bool(error)) == (outcome, outcome is not None)
+        assert desk.prompts()[0] == "Answer with ready."

@@ -12,7 +12,7 @@ import pytest
 from hive_core.cli.client import Client
 from hive_core.protocol.refusal import Refusal
 from tests.checkouts import Checkout
-from tests.daemons import WITHIN_S, Daemon
+from tests.daemons import WITHIN_S, Daemon, open_daemon
 from tests.swarm.test_outlive import GATED, SAY_WHO, WELCOME, open_swarm, persona, pid_of, spawn
 from tests.swarm.test_tombstones import hive
 from tests.swarm.test_updates import packages
@@ -124,6 +124,30 @@ def test_an_agent_that_is_kept_down_is_changed_unproven() -> None:
         client.call("start", agent="iris")
         client.call("send", to="iris", body="who are you?")
         assert daemon.wait_message(client, "it is me")["body"] == "it is me, changed"
+
+
+def test_a_new_agent_is_proven_before_its_first_turn() -> None:
+    with open_swarm() as daemon:
+        client = daemon.start()
+        asked = client.call("request_spawn", agent="iris", persona=persona([WELCOME, SAYS]), reason="a test")
+        done = approve(client, client.call("show", approval=asked["approval"]))
+        assert (done["state"], done["proof"]) == ("done", "healthy")
+        assert steps_of(client, done["id"]) == ["building", "proving"]
+        daemon.events(client, lambda e: e["kind"] == "turn_started" and e["agent"] == "iris")
+
+
+def test_a_new_agent_that_does_not_come_up_is_there_and_its_approval_says_so(tmp_path: Path) -> None:
+    executable = tmp_path / "claude"
+    executable.write_text("#!/bin/sh\nexit 3\n")
+    executable.chmod(0o755)
+    with open_daemon("--default-program=claude", f"--claude={executable}") as daemon:
+        client = daemon.start()
+        asked = client.call("request_spawn", agent="iris", persona="You read.", reason="a test")
+        done = approve(client, client.call("show", approval=asked["approval"]))
+        assert done["state"] == "done"
+        assert done["proof"].startswith("unhealthy: its program does not come up: ")
+        card = ask(daemon, client, agent__toml='program = "rehearsal"\n')
+        assert approve(client, card)["proof"] == "healthy"
 
 
 def test_the_command_rolls_an_agent_back_and_forth_and_tells_its_history() -> None:
@@ -250,6 +274,21 @@ def test_a_daemon_that_is_killed_after_any_step_is_followed_by_one_that_finishes
         assert (done["state"], done["proof"]) == ("done", "healthy")
         assert daemon.wait_message(client, "it is me")["body"] == "it is me, changed"
         assert not [body for body in mail_of(client, "hm1nd") if "crash" in body]
+
+
+def test_a_daemon_that_is_killed_when_it_proves_a_new_agent_is_followed_by_one_that_finishes(dying: Path) -> None:
+    with open_swarm() as daemon:
+        client = daemon.start(PYTHONPATH=str(dying), HIVE_TEST_DIES="noted")
+        asked = client.call("request_spawn", agent="iris", persona=persona([WELCOME, SAYS]), reason="a test")
+        with pytest.raises(Refusal):
+            approve(client, client.call("show", approval=asked["approval"]))
+        assert daemon.process.wait(WITHIN_S) == -9
+        client = daemon.start(PYTHONPATH=str(dying))
+        done = ended(daemon, client, asked["approval"])
+        assert (done["state"], done["proof"]) == ("done", "healthy")
+        client.call("send", to="iris", body="who are you?")
+        daemon.wait_message(client, "it is me")
+        assert [body.partition(":")[0] for body in mail_of(client, "hm1nd")] == ["spawned"]
 
 
 @pytest.mark.parametrize("step", ["built", "noted"])

@@ -31,6 +31,7 @@ from hive_core.protocol.harness import (
 from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.sockets.claims import claimed_end, claimed_state
 from hive_core.sockets.harness import HarnessDesk
+from hive_core.sockets.harness_checks import Checked
 from tests.hives import PATIENCE_S, SETTINGS, Peer, Services, connect, held_writer, run_in_hive, serve
 
 HELLO = {"id": 1, "op": "hello", "version": PROTOCOL_VERSION, "instance": "one", "fences": []}
@@ -192,7 +193,7 @@ async def test_what_a_harness_tells_beside_its_turns_is_answered_while_its_lease
 async def test_a_harness_that_is_held_is_asked_for_a_check_and_begins_no_turn_before_it_is_let_go(
     hive: Services, desk: HarnessDesk, door: Path
 ) -> None:
-    ends: list[str | None] = []
+    ends: list[Checked | None] = []
 
     async def check() -> None:
         ends.append(await desk.check())
@@ -207,12 +208,17 @@ async def test_a_harness_that_is_held_is_asked_for_a_check_and_begins_no_turn_be
         assert (asked["settings"], asked["credential"]) == (SETTINGS, "api_key")
         wrong = {"op": "checked", "ok": True, "check": "another"}
         assert await peer.ask({"id": 3, **wrong}) == {"id": 3, "ok": True, "counted": False}
-        told = {"op": "checked", "check": asked["check"], "ok": False, "error": "no tools\ud800" + "x" * 1000}
+        told = {
+            "op": "checked",
+            "check": asked["check"],
+            "ok": False,
+            "error": "no tools\ud800" + "x" * 1000,
+            "reason": "mine",
+        }
         assert (await peer.ask({"id": 4, **told}))["counted"] is True
         assert (await peer.ask({"id": 5, **told}))["counted"] is False
         await trio.testing.wait_all_tasks_blocked()
-        assert [end[:9] for end in ends if end] == ["no tools?"]
-        assert len(ends[0] or "") <= 400
+        assert [(end.error[:9], len(end.error), end.reason) for end in ends if end] == [("no tools?", 400, None)]
         await peer.send(LEASE)
         await trio.testing.wait_all_tasks_blocked()
         assert await hive.value("SELECT count(*) FROM turns") == 0

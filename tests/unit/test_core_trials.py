@@ -47,12 +47,12 @@ async def on_trial(house: House) -> AsyncIterator[Trial]:
         yield trial
 
 
-async def answer_check(house: House, error: str = "") -> None:
-    """The harness of iris is asked to check its program, and tells how that ended."""
+async def answer_check(house: House, error: str = "", reason: str | None = None, canary: bool = False) -> None:
+    """The harness of iris is asked to check its program, or for a canary turn, and tells how that ended."""
     checks = house.desks[IRIS].checks
-    await house.until(lambda: checks.asked is not None)
+    await house.until(lambda: checks.asked is not None and checks.calls_model == canary)
     assert checks.asked is not None
-    assert checks.answered({"check": checks.asked.key, "ok": not error}, error)
+    assert checks.answered({"check": checks.asked.key, "ok": not error, "reason": reason}, error)
 
 
 def hello_that_can_check(name: str, house: House) -> None:
@@ -244,3 +244,48 @@ async def test_no_update_takes_an_agent_on_trial_for_its_own(autojump_clock: Moc
             async with trial.back():
                 pass
         assert house.reconciler.updates.trouble == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "proof"),
+    [
+        ("", None, "healthy"),
+        ("slow down", "rate_limited", "unproven: its canary turn could not be taken: slow down"),
+        ("too many", "overloaded", "unproven: its canary turn could not be taken: too many"),
+        ("who are you", "authentication", "unproven: its canary turn could not be taken: who are you"),
+        ("pay", "billing", "unproven: its canary turn could not be taken: pay"),
+        ("no such model", "error", "its canary turn did not end well: no such model; its last words"),
+        ("gone", "crashed", "its canary turn did not end well: gone; its last words"),
+        ("silence", None, "its canary turn did not end well: silence; its last words"),
+    ],
+)
+async def test_a_canary_turn_takes_back_for_no_fault_of_the_providers(
+    autojump_clock: MockClock, error: str, reason: str | None, proof: str
+) -> None:
+    async with opened(canary_turn=True) as house:
+        let_live(house, "comes up")
+        async with trio.open_nursery() as nursery, on_trial(house) as trial:
+            nursery.start_soon(answer_check, house)
+            nursery.start_soon(answer_check, house, error, reason, True)
+            if proof.startswith(("healthy", "unproven")):
+                assert await trial.prove(SETTINGS) == proof
+            else:
+                assert proof in await failure(trial)
+            assert not house.desks[IRIS].checks.calls_model
+
+
+async def test_no_canary_turn_is_taken_where_no_turn_may_begin(autojump_clock: MockClock) -> None:
+    async with opened(canary_turn=True) as house:
+        let_live(house, "comes up")
+        await house.agents.want(IRIS, "paused", OPERATOR)
+        async with trio.open_nursery() as nursery, on_trial(house) as trial:
+            nursery.start_soon(answer_check, house)
+            assert (await trial.prove(SETTINGS)).startswith("unproven: no canary turn could be taken: ")
+
+
+async def test_a_canary_turn_that_does_not_end_proves_nothing(autojump_clock: MockClock) -> None:
+    async with opened(canary_turn=True, canary_s=40.0) as house:
+        let_live(house, "comes up")
+        async with trio.open_nursery() as nursery, on_trial(house) as trial:
+            nursery.start_soon(answer_check, house)
+            assert await trial.prove(SETTINGS) == "unproven: its canary turn did not end within 40 s (canary_s)"

@@ -159,7 +159,7 @@ class ApplyCommit:
         sha, base = CommitSha(approval.payload["sha"]), CommitSha(approval.payload["base"])
         await self._repos.tag(approval.agent, f"approved/{approval.id}", sha)
         if "creates" in approval.payload:
-            return await self._spawn.begin(approval, sha, base)
+            return await self._spawn.begin(approval, sha, base, step)
         done = await self._walk.carry_out(approval, sha, base, step)
         if "back" in approval.payload:
             with suppress(Refusal):  # the manager can do without, where it has put something in the way

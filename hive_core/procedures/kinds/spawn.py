@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
 from typing import Any
 
 from jinja2 import Environment
@@ -33,7 +32,6 @@ from hive_core.protocol.words import (
 from hive_core.repos import Repos
 from hive_core.settings import parse_agent_toml
 from hive_core.store.writer import Transaction
-from hive_core.systems import note_deployed
 from hive_core.toolkits import Toolkit, parse_toolkit
 
 
@@ -120,32 +118,43 @@ class Spawn:
         return Shown(approval.payload, approval.effect)
 
     async def carry_out(self, approval: Approval, step: Step) -> Done:
-        await self.insist_that_it_is_free(approval.agent)
-        # What an earlier try left behind under this name began with other files than the card shows.
-        sha = await self._repos.create(approval.agent, approval.payload["files"], replace=True)
-        return await self.begin(approval, sha, None)
+        if (sha := await self._begun(approval)) is None:
+            await self.insist_that_it_is_free(approval.agent)
+            # What an earlier try left behind under this name began with other files than the card shows.
+            sha = await self._repos.create(approval.agent, approval.payload["files"], replace=True)
+        return await self.begin(approval, sha, None, step)
+
+    async def _begun(self, approval: Approval) -> CommitSha | None:
+        """The first commit of the agent that this made under a daemon that died when it proved it."""
+        sql = "SELECT deployed_sha FROM agents WHERE name = ? AND created_at_ms >= ?"
+        row = await self._asking.store.row(sql, (approval.agent, approval.resolved_at_ms))
+        if row is None or row["deployed_sha"] != await self._repos.tagged(approval.agent, "deployed/0"):
+            return None
+        return CommitSha(row["deployed_sha"])
 
     async def insist_that_it_is_free(self, name: AgentName) -> None:
         """Raise Refusal when an agent has the name by now: its repositories must not be made anew."""
         await self._asking.store.write(lambda tx: check_free(tx, name, "make the repositories of"))
 
-    async def begin(self, approval: Approval, sha: CommitSha, base: CommitSha | None) -> Done:
+    async def begin(self, approval: Approval, sha: CommitSha, base: CommitSha | None, step: Step) -> Done:
         """Let a new agent be started on a commit. base: where main of its applied repository is, if not there."""
-        async with AsyncExitStack() as held:
-            deployed = await self._walk.begin(Change(approval.agent, approval.id, sha, base), held)
 
-            def write(tx: Transaction) -> None:
-                icon = tx.execute("SELECT icon FROM configured WHERE name = ?", (approval.agent,)).fetchone()
-                forget_configured(tx, approval.agent)
-                self._agents.create(tx, approval.agent, approval.requested_by)
-                sign = approval.payload.get("icon") or (icon and icon["icon"])
-                tx.execute("UPDATE agents SET icon = ? WHERE name = ?", (sign, approval.agent))
-                note_deployed(tx, approval.agent, sha, deployed)
-                put_message(tx, SYSTEM, approval.agent, _welcome(approval))
-                if approval.requested_by != MANAGER:
-                    tell_manager(tx, _spawned(approval, sha))
+        def create(tx: Transaction) -> None:
+            icon = tx.execute("SELECT icon FROM configured WHERE name = ?", (approval.agent,)).fetchone()
+            forget_configured(tx, approval.agent)
+            self._agents.create(tx, approval.agent, approval.requested_by)
+            sign = approval.payload.get("icon") or (icon and icon["icon"])
+            tx.execute("UPDATE agents SET icon = ? WHERE name = ?", (sign, approval.agent))
 
-            return Done(write, held=held.pop_all())
+        change = Change(approval.agent, approval.id, sha, base)
+        held, proof = await self._walk.begin(change, create, step)
+
+        def write(tx: Transaction) -> None:
+            put_message(tx, SYSTEM, approval.agent, _welcome(approval))
+            if approval.requested_by != MANAGER:
+                tell_manager(tx, _spawned(approval, sha))
+
+        return Done(write, proof, held)
 
     async def closed(self, approval: Approval) -> None:
         pass
