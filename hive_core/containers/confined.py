@@ -88,6 +88,9 @@ def _enter(pid: int, *, become_root: bool) -> None:
     user, *namespaces = [os.open(f"{place}/ns/{kind}", os.O_RDONLY) for kind in _NAMESPACES]
     root = os.open(f"{place}/root", os.O_PATH | os.O_DIRECTORY)
     ours = os.stat("/proc/self/ns/user")
+    # Its number may be another's by now. What is not in a container would give whoever is handed the command the host.
+    if os.path.samestat(ours, os.fstat(user)):
+        raise SystemExit(f"hive: process {pid} is in no container (any more)")
     # Who has privileges here would lose them with the user namespace, and who has none gets them in the one that the
     # others belong to: bwrap makes another below it.
     if left := [namespace for namespace in namespaces if _libc.setns(namespace, 0) < 0]:

@@ -19,6 +19,7 @@ from hive_core.config import Config
 from hive_core.containers import bubblewrap, choice, confined, host_process
 from hive_core.containers.bubblewrap import sandbox_trouble
 from hive_core.containers.choice import Choice, make_driver
+from hive_core.containers.entering import confined as confined_command
 from hive_core.containers.mounts import AgentDirs
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.process_tree import first_in_namespace
@@ -225,3 +226,12 @@ def test_a_daemon_without_rights_runs_a_command_in_a_sandbox_of_its_own(tmp_path
         assert first is not None
         os.kill(first, signal.SIGKILL)
     assert (done.stdout.split(), done.stderr) == (["/state", "0", "2", "5"], "")
+
+
+@pytest.mark.parametrize("how", ["--enter", "--enter-as-is"])
+def test_whatever_is_in_no_container_is_not_entered_by_whoever_has_the_number_of_what_was(how: str) -> None:
+    """An agent's process may end between the look for it and the entering, and its number go to one of the host's."""
+    done = subprocess.run([*confined_command(None, {}, how, str(os.getpid())), "id"], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert done.stderr == f"hive: process {os.getpid()} is in no container (any more)\n"
