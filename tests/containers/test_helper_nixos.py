@@ -85,6 +85,32 @@ async def test_a_switch_that_fails_is_undone_and_the_one_before_can_be_gone_back
     await end(running)
 
 
+async def test_an_agent_whose_switch_does_not_come_to_an_end_is_killed_at_once(
+    tmp_path: Path, driver: HelpedStandIn
+) -> None:
+    ready, hangs = make_fifo(tmp_path, "ready"), make_fifo(tmp_path, "hangs")
+    first = driver.stand_in.system(WAITS)
+    await driver.switch(IRIS, first)
+    running = await start(driver, tmp_path)
+    await read_fifo(ready)
+    second = driver.stand_in.system(WAITS, {"migrate": "echo > /state/hangs; exec sleep 1000"})
+    said: list[str] = []
+
+    async def switch() -> None:
+        try:
+            await driver.switch(IRIS, second)
+        except Refusal as refusal:
+            said.append(refusal.message)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(switch)
+        await read_fifo(hangs)
+        await end(running)
+    assert running.ended
+    assert "it has the system before again" in said[0]
+    assert await driver.current(IRIS) == first
+
+
 async def test_an_agent_without_a_system_is_not_started_and_is_not_taken_for_one_that_runs(
     tmp_path: Path, driver: HelpedStandIn
 ) -> None:
