@@ -92,6 +92,7 @@ class NixosContainers(NixosSystems, Driver):
         self._claude = claude
         self._bounds = bounds
         self._filter = filter_program()
+        self._loaded: set[AgentName] = set()  # whose drop-ins systemd has read as they stand
 
     @property
     def sandbox(self) -> str:
@@ -245,7 +246,10 @@ class NixosContainers(NixosSystems, Driver):
         write_whole(self._conf_file(name), conf_text(first_line, system, mounts, self._lent(), base))
         drop_in = drop_in_text(first_line, self._file(name, "end"), self._bounds)
         if write_whole(self._host.drop_in(container_id(name)), drop_in):
+            self._loaded.discard(name)
+        if name not in self._loaded:  # nor is it known of one that a daemon of before has written
             await self._host.insist(f"start {name}", "systemctl", "daemon-reload")
+            self._loaded.add(name)
         self._make_root(self._host.roots / container_id(name), base or 0)
 
     def _make_root(self, root: Path, owner: int) -> None:

@@ -220,6 +220,22 @@ async def test_what_somebody_changes_in_the_settings_is_put_back_before_a_start(
     assert "/host" not in await driver.last_words(IRIS) or "No such file" in await driver.last_words(IRIS)
 
 
+@pytest.mark.parametrize("by", ["the same daemon", "the next daemon"])
+async def test_a_container_whose_settings_were_written_and_not_yet_read_by_systemd_is_not_started_without_them(
+    tmp_path: Path, driver: Systems, by: str
+) -> None:
+    await driver.switch(IRIS, driver.stand_in.system("exit 7"))
+    systemctl = driver.stand_in.folder / "bin" / "systemctl"
+    real = systemctl.rename(systemctl.with_name("real"))
+    write_program(systemctl, f'#!/bin/sh\n[ "$1" = daemon-reload ] && echo busy >&2 && exit 1\nexec {real} "$@"\n')
+    with pytest.raises(Refusal, match="cannot start iris: busy"):
+        await start(driver, tmp_path)
+    real.rename(systemctl)
+    again = driver if by == "the same daemon" else Systems(tmp_path, BOUNDS)
+    # Its end is written down by what those settings say.
+    assert await (await start(again, tmp_path)).wait() == Exit(7)
+
+
 async def test_a_directory_that_the_settings_cannot_name_is_refused_in_a_sentence(tmp_path: Path) -> None:
     folder = tmp_path / "with a space"
     folder.mkdir()
