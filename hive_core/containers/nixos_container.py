@@ -260,6 +260,8 @@ class NixosContainers(NixosSystems, Driver):
             (root / file).touch()
         for path in (root, *root.rglob("*")):
             os.chown(path, owner, owner, follow_symlinks=False)
+            if not path.is_symlink():  # who is not root in there has to find its programs, whatever our umask is
+                path.chmod(0o755 if path.is_dir() else 0o644)
 
     def _lent(self) -> list[str]:
         """Programs that agents need and that are not in the host's store."""

@@ -189,6 +189,17 @@ async def test_what_has_a_system_is_one_of_so_many_agents_as_there_may_be(
     await driver.switch(AgentName("argus"), system)
 
 
+async def test_who_is_not_root_in_a_container_finds_its_programs_and_settings(
+    tmp_path: Path, driver: HelpedStandIn
+) -> None:
+    """The helper's own files are root's alone, by its umask: what a container begins with is none of them."""
+    await driver.switch(IRIS, driver.stand_in.system("stat -c '%a %n' / /etc /nix /usr /usr/bin /home /var /var/lib"))
+    running = await start(driver, tmp_path)
+    with trio.fail_after(PATIENCE_S):
+        assert await running.wait() == Exit(0)
+    assert {line.split()[0] for line in await driver.logs(IRIS)} == {"755"}
+
+
 # -- whose directories it gets ----------------------------------------------------------------------------------------
 
 
