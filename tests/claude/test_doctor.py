@@ -70,6 +70,7 @@ def daemon() -> Iterator[Daemon]:
 
 def test_a_hive_that_runs_is_looked_at_and_left_alone(daemon: Daemon, home: Path) -> None:
     client = daemon.start()
+    daemon.wait_live(lambda agent: agent["state"] == "idle")  # hm1nd: what of it the status tells is known then
     before = client.call("status")
     code, found = doctor(daemon.state, daemon.runtime, home)
     assert code == 0, found

@@ -129,17 +129,17 @@ async def test_a_check_tells_whether_the_tools_are_reached_without_a_call_of_the
 ) -> None:
     async with a_desk(tmp_path, ["one", "two"]) as desk:
         first = await desk.turn("first")
-        sessions = sorted((tmp_path / ".claude" / "projects").rglob("*.jsonl"))
         settings = a_lease(9, program="claude", prompt="You are iris, changed.")["settings"]
         for credential in ("api_key", "oauth_token"):
             asked = {"check": "k", "settings": settings, "credential": credential}
             with trio.fail_after(PATIENCE_S):
                 assert await desk.runner.check(cast("Any", asked)) == ("", None)
             assert desk.pid is None
-        assert (len(desk.model.turns), len(sessions)) == (1, 1)
-        assert sorted((tmp_path / ".claude" / "projects").rglob("*.jsonl")) == sessions
+        assert len(desk.model.turns) == 1
         second = await desk.turn("second")
         assert (second.outcome, second.session) == ("done", first.session)
+    # The program writes the file of its session when it likes, but it has ended now.
+    assert [path.stem for path in (tmp_path / ".claude" / "projects").rglob("*.jsonl")] == [first.session]
 
 
 @pytest.mark.parametrize(
