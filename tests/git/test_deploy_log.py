@@ -68,6 +68,18 @@ async def test_a_rollback_is_a_commit_of_its_own_that_the_same_gate_shows_and_an
     assert (first.state, await model(hive)) == ("done", "sonnet")
 
 
+async def test_a_rollback_that_is_shown_anew_is_one_still(hive: Services) -> None:
+    await change(hive, agent__toml=OPUS)
+    number = (await hive.gate.apply_commit.request_back(IRIS, "deployed/0"))["approval"]
+    older = '{"lines": [], "unknown": [], "inputs": "those of another day"}'
+    await hive.sql("UPDATE approvals SET effect = ?, digest = 'of another day' WHERE id = ?", older, number)
+    with pytest.raises(Refusal, match="look at it again"):
+        await approve(hive, number)
+    card = await hive.approvals.get(number)
+    assert (card.state, card.payload["back"]) == ("pending", "deployed/0")
+    assert [line["what"] for line in (card.effect or {})["lines"]] == ["model"]
+
+
 async def test_what_is_deployed_already_or_never_was_is_no_way_back(hive: Services) -> None:
     with pytest.raises(Refusal, match="it runs on its first commit"):
         await roll_back(hive)

@@ -152,6 +152,8 @@ class ApplyCommit:
         if not is_moved and (approval.effect or {}).get("inputs", "") == self._deployments.inputs:
             return as_it_is
         shown = _shown(proposal, await self._deployments.check(approval.agent, proposal), creates)
+        if "back" in approval.payload:
+            shown.payload["back"] = approval.payload["back"]
         # Built from other inputs it may come to the same.
         return as_it_is if not is_moved and says_the_same(shown.effect, approval.effect) else shown
 
