@@ -42,7 +42,7 @@ from hive_core.procedures.gate import Gate
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.procedures.supervise import Desk
 from hive_core.procedures.walk import Walk
-from hive_core.protocol.words import AgentName, parse_agent_name, parse_body
+from hive_core.protocol.words import OPERATOR, AgentName, parse_agent_name, parse_body
 from hive_core.questions import Questions
 from hive_core.reminders import Reminders
 from hive_core.repos import Repos
@@ -205,6 +205,19 @@ async def open_services(
         )
         whose = await timeline(store)
         yield Services(state_dir, store, broker, turns, agents, approvals, repos, gate, clock, whose, locks)
+
+
+@asynccontextmanager
+async def open_gate(state_dir: Path) -> AsyncIterator[Services]:
+    """The services with their gate served, and iris with her repositories."""
+    async with open_services(state_dir) as services, trio.open_nursery() as nursery:
+        nursery.start_soon(services.gate.serve)
+        asked = await services.gate.spawn.request(OPERATOR, AgentName("iris"), "You read.", "a reader")
+        card = await services.approvals.get(asked["approval"])
+        with trio.fail_after(PATIENCE_S):
+            await services.gate.approve(card.id, card.digest, OPERATOR)
+        yield services
+        nursery.cancel_scope.cancel()
 
 
 def run_in_hive(test: Callable[[Services], Awaitable[None]], *names: str, **bounds: int) -> None:

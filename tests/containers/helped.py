@@ -8,6 +8,8 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +163,20 @@ def log_of(folder: Path) -> str:
     with contextlib.suppress(OSError):
         return (folder / "helper.log").read_text()
     return ""
+
+
+@contextlib.contextmanager
+def swapping(state: Path, elsewhere: Path) -> Iterator[None]:
+    """All the time somebody swaps a directory of an agent's for a link that leads elsewhere, and back."""
+    link = state.with_name("link")
+    link.symlink_to(elsewhere)
+    swap = (
+        "import ctypes, sys\n"
+        "libc, at, exchange = ctypes.CDLL(None), -100, 2\n"
+        "while True: libc.renameat2(at, sys.argv[1].encode(), at, sys.argv[2].encode(), exchange)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", swap, str(state), str(link)]) as swapper:
+        try:
+            yield
+        finally:
+            swapper.kill()

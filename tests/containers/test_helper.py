@@ -33,7 +33,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from hive_core.sockets.unix import Connection, Lines, listen_unix, serve_unix
 from tests.containers.drivers import IRIS, PATIENCE_S, let_all_enter, make_fifo, mates, need, read_fifo, wait_gone
-from tests.containers.helped import Helped, ask, end_helper, error, helped_in, send, start_helper
+from tests.containers.helped import Helped, ask, end_helper, error, helped_in, send, start_helper, swapping
 from tests.hanging_disk import hanging
 from tests.needs import ROOT
 from tests.processes import children_of, look_until, pids_naming
@@ -284,28 +284,17 @@ def test_a_directory_that_is_swapped_for_a_link_at_any_moment_never_leads_an_age
     secret = tmp_path / "secret"
     secret.mkdir(mode=0o777)
     (secret / "canary").touch()
-    state = owned / "agents" / "iris" / "state"
-    link = state.with_name("link")
-    link.symlink_to(secret)
-    swap = (
-        "import ctypes, sys\n"
-        "libc, at, exchange = ctypes.CDLL(None), -100, 2\n"
-        "while True: libc.renameat2(at, sys.argv[1].encode(), at, sys.argv[2].encode(), exchange)\n"
-    )
     started = refused = 0
-    with subprocess.Popen([sys.executable, "-c", swap, str(state), str(link)]) as swapper, looked_after(tmp_path):
-        try:
-            while started < 8 or refused < 8:
-                answer = ask(tmp_path, {"verb": "start", "name": "iris"})
-                if "pid" in answer:
-                    started += 1
-                    assert ask(tmp_path, {"verb": "exit", "name": "iris"}) == {"code": 0}
-                    ask(tmp_path, {"verb": "forget", "name": "iris"})
-                else:
-                    refused += 1
-                    assert "is not a directory there" in error(answer)
-        finally:
-            swapper.kill()
+    with swapping(owned / "agents" / "iris" / "state", secret), looked_after(tmp_path):
+        while started < 8 or refused < 8:
+            answer = ask(tmp_path, {"verb": "start", "name": "iris"})
+            if "pid" in answer:
+                started += 1
+                assert ask(tmp_path, {"verb": "exit", "name": "iris"}) == {"code": 0}
+                ask(tmp_path, {"verb": "forget", "name": "iris"})
+            else:
+                refused += 1
+                assert "is not a directory there" in error(answer)
     assert sorted(os.listdir(secret)) == ["canary"]
     assert "canary" not in str(ask(tmp_path, {"verb": "logs", "name": "iris", "lines": 500}))
 

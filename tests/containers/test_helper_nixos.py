@@ -7,7 +7,6 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,16 @@ from tests.containers.drivers import (
     read_fifo,
     wait_gone,
 )
-from tests.containers.helped import HELPED_STAND_IN, ask, end_helper, error, log_of, mounts_below, start_helper
+from tests.containers.helped import (
+    HELPED_STAND_IN,
+    ask,
+    end_helper,
+    error,
+    log_of,
+    mounts_below,
+    start_helper,
+    swapping,
+)
 from tests.containers.standin.host import StandInHost, system_files, write_program
 
 WAITS = "echo > /state/ready; exec sleep 1000"
@@ -321,28 +329,17 @@ def test_a_directory_that_is_swapped_for_a_link_at_any_moment_never_leads_a_cont
     secret = tmp_path / "secret"
     secret.mkdir(mode=0o777)
     (secret / "canary").touch()
-    state = owned / "agents" / "iris" / "state"
-    link = state.with_name("link")
-    link.symlink_to(secret)
-    swap = (
-        "import ctypes, sys\n"
-        "libc, at, exchange = ctypes.CDLL(None), -100, 2\n"
-        "while True: libc.renameat2(at, sys.argv[1].encode(), at, sys.argv[2].encode(), exchange)\n"
-    )
     started = refused = 0
-    with subprocess.Popen([sys.executable, "-c", swap, str(state), str(link)]) as swapper:
-        try:
-            while started < 4 or refused < 4:
-                answer = wire(tmp_path, "start")
-                if "pid" in answer:
-                    started += 1
-                    assert wire(tmp_path, "exit") == {"code": 0}
-                    wire(tmp_path, "forget")
-                else:
-                    refused += 1
-                    assert "is not a directory there" in error(answer)
-        finally:
-            swapper.kill()
+    with swapping(owned / "agents" / "iris" / "state", secret):
+        while started < 4 or refused < 4:
+            answer = wire(tmp_path, "start")
+            if "pid" in answer:
+                started += 1
+                assert wire(tmp_path, "exit") == {"code": 0}
+                wire(tmp_path, "forget")
+            else:
+                refused += 1
+                assert "is not a directory there" in error(answer)
     assert sorted(os.listdir(secret)) == ["canary"]
     assert "canary" not in str(wire(tmp_path, "logs", lines=500))
     assert mounts_below(tmp_path) == []

@@ -23,7 +23,7 @@ from hive_core.protocol.words import OPERATOR, AgentName, CommitSha
 from hive_core.repos import Repos
 from tests.checkouts import Checkout
 from tests.git.raw_objects import blob, loose
-from tests.hives import PATIENCE_S, Services, open_services
+from tests.hives import PATIENCE_S, Services, open_gate
 
 LONG = os.environ.get("HIVE_LONG") == "1"
 IRIS = AgentName("iris")
@@ -195,13 +195,8 @@ async def is_taken_as_it_is(scene: Scene) -> bool:
 @pytest.fixture
 async def hive(tmp_path: Path) -> AsyncIterator[Services]:
     (tmp_path / "state").mkdir()
-    async with open_services(tmp_path / "state") as services, trio.open_nursery() as nursery:
-        nursery.start_soon(services.gate.serve)
-        number = (await services.gate.spawn.request(OPERATOR, IRIS, "You read.", "a reader"))["approval"]
-        with trio.fail_after(PATIENCE_S):
-            await services.gate.approve(number, (await services.approvals.get(number)).digest, OPERATOR)
+    async with open_gate(tmp_path / "state") as services:
         yield services
-        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("how", HOW)

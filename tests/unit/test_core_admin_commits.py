@@ -7,13 +7,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import trio
 
-from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.protocol.words import AgentName
 from hive_core.sockets.admin import AdminDesk
 from tests.checkouts import Checkout
 from tests.dashboards import hive_of
-from tests.hives import PATIENCE_S, Services, open_services, run_hive, serve
+from tests.hives import Services, open_gate, run_hive, serve
 
 IRIS = AgentName("iris")
 
@@ -22,13 +21,8 @@ IRIS = AgentName("iris")
 async def hive(tmp_path: Path) -> AsyncIterator[Services]:
     """iris with her repositories, and the gate served."""
     (tmp_path / "state").mkdir()
-    async with open_services(tmp_path / "state") as services, trio.open_nursery() as nursery:
-        nursery.start_soon(services.gate.serve)
-        number = (await services.gate.spawn.request(OPERATOR, IRIS, "You read.", "a reader"))["approval"]
-        with trio.fail_after(PATIENCE_S):
-            await services.gate.approve(number, (await services.approvals.get(number)).digest, OPERATOR)
+    async with open_gate(tmp_path / "state") as services:
         yield services
-        nursery.cancel_scope.cancel()
 
 
 async def test_a_branch_is_applied_by_its_name_and_compared(hive: Services, tmp_path: Path) -> None:
