@@ -11,10 +11,13 @@ import os
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from hive_core.containers.cgroups import mounted_trees
 from tests.needs import ROOT
 from tests.nix_pages import DROP_IN, HELPER_UNIT, UNIT
 from tests.processes import children_of, look_until
@@ -94,15 +97,47 @@ def booted_host(folder: Path, *more: str) -> Iterator[BootedHost]:
     options += ["--private-network", "--capability=all", "--machine=hive-test"]
     # Nobody answers what a first boot asks, and this machine's own services stay off.
     command = ["systemd-nspawn", *options, *binds, "systemd.firstboot=off", "systemd.unit=basic.target"]
-    with (folder / "console").open("wb") as console:
-        nspawn = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
+    with _own_groups() as entries, (folder / "console").open("wb") as console:
+        enter = 'while [ "$1" != -- ]; do echo 0 > "$1" || exit; shift; done; shift; exec "$@"'
+        words = ["/bin/sh", "-c", enter, "sh", *map(str, entries), "--", *command]
+        nspawn = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
+        try:
+            yield look_until(lambda: _find(nspawn.pid))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                nspawn.terminate()
+            nspawn.wait(WITHIN_S)
+
+
+@contextmanager
+def _own_groups() -> Iterator[list[Path]]:
+    """The files by which a machine enters control groups of its own, in each tree in which its systemd makes some.
+
+    Two machines in one group would each take the other's units of the same name for their own: kill what is in them,
+    and wait for it.
+    """
+    mounted, groups = mounted_trees(), []
+    name = f"hive-test-{os.getpid()}-{time.monotonic_ns()}"  # one for both: systemd takes them for the same group
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, kind, path = line.split(":", 2)
+        if kind in ("", "name=systemd") and kind in mounted:
+            own = mounted[kind] / path.lstrip("/")
+            groups.append((own if own.is_dir() else mounted[kind]) / name)
     try:
-        host = look_until(lambda: _find(nspawn.pid))
-        yield host
+        for group in groups:
+            group.mkdir()
+        yield [group / "cgroup.procs" for group in groups]
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            nspawn.terminate()
-        nspawn.wait(WITHIN_S)
+        for group in groups:
+            look_until(partial(_remove, group))
+
+
+def _remove(group: Path) -> bool:
+    """Whether it could be removed: what has just ended may be in there for a moment yet."""
+    for each in (*sorted(group.rglob("*/"), reverse=True), group):
+        with contextlib.suppress(OSError):
+            each.rmdir()
+    return not group.exists()
 
 
 def _find(nspawn: int) -> BootedHost | None:

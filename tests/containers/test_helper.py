@@ -33,7 +33,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from hive_core.sockets.unix import Connection, Lines, listen_unix, serve_unix
 from tests.containers.drivers import IRIS, PATIENCE_S, let_all_enter, make_fifo, mates, need, read_fifo, wait_gone
-from tests.containers.helped import Helped, ask, end_helper, error, helped_in, send, start_helper, swapping
+from tests.containers.helped import Helped, ask, end_helper, error, helped_in, mounts_below, send, start_helper, swapping
 from tests.hanging_disk import hanging
 from tests.needs import ROOT
 from tests.processes import children_of, look_until, pids_naming
@@ -338,9 +338,9 @@ def test_a_disk_that_hangs_holds_up_nobody_but_the_agent_whose_it_is(tmp_path: P
 
 def test_nothing_that_is_mounted_for_an_agent_is_seen_by_the_host_or_stays(tmp_path: Path, owned: Path) -> None:
     serve(tmp_path, owned, "exit 0")
-    before = Path("/proc/self/mountinfo").read_text()
+    before = mounts_below(tmp_path)
     assert "pid" in ask(tmp_path, {"verb": "start", "name": "iris"})
-    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text().replace(before, "")
+    assert mounts_below(tmp_path) == before
     assert ask(tmp_path, {"verb": "exit", "name": "iris"}) == {"code": 0}
     assert list((tmp_path / "stage").iterdir()) == []
 
