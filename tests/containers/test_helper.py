@@ -33,7 +33,17 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from hive_core.sockets.unix import Connection, Lines, listen_unix, serve_unix
 from tests.containers.drivers import IRIS, PATIENCE_S, let_all_enter, make_fifo, mates, need, read_fifo, wait_gone
-from tests.containers.helped import Helped, ask, end_helper, error, helped_in, mounts_below, send, start_helper, swapping
+from tests.containers.helped import (
+    Helped,
+    ask,
+    end_helper,
+    error,
+    helped_in,
+    mounts_below,
+    send,
+    start_helper,
+    swapping,
+)
 from tests.hanging_disk import hanging
 from tests.needs import ROOT
 from tests.processes import children_of, look_until, pids_naming
