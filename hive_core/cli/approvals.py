@@ -26,19 +26,6 @@ def show(arguments: Namespace) -> None:
     emit(arguments, result, approval(result))
 
 
-def apply(arguments: Namespace) -> None:
-    client = Client()
-    sha = client.call("expand_commit", agent=arguments.agent, revision=arguments.revision)["sha"]
-    result = client.call("request_apply_commit", agent=arguments.agent, sha=sha, reason=arguments.reason)
-    number = result["approval"]
-    if rule := client.call("show", approval=number)["rule"]:
-        ends = [f"passes by rule {rule}, without a click", f"`hive show {number}` shows it"]
-    else:
-        ends = ["waits for you", f"`hive show {number}` shows it, `hive approve {number}` approves it"]
-    text = f"{arguments.revision} is {sha}; approval {number} " + "\n".join(ends)
-    emit(arguments, {**result, "sha": sha}, text)
-
-
 def diff(arguments: Namespace) -> None:
     from hive_core.protocol.visible import named
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 from hive_core.cli.client import Client
-from hive_core.cli.output import emit
+from hive_core.cli.output import emit, given_text
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import BODY_LIMIT_BYTES, too_large
+from hive_core.protocol.words import BODY_LIMIT_BYTES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,14 +21,7 @@ def send(arguments: Namespace) -> None:
     if to is None:
         raise Refusal("usage", "cannot send to nobody: name an agent, several with commas, or * for everyone")
     if body is None:
-        given = sys.stdin.buffer.read(BODY_LIMIT_BYTES + 1)  # whatever comes in may have no end
-        if len(given) > BODY_LIMIT_BYTES:
-            raise too_large("message", f"{len(given):,} bytes or more", BODY_LIMIT_BYTES)
-        try:
-            body = given.decode()
-        except UnicodeDecodeError as exc:
-            why = f"byte {exc.start} is not UTF-8; give it as UTF-8"
-            raise Refusal("usage", f"cannot send the message: {why}") from None
+        body = given_text("message", BODY_LIMIT_BYTES)
     # The shell, and not we, would make one word of a list; the daemon takes one name, or a list.
     recipients = to.split(",") if "," in to else to
     result = Client().call("send", to=recipients, body=body, in_reply_to=arguments.in_reply_to)

@@ -19,6 +19,19 @@ def emit(arguments: Namespace, result: Any, text: str) -> None:
     print(json.dumps(result, ensure_ascii=False) if arguments.json else text)
 
 
+def given_text(what: str, limit_bytes: int) -> str:
+    """Text from standard input. Raises Refusal("usage") where that is not UTF-8, or more than so many bytes."""
+    from hive_core.protocol.words import too_large
+
+    given = sys.stdin.buffer.read(limit_bytes + 1)  # whatever comes in may have no end
+    if len(given) > limit_bytes:
+        raise too_large(what, f"{len(given):,} bytes or more", limit_bytes)
+    try:
+        return given.decode()
+    except UnicodeDecodeError as exc:
+        raise Refusal("usage", f"cannot take the {what}: byte {exc.start} is not UTF-8; give it as UTF-8") from None
+
+
 def refuse(refusal: Refusal, as_json: bool) -> int:
     """Say why a verb was refused; returns the exit code."""
     if as_json:

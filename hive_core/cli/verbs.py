@@ -20,6 +20,18 @@ def _whole(text: str) -> int:
         raise ArgumentTypeError(f"{shown(text)} is not a whole number") from None
 
 
+_REASON: tuple[tuple[str, ...], dict[str, Any]] = (
+    ("--reason",),
+    {"default": "asked for by the operator", "help": "why, for the card and the log"},
+)
+_NEW_AGENT: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+    (("agent",), {"metavar": "NAME"}),
+    (("persona",), {"nargs": "?", "help": "who it is and what it does; from standard input when absent"}),
+    (("--icon",), {"metavar": "SIGN", "help": "such as 🦉"}),
+    (("--toolkit",), {"metavar": "NAME", "help": "such as reader: the tools that it has, and packages"}),
+    _REASON,
+]
+
 # verb → (what runs it, as MODULE.FUNCTION of this package, its help, its arguments)
 VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
     "up": (
@@ -217,13 +229,28 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
         ],
     ),
     "apply": (
-        "approvals.apply",
+        "requests.apply",
         "ask to run an agent on a commit of its proposed repository",
         [
             (("agent",), {}),
             (("revision",), {"metavar": "REVISION", "help": "a branch, a tag, HEAD, or the id of a commit"}),
-            (("--reason",), {"default": "asked for by the operator"}),
+            _REASON,
         ],
+    ),
+    "spawn": (
+        "requests.spawn",
+        "ask for a new agent",
+        _NEW_AGENT,
+    ),
+    "init-config": (
+        "requests.spawn",
+        "ask for a new agent's repositories alone, to be shaped before anything runs",
+        _NEW_AGENT,
+    ),
+    "update-meta-inputs": (
+        "requests.update_meta_inputs",
+        "ask to build every agent from newer inputs, where containers are NixOS systems",
+        [_REASON],
     ),
     "approve": (
         "approvals.approve",

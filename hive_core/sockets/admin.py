@@ -43,6 +43,7 @@ from hive_core.sockets.admin_credentials import credential_streams, credential_v
 from hive_core.sockets.admin_deploys import deploy_verbs
 from hive_core.sockets.admin_lifecycle import lifecycle_verbs
 from hive_core.sockets.admin_policy import policy_verbs
+from hive_core.sockets.admin_requests import request_verbs
 from hive_core.sockets.admin_snapshots import snapshot_verbs
 from hive_core.sockets.admin_spend import spend_verbs
 from hive_core.sockets.admin_steering import steering_verbs
@@ -103,6 +104,7 @@ class AdminDesk:
             **credential_verbs(hive),
             **lifecycle_verbs(hive),
             **policy_verbs(hive),
+            **request_verbs(hive),
             **snapshot_verbs(hive),
             **spend_verbs(hive),
             **steering_verbs(hive),

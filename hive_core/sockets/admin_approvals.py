@@ -1,4 +1,4 @@
-"""The operator's verbs about what is asked for and decided, on host.sock."""
+"""The operator's verbs about what waits for his word, and its decision, on host.sock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hive_core.hive import Hive
 from hive_core.procedures.kinds.apply_commit import BASES
 from hive_core.procedures.together import Click
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import OPERATOR, parse_agent_name, parse_commit_sha, parse_id, shown
+from hive_core.protocol.words import OPERATOR, parse_agent_name, parse_id, shown
 
 Args = dict[str, Any]
 Tell = Callable[[Any], Awaitable[None]]
@@ -24,14 +24,6 @@ caller_uid: ContextVar[int] = ContextVar("caller_uid")  # of whoever is answered
 
 def approval_verbs(hive: Hive) -> Verbs:
     """verb → (what answers it, the arguments it takes)."""
-
-    async def request_spawn(args: Args) -> Any:
-        name = parse_agent_name(args.get("agent"))
-        return await hive.gate.spawn.request(OPERATOR, name, args.get("persona"), args.get("reason"))
-
-    async def request_apply_commit(args: Args) -> Any:
-        name, sha = parse_agent_name(args.get("agent")), parse_commit_sha(args.get("sha"))
-        return await hive.gate.apply_commit.request(OPERATOR, name, sha, args.get("reason"))
 
     async def expand_commit(args: Args) -> Any:
         """What a person calls a commit → its whole id; who asks for it then says that."""
@@ -64,8 +56,6 @@ def approval_verbs(hive: Hive) -> Verbs:
         return (await hive.gate.deny(approval_id, reason, OPERATOR, _door())).to_wire()
 
     return {
-        "request_spawn": (request_spawn, {"agent", "persona", "reason"}),
-        "request_apply_commit": (request_apply_commit, {"agent", "sha", "reason"}),
         "expand_commit": (expand_commit, {"agent", "revision"}),
         "diff": (diff, {"approval", "against"}),
         "pending": (pending, set()),

@@ -255,7 +255,7 @@ def test_closed_streams_are_no_trouble(tmp_path: Path) -> None:
 
 def test_a_message_on_standard_input_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     done = shell(tmp_path, r"printf 'caf\xe9' > m; hive send iris < m".replace(" m", f" {tmp_path}/m"))
-    assert done.stderr == "hive: cannot send the message: byte 3 is not UTF-8; give it as UTF-8\n"
+    assert done.stderr == "hive: cannot take the message: byte 3 is not UTF-8; give it as UTF-8\n"
     assert done.returncode == 2
 
 

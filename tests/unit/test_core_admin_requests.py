@@ -1,0 +1,104 @@
+"""What the operator asks for by a card: `hive` itself, against the real door and real git."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from hive_core.sockets.admin import AdminDesk
+from tests.dashboards import hive_of
+from tests.hives import Services, open_gate, run_hive, serve
+
+
+class Said(NamedTuple):
+    code: int
+    text: str
+
+
+class Terminal:
+    """Runs `hive`; gives its code and what it printed on both streams."""
+
+    def __init__(self, runtime: Path) -> None:
+        self._runtime = runtime
+
+    async def __call__(self, *words: str, stdin: bytes = b"") -> Said:
+        done = await run_hive(self._runtime, *words, stdin=stdin)
+        return Said(done.returncode, (done.stdout + done.stderr).decode())
+
+
+@pytest.fixture
+async def hive(tmp_path: Path) -> AsyncIterator[Services]:
+    (tmp_path / "state").mkdir()
+    async with open_gate(tmp_path / "state") as services:
+        yield services
+
+
+@pytest.fixture
+async def run(hive: Services, tmp_path: Path) -> AsyncIterator[Terminal]:
+    async with serve(tmp_path / "host.sock", AdminDesk(hive_of(hive)).serve):
+        yield Terminal(tmp_path)
+
+
+async def test_a_new_agent_is_asked_for_and_its_card_shows_what_was_given(hive: Services, run: Terminal) -> None:
+    asked = await run("spawn", "argus", "You review.", "--icon", "🦉", "--toolkit", "reader", "--reason", "more eyes")
+    assert asked == (0, "approval 2 waits for you\n`hive show 2` shows it, `hive approve 2` approves it\n")
+    card = await hive.approvals.get(2)
+    assert (card.kind, card.agent, card.requested_by, card.reason) == ("spawn", "argus", "operator", "more eyes")
+    assert card.payload["icon"] == "🦉"
+    assert "You review." in card.payload["files"]["CLAUDE.md"]
+    assert 'tools = ["Read", "Glob", "Grep"' in card.payload["files"]["agent.toml"]
+    assert (await run("approve", "2")).text.splitlines()[-1].startswith("approval 2 of argus: done")
+
+
+async def test_a_persona_comes_from_standard_input_where_it_is_no_word(hive: Services, run: Terminal) -> None:
+    assert json.loads((await run("spawn", "argus", "--json", stdin=b"You\nreview.\n")).text) == {"approval": 2}
+    card = await hive.approvals.get(2)
+    assert "You\nreview.\n" in card.payload["files"]["CLAUDE.md"]
+    assert card.reason == "asked for by the operator"
+    assert await run("spawn", "otto", stdin=b"\xff") == (
+        2,
+        "hive: cannot take the persona: byte 0 is not UTF-8; give it as UTF-8\n",
+    )
+
+
+async def test_a_configuration_alone_is_asked_for_to_be_shaped_before_anything_runs(
+    hive: Services, run: Terminal
+) -> None:
+    place = hive.repos.proposed_dir / "argus" / "config"
+    said = await run("init-config", "argus", "You review.")
+    assert said.text.splitlines()[2] == (
+        f"then it lies in {place} to be shaped, and `hive apply argus HEAD` asks to create it"
+    )
+    assert (await hive.approvals.get(2)).kind == "init_config"
+    assert (await run("approve", "2")).code == 0
+    assert (place / "agent.toml").exists()
+
+
+async def test_newer_inputs_are_asked_for_and_refused_where_nothing_is_built_from_them(run: Terminal) -> None:
+    why = 'only containers of sandbox = "nixos-container" are built from inputs (here it is bwrap)'
+    assert await run("update-meta-inputs") == (4, f"hive: cannot update the inputs: {why}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "why"),
+    [
+        (["spawn", "iris", "You read."], 4, "cannot ask for iris: an agent of that name exists"),
+        (["spawn", "Argus", "You read."], 2, "cannot use 'Argus' as an agent's name"),
+        (["spawn", "argus", ""], 2, "cannot take the persona: it is empty"),
+        (["spawn", "argus", "You read.", "--icon", "no"], 2, "cannot use 'no' as an icon"),
+        (["spawn", "argus", "You read.", "--toolkit", "none"], 2, "cannot use 'none' as a toolkit: there are"),
+        (["spawn", "argus", "You read.", "--reason", ""], 2, "cannot take the reason: it is empty"),
+        (["init-config", "iris", "You read."], 4, "cannot ask for iris: an agent of that name exists"),
+        (["update-meta-inputs", "--reason", " "], 2, "cannot take the reason: it is empty"),
+    ],
+)
+async def test_what_cannot_be_asked_for_is_one_sentence_and_leaves_no_card(
+    hive: Services, run: Terminal, words: list[str], code: int, why: str
+) -> None:
+    said = await run(*words)
+    assert (said.code, said.text.startswith(f"hive: {why}"), said.text.count("\n")) == (code, True, 1), said
+    assert await hive.approvals.pending() == []
