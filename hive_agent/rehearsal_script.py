@@ -41,6 +41,8 @@ def find_rules(system_prompt: str) -> list[dict[str, Any]]:
         rules = json.loads(block[1])
     except ValueError as exc:
         raise BadScript(f"cannot follow the script: it is not JSON ({exc})") from None
+    except RecursionError:
+        raise BadScript("cannot follow the script: it is not JSON (it is nested too deeply)") from None
     if not isinstance(rules, list):
         raise BadScript("cannot follow the script: it must be a list of rules")
     for number, rule in enumerate(rules, 1):

@@ -118,7 +118,7 @@ class Sessions:
 
 
 class Rehearsal:
-    """The turns of one process."""
+    """The turns of one process. Raises BadScript when there is no way to follow its script."""
 
     def __init__(self, flags: dict[str, str], server: dict[str, Any] | None, session: str) -> None:
         self._flags = flags
@@ -126,6 +126,7 @@ class Rehearsal:
         self._session = session
         self._model = flags.get("--model", "none")
         self._prompt = flags.get("--append-system-prompt", "")
+        self._rules = find_rules(self._prompt)
         self._hive: ToolServer | None = None
         self._begin()
 
@@ -145,11 +146,7 @@ class Rehearsal:
         if prompt == "/cost":
             self._result("A rehearsal costs nothing.")
             return None
-        try:
-            exit_code = self._follow(prompt)
-        except BadScript as exc:
-            self._result(str(exc), is_error=True)
-            return None
+        exit_code = self._follow(prompt)
         if exit_code is None:
             self._result(self._last_text)
         return exit_code
@@ -179,7 +176,7 @@ class Rehearsal:
             return None
         self._words |= {"sender": wake.sender, "body": wake.body, "message_id": wake.message_id}
         self._words |= {"refused": wake.refused, "body_bytes": wake.body_bytes or len(wake.body.encode())}
-        steps = steps_for(find_rules(self._prompt), wake)
+        steps = steps_for(self._rules, wake)
         if steps is None:
             self._explain(wake)
             return None
@@ -401,7 +398,13 @@ def main(argv: list[str]) -> int:
     session = resumed or flags.get("--session-id") or str(uuid.uuid4())
     if "--no-session-persistence" not in flags:
         sessions.keep(session)
-    rehearsal, orders = Rehearsal(flags, server, session), Orders()
+    try:
+        rehearsal = Rehearsal(flags, server, session)
+    except BadScript as exc:
+        # Like a program with settings that it cannot read: it does not come up, and the gate sees that.
+        print(exc, file=sys.stderr)
+        return 1
+    orders = Orders()
     try:
         while (prompt := orders.next()) is not None:
             try:

@@ -50,18 +50,23 @@ class Stage:
     def play(
         self, prompt: str, body: str = "hello", sender: str = "operator", session: str | None = None, code: int = 0
     ) -> list[dict[str, Any]]:
+        done = self.run(prompt, body, sender, session)
+        assert done.returncode == code
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def run(
+        self, prompt: str, body: str = "hello", sender: str = "operator", session: str | None = None
+    ) -> subprocess.CompletedProcess[bytes]:
         lease = cast("Any", a_lease(body=body, sender=sender))
-        done = subprocess.run(
+        return subprocess.run(
             self.command(prompt, session),
             input=user_line(wake_prompt(lease["message"], 0)),
             env=environment(self.seat, "api_key"),
             cwd=self.folder,
-            stdout=subprocess.PIPE,
+            capture_output=True,
             timeout=PATIENCE_S,
             check=False,
         )
-        assert done.returncode == code
-        return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture
@@ -238,10 +243,16 @@ def test_flags_it_does_not_know_are_refused(arguments: list[str], said: str) -> 
     assert said in done.stderr
 
 
-def test_a_script_that_cannot_be_followed_fails_the_turn(stage: Stage) -> None:
-    event = stage.play("```rehearsal\n[{]\n```\n")[-1]
-    assert event["is_error"] is True
-    assert "cannot follow the script" in event["result"]
+@pytest.mark.parametrize(
+    ("rules", "why"), [("[{]", "it is not JSON (Expecting property name"), ("[" * 100_000, "it is nested too deeply")]
+)
+def test_with_a_script_that_cannot_be_followed_it_does_not_come_up_and_says_why(
+    stage: Stage, rules: str, why: str
+) -> None:
+    done = stage.run(f"```rehearsal\n{rules}\n```\n")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode().startswith("cannot follow the script: ")
+    assert why in done.stderr.decode()
 
 
 @pytest.mark.parametrize(
