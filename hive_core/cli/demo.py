@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hive_core.cli import show, story
+from hive_core.cli import show, show_approvals, story
 from hive_core.cli.client import Client
 from hive_core.cli.up import start_daemon
 from hive_core.protocol.ends import how_ended
@@ -128,6 +128,9 @@ class _Stage:
         self._deny = deny
         self._out = sys.stderr if quiet else sys.stdout
         self._seen: set[int] = set()
+        self._walks: set[int] = set()  # of those the commits, whose steps are told
+        only = story.DENIED_ENDING if deny else story.ENDING
+        self._endings = (only,) if once else (story.ENDING, story.DENIED_ENDING, story.KEPT_ENDING)
         self._operator: Client
 
     def say(self, text: str) -> None:
@@ -175,7 +178,9 @@ class _Stage:
             "agents": [agent["name"] for agent in agents],
             "models": {agent["name"]: agent["model"] for agent in agents},
             "messages": len(self._operator.call("messages", limit=1000)["messages"]),
-            "approvals": [{key: row[key] for key in ("id", "kind", "agent", "state")} for row in approvals],
+            "approvals": [
+                {key: row[key] for key in ("id", "kind", "agent", "state", "proof", "note")} for row in approvals
+            ],
         }
 
     def _tell(self, event: dict[str, Any]) -> bool:
@@ -185,10 +190,10 @@ class _Stage:
                 return self._tell_message(event["data"]["message"])
             case "approval_requested" if event["data"]["approval"] not in self._seen:
                 self._tell_approval(event["data"]["approval"])
+            case "approval_step" if event["data"]["approval"] in self._walks:
+                self.say(show.paint(f"  ◆ approval {event['data']['approval']}: {event['data']['step']}", "dim"))
             case "approval_denied" | "approval_done" | "approval_failed":
-                self.say(
-                    show.paint(f"  ◆ approval {event['data']['approval']}: {event['kind'].split('_')[1]}", "amber")
-                )
+                self._tell_end(event["data"]["approval"])
             case "agent_started":
                 self.say(show.paint(f"  ▓ {event['agent']} runs", "green"))
             case "agent_ended" if not event["data"]["expected"]:
@@ -199,14 +204,19 @@ class _Stage:
 
     def _tell_message(self, message_id: int) -> bool:
         row = self._operator.call("message", message=message_id)
-        self.say(show.message(row))
-        ending = story.DENIED_ENDING if self._deny else story.ENDING
-        return row["recipient"] == "operator" and ending in row["body"]
+        # Of a notice what happened is enough: its fields are told already, as the card and its end.
+        body = row["body"].partition("\n")[0] if row["sender"] == "system" else row["body"]
+        self.say(show.message({**row, "body": body}))
+        return row["recipient"] == "operator" and any(ending in row["body"] for ending in self._endings)
 
     def _tell_approval(self, approval_id: int) -> None:
         self._seen.add(approval_id)
         approval = self._operator.call("show", approval=approval_id)
-        self.say(show.approval_line(approval))
+        if approval["kind"] == "apply_commit":
+            self._walks.add(approval_id)
+            self.say(show_approvals.approval(approval))
+        else:
+            self.say(show.approval_line(approval))
         if not self._once:
             self.say(
                 show.paint("  waiting for your click: ◆ APPR0VE on the dashboard", "amber")
@@ -216,6 +226,14 @@ class _Stage:
             self._operator.call("deny", approval=approval_id, reason=story.DENIAL)
         else:
             self._approve(approval_id)
+
+    def _tell_end(self, approval_id: int) -> None:
+        row = self._operator.call("show", approval=approval_id)
+        why = row["note"] or row["proof"]
+        colour = "red" if row["state"] == "failed" else "amber"
+        self.say(
+            show.paint(f"  ◆ approval {approval_id}: {row['state']}{': ' + show.safe(why) if why else ''}", colour)
+        )
 
     def _approve(self, approval_id: int) -> None:
         digest = self._operator.call("show", approval=approval_id)["digest"]

@@ -10,12 +10,20 @@ from typing import Any
 
 OPENING = "Please get the login module reviewed before we ship it tonight."
 DENIAL = "Three agents are enough for one module."
-ENDING = "iris runs on haiku now"
+ENDING = "Did anything happen?"
 DENIED_ENDING = "I reviewed the login module"
+KEPT_ENDING = "iris stays as it is"
 
-_MODEL_CHANGE = (
-    'cd "$HIVE_CONFIGS/iris/config" && sed -i \'s/^model = .*/model = "haiku"/\' agent.toml'
-    " && git commit --quiet --all --message 'Run iris on haiku: reviews are small' && git rev-parse HEAD"
+
+def _commit(edit: str, subject: str) -> str:
+    save = f"git commit --quiet --all --message {subject!r} && git rev-parse HEAD"
+    return f'cd "$HIVE_CONFIGS/iris/config" && {edit} && {save}'
+
+
+_CHEAPER = _commit("sed -i 's/^model = .*/model = \"haiku\"/' agent.toml", "Run iris on haiku: reviews are small")
+# It loses the comma behind the pattern: iris's program cannot read its script any more, and does not come up.
+_BROKEN = _commit(
+    """sed -i 's/"match": "findings",/"match": "findings|bugs"/' CLAUDE.md""", "Let iris hear of bugs, too"
 )
 
 
@@ -29,6 +37,12 @@ def _send(to: str, body: str) -> dict[str, Any]:
 
 def _introduction(text: str) -> dict[str, Any]:
     return {"from": "system", "match": "Welcome to the hive", "do": [_send("operator", text)]}
+
+
+def _propose(command: str, reason: str) -> list[dict[str, Any]]:
+    """Commit a change of iris, and ask for it."""
+    ask = {"agent": "iris", "sha": "{sha}", "reason": reason}
+    return [{"run": command, "save": "sha"}, {"tool": "request_apply_commit", "args": ask}]
 
 
 _REVIEW = {
@@ -52,6 +66,11 @@ IRIS = "You write and mend code.\n\n" + _script(
             "from": "hm1nd",
             "match": "findings",
             "do": [{"run": "echo mended > login.txt"}, _send("hm1nd", "Both findings are mended.")],
+        },
+        {
+            "from": "hm1nd",
+            "match": "still there",
+            "do": [_send("operator", f"iris here, on {{model}} as before. {ENDING}")],
         },
     ]
 )
@@ -101,24 +120,25 @@ HM1ND = "# hm1nd\n\nYou manage this hive. This is a rehearsal of it.\n\n" + _scr
         {
             "from": "iris",
             "match": "mended",
-            "do": [
-                {"run": _MODEL_CHANGE, "save": "sha"},
-                {
-                    "tool": "request_apply_commit",
-                    "args": {
-                        "agent": "iris",
-                        "sha": "{sha}",
-                        "reason": "What is left for iris is small: a cheaper model will do.",
-                    },
-                },
-            ],
+            "do": _propose(_CHEAPER, "What is left for iris is small: a cheaper model will do."),
         },
         {
             "from": "system",
             "match": "for iris: approved",
-            "do": [_send("operator", f"The review is done, both findings are mended, and {ENDING}.")],
+            "do": [
+                _send("operator", "Both findings are mended, and iris runs on haiku now. It shall hear of bugs, too."),
+                *_propose(_BROKEN, "iris mends what is called a finding, and is to mend what is called a bug."),
+            ],
         },
-        {"from": "system", "match": "for iris: denied", "do": [_send("operator", "Understood, iris stays as it is.")]},
+        {
+            "from": "system",
+            "match": "for iris: failed",
+            "do": [
+                _send("operator", "I lost a comma. iris did not come up with that, and was taken back by itself."),
+                _send("iris", "Are you still there?"),
+            ],
+        },
+        {"from": "system", "match": "for iris: denied", "do": [_send("operator", f"Understood, {KEPT_ENDING}.")]},
     ]
 )
 

@@ -56,12 +56,24 @@ def test_the_story_plays_to_its_end_by_itself(folder: Path) -> None:
     assert result["ok"] is True
     assert set(result["agents"]) == {"hm1nd", "iris", "damocles", "argus"}
     assert result["models"]["iris"] == "haiku"
-    assert [(row["kind"], row["agent"], row["state"]) for row in result["approvals"]][2:] == [
-        ("spawn", "argus", "done"),
-        ("apply_commit", "iris", "done"),
+    assert [(row["kind"], row["agent"], row["state"], row["proof"]) for row in result["approvals"]][2:] == [
+        ("spawn", "argus", "done", "healthy"),
+        ("apply_commit", "iris", "done", "healthy"),
+        ("apply_commit", "iris", "failed", None),
     ]
+    assert "its program does not come up: cannot follow the script: it is not JSON" in result["approvals"][4]["note"]
     assert result["messages"] >= 12
     assert result["seconds"] > 0
+    told = err.splitlines()
+    moments = [
+        "    model: sonnet → haiku",
+        "  ◆ approval 4: done: healthy",
+        '    +  "match": "findings|bugs"',
+        "  ◆ approval 5: going back",
+        f"  ◆ approval 5: failed: {result['approvals'][4]['note']}",
+        "    iris here, on haiku as before. Did anything happen?",
+    ]
+    assert [line for line in told if line in moments] == moments
     assert "sign in: http://hive.localhost:" in err
     assert list(folder.iterdir()) == []
     assert processes_of(folder) == []
