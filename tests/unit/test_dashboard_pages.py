@@ -64,6 +64,14 @@ async def test_a_hive_without_sandboxes_is_red_on_every_page(hive: Services) -> 
             assert "bwrap &lt;is&gt; missing" in (await client.get(path)).text
 
 
+async def test_a_hive_whose_agents_have_no_uids_of_their_own_says_so_on_every_page(hive: Services) -> None:
+    for path in ("/", "/agents/iris"):
+        async with browse(hive_of(hive, sandbox_weakness="<no> rootidmap")) as client:
+            assert "&lt;no&gt; rootidmap" in (await client.get(path)).text
+        async with browse(hive_of(hive)) as client:
+            assert 'id="sandbox-weakness"' not in (await client.get(path)).text
+
+
 async def test_a_missing_credential_is_told_when_an_agent_needs_one(hive: Services) -> None:
     async with browse(await opened(hive)) as client:
         assert 'id="no-credential"' not in (await client.get("/")).text

@@ -18,6 +18,7 @@ from dashboard.terminal import read_line, tokens
 from dashboard.visible import SHOWN_CHARACTERS, visible
 from hive_core.agents import Agent, Live
 from hive_core.approvals import Approval
+from hive_core.containers import nixos_container, nspawn
 from hive_core.procedures.supervise import Supervisor
 from hive_core.protocol.words import AgentName
 from tests.dashboards import hive_of
@@ -389,6 +390,17 @@ async def test_a_quarantined_agent_can_be_started_by_its_row(hive: Services) -> 
     row = Rows(hive_of(hive)).agent(agent)
     assert 'action="/agents/iris/command"' in row
     assert 'value="resume"' in row
+
+
+@pytest.mark.parametrize(
+    ("sandbox", "told"),
+    [("nspawn", False), (nspawn.HOST_UIDS, True), ("nixos-container", False), (nixos_container.HOST_UIDS, True)],
+)
+async def test_an_agent_whose_container_has_the_hosts_uids_has_a_badge(
+    hive: Services, sandbox: str, told: bool
+) -> None:
+    hive.agents.observe("iris", "idle", sandbox=sandbox)
+    assert (">host uids</span>" in Rows(hive_of(hive)).agent(await hive.agents.get("iris"))) == told
 
 
 async def test_an_outdated_agent_can_be_updated_by_its_row_and_one_that_failed_says_that_the_others_wait(
