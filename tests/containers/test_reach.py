@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from hive_core.access import Access
-from hive_core.containers.inside import HOME
+from hive_core.containers.inside import ETC_FILES, HOME, SYSTEM_PATHS, program_paths
 from hive_core.containers.mounts import MANAGER_TARGETS, TARGETS
 from hive_core.credentials import Credential
 from hive_core.sockets.http import serve_asgi
@@ -30,6 +30,8 @@ SOCKETS = ("harness", "mcp", "model")
 # null, zero, full, random, urandom; tty, console, ptmx; terminals of its own.
 HARMLESS = {1003, 1005, 1007, 1008, 1009, 5000, 5001, 5002, *range(136_000, 136_100)}
 TUNNEL = 10_200  # without a capability nothing can be made of it
+# What nixos-container and systemd-nspawn mount into each of theirs.
+OF_UNITS = ("/nix/var/nix/db", "/run/host/os-release", "/run/host/incoming")
 # What is tried inside, by name; each is to be refused there, or found to be not there.
 PROBE = r"""
 import json, os, socket, stat, sys
@@ -101,13 +103,19 @@ for place in ("/usr/written", "/etc/ssl/certs/written", sys.prefix + "/written",
         return "reached"
 tried("to mount")(lambda: os.chroot("/tmp"))
 told["capabilities"] = [line.split()[1] for line in open("/proc/self/status") if line.startswith("Cap")]
-mounts = set()
+mounts = {}
 for line in open("/proc/self/mountinfo"):
     words = line.split()
     kind = words[words.index("-") + 1]
-    if kind not in ("proc", "tmpfs", "devtmpfs", "devpts", "mqueue", "sysfs", "cgroup", "cgroup2", "ramfs"):
-        mounts.add((words[4], "ro" if "ro" in words[5].split(",") else "rw"))
-told["mounts"] = sorted(mounts)
+    if kind in ("proc", "tmpfs", "devtmpfs", "devpts", "mqueue", "sysfs", "cgroup", "cgroup2", "ramfs"):
+        continue
+    if words[4] == "/": continue  # in memory, as all that is made in there
+    major, _, minor = words[2].partition(":")
+    try:
+        if os.stat(words[4]).st_dev != os.makedev(int(major), int(minor)): continue  # covered by another
+    except OSError: continue
+    mounts[words[4]] = "rw" if os.access(words[4], os.W_OK) else "ro"
+told["mounts"] = mounts
 print("TOLD " + json.dumps(told))
 """
 
@@ -163,7 +171,8 @@ async def test_what_a_container_reaches_is_what_the_table_says(tmp_path: Path, s
         )
     assert code == 0, said
     told = json.loads(said.partition("TOLD ")[2])
-    mounts = {place: mode for place, mode in told.pop("mounts") if place in (*TARGETS, *MANAGER_TARGETS)}
+    seen = told.pop("mounts")
+    mounts = {place: seen.pop(place) for place in (*TARGETS, *MANAGER_TARGETS) if place in seen}
     devices = set(told.pop("devices")) - HARMLESS - ({TUNNEL} if sandbox in UNITS else set())
     assert (told.pop("disks"), devices) == ([], set())
     reached = {what for what, answer in told.items() if answer == "reached"}
@@ -175,13 +184,15 @@ async def test_what_a_container_reaches_is_what_the_table_says(tmp_path: Path, s
     assert {what: answer for what, answer in told.items() if what not in reached and answer != "refused"} == {}
     wanted = {mount.target: "ro" if mount.read_only else "rw" for mount in own.mounts}
     assert mounts == wanted
+    assert set(seen.values()) == {"ro"}
+    assert set(seen) <= {*SYSTEM_PATHS, *program_paths(None), *(OF_UNITS if sandbox in UNITS else ETC_FILES)}
 
 
-def test_the_table_of_the_docs_names_every_mount() -> None:
+def test_the_table_of_the_docs_names_every_mount_and_all_that_is_seen_of_the_host() -> None:
     table = (ROOT / "docs" / "isolation.md").read_text().partition("| an agent reaches | how |")[2].partition("\n\n")[0]
     named = set(re.findall(r"`([/~][^`]*)`", table))
     named = {name.replace("~", "/root").replace("/NAME/config", "") for name in named}
-    assert {*TARGETS, *MANAGER_TARGETS} <= named
+    assert {*TARGETS, *MANAGER_TARGETS, *SYSTEM_PATHS, *ETC_FILES, *OF_UNITS} <= named
 
 
 ASK = """
