@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hive_core.containers.bounds import Bounds
 from hive_core.containers.mounts import Mount
+from hive_core.containers.scopes import SLICE
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, StorePath
 
@@ -86,6 +87,7 @@ def drop_in_text(first_line: str, end_file: Path, bounds: Bounds | None) -> str:
         raise _cannot_be_written(str(end_file))
     lines = ["[Unit]", "StartLimitIntervalSec=0", "[Service]", "Restart=no", "RestartForceExitStatus="]
     lines += ["SuccessExitStatus=", "LogRateLimitIntervalSec=30s", "LogRateLimitBurst=2000", "OOMPolicy=continue"]
+    lines += [f"Slice={SLICE}"]  # with all other agents, so that what bounds all of the hive bounds it
     if bounds is not None:
         lines += [f"MemoryMax={bounds.memory_bytes}", "MemorySwapMax=0", f"CPUQuota={bounds.cpu_percent}%"]
         lines += [f"TasksMax={bounds.tasks}"]

@@ -168,7 +168,7 @@ def test_the_container_of_a_daemon_without_rights_is_a_unit_of_the_hosts_with_ui
         "ActiveState": "active",
         "MainPID": str(pid),
         "MemoryMax": "1073741824",
-        "Slice": "machine.slice",
+        "Slice": "hyperhive-agents.slice",
     }
     assert daemon(host, "find") == pid
     code, said = daemon(host, "exec", "pwd; id -u; cat /state/made; cut -c -22 /proc/self/uid_map")

@@ -122,11 +122,13 @@ def shown(host: BootedHost, *properties: str) -> dict[str, str]:
 def test_an_agents_container_is_a_unit_that_is_bounded_adopted_and_ended(host: BootedHost) -> None:
     daemon(host, "switch", "echo first words; exec sleep 1000")
     pid, invocation = daemon(host, "start")
-    properties = "ActiveState", "MainPID", "InvocationID", "Restart", "MemoryMax", "CPUQuotaPerSecUSec", "TasksMax"
+    properties = "ActiveState", "MainPID", "InvocationID", "Slice", "Restart"
+    properties += "MemoryMax", "CPUQuotaPerSecUSec", "TasksMax"
     assert shown(host, *properties) == {
         "ActiveState": "active",
         "MainPID": str(pid),
         "InvocationID": invocation,
+        "Slice": "hyperhive-agents.slice",
         "Restart": "no",
         "MemoryMax": str(2**30),
         "CPUQuotaPerSecUSec": "1.500000s",
