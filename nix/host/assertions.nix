@@ -15,6 +15,12 @@ let
   port = cfg.settings.dashboard_port;
   managerPort = cfg.settings.manager_port or 8000;
   address = cfg.settings.dashboard_host;
+  helped = cfg.helper.enable || cfg.sandbox == "nixos-container";
+  bounds = lib.filter (name: cfg.settings ? ${name}) [
+    "agent_memory_bytes"
+    "agent_cpu_percent"
+    "agent_tasks"
+  ];
   loopback = lib.elem address [
     "127.0.0.1"
     "::1"
@@ -45,9 +51,15 @@ in
         message = "services.hyperhive.dashboard.port is ${toString managerPort}, the port of the manager's page: choose another, or set services.hyperhive.settings.manager_port.";
       }
     ];
-    warnings = lib.optional (!loopback) (
-      "services.hyperhive.dashboard.address is ${address}: the dashboard has no encryption of its own, so whoever can"
-      + " listen on that network can sign in; put a proxy with TLS before it, or use 127.0.0.1 and `ssh -L`."
-    );
+    warnings =
+      lib.optional (!loopback) (
+        "services.hyperhive.dashboard.address is ${address}: the dashboard has no encryption of its own, so whoever can"
+        + " listen on that network can sign in; put a proxy with TLS before it, or use 127.0.0.1 and `ssh -L`."
+      )
+      ++ lib.optional (bounds != [ ] && !helped) (
+        "services.hyperhive has ${lib.concatStringsSep ", " bounds} for its agents, and nobody would hold them to it: the"
+        + " daemon alone has no control groups. Say services.hyperhive.helper.enable = true (sandbox = \"bwrap\" may stay),"
+        + " or bound the daemon and all agents together with services.hyperhive.limits."
+      );
   };
 }

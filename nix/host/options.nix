@@ -57,21 +57,21 @@ in
       type = types.nullOr types.ints.positive;
       default = null;
       example = 8192;
-      description = "Memory of each agent and all that it starts, in MiB (`agent_memory_bytes`). With none, the daemon's default.";
+      description = "Memory of each agent and all that it starts, in MiB (`agent_memory_bytes`); held with the helper or NixOS containers. With none, the daemon's default.";
     };
 
     agents.cpuPercent = mkOption {
       type = types.nullOr types.ints.positive;
       default = null;
       example = 100;
-      description = "CPU time of each agent: 100 is one core (`agent_cpu_percent`). With none, the daemon's default.";
+      description = "CPU time of each agent: 100 is one core (`agent_cpu_percent`); held with the helper or NixOS containers. With none, the daemon's default.";
     };
 
     agents.tasks = mkOption {
       type = types.nullOr types.ints.positive;
       default = null;
       example = 4096;
-      description = "Processes and threads of each agent (`agent_tasks`). With none, the daemon's default.";
+      description = "Processes and threads of each agent (`agent_tasks`); held with the helper or NixOS containers. With none, the daemon's default.";
     };
 
     limits.memoryMax = mkOption {

@@ -168,6 +168,16 @@ def test_a_dashboard_on_a_network_is_warned_of(nix: Nix) -> None:
     assert "no encryption" in said
 
 
+def test_limits_of_agents_that_nobody_would_hold_them_to_are_warned_of(nix: Nix) -> None:
+    of = "(host {{ services.hyperhive = {{ enable = true; {0} }}; }}).config.warnings"
+    (said,) = nix.value(of.format("agents.memoryMiB = 2048;"))
+    assert "has no control groups" in said
+    (said,) = nix.value(of.format("settings.agent_tasks = 100;"))
+    assert "services.hyperhive.helper.enable" in said
+    for held in ("helper.enable = true;", 'helper.enable = true; sandbox = "bwrap";', 'sandbox = "nixos-container";'):
+        assert nix.value(of.format(f"agents.cpuPercent = 50; {held}")) == []
+
+
 def test_the_build_runs_the_daemons_own_parser_over_the_settings(nix: Nix) -> None:
     script = nix.value(
         '(host { services.hyperhive.enable = true; }).config.environment.etc."hyperhive/config.toml".source.given.text'
