@@ -31,6 +31,7 @@ from hive_core.procedures.kinds.spawn import Spawn
 from hive_core.procedures.kinds.update_meta_inputs import UpdateMetaInputs
 from hive_core.procedures.repo_upkeep import RepoUpkeep
 from hive_core.procedures.walk import Walk
+from hive_core.protocol.container_id import container_id
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
     MANAGER,
@@ -84,7 +85,7 @@ class Gate:
         self._mended: dict[AgentName, str] = {}  # the commit of each agent that was looked at
         self._unmended: set[AgentName] = set()  # of whom that failed
         self._away = False  # what has their containers did not answer: it is asked again
-        self._busy: set[AgentName] = set()  # of whom something is carried out or mended
+        self._busy: set[str] = set()  # the containers, by id, of whose agents something is carried out or mended
         self.policy = Policy(store, policy, agents.access)
         asking = self.asking = Asking(store, limits.approval_ttl_s, self.policy.rule_for)
         self.spawn = Spawn(
@@ -281,8 +282,8 @@ class Gate:
             with self._store.bus.listen(APPROVED, _FREE) as listener:
                 while True:
                     for approval in await self._approvals.approved():
-                        if approval.agent not in self._busy:
-                            self._busy.add(approval.agent)
+                        if (container := container_id(approval.agent)) not in self._busy:
+                            self._busy.add(container)
                             nursery.start_soon(self._carry_out_next, approval)
                     await listener.wait()
 
@@ -292,7 +293,7 @@ class Gate:
             if (await self._approvals.get(approval.id)).state == "approved":
                 await self._carry_out(approval)
         finally:
-            self._busy.discard(approval.agent)
+            self._busy.discard(container_id(approval.agent))
             self._store.bus.publish([APPROVED])
 
     async def _serve_mending(self) -> None:
@@ -327,15 +328,16 @@ class Gate:
             del self._mended[name]
             self._deployments.forget(name)
         for name, sha in agents.items():
-            if sha is None or self._mended.get(name) == sha or name in approved | self._busy:
+            container = container_id(name)
+            if sha is None or self._mended.get(name) == sha or name in approved or container in self._busy:
                 continue
             self._mended[name] = sha
-            self._busy.add(name)
+            self._busy.add(container)
             try:
                 if await self._mend(name, CommitSha(sha)):
                     return True
             finally:
-                self._busy.discard(name)
+                self._busy.discard(container)
                 self._store.bus.publish([_FREE])
         return False
 

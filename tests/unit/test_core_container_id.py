@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import string
+from pathlib import Path
 
 import pytest
+import trio
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -14,7 +16,8 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, RESERVED, AgentName, parse_agent_name
 from hive_core.sockets.admin import AdminDesk
 from tests.dashboards import hive_of
-from tests.hives import Services
+from tests.hives import Services, open_services
+from tests.processes import PATIENCE_S
 
 PARTS = st.text(string.ascii_lowercase + string.digits, min_size=1, max_size=9)
 NAMES = (
@@ -62,6 +65,27 @@ async def test_a_name_whose_container_would_have_the_id_of_another_is_refused_wh
     with pytest.raises(Refusal, match=f"cannot create {second}"):
         await hive.store.write(lambda tx: hive.agents.create(tx, AgentName(second), OPERATOR))
     assert await hive.value("SELECT count(*) FROM approvals") == 0
+
+
+async def test_of_two_whose_containers_would_share_an_id_and_who_are_approved_together_nothing_is_made_of_one(
+    tmp_path: Path,
+) -> None:
+    async with open_services(tmp_path) as hive:
+        cards = []
+        for name in TWINS:
+            asked = await hive.gate.spawn.request(OPERATOR, AgentName(name), "You read.", "a test")
+            cards.append(await hive.approvals.get(asked["approval"]))
+        for card in cards:
+            await hive.gate.approve(card.id, card.digest, OPERATOR, patience_s=0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hive.gate.serve)
+            with trio.fail_after(PATIENCE_S):
+                done, failed = [await hive.approvals.wait_settled(card.id) for card in cards]
+            nursery.cancel_scope.cancel()
+        assert (done.state, failed.state) == ("done", "failed")
+        shared = f"its container would be called {container_id(done.agent)}, as that of {done.agent} is"
+        assert shared in (failed.note or "")
+        assert [path.name for path in (tmp_path / "applied").iterdir()] == [f"{done.agent}.git"]
 
 
 async def test_list_tells_the_id_of_each_container(hive: Services) -> None:
