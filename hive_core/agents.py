@@ -88,12 +88,12 @@ def pick_port(name: str, ports: range, taken: Iterable[int]) -> int:
 
 
 def check_free(tx: Transaction, name: AgentName, deed: str) -> None:
-    """Raise Refusal("conflict") when an agent has this name, or a container of the same id."""
+    """Raise Refusal("conflict") when an agent has this name, or one that is or is to be a container of the same id."""
     if tx.execute("SELECT 1 FROM agents WHERE name = ?", (name,)).fetchone():
         raise Refusal("conflict", f"cannot {deed} {name}: an agent of that name exists")
     ours = container_id(name)
-    for row in tx.execute("SELECT name FROM agents").fetchall():
-        if container_id(row["name"]) == ours:
+    for row in tx.execute("SELECT name FROM agents UNION ALL SELECT name FROM configured").fetchall():
+        if row["name"] != name and container_id(row["name"]) == ours:
             why = f"its container would be called {ours}, as that of {row['name']} is"
             raise Refusal("conflict", f"cannot {deed} {name}: {why}; choose another name")
 

@@ -11,9 +11,10 @@ import trio
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from hive_core.configured import note_configured
 from hive_core.protocol.container_id import CONTAINER_ID_LIMIT, container_id
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import MANAGER, OPERATOR, RESERVED, AgentName, parse_agent_name
+from hive_core.protocol.words import MANAGER, OPERATOR, RESERVED, AgentName, CommitSha, parse_agent_name
 from hive_core.sockets.admin import AdminDesk
 from tests.dashboards import hive_of
 from tests.hives import Services, open_services
@@ -65,6 +66,17 @@ async def test_a_name_whose_container_would_have_the_id_of_another_is_refused_wh
     with pytest.raises(Refusal, match=f"cannot create {second}"):
         await hive.store.write(lambda tx: hive.agents.create(tx, AgentName(second), OPERATOR))
     assert await hive.value("SELECT count(*) FROM approvals") == 0
+
+
+async def test_a_name_whose_container_would_have_the_id_of_an_agent_to_be_is_refused_when_it_is_asked_for(
+    hive: Services,
+) -> None:
+    first, second = map(AgentName, TWINS)
+    await hive.store.write(lambda tx: note_configured(tx, first, CommitSha("0" * 40), MANAGER, None))
+    for ask in (hive.gate.spawn.request, hive.gate.init_config.request):
+        with pytest.raises(Refusal, match=f"cannot ask for {second}: .* as that of {first} is; choose another name"):
+            await ask(MANAGER, second, "You are late.", "a test")
+    await hive.add_agents(first)
 
 
 async def test_of_two_whose_containers_would_share_an_id_and_who_are_approved_together_nothing_is_made_of_one(
