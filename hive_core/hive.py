@@ -96,7 +96,7 @@ class Hive:
         )
         self.tombstones = Tombstones(self.store)
         self.destruction = Destruction(
-            self.store, self.agents, self.reconciler, self.tombstones, self.keeper, self.broker
+            self.store, self.agents, self.reconciler, self.tombstones, self.keeper, self.broker, self.gate.walk
         )
         self.together = Together(self.store, self.approvals, self.gate)
         self.logins = Logins(self.store.bus, self.credentials, self.breaker, self.claude, self.bwrap_trouble)

@@ -238,5 +238,6 @@ def _check_main(repository: Path, name: AgentName, sha: CommitSha, base: CommitS
 
 def _deploy(repository: Path, name: AgentName, approval_id: int, sha: CommitSha, base: CommitSha) -> None:
     main = _check_main(repository, name, sha, base)
-    run_git(repository, "update-ref", "refs/heads/main", sha, main)
-    set_tags(repository, [Tag(f"deployed/{approval_id}", sha)])
+    # Both or none: an approval that fails moves nothing.
+    both = f"update refs/heads/main {sha} {main}\nupdate refs/tags/deployed/{approval_id} {sha}\n"
+    run_git(repository, "update-ref", "--stdin", stdin=both.encode())

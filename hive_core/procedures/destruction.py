@@ -15,6 +15,7 @@ from hive_core.kept import Keeper
 from hive_core.last_will import settle_all
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.procedures.supervise import AWAY_REST_S, is_away
+from hive_core.procedures.walk import Walk
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.store.bus import EVENTS
@@ -35,6 +36,7 @@ class Destruction:
         tombstones: Tombstones,
         keeper: Keeper,
         broker: Broker,
+        walk: Walk,
     ) -> None:
         self._store = store
         self._agents = agents
@@ -42,6 +44,7 @@ class Destruction:
         self._tombstones = tombstones
         self._keeper = keeper
         self._broker = broker
+        self._walk = walk
         self._working: set[int] = set()
         self._trouble: dict[str, str] = {}  # label → why it does not come to its end
         self._retried: set[str] = set()  # labels of those that go on by themselves when that is over
@@ -150,6 +153,7 @@ class Destruction:
 
     async def _revive(self, tombstone: Tombstone) -> None:
         await self._keeper.bring_back(tombstone.name, tombstone.label)
+        await self._walk.revive(tombstone.name)
         await self._broker.ledger.look_again(tombstone.name)
         await self._store.insist(lambda tx: forget(tx, tombstone, "revived", OPERATOR))
 

@@ -7,6 +7,7 @@ do is in kinds/.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -81,7 +82,7 @@ class Gate:
         self._approvals = approvals
         self._repos = repos
         self._deployments = deployments
-        self._walk = walk
+        self.walk = walk
         self._mended: dict[AgentName, str] = {}  # the commit of each agent that was looked at
         self._unmended: set[AgentName] = set()  # of whom that failed
         self._away = False  # what has their containers did not answer: it is asked again
@@ -113,7 +114,10 @@ class Gate:
 
     async def load(self) -> None:
         """Know what a daemon before has left half done."""
-        await self._walk.load()
+        await self.walk.load()
+        for name in {approval.agent for approval in await self._approvals.approved()}:
+            with contextlib.suppress(Refusal):  # where that is its own trouble, the walk finds it
+                await self.upkeep.mend(name)  # what a git left that was killed with it would fail the approval
 
     async def ensure_manager(self, prompt: str) -> None:
         """Create hm1nd if it is missing: the one agent that needs no approval, since it asks for all others."""
@@ -386,5 +390,6 @@ class Gate:
             reason = str(exc) if isinstance(exc, Refusal | OSError) else f"{type(exc).__name__}: {exc}"
             log.warning("approval %d of %s failed: %s", approval.id, approval.agent, reason)
             self._mended.pop(approval.agent, None)
+            self.walk.end(approval.agent)
             await self._store.insist(lambda tx: self._end(tx, approval, "failed", reason, SYSTEM))
             await self._close(approval)

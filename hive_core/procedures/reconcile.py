@@ -138,6 +138,7 @@ class Reconciler:
         # Also what was out of sight while it was served.
         await self._end_unserved(name, {})
         self.updates.forget(name)
+        self.on_trial.discard(name)  # also of a daemon before: whoever is revived takes turns
         async with self._locks.of(name):  # a change of its that is being switched to comes to its end first
             await self._driver.destroy(name)
 

@@ -7,8 +7,12 @@ next one begins the walk anew, and knows what to go back to.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
+from functools import partial
+from typing import TypeVar
+
+import trio
 
 from hive_core.agent_locks import AgentLocks
 from hive_core.approvals import Approval, note_proof
@@ -16,17 +20,19 @@ from hive_core.container_states import forgive
 from hive_core.procedures.deployments import Change, Deployments, insist_that_it_stays, is_leaving
 from hive_core.procedures.kinds.kind import Done, Step
 from hive_core.procedures.reconcile import Reconciler
+from hive_core.procedures.supervise import AWAY_REST_S
 from hive_core.procedures.trials import HEALTHY, Trial, Unhealthy
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
 from hive_core.repos import Repos
 from hive_core.store.door import Store
-from hive_core.store.schema import StoreError
 from hive_core.store.writer import Transaction
 from hive_core.systems import Deployed, deployed_now, note_deployed
 
 log = logging.getLogger(__name__)
-BUILDING, WAITING, PROVING, RETURNING = "building", "waiting for its turn to end", "proving", "going back"
+BUILDING, WAITING, PROVING = "building", "waiting for its turn to end", "proving"
+RETURNING, FINISHING = "going back", "finishing"
+T = TypeVar("T")
 
 
 class Walk:
@@ -43,6 +49,18 @@ class Walk:
         """Let nobody take a turn on what a daemon before had not proven when it died."""
         for row in await self._store.rows(_ON_TRIAL):
             self._reconciler.on_trial.add(AgentName(row["agent"]))
+
+    def end(self, name: AgentName) -> None:
+        """Nothing of an agent is tried any more."""
+        self._reconciler.end_trial(name)
+
+    async def revive(self, name: AgentName) -> None:
+        """Let an agent that was destroyed while a change of it was tried run on what it had before, when it is revived.
+        Its repositories are there again. Raises Refusal when they cannot be read."""
+        if (row := await self._store.row(_TRIED, (name,))) is not None:
+            base = CommitSha(row["base"])
+            deployed = Deployed(await self._repos.read(name, base))  # where it is built, that is mended then
+            await self._store.insist(lambda tx: note_deployed(tx, name, base, deployed))
 
     async def begin(
         self, change: Change, create: Callable[[Transaction], None], step: Step
@@ -88,16 +106,19 @@ class Walk:
         Raises when that comes to nothing; then it runs on base as before.
         """
         name, change = approval.agent, Change(approval.agent, approval.id, sha, base)
-        await self._repos.check_main(name, sha, base)
-        if await self._repos.main(name) == sha:
-            return await self._finish(change, approval)
         try:
-            await step(BUILDING)
-            built = await self._deployments.build(name, sha)
-            await step(WAITING)
+            await insist_that_it_stays(self._store, name)
+            await self._repos.check_main(name, sha, base)
+            is_settled = await self._repos.main(name) == sha
+            if not is_settled:
+                await step(BUILDING)
+                built = await self._deployments.build(name, sha)
+                await step(WAITING)
         except Exception:
             await self._go_back(change, step)
             raise
+        if is_settled:
+            return await self._insist(change, FINISHING, step, partial(self._finish, change, approval))
         async with self._reconciler.trial(name) as trial:
             try:
                 proof = await self._try(change, built, trial, step)
@@ -125,7 +146,8 @@ class Walk:
 
     async def _finish(self, change: Change, approval: Approval) -> Done:
         """It was proven, and a daemon died when it was settled: what is left is to say so."""
-        built = await self._deployments.build(change.agent, change.sha)
+        sha, had = await deployed_now(self._store, change.agent)
+        built = had if sha == change.sha else await self._deployments.build(change.agent, change.sha)
         async with AsyncExitStack() as held:
             await held.enter_async_context(self._locks.of(change.agent))
             await insist_that_it_stays(self._store, change.agent)
@@ -136,27 +158,39 @@ class Walk:
         return Done(lambda tx: note_deployed(tx, change.agent, change.sha, built), approval.proof, kept)
 
     async def _go_back(self, change: Change, step: Step, trial: Trial | None = None) -> None:
-        """Let the agent run on what it had, if a try has changed that."""
+        """Let the agent run on what it had, if a try has changed that; until then it takes no turn."""
+        with suppress(Refusal, OSError):  # it was destroyed meanwhile
+            await self._insist(change, RETURNING, step, partial(self._take_back, change, step, trial))
+
+    async def _take_back(self, change: Change, step: Step, trial: Trial | None) -> None:
         name, base = change.agent, change.base
         assert base is not None
-        try:
-            sha, had = await deployed_now(self._store, name)
-            if await is_leaving(self._store, name) or (sha == base and await self._deployments.has(name, had)):
-                self._reconciler.end_trial(name)
-                return
-            await step(RETURNING)
-            former = had if sha == base else await self._deployments.build(name, base)
-            async with AsyncExitStack() as stack:
-                if trial is None:
-                    trial = await stack.enter_async_context(self._reconciler.trial(name))
-                async with trial.back(), self._locks.of(name):
-                    await insist_that_it_stays(self._store, name)
-                    await self._deployments.take(name, former)
-                    await self._store.insist(lambda tx: note_deployed(tx, name, base, former))
-        except StoreError:
-            raise
-        except (Refusal, OSError) as exc:
-            log.error("%s could not be given back what it ran on: %s", name, exc, extra={"agent": name})
+        sha, had = await deployed_now(self._store, name)
+        is_as_before = sha != change.sha and (sha != base or await self._deployments.has(name, had))
+        if is_as_before or await is_leaving(self._store, name):
+            self._reconciler.end_trial(name)
+            return
+        await step(RETURNING)
+        former = had if sha == base else await self._deployments.build(name, base)
+        async with AsyncExitStack() as stack:
+            if trial is None:
+                trial = await stack.enter_async_context(self._reconciler.trial(name))
+            async with trial.back(), self._locks.of(name):
+                await insist_that_it_stays(self._store, name)
+                await self._deployments.take(name, former)
+                await self._store.insist(lambda tx: note_deployed(tx, name, base, former))
+
+    async def _insist(self, change: Change, word: str, step: Step, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Do again what cannot be done now and must not stay half done. Raises only where the agent is destroyed."""
+        while True:
+            try:
+                return await attempt()
+            except (Refusal, OSError) as exc:
+                if await is_leaving(self._store, change.agent):
+                    raise
+                log.error("%s: %s, which is tried again: %s", change.agent, word, exc, extra={"agent": change.agent})
+                await step(f"{word}, which is tried again: {exc}")
+            await trio.sleep(AWAY_REST_S)
 
 
 def _note(tx: Transaction, approval: Approval, proof: str) -> None:
@@ -173,4 +207,13 @@ _ON_TRIAL = """
     SELECT approvals.agent FROM approvals INDEXED BY approvals_approved
     JOIN agents ON agents.name = approvals.agent
     WHERE approvals.state = 'approved' AND approvals.kind = 'spawn'
+"""
+# The newest change to the commit that is in an agent's row, where that did not come to stay.
+_TRIED = """
+    SELECT base FROM (
+        SELECT approvals.id, state, approvals.payload ->> 'base' AS base
+        FROM agents CROSS JOIN approvals INDEXED BY approvals_of ON approvals.agent = agents.name
+        WHERE agents.name = ? AND kind = 'apply_commit' AND approvals.payload ->> 'sha' = agents.deployed_sha
+        ORDER BY approvals.id DESC LIMIT 1
+    ) WHERE state IN ('approved', 'failed')
 """

@@ -1,0 +1,142 @@
+"""A change that a daemon left half done comes to an end whatever stands in its way, and nothing is tried for ever."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from hive_core.approvals import Approval
+from hive_core.procedures import walk
+from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
+from tests.checkouts import Checkout
+from tests.dashboards import hive_of
+from tests.git.test_deploy_log import OPUS, change, hive, model
+from tests.git.test_gate import approve, click_and_die, serving, tags
+from tests.hives import Services, open_services
+
+__all__ = ["hive"]
+IRIS = AgentName("iris")
+
+
+async def die_on_trial(state: Path) -> int:
+    """A daemon dies when iris runs on a change that was not proven yet: the number of its approval."""
+    async with open_services(state) as hive:
+        async with serving(hive):
+            await hive.gate.ensure_manager("You manage.")
+            await approve(hive, (await hive.gate.spawn.request(OPERATOR, IRIS, "You read.", "a reader"))["approval"])
+        sha = Checkout(hive.repos.proposed_dir / "iris" / "config").commit(agent__toml=OPUS)
+        number = (await hive.gate.apply_commit.request(MANAGER, IRIS, sha, "a change"))["approval"]
+        await click_and_die(hive, int(number))
+        sql = "UPDATE agents SET deployed_sha = ?, settings = json_set(settings, '$.model', 'opus') WHERE name = 'iris'"
+        await hive.sql(sql, sha)
+        return int(number)
+
+
+@asynccontextmanager
+async def next_daemon(state: Path) -> AsyncIterator[Services]:
+    async with open_services(state) as hive:
+        await hive.gate.load()
+        assert hive.gate.walk._reconciler.on_trial == {IRIS}
+        yield hive
+        assert hive.gate.walk._reconciler.on_trial == set(), "it would take no turn any more"
+
+
+async def ended(hive: Services, number: int, step: str = "", then: Callable[[], object] = lambda: None) -> Approval:
+    """How an approval ends; then: is done once it is at a step."""
+    with hive.store.bus.listen("events") as listener:
+        while step and step not in ((await hive.approvals.get(number)).step or ""):
+            await listener.wait()
+    then()
+    return await hive.approvals.wait_settled(number)
+
+
+async def test_main_moves_together_with_the_tag_of_its_deployment_or_neither_does(hive: Services) -> None:
+    before, taken = await hive.repos.main(IRIS), hive.state_dir / "applied/iris.git/refs/tags/deployed/2.lock"
+    taken.parent.mkdir(exist_ok=True)
+    taken.touch()
+    failed = await change(hive, agent__toml=OPUS)
+    assert (failed.state, "deployed/2.lock" in (failed.note or "")) == ("failed", True)
+    assert (await hive.repos.main(IRIS), await model(hive)) == (before, "sonnet")
+
+
+@pytest.mark.parametrize("left", ["refs/tags/approved/2.lock", "refs/heads/main.lock", "refs/tags/deployed/2.lock"])
+async def test_what_a_git_left_that_was_killed_with_its_daemon_does_not_fail_what_the_next_one_finishes(
+    tmp_path: Path, left: str
+) -> None:
+    number = await die_on_trial(tmp_path)
+    lock = tmp_path / "applied" / "iris.git" / left
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.touch()
+    async with next_daemon(tmp_path) as hive, serving(hive):
+        assert (await ended(hive, number)).state == "done"
+        assert (await model(hive), tags(hive)[f"approved/{number}"]) == ("opus", await hive.repos.main(IRIS))
+
+
+@pytest.mark.parametrize("settled", [False, True], ids=["on trial", "main has moved"])
+async def test_while_a_repository_cannot_be_used_what_is_half_done_waits_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, settled: bool
+) -> None:
+    number = await die_on_trial(tmp_path)
+    monkeypatch.setattr(walk, "AWAY_REST_S", 0.01)
+    repository, away = tmp_path / "applied" / "iris.git", tmp_path / "away.git"
+    async with next_daemon(tmp_path) as hive:
+        if settled:
+            card = await hive.approvals.get(number)
+            await hive.repos.deploy(IRIS, number, card.payload["sha"], card.payload["base"])
+            # What it finds of main can be read, but not written.
+            lock = repository / "refs/heads/main.lock"
+            lock.touch()
+            async with serving(hive):
+                done = await ended(hive, number, "finishing, which is tried again: cannot use", lock.unlink)
+            assert (done.state, await model(hive)) == ("done", "opus")
+        else:
+            repository.rename(away)
+            async with serving(hive):
+                back = "going back, which is tried again: cannot use the repository of iris"
+                failed = await ended(hive, number, back, lambda: away.rename(repository))
+            assert (failed.state, await model(hive)) == ("failed", "sonnet")
+            assert (await hive.agents.get("iris")).deployed_sha == await hive.repos.main(IRIS)
+        caplog.clear()
+
+
+async def test_who_is_destroyed_while_a_change_is_tried_runs_on_what_it_had_when_it_is_revived(tmp_path: Path) -> None:
+    number = await die_on_trial(tmp_path)
+    async with next_daemon(tmp_path) as hive, trio.open_nursery() as nursery:
+        whole = hive_of(hive)
+        nursery.start_soon(whole.destruction.serve)
+        await whole.destruction.destroy(IRIS, at_once=False)
+        async with serving(hive):
+            failed = await ended(hive, number)
+        assert (failed.state, failed.note) == ("failed", "cannot deploy iris: it was destroyed meanwhile")
+        await whole.destruction.revive("iris")
+        assert (await hive.agents.get("iris")).deployed_sha == await hive.repos.main(IRIS)
+        assert await model(hive) == "sonnet"
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_change_that_was_approved_with_another_one_and_comes_second_takes_nothing_back(
+    hive: Services, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkout = Checkout(hive.repos.proposed_dir / "iris" / "config")
+    first, second = checkout.commit(agent__toml=OPUS), checkout.commit(CLAUDE__md="You write.\n")
+    numbers = [
+        (await hive.gate.apply_commit.request(MANAGER, IRIS, sha, "a change"))["approval"] for sha in (first, second)
+    ]
+    cards = [await hive.approvals.get(number) for number in numbers]
+    ends = []
+    async with trio.open_nursery() as nursery:
+
+        async def click(card: Approval) -> None:
+            ends.append(await hive.gate.approve(card.id, card.digest, OPERATOR))
+
+        for card in cards:
+            nursery.start_soon(click, card)
+    assert sorted(end.state for end in ends) in (["done", "failed"], ["done", "done"])
+    done = max((end for end in ends if end.state == "done"), key=lambda end: end.id)
+    assert (await hive.agents.get("iris")).deployed_sha == done.payload["sha"] == await hive.repos.main(IRIS)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
