@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
+from hive_core.absent import not_found
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import SYSTEM, AgentName, CommitSha, shown
 from hive_core.repos import Repos
@@ -47,13 +49,15 @@ class DeployLog:
 
         Raises Refusal("not_found") where there is no such agent.
         """
-        row = await self._store.row("SELECT deployed_sha FROM agents WHERE name = ?", (name,))
+        row = await self._store.row("SELECT deployed_sha, created_at_ms FROM agents WHERE name = ?", (name,))
         if row is None:
-            raise Refusal("not_found", f"cannot tell the history of {name}: no agent has that name; `hive list`")
-        first = await self._repos.tagged(name, "deployed/0")
-        found = [dict(each) for each in await self._store.rows(_LOG, (name, limit))]
+            raise await not_found(self._store, name)
+        tags = await self._repos.deployments(name)
+        first = tags["deployed/0"]
+        rows = [dict(each) for each in await self._store.rows(_LOG, (name, limit))]
+        found = _of_this_one(rows, tags, row["created_at_ms"])
         log = [_deployment(each, first, row["deployed_sha"]) for each in found]
-        if len(found) < limit and all(each.what != "spawn" for each in log):
+        if len(rows) < limit and all(each.what != "spawn" for each in log):
             log.append(_of_the_hive(first, row["deployed_sha"]))
         return _runs_once(log)
 
@@ -120,6 +124,26 @@ class DeployLog:
         if not found:
             raise Refusal("not_found", f"cannot blame anybody: what {name} runs on holds no {shown(file)}")
         return found
+
+
+def _of_this_one(
+    rows: Sequence[dict[str, Any]], tags: Mapping[str, CommitSha], created_at_ms: int
+) -> list[dict[str, Any]]:
+    """The rows of an agent that are not of another one that had its name: those of which its repository knows."""
+    commits = frozenset(tags.values())
+
+    def is_known(row: dict[str, Any]) -> bool:
+        return f"deployed/{row['id']}" in tags if row["state"] == "done" else row["base"] in commits
+
+    changes = [row for row in rows if row["kind"] == "apply_commit"]
+    ours = {row["id"] for row in changes if is_known(row)}
+    spawns = [row for row in rows if row["kind"] == "spawn"]
+    if not any(row["creates"] for row in changes if row["id"] in ours):
+        made = (row["id"] for row in spawns if row["state"] == "done" and row["resolved_at_ms"] <= created_at_ms)
+        ours |= set(itertools.islice(made, 1))
+    others = [row["id"] for row in rows if row["state"] == "done" and row["id"] not in ours]
+    ours |= {row["id"] for row in spawns if row["state"] == "failed" and row["id"] > max(others, default=0)}
+    return [row for row in rows if row["id"] in ours]
 
 
 def _deployment(row: dict[str, Any], first: CommitSha, now: str | None) -> Deployment:
@@ -200,7 +224,8 @@ def _blamed(name: AgentName, key: str, value: Any, setter: Deployment | None) ->
 
 _LOG = """
     SELECT id, kind, state, requested_by, resolved_by, resolved_at_ms, reason, proof, note, rule,
-           json_extract(payload, '$.sha') AS sha
+           json_extract(payload, '$.sha') AS sha, json_extract(payload, '$.base') AS base,
+           json_extract(payload, '$.creates') AS creates
     FROM approvals INDEXED BY approvals_of
     WHERE agent = ? AND kind IN ('spawn', 'apply_commit') AND state IN ('done', 'failed') ORDER BY id DESC LIMIT ?
 """

@@ -51,6 +51,12 @@ def set_tags(repository: Path, tags: Sequence[Tag]) -> None:
             run_git(repository, "tag", *message, tag.name, tag.sha)
 
 
+def deployed_tags(repository: Path) -> dict[str, CommitSha]:
+    """The tags of what was deployed, and their commits."""
+    listed = run_git(repository, "for-each-ref", "--format=%(refname:lstrip=2) %(objectname)", "refs/tags/deployed")
+    return {tag: CommitSha(sha) for tag, sha in (line.split() for line in listed.decode().splitlines())}
+
+
 def clear_leavings(repository: Path, name: AgentName) -> None:
     """Remove what a git or a daemon that was killed left: locks, and half a repository."""
     for lock in (repository / "HEAD.lock", repository / "packed-refs.lock", *(repository / "refs").rglob("*.lock")):

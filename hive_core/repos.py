@@ -23,7 +23,7 @@ from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha, shown
 from hive_core.repo_making import make_repositories, write_beside
-from hive_core.repo_upkeep import Needed, Tag, clear_leavings, set_tags, tidy
+from hive_core.repo_upkeep import Needed, Tag, clear_leavings, deployed_tags, set_tags, tidy
 from hive_core.revisions import expand_revision
 from hive_core.settings import POLICY, AgentSettings
 from hive_core.sterile_git import GitFailed, run_git
@@ -117,6 +117,11 @@ class Repos:
     async def tagged(self, name: AgentName, tag: str) -> CommitSha:
         """The commit of a tag of the applied repository. Raises Refusal("not_found") when there is no such tag."""
         return await _in_thread(name, lambda: _tagged(self._of(name), name, tag))
+
+    async def deployments(self, name: AgentName) -> dict[str, CommitSha]:
+        """The tags of all that was deployed, deployed/0 first, and their commits. Raises Refusal without deployed/0."""
+        first = await self.tagged(name, "deployed/0")
+        return {"deployed/0": first, **await _in_thread(name, lambda: deployed_tags(self._of(name)))}
 
     async def text(self, name: AgentName, sha: CommitSha, path: str) -> str | None:
         """A file of a commit of the applied repository; None when it holds none of that path."""

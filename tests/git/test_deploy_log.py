@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName, parse_deployed_tag
 from tests.checkouts import Checkout
+from tests.dashboards import hive_of
 from tests.git.test_gate import approve, mail_of, serving
 from tests.hives import Services, open_services
 
@@ -142,7 +144,7 @@ async def test_the_history_tells_what_was_deployed_and_what_failed_and_which_run
     assert log[2].sha == await hive.repos.tagged(IRIS, "deployed/0")
     (first,) = await hive.gate.deploy_log.of(MANAGER)
     assert (first.id, first.tag, first.by, first.runs) == (None, "deployed/0", "system", True)
-    with pytest.raises(Refusal, match="no agent has that name"):
+    with pytest.raises(Refusal, match="cannot find nobody: no agent has that name"):
         await hive.gate.deploy_log.of(AgentName("nobody"))
 
 
@@ -173,3 +175,32 @@ async def test_a_setting_and_a_line_are_traced_to_the_approval_that_set_them(hiv
     ]:
         with pytest.raises(Refusal, match=why):
             await log.blame(IRIS, key)
+
+
+async def test_of_another_agent_that_had_the_name_nothing_is_told_and_nothing_comes_back(hive: Services) -> None:
+    await change(hive, agent__toml=OPUS)
+    first_of_all = await hive.repos.main(IRIS)
+    destruction = hive_of(hive).destruction
+
+    async def rows() -> list[tuple[int | None, str, bool]]:
+        return [(row.id, row.what, row.runs) for row in await hive.gate.deploy_log.of(IRIS)]
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(destruction.serve)
+        await destruction.destroy(IRIS, at_once=False)
+        number = (await hive.gate.spawn.request(MANAGER, IRIS, "You write.", "a writer"))["approval"]
+        await approve(hive, number)
+        assert await rows() == [(number, "spawn", True)]
+        with pytest.raises(Refusal, match="it runs on its first commit"):
+            await roll_back(hive)
+        assert (await hive.gate.deploy_log.blame(IRIS, "model"))["id"] == number
+        done = await change(hive, agent__toml=HAIKU)
+        assert await rows() == [(done.id, "apply_commit", True), (number, "spawn", False)]
+        await destruction.destroy(IRIS, at_once=False)
+        with pytest.raises(Refusal, match=r"cannot find iris: it is destroyed; .*`hive revive iris` brings it back"):
+            await rows()
+        one, *_ = [each.label for each in await hive_of(hive).tombstones.all()][::-1]
+        await destruction.revive(one)
+        assert await rows() == [(2, "apply_commit", True), (1, "spawn", False)]
+        assert await hive.repos.main(IRIS) == first_of_all
+        nursery.cancel_scope.cancel()
