@@ -32,6 +32,13 @@ class Hindrance(NamedTuple):
     rest_s: float
 
 
+class Restart(NamedTuple):
+    """asked_by: who wants one that has not begun. begun_by: who wanted the last one, which has said no hello yet."""
+
+    asked_by: AgentName | None
+    begun_by: AgentName | None
+
+
 class ContainerStates:
     def __init__(self, store: Store, limits: Limits, clock: Callable[[], float] = time.time) -> None:
         self._store = store
@@ -60,9 +67,16 @@ class ContainerStates:
         """A container of this shape is about to be started: who finds it knows that."""
         sql = """
             INSERT INTO container_states (agent, generation) VALUES (?, ?)
-            ON CONFLICT (agent) DO UPDATE SET generation = excluded.generation
+            ON CONFLICT (agent) DO UPDATE SET generation = excluded.generation,
+              restart_begun_by = coalesce(restart_asked_by, restart_begun_by), restart_asked_by = NULL
         """
         await self._store.insist(lambda tx: tx.execute(sql, (name, generation)).rowcount)
+
+    async def restart(self, name: AgentName) -> Restart:
+        """The restart of an agent that was asked for and is not told of yet."""
+        sql = "SELECT restart_asked_by, restart_begun_by FROM container_states WHERE agent = ?"
+        row = await self._store.row(sql, (name,))
+        return Restart(None, None) if row is None else Restart(*row)
 
     async def failed_updates(self) -> dict[AgentName, str]:
         """The agents that did not come up when they were replaced, and the generation of what they were to be."""
@@ -99,6 +113,21 @@ class ContainerStates:
             return crashes, ""
         tx.emit("agent_quarantined", "system", name, crashes=crashes, why=why)
         return crashes, _quarantine(name, crashes, why, last_words)
+
+
+def ask_for_restart(tx: Transaction, name: AgentName, actor: AgentName) -> None:
+    """An agent is to be started anew, and whoever asked for it is told of with its next hello."""
+    sql = """
+        INSERT INTO container_states (agent, restart_asked_by) VALUES (?, ?)
+        ON CONFLICT (agent) DO UPDATE SET restart_asked_by = excluded.restart_asked_by
+    """
+    tx.execute(sql, (name, actor))
+
+
+def forget_restart(tx: Transaction, name: AgentName, *, asked: bool) -> None:
+    """The one that was begun is told of; the one that was asked for too, or that is another one."""
+    too = ", restart_asked_by = NULL" if asked else ""
+    tx.execute(f"UPDATE container_states SET restart_begun_by = NULL{too} WHERE agent = ?", (name,))
 
 
 def forgive(tx: Transaction, name: AgentName) -> None:

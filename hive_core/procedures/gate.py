@@ -262,8 +262,8 @@ class Gate:
             return
         about: dict[str, Field] = {"approval": approval.id, "what": approval.kind, "agent": approval.agent}
         if sha := approval.payload.get("sha"):
-            tag = {"approved": f"deployed/{approval.id}", "denied": f"denied/{approval.id}"}.get(end)
-            about |= {"sha": sha, "tag": tag}
+            tag = {"approved": "deployed", "denied": "denied", "failed": "failed"}.get(end)
+            about |= {"sha": sha, "tag": tag and f"{tag}/{approval.id}"}
         whereby = f" by rule {approval.rule}, without a click" if approval.rule and end == "approved" else ""
         text = f"approval {approval.id}, {self.kinds[approval.kind].title(approval)}: {end}{whereby}"
         body = notice("approval_resolved", text, **about, state=end, rule=approval.rule, proof=proof, reason=reason)

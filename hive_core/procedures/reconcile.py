@@ -12,7 +12,7 @@ import trio
 
 from hive_core.agent_locks import AgentLocks
 from hive_core.agents import LIVE, Agent, Agents
-from hive_core.container_states import ContainerStates, forgive
+from hive_core.container_states import ContainerStates, ask_for_restart, forgive
 from hive_core.containers.driver import Driver
 from hive_core.containers.mounts import AgentDirs
 from hive_core.limits import Limits
@@ -236,10 +236,10 @@ class Reconciler:
 
         def write(tx: Transaction) -> None:
             forgive(tx, name)
+            ask_for_restart(tx, name, actor)
             tx.emit("restart_asked", actor, name)
             tx.wake(WANTED)
 
-        supervised.restarted_by = actor
         await self._store.write(write)
         if supervised.running is not None:
             supervised.desk.ask_to_stop()

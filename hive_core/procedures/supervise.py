@@ -12,7 +12,7 @@ from typing import Protocol
 import trio
 
 from hive_core.agents import Agent, Agents
-from hive_core.container_states import ContainerStates
+from hive_core.container_states import ContainerStates, forget_restart
 from hive_core.containers.driver import Driver
 from hive_core.containers.mounts import AgentDirs
 from hive_core.containers.running import Exit, Running
@@ -120,7 +120,6 @@ class Supervisor:
         self.killed_s: float | None = None  # since when it ought to have ended, by trio's clock
         self._starts_since_s: float | None = None  # while the driver starts it
         self.starts = 0  # how often this daemon has started it, or tried to
-        self.restarted_by: AgentName | None = None  # who wants to know of its next hello
         self.outdated = False  # what runs is of another generation than it would be started with now
         self.on_trial = False  # it was changed: it takes no turn before it is proven, and its crashes are the change's
         self.fell = False  # it has crashed on trial, and is not started again on it
@@ -273,7 +272,12 @@ class Supervisor:
                 self._tools.agents.observe_rest(self.name)
             if (await self._agent()).wanted == "down":
                 running.kill()
-            await self._watch(running, adopted=True)
+            if (await self._tools.states.restart(self.name)).asked_by is not None:
+                self.desk.ask_to_stop()  # as the daemon before was asked
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._tell_restarted)
+                await self._watch(running, adopted=True)
+                nursery.cancel_scope.cancel()
             return
         self.looked.set()
         if missed := await driver.missed_exit(self.name):
@@ -327,16 +331,19 @@ class Supervisor:
     async def _tell_restarted(self) -> None:
         """Tell hm1nd that it has said hello, where somebody had it started anew."""
         await self.desk.said_hello.wait()
-        if (by := self.restarted_by) is not None:
-            self.restarted_by = None
+        asked_by, begun_by = await self._tools.states.restart(self.name)
+        is_it = not self.desk.asked_to_stop  # what was asked for while it started
+        if (by := begun_by or (asked_by if is_it else None)) is None:
+            return
 
-            def write(tx: Transaction) -> None:
-                tx.emit("agent_restarted", SYSTEM, self.name, by=by)
-                if self.name != MANAGER:
-                    text = f"{self.name} was started anew, and has said hello"
-                    tell_manager(tx, notice("restarted", text, agent=self.name, by=by))
+        def write(tx: Transaction) -> None:
+            forget_restart(tx, self.name, asked=is_it)
+            tx.emit("agent_restarted", SYSTEM, self.name, by=by)
+            if self.name != MANAGER:
+                text = f"{self.name} was started anew, and has said hello"
+                tell_manager(tx, notice("restarted", text, agent=self.name, by=by))
 
-            await self._tools.store.insist(write)
+        await self._tools.store.insist(write)
 
     async def _start(self, nursery: trio.Nursery) -> Running | None:
         """What runs now; None when it could not be started, which is told, or is not wanted any more."""

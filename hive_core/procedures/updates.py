@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import trio
 
 from hive_core.agents import AT_REST, LIVE
-from hive_core.container_states import forgive
+from hive_core.container_states import ask_for_restart, forgive
 from hive_core.notices import notice, tell_manager
 from hive_core.post import put_message
 from hive_core.procedures.coming_up import End, how_it_came_up
@@ -228,11 +228,11 @@ class Updates:
 
         def write(tx: Transaction) -> None:
             forgive(tx, name)
+            ask_for_restart(tx, name, actor)
             tx.emit("update_asked", actor, name, revision=revision())
             tx.wake(WANTED)
 
         await self._tools.store.write(write)
-        one.restarted_by = actor
         if name not in self._asked:
             self._asked.add(name)
             if one.running is None:  # what was seen of it before the operator asked does not count

@@ -16,7 +16,7 @@ from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from tests.checkouts import Checkout
 from tests.dashboards import hive_of
 from tests.git.test_deploy_log import OPUS, change, hive, model
-from tests.git.test_gate import approve, click_and_die, serving, tags
+from tests.git.test_gate import approve, click_and_die, mail_of, serving, tags
 from tests.hives import Services, open_services
 
 __all__ = ["hive"]
@@ -62,6 +62,7 @@ async def test_main_moves_together_with_the_tag_of_its_deployment_or_neither_doe
     failed = await change(hive, agent__toml=OPUS)
     assert (failed.state, "deployed/2.lock" in (failed.note or "")) == ("failed", True)
     assert (await hive.repos.main(IRIS), await model(hive)) == (before, "sonnet")
+    assert f"\ntag: failed/{failed.id}\n" in (await mail_of(hive, MANAGER))[-1]
 
 
 @pytest.mark.parametrize("left", ["refs/tags/approved/2.lock", "refs/heads/main.lock", "refs/tags/deployed/2.lock"])

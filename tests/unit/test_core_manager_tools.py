@@ -157,3 +157,37 @@ async def test_a_restart_ends_it_at_its_edge_and_tells_the_manager_when_it_has_s
         {"agent": "iris", "by": "operator"},
     ]
     assert [kind for kind, _, _ in told] == ["restarted", "restarted", "container_crash"]
+
+
+@pytest.mark.parametrize("dies", ["before its turn has ended", "before it has said hello"])
+async def test_a_restart_is_carried_out_and_told_of_once_though_the_daemon_dies_in_it(
+    autojump_clock: MockClock, dies: str
+) -> None:
+    async with open_house() as house:
+        await house.add_agents("hm1nd", "iris")
+        house.let_crash()
+        async with house.daemon():
+            await house.until(lambda: house.live("iris").state == "idle")
+            await house.reconciler.restart(IRIS, OPERATOR)
+            if dies == "before it has said hello":
+                house.driver.life = lambda *_: None
+                house.last_of("iris").end(0)
+                await house.until(lambda: len(house.starts_of("iris")) == 2)
+        house.driver.left = {name: house.last_of(name) for name in (MANAGER, IRIS)}
+        house.let_crash()
+        async with house.daemon():
+            await house.until(lambda: sorted(house.reconciler.running()) == [MANAGER, IRIS])
+            house.hello("iris")
+            if dies == "before its turn has ended":
+                await house.until(lambda: house.desks[IRIS].stops)
+                house.running("iris").end(0)
+            await house.until(lambda: len(house.starts_of("iris")) == 2 and house.live("iris").state == "idle")
+            await trio.sleep(1)
+            house.last_of("iris").end(1)
+            await house.until(lambda: len(house.starts_of("iris")) == 3)
+            await trio.sleep(1)
+        told = [read_notice(body) for body in await house.mail(MANAGER)]
+    assert [(kind, fields.get("by")) for kind, _, fields in told] == [
+        ("restarted", "operator"),
+        ("container_crash", None),
+    ]
