@@ -175,7 +175,7 @@ _FORGET_OTHER_TURNS = """
 """
 _WHAT = """
     m.id, m.sender, m.body, m.body_bytes, m.body_sha256, m.in_reply_to, m.cause, m.cause_id, m.chain_id, m.hops,
-    m.sent_at_ms, d.attempts
+    m.sent_at_ms, d.attempts, (SELECT a.pronouns FROM agents a WHERE a.name = m.sender) AS pronouns
 """
 _MAIL = f"SELECT {_WHAT} FROM deliveries d{{index}} JOIN messages m ON m.id = d.message_id"
 _ONE_MAIL = f"{_MAIL.format(index='')} WHERE d.recipient = ? AND d.message_id = ?"
@@ -261,4 +261,5 @@ def _for_agent(row: sqlite3.Row, attempt: int) -> dict[str, Any]:
     """A message as the agent sees it; a body that goes on elsewhere says so by its size."""
     keys = ("id", "sender", "body", "in_reply_to", "sent_at_ms", "cause", "cause_id")
     more = {"body_bytes": row["body_bytes"]} if row["body_sha256"] else {}
+    more |= {"pronouns": row["pronouns"]} if row["pronouns"] else {}
     return {**{key: row[key] for key in keys}, "attempt": attempt, **more}

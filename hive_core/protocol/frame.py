@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from hive_core.protocol.visible import quoted
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +24,8 @@ LAST_OF_HEADER = 'body, each line of it behind "> ":\n'
 def framed(message: LeasedMessage, more: Sequence[str] = ()) -> str:
     """The message in its frame; `more` are further lines of its header."""
     number, body, body_bytes = message["id"], message["body"], message.get("body_bytes")
-    header = [f"from: {message['sender']}", f"message: {number}"]
+    called = f" ({quoted(pronouns)})" if (pronouns := message.get("pronouns")) else ""
+    header = [f"from: {message['sender']}{called}", f"message: {number}"]
     if message["in_reply_to"] is not None:
         header.append(f"in_reply_to: {message['in_reply_to']}")
     if message["attempt"] > 1:

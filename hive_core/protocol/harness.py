@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     class LeasedMessage(TypedDict):
         id: int
         sender: str
+        pronouns: NotRequired[str]  # of the sender, as it says
         body: str
         sent_at_ms: int
         in_reply_to: int | None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from hive_agent.wake import wake_prompt
 from hive_core.profiles import parse_icon, set_profile
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
@@ -65,6 +66,19 @@ async def test_an_agent_says_who_it_is_and_everybody_reads_it(hive: Services, tm
     (told,) = [one for one in result["structuredContent"]["agents"] if one["name"] == "iris"]
     assert (told["pronouns"], told["icon"], told["about"]) == ("they/them", "🦉", 'reads "all"')
     assert r'icon "🦉", pronouns "they/them", about "reads \"all\""' in result["content"][0]["text"]
+
+
+async def test_whom_an_agent_wakes_or_writes_to_in_a_turn_reads_its_pronouns(hive: Services, tmp_path: Path) -> None:
+    await set_profile(hive.store, IRIS, "she/her")
+    for body in ("one", "two"):
+        await hive.say("iris", "damocles", body)
+    await hive.say("hm1nd", "damocles", "three")
+    lease = await hive.broker.lease(AgentName("damocles"))
+    assert 'from: iris ("she/her")\nmessage: 1\n' in wake_prompt(lease.message, lease.waiting)
+    async with program_of(hive, "damocles", tmp_path) as damocles:
+        text = (await damocles.result("recv"))["content"][0]["text"]
+    assert 'from: iris ("she/her")\nmessage: 2\n' in text
+    assert "from: hm1nd\nmessage: 3\n" in text
 
 
 @pytest.mark.parametrize(
