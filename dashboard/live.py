@@ -19,6 +19,7 @@ from markupsafe import Markup
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Message, Receive, Scope, Send
 
+from dashboard.configured import configured_rows
 from dashboard.credentials import credential_rows, lacks_credential
 from dashboard.deploys import deploys_now
 from dashboard.rows import Rows
@@ -109,6 +110,8 @@ def _things(event: dict[str, Any]) -> list[tuple[str, Any]]:
     data, things = event["data"], []
     if event["kind"] in ("agent_created", "agent_reviving"):
         things.append(("agent", event["agent"]))
+    if event["kind"] in ("agent_configured", "agent_created"):
+        things.append(("configured", event["agent"]))
     if event["kind"] in ("turn_started", "turn_ended", "turn_settled"):
         things.append(("turn", data.get("turn")))
     if event["kind"] == "turn_ended":
@@ -321,6 +324,9 @@ class Feed:
                 return [Fragment(f"{what}-{thing.id}", "") for what in ("agent", "to", "budget-of")]
             case "tombstone_gone" if self._agent is None:
                 return [Fragment(f"tombstone-{thing.id}", "")]
+            case "configured" if self._agent is None:
+                target = f"configured-{thing.id}"
+                return [Fragment(target, (await configured_rows(self._hive)).get(target, ""), "configured")]
             case "agent" if self._agent is None:
                 return [
                     Fragment(f"to-{thing.id}", self._rows.recipient(thing.id), "recipients"),

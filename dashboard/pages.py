@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from dashboard.answers import notice
+from dashboard.configured import configured_rows
 from dashboard.credentials import credential_rows, lacks_credential
 from dashboard.deploys import deploys_now
 from dashboard.door import COOKIE
@@ -147,6 +148,7 @@ class Pages:
             aside=await messages_aside(hive.store, ASIDE_SHOWN),
             messages=await newest_messages(hive.store, None, MESSAGES_SHOWN),
             spend=await spend_now(hive, None),
+            configured=(await configured_rows(hive)).values(),
             tombstones=(await tombstone_rows(hive)).values(),
         )
 

@@ -30,6 +30,6 @@ async def is_configured(store: Store, name: AgentName) -> bool:
 
 
 async def all_configured(store: Store) -> list[dict[str, Any]]:
-    """`{"name", "sha", "requested_by", "at_ms"}` of each, by name."""
-    sql = "SELECT name, sha, requested_by, at_ms FROM configured ORDER BY name"
+    """`{"name", "sha", "requested_by", "icon", "at_ms"}` of each, by name."""
+    sql = "SELECT name, sha, requested_by, icon, at_ms FROM configured ORDER BY name"
     return [dict(row) for row in await store.rows(sql)]

@@ -77,6 +77,9 @@ def agents(result: dict[str, Any]) -> str:
     for agent in result["agents"]:
         if agent["status"]:
             text += f"\n{paint(agent['name'], 'bold')}: {safe(agent['status'])}"
+    for one in result.get("configured", ()):
+        text += f"\n{paint(one['name'], 'bold')} is configured since {ago(one['at_ms'])}, and no agent yet: "
+        text += f"the first commit of its repository that is approved creates it (`hive apply {one['name']} HEAD`)"
     shared = [f"/shared takes {mib(size)}"] if (size := result.get("shared_bytes") or 0) >= 2**20 else []
     return "\n".join([*_alarms(result), text, *shared, *_whole_details(result["agents"])])
 

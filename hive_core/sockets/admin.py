@@ -16,6 +16,7 @@ import trio
 
 from hive_core.agents import LIVE
 from hive_core.archive import parse_query
+from hive_core.configured import all_configured
 from hive_core.containers.helped import Helper, helper_trouble
 from hive_core.events import follow_events, newest_events
 from hive_core.flow import count_aside
@@ -226,7 +227,7 @@ class AdminDesk:
                 }
             )
         swarm = {"unsafe": hive.unsafe, "frozen_since_ms": hive.freeze.since_ms, "shared_bytes": hive.disk.shared_bytes}
-        return {"agents": agents, **swarm}
+        return {"agents": agents, "configured": await all_configured(hive.store), **swarm}
 
     async def _watch(self, args: Args, tell: Tell) -> None:
         """What `list` answers, now and after each change."""
