@@ -7,7 +7,7 @@ from pathlib import Path
 import trio
 
 from hive_core.config import Config
-from hive_core.flakes import MetaFlake, Sources, building_folder
+from hive_core.flakes import MetaFlake, Sources
 from hive_core.nix import Nix, NixFailed, NixLimits, explained
 from hive_core.protocol.refusal import Refusal
 
@@ -29,13 +29,6 @@ def sources(config: Config) -> Sources:
         hyperhive=_flake(config.hyperhive_source, "hyperhive_source", "a checkout of hyperhive"),
         nixpkgs=_flake(config.nixpkgs, "nixpkgs", "a nixpkgs"),
     )
-
-
-def readable_sources(config: Config) -> list[Path]:
-    """What of the host an evaluation sees besides its store: the flakes, and what they take in."""
-    found = sources(config)
-    made = [config.state_dir / "meta", building_folder(config.state_dir), config.state_dir / "applied"]
-    return [*made, found.hyperhive, found.nixpkgs]
 
 
 def nix_trouble(config: Config) -> str | None:

@@ -38,26 +38,36 @@ class Line:
 @dataclass(frozen=True, slots=True)
 class Effect:
     """
-    unknown   what could not be told, and why: "packages: agent.nix is not built in this sandbox"
-    inputs    a mark of what both sides were built from besides, where they are built
+    unknown     what could not be told, and why: "packages: agent.nix is not built in this sandbox"
+    inputs      a mark of what both sides were built from besides, where they are built
+    derivation  what would be built of the change, to its last byte: the store path of nix's instructions for it
     """
 
     lines: Sequence[Line] = ()
     unknown: Sequence[str] = ()
     inputs: str = ""
+    derivation: str = ""
 
     def to_wire(self) -> dict[str, Any]:
         """As it is stored: what widens comes first."""
         ordered = sorted(self.lines, key=lambda line: not line.wide)
         told = {"lines": [_wire(line) for line in ordered], "unknown": list(self.unknown)}
-        return told | ({"inputs": self.inputs} if self.inputs else {})
+        marks = {"inputs": self.inputs, "derivation": self.derivation}
+        return told | {key: mark for key, mark in marks.items() if mark}
+
+
+def derivation_of(effect: Mapping[str, Any] | None) -> str:
+    """What a stored effect was told of; empty where nothing is built, and of one from before that was kept."""
+    return str((effect or {}).get("derivation", ""))
 
 
 def says_the_same(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
-    """Whether two stored effects tell the same, whatever they were found from."""
+    """Whether two stored effects tell the same, of what is the same to build as far as both know it; whatever they
+    were found from."""
     if one is None or other is None:
         return one is other
-    return (one["lines"], one["unknown"]) == (other["lines"], other["unknown"])
+    derivations = {derivation_of(one), derivation_of(other)} - {""}
+    return (one["lines"], one["unknown"]) == (other["lines"], other["unknown"]) and len(derivations) < 2
 
 
 def _wire(line: Line) -> dict[str, Any]:

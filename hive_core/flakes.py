@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import platform
-import shutil
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -29,7 +28,15 @@ from hive_core.flake_files import agent_files, git_url, meta_flake, nix_string
 from hive_core.nix import Nix, NixFailed, explained
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import quoted
-from hive_core.protocol.words import MANAGER, PERSONA_LIMIT_BYTES, AgentName, CommitSha, parse_store_path, parse_text
+from hive_core.protocol.words import (
+    MANAGER,
+    PERSONA_LIMIT_BYTES,
+    AgentName,
+    CommitSha,
+    StorePath,
+    parse_store_path,
+    parse_text,
+)
 from hive_core.settings import AgentSettings, describe
 
 log = logging.getLogger(__name__)
@@ -64,7 +71,8 @@ class Evaluated:
 
     settings: AgentSettings
     persona: str
-    system: str  # where it says that what is built of it is
+    system: StorePath  # where it says that what is built of it is
+    derivation: StorePath  # what nix builds that from; it is in the store until that is cleaned up
     facts: Facts  # what that holds
 
 
@@ -82,14 +90,12 @@ class MetaFlake:
         self._sources = sources
         self._staging = trio.Lock()
         self._updated: dict[str, str] = {}  # the revisions of the inputs that were locked anew last
-        self.building = building_folder(folder.parent)
 
     async def open(self) -> None:
         """Make the repository if it is missing, and put back what a daemon that died had staged."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         await self._git("init", "--quiet", "--template=", "--initial-branch=main")
         await self._put_back()
-        shutil.rmtree(self.building, ignore_errors=True)
         try:
             await self._git("rev-parse", "--quiet", "--verify", "HEAD")
         except Refusal:
@@ -203,15 +209,6 @@ class MetaFlake:
             raise Refusal("unavailable", f"cannot evaluate agent.nix of {name}: {exc}") from None
         return _checked(name, said)
 
-    @asynccontextmanager
-    async def alone(self, name: AgentName, commit: CommitSha) -> AsyncIterator[str]:
-        """A flake with this agent alone, at a commit that is pinned, and with all inputs that are locked as they are in
-        the last one that was committed: its URL. What is built of it is what the staged one gives, and nobody waits."""
-        self.building.mkdir(mode=0o700, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=self.building) as folder:
-            await self._render_alone(Path(folder), name, commit)
-            yield _path_url(Path(folder))
-
     async def closure(self, system: str) -> Closure | None:
         """What a system needs in all; None where it is not in the store, so was never built here."""
         try:
@@ -223,6 +220,8 @@ class MetaFlake:
         return parse_closure(said, paths)
 
     async def _render_alone(self, folder: Path, name: AgentName, commit: CommitSha) -> None:
+        """A flake with this agent alone, and with all inputs that are locked as they are in the last one that was
+        committed: what is built of it is what the staged one gives, and nobody waits."""
         (folder / "flake.nix").write_text(self.render({name: commit}), "utf-8")
         with contextlib.suppress(Refusal):  # nothing was committed yet; what is staged may be half written
             (folder / "flake.lock").write_text(await self._git("show", "HEAD:flake.lock"), "utf-8")
@@ -266,11 +265,6 @@ class MetaFlake:
         return done.stdout.decode("utf-8", "replace")
 
 
-def building_folder(state_dir: Path) -> Path:
-    """Where flakes are for as long as they are built."""
-    return state_dir / "building"
-
-
 def _path_url(folder: Path) -> str:
     return f"path:{quote(str(folder))}"
 
@@ -295,4 +289,9 @@ def _checked(name: AgentName, said: bytes) -> Evaluated:
     except ValidationError as exc:
         raise Refusal("refused", f"cannot use agent.nix of {name}: hyperhive.settings: {describe(exc)}") from None
     persona = parse_text(found["persona"], "hyperhive.persona", PERSONA_LIMIT_BYTES)
-    return Evaluated(settings, persona, str(found["system"]), parse_facts(found.get("facts")))
+    try:
+        system, derivation = parse_store_path(found["system"]), parse_store_path(found["derivation"])
+    except Refusal as refusal:
+        why = f"system.build.toplevel is no system ({refusal.message})"
+        raise Refusal("refused", f"cannot use agent.nix of {name}: {why}; leave it to NixOS") from None
+    return Evaluated(settings, persona, system, derivation, parse_facts(found.get("facts")))

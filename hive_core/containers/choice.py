@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hive_core.building import make_nix, nix_trouble, readable_sources
+from hive_core.building import nix_trouble
 from hive_core.config import Config
 from hive_core.containers.bubblewrap import sandbox_trouble
 from hive_core.containers.driver import Driver
@@ -62,13 +62,6 @@ def choose_sandbox(config: Config, claude: Path | None) -> Choice:
     return Choice(sandbox, trouble, None if sandbox == "none" else weakness, bwrap_trouble)
 
 
-def make_builds(config: Config) -> SystemBuilds:
-    """What builds the systems of agents, as the configuration has it. Raises Refusal when their sources are not set."""
-    return SystemBuilds(
-        config.state_dir, nix=make_nix(config), readable=readable_sources(config), build_s=config.build_s
-    )
-
-
 def make_driver(
     config: Config,
     choice: Choice,
@@ -84,7 +77,7 @@ def make_driver(
         patience_s = PATIENCE_OF_S if own else {}
         helper = Helper(config.helper, config.state_dir, config.runtime_dir, config.sandbox, patience_s)
         if own and choice.trouble is None:
-            return HelpedSystems(helper, choice.sandbox, leftover, make_builds(config))
+            return HelpedSystems(helper, choice.sandbox, leftover, SystemBuilds(config.state_dir, config.build_s))
         return HelpedDriver(helper, choice.sandbox, leftover)
     groups = choose_groups(config.state_dir, bounds_of(config))
     if groups.trouble:
@@ -96,7 +89,7 @@ def make_driver(
         # Its units outlive the daemon, whatever that asks of other agents; and systemd bounds them.
         nixos = NixosContainerDriver(
             config.state_dir,
-            make_builds(config),
+            SystemBuilds(config.state_dir, config.build_s),
             base_of=first_uid,
             own_uids=choice.weakness is None,
             claude=claude,

@@ -102,8 +102,9 @@ class Switching(Protocol):
 class Systems(Switching, Protocol):
     """The same of a daemon's driver, which has them built too."""
 
-    async def build(self, name: AgentName, flake: str) -> StorePath:
-        """Build nixosConfigurations.NAME of a flake, as a URL. Touches nothing that runs.
+    async def build(self, name: AgentName, derivation: StorePath) -> StorePath:
+        """Build an agent's system from a derivation that an evaluation left in the store. Touches nothing that runs.
 
-        Raises Refusal("failed") with the last lines of what nix said.
+        Raises Refusal: "not_found" when the store was cleaned up and has it no more, "failed" with the last lines of
+        what nix said.
         """

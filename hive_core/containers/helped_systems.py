@@ -19,8 +19,8 @@ class HelpedSystems(HelpedDriver, Systems):
         super().__init__(helper, sandbox, leftover)
         self._builds = builds
 
-    async def build(self, name: AgentName, flake: str) -> StorePath:
-        return await self._builds.build(name, flake)
+    async def build(self, name: AgentName, derivation: StorePath) -> StorePath:
+        return await self._builds.build(name, derivation)
 
     async def switch(self, name: AgentName, system: StorePath) -> None:
         await self._helper.ask("switch", name, system=system)

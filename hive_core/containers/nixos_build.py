@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hive_core.containers.driver import Systems
 from hive_core.containers.nixos_container import NixosContainers
 from hive_core.containers.nixos_host import NixosHost
-from hive_core.nix import Nix, NixFailed, explained
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, StorePath, parse_store_path
 
@@ -18,28 +16,19 @@ from hive_core.protocol.words import AgentName, StorePath, parse_store_path
 class SystemBuilds:
     """
     state_dir  the daemon's; what was built is kept by a link in there until it is switched to
-    nix        what evaluates flakes, in its limits
-    readable   what of the host those flakes are and take as inputs, outside of the store
     build_s    how long a system may be built
     """
 
-    def __init__(
-        self, state_dir: Path, *, nix: Nix, readable: Sequence[Path], build_s: float, host: NixosHost | None = None
-    ) -> None:
+    def __init__(self, state_dir: Path, build_s: float, host: NixosHost | None = None) -> None:
         self._files = state_dir / "processes"
-        self._nix = nix
-        self._readable = readable
         self._build_s = build_s
         self._host = host or NixosHost()
 
-    async def build(self, name: AgentName, flake: str) -> StorePath:
+    async def build(self, name: AgentName, derivation: StorePath) -> StorePath:
         """See driver.py."""
-        system = f'{flake}#nixosConfigurations."{name}".config.system.build.toplevel'
-        words = ["eval", "--raw", "--no-write-lock-file", f"{system}.drvPath"]
-        try:
-            derivation = parse_store_path((await self._nix.run(words, readable=self._readable)).decode())
-        except NixFailed as failed:
-            raise Refusal("failed", f"cannot build {name}: {explained(failed)}") from None
+        if (await self._host.run("nix-store", "--check-validity", derivation)).code:
+            why = f"the store has no {derivation} any more; it has to be evaluated again"
+            raise Refusal("not_found", f"cannot build {name}: {why}")
         self._files.mkdir(mode=0o700, parents=True, exist_ok=True)
         words = ["nix-store", "--realise", derivation, "--add-root", str(self._link(name))]
         await self._host.insist(f"build {name}", *words, patience_s=self._build_s)
@@ -60,8 +49,8 @@ class NixosContainerDriver(NixosContainers, Systems):
         super().__init__(state_dir, **settings)
         self._builds = builds
 
-    async def build(self, name: AgentName, flake: str) -> StorePath:
-        return await self._builds.build(name, flake)
+    async def build(self, name: AgentName, derivation: StorePath) -> StorePath:
+        return await self._builds.build(name, derivation)
 
     async def switch(self, name: AgentName, system: StorePath) -> None:
         await super().switch(name, system)

@@ -55,8 +55,11 @@ class Deployments(Protocol):
         """What a proposal would change. Raises Refusal when it could not be deployed; nothing is changed, and nothing
         that runs touched."""
 
-    async def build(self, name: AgentName, sha: CommitSha) -> Deployed:
-        """Make of a commit what is made of it here; nothing that runs is touched. Raises when that is impossible."""
+    async def build(self, name: AgentName, sha: CommitSha, shown: str = "") -> Deployed:
+        """Make of a commit what is made of it here; nothing that runs is touched. Raises when that is impossible.
+
+        shown: the derivation that was told of when it was approved; it has to be that, where there is one
+        """
 
     async def has(self, name: AgentName, deployed: Deployed) -> bool:
         """Whether an agent is started on this already, all but the rows."""
@@ -139,7 +142,7 @@ class PlainDeployments:
             )
         return await effect_of_files(self._repos, name, proposal)
 
-    async def build(self, name: AgentName, sha: CommitSha) -> Deployed:
+    async def build(self, name: AgentName, sha: CommitSha, shown: str = "") -> Deployed:
         return Deployed(await self._repos.read(name, sha))
 
     async def has(self, name: AgentName, deployed: Deployed) -> bool:
@@ -189,7 +192,7 @@ class NoDeployments:
     async def check(self, name: AgentName, proposal: Proposal) -> Effect:
         raise Refusal("unavailable", f"cannot check {proposal.sha[:12]}: {self._trouble}")
 
-    async def build(self, name: AgentName, sha: CommitSha) -> Deployed:
+    async def build(self, name: AgentName, sha: CommitSha, shown: str = "") -> Deployed:
         raise Refusal("unavailable", f"cannot build {name}: {self._trouble}")
 
     async def has(self, name: AgentName, deployed: Deployed) -> bool:

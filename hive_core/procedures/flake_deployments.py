@@ -32,7 +32,7 @@ from hive_core.procedures.deployments import (
 )
 from hive_core.proposals import Proposal
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import AgentName, CommitSha
+from hive_core.protocol.words import AgentName, CommitSha, StorePath
 from hive_core.repos import Repos, harness_settings
 from hive_core.store.door import Store
 from hive_core.systems import Deployed, System, built_commits, system_of
@@ -101,10 +101,11 @@ class FlakeDeployments:
                 more_told, more_untold = closure_lines(*closures)
                 told, untold = told + more_told, untold + more_untold
             lines, unknown = lines + told, unknown + untold
-        return Effect(lines, unknown, self.inputs)
+        return Effect(lines, unknown, self.inputs, after.derivation)
 
     async def _evaluated(self, name: AgentName, sha: CommitSha) -> Evaluated:
-        """What a commit is evaluated to: the same for as long as it is built from the same."""
+        """What a commit is evaluated to: the same for as long as it is built from the same. Its derivation may be
+        cleaned out of the store meanwhile."""
         key = (name, sha, self._meta.inputs)
         if (found := self._known.pop(key, None)) is None:
             await self._repos.pin(name, sha)
@@ -114,15 +115,30 @@ class FlakeDeployments:
             del self._known[next(iter(self._known))]
         return found
 
-    async def build(self, name: AgentName, sha: CommitSha) -> Deployed:
-        await self._repos.pin(name, sha)
+    async def build(self, name: AgentName, sha: CommitSha, shown: str = "") -> Deployed:
         async with self._evaluating:
-            found = await self._meta.evaluate(name, sha)
+            found = await self._evaluated(name, sha)
+        _insist_on_what_was_shown(name, found, shown)
         path = await self._systems.current(name)
         if path is None or found.system != path:  # it says so itself, and keeps what it has if that is not so
-            async with self._building, self._meta.alone(name, sha) as url:
-                path = await self._systems.build(name, url)
+            async with self._building:
+                path = await self._built(name, sha, found)
         return Deployed(harness_settings(found.settings, found.persona), System(sha, path, self._meta.inputs))
+
+    async def _built(self, name: AgentName, sha: CommitSha, found: Evaluated) -> StorePath:
+        try:
+            path = await self._systems.build(name, found.derivation)
+        except Refusal as refusal:
+            if refusal.code != "not_found":
+                raise
+            self._known.pop((name, sha, self._meta.inputs), None)
+            again = await self._evaluated(name, sha)
+            _insist_on_what_was_shown(name, again, found.derivation)
+            path = await self._systems.build(name, found.derivation)
+        if path != found.system:  # of which the card has told
+            why = f"agent.nix says that it is {found.system}, and it is {path}; leave system.build to NixOS"
+            raise Refusal("refused", f"cannot use the system of {name}: {why}")
+        return path
 
     async def has(self, name: AgentName, deployed: Deployed) -> bool:
         return deployed.system is not None and deployed.system.path == await self._systems.current(name)
@@ -192,6 +208,12 @@ class FlakeDeployments:
         except (Refusal, OSError) as exc:
             # The log lacks a line, and the next one who stages has its flake right.
             log.error("the meta flake was not committed: %s", exc, extra={"agent": name})
+
+
+def _insist_on_what_was_shown(name: AgentName, found: Evaluated, shown: str) -> None:
+    if shown and found.derivation != shown:
+        why = "nixpkgs or hyperhive are others than when it was shown, and make another system of it; ask for it again"
+        raise Refusal("conflict", f"cannot build {name}: {why}")
 
 
 async def make_deployments(

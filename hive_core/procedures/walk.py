@@ -17,6 +17,7 @@ import trio
 from hive_core.agent_locks import AgentLocks
 from hive_core.approvals import Approval, note_proof
 from hive_core.container_states import forgive
+from hive_core.effects import derivation_of
 from hive_core.procedures.deployments import Change, Deployments, insist_that_it_stays, is_leaving
 from hive_core.procedures.kinds.kind import Done, Step
 from hive_core.procedures.reconcile import Reconciler
@@ -63,18 +64,19 @@ class Walk:
             await self._store.insist(lambda tx: note_deployed(tx, name, base, deployed))
 
     async def begin(
-        self, change: Change, create: Callable[[Transaction], None], step: Step
+        self, change: Change, create: Callable[[Transaction], None], step: Step, shown: str
     ) -> tuple[AsyncExitStack, str]:
         """Let a new agent run on its first commit. It stays also when it does not come up: it is what was asked for,
         there is nothing to go back to, and it is seen to as any agent that crashes.
 
         create: makes its row
+        shown: see Deployments.build
 
         Gives how it was proven, and what keeps it from its first turn, and its destruction away, until it is closed.
         """
         name, sha = change.agent, change.sha
         await step(BUILDING)
-        deployed = await self._deployments.build(name, sha)
+        deployed = await self._deployments.build(name, sha, shown)
         async with AsyncExitStack() as held:
             async with self._locks.of(name):
                 await self._deployments.take(name, deployed)
@@ -112,7 +114,7 @@ class Walk:
             is_settled = await self._repos.main(name) == sha
             if not is_settled:
                 await step(BUILDING)
-                built = await self._deployments.build(name, sha)
+                built = await self._deployments.build(name, sha, derivation_of(approval.effect))
                 await step(WAITING)
         except Exception:
             await self._go_back(change, step)

@@ -75,7 +75,7 @@ async def main(verb, word=""):
     driver = HelpedSystems(
         Helper(Path("/run/hyperhive-root/helper.sock"), STATE, RUN, KIND, PATIENCE_OF_S), KIND,
         ProcessDriver(STATE, sandbox="", claude=None, orphan_grace_s=600),
-        SystemBuilds(STATE, nix=Nix(STATE / "nix"), readable=[Path("/srv/flake")], build_s=60),
+        SystemBuilds(STATE, build_s=60),
     )
     dirs = agent_dirs(STATE, RUN, IRIS)
     if verb in ("switch", "roll_back", "current", "destroy"):
@@ -84,7 +84,9 @@ async def main(verb, word=""):
         except Refusal as refusal:
             return refusal.message
     if verb == "build":
-        return await driver.switch(IRIS, await driver.build(IRIS, word))
+        words = ["eval", "--raw", f"{word}#nixosConfigurations.iris.config.system.build.toplevel.drvPath"]
+        derivation = await Nix(STATE / "nix").run(words, readable=[Path("/srv/flake")])
+        return await driver.switch(IRIS, await driver.build(IRIS, derivation.decode()))
     if verb == "start":
         return (await driver.start(IRIS, dirs)).pid
     if verb in ("find", "stop", "kill", "wait"):

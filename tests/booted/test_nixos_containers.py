@@ -45,7 +45,6 @@ from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.nixos_build import NixosContainerDriver, SystemBuilds
 from hive_core.containers.nixos_host import NixosHost
 from hive_core.containers.ranges import pick_range
-from hive_core.nix import Nix
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from tests.containers.standin.host import StandInHost
@@ -59,7 +58,7 @@ async def base_of(name):
 
 async def main(verb, script="", oneshot=""):
     host = NixosHost(programs="/var/lib/standin/bin")
-    builds = SystemBuilds(STATE, nix=Nix(STATE / "nix"), readable=[], build_s=60, host=host)
+    builds = SystemBuilds(STATE, build_s=60, host=host)
     driver = NixosContainerDriver(
         STATE, builds, base_of=base_of, claude=None, bounds=Bounds(2**30, 150, 300), host=host
     )

@@ -29,7 +29,6 @@ from hive_core.containers.process_tree import first_in_namespace
 from hive_core.containers.ranges import pick_range
 from hive_core.containers.running import Running, RunningProcess
 from hive_core.containers.running_unit import RunningUnit
-from hive_core.nix import Nix
 from hive_core.protocol.words import MANAGER, AgentName
 from tests import processes
 from tests.containers.helped import (
@@ -124,8 +123,7 @@ class HelpedStandIn(HelpedSystems, HelpedScripts):
 
 def builds_in(folder: Path) -> SystemBuilds:
     """What builds systems on the stand-in host of a folder."""
-    nix = Nix(folder / "nix", store=folder / "host")
-    return SystemBuilds(folder, nix=nix, readable=[folder], build_s=60, host=host_of(folder / "host"))
+    return SystemBuilds(folder, build_s=60, host=host_of(folder / "host"))
 
 
 async def base_of(name: AgentName) -> int:

@@ -23,7 +23,7 @@ from hive_core.containers.running import Exit
 from hive_core.containers.running_unit import RunningUnit
 from hive_core.protocol.container_id import container_id
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import AgentName, StorePath
+from hive_core.protocol.words import AgentName, StorePath, parse_store_path
 from tests.containers.drivers import IRIS, PATIENCE_S, STAND_IN, Systems, dirs_in, make_fifo, need, read_fifo
 from tests.containers.standin.host import system_files, write_program
 from tests.containers.starters import run_forked
@@ -77,27 +77,24 @@ def refused(caught: pytest.ExceptionInfo[BaseException]) -> str:
 # -- built, switched to, gone back from -------------------------------------------------------------------------------
 
 
-def flake_of(folder: Path, build: str, script: str = "exit 6") -> str:
-    """A flake with a system for iris, which nix has to build: its URL."""
-    flake = folder / "flake"
-    shutil.rmtree(flake, ignore_errors=True)
-    for name, text in system_files(script, {}).items():
-        write_program(flake / "system" / name, text)
-    output = f'derivation {{ name = "nixos-system-iris"; system = "x86_64-linux"; builder = "/bin/sh"; {build} }}'
-    (flake / "flake.nix").write_text(
-        f"{{ outputs = _: {{ nixosConfigurations.iris.config.system.build.toplevel = {output}; }}; }}"
+def derivation_of(driver: Systems, folder: Path, build: str) -> StorePath:
+    """What a system for iris is built from by a script, as an evaluation leaves it in the store."""
+    made = folder / "made"
+    shutil.rmtree(made, ignore_errors=True)
+    for name, text in system_files("exit 6", {}).items():
+        write_program(made / "system" / name, text)
+    (made / "system.nix").write_text(
+        'derivation { name = "nixos-system-iris"; system = "x86_64-linux"; builder = "/bin/sh";'
+        f" args = [ \"-c\" ''{build}'' ]; }}"
     )
-    return f"path:{flake}"
+    said = driver.stand_in.run("nix", "eval", "--raw", "--file", str(made / "system.nix"), "drvPath")
+    return parse_store_path(said)
 
 
-def with_shell(script: str) -> str:
-    return f"args = [ \"-c\" ''{script}'' ];"
-
-
-async def test_an_agent_runs_the_system_that_its_flake_says_once_it_is_built_and_switched_to(
+async def test_an_agent_runs_the_system_that_was_evaluated_once_it_is_built_and_switched_to(
     tmp_path: Path, driver: Systems
 ) -> None:
-    system = await driver.build(IRIS, flake_of(tmp_path, build=with_shell("/usr/bin/cp -r ${./system} $out")))
+    system = await driver.build(IRIS, derivation_of(driver, tmp_path, "/usr/bin/cp -r ${./system} $out"))
     assert await driver.current(IRIS) is None, "nothing is switched by building"
     assert driver.stand_in.run("nixos-container", "list") == ""
     await driver.switch(IRIS, system)
@@ -109,11 +106,14 @@ async def test_a_build_that_fails_tells_its_last_lines_and_changes_nothing(tmp_p
     async with waiting(driver, tmp_path):
         before = await driver.current(IRIS)
         with pytest.raises(Refusal) as caught:
-            await driver.build(IRIS, flake_of(tmp_path, build=with_shell("echo no such compiler >&2; exit 1")))
+            await driver.build(IRIS, derivation_of(driver, tmp_path, "echo no such compiler >&2; exit 1"))
         assert refused(caught).startswith("cannot build iris: ")
         assert "no such compiler" in refused(caught)
-        with pytest.raises(Refusal, match=r"cannot build iris: .*undefined variable 'frob'"):
-            await driver.build(IRIS, flake_of(tmp_path, build="args = frob;"))
+        gone = derivation_of(driver, tmp_path, "echo another; exit 1")
+        driver.stand_in.run("nix-store", "--delete", gone)
+        with pytest.raises(Refusal, match=r"cannot build iris: the store has no .* any more") as caught:
+            await driver.build(IRIS, gone)
+        assert caught.value.code == "not_found"
         assert await driver.current(IRIS) == before
         assert (await driver.usage(IRIS)).processes > 0
 

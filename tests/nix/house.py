@@ -21,9 +21,8 @@ import trio
 
 from hive_core.agent_locks import AgentLocks
 from hive_core.flakes import MetaFlake, Sources
-from hive_core.nix import Nix, NixFailed, NixLimits, explained
+from hive_core.nix import Nix, NixLimits
 from hive_core.procedures.flake_deployments import FlakeDeployments
-from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, StorePath, parse_store_path
 from hive_core.repos import Repos
 from hive_core.store.door import Store
@@ -45,22 +44,17 @@ class ScriptedSystems:
          what went wrong
     """
 
-    def __init__(self, file: Path, nix: Nix, readable: list[Path], at: Callable[[str], None] = nothing) -> None:
+    def __init__(self, file: Path, nix: Nix, at: Callable[[str], None] = nothing) -> None:
         self.file = file
         self.at = at
         self.done: list[tuple[str, str]] = []  # ("switch", NAME), …
         self._nix = nix
-        self._readable = readable
 
-    async def build(self, name: AgentName, flake: str) -> StorePath:
+    async def build(self, name: AgentName, derivation: StorePath) -> StorePath:
         self._step("build", name)
-        system = f"{flake}#nixosConfigurations.{name}.config.system.build.toplevel.outPath"
-        try:
-            made = await self._nix.run(["eval", "--raw", "--no-write-lock-file", system], readable=self._readable)
-        except NixFailed as failed:
-            raise Refusal("failed", f"cannot build {name}: {explained(failed)}") from None
+        said = json.loads(await self._nix.run(["show-derivation", derivation]))
         self.at("built")
-        return parse_store_path(made.decode())
+        return parse_store_path(said[derivation]["outputs"]["out"]["path"])
 
     async def switch(self, name: AgentName, system: StorePath) -> None:
         self._step("switch", name)
@@ -95,8 +89,7 @@ class House:
         self.folder = folder
         self.sources = Sources(hyperhive, STANDIN, SYSTEM)
         self.nix = Nix(folder / "nix", limits, store)
-        readable = [folder / "building", folder / "applied", hyperhive, STANDIN]
-        self.systems: Any = ScriptedSystems(folder / "profiles.json", self.nix, readable)
+        self.systems: Any = ScriptedSystems(folder / "profiles.json", self.nix)
 
     @property
     def meta(self) -> MetaFlake:

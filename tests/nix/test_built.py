@@ -11,12 +11,11 @@ import pytest
 
 from hive_core.containers.nixos_build import NixosContainerDriver, SystemBuilds
 from hive_core.containers.ranges import pick_range
-from hive_core.flakes import building_folder
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from tests.containers.standin.host import StandInHost
 from tests.hives import Services
-from tests.nix.house import STANDIN, House, mended, serving
+from tests.nix.house import House, mended, serving
 from tests.nix.test_deployments import HM1ND, IRIS, MORE, approve, ask, checkout, lock, spawn, what_is
 from tests.small_disks import small_disk, small_disks
 
@@ -39,13 +38,7 @@ class BuiltHouse(House):
         async def base_of(name: AgentName) -> int:
             return pick_range(name, ())
 
-        builds = SystemBuilds(
-            self.folder,
-            nix=self.nix,
-            readable=[self.folder / "meta", self.folder / "applied", building_folder(self.folder), hyperhive, STANDIN],
-            build_s=60,
-            host=self.host.host,
-        )
+        builds = SystemBuilds(self.folder, build_s=60, host=self.host.host)
         self.systems = NixosContainerDriver(
             self.folder, builds, base_of=base_of, claude=None, bounds=None, host=self.host.host
         )

@@ -236,11 +236,11 @@ class Builds:
         self._build = house.systems.build
         house.systems.build = self.build
 
-    async def build(self, name: AgentName, flake: str) -> StorePath:
+    async def build(self, name: AgentName, derivation: StorePath) -> StorePath:
         self.begun.append(name)
         self._send.send_nowait(name)
         await self.may_end.wait()
-        built: StorePath = await self._build(name, flake)
+        built: StorePath = await self._build(name, derivation)
         return built
 
     async def next(self) -> AgentName:
@@ -418,8 +418,8 @@ async def test_an_agent_that_is_destroyed_while_it_is_built_is_given_no_containe
     number = await ask(hive, checkout(hive).commit(agent__nix=OPUS))
     tombstones, build = Tombstones(hive.store), house.systems.build
 
-    async def build_while_it_is_destroyed(name: AgentName, flake: str) -> StorePath:
-        built: StorePath = await build(name, flake)
+    async def build_while_it_is_destroyed(name: AgentName, derivation: StorePath) -> StorePath:
+        built: StorePath = await build(name, derivation)
         tombstone = await tombstones.destroy(IRIS, OPERATOR, at_once=True)
         house.systems.file.write_text("{}")  # as the driver forgets it
         (house.folder / "applied/iris.git").rename(house.folder / "away")

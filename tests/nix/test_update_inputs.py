@@ -24,7 +24,6 @@ async def test_newer_inputs_are_shown_and_every_agent_is_built_from_them(
     shutil.copytree(STANDIN, nixpkgs)
     house = House(tmp_path / "state", hyperhive, store)
     house.sources = Sources(hyperhive, nixpkgs, SYSTEM)
-    house.systems._readable.append(nixpkgs)
     async with house.open() as hive, serving(hive):
         asked = await hive.gate.spawn.request(MANAGER, IRIS, "You read.", "r")
         await hive.gate.approve(asked["approval"], (await hive.approvals.get(asked["approval"])).digest, OPERATOR)

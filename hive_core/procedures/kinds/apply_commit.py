@@ -15,7 +15,7 @@ from typing import Any
 from hive_core.agents import Agents
 from hive_core.approvals import Approval, Request, Shown
 from hive_core.configured import is_configured
-from hive_core.effects import Effect, says_the_same
+from hive_core.effects import Effect, derivation_of, says_the_same
 from hive_core.notices import notice, tell_manager
 from hive_core.procedures.deployments import Deployments
 from hive_core.procedures.kinds.kind import Asking, Done, Step
@@ -162,7 +162,9 @@ class ApplyCommit:
         with suppress(Refusal):  # the next daemon sets it; what the repository cannot do otherwise is seen in the walk
             await self._repos.tag(approval.agent, f"approved/{approval.id}", sha)
         if "creates" in approval.payload:
-            return await self._spawn.begin(approval, sha, base, step)
+            # A daemon before that moved main had built what was shown.
+            shown = "" if await self._repos.main(approval.agent) == sha else derivation_of(approval.effect)
+            return await self._spawn.begin(approval, sha, base, step, shown)
         done = await self._walk.carry_out(approval, sha, base, step)
         if "back" in approval.payload:
             with suppress(Refusal):  # the manager can do without, where it has put something in the way

@@ -9,7 +9,7 @@ from jinja2 import Environment
 from hive_core.agents import Agents, check_free
 from hive_core.approvals import Approval, Request, Shown, digest_of
 from hive_core.configured import forget_configured
-from hive_core.effects import Effect, Line, prompt_lines
+from hive_core.effects import Effect, Line, derivation_of, prompt_lines
 from hive_core.effects_of_settings import settings_lines
 from hive_core.notices import notice, tell_manager
 from hive_core.post import put_message
@@ -118,11 +118,13 @@ class Spawn:
         return Shown(approval.payload, approval.effect)
 
     async def carry_out(self, approval: Approval, step: Step) -> Done:
+        shown = ""
         if (sha := await self._begun(approval)) is None:
+            shown = derivation_of(approval.effect)
             await self.insist_that_it_is_free(approval.agent)
             # What an earlier try left behind under this name began with other files than the card shows.
             sha = await self._repos.create(approval.agent, approval.payload["files"], replace=True)
-        return await self.begin(approval, sha, None, step)
+        return await self.begin(approval, sha, None, step, shown)
 
     async def _begun(self, approval: Approval) -> CommitSha | None:
         """The first commit of the agent that this made under a daemon that died when it proved it."""
@@ -136,8 +138,11 @@ class Spawn:
         """Raise Refusal when an agent has the name by now: its repositories must not be made anew."""
         await self._asking.store.write(lambda tx: check_free(tx, name, "make the repositories of"))
 
-    async def begin(self, approval: Approval, sha: CommitSha, base: CommitSha | None, step: Step) -> Done:
-        """Let a new agent be started on a commit. base: where main of its applied repository is, if not there."""
+    async def begin(self, approval: Approval, sha: CommitSha, base: CommitSha | None, step: Step, shown: str) -> Done:
+        """Let a new agent be started on a commit. base: where main of its applied repository is, if not there.
+
+        shown: see Deployments.build
+        """
 
         def create(tx: Transaction) -> None:
             icon = tx.execute("SELECT icon FROM configured WHERE name = ?", (approval.agent,)).fetchone()
@@ -147,7 +152,7 @@ class Spawn:
             tx.execute("UPDATE agents SET icon = ? WHERE name = ?", (sign, approval.agent))
 
         change = Change(approval.agent, approval.id, sha, base)
-        held, proof = await self._walk.begin(change, create, step)
+        held, proof = await self._walk.begin(change, create, step, shown)
 
         def write(tx: Transaction) -> None:
             put_message(tx, SYSTEM, approval.agent, _welcome(approval))

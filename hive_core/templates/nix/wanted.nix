@@ -24,6 +24,7 @@ in
       filter (mount: builtins.substring 0 1 (mount.what or "") == "/") (config.systemd.mounts or [ ])
     );
   system = plain config.system.build.toplevel.outPath;
+  derivation = plain config.system.build.toplevel.drvPath;
   facts = {
     packages = known (
       map (package: {
