@@ -45,11 +45,16 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """settings, prompt: what agent.toml and CLAUDE.md say. files: the path of each file, and what stands there."""
+    """
+    settings, prompt  what agent.toml and CLAUDE.md say
+    files             the path of each file, and what stands there
+    module            what stands in agent.nix, where there is one
+    """
 
     settings: AgentSettings
     prompt: str
     files: Mapping[str, Entry]
+    module: str | None = None
 
 
 def read_contents(repository: Path, sha: CommitSha) -> Contents:
@@ -65,7 +70,8 @@ def read_contents(repository: Path, sha: CommitSha) -> Contents:
         if (size := len(content[files[name].object_id])) > READ_LIMIT_BYTES:
             raise _refused(sha, f"{name} is over the limit of {READ_LIMIT_BYTES:,} bytes (it has {size:,})")
     settings = parse_agent_toml(texts["agent.toml"].encode())
-    return Contents(settings, parse_text(texts["CLAUDE.md"], "CLAUDE.md", PERSONA_LIMIT_BYTES), files)
+    prompt = parse_text(texts["CLAUDE.md"], "CLAUDE.md", PERSONA_LIMIT_BYTES)
+    return Contents(settings, prompt, files, texts.get("agent.nix"))
 
 
 def read_files(repository: Path, sha: CommitSha) -> dict[str, Entry]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hive_core.commit_contents import Entry
@@ -102,16 +102,22 @@ def some(names: Collection[str]) -> str:
 
 def prompt_lines(before: str | None, after: str) -> list[Line]:
     """How a prompt changes: its size, and how many of its lines come and go."""
+    amounts = {"prompt_lines": len(after.splitlines()), "prompt_bytes": len(after.encode())}
+    return [replace(line, amounts=amounts) for line in text_lines("prompt", before, after)]
+
+
+def text_lines(what: str, before: str | None, after: str | None) -> list[Line]:
+    """A text that comes, goes or changes: its size, and how many lines come and go."""
     if before == after:
         return []
-    amounts = {"prompt_lines": len(after.splitlines()), "prompt_bytes": len(after.encode())}
-    if before is None:
-        return [Line("prompt", None, _size(after), amounts=amounts)]
+    if before is None or after is None:
+        was, is_now = (None if text is None else _size(text) for text in (before, after))
+        return [Line(what, was, is_now)]
     old, new = Counter(before.splitlines()), Counter(after.splitlines())
     added, removed = (new - old).total(), (old - new).total()
     moved = "" if added or removed else "; the same lines in another order"
     how = f" (+{added:,} −{removed:,} lines{moved})"
-    return [Line("prompt", _size(before), _size(after) + how, amounts=amounts)]
+    return [Line(what, _size(before), _size(after) + how)]
 
 
 def _size(text: str) -> str:

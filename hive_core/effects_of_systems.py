@@ -68,6 +68,9 @@ class Closure(NamedTuple):
         return f"{mib(self.size)} in {counted(len(self.paths), 'path')}"
 
 
+NO_CLOSURE = Closure(frozenset(), 0)
+
+
 def parse_closure(said: bytes, paths: bytes) -> Closure | None:
     """From `nix path-info --json --closure-size` and `--recursive` of one path; None where it is not there."""
     try:
@@ -80,12 +83,14 @@ def parse_closure(said: bytes, paths: bytes) -> Closure | None:
 
 
 def closure_lines(before: Closure | None, after: Closure | None) -> tuple[list[Line], list[str]]:
-    """The lines, and what is unknown."""
+    """The lines, and what is unknown. before: NO_CLOSURE where there was no system."""
     if before is None or after is None:
         return [], ["closure: what it adds and takes, and its size, is known once it is built"]
     added, removed = sorted(after.paths - before.paths), sorted(before.paths - after.paths)
     # By how much it grows is what a rule of the policy may bound.
     grows = {"closure_bytes": max(0, after.size - before.size)}
+    if before == NO_CLOSURE:
+        return [Line("closure", None, str(after), amounts=grows)], []
     lines = [Line("closure", str(before), str(after), amounts=grows)] if before != after else []
     lines += [Line("closure", None, some([_package(path) for path in added]))] if added else []
     return lines + ([Line("closure", some([_package(path) for path in removed]), None)] if removed else []), []
@@ -129,10 +134,11 @@ def _packages(key: str, before: list[Package], after: list[Package]) -> list[Lin
     return lines + ([Line(key, some(rebuilt), "built otherwise")] if rebuilt else [])
 
 
-def _names(packages: list[Package]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for package in sorted(packages, key=lambda one: (one.name, one.mark)):
-        found.setdefault(package.name, []).append(package.mark)
+def _names(packages: list[Package]) -> dict[str, set[str]]:
+    """Each name, with the marks of all that have it: one may be there twice."""
+    found: dict[str, set[str]] = {}
+    for package in sorted(packages, key=lambda one: one.name):
+        found.setdefault(package.name, set()).add(package.mark)
     return found
 
 

@@ -153,7 +153,9 @@ class MetaFlake:
 
     def render(self, commits: Mapping[AgentName, CommitSha]) -> str:
         """flake.nix with these agents, each at a commit that is pinned in its applied repository."""
-        agents = {name: git_url(self._repository(name), commit) for name, commit in commits.items()}
+        return self._render({name: git_url(self._repository(name), commit) for name, commit in commits.items()})
+
+    def _render(self, agents: Mapping[AgentName, str]) -> str:
         return meta_flake(agents, **self._sources.urls, system=self._sources.system)
 
     @asynccontextmanager
@@ -196,13 +198,25 @@ class MetaFlake:
         and sees the repository of this agent alone. Raises Refusal("refused") with one sentence that names what is
         wrong.
         """
+        repository = self._repository(name)
+        return await self._evaluate(name, git_url(repository, commit), repository)
+
+    async def evaluate_files(self, name: AgentName, files: Mapping[str, str]) -> Evaluated:
+        """The same of a commit with these files, which is still to be made: name → text."""
+        with tempfile.TemporaryDirectory(prefix="hive-files-") as folder:
+            for file, text in files.items():
+                (Path(folder) / file).write_text(text, "utf-8", newline="")
+            return await self._evaluate(name, _path_url(Path(folder)), Path(folder))
+
+    async def _evaluate(self, name: AgentName, url: str, source: Path) -> Evaluated:
+        """What the module says that is at a URL, in a folder."""
         try:
             with tempfile.TemporaryDirectory(prefix="hive-evaluation-") as folder:
                 flake = Path(folder)
-                await self._render_alone(flake, name, commit)
+                await self._render_alone(flake, name, url)
                 wanted = f"{_path_url(flake)}#nixosConfigurations.{nix_string(name)}.config"
                 words = ["eval", "--json", "--no-write-lock-file", wanted, "--apply", _WANTED]
-                said = await self._nix.run(words, readable=[flake, self._repository(name), *self._readable()])
+                said = await self._nix.run(words, readable=[flake, source, *self._readable()])
         except NixFailed as failed:
             raise Refusal("refused", f"cannot use agent.nix of {name}: {explained(failed)}") from None
         except OSError as exc:
@@ -219,10 +233,10 @@ class MetaFlake:
             return None
         return parse_closure(said, paths)
 
-    async def _render_alone(self, folder: Path, name: AgentName, commit: CommitSha) -> None:
+    async def _render_alone(self, folder: Path, name: AgentName, url: str) -> None:
         """A flake with this agent alone, and with all inputs that are locked as they are in the last one that was
         committed: what is built of it is what the staged one gives, and nobody waits."""
-        (folder / "flake.nix").write_text(self.render({name: commit}), "utf-8")
+        (folder / "flake.nix").write_text(self._render({name: url}), "utf-8")
         with contextlib.suppress(Refusal):  # nothing was committed yet; what is staged may be half written
             (folder / "flake.lock").write_text(await self._git("show", "HEAD:flake.lock"), "utf-8")
 

@@ -33,7 +33,7 @@ OF_SYSTEMS = (
     *("closure", "packages", "programs", "services", "etc", "scripts", "system", "users", "setuid", "capabilities"),
     *("firewall", "DHCP", "open TCP ports", "open UDP ports", "nameservers"),
 )
-LINES = frozenset({*SETTINGS, "prompt", "files", "executable files", *OF_SYSTEMS})
+LINES = frozenset({*SETTINGS, "prompt", "agent.nix", "files", "executable files", *OF_SYSTEMS})
 # What a limit measures → the lines that it is about. Where one of those is and its measure is not, it is not kept.
 MEASURES: Mapping[str, tuple[str, ...]] = {
     "prompt_lines": ("prompt",),

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from hive_core.agent_locks import AgentLocks
 from hive_core.commit_contents import FILES, Contents
-from hive_core.effects import Effect, file_lines, prompt_lines
+from hive_core.effects import Effect, Line, file_lines, prompt_lines, text_lines
 from hive_core.effects_of_settings import settings_lines
 from hive_core.proposals import Proposal
 from hive_core.protocol.refusal import Refusal
@@ -54,6 +54,9 @@ class Deployments(Protocol):
     async def check(self, name: AgentName, proposal: Proposal) -> Effect:
         """What a proposal would change. Raises Refusal when it could not be deployed; nothing is changed, and nothing
         that runs touched."""
+
+    async def check_new(self, name: AgentName, files: Mapping[str, str]) -> Effect:
+        """What a new agent with these files would have, besides what they say themselves. Raises as `check`."""
 
     async def build(self, name: AgentName, sha: CommitSha, shown: str = "") -> Deployed:
         """Make of a commit what is made of it here; nothing that runs is touched. Raises when that is impossible.
@@ -104,13 +107,19 @@ async def contents_before(repos: Repos, name: AgentName, base: CommitSha) -> tup
         return None, [f"what {name} has now: {refusal.message}"]
 
 
+def lines_of_files(before: Contents | None, after: Contents) -> list[Line]:
+    """What comes, goes and changes of a commit's files, besides those that are told by what they say."""
+    module = text_lines("agent.nix", before.module if before else None, after.module)
+    return module + file_lines(before.files if before else {}, after.files, (*FILES, "agent.nix"))
+
+
 async def effect_of_files(repos: Repos, name: AgentName, proposal: Proposal) -> Effect:
     """What a commit changes by its agent.toml and its CLAUDE.md, and which files it brings besides."""
     before, unknown = await contents_before(repos, name, proposal.base)
     after = await repos.contents(name, proposal.sha)
     lines = settings_lines(before.settings if before else None, after.settings)
     lines += prompt_lines(before.prompt if before else None, after.prompt)
-    lines += file_lines(before.files if before else {}, after.files, FILES)
+    lines += lines_of_files(before, after)
     if "agent.nix" in after.files:
         unknown.append("packages: there is an agent.nix, which is not built in this sandbox")
     return Effect(lines, unknown)
@@ -141,6 +150,9 @@ class PlainDeployments:
                 "change agent.toml or CLAUDE.md",
             )
         return await effect_of_files(self._repos, name, proposal)
+
+    async def check_new(self, name: AgentName, files: Mapping[str, str]) -> Effect:
+        return Effect()
 
     async def build(self, name: AgentName, sha: CommitSha, shown: str = "") -> Deployed:
         return Deployed(await self._repos.read(name, sha))
@@ -191,6 +203,9 @@ class NoDeployments:
 
     async def check(self, name: AgentName, proposal: Proposal) -> Effect:
         raise Refusal("unavailable", f"cannot check {proposal.sha[:12]}: {self._trouble}")
+
+    async def check_new(self, name: AgentName, files: Mapping[str, str]) -> Effect:
+        return Effect()
 
     async def build(self, name: AgentName, sha: CommitSha, shown: str = "") -> Deployed:
         raise Refusal("unavailable", f"cannot build {name}: {self._trouble}")

@@ -6,20 +6,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 
 from hive_core.agent_locks import AgentLocks
 from hive_core.building import make_meta_flake, make_nix
-from hive_core.commit_contents import FILES
 from hive_core.config import Config
 from hive_core.containers.choice import Choice
 from hive_core.containers.driver import Driver, Systems
-from hive_core.effects import Effect, Line, file_lines, prompt_lines
+from hive_core.effects import Effect, Line, prompt_lines
 from hive_core.effects_of_settings import settings_lines
-from hive_core.effects_of_systems import closure_lines, system_lines
+from hive_core.effects_of_systems import NO_CLOSURE, closure_lines, system_lines
 from hive_core.flakes import Evaluated, MetaFlake
 from hive_core.limits import Limits
 from hive_core.procedures.deployments import (
@@ -29,6 +28,7 @@ from hive_core.procedures.deployments import (
     PlainDeployments,
     contents_before,
     insist_that_it_stays,
+    lines_of_files,
 )
 from hive_core.proposals import Proposal
 from hive_core.protocol.refusal import Refusal
@@ -76,10 +76,7 @@ class FlakeDeployments:
         return hashlib.sha256(self._meta.inputs.encode()).hexdigest()[:16]
 
     async def check(self, name: AgentName, proposal: Proposal) -> Effect:
-        if (waiting := self._checking.statistics().tasks_waiting) >= CHECKS_WAITING:
-            why = f"{waiting} others wait to be evaluated; ask again in a minute"
-            raise Refusal("unavailable", f"cannot check {proposal.sha[:12]} of {name}: {why}")
-        async with self._checking:
+        async with self._turn_to_check(f"{proposal.sha[:12]} of {name}"):
             after = await self._evaluated(name, proposal.sha)
             unknown: list[str] = []
             try:
@@ -91,7 +88,7 @@ class FlakeDeployments:
         files_after = await self._repos.contents(name, proposal.sha)
         lines = settings_lines(before.settings if before else None, after.settings)
         lines += prompt_lines(before.persona if before else None, after.persona)
-        lines += file_lines(files_before.files if files_before else {}, files_after.files, FILES)
+        lines += lines_of_files(files_before, files_after)
         unknown += more
         if before is not None:
             told, untold = system_lines(before.facts, after.facts)
@@ -102,6 +99,27 @@ class FlakeDeployments:
                 told, untold = told + more_told, untold + more_untold
             lines, unknown = lines + told, unknown + untold
         return Effect(lines, unknown, self.inputs, after.derivation)
+
+    async def check_new(self, name: AgentName, files: Mapping[str, str]) -> Effect:
+        async with self._turn_to_check(f"the new agent {name}"):
+            after = await self._meta.evaluate_files(name, files)
+            plain = {**files, "agent.nix": self._meta.agent_files(name, "")["agent.nix"]}
+            before = after if plain == files else await self._meta.evaluate_files(name, plain)
+            closure = await self._meta.closure(after.system)
+        lines, unknown = system_lines(before.facts, after.facts)
+        if before.facts.packages is not None:
+            lines.append(Line("packages", None, f"the {len(before.facts.packages)} that every agent has"))
+        told, untold = closure_lines(NO_CLOSURE, closure)
+        return Effect(lines + told, unknown + untold, self.inputs, after.derivation)
+
+    @asynccontextmanager
+    async def _turn_to_check(self, what: str) -> AsyncIterator[None]:
+        """One after the other. Raises Refusal("unavailable") when too many wait."""
+        if (waiting := self._checking.statistics().tasks_waiting) >= CHECKS_WAITING:
+            why = f"{waiting} others wait to be evaluated; ask again in a minute"
+            raise Refusal("unavailable", f"cannot check {what}: {why}")
+        async with self._checking:
+            yield
 
     async def _evaluated(self, name: AgentName, sha: CommitSha) -> Evaluated:
         """What a commit is evaluated to: the same for as long as it is built from the same. Its derivation may be
@@ -116,6 +134,7 @@ class FlakeDeployments:
         return found
 
     async def build(self, name: AgentName, sha: CommitSha, shown: str = "") -> Deployed:
+        await self._repos.pin(name, sha)
         async with self._evaluating:
             found = await self._evaluated(name, sha)
         _insist_on_what_was_shown(name, found, shown)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,16 @@ class House:
         watched = [self.folder / "meta" / name for name in ("flake.nix", "flake.lock")]
         watched += [self.folder / "profiles.json", *sorted((self.folder / "applied").glob("*/refs/heads/main"))]
         return {str(path): path.read_bytes() for path in watched if path.exists()}
+
+
+def with_nixpkgs(house: House, folder: Path, version: str) -> House:
+    """The same hive, the next daemon of which is given another nixpkgs."""
+    other = House(house.folder, house.sources.hyperhive, Path(str(house.nix._store)))
+    shutil.copytree(house.sources.nixpkgs, folder)
+    text = (folder / "pkgs.nix").read_text()
+    (folder / "pkgs.nix").write_text(text.replace("${pname}-0", f"${{pname}}{version}"))
+    other.sources = replace(house.sources, nixpkgs=folder)
+    return other
 
 
 @asynccontextmanager

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hive_core.approvals import Approval, settle
 from hive_core.effects import derivation_of
+from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
 from tests.hives import Services
-from tests.nix.house import House, mended, serving
+from tests.nix.house import House, mended, serving, with_nixpkgs
 from tests.nix.test_built import STRACE, BuiltHouse, open_house
 from tests.nix.test_deployments import HM1ND, MORE, approve, ask, checkout, what_is
 
@@ -26,16 +25,6 @@ EFFORT = 'program = "rehearsal"\neffort = "high"\n'
 def house(tmp_path: Path, hyperhive: Path, store: Path) -> House:
     (tmp_path / "state").mkdir()
     return House(tmp_path / "state", hyperhive, store)
-
-
-def with_nixpkgs(house: House, folder: Path, version: str) -> House:
-    """The same hive, the next daemon of which is given another nixpkgs."""
-    other = House(house.folder, house.sources.hyperhive, Path(str(house.nix._store)))
-    shutil.copytree(house.sources.nixpkgs, folder)
-    text = (folder / "pkgs.nix").read_text()
-    (folder / "pkgs.nix").write_text(text.replace("${pname}-0", f"${{pname}}{version}"))
-    other.sources = replace(house.sources, nixpkgs=folder)
-    return other
 
 
 @asynccontextmanager
@@ -115,9 +104,11 @@ async def test_a_module_that_says_of_its_system_what_is_not_built_is_refused(tmp
 
 
 async def test_what_is_no_derivation_makes_no_card(hive_of_one: Services) -> None:
-    module = (MORE % 'system.build.toplevel = lib.mkForce { outPath = "x"; drvPath = "y"; };').replace("pkgs, ", "lib, ")
+    module = (MORE % 'system.build.toplevel = lib.mkForce { outPath = "x"; drvPath = "y"; };').replace(
+        "pkgs, ", "lib, "
+    )
     sha = checkout(hive_of_one, HM1ND).commit(agent__nix=module)
-    with pytest.raises(Exception, match=r"system\.build\.toplevel is no system"):
+    with pytest.raises(Refusal, match=r"system\.build\.toplevel is no system"):
         await ask(hive_of_one, sha, HM1ND)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from hive_core.protocol.words import OPERATOR, AgentName
 from tests.checkouts import Checkout
 from tests.hives import Services
 from tests.nix.desk import Desk
-from tests.nix.house import House, mended, serving
+from tests.nix.house import House, mended, serving, with_nixpkgs
 
 HM1ND = AgentName("hm1nd")
 MODULE = """
@@ -99,7 +97,7 @@ async def test_the_card_tells_what_the_system_gains_and_loses(hive: Services) ->
 
 
 async def test_what_no_line_is_about_is_told_as_a_system_that_is_built_otherwise(hive: Services) -> None:
-    assert {"etc: + sudoers", "files: agent.nix → changed"} == set(
+    assert {"etc: + sudoers", "agent.nix: 8 lines, 277 bytes → 7 lines, 193 bytes (+2 −3 lines)"} == set(
         told(await effect(hive, MODULE % 'environment.etc."sudoers".text = "reader ALL";'))
     )
     other = 'system.build.toplevel = lib.mkForce (derivation { name = "x"; builder = "/bin/sh"; system = "x"; });'
@@ -112,7 +110,49 @@ async def test_settings_and_prompt_are_told_as_agent_nix_gives_them(hive: Servic
     lines = told(await effect(hive, module % ""))
     assert "effort: the program's own → high" in lines
     assert [line for line in lines if line.startswith("prompt: ")]
-    assert "files: agent.nix → changed" in lines
+    assert [line for line in lines if line.startswith("agent.nix: ")]
+
+
+async def test_a_change_that_is_layout_alone_is_told_by_its_lines_of_agent_nix(hive: Services) -> None:
+    module = (Checkout(hive.repos.proposed_dir / HM1ND / "config").path / "agent.nix").read_text()
+    found = await effect(hive, module + "# no more than this\n")
+    (line,) = told(found)
+    assert line.startswith("agent.nix: ")
+    assert line.endswith("(+1 −0 lines)")
+    assert found["unknown"] == []
+
+
+async def test_the_card_of_a_new_agent_tells_its_packages_and_what_is_built_is_what_it_told_of(hive: Services) -> None:
+    asked = await hive.gate.spawn.request(HM1ND, AgentName("iris"), "You read.", "r", toolkit="coder")
+    card = await hive.approvals.get(asked["approval"])
+    assert card.effect is not None
+    lines = told(card.effect)
+    assert {"packages: + jq-0, ripgrep-0", "packages: + the 3 that every agent has"} <= set(lines)
+    assert card.effect["unknown"] == ["closure: what it adds and takes, and its size, is known once it is built"]
+    assert card.effect["derivation"].endswith("-nixos-system.drv")
+    await approve(hive)
+
+
+async def test_a_toolkit_that_nixpkgs_does_not_have_makes_no_card(hive: Services) -> None:
+    with pytest.raises(Refusal, match=r"^cannot use agent\.nix of iris: attribute 'pkgs\.?.*python3' missing|python3"):
+        await hive.gate.spawn.request(HM1ND, AgentName("iris"), "You read.", "r", toolkit="python")
+    assert await hive.approvals.pending() == []
+
+
+async def test_the_card_of_a_new_agent_is_shown_again_where_another_nixpkgs_makes_another_of_it(
+    house: House, tmp_path: Path
+) -> None:
+    async with house.open() as hive, serving(hive):
+        await mended(hive, HM1ND)
+        await hive.gate.spawn.request(HM1ND, AgentName("iris"), "You read.", "r", toolkit="coder", icon="🦉")
+    async with with_nixpkgs(house, tmp_path / "newer", "-1").open() as hive:
+        (card,) = await hive.approvals.pending()
+        with pytest.raises(Refusal, match="do something else than you were shown"):
+            await hive.gate.approve(card.id, card.digest, OPERATOR)
+        (again,) = await hive.approvals.pending()
+        assert again.effect is not None
+        assert "packages: + jq-1, ripgrep-1" in told(again.effect)
+        assert again.payload == card.payload
 
 
 async def test_what_cannot_be_told_is_said_to_be_unknown_and_hinders_nothing(hive: Services) -> None:
@@ -130,15 +170,7 @@ async def test_a_card_is_shown_again_where_another_nixpkgs_makes_another_change_
         await mended(services, HM1ND)
         lines = told(await effect(services, MODULE % "environment.systemPackages = [ pkgs.taplo ];"))
         assert "packages: + taplo-0" in lines
-    store = Path(str(house.nix._store))
-    same, newer = (House(house.folder, house.sources.hyperhive, store) for _ in range(2))
-    for which, version in ((same, "-0"), (newer, "-1")):
-        folder = tmp_path / f"nixpkgs{version}"
-        shutil.copytree(house.sources.nixpkgs, folder)
-        text = (folder / "pkgs.nix").read_text()
-        assert "-0" in text
-        (folder / "pkgs.nix").write_text(text.replace("${pname}-0", f"${{pname}}{version}"))
-        which.sources = replace(house.sources, nixpkgs=folder)
+    same, newer = (with_nixpkgs(house, tmp_path / f"nixpkgs{version}", version) for version in ("-0", "-1"))
     async with newer.open() as services:
         (card,) = await services.approvals.pending()
         with pytest.raises(Refusal, match="do something else than you were shown"):

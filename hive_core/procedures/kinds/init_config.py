@@ -41,7 +41,7 @@ class InitConfig:
         return f"the configuration of an agent to be, {approval.agent}"
 
     async def show_now(self, approval: Approval) -> Shown:
-        return Shown(approval.payload, approval.effect)
+        return await self._spawn.show_now(approval)
 
     async def carry_out(self, approval: Approval, step: Step) -> Done:
         name, asker = approval.agent, approval.requested_by

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from jinja2 import Environment
@@ -9,7 +11,7 @@ from jinja2 import Environment
 from hive_core.agents import Agents, check_free
 from hive_core.approvals import Approval, Request, Shown, digest_of
 from hive_core.configured import forget_configured
-from hive_core.effects import Effect, Line, derivation_of, prompt_lines
+from hive_core.effects import Effect, Line, derivation_of, prompt_lines, says_the_same
 from hive_core.effects_of_settings import settings_lines
 from hive_core.notices import notice, tell_manager
 from hive_core.post import put_message
@@ -32,6 +34,7 @@ from hive_core.protocol.words import (
 from hive_core.repos import Repos
 from hive_core.settings import parse_agent_toml
 from hive_core.store.writer import Transaction
+from hive_core.tool_calls import first_answer
 from hive_core.toolkits import Toolkit, parse_toolkit
 
 
@@ -75,7 +78,17 @@ class Spawn:
         toolkit: one of toolkits.toml. Raises Refusal when the name is taken or a word is malformed.
         """
         reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
-        shown = self._shown(name, given_persona, icon, toolkit)
+        tool = f"request_{kind}"
+        files, besides = self._files_of(name, given_persona, icon, toolkit)
+
+        def first(tx: Transaction) -> dict[str, Any] | None:
+            if (answer := first_answer(tx, requested_by, key, tool)) is None:
+                check_free(tx, name, "ask for")  # before anything is evaluated
+            return answer
+
+        if (answer := await self._asking.store.write(first)) is not None:
+            return answer
+        shown = Shown({"files": files, **besides}, (await self._effect(name, files, besides, toolkit)).to_wire())
 
         def make(tx: Transaction) -> Request:
             check_free(tx, name, "ask for")
@@ -88,22 +101,28 @@ class Spawn:
                 raise Refusal("refused", f"cannot ask for {name}: approval {row['id']} asks for it already and waits")
             return Request(kind, name, requested_by, reason, shown)
 
-        return await self._asking.put(requested_by, key, f"request_{kind}", name, make)
+        return await self._asking.put(requested_by, key, tool, name, make)
 
-    def _shown(self, name: AgentName, given_persona: object, icon: object, toolkit: object) -> Shown:
+    def _files_of(
+        self, name: AgentName, given_persona: object, icon: object, toolkit: object
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """The files of a new agent, and what its card's payload has besides."""
         persona = parse_text(given_persona, "persona", PERSONA_LIMIT_BYTES - 2048)
         prompt = self._templates.get_template("CLAUDE.md.j2").render(name=name, persona=persona)
-        kit = parse_toolkit(toolkit)
-        files = self.files(name, "", prompt, kit)
-        lines = settings_lines(None, parse_agent_toml(files["agent.toml"].encode()))
+        files = self.files(name, "", prompt, parse_toolkit(toolkit))
+        return files, {} if icon is None else {"icon": parse_icon(icon)}
+
+    async def _effect(
+        self, name: AgentName, files: Mapping[str, str], besides: Mapping[str, str], toolkit: object = None
+    ) -> Effect:
+        lines = [Line("icon", None, besides["icon"])] if "icon" in besides else []
+        lines += settings_lines(None, parse_agent_toml(files["agent.toml"].encode()))
         lines += [Line("budget", None, "the hive's alone"), *prompt_lines(None, files["CLAUDE.md"])]
-        unknown = ["packages: agent.nix is evaluated when this is approved"] if "agent.nix" in files else []
-        if kit.packages and "agent.nix" not in files:
-            unknown.append(f"packages: {', '.join(kit.packages)} are not installed in this sandbox; it has the host's")
-        if icon is None:
-            return Shown({"files": files}, Effect(lines, unknown).to_wire())
-        sign = parse_icon(icon)
-        return Shown({"files": files, "icon": sign}, Effect([Line("icon", None, sign), *lines], unknown).to_wire())
+        unknown = []
+        if "agent.nix" not in files and (packages := parse_toolkit(toolkit).packages):
+            unknown.append(f"packages: {', '.join(packages)} are not installed in this sandbox; it has the host's")
+        found = await self._deployments.check_new(name, files)
+        return replace(found, lines=[*lines, *found.lines], unknown=[*unknown, *found.unknown])
 
     def files(self, name: AgentName, description: str, prompt: str, kit: Toolkit = Toolkit()) -> dict[str, str]:  # noqa: B008
         """What a new agent's first commit holds."""
@@ -115,7 +134,11 @@ class Spawn:
         return f"the new agent {approval.agent}"
 
     async def show_now(self, approval: Approval) -> Shown:
-        return Shown(approval.payload, approval.effect)
+        as_it_is = Shown(approval.payload, approval.effect)
+        if (approval.effect or {}).get("inputs", "") == self._deployments.inputs:
+            return as_it_is
+        effect = (await self._effect(approval.agent, approval.payload["files"], approval.payload)).to_wire()
+        return as_it_is if says_the_same(effect, approval.effect) else Shown(approval.payload, effect)
 
     async def carry_out(self, approval: Approval, step: Step) -> Done:
         shown = ""
