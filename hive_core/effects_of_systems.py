@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from hive_core.effects import Line, changed, listed, some
-from hive_core.protocol.visible import counted, mib
+from hive_core.protocol.visible import counted, mib, named
 
 T = TypeVar("T")
 Text = Annotated[str, StringConstraints(max_length=1_000)]
@@ -27,20 +27,29 @@ class Package(_Fact):
 
 
 class Wrapper(_Fact):
+    """program: a mark of what it starts."""
+
     setuid: bool
     setgid: bool
     capabilities: Text
+    owner: Text = "root"
+    group: Text = "root"
+    program: Text = ""
 
     def __str__(self) -> str:
-        rights = [word for word, has in (("setuid", self.setuid), ("setgid", self.setgid)) if has]
+        rights = [f"setuid {self.owner}"] if self.setuid else []
+        rights += [f"setgid {self.group}"] if self.setgid else []
         return ", ".join([*rights, self.capabilities] if self.capabilities else rights) or "no rights"
 
 
 class Network(_Fact):
+    """tcp, udp: what is open, as "80", "80-90" or "80 on eth0". trusted: interfaces from where all is."""
+
     firewall: bool
     dhcp: bool
     tcp: list[Text]
     udp: list[Text]
+    trusted: list[Text] = []
     nameservers: list[Text]
 
 
@@ -56,6 +65,7 @@ class Facts(_Fact):
     capabilities: dict[Text, Text] | None = None  # service → what it begins with
     network: Network | None = None
     programs: list[Text] | None = None
+    absent: dict[Text, Text] | None = None  # a fact that could not be told → the option that its NixOS does not have
 
 
 class Closure(NamedTuple):
@@ -120,8 +130,10 @@ def system_lines(before: Facts, after: Facts) -> tuple[list[Line], list[str]]:
     for key, rule in _RULES.items():
         was, is_now = getattr(before, key), getattr(after, key)
         if was is None or is_now is None:
-            where = "this commit" if is_now is None else "what runs now"
-            unknown.append(f"{key}: nix cannot tell them of {where}")
+            where, facts = ("this commit", after) if is_now is None else ("what runs now", before)
+            option = (facts.absent or {}).get(key)
+            why = f", whose NixOS has no {named(option)}" if option else ""
+            unknown.append(f"{key}: nix cannot tell them of {where}{why}")
         else:
             lines += rule(key, was, is_now)
     return lines, unknown
@@ -165,6 +177,12 @@ def _told(name: str, value: object) -> str:
     return f"{name} ({text})" if text else name
 
 
+def _wrappers(key: str, before: Mapping[str, Wrapper], after: Mapping[str, Wrapper]) -> list[Line]:
+    others = [name for name in after if name in before and after[name].program != before[name].program]
+    told = [Line(key, some(others), "another program", wide=True)] if others else []
+    return _each(widens=True)(key, before, after) + told
+
+
 def _network(key: str, before: Network, after: Network) -> list[Line]:
     on = {True: "on", False: "off"}
     return [
@@ -172,6 +190,7 @@ def _network(key: str, before: Network, after: Network) -> list[Line]:
         *changed("DHCP", on[before.dhcp], on[after.dhcp], wide=after.dhcp),
         *listed("open TCP ports", before.tcp, after.tcp, widens=True),
         *listed("open UDP ports", before.udp, after.udp, widens=True),
+        *listed("trusted interfaces", before.trusted, after.trusted, widens=True),
         *listed("nameservers", before.nameservers, after.nameservers, widens=True),
     ]
 
@@ -181,7 +200,7 @@ def _programs(key: str, before: list[str], after: list[str]) -> list[Line]:
 
 
 _RULES: Mapping[str, Callable[[str, Any, Any], list[Line]]] = {
-    "setuid": _each(widens=True),
+    "setuid": _wrappers,
     "capabilities": _each(widens=True),
     "network": _network,
     "users": _each(widens=False),

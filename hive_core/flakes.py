@@ -42,7 +42,7 @@ from hive_core.settings import AgentSettings, describe
 log = logging.getLogger(__name__)
 GIT_WITHIN_S = 30
 _WANTED = resources.files("hive_core").joinpath("templates/nix/wanted.nix").read_text("utf-8")
-
+_WITHOUT_FACTS = f'config: removeAttrs (({_WANTED}) config) [ "facts" ]'
 
 _UPDATED = "inputs.json"  # in the repository: the revisions that were locked anew last
 
@@ -215,8 +215,15 @@ class MetaFlake:
                 flake = Path(folder)
                 await self._render_alone(flake, name, url)
                 wanted = f"{_path_url(flake)}#nixosConfigurations.{nix_string(name)}.config"
-                words = ["eval", "--json", "--no-write-lock-file", wanted, "--apply", _WANTED]
-                said = await self._nix.run(words, readable=[flake, source, *self._readable()])
+                words = ["eval", "--json", "--no-write-lock-file", wanted, "--apply"]
+                readable = [flake, source, *self._readable()]
+                try:
+                    said = await self._nix.run([*words, _WANTED], readable=readable)
+                except NixFailed as failed:
+                    if failed.over in ("time", "memory"):
+                        raise
+                    # It may be no good, or have what cannot be told: with that alone it can be run.
+                    said = await self._nix.run([*words, _WITHOUT_FACTS], readable=readable)
         except NixFailed as failed:
             raise Refusal("refused", f"cannot use agent.nix of {name}: {explained(failed)}") from None
         except OSError as exc:

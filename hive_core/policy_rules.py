@@ -31,7 +31,7 @@ DAY_MS = 24 * 3600 * 1000
 # What the lines of an effect can be about.
 OF_SYSTEMS = (
     *("closure", "packages", "programs", "services", "etc", "scripts", "system", "users", "setuid", "capabilities"),
-    *("firewall", "DHCP", "open TCP ports", "open UDP ports", "nameservers"),
+    *("firewall", "DHCP", "open TCP ports", "open UDP ports", "trusted interfaces", "nameservers"),
 )
 LINES = frozenset({*SETTINGS, "prompt", "agent.nix", "files", "executable files", *OF_SYSTEMS})
 # What a limit measures → the lines that it is about. Where one of those is and its measure is not, it is not kept.

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hive_core.effects_of_systems import Facts, parse_facts, system_lines
 from hive_core.protocol.effect import effect_line
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
@@ -16,6 +17,7 @@ from tests.checkouts import Checkout
 from tests.hives import Services
 from tests.nix.desk import Desk
 from tests.nix.house import House, mended, serving, with_nixpkgs
+from tests.nixes import Nix, quoted
 
 HM1ND = AgentName("hm1nd")
 MODULE = """
@@ -73,7 +75,7 @@ async def test_the_card_tells_what_the_system_gains_and_loses(hive: Services) ->
     found = await effect(hive, MODULE % MORE)
     lines = told(found)
     assert lines[:6] == [
-        "!setuid: + ping (setuid, cap_net_raw+ep)",
+        "!setuid: + ping (setuid root, cap_net_raw+ep)",
         "!capabilities: + watch (CAP_NET_RAW)",
         "!open TCP ports: + 80",
         "!nameservers: + 192.0.2.1",
@@ -92,7 +94,7 @@ async def test_the_card_tells_what_the_system_gains_and_loses(hive: Services) ->
         "packages: − taplo-0",
         "packages: strace-0 → built otherwise",
         "services: watch.service → changed",
-        "!setuid: ping (setuid, cap_net_raw+ep) → ping (cap_net_raw+ep)",
+        "!setuid: ping (setuid root, cap_net_raw+ep) → ping (cap_net_raw+ep)",
     }
 
 
@@ -155,12 +157,85 @@ async def test_the_card_of_a_new_agent_is_shown_again_where_another_nixpkgs_make
         assert again.payload == card.payload
 
 
-async def test_what_cannot_be_told_is_said_to_be_unknown_and_hinders_nothing(hive: Services) -> None:
-    module = 'networking.nameservers = throw "not now"; environment.systemPackages = [ pkgs.git ];'
+QUIET = """
+  environment.etc."motd" = { text = "hello"; mode = "0644"; };
+  systemd.units."watch.timer" = { text = "x"; wantedBy = [ ]; };
+  systemd.user.units."nag.timer".text = "x";
+  users.users.ada.uid = 1000;
+  users.groups.wheel.members = [ ];
+  security.wrappers.ping = { setuid = true; owner = "nobody"; source = "${pkgs.strace}/bin/ping"; };
+  networking.firewall = { enable = true; interfaces.eth0.allowedTCPPorts = [ 22 ]; };
+  networking.interfaces.eth0.useDHCP = false;
+"""
+LOUD = """
+  environment.etc."motd" = { text = "hello"; mode = "0666"; };
+  systemd.units."watch.timer" = { text = "x"; wantedBy = [ "timers.target" ]; };
+  systemd.user.units."nag.timer".text = "y";
+  users.users.ada.uid = 0;
+  users.groups.wheel.members = [ "ada" ];
+  security.wrappers.ping = { setuid = true; owner = "nobody"; source = "${pkgs.taplo}/bin/ping"; };
+  networking.firewall = {
+    enable = true; trustedInterfaces = [ "lo" "eth1" ];
+    interfaces.eth0 = { allowedTCPPorts = [ 22 ]; allowedUDPPortRanges = [ { from = 60; to = 70; } ]; };
+  };
+  networking.interfaces.eth0.useDHCP = true;
+"""
+
+
+async def test_no_way_that_nixos_has_to_say_a_thing_passes_unseen(hive: Services) -> None:
+    await effect(hive, MODULE % QUIET)
+    await approve(hive)
+    found = await effect(hive, MODULE % LOUD)
+    assert {line for line in told(found) if not line.startswith("agent.nix")} == {
+        "etc: motd → changed",
+        "services: user: nag.timer, watch.timer → changed",
+        "users: ada → ada (wheel, as root)",
+        "!setuid: ping → another program",
+        "!trusted interfaces: + eth1",
+        "!open UDP ports: + 60-70 on eth0",
+        "!DHCP: off → on",
+    }
+
+
+@pytest.mark.parametrize(
+    ("module", "missing"),
+    [
+        ('networking.nameservers = lib.mkForce [ (throw "not now") ];', {"network"}),
+        ("users.users.ada.extraGroups = [ (x: x) ];", {"users"}),
+        ("environment.systemPackages = [ { outPath = pkgs.git.outPath; name = { }; } ];", {"packages"}),
+        ("systemd.services.watch.serviceConfig.AmbientCapabilities = { };", {"capabilities"}),
+        # What no evaluation can catch.
+        ('users.users.ada.extraGroups = [ (abort "never") ];', set(Facts.model_fields) - {"absent"}),
+        ("security.wrappers.x = let a = { source = a.source; }; in a;", set(Facts.model_fields) - {"absent"}),
+    ],
+)
+async def test_what_cannot_be_told_is_said_to_be_unknown_and_hinders_nothing(
+    hive: Services, module: str, missing: set[str]
+) -> None:
     found = await effect(hive, MODULE % module)
-    unknown = [text.partition(":")[0] for text in found["unknown"]]
-    assert "network" in unknown
+    unknown = {text.partition(":")[0] for text in found["unknown"]}
+    assert unknown - {"closure"} == missing
     assert "nix cannot tell them of this commit" in str(found["unknown"])
+
+
+@pytest.mark.parametrize("option", ["environment.etc", "security.wrappers", "networking.firewall", "systemd"])
+def test_an_option_that_a_nixos_does_not_have_is_named_and_costs_what_is_told_of_it_alone(
+    nix: Nix, option: str
+) -> None:
+    path = json.dumps(option.split("."))
+    found = nix.value(
+        "let without = path: set: let name = builtins.head path; rest = builtins.tail path; in"
+        " if rest == [ ] then removeAttrs set [ name ] else set // { ${name} = without rest set.${name}; };"
+        f" path = builtins.fromJSON {quoted(path)};"
+        ' config = (self.lib.mkAgent { system = "x86_64-linux"; name = "iris"; modules = [ ]; }).config;'
+        " in (import ./hive_core/templates/nix/wanted.nix (without path config)).facts"
+    )
+    facts = parse_facts(found)
+    gone = {key for key, of in (facts.absent or {}).items() if of.startswith(option)}
+    assert gone
+    assert gone == {key for key in Facts.model_fields if getattr(facts, key) is None}
+    _, unknown = system_lines(facts, facts)
+    assert all(f"this commit, whose NixOS has no {option}" in text for text in unknown)
 
 
 async def test_a_card_is_shown_again_where_another_nixpkgs_makes_another_change_of_it(

@@ -39,3 +39,12 @@ def test_the_units_that_nixos_writes_are_those_of_the_module(nix: Nix) -> None:
     for line in ("Type=notify", "WatchdogSec=60", "RuntimeDirectoryPreserve=yes"):
         assert line in text
     assert nix.value(f'({HOST}).config.systemd.units."hyperhive.service".aliases', GIVEN) == ["hive-c0re.service"]
+
+
+def test_everything_that_a_card_tells_of_a_system_can_be_told_of_one(nix: Nix) -> None:
+    agent = 'self.lib.mkAgent { system = "x86_64-linux"; name = "iris"; modules = [ ]; }'
+    facts = nix.value(f"(import ./hive_core/templates/nix/wanted.nix ({agent}).config).facts", GIVEN)
+    assert facts["absent"] == {}
+    assert [key for key, value in facts.items() if value is None] == []
+    assert {"dbus.service", "hive-agent.service"} <= set(facts["services"])
+    assert facts["setuid"]["mount"]["setuid"] is True

@@ -44,7 +44,14 @@ def passes(one: Rule, *lines: Line, unknown: tuple[str, ...] = (), **given: Any)
 
 SMALL = Closure(frozenset("a"), 1)
 CLOSURE = closure_lines(SMALL, Closure(frozenset("ab"), 50 * 2**20 + 1))[0]
-OPEN = {"firewall": False, "dhcp": True, "tcp": ["22"], "udp": ["53"], "nameservers": ["192.0.2.1"]}
+OPEN = {
+    "firewall": False,
+    "dhcp": True,
+    "tcp": ["22"],
+    "udp": ["53"],
+    "trusted": ["eth1"],
+    "nameservers": ["192.0.2.1"],
+}
 EVERYTHING: dict[str, Any] = {
     "packages": [{"name": "librsvg-2", "mark": "m"}],
     "services": {"web": "m"},
@@ -238,7 +245,7 @@ def test_what_a_rule_can_never_allow_is_named() -> None:
     assert list(troubles(parse_rules(OWN_PROMPT, "r")[0], agents)) == []
     assert list(troubles(rule(), agents)) == []
     (said,) = troubles(rule(only=["prompt", "promt"]), agents)
-    assert "only names promt, of which no effect has a line; the lines are available_models, " in said
+    assert "only names promt, of which no effect has a line; the lines are agent.nix, available_models, " in said
     (said,) = troubles(rule(agents=["iris", "argus"]), agents)
     assert said == "agents names argus, which no agent is called"
     (said,) = troubles(rule(agents=["hm1nd"]), agents)

@@ -17,20 +17,28 @@ let
       environment.systemPackages = list;
       environment.variables = bag "variables of every shell";
       fileSystems = bag "file systems";
-      networking = bag "network";
+      networking = {
+        hostName = mkOption { type = types.str; default = ""; };
+        useDHCP = flag;
+        nameservers = list;
+        firewall = bag "firewall";
+        interfaces = bag "interfaces";
+      };
       documentation.enable = flag;
       nix.enable = flag;
       nix.settings = bag "nix.conf";
       nix.package = mkOption { type = types.package; };
       nixpkgs.config = bag "configuration of nixpkgs";
       nixpkgs.hostPlatform = mkOption { type = types.str; default = if system == null then throw "no system" else system; };
-      security = bag "security";
+      security.wrappers = bag "programs with rights of their own";
       specialisation = bag "other configurations of the machine";
+      system.activationScripts = bag "what puts a system together";
       system.stateVersion = mkOption { type = types.str; };
       system.build.toplevel = mkOption { type = types.unspecified; };
       systemd = {
         services = bag "services";
         units = bag "units, as they are written";
+        user.units = bag "units of users";
         mounts = list;
         slices = bag "slices";
         tmpfiles.rules = list;
