@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import tomlkit
 from packaging.requirements import Requirement
 
 from hive_core.config import Config, load_config
@@ -183,6 +186,53 @@ def test_the_build_runs_the_daemons_own_parser_over_the_settings(nix: Nix) -> No
         '(host { services.hyperhive.enable = true; }).config.environment.etc."hyperhive/config.toml".source.given.text'
     )
     assert "/bin/hive-core check /nix/store/" in script
+
+
+POLICY = """
+  imports = [ { services.hyperhive.settings.policy = [ { name = "more"; kind = "apply_commit"; agents = [ "*" ];
+    requested_by = [ "operator" ]; only = [ "model" ]; } ]; } ];
+  services.hyperhive = { enable = true; settings.policy = [ { name = "own prompt"; kind = "apply_commit";
+    agents = [ "iris" ]; requested_by = "*"; only = [ "prompt" ]; at_most.prompt_lines = %s; per_day = 3; } ]; };
+"""
+
+
+def build_of_the_settings(nix: Nix, folder: Path, module: str) -> subprocess.CompletedProcess[str]:
+    """What NixOS runs to write config.toml, with our own hive-core: nixpkgs makes TOML of the settings by tomlkit."""
+    found = nix.value(
+        f"let config = (host {{ {module} }}).config; in {{ inherit (config.services.hyperhive) settings;"
+        ' script = config.environment.etc."hyperhive/config.toml".source.given.text; }'
+    )
+    written = folder / "written.toml"
+    written.write_text(tomlkit.dumps(found["settings"]))
+    program = shlex.join([sys.executable, "-m", "hive_core.daemon_cli"])
+    script = re.sub(r"/nix/store/\S+/bin/hive-core", program, found["script"])
+    script = re.sub(r"/nix/store/\S+-hyperhive-config\.toml", shlex.quote(str(written)), script)
+    assert "/nix/store" not in script
+    environment = {**os.environ, "out": str(folder / "out")}
+    return subprocess.run(["sh", "-ec", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_list_of_rules_is_what_the_daemon_reads_as_its_policy(nix: Nix, tmp_path: Path) -> None:
+    done = build_of_the_settings(nix, tmp_path, POLICY % "200")
+    assert (done.returncode, done.stderr) == (0, "")
+    rules = {rule.name: rule for rule in load_config({}, {}, str(tmp_path / "out")).policy}
+    assert set(rules) == {"own prompt", "more"}
+    own = rules["own prompt"]
+    assert (own.agents, own.requested_by, own.only, own.per_day) == (["iris"], ["*"], ["prompt"], 3)
+    assert own.at_most.prompt_lines == 200
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [('"two hundred"', "at_most.prompt_lines"), ("-1", "at_most.prompt_lines"), ("200; onyl = [ ]", "onyl")],
+)
+def test_a_rule_that_is_no_good_ends_the_build_of_the_host_with_its_key(
+    nix: Nix, tmp_path: Path, given: str, said: str
+) -> None:
+    done = build_of_the_settings(nix, tmp_path, POLICY % given)
+    assert done.returncode != 0
+    assert re.search(r"cannot use the policy: rule [12]: .*" + re.escape(said), done.stderr)
+    assert not (tmp_path / "out").exists()
 
 
 def test_check_takes_a_file_that_fits_and_names_what_does_not(
