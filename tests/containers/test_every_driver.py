@@ -21,6 +21,7 @@ from hive_core.containers.printed import LOG_LIMIT_BYTES
 from hive_core.containers.process_tree import all_pids, parent_of
 from hive_core.containers.run_command import OUTPUT_LIMIT_BYTES
 from hive_core.containers.running import Done, Exit, Usage
+from hive_core.kept import Keeper
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from tests.containers.drivers import (
@@ -497,6 +498,25 @@ async def test_a_destroyed_agent_leaves_its_directories_and_nothing_else(tmp_pat
     assert await driver.find(IRIS, dirs_in(tmp_path)) is None
     assert await driver.missed_exit(IRIS) is None
     assert await driver.logs(IRIS) == []
+
+
+async def test_whatever_an_agent_left_behind_is_kept_when_it_is_destroyed_and_removed_when_it_is_purged(
+    tmp_path: Path, sandbox: str
+) -> None:
+    planted = (
+        "cd /state; mkdir -p deep/er shut; echo kept > note; ln -s /etc link; ln note twin; mkfifo pipe; "
+        "echo x > shut/file; chmod 0 shut/file shut deep; touch 'a\nb' ./-rf; head -c 2000000 /dev/zero > ~/.claude/big"
+    )
+    code, said = await run(tmp_path, sandbox, planted)
+    assert code == 0, said
+    await driver_in(tmp_path, sandbox, "").destroy(IRIS)
+    keeper = Keeper(tmp_path, lambda name: agent_dirs(tmp_path, tmp_path / "runtime", name).run)
+    assert await keeper.put_away(IRIS, "iris@2026-01-01") > 2_000_000
+    kept = tmp_path / "tombstones" / "iris@2026-01-01"
+    assert (kept / "agent" / "state" / "note").read_text() == "kept\n"
+    assert not (tmp_path / "agents" / "iris").exists()
+    await keeper.remove(kept.name, 1)
+    assert list((tmp_path / "tombstones").iterdir()) == []
 
 
 # -- daemons that die -------------------------------------------------------------------------------------------------

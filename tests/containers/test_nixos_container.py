@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from collections.abc import AsyncIterator
@@ -453,27 +452,6 @@ async def test_logs_go_over_restarts_and_end_with_the_agent(tmp_path: Path, driv
     assert await driver.logs(IRIS) == []
     assert driver.stand_in.run("nixos-container", "list") == ""
     assert not list((driver.stand_in.folder / "run/systemd/system").iterdir())
-
-
-async def test_many_agents_start_a_few_at_a_time_and_end_alone(tmp_path: Path, driver: Systems) -> None:
-    """A hundred with HIVE_LONG=1."""
-    names = [AgentName(f"agent-{number}") for number in range(100 if os.environ.get("HIVE_LONG") == "1" else 8)]
-    system, few, running = driver.stand_in.system("exec sleep 1000"), trio.CapacityLimiter(4), {}
-
-    async def begin(name: AgentName) -> None:
-        async with few:
-            await driver.switch(name, system)
-            running[name] = await start(driver, tmp_path, name)
-
-    async with trio.open_nursery() as nursery:
-        for name in names:
-            nursery.start_soon(begin, name)
-    assert len({each.pid for each in running.values()}) == len(names)
-    await end(running[names[0]])
-    found = [await driver.find(name, dirs_in(tmp_path, name=name)) for name in names]
-    assert [each is not None for each in found] == [False, *[True] * (len(names) - 1)]
-    for each in running.values():
-        await end(each)
 
 
 # Kills its own process when it is about to run the Nth of the host's commands.

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -100,7 +101,7 @@ class StandInHost:
 
     def system(self, script: str, oneshots: Mapping[str, str] | None = None, init: str = "") -> StorePath:
         """A system whose harness is a script, in the store; the same for the same. init: another one than ours."""
-        folder = self._programs.with_name(f"system.{os.getpid()}")
+        folder = self._programs.with_name(f"system.{os.getpid()}.{threading.get_ident()}")
         shutil.rmtree(folder, ignore_errors=True)
         files = {**system_files(script, oneshots or {}), **({"init": init} if init else {})}
         for name, text in files.items():
