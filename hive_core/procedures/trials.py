@@ -58,9 +58,15 @@ class Trial:
             if one is not None:
                 one.begin_trial()
                 self._starts = one.starts
-                # What was seen of the one before says nothing of this one.
-                self._tools.agents.observe(self._name, "starting", "on trial")
             yield
+            if one is not None:
+                # What was seen until now, also why it might not be started, says nothing of this one.
+                self._tools.agents.observe(self._name, "starting", "on trial")
+
+    async def begin_anew(self) -> None:
+        """What runs of it is ended at its turn's edge, and it is started on trial."""
+        async with self.at_rest():
+            pass
 
     @asynccontextmanager
     async def back(self) -> AsyncIterator[None]:

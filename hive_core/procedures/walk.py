@@ -84,17 +84,19 @@ class Walk:
                 self._reconciler.on_trial.add(name)
                 held.callback(self._reconciler.end_trial, name)
 
-                def write(tx: Transaction) -> None:
-                    # By a daemon before, maybe, that died when it proved it.
+                def write(tx: Transaction) -> bool:
                     if tx.execute("SELECT 1 FROM agents WHERE name = ? AND deployed_sha = ?", (name, sha)).fetchone():
-                        return
+                        return False
                     create(tx)
                     note_deployed(tx, name, sha, deployed)
+                    return True
 
-                await self._store.insist(write)
+                is_new = await self._store.insist(write)
             await step(PROVING)
             try:
                 trial = await held.enter_async_context(self._reconciler.trial(name))
+                if not is_new:  # a daemon before died when it proved it, and may have begun it
+                    await self._insist(change, PROVING, step, trial.begin_anew)
                 proof = await trial.prove(deployed.settings)
             except Unhealthy as refusal:
                 proof = f"unhealthy: {refusal.why}"

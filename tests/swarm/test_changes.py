@@ -12,10 +12,10 @@ import pytest
 from hive_core.cli.client import Client
 from hive_core.protocol.refusal import Refusal
 from tests.checkouts import Checkout
-from tests.daemons import WITHIN_S, Daemon, open_daemon
+from tests.daemons import Daemon, open_daemon
+from tests.dying import AFTER, BEFORE, die_at, let_die, packages, wait_dead
 from tests.swarm.test_outlive import GATED, SAY_WHO, WELCOME, open_swarm, persona, pid_of, spawn
 from tests.swarm.test_tombstones import hive
-from tests.swarm.test_updates import packages
 
 SAYS = {"from": "operator", "match": "who", "do": [SAY_WHO]}
 SAYS_MORE = {
@@ -207,54 +207,30 @@ def test_a_change_that_a_rule_allows_is_on_its_agent_without_a_click_though_the_
 
 # -- a daemon that dies in the walk -----------------------------------------------------------------------------------
 
-DYING = """
-
-def _dying(owner, name, step, after):
-    import os, signal
-    call = getattr(owner, name)
-
-    def die():
-        if os.environ.get("HIVE_TEST_DIES") == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    async def run(*arguments):
-        if not after:
-            die()
-        done = await call(*arguments)
-        die()
-        return done
-
-    setattr(owner, name, run)
-
-
-from hive_core.procedures.deployments import PlainDeployments
-_dying(PlainDeployments, "build", "built", True)
-_dying(PlainDeployments, "take", "taken", True)
-_dying(Trial, "prove", "noted", False)
-_dying(Trial, "prove", "proven", True)
-_dying(PlainDeployments, "settle", "proof kept", False)
-_dying(PlainDeployments, "settle", "settled", True)
-"""
+PLAIN, TRIAL = "hive_core.procedures.deployments", "hive_core.procedures.trials"
+PLACES = [
+    (PLAIN, "PlainDeployments.build", "built", AFTER),
+    (PLAIN, "PlainDeployments.take", "taken", AFTER),
+    (TRIAL, "Trial.prove", "noted", BEFORE),
+    (TRIAL, "Trial.prove", "proven", AFTER),
+    (PLAIN, "PlainDeployments.settle", "proof kept", BEFORE),
+    (PLAIN, "PlainDeployments.settle", "settled", AFTER),
+]
 
 
 @pytest.fixture(scope="module")
-def dying(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Packages whose daemon kills itself right after the step that HIVE_TEST_DIES names."""
-    folder = packages(tmp_path_factory.mktemp("dying"))
-    with (folder / "hive_core" / "procedures" / "walk.py").open("a") as file:
-        file.write(DYING)
-    return folder
+def dying(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of packages whose daemon dies where it is told to."""
+    return str(let_die(packages(tmp_path_factory.mktemp("dying")), PLACES))
 
 
-def die_at(daemon: Daemon, client: Client, dying: Path, step: str, **files: str) -> tuple[Client, int]:
-    """A change of iris is approved by one who dies right after a step; the operator of the next daemon."""
-    card = ask(daemon, client, **files)
-    daemon.kill()
-    client = daemon.start(PYTHONPATH=str(dying), HIVE_TEST_DIES=step)
+def approve_and_die(daemon: Daemon, client: Client, step: str, card: dict[str, Any]) -> Client:
+    """A change is approved by one who dies at a step; the operator of the next daemon."""
+    die_at(daemon, step)
     with pytest.raises(Refusal):
         approve(client, card)
-    assert daemon.process.wait(WITHIN_S) == -9
-    return daemon.start(PYTHONPATH=str(dying)), card["id"]
+    wait_dead(daemon)
+    return daemon.start()
 
 
 def ended(daemon: Daemon, client: Client, number: int) -> dict[str, Any]:
@@ -265,25 +241,26 @@ def ended(daemon: Daemon, client: Client, number: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("step", ["built", "taken", "noted", "proven", "proof kept", "settled"])
-def test_a_daemon_that_is_killed_after_any_step_is_followed_by_one_that_finishes(dying: Path, step: str) -> None:
-    with open_swarm() as daemon:
+def test_a_daemon_that_is_killed_after_any_step_is_followed_by_one_that_finishes(dying: str, step: str) -> None:
+    with open_swarm(PYTHONPATH=dying) as daemon:
         client = started_iris(daemon, SAYS)
-        client, number = die_at(daemon, client, dying, step, CLAUDE__md=persona([WELCOME, SAYS_MORE]))
+        card = ask(daemon, client, CLAUDE__md=persona([WELCOME, SAYS_MORE]))
+        client = approve_and_die(daemon, client, step, card)
         client.call("send", to="iris", body="who are you?")
-        done = ended(daemon, client, number)
+        done = ended(daemon, client, card["id"])
         assert (done["state"], done["proof"]) == ("done", "healthy")
         assert daemon.wait_message(client, "it is me")["body"] == "it is me, changed"
         assert not [body for body in mail_of(client, "hm1nd") if "crash" in body]
 
 
-def test_a_daemon_that_is_killed_when_it_proves_a_new_agent_is_followed_by_one_that_finishes(dying: Path) -> None:
-    with open_swarm() as daemon:
-        client = daemon.start(PYTHONPATH=str(dying), HIVE_TEST_DIES="noted")
+@pytest.mark.parametrize("step", ["noted", "proven"])
+def test_a_daemon_that_is_killed_when_it_proves_a_new_agent_is_followed_by_one_that_finishes(
+    dying: str, step: str
+) -> None:
+    with open_swarm(PYTHONPATH=dying) as daemon:
+        client = daemon.start()
         asked = client.call("request_spawn", agent="iris", persona=persona([WELCOME, SAYS]), reason="a test")
-        with pytest.raises(Refusal):
-            approve(client, client.call("show", approval=asked["approval"]))
-        assert daemon.process.wait(WITHIN_S) == -9
-        client = daemon.start(PYTHONPATH=str(dying))
+        client = approve_and_die(daemon, client, step, client.call("show", approval=asked["approval"]))
         done = ended(daemon, client, asked["approval"])
         assert (done["state"], done["proof"]) == ("done", "healthy")
         client.call("send", to="iris", body="who are you?")
@@ -292,15 +269,16 @@ def test_a_daemon_that_is_killed_when_it_proves_a_new_agent_is_followed_by_one_t
 
 
 @pytest.mark.parametrize("step", ["built", "noted"])
-def test_what_is_no_good_is_taken_back_by_the_next_daemon_too(dying: Path, tmp_path: Path, step: str) -> None:
+def test_what_is_no_good_is_taken_back_by_the_next_daemon_too(dying: str, tmp_path: Path, step: str) -> None:
     executable = tmp_path / "claude"
     executable.write_text("#!/bin/sh\nexit 3\n")
     executable.chmod(0o755)
-    with open_swarm(f"--claude={executable}") as daemon:
+    with open_swarm(f"--claude={executable}", PYTHONPATH=dying) as daemon:
         client = started_iris(daemon, SAYS)
-        client, number = die_at(daemon, client, dying, step, agent__toml='program = "claude"\n')
+        card = ask(daemon, client, agent__toml='program = "claude"\n')
+        client = approve_and_die(daemon, client, step, card)
         client.call("send", to="iris", body="who are you?")
-        failed = ended(daemon, client, number)
+        failed = ended(daemon, client, card["id"])
         assert failed["state"] == "failed"
         assert failed["note"].startswith("cannot keep the change of iris: its program does not come up")
         daemon.wait_message(client, "it is me")

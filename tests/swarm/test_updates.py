@@ -9,19 +9,13 @@ from hive_core.cli.checks import Machine, check_daemon
 from hive_core.cli.client import Client
 from hive_core.config import Config
 from tests.daemons import Daemon
+from tests.dying import packages
 from tests.needs import ROOT
 from tests.swarm.test_outlive import SAY_WHO, WELCOME, open_swarm, pid_of, spawn
 from tests.swarm.test_tombstones import hive
 
 NAMES = ("hm1nd", "iris", "rowan")
 SAYS = {"from": "operator", "match": "who", "do": [SAY_WHO]}
-
-
-def packages(folder: Path) -> Path:
-    """A copy of our packages that a test may change."""
-    for package in ("hive_core", "hive_agent", "hive_mind", "dashboard"):
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
 
 
 def upgrade(daemon: Daemon, folder: Path, text: str) -> Client:

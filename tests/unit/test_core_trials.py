@@ -203,6 +203,21 @@ async def test_one_that_might_not_run_here_before_either_proves_nothing(autojump
         assert await trial.prove(SETTINGS) == "unproven: it may not run here: no program is there"
 
 
+async def test_why_it_might_not_be_started_before_it_was_changed_says_nothing_of_the_change(
+    autojump_clock: MockClock,
+) -> None:
+    async with opened() as house:
+        let_live(house, "comes up")
+        async with house.reconciler.trial(IRIS) as trial, trio.open_nursery() as nursery:
+            nursery.start_soon(end_at_the_edge, house)
+            house.unfit["iris"] = "its container is being built"
+            async with trial.at_rest():
+                await house.until(lambda: house.live("iris").detail == "its container is being built")
+                del house.unfit["iris"]
+            nursery.start_soon(answer_check, house)
+            assert await trial.prove(SETTINGS) == "healthy"
+
+
 async def test_who_waits_for_others_to_start_is_given_all_its_time_after_that(autojump_clock: MockClock) -> None:
     async with opened(starts_at_once=1, start_s=100.0) as house:
         await house.add_agents("argus")
