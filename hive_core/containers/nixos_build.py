@@ -9,6 +9,7 @@ from typing import Any
 from hive_core.containers.driver import Systems
 from hive_core.containers.nixos_container import NixosContainers
 from hive_core.containers.nixos_host import NixosHost
+from hive_core.containers.run_command import TookTooLong
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, StorePath, parse_store_path
 
@@ -31,7 +32,11 @@ class SystemBuilds:
             raise Refusal("not_found", f"cannot build {name}: {why}")
         self._files.mkdir(mode=0o700, parents=True, exist_ok=True)
         words = ["nix-store", "--realise", derivation, "--add-root", str(self._link(name))]
-        await self._host.insist(f"build {name}", *words, patience_s=self._build_s)
+        try:
+            await self._host.insist(f"build {name}", *words, patience_s=self._build_s)
+        except TookTooLong:
+            why = f"it took longer than {self._build_s:g} s (build_s) and was ended; build less, or set build_s higher"
+            raise Refusal("failed", f"cannot build {name}: {why}") from None
         return parse_store_path(os.readlink(self._link(name)))
 
     def forget(self, name: AgentName) -> None:

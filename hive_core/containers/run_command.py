@@ -17,12 +17,19 @@ from hive_core.protocol.refusal import Refusal
 OUTPUT_LIMIT_BYTES = 256 << 10
 
 
+class TookTooLong(Refusal):
+    """It was killed since its time was over."""
+
+    def __init__(self, patience_s: float) -> None:
+        super().__init__("failed", f"the command did not end within {patience_s:g} s and was killed; give it more time")
+
+
 async def run_command(
     command: Sequence[str], patience_s: float, environment: Mapping[str, str] = MappingProxyType({})
 ) -> Done:
     """Run a command to its end, in an environment of these alone. What it prints beyond the limit is dropped.
 
-    Raises Refusal when it cannot be run, or took longer: then all that comes from it was killed.
+    Raises Refusal when it cannot be run, and TookTooLong when it did: then all that comes from it was killed.
     """
     try:
         process = _begin(command, environment)
@@ -38,7 +45,7 @@ async def run_command(
         finally:
             _end(process)
     if scope.cancelled_caught:
-        raise Refusal("failed", f"the command did not end within {patience_s:g} s and was killed; give it more time")
+        raise TookTooLong(patience_s)
     return Done(process.returncode, bytes(output).decode("utf-8", "replace"))
 
 

@@ -17,6 +17,7 @@ from tests.containers.standin.host import StandInHost
 from tests.hives import Services
 from tests.nix.house import House, mended, serving
 from tests.nix.test_deployments import HM1ND, IRIS, MORE, approve, ask, checkout, lock, spawn, what_is
+from tests.processes import pids_naming, wait_gone
 from tests.small_disks import small_disk, small_disks
 
 STRACE = MORE % "environment.systemPackages = [ pkgs.strace ];"
@@ -31,18 +32,18 @@ def building(script: str) -> str:
 class BuiltHouse(House):
     """With the driver of NixOS containers in the place of scripted systems."""
 
-    def __init__(self, folder: Path, hyperhive: Path, host: Path) -> None:
+    def __init__(self, folder: Path, hyperhive: Path, host: Path, build_s: float = 60) -> None:
         self.host = StandInHost(host)
         super().__init__(folder / "state", hyperhive, self.host.folder)
 
         async def base_of(name: AgentName) -> int:
             return pick_range(name, ())
 
-        builds = SystemBuilds(self.folder, build_s=60, host=self.host.host)
+        builds = SystemBuilds(self.folder, build_s=build_s, host=self.host.host)
         self.systems = NixosContainerDriver(
             self.folder, builds, base_of=base_of, claude=None, bounds=None, host=self.host.host
         )
-        self.folder.mkdir()
+        self.folder.mkdir(exist_ok=True)
 
 
 @asynccontextmanager
@@ -81,6 +82,25 @@ async def test_a_build_that_fails_ends_the_approval_with_its_last_lines(tmp_path
         assert (failed.note or "").startswith("cannot build iris: ")
         assert "no such compiler" in (failed.note or "")
         assert await what_is(hive, house) == before
+
+
+async def test_a_build_that_hangs_is_ended_and_names_its_limit_and_the_next_approval_works(
+    tmp_path: Path, hyperhive: Path
+) -> None:
+    house, quick = (BuiltHouse(tmp_path, hyperhive, tmp_path / "host", build_s) for build_s in (60, 1))
+    async with open_house(house):
+        pass
+    async with quick.open() as hive, serving(hive):
+        before = await what_is(hive, quick)
+        hanging = building("/usr/bin/sleep 1000")
+        failed = await approve(hive, await ask(hive, checkout(hive).commit(agent__nix=hanging)))
+        why = "it took longer than 1 s (build_s) and was ended; build less, or set build_s higher"
+        assert (failed.state, failed.note) == ("failed", f"cannot build iris: {why}")
+        assert await what_is(hive, quick) == before
+        # What builds sees the store elsewhere; what it runs, it runs below the sandbox that we began.
+        wait_gone(*pids_naming(str(quick.host.folder)))
+    async with house.open() as hive, serving(hive):
+        assert (await approve(hive, await ask(hive, checkout(hive).commit(agent__nix=STRACE)))).state == "done"
 
 
 @small_disks
