@@ -1,8 +1,8 @@
 """A hive whose containers are NixOS systems, as far as its gate: real git, real nix, real store.
 
 The driver's systems are scripted: what is built is what nix makes of the flake, and where a container would be switched
-there is a file that says so. `python -m tests.nix.house FOLDER HYPERHIVE STORE STEP` carries out what is approved and
-is killed right after a step.
+there is a file that says so. `python -m tests.nix.house FOLDER HYPERHIVE STORE NIXPKGS STEP` carries out what is
+approved and is killed right after a step.
 """
 
 from __future__ import annotations
@@ -87,9 +87,12 @@ class ScriptedSystems:
 class House:
     """What is on the disk of a hive, for one daemon after another."""
 
-    def __init__(self, folder: Path, hyperhive: Path, store: Path, limits: NixLimits | None = None) -> None:
+    def __init__(
+        self, folder: Path, hyperhive: Path, store: Path, limits: NixLimits | None = None, nixpkgs: Path = STANDIN
+    ) -> None:
         self.folder = folder
-        self.sources = Sources(hyperhive, STANDIN, SYSTEM)
+        self.store = store
+        self.sources = Sources(hyperhive, nixpkgs, SYSTEM)
         self.nix = Nix(folder / "nix", limits, store)
         self.systems: Any = ScriptedSystems(folder / "profiles.json", self.nix)
 
@@ -109,6 +112,14 @@ class House:
         async with open_services(self.folder, deployments=deployments) as services:
             await services.gate.ensure_manager("You manage.")
             yield services
+
+    async def carry_out_and_die(self, step: str) -> None:
+        """What is approved is carried out by a daemon that is killed right after a step."""
+        told = [self.folder, self.sources.hyperhive, self.store, self.sources.nixpkgs, step]
+        command = [sys.executable, "-m", "tests.nix.house", *map(str, told)]
+        with trio.fail_after(PATIENCE_S):
+            died = await trio.run_process(command, cwd=ROOT, capture_stderr=True, check=False)
+        assert died.returncode == -9, died.stderr.decode()
 
     def git(self, *words: str) -> str:
         """What git says of the meta flake."""
@@ -170,9 +181,11 @@ async def carry_out_and_die(house: House, step: str) -> None:
         services.repos.deploy = then(services.repos.deploy, "moved")  # type: ignore[method-assign]
         deployments = services.gate._deployments
         deployments.settle = then(deployments.settle, "committed")  # type: ignore[method-assign]
+        deployments._meta._lock = then(deployments._meta._lock, "staged")  # type: ignore[attr-defined]
+        deployments.lock_inputs = then(deployments.lock_inputs, "locked")  # type: ignore[method-assign]
         await services.gate.serve()
 
 
 if __name__ == "__main__":
-    state, ours, nix_store, when = sys.argv[1:]
-    trio.run(carry_out_and_die, House(Path(state), Path(ours), Path(nix_store)), when)
+    state, ours, nix_store, packages = map(Path, sys.argv[1:5])
+    trio.run(carry_out_and_die, House(state, ours, nix_store, nixpkgs=packages), sys.argv[5])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,7 @@ from hive_core.protocol.words import OPERATOR, AgentName, CommitSha, StorePath
 from hive_core.systems import system_of
 from hive_core.tombstones import Tombstones, forget, keep
 from tests.checkouts import Checkout
-from tests.hives import PATIENCE_S, Services, open_services, wait_until
-from tests.needs import ROOT
+from tests.hives import Services, open_services, wait_until
 from tests.nix.house import House, mended, nothing, serving
 from tests.scripted_driver import ScriptedDriver
 
@@ -549,11 +547,7 @@ async def die_at(house: House, step: str) -> dict[str, object]:
     async with house.open() as hive:
         card = await hive.approvals.get(number)
         await hive.store.write(lambda tx: settle(tx, card, "approved", None, OPERATOR))
-    told = [str(house.folder), str(house.sources.hyperhive), str(house.nix._store), step]
-    command = [sys.executable, "-m", "tests.nix.house", *told]
-    with trio.fail_after(PATIENCE_S):
-        died = await trio.run_process(command, cwd=ROOT, capture_stderr=True, check=False)
-    assert died.returncode == -9, died.stderr.decode()
+    await house.carry_out_and_die(step)
     return before
 
 

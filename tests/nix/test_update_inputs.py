@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from hive_core.approvals import settle
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.store.bus import DEPLOYED
 from hive_core.systems import system_of
 from tests.hives import open_services, wait_until
-from tests.nix.house import STANDIN, SYSTEM, House, Sources, serving
+from tests.nix.house import STANDIN, House, mended, serving
 
 IRIS = AgentName("iris")
+LONG = os.environ.get("HIVE_LONG") == "1"
 
 
 async def test_newer_inputs_are_shown_and_every_agent_is_built_from_them(
@@ -22,8 +25,7 @@ async def test_newer_inputs_are_shown_and_every_agent_is_built_from_them(
 ) -> None:
     nixpkgs = tmp_path / "nixpkgs"
     shutil.copytree(STANDIN, nixpkgs)
-    house = House(tmp_path / "state", hyperhive, store)
-    house.sources = Sources(hyperhive, nixpkgs, SYSTEM)
+    house = House(tmp_path / "state", hyperhive, store, nixpkgs=nixpkgs)
     async with house.open() as hive, serving(hive):
         asked = await hive.gate.spawn.request(MANAGER, IRIS, "You read.", "r")
         await hive.gate.approve(asked["approval"], (await hive.approvals.get(asked["approval"])).digest, OPERATOR)
@@ -54,6 +56,49 @@ async def test_newer_inputs_are_shown_and_every_agent_is_built_from_them(
     async with house.open() as hive:
         with pytest.raises(Refusal, match="they are the newest already"):
             await hive.gate.update_meta_inputs.request(MANAGER, "again")
+
+
+STEPS = ["staged", "locked", "build", "built", "switch", "switched"]
+
+
+@pytest.mark.parametrize("step", STEPS if LONG else ["staged", "locked", "switched"])
+async def test_a_daemon_that_is_killed_after_any_step_is_followed_by_one_that_builds_every_agent_from_them(
+    tmp_path: Path, hyperhive: Path, store: Path, step: str
+) -> None:
+    nixpkgs = tmp_path / "nixpkgs"
+    shutil.copytree(STANDIN, nixpkgs)
+    house = House(tmp_path / "state", hyperhive, store, nixpkgs=nixpkgs)
+    async with house.open() as hive, serving(hive):
+        asked = await hive.gate.spawn.request(MANAGER, IRIS, "You read.", "r")
+        await hive.gate.approve(asked["approval"], (await hive.approvals.get(asked["approval"])).digest, OPERATOR)
+        await mended(hive, MANAGER)
+        before = {agent.name: (agent.deployed_sha, agent.settings) for agent in await hive.agents.all()}
+        systems = {name: await house.systems.current(name) for name in before}
+        with (nixpkgs / "toplevel.sh").open("a") as script:
+            script.write("# newer: every system is another\n")
+        asked = await hive.gate.update_meta_inputs.request(MANAGER, "news")
+    async with house.open() as hive:
+        card = await hive.approvals.get(asked["approval"])
+        await hive.store.write(lambda tx: settle(tx, card, "approved", None, OPERATOR))
+    await house.carry_out_and_die(step)
+    async with house.open() as hive, serving(hive):
+        assert (await hive.gate.approve(card.id, card.digest, OPERATOR)).state == "done"
+
+        async def all_are_built_anew() -> bool:
+            inputs = hive.gate._deployments._meta.inputs  # type: ignore[attr-defined]
+            rows = [await system_of(hive.store, name) for name in before]
+            return all(row is not None and row.inputs == inputs for row in rows)
+
+        await wait_until(hive.store, all_are_built_anew, "events", DEPLOYED)
+        for name in before:
+            row = await system_of(hive.store, name)
+            assert row is not None
+            assert row.path == await house.systems.current(name) != systems[name]
+        assert {agent.name: (agent.deployed_sha, agent.settings) for agent in await hive.agents.all()} == before
+        locked, _ = await hive.gate._deployments.look_at_inputs()
+        assert locked == card.payload["after"]
+    assert house.log().count("inputs: locked anew") == 1
+    assert house.git("status", "--porcelain") == ""
 
 
 async def test_without_nix_they_are_refused_at_once_with_the_reason(tmp_path: Path) -> None:

@@ -58,8 +58,7 @@ let
           name = "nixos-system";
           system = config.nixpkgs.hostPlatform;
           builder = "/bin/sh";
-          # As much of a system as a container is switched to.
-          args = [ "-c" "/usr/bin/install -D -m 755 /dev/stdin $out/bin/switch-to-configuration < /dev/null; : > $out/init" ];
+          args = [ "-c" (builtins.readFile ./toplevel.sh) ];
           path = config.environment.systemPackages;
           units = builtins.unsafeDiscardStringContext (builtins.toJSON (builtins.mapAttrs (_: unit: unit.serviceConfig or { }) config.systemd.services));
         };
