@@ -154,11 +154,14 @@ def test_the_command_rolls_an_agent_back_and_forth_and_tells_its_history() -> No
     with open_swarm() as daemon:
         client = started_iris(daemon, SAYS)
         approve(client, ask(daemon, client, CLAUDE__md=persona([WELCOME, SAYS_MORE])))
-        done = hive(daemon, "rollback", "iris")
+        done = hive(daemon, "rollback", "iris", "--to", "deployed/0")
         assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "approval 3 of iris: done (healthy)")
         client.call("send", to="iris", body="who are you?")
         assert daemon.wait_message(client, "it is me")["body"] == "it is me"
-        assert hive(daemon, "rollback", "iris", "--to", "deployed/2").returncode == 0
+        back = hive(daemon, "rollback", "iris")
+        assert (back.returncode, back.stdout.splitlines()[-1]) == (0, "approval 4 of iris: done (healthy)")
+        client.call("send", to="iris", body="who are you?")
+        daemon.wait_message(client, "it is me, changed")
         told = hive(daemon, "history", "iris").stdout.splitlines()
         assert ["deployed/4" in told[0], "← runs" in told[0], "healthy" in told[0], len(told)] == [True, True, True, 4]
         assert "deployed/4" in hive(daemon, "blame", "iris", "CLAUDE.md:3").stdout
