@@ -67,6 +67,7 @@ class FlakeDeployments:
         self._evaluating = trio.CapacityLimiter(builds_at_once)
         self._building = trio.CapacityLimiter(builds_at_once)
         self._settling = trio.Lock()
+        self._settled: set[AgentName] = set()  # whose rows may not be written yet
 
     def files(self, name: AgentName, description: str, packages: Sequence[str] = ()) -> Mapping[str, str]:
         return self._meta.agent_files(name, description, packages)
@@ -171,6 +172,7 @@ class FlakeDeployments:
     async def settle(self, change: Change) -> None:
         if change.base is not None:
             await self._repos.deploy(change.agent, change.number, change.sha, change.base)
+        self._settled.add(change.agent)
         await self._log(change.agent, f"deployed/{change.number if change.base else 0}")
 
     async def mend(self, name: AgentName, sha: CommitSha, held: AsyncExitStack) -> Deployed | None:
@@ -212,14 +214,17 @@ class FlakeDeployments:
 
     def forget(self, name: AgentName) -> None:
         self._hindrances.pop(name, None)
+        self._settled.discard(name)
 
     async def _log(self, name: AgentName, what: str) -> None:
         """Commit the meta flake with what is deployed, which is the log of all deployments."""
         try:
             async with self._settling:
                 # By their repositories: what a row names may be on trial, or may not be written yet.
-                commits = {name: await self._repos.main(name), **await built_commits(self._store)}
-                for each in commits:
+                built = await built_commits(self._store)
+                self._settled -= built.keys()
+                commits = {name: await self._repos.main(name), **built}
+                for each in {*commits, *self._settled}:
                     with contextlib.suppress(Refusal):  # one whose repository is broken keeps no other from it
                         commits[each] = await self._repos.main(each)
                 async with self._meta.staged(self._meta.render(commits), f"{name}: {what}"):

@@ -15,6 +15,7 @@ import trio.testing
 from hive_core.approvals import Approval, settle
 from hive_core.containers.mounts import agent_dirs
 from hive_core.procedures import gate
+from hive_core.procedures.deployments import Change
 from hive_core.procedures.flake_deployments import CHECKS_WAITING
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.protocol.refusal import Refusal
@@ -263,6 +264,28 @@ async def test_what_needs_no_build_is_done_while_as_many_are_built_as_may_be(hou
         builds.may_end.set()
     assert [(await hive.approvals.get(card)).state for card in (change, new)] == ["done", "done"]
     assert builds.begun == [IRIS, argus]
+    assert lock(house) == {name: (await hive.agents.get(name)).deployed_sha for name in (HM1ND, IRIS, argus)}
+
+
+async def test_what_is_logged_while_the_rows_of_a_new_agent_are_not_written_yet_has_that_agent_too(
+    house: House, hive: Services
+) -> None:
+    argus, deployments = AgentName("argus"), hive.gate._deployments
+    settle, settled, may_go_on = deployments.settle, trio.Event(), trio.Event()
+    change = await ask(hive, checkout(hive).commit(agent__toml=HAIKU))
+
+    async def settle_and_wait(change: Change) -> None:
+        await settle(change)
+        if change.agent == argus:
+            settled.set()
+            await may_go_on.wait()
+
+    deployments.settle = settle_and_wait  # type: ignore[method-assign]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(spawn, hive, argus)
+        await settled.wait()
+        assert (await approve(hive, change)).state == "done"
+        may_go_on.set()
     assert lock(house) == {name: (await hive.agents.get(name)).deployed_sha for name in (HM1ND, IRIS, argus)}
 
 
