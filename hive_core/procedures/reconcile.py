@@ -185,8 +185,10 @@ class Reconciler:
 
     def end_trial(self, name: AgentName) -> None:
         """An agent is as it is to stay. The same again does nothing."""
+        if name not in self.on_trial:
+            return
         self.on_trial.discard(name)
-        if (supervised := self._supervised.get(name)) is not None and supervised.on_trial:
+        if (supervised := self._supervised.get(name)) is not None:
             supervised.end_trial()
 
     def before_switch(self, hear: Callable[[AgentName], Awaitable[object]]) -> None:

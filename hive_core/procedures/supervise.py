@@ -188,6 +188,10 @@ class Supervisor:
         self.on_trial, self.fell = True, False
         self.desk.hold(True)
 
+    def prove(self) -> None:
+        """It has come up: its crashes are its own from now on. It takes no turn before its trial ends."""
+        self.on_trial = self.fell = False
+
     def end_trial(self) -> None:
         """It is as it is to stay: it takes turns again."""
         self.on_trial = self.fell = False

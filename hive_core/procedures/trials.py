@@ -97,6 +97,11 @@ class Trial:
         self._former = former
         if (one := self._one) is None:
             return unproven("it is not served now")
+        proof = await self._prove(one)
+        one.prove()
+        return proof
+
+    async def _prove(self, one: Supervisor) -> str:
         with self._tools.store.bus.listen(LIVE, WANTED) as self._listener:
             limit_s = self._tools.limits.hello_s
             ended = await self._until_hello(one, limit_s)

@@ -21,7 +21,7 @@ MANAGER = AgentName("hm1nd")
 OPERATOR = AgentName("operator")
 SYSTEM = AgentName("system")
 EVERYONE = AgentName("*")
-RESERVED = frozenset({OPERATOR, SYSTEM, "all", "manager"})
+RESERVED = frozenset({OPERATOR, SYSTEM, "all", "manager", "hive"})
 
 NAME_LIMIT = 30
 RECIPIENTS_LIMIT = 1000

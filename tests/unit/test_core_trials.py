@@ -132,6 +132,37 @@ async def test_who_crashes_after_its_hello_has_not_come_up(autojump_clock: MockC
             assert "it ended with code 9; its last words" in await failure(trial)
 
 
+async def test_who_crashes_once_it_is_proven_has_crashed_as_any_other(autojump_clock: MockClock) -> None:
+    async with opened() as house:
+        let_live(house, "comes up")
+        async with trio.open_nursery() as nursery, on_trial(house) as trial:
+            nursery.start_soon(answer_check, house)
+            assert await trial.prove(SETTINGS) == "healthy"
+            house.running("iris").end(9)
+            await house.until(lambda: len(house.starts_of("iris")) == 3)
+            assert house.desks[IRIS].checks.held
+        assert not house.desks[IRIS].checks.held
+        (told,) = await house.mail(MANAGER)
+        assert told.startswith("container_crash: iris ended with code 9, and is started again by itself")
+
+
+async def test_a_restart_in_the_middle_of_a_trial_is_one_and_the_trial_goes_on(autojump_clock: MockClock) -> None:
+    async with opened() as house:
+        let_live(house, "comes up")
+        async with trio.open_nursery() as nursery, on_trial(house) as trial:
+
+            async def restart() -> None:
+                await house.until(lambda: house.desks[IRIS].checks.asked is not None)
+                await house.reconciler.restart(IRIS, OPERATOR)
+                await end_at_the_edge(house)
+                await house.until(lambda: len(house.starts_of("iris")) == 3)
+                await answer_check(house)
+
+            nursery.start_soon(restart)
+            assert await trial.prove(SETTINGS) == "healthy"
+        assert [body.partition(":")[0] for body in await house.mail(MANAGER)] == ["restarted"]
+
+
 @pytest.mark.parametrize(
     ("error", "why"),
     [
