@@ -245,8 +245,9 @@ class Approvals:
         return await self._all("INDEXED BY approvals_pending WHERE state = 'pending' ORDER BY id")
 
     async def approved(self) -> list[Approval]:
-        """What is approved and not carried out yet, oldest first."""
-        return await self._all("INDEXED BY approvals_approved WHERE state = 'approved' ORDER BY id")
+        """What is approved and not carried out yet: what is under way first, then in the order of the clicks."""
+        order = "step IS NULL, resolved_at_ms, id"
+        return await self._all(f"INDEXED BY approvals_approved WHERE state = 'approved' ORDER BY {order}")
 
     async def recent(self, limit: int = 20) -> list[Approval]:
         """The newest that are resolved, newest first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from pathlib import Path
@@ -269,6 +270,55 @@ def test_a_daemon_that_is_killed_when_it_proves_a_new_agent_is_followed_by_one_t
         client.call("send", to="iris", body="who are you?")
         daemon.wait_message(client, "it is me")
         assert [body.partition(":")[0] for body in mail_of(client, "hm1nd")] == ["spawned"]
+
+
+def test_two_daemons_that_are_killed_one_after_the_other_take_no_change_twice_and_none_for_another(dying: Path) -> None:
+    with open_swarm() as daemon:
+        client = started_iris(daemon, SAYS)
+        waiting = ask(daemon, client, CLAUDE__md=persona([WELCOME, SAYS]) + "one more line\n")
+        Checkout(daemon.state / "proposed" / "iris" / "config").git("reset", "-q", "--hard", "HEAD~1")
+        card = ask(daemon, client, CLAUDE__md=persona([WELCOME, SAYS_MORE]))
+        daemon.kill()
+        client = daemon.start(PYTHONPATH=str(dying), HIVE_TEST_DIES="taken")
+        together = [[one["id"], one["digest"]] for one in (card, waiting)]
+        with pytest.raises(Refusal):
+            list(client.stream("approve_all", approvals=together))
+        assert daemon.process.wait(WITHIN_S) == -9
+        with contextlib.suppress(Refusal):  # it may be gone before it is asked
+            daemon.start(PYTHONPATH=str(dying), HIVE_TEST_DIES="settled")
+        assert daemon.process.wait(WITHIN_S) == -9
+        client = daemon.start(PYTHONPATH=str(dying))
+        client.call("send", to="iris", body="who are you?")
+        ends = {one["id"]: ended(daemon, client, one["id"]) for one in (card, waiting)}
+        assert (ends[card["id"]]["state"], ends[card["id"]]["proof"]) == ("done", "healthy")
+        assert ends[waiting["id"]]["state"] == "failed"
+        assert daemon.wait_message(client, "it is me")["body"] == "it is me, changed"
+        runs = [row["id"] for row in client.call("history", agent="iris")["deployments"] if row["runs"]]
+        assert runs == [card["id"]]
+        kinds = [row["kind"] for row in client.stream("events") if row["data"].get("approval") == card["id"]]
+        assert (kinds.count("approval_done"), kinds.count("approval_approved")) == (1, 1)
+
+
+def test_who_is_destroyed_while_its_change_is_tried_comes_back_as_it_was(tmp_path: Path) -> None:
+    executable = tmp_path / "claude"
+    executable.write_text("#!/bin/sh\ncat > /dev/null\n")
+    executable.chmod(0o755)
+    with open_swarm(f"--claude={executable}") as daemon:
+        client = started_iris(daemon, SAYS)
+        card = ask(daemon, client, agent__toml='program = "claude"\n')
+        ends: list[dict[str, Any]] = []
+        clicked = threading.Thread(target=lambda: ends.append(approve(daemon.client(), card)))
+        clicked.start()
+        daemon.events(client, lambda e: (e["data"].get("step"), e["data"].get("approval")) == ("proving", card["id"]))
+        client.call("destroy", agent="iris", now=True)
+        clicked.join()
+        assert [(end["state"], end["note"]) for end in ends] == [
+            ("failed", "cannot deploy iris: it was destroyed meanwhile")
+        ]
+        daemon.events(client, lambda e: e["kind"] == "agent_destroyed")
+        client.call("revive", tombstone="iris")
+        client.call("send", to="iris", body="who are you?")
+        daemon.wait_message(client, "it is me")
 
 
 @pytest.mark.parametrize("step", ["built", "noted"])
