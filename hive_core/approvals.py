@@ -34,6 +34,8 @@ _BEGINS = {  # end of a step → where it may begin
     "failed": ("pending", "approved"),
 }
 
+_DEEDS = {"approved": "approve", "denied": "deny", "cancelled": "cancel"}  # else the end of one that is under way
+
 
 @dataclass(frozen=True, slots=True)
 class Approval:
@@ -154,7 +156,7 @@ def show_again(tx: Transaction, approval: Approval, shown: Shown) -> None:
         (*_stored(shown), digest, approval.id),
     ).rowcount
     if changed != 1:
-        raise _is_elsewhere(tx, approval, "show it anew")
+        raise _is_elsewhere(tx, approval, "approve")
     tx.emit("approval_changed", approval.requested_by, approval.agent, approval=approval.id, what=approval.kind)
 
 
@@ -185,7 +187,7 @@ def settle(
         (state, proof, note, actor, origin, tx.now_ms, rule, approval.id),
     ).rowcount
     if changed != 1:
-        raise _is_elsewhere(tx, approval, f"set it to {state}")
+        raise _is_elsewhere(tx, approval, _DEEDS.get(state, "end"))
     told = {"approval": approval.id, "what": approval.kind, "note": note}
     if origin is not None:
         told["origin"] = origin
@@ -221,7 +223,10 @@ def _stored(shown: Shown) -> tuple[str, str | None]:
 
 def _is_elsewhere(tx: Transaction, approval: Approval, deed: str) -> Refusal:
     now = tx.execute("SELECT state FROM approvals WHERE id = ?", (approval.id,)).fetchone()["state"]
-    return Refusal("conflict", f"cannot move approval {approval.id} on ({deed}): it is {now}")
+    why = {"pending": "it waits still", "approved": "it is approved, and under way"}.get(now, f"it is {now} already")
+    if now in ("approved", "done") and approval.kind == "apply_commit":
+        why += f"; `hive rollback {approval.agent}` takes it back once it is done"
+    return Refusal("conflict", f"cannot {deed} approval {approval.id}: {why}")
 
 
 class Approvals:

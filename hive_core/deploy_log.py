@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import tomllib
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
@@ -10,16 +9,17 @@ from typing import Any, NamedTuple
 
 from hive_core.absent import not_found
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import SYSTEM, AgentName, CommitSha, shown
+from hive_core.protocol.words import MANAGER, SYSTEM, AgentName, CommitSha, shown
 from hive_core.repos import Repos
 from hive_core.store.door import Store
 
+FIRST = "deployed/0"  # the tag of what its repositories began with
 HISTORY_LIMIT = 100
 BLAME_MOST = 500  # deployments that one look goes back
 
 
 class Deployment(NamedTuple):
-    """A row of the log. id: of the approval; tag: the tag of its commit; at_ms: of the click."""
+    """A row of the log. id: of the approval; what: its kind; tag: the tag of its commit; at_ms: of the click."""
 
     id: int | None
     state: str
@@ -35,6 +35,11 @@ class Deployment(NamedTuple):
     rule: str | None
     runs: bool  # the agent runs on it now
 
+    @property
+    def is_there(self) -> bool:
+        """Whether it came to be, as a commit."""
+        return self.state == "done" and self.sha is not None
+
     def to_wire(self) -> dict[str, Any]:
         return self._asdict()
 
@@ -47,26 +52,32 @@ class DeployLog:
     async def of(self, name: AgentName, limit: int = HISTORY_LIMIT) -> list[Deployment]:
         """What was deployed, and what was to be and failed, newest first; behind the last the first commit.
 
-        Raises Refusal("not_found") where there is no such agent.
+        Among them are newer inputs, which are every agent's: they have no commit and no tag. Another agent that had the
+        name before is not told of. Raises Refusal("not_found") where there is no such agent.
         """
         row = await self._store.row("SELECT deployed_sha, created_at_ms FROM agents WHERE name = ?", (name,))
         if row is None:
             raise await not_found(self._store, name)
+        begun = next(iter(await self._rows(_BEGUN, name, row["created_at_ms"])), None)
+        after = 0 if begun is None else begun["id"]
+        found = await self._rows(_LOG, name, after, MANAGER, after, limit)
         tags = await self._repos.deployments(name)
-        first = tags["deployed/0"]
-        rows = [dict(each) for each in await self._store.rows(_LOG, (name, limit))]
-        found = _of_this_one(rows, tags, row["created_at_ms"])
-        log = [_deployment(each, first, row["deployed_sha"]) for each in found]
-        if len(rows) < limit and all(each.what != "spawn" for each in log):
-            log.append(_of_the_hive(first, row["deployed_sha"]))
-        return _runs_once(log)
+        log = [_deployment(each, _tag(each)) for each in found if _is_its_own(each, tags)]
+        if len(found) < limit:
+            log.append(_of_the_hive() if begun is None else _deployment(begun, FIRST))
+            log[-1] = log[-1]._replace(sha=tags[FIRST])
+        return _mark_what_runs(log, row["deployed_sha"])
+
+    async def _rows(self, sql: str, *values: object) -> list[dict[str, Any]]:
+        return [dict(row) for row in await self._store.rows(sql, values)]
 
     async def former(self, name: AgentName) -> str:
         """The tag of what an agent ran on before what it runs on now. Raises Refusal("conflict") where it is new."""
-        deployed = [each for each in await self.of(name) if each.state == "done"]
+        # What was only seeded has never run.
+        deployed = [each for each in await self.of(name) if each.is_there and each.what != "init_config"]
         now = next((place for place, each in enumerate(deployed) if each.runs), 0)
         if len(deployed) <= now + 1 or (tag := deployed[now + 1].tag) is None:
-            raise Refusal("conflict", f"cannot roll {name} back: it runs on its first commit")
+            raise Refusal("conflict", f"cannot roll {name} back: it runs on its first commit; `hive history {name}`")
         return tag
 
     async def blame(self, name: AgentName, key: str) -> dict[str, Any]:
@@ -84,7 +95,7 @@ class DeployLog:
         for deployment, text in await self._versions(name, "agent.toml"):
             found = _look_up(text, key)
             if setter is None and found is None:
-                why = "agent.toml does not set it, so it is as docs/defaults says"
+                why = "agent.toml does not set it, so it is what it is by default; for a file give FILE:LINE"
                 raise Refusal("not_found", f"cannot blame anybody for {shown(key)} of {name}: {why}")
             if setter is not None and found != value:
                 break
@@ -113,7 +124,7 @@ class DeployLog:
 
     async def _versions(self, name: AgentName, file: str) -> list[tuple[Deployment, str]]:
         """Of what was deployed, newest first, with that file of it, as far back as it holds one."""
-        deployed = [each for each in await self.of(name, BLAME_MOST) if each.state == "done" and each.sha]
+        deployed = [each for each in await self.of(name, BLAME_MOST) if each.is_there]
         now = next((place for place, each in enumerate(deployed) if each.runs), 0)
         found: list[tuple[Deployment, str]] = []
         for each in deployed[now:]:
@@ -126,36 +137,25 @@ class DeployLog:
         return found
 
 
-def _of_this_one(
-    rows: Sequence[dict[str, Any]], tags: Mapping[str, CommitSha], created_at_ms: int
-) -> list[dict[str, Any]]:
-    """The rows of an agent that are not of another one that had its name: those of which its repository knows."""
-    commits = frozenset(tags.values())
-
-    def is_known(row: dict[str, Any]) -> bool:
-        return f"deployed/{row['id']}" in tags if row["state"] == "done" else row["base"] in commits
-
-    changes = [row for row in rows if row["kind"] == "apply_commit"]
-    ours = {row["id"] for row in changes if is_known(row)}
-    spawns = [row for row in rows if row["kind"] == "spawn"]
-    if not any(row["creates"] for row in changes if row["id"] in ours):
-        made = (row["id"] for row in spawns if row["state"] == "done" and row["resolved_at_ms"] <= created_at_ms)
-        ours |= set(itertools.islice(made, 1))
-    others = [row["id"] for row in rows if row["state"] == "done" and row["id"] not in ours]
-    ours |= {row["id"] for row in spawns if row["state"] == "failed" and row["id"] > max(others, default=0)}
-    return [row for row in rows if row["id"] in ours]
+def _tag(row: Mapping[str, Any]) -> str:
+    return f"{'deployed' if row['state'] == 'done' else 'failed'}/{row['id']}"
 
 
-def _deployment(row: dict[str, Any], first: CommitSha, now: str | None) -> Deployment:
-    sha, tag = row["sha"], f"deployed/{row['id']}"
-    if row["kind"] == "spawn":
-        sha, tag = first, "deployed/0"
+def _is_its_own(row: Mapping[str, Any], tags: Mapping[str, CommitSha]) -> bool:
+    """Whether it is of this agent, and not of one that had its name while it was destroyed: its repository knows what
+    was deployed to it, and what else was proposed on that."""
+    if row["kind"] == "update_meta_inputs":
+        return True
+    return _tag(row) in tags if row["state"] == "done" else row["base"] in tags.values()
+
+
+def _deployment(row: Mapping[str, Any], tag: str) -> Deployment:
     return Deployment(
         id=row["id"],
-        state=row["state"],
+        state="failed" if row["state"] == "failed" else "done",
         what=row["kind"],
-        sha=sha if row["state"] == "done" or row["kind"] != "spawn" else None,
-        tag=tag if row["state"] == "done" else f"failed/{row['id']}",
+        sha=row["sha"],
+        tag=None if row["kind"] == "update_meta_inputs" else tag,
         at_ms=row["resolved_at_ms"],
         by=row["resolved_by"],
         requested_by=row["requested_by"],
@@ -163,18 +163,18 @@ def _deployment(row: dict[str, Any], first: CommitSha, now: str | None) -> Deplo
         proof=row["proof"],
         note=row["note"],
         rule=row["rule"],
-        runs=row["state"] == "done" and sha == now,
+        runs=False,
     )
 
 
-def _of_the_hive(first: CommitSha, now: str | None) -> Deployment:
+def _of_the_hive() -> Deployment:
     """Of an agent that nobody had to approve."""
     return Deployment(
         id=None,
         state="done",
         what="spawn",
-        sha=first,
-        tag="deployed/0",
+        sha=None,
+        tag=FIRST,
         at_ms=None,
         by=SYSTEM,
         requested_by=SYSTEM,
@@ -182,18 +182,14 @@ def _of_the_hive(first: CommitSha, now: str | None) -> Deployment:
         proof=None,
         note=None,
         rule=None,
-        runs=first == now,
+        runs=False,
     )
 
 
-def _runs_once(log: list[Deployment]) -> list[Deployment]:
+def _mark_what_runs(log: list[Deployment], now: str | None) -> list[Deployment]:
     """Of several with the commit that is deployed, it is the newest."""
-    seen = False
-    once = []
-    for each in log:
-        once.append(each._replace(runs=each.runs and not seen))
-        seen = seen or each.runs
-    return once
+    place = next((place for place, each in enumerate(log) if each.is_there and each.sha == now), None)
+    return [each._replace(runs=True) if at == place else each for at, each in enumerate(log)]
 
 
 def _look_up(text: str, key: str) -> Any:
@@ -222,10 +218,21 @@ def _blamed(name: AgentName, key: str, value: Any, setter: Deployment | None) ->
     return {"agent": name, "key": key, "value": value, **setter.to_wire()}
 
 
-_LOG = """
-    SELECT id, kind, state, requested_by, resolved_by, resolved_at_ms, reason, proof, note, rule,
-           json_extract(payload, '$.sha') AS sha, json_extract(payload, '$.base') AS base,
-           json_extract(payload, '$.creates') AS creates
-    FROM approvals INDEXED BY approvals_of
-    WHERE agent = ? AND kind IN ('spawn', 'apply_commit') AND state IN ('done', 'failed') ORDER BY id DESC LIMIT ?
+_COLUMNS = """
+    id, kind, state, requested_by, resolved_by, resolved_at_ms, reason, proof, note, rule, payload ->> 'sha' AS sha,
+    payload ->> 'base' AS base
+"""
+# What an agent began with: the last that made its repositories before it was created.
+_BEGUN = f"""
+    SELECT {_COLUMNS} FROM approvals INDEXED BY approvals_of
+    WHERE agent = ? AND kind IN ('spawn', 'init_config') AND state IN ('approved', 'done') AND resolved_at_ms <= ?
+    ORDER BY id DESC LIMIT 1
+"""
+_LOG = f"""
+    SELECT {_COLUMNS} FROM approvals INDEXED BY approvals_of
+    WHERE agent = ? AND id > ? AND kind = 'apply_commit' AND state IN ('done', 'failed')
+    UNION ALL
+    SELECT {_COLUMNS} FROM approvals INDEXED BY approvals_of
+    WHERE agent = ? AND id > ? AND kind = 'update_meta_inputs' AND state IN ('done', 'failed')
+    ORDER BY id DESC LIMIT ?
 """

@@ -237,7 +237,8 @@ def _commit_back(repository: Path, name: AgentName, tag: str) -> CommitSha:
 def _check_main(repository: Path, name: AgentName, sha: CommitSha, base: CommitSha) -> CommitSha:
     main = main_of(repository)
     if main not in (sha, base):
-        raise Refusal("conflict", f"cannot apply {sha[:12]}: {name} runs {main[:12]} now, not {base[:12]}")
+        why = f"{name} runs {main[:12]} now, not {base[:12]}; let it be asked for again"
+        raise Refusal("conflict", f"cannot apply {sha[:12]}: {why}")
     return main
 
 

@@ -37,7 +37,7 @@ def expand_revision(applied: Path, proposed: Path, name: AgentName, given: objec
         with quarantine(applied.parent / f".{name}.quarantine", applied, theirs, name) as held:
             found = {sha: ref for ref, at in named.items() if (sha := _commit(held, at))}
             found |= dict.fromkeys(_abbreviated(held, given), "an abbreviation")
-    where = f"/agents/{name}/config"
+    where = proposed / name / "config"
     if not found:
         raise Refusal("not_found", f"cannot find {given} in {where}: no branch, tag or commit is called so")
     if len(found) > 1:

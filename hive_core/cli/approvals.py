@@ -71,12 +71,12 @@ def _show_step(row: dict[str, Any]) -> None:
 
 
 def _end(row: dict[str, Any]) -> str:
-    from hive_core.cli.show import safe
+    from hive_core.cli.show import one_line
 
     if "error" in row:
-        return f"approval {row['id']}: {safe(row['error']['message'])}"
-    proof = f" ({safe(row['proof'])})" if row["proof"] else ""
-    note = f": {safe(row['note'])}" if row["note"] else ""
+        return f"approval {row['id']}: {one_line(row['error']['message'])}"
+    proof = f" ({one_line(row['proof'])})" if row["proof"] else ""
+    note = f": {one_line(row['note'])}" if row["note"] else ""
     return f"approval {row['id']} of {row['agent']}: {row['state']}{proof}{note}"
 
 

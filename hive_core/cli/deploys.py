@@ -8,19 +8,21 @@ from hive_core.cli.output import emit
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import Namespace
+    from collections.abc import Iterator
     from typing import Any
 
 
 def history(arguments: Namespace) -> None:
     result = Client().call("history", agent=arguments.agent, limit=arguments.limit)
-    emit(arguments, result, "\n".join(map(_line, result["deployments"])))
+    emit(arguments, result, "\n".join(line for row in result["deployments"] for line in _lines(row)))
 
 
 def blame(arguments: Namespace) -> None:
     from hive_core.cli.show import safe
 
     result = Client().call("blame", agent=arguments.agent, key=arguments.key)
-    emit(arguments, result, f"{safe(arguments.key)}: {safe(str(result['value']))}\n{_line(result)}")
+    lines = [f"{safe(arguments.key)}: {safe(str(result['value']))}", *_lines(result)]
+    emit(arguments, result, "\n".join(lines))
 
 
 def rollback(arguments: Namespace) -> int:
@@ -32,19 +34,28 @@ def rollback(arguments: Namespace) -> int:
     return approve(arguments)
 
 
-def _line(row: dict[str, Any]) -> str:
-    """When, which, who, how it was proven, and what it was for."""
-    import time
+def _lines(row: dict[str, Any]) -> Iterator[str]:
+    """When, which, who and how it was proven; below that why it failed, and what it was for."""
+    from hive_core.cli.show import day, one_line, paint
 
-    from hive_core.cli.show import safe
-
-    when = "at the beginning"
-    if row["at_ms"]:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["at_ms"] / 1000))
-    mark = " ← runs" if row["runs"] else ""
-    who = f"rule {safe(row['rule'])}, without a click," if row["rule"] else row["by"] or "nobody"
+    when = day(row["at_ms"]) if row["at_ms"] else "at the beginning"
+    which = row["tag"] or "newer inputs"
+    if row["id"] and not which.endswith(f"/{row['id']}"):
+        which += f" (approval {row['id']})"
+    if row["what"] == "init_config":
+        which += ", the configuration alone"
+    who = f"rule {one_line(row['rule'])}, without a click," if row["rule"] else row["by"] or "nobody"
     if row["requested_by"] != who:
         who += f" for {row['requested_by']}"
-    found = row["proof"] if row["state"] == "done" else f"failed: {row['note']}"
-    parts = [row["tag"], (row["sha"] or "")[:12], f"by {who}", safe(found or ""), safe(row["reason"])]
-    return f"{when}  {'  '.join(part for part in parts if part)}{mark}"
+    failed = row["state"] == "failed"
+    parts = [
+        paint(which, "red" if failed else "bold"),
+        (row["sha"] or "")[:12],
+        f"by {who}",
+        one_line(row["proof"] or ""),
+    ]
+    yield f"{when}  {'  '.join(part for part in parts if part)}{paint(' ← runs', 'green') if row['runs'] else ''}"
+    if failed:
+        yield f"  {paint('failed', 'red')}: {one_line(row['note'] or '')}"
+    if row["reason"]:
+        yield f"  {one_line(row['reason'])}"

@@ -40,7 +40,7 @@ def _text(path: str) -> str:
             return text
         why = f"it has more than {FILE_LIMIT:,} characters, and rules need far fewer"
     except OSError as exc:
-        why = explain(exc)
+        why = explain(exc, "--rule")
     except UnicodeDecodeError as exc:
         why = f"byte {exc.start} is not UTF-8; save it as UTF-8"
     raise Refusal("usage", f"cannot read {path}: {why}")
@@ -86,7 +86,7 @@ def _rehearsal(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _passed(row: dict[str, Any]) -> Iterator[str]:
-    from hive_core.cli.show import approval_line, day, paint, safe
+    from hive_core.cli.show import approval_line, day, one_line, paint, safe
     from hive_core.protocol.effect import effect_line
 
     mark = paint(f"▲ {row['state']}", "red") if row["state"] in ("denied", "failed") else row["state"]
@@ -94,7 +94,7 @@ def _passed(row: dict[str, Any]) -> Iterator[str]:
     yield f"{mark}  {approval_line(row)}"
     yield f"  {day(row['requested_at_ms'])}, by rule {safe(row['rule'])}{did}"
     if row["note"]:
-        yield f"  note: {safe(row['note'])}"
+        yield f"  note: {one_line(row['note'])}"
     for line in row["effect"]["lines"]:
         text = safe(effect_line(line)).replace("\n", " ")
         yield f"    {text}"

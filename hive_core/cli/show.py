@@ -40,6 +40,11 @@ def safe(text: str) -> str:
     return named(text)
 
 
+def one_line(text: str) -> str:
+    """The same as one line: what follows in a list is not theirs who wrote it."""
+    return " ".join(safe(text).split())
+
+
 def ago(at_ms: int) -> str:
     seconds = max(0, int(time.time() - at_ms / 1000))
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
@@ -274,7 +279,7 @@ def _aside_line(row: dict[str, Any], state: str) -> str:
 
 def approval_line(row: dict[str, Any]) -> str:
     what = {"spawn": "new agent", "apply_commit": "change"}.get(row["kind"], row["kind"])
-    return f"{paint('◆ ' + str(row['id']), 'amber')} {what} {paint(row['agent'], 'bold')}: {safe(row['reason'])}"
+    return f"{paint('◆ ' + str(row['id']), 'amber')} {what} {paint(row['agent'], 'bold')}: {one_line(row['reason'])}"
 
 
 def event(row: dict[str, Any]) -> str:

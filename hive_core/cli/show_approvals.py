@@ -36,7 +36,7 @@ def _facts(row: dict[str, Any]) -> Iterator[str]:
     if row["proof"]:
         yield f"  proof: {safe(row['proof'])}"
     if row["note"]:
-        yield f"  note: {safe(row['note'])}"
+        yield f"  note: {safe(row['note'])}".replace("\n", "\n    ")
 
 
 def _whereby(row: dict[str, Any]) -> str:

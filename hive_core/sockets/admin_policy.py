@@ -27,7 +27,8 @@ def policy_verbs(hive: Hive) -> Verbs:
         if (name := args.get("name")) is not None:
             rules = [rule for rule in rules if rule.name == name]
             if not rules:
-                raise Refusal("not_found", f"cannot rehearse {shown(name)}: no rule has that name; `hive policy`")
+                why = "no rule has that name; `hive policy` lists them"
+                raise Refusal("not_found", f"cannot rehearse {shown(name)}: {why}")
         days = args.get("days")
         if days is not None and (type(days) is not int or not 0 < days <= DAYS_MOST):
             raise Refusal("usage", f"cannot look {shown(days)} days back: give a whole number from 1 to {DAYS_MOST:,}")

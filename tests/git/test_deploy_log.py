@@ -148,6 +148,24 @@ async def test_the_history_tells_what_was_deployed_and_what_failed_and_which_run
         await hive.gate.deploy_log.of(AgentName("nobody"))
 
 
+async def test_what_was_seeded_is_traced_to_its_card_and_is_no_way_back(hive: Services) -> None:
+    argus = AgentName("argus")
+    seeded = (await hive.gate.init_config.request(MANAGER, argus, "You watch.", "eyes"))["approval"]
+    await approve(hive, seeded)
+    sha = Checkout(hive.repos.proposed_dir / "argus" / "config").commit(CLAUDE__md="You watch the door.\n")
+    created = (await hive.gate.apply_commit.request(OPERATOR, argus, sha, "shaped"))["approval"]
+    assert (await approve(hive, created)).state == "done"
+    log = await hive.gate.deploy_log.of(argus)
+    assert [(row.id, row.what, row.tag, row.requested_by, row.runs) for row in log] == [
+        (created, "apply_commit", f"deployed/{created}", OPERATOR, True),
+        (seeded, "init_config", "deployed/0", MANAGER, False),
+    ]
+    assert (await hive.gate.deploy_log.blame(argus, "model"))["id"] == seeded
+    assert (await hive.gate.deploy_log.blame(argus, "CLAUDE.md:1"))["id"] == created
+    with pytest.raises(Refusal, match="it runs on its first commit"):
+        await hive.gate.deploy_log.former(argus)
+
+
 async def test_a_setting_and_a_line_are_traced_to_the_approval_that_set_them(hive: Services) -> None:
     await change(hive, agent__toml=OPUS, CLAUDE__md="one\ntwo\nthree\n")
     await change(hive, agent__toml=OPUS + '[env]\nEDITOR = "ed"\n', CLAUDE__md="zero\none\ntwo\n3\n")

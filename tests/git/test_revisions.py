@@ -62,7 +62,7 @@ async def test_what_is_no_name_is_refused(repos: Repos, given: object) -> None:
 
 @pytest.mark.parametrize("given", ["nothing", "0" * 7, "config", "heads/main"])
 async def test_what_names_nothing_is_not_found(repos: Repos, given: str) -> None:
-    with pytest.raises(Refusal, match=f"cannot find {given} in /agents/iris/config"):
+    with pytest.raises(Refusal, match=f"cannot find {given} in .*/proposed/iris/config"):
         await repos.expand(IRIS, given)
 
 

@@ -53,6 +53,11 @@ async def test_newer_inputs_are_shown_and_every_agent_is_built_from_them(
 
         await wait_until(hive.store, built_anew, "events", DEPLOYED)
         assert "inputs: locked anew" in house.log()
+        log = await hive.gate.deploy_log.of(IRIS)
+        assert [(row.what, row.id, row.tag, row.runs) for row in log] == [
+            ("update_meta_inputs", done.id, None, False),
+            ("spawn", 1, "deployed/0", True),
+        ]
     async with house.open() as hive:
         with pytest.raises(Refusal, match="they are the newest already"):
             await hive.gate.update_meta_inputs.request(MANAGER, "again")

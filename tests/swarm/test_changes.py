@@ -164,7 +164,8 @@ def test_the_command_rolls_an_agent_back_and_forth_and_tells_its_history() -> No
         client.call("send", to="iris", body="who are you?")
         daemon.wait_message(client, "it is me, changed")
         told = hive(daemon, "history", "iris").stdout.splitlines()
-        assert ["deployed/4" in told[0], "← runs" in told[0], "healthy" in told[0], len(told)] == [True, True, True, 4]
+        assert ["deployed/4" in told[0], "← runs" in told[0], "healthy" in told[0]] == [True, True, True]
+        assert told[1:3] == ["  back to deployed/2", told[2]]
         assert "deployed/4" in hive(daemon, "blame", "iris", "CLAUDE.md:3").stdout
         wrong = hive(daemon, "rollback", "iris", "--to", "main")
         assert (wrong.returncode, "give deployed/ID" in wrong.stderr) == (2, True)

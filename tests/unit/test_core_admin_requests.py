@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import pytest
 
+from hive_core.protocol.words import MANAGER, AgentName
 from hive_core.sockets.admin import AdminDesk
+from tests.checkouts import Checkout
 from tests.dashboards import hive_of
 from tests.hives import Services, open_gate, run_hive, serve
 
@@ -34,6 +36,7 @@ class Terminal:
 async def hive(tmp_path: Path) -> AsyncIterator[Services]:
     (tmp_path / "state").mkdir()
     async with open_gate(tmp_path / "state") as services:
+        await services.gate.ensure_manager("You manage.")
         yield services
 
 
@@ -102,3 +105,56 @@ async def test_what_cannot_be_asked_for_is_one_sentence_and_leaves_no_card(
     said = await run(*words)
     assert (said.code, said.text.startswith(f"hive: {why}"), said.text.count("\n")) == (code, True, 1), said
     assert await hive.approvals.pending() == []
+
+
+async def test_what_cannot_be_decided_or_told_says_why_and_what_to_do(
+    hive: Services, run: Terminal, tmp_path: Path
+) -> None:
+    place = hive.repos.proposed_dir / "iris" / "config"
+    assert (await run("apply", "iris", Checkout(place).commit(CLAUDE__md="You read slowly.\n"))).code == 0
+    assert (await run("approve", "2")).code == 0
+    assert (await run("init-config", "argus", "You watch.")).code == 0
+    assert (await run("approve", "3")).code == 0
+    nothing = tmp_path / "nothing.toml"
+    for words, code, said in [
+        ("deny 1 no", 4, "cannot deny approval 1: it is done already"),
+        (
+            "deny 2 no",
+            4,
+            "approval 2: it is done already; `hive rollback iris` takes it back once it is done",
+        ),
+        ("apply iris nope", 3, f"cannot find nope in {place}: no branch, tag or commit is called so"),
+        (
+            "apply argus HEAD",
+            4,
+            "it is what argus was seeded with; commit a change of it, or ask for a new agent argus",
+        ),
+        ("history nobody", 3, "cannot find nobody: no agent has that name; `list_agents` or `hive list` shows them"),
+        (
+            "blame iris CLAUDE.md",
+            3,
+            "agent.toml does not set it, so it is what it is by default; for a file give",
+        ),
+        ("rollback nobody", 3, "cannot find nobody: no agent has that name"),
+        ("rollback hm1nd", 4, "cannot roll hm1nd back: it runs on its first commit; `hive history hm1nd`"),
+        ("policy rehearse --name none", 3, "cannot rehearse 'none': no rule has that name; `hive policy` lists them"),
+        (
+            f"policy rehearse --rule {nothing}",
+            2,
+            f"cannot read {nothing}: there is no such file or directory; create it, or set --rule to another",
+        ),
+    ]:
+        done = await run(*words.split())
+        assert (done.code, said in done.text, done.text.count("\n")) == (code, True, 1), done
+
+
+async def test_a_reason_of_several_lines_is_one_line_in_a_list(hive: Services, run: Terminal) -> None:
+    await hive.gate.spawn.request(
+        MANAGER, AgentName("argus"), "You watch.", "eyes\n◆ 9 change iris: approve this\x1b[2J"
+    )
+    told = (await run("pending")).text
+    assert told == "◆ 2 new agent argus: eyes ◆ 9 change iris: approve this⟨U+001B⟩[2J\n"
+    assert (await run("approve", "2")).code == 0
+    lines = (await run("history", "argus")).text.splitlines()
+    assert lines[1:] == ["  eyes ◆ 9 change iris: approve this⟨U+001B⟩[2J"]
+    assert "deployed/0 (approval 2)" in lines[0]

@@ -78,8 +78,11 @@ class ApplyCommit:
         **more: str,
     ) -> dict[str, Any]:
         await self._asking.store.write(lambda tx: _check_waiting(tx, name, sha))  # before anything is fetched
-        proposal = await look()
         creates = await is_configured(self._asking.store, name)
+        if creates and sha == await self._repos.main(name):
+            why = f"it is what {name} was seeded with; commit a change of it, or ask for a new agent {name}"
+            raise Refusal("refused", f"cannot apply {sha[:12]}: {why}")
+        proposal = await look()
         found = _shown(proposal, await self._deployments.check(name, proposal), creates)
         shown = found._replace(payload={**found.payload, **more})
 
