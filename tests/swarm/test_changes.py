@@ -273,22 +273,21 @@ def test_a_daemon_that_is_killed_when_it_proves_a_new_agent_is_followed_by_one_t
         assert [body.partition(":")[0] for body in mail_of(client, "hm1nd")] == ["spawned"]
 
 
-def test_two_daemons_that_are_killed_one_after_the_other_take_no_change_twice_and_none_for_another(dying: Path) -> None:
-    with open_swarm() as daemon:
+def test_two_daemons_that_are_killed_one_after_the_other_take_no_change_twice_and_none_for_another(dying: str) -> None:
+    with open_swarm(PYTHONPATH=dying) as daemon:
         client = started_iris(daemon, SAYS)
         waiting = ask(daemon, client, CLAUDE__md=persona([WELCOME, SAYS]) + "one more line\n")
         Checkout(daemon.state / "proposed" / "iris" / "config").git("reset", "-q", "--hard", "HEAD~1")
         card = ask(daemon, client, CLAUDE__md=persona([WELCOME, SAYS_MORE]))
-        daemon.kill()
-        client = daemon.start(PYTHONPATH=str(dying), HIVE_TEST_DIES="taken")
-        together = [[one["id"], one["digest"]] for one in (card, waiting)]
+        die_at(daemon, "taken")
         with pytest.raises(Refusal):
-            list(client.stream("approve_all", approvals=together))
-        assert daemon.process.wait(WITHIN_S) == -9
+            list(client.stream("approve_all", approvals=[[one["id"], one["digest"]] for one in (card, waiting)]))
+        wait_dead(daemon)
+        die_at(daemon, "settled")
         with contextlib.suppress(Refusal):  # it may be gone before it is asked
-            daemon.start(PYTHONPATH=str(dying), HIVE_TEST_DIES="settled")
-        assert daemon.process.wait(WITHIN_S) == -9
-        client = daemon.start(PYTHONPATH=str(dying))
+            daemon.start()
+        wait_dead(daemon)
+        client = daemon.start()
         client.call("send", to="iris", body="who are you?")
         ends = {one["id"]: ended(daemon, client, one["id"]) for one in (card, waiting)}
         assert (ends[card["id"]]["state"], ends[card["id"]]["proof"]) == ("done", "healthy")
