@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hive_core.effects import Line, changed, listed, some
+from hive_core.effects import Line, listed, some
+from hive_core.protocol.visible import quoted
 from hive_core.settings import AgentSettings, McpServer
 
 Rule = Callable[[str, Any, Any], list[Line]]  # of a key, its value before and its value after
@@ -27,11 +28,14 @@ def settings_lines(before: AgentSettings | None, after: AgentSettings) -> list[L
 
 
 def _say(key: str, value: Any) -> str:
+    """A value in words; one that reads like the words for none stands in quotation marks."""
+    nothing = _EMPTY.get(key, "none")
     if value is None:
         return _NONE[key]
-    if isinstance(value, list | dict):
-        return some(value) if value else _EMPTY.get(key, "none")
-    return str(value) if value != "" else "empty"
+    if value in ("", [], {}):
+        return nothing
+    text = some(value) if isinstance(value, list | dict) else str(value)
+    return quoted(text) if text in (_NONE.get(key), nothing) else text
 
 
 _NONE = {
@@ -40,15 +44,20 @@ _NONE = {
     "recipients": "everybody",
     "pair_rate_per_hour": "the hive's",
 }
-_EMPTY = {"available_models": "any", "recipients": "nobody"}
+_EMPTY = {"available_models": "any", "description": "empty", "recipients": "nobody"}
+
+
+def _line(key: str, before: Any, after: Any, wide: bool) -> list[Line]:
+    # By the values: an agent may be called "everybody", and what reads the same need not be the same.
+    return [] if before == after else [Line(key, _say(key, before), _say(key, after), wide)]
 
 
 def _plain(key: str, before: Any, after: Any) -> list[Line]:
-    return changed(key, _say(key, before), _say(key, after))
+    return _line(key, before, after, wide=False)
 
 
 def _wide(key: str, before: Any, after: Any) -> list[Line]:
-    return changed(key, _say(key, before), _say(key, after), wide=True)
+    return _line(key, before, after, wide=True)
 
 
 def _tools(key: str, before: list[str], after: list[str]) -> list[Line]:
@@ -58,19 +67,19 @@ def _tools(key: str, before: list[str], after: list[str]) -> list[Line]:
 def _models(key: str, before: list[str], after: list[str]) -> list[Line]:
     if before and after:
         return listed(key, before, after, widens=True)
-    return changed(key, _say(key, before), _say(key, after), wide=not after)
+    return _line(key, before, after, wide=not after)
 
 
 def _recipients(key: str, before: list[str] | None, after: list[str] | None) -> list[Line]:
     if before is not None and after is not None:
         return listed(key, before, after, widens=True)
-    return changed(key, _say(key, before), _say(key, after), wide=after is None)
+    return _line(key, before, after, wide=after is None)
 
 
 def _rate(key: str, before: int | None, after: int | None) -> list[Line]:
     # The hive's own can be higher or lower than either.
     wide = before is None or after is None or after > before
-    return changed(key, _say(key, before), _say(key, after), wide)
+    return _line(key, before, after, wide)
 
 
 def _names(key: str, before: Mapping[str, str], after: Mapping[str, str]) -> list[Line]:
@@ -87,7 +96,7 @@ def _servers(key: str, before: Mapping[str, McpServer], after: Mapping[str, McpS
             continue
         was, is_now = (None if one is None else _server(name, one) for one in (old, new))
         if was == is_now:
-            is_now = "the same with another value in env"
+            is_now = "the same with another env"
         lines.append(Line(key, was, is_now, wide=new is not None))
     return lines
 

@@ -165,8 +165,10 @@ def _each(widens: bool) -> Callable[[str, Mapping[str, T], Mapping[str, T]], lis
     def rule(key: str, before: Mapping[str, T], after: Mapping[str, T]) -> list[Line]:
         lines: list[Line] = []
         for name in sorted({*before, *after}):
+            if before.get(name) == after.get(name):
+                continue
             was, is_now = (_told(name, one[name]) if name in one else None for one in (before, after))
-            lines += changed(key, was, is_now, wide=widens and name in after)
+            lines.append(Line(key, was, is_now, wide=widens and name in after))
         return lines
 
     return rule

@@ -76,17 +76,39 @@ def test_equal_settings_have_no_line() -> None:
         ("recipients", ["hm1nd", "iris"], ["iris", "argus"], ["!recipients: + argus", "recipients: − hm1nd"]),
         ("recipients", [], ["iris"], ["!recipients: + iris"]),
         ("recipients", None, [], ["recipients: everybody → nobody"]),
+        ("recipients", ["everybody"], None, ['!recipients: "everybody" → everybody']),
+        ("recipients", None, ["nobody", "iris"], ["recipients: everybody → nobody, iris"]),
         ("pair_rate_per_hour", 5, 4, ["pair_rate_per_hour: 5 → 4"]),
         ("pair_rate_per_hour", 5, 6, ["!pair_rate_per_hour: 5 → 6"]),
         ("pair_rate_per_hour", 5, None, ["!pair_rate_per_hour: 5 → the hive's"]),
         ("available_models", ["sonnet"], [], ["!available_models: sonnet → any"]),
         ("available_models", ["sonnet"], ["sonnet", "opus"], ["!available_models: + opus"]),
+        ("description", "", "empty", ['description: empty → "empty"']),
         ("env", {"A": "1"}, {"A": "2"}, ["env: A → another value"]),
         ("mcp_servers", {"m": {"command": "m"}}, {}, ["mcp_servers: − m: m"]),
     ],
 )
 def test_what_widens_is_told_from_what_narrows(key: str, before: Any, after: Any, words: list[str]) -> None:
     assert told(settings_lines(settings(**{key: before}), settings(**{key: after}))) == words
+
+
+def test_what_differs_behind_the_names_that_a_line_has_room_for_is_told() -> None:
+    many = [f"g{number:02}" for number in range(LISTED)]
+    before, after = ({"users": {"web": [*many, group]}} for group in ("audio", "wheel"))
+    lines, _ = system_lines(parse_facts(before), parse_facts(after))
+    assert [line.what for line in lines] == ["users"]
+    servers = (
+        {"m": {"command": "m", "env": dict.fromkeys([*(name.upper() for name in many), last], "1")}}
+        for last in ("X", "Y")
+    )
+    one, other = (settings(mcp_servers=server) for server in servers)
+    (server,) = told(settings_lines(one, other))
+    assert server.endswith("→ the same with another env")
+
+
+def test_models_that_are_named_as_the_word_for_all_of_them_are_told() -> None:
+    before, after = settings(model="any", available_models=["any"]), settings(model="any")
+    assert told(settings_lines(before, after)) == ['!available_models: "any" → any']
 
 
 def test_a_value_of_the_environment_is_never_told() -> None:
