@@ -168,14 +168,16 @@ class Gate:
             await self._insist_that_it_is_as_shown(approval)
 
         def write(tx: Transaction) -> None:
-            sql = "SELECT state, digest, resolved_by, note FROM approvals WHERE id = ?"
+            sql = "SELECT state, digest, resolved_by, note, expires_at_ms FROM approvals WHERE id = ?"
             row = tx.execute(sql, (approval_id,)).fetchone()
             if row["digest"] != shown_digest:
                 raise Refusal("conflict", f"{cannot}: it is not what you were shown; look at it again and approve that")
             if row["state"] == "failed" and row["resolved_by"] == SYSTEM:  # before anybody approved it
                 raise Refusal("conflict", f"{cannot} any more: {row['note']}")
-            if row["state"] in _OTHER_ENDS:
-                raise Refusal("conflict", f"{cannot}: {_OTHER_ENDS[row['state']]}")
+            # The hive's clock may be half a minute late, or have slept with the machine.
+            end = "expired" if row["state"] == "pending" and row["expires_at_ms"] <= tx.now_ms else row["state"]
+            if end in _OTHER_ENDS:
+                raise Refusal("conflict", f"{cannot}: {_OTHER_ENDS[end]}")
             if row["state"] == "pending":
                 settle(tx, approval, "approved", None, actor, origin)
                 tx.wake(APPROVED)

@@ -574,6 +574,19 @@ async def test_what_nobody_decides_expires_and_its_asker_is_told(hive: Services,
         await approve(hive, number)
 
 
+async def test_a_click_after_its_time_is_refused_also_before_the_clock_has_looked(
+    hive: Services, iris: Checkout
+) -> None:
+    number = await ask_for(hive, iris.commit(agent__toml=TOML))
+    hive.clock.ahead_s += 7 * 86_400.0  # and nobody looks at what is due
+    async with serving(hive):
+        with refused("it has expired", "conflict"):
+            await approve(hive, number)
+    assert (await hive.approvals.get(number)).state == "pending"
+    await hive.let_time_pass(0.0)
+    assert (await hive.approvals.get(number)).state == "expired"
+
+
 async def test_a_request_of_an_instant_that_the_clock_has_still_to_reach_waits_as_long_as_ever(
     hive: Services, iris: Checkout
 ) -> None:
