@@ -30,7 +30,8 @@ class Policy:
         allowed = [rule for rule in self.rules if allows(rule, case)]
         if not allowed or self._is_stopped(tx, request) or not _is_as_shown(tx, request):
             return None
-        return next((rule.name for rule in allowed if passed(tx, rule) < rule.per_day), None)
+        name = next((rule.name for rule in allowed if passed(tx, rule) < rule.per_day), None)
+        return None if name is None or _was_denied(tx, request) else name
 
     def _is_stopped(self, tx: Transaction, request: Request) -> bool:
         closed = self._access.closed(request.agent)  # at once, before the row says so
@@ -111,6 +112,12 @@ def _is_as_shown(tx: Transaction, request: Request) -> bool:
     return tx.execute(sql, (request.agent,)).fetchone() is None
 
 
+def _was_denied(tx: Transaction, request: Request) -> bool:
+    """Whether the operator has said no to the same change: only he takes that back."""
+    sha, diff = (request.shown.payload.get(key) for key in ("sha", "diff"))
+    return tx.execute(_DENIED, (request.agent, request.kind, sha, diff)).fetchone() is not None
+
+
 def _has_room(rule: Rule, passes: deque[int], at_ms: int) -> bool:
     """Whether one more passes at that instant, after those before; it is then among them."""
     while passes and passes[0] <= at_ms - DAY_MS:
@@ -121,6 +128,11 @@ def _has_room(rule: Rule, passes: deque[int], at_ms: int) -> bool:
     return True
 
 
+_DENIED = """
+    SELECT 1 FROM approvals INDEXED BY approvals_of
+    WHERE agent = ? AND kind = ? AND state = 'denied'
+      AND (json_extract(payload, '$.sha') = ? OR json_extract(payload, '$.diff') = ?) LIMIT 1
+"""
 _PAST = """
     SELECT id, kind, agent, requested_by, reason, effect, state, note, requested_at_ms, rule
     FROM approvals

@@ -138,6 +138,23 @@ async def test_a_stop_that_the_disk_did_not_take_yet_holds(tmp_path: Path) -> No
         assert await state(hive, await ask_for(hive, prompt(iris, "two"))) == ("pending", None)
 
 
+async def test_what_was_denied_waits_when_it_is_asked_for_again_also_by_another_commit(tmp_path: Path) -> None:
+    async with opened(tmp_path, rule()) as hive:
+        iris = await add_iris(hive)
+        freeze = Freeze(hive.store, hive.agents.access)
+        await freeze.estop("operator")
+        sha = prompt(iris, "one")
+        number = await ask_for(hive, sha)
+        await hive.gate.deny(number, "no", OPERATOR)
+        await freeze.thaw("operator")
+        assert await state(hive, await ask_for(hive, sha)) == ("pending", None)
+        iris.git("commit", "--quiet", "--amend", "--message", "the same by another name")
+        again = CommitSha(iris.git("rev-parse", "HEAD").strip())
+        assert again != sha
+        assert await state(hive, await ask_for(hive, again)) == ("pending", None)
+        assert await state(hive, await ask_for(hive, prompt(iris, "two"))) == ("approved", "own prompt")
+
+
 async def pass_one(hive: Services, iris: Checkout, text: str) -> Approval:
     """The end of a change of the prompt."""
     number = await ask_for(hive, prompt(iris, text))
