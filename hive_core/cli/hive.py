@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
-from hive_core.cli.output import emit
+from hive_core.cli.output import as_json, emit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +26,7 @@ def events(arguments: Namespace) -> None:
     from hive_core.cli import show
 
     for event in _client().stream("events", follow=arguments.follow, after=arguments.after, limit=arguments.limit):
-        print(json.dumps(event, ensure_ascii=False) if arguments.json else show.event(event), flush=True)
+        print(as_json(event) if arguments.json else show.event(event), flush=True)
 
 
 def dashboard(arguments: Namespace) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def emit(arguments: Namespace, result: Any, text: str) -> None:
     """Print the result of a verb: as JSON where that was asked for, else the text."""
-    print(json.dumps(result, ensure_ascii=False) if arguments.json else text)
+    print(as_json(result) if arguments.json else text)
 
 
 def given_text(what: str, limit_bytes: int) -> str:
@@ -32,11 +32,21 @@ def given_text(what: str, limit_bytes: int) -> str:
         raise Refusal("usage", f"cannot take the {what}: byte {exc.start} is not UTF-8; give it as UTF-8") from None
 
 
-def refuse(refusal: Refusal, as_json: bool) -> int:
+def as_json(value: Any) -> str:
+    """JSON of one line, in which what a terminal would obey, or hide, is spelled by its number."""
+    from hive_core.protocol.visible import HIDDEN
+
+    # Outside of strings JSON has no such character.
+    return HIDDEN.sub(lambda match: json.dumps(match[0])[1:-1], json.dumps(value, ensure_ascii=False))
+
+
+def refuse(refusal: Refusal, in_json: bool) -> int:
     """Say why a verb was refused; returns the exit code."""
-    if as_json:
-        print(json.dumps({"ok": False, "error": refusal.to_wire()}))
-    print(f"hive: {refusal.message}", file=sys.stderr)
+    from hive_core.protocol.visible import named
+
+    if in_json:
+        print(as_json({"ok": False, "error": refusal.to_wire()}))
+    print(f"hive: {named(refusal.message)}", file=sys.stderr)
     return EXIT_CODES.get(refusal.code, 1)
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from argparse import Namespace
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -18,8 +19,10 @@ from pathlib import Path
 import pytest
 
 from hive_core.cli.client import Client
+from hive_core.cli.output import emit, refuse
 from hive_core.cli.verbs import VERBS
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.visible import HIDDEN
 from hive_core.protocol.words import BODY_LIMIT_BYTES
 from tests.needs import ROOT
 
@@ -232,6 +235,21 @@ def shell(folder: Path, line: str) -> subprocess.CompletedProcess[str]:
     env = {**kept, "XDG_CONFIG_HOME": str(folder), "HIVE_RUNTIME_DIR": str(folder), "PYTHONPATH": str(ROOT)}
     line = f'hive() {{ {command} "$@"; }}; {line}; exit ${{PIPESTATUS[0]}}'
     return subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True, timeout=60)
+
+
+def test_nothing_that_an_agent_wrote_moves_or_hides_in_a_terminal_as_json_and_as_a_refusal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wild = "\x9b31m \x1b]0;x\x07 \u202e \u2066 \U000e0041 ä ◆ \n\t"
+    emit(Namespace(json=True), {wild: [wild]}, "")
+    printed = capsys.readouterr().out.removesuffix("\n")
+    assert not HIDDEN.search(printed)
+    assert "ä ◆" in printed
+    assert json.loads(printed) == {wild: [wild]}
+    refuse(Refusal("conflict", f"cannot go on: {wild}"), True)
+    out, err = capsys.readouterr()
+    assert not HIDDEN.search(out + err)
+    assert json.loads(out)["error"]["message"] == f"cannot go on: {wild}"
 
 
 @pytest.mark.parametrize("words", ["--help", "--version", "down --help"])
