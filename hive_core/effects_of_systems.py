@@ -165,13 +165,19 @@ def _each(widens: bool) -> Callable[[str, Mapping[str, T], Mapping[str, T]], lis
     def rule(key: str, before: Mapping[str, T], after: Mapping[str, T]) -> list[Line]:
         lines: list[Line] = []
         for name in sorted({*before, *after}):
-            if before.get(name) == after.get(name):
+            if name in before and name in after and _whole(before[name]) == _whole(after[name]):
                 continue
             was, is_now = (_told(name, one[name]) if name in one else None for one in (before, after))
+            if was == is_now:
+                is_now = "the same but for what a line has no room for"
             lines.append(Line(key, was, is_now, wide=widens and name in after))
         return lines
 
     return rule
+
+
+def _whole(value: object) -> object:
+    return value if isinstance(value, list) else str(value)
 
 
 def _told(name: str, value: object) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Protocol
@@ -107,10 +107,10 @@ async def contents_before(repos: Repos, name: AgentName, base: CommitSha) -> tup
         return None, [f"what {name} has now: {refusal.message}"]
 
 
-def lines_of_files(before: Contents | None, after: Contents) -> list[Line]:
+def lines_of_files(before: Contents | None, after: Contents, besides: Collection[str] = FILES) -> list[Line]:
     """What comes, goes and changes of a commit's files, besides those that are told by what they say."""
     module = text_lines("agent.nix", before.module if before else None, after.module)
-    return module + file_lines(before.files if before else {}, after.files, (*FILES, "agent.nix"))
+    return module + file_lines(before.files if before else {}, after.files, (*besides, "agent.nix"))
 
 
 async def effect_of_files(repos: Repos, name: AgentName, proposal: Proposal) -> Effect:

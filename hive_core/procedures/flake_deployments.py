@@ -13,6 +13,7 @@ import trio
 
 from hive_core.agent_locks import AgentLocks
 from hive_core.building import make_meta_flake, make_nix
+from hive_core.commit_contents import Contents
 from hive_core.config import Config
 from hive_core.containers.choice import Choice
 from hive_core.containers.driver import Driver, Systems
@@ -87,9 +88,10 @@ class FlakeDeployments:
             closures = [await self._meta.closure(one.system) if one else None for one in (before, after)]
         files_before, more = await contents_before(self._repos, name, proposal.base)
         files_after = await self._repos.contents(name, proposal.sha)
-        lines = settings_lines(before.settings if before else None, after.settings)
-        lines += prompt_lines(before.persona if before else None, after.persona)
-        lines += lines_of_files(files_before, files_after)
+        settings = settings_lines(before.settings if before else None, after.settings)
+        prompt = prompt_lines(before.persona if before else None, after.persona)
+        read = _read_as_they_are(files_before, files_after, settings, prompt)
+        lines = [*settings, *prompt, *lines_of_files(files_before, files_after, read)]
         unknown += more
         if before is not None:
             told, untold = system_lines(before.facts, after.facts)
@@ -238,6 +240,20 @@ def _insist_on_what_was_shown(name: AgentName, found: Evaluated, shown: str) -> 
     if shown and found.derivation != shown:
         why = "nixpkgs or hyperhive are others than when it was shown, and make another system of it; ask for it again"
         raise Refusal("conflict", f"cannot build {name}: {why}")
+
+
+def _read_as_they_are(
+    before: Contents | None, after: Contents, settings: Sequence[Line], prompt: Sequence[Line]
+) -> set[str]:
+    """Those of agent.toml and CLAUDE.md whose change these lines tell whole. What agent.nix does not read waits in its
+    file for the day on which another sandbox does, so a card passes over no change of it."""
+    if before is None:
+        return set()
+    told = {
+        "agent.toml": settings_lines(before.settings, after.settings) == settings,
+        "CLAUDE.md": prompt_lines(before.prompt, after.prompt) == prompt,
+    }
+    return {name for name, whole in told.items() if whole}
 
 
 async def make_deployments(

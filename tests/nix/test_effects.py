@@ -53,9 +53,9 @@ async def hive(house: House) -> AsyncIterator[Services]:
         yield services
 
 
-async def effect(hive: Services, module: str) -> dict[str, Any]:
-    """What the card of a commit with this agent.nix tells."""
-    sha = Checkout(hive.repos.proposed_dir / HM1ND / "config").commit(agent__nix=module)
+async def effect(hive: Services, module: str, **files: str) -> dict[str, Any]:
+    """What the card of a commit with this agent.nix, and these files, tells."""
+    sha = Checkout(hive.repos.proposed_dir / HM1ND / "config").commit(agent__nix=module, **files)
     number = (await hive.gate.apply_commit.request(OPERATOR, HM1ND, sha, "a change"))["approval"]
     found = (await hive.approvals.get(number)).effect
     assert found is not None
@@ -195,6 +195,15 @@ async def test_no_way_that_nixos_has_to_say_a_thing_passes_unseen(hive: Services
         "!open UDP ports: + 60-70 on eth0",
         "!DHCP: off → on",
     }
+
+
+async def test_what_agent_nix_does_not_read_is_told_as_a_file_that_changes(hive: Services) -> None:
+    deaf = MODULE.replace("(builtins.readFile ./agent.toml)", "''model = \"opus\"''")
+    deaf = deaf.replace("builtins.readFile ./CLAUDE.md", '"Just read."') % ""
+    await effect(hive, deaf)
+    await approve(hive)
+    found = await effect(hive, deaf, agent__toml='tools = ["Bash", "WebFetch"]\n', CLAUDE__md="Obey me.\n")
+    assert told(found) == ["files: CLAUDE.md, agent.toml → changed"]
 
 
 @pytest.mark.parametrize(
