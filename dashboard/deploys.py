@@ -42,5 +42,7 @@ class DeployForms:
         tag = parse_deployed_tag((await read_form(request)).get("to"))
         asked = await self._hive.gate.apply_commit.request_back(name, tag)
         if wants_json(request.scope):
-            return yes(request, "/", f"approval {asked['approval']} waits for your click")
+            rule = asked.get("rule")
+            what = f"passed by rule {rule}, without a click" if rule else "waits for your click"
+            return yes(request, "/", f"approval {asked['approval']} {what}")
         return RedirectResponse(f"/approvals/{asked['approval']}", 303)

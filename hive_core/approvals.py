@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import AgentName
+from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.store.bus import APPROVED, EVENTS
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
@@ -91,6 +91,7 @@ class Request:
 
 
 RuleFor = Callable[[Transaction, Request], str | None]
+Check = Callable[[Transaction, Request], None]
 
 
 def digest_of(kind: str, agent: str, shown: Shown) -> str:
@@ -105,17 +106,26 @@ def from_row(row: sqlite3.Row) -> Approval:
 
 
 def put_request(
-    tx: Transaction, request: Request, expires_s: float, rule_for: RuleFor = lambda tx, request: None
+    tx: Transaction,
+    request: Request,
+    expires_s: float,
+    rule_for: RuleFor = lambda tx, request: None,
+    check_room: Check = lambda tx, request: None,
 ) -> int:
     """Put a card before the operator; the same request while one is open is that card. Returns its id.
 
     rule_for: the rule of the policy by which it passes, or None. It is asked once: a card that waits goes on waiting.
+    check_room: raises Refusal where no more of whoever asks may wait. Raises Refusal too for an agent whose request
+    the operator has made already: of that one it would hear nothing.
     """
     kind, agent, shown = request.kind, request.agent, request.shown
     digest = digest_of(kind, agent, shown)
     if known := _open(tx, kind, agent, digest):
+        _insist_that_it_hears(tx, known, request)
         return known
     rule = rule_for(tx, request)
+    if rule is None:
+        check_room(tx, request)
     cursor = tx.execute(
         "INSERT INTO approvals (kind, agent, requested_by, reason, payload, effect, digest, state, requested_at_ms,"
         " expires_at_ms) VALUES (?, ?, ?, ?, ?, ?, ?, 'pending', ?, ?)",
@@ -124,7 +134,7 @@ def put_request(
             agent,
             request.requested_by,
             request.reason,
-            *_stored(shown),
+            *stored(shown),
             digest,
             tx.now_ms,
             tx.now_ms + int(expires_s * 1000),
@@ -153,7 +163,7 @@ def show_again(tx: Transaction, approval: Approval, shown: Shown) -> None:
         raise Refusal("conflict", f"cannot approve {approval.id}: {why}")
     changed = tx.execute(
         "UPDATE approvals SET payload = ?, effect = ?, digest = ? WHERE id = ? AND state = 'pending'",
-        (*_stored(shown), digest, approval.id),
+        (*stored(shown), digest, approval.id),
     ).rowcount
     if changed != 1:
         raise _is_elsewhere(tx, approval, "approve")
@@ -211,12 +221,20 @@ def _open(tx: Transaction, kind: str, agent: str, digest: str) -> int | None:
     return None if row is None else int(row["id"])
 
 
+def _insist_that_it_hears(tx: Transaction, number: int, request: Request) -> None:
+    (asker,) = tx.execute("SELECT requested_by FROM approvals WHERE id = ?", (number,)).fetchone()
+    if request.requested_by not in (asker, OPERATOR):
+        why = f"approval {number}, which {asker} asked for, is the same and is not carried out yet"
+        raise Refusal("refused", f"cannot ask for it: {why}")
+
+
 def note_proof(tx: Transaction, approval: Approval, proof: str) -> None:
     """Keep how an approval was proven until it is done, also by the next daemon."""
     tx.execute("UPDATE approvals SET proof = ? WHERE id = ? AND state = 'approved'", (proof, approval.id))
 
 
-def _stored(shown: Shown) -> tuple[str, str | None]:
+def stored(shown: Shown) -> tuple[str, str | None]:
+    """Payload and effect, as they stand in their row."""
     effect = None if shown.effect is None else json.dumps(shown.effect, ensure_ascii=False)
     return json.dumps(shown.payload, ensure_ascii=False), effect
 

@@ -137,6 +137,13 @@ class Limits(BaseModel):
     approval_ttl_s: Annotated[Seconds, Field(description="how long a request waits for the operator's word")] = (
         7 * 24 * 3600.0
     )
+    request_depth: Annotated[
+        Count,
+        Field(description="requests of hm1nd that wait, or were taken back within an hour, before more are refused"),
+    ] = 100
+    request_quota_bytes: Annotated[Count, Field(description="what those that wait may take, diffs and all")] = (
+        16 * 1024 * 1024
+    )
     question_ttl_s: Annotated[Seconds, Field(description="how long a question waits for its answer")] = 6 * 3600.0
     kept_s: Annotated[Seconds, Field(description="how long an acked message is kept")] = 30 * 24 * 3600.0
     history_kept_s: Annotated[

@@ -45,6 +45,7 @@ from hive_core.protocol.words import (
     parse_text,
 )
 from hive_core.repos import Repos
+from hive_core.request_room import count_request_taken_back
 from hive_core.store.bus import APPROVED, DEPLOYED, WANTED
 from hive_core.store.door import Store
 from hive_core.store.schema import StoreError
@@ -88,7 +89,7 @@ class Gate:
         self._away = False  # what has their containers did not answer: it is asked again
         self._busy: set[str] = set()  # the containers, by id, of whose agents something is carried out or mended
         self.policy = Policy(store, policy, agents.access)
-        asking = self.asking = Asking(store, limits.approval_ttl_s, self.policy.rule_for)
+        asking = self.asking = Asking(store, limits, self.policy.rule_for)
         self.spawn = Spawn(
             asking,
             agents,
@@ -235,6 +236,8 @@ class Gate:
                 sql = "SELECT 1 FROM approvals WHERE id = ? AND state = ?"
                 if tx.execute(sql, (approval_id, end)).fetchone() is None:
                     self._end(tx, approval, end, reason, actor, origin)
+                    if end == "cancelled":
+                        count_request_taken_back(tx, actor)
 
             await self._store.write(write)
             await self._close(approval)

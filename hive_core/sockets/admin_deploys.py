@@ -31,7 +31,7 @@ def deploy_verbs(hive: Hive) -> Verbs:
         return await hive.gate.deploy_log.blame(parse_agent_name(args.get("agent")), key)
 
     async def request_rollback(args: Args) -> Any:
-        """`{"approval": id}`: the card of it."""
+        """`{"approval": id}`: the card of it, with the `rule` by which it passed already, where one let it."""
         name, to = parse_agent_name(args.get("agent")), args.get("to")
         tag = await hive.gate.deploy_log.former(name) if to is None else parse_deployed_tag(to)
         return await hive.gate.apply_commit.request_back(name, tag, args.get("reason"))

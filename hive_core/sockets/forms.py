@@ -375,6 +375,7 @@ class StatusResult(BaseModel):
 
 class RequestResult(BaseModel):
     approval: int
+    rule: Annotated[str, Field(description="of the policy: it passed without a click")] = ""
 
 
 class AgentResult(BaseModel):

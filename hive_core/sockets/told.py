@@ -131,6 +131,8 @@ def status(result: Result) -> str:
 
 
 def requested(result: Result) -> str:
+    if rule := result.get("rule"):
+        return f"approval {result['approval']} passed by rule {rule}; a message will tell you how it ended"
     return f"approval {result['approval']} asks the operator for it; a message will tell you the decision"
 
 

@@ -18,8 +18,10 @@ from hive_core.procedures.deployments import PlainDeployments
 from hive_core.proposals import Proposal
 from hive_core.protocol.words import AgentName, CommitSha
 from tests.checkouts import Checkout
+from tests.dashboards import OURS, browse, hive_of
 from tests.git.test_gate import HM1ND, IRIS, TOML, approve, ask_for, mail_of, serving
 from tests.hives import Services, held_writer, open_services
+from tests.tools import program_of
 
 OPERATOR = AgentName("operator")
 
@@ -74,6 +76,31 @@ async def test_a_change_that_a_rule_allows_is_carried_out_without_a_click_and_ma
         (told,) = [body for body in await mail_of(hive, "hm1nd") if f"approval: {number}" in body]
         assert "approved by rule own prompt, without a click" in told.splitlines()[0]
         assert 'rule: "own prompt"' in told
+
+
+async def test_whoever_asks_is_told_at_once_whether_it_waits_or_has_passed(tmp_path: Path) -> None:
+    async with opened(tmp_path, rule(per_day=1)) as hive:
+        iris = await add_iris(hive)
+        async with program_of(hive, "hm1nd", tmp_path) as client, serving(hive):
+            asked = {"agent": "iris", "sha": prompt(iris, "one"), "reason": "r"}
+            result = await client.result("request_apply_commit", **asked)
+            number = result["structuredContent"]["approval"]
+            assert result["structuredContent"]["rule"] == "own prompt"
+            assert "passed by rule own prompt" in result["content"][0]["text"]
+            await hive.approvals.wait_settled(number)
+            waits = await client.result("request_apply_commit", **{**asked, "sha": prompt(iris, "two")})
+            assert waits["structuredContent"].get("rule", "") == ""
+            assert "asks the operator for it" in waits["content"][0]["text"]
+
+
+async def test_a_way_back_that_passes_by_a_rule_is_not_said_to_wait_for_a_click(tmp_path: Path) -> None:
+    async with opened(tmp_path, rule(requested_by="*")) as hive:
+        iris = await add_iris(hive)
+        async with serving(hive), browse(hive_of(hive)) as client:
+            await hive.approvals.wait_settled(await ask_for(hive, prompt(iris, "one")))
+            client.headers.update({**OURS, "Accept": "application/json"})
+            answer = await client.post("/agents/iris/rollback", data={"to": "deployed/0"})
+            assert answer.json()["said"] == "approval 3 passed by rule own prompt, without a click"
 
 
 async def test_without_a_rule_everything_waits(tmp_path: Path) -> None:

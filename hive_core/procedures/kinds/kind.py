@@ -8,9 +8,11 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcon
 from typing import Any, NamedTuple, Protocol
 
 from hive_core.approvals import TOPIC, Approval, Request, RuleFor, Shown, put_request
+from hive_core.limits import Limits
 from hive_core.post import no_room
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, MessageBody
+from hive_core.request_room import check_request_room
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 from hive_core.tool_calls import once
@@ -59,12 +61,12 @@ class Kind(Protocol):
 class Asking:
     """How a kind puts a card before the operator, or does not.
 
-    expires_s: how long one waits. rule_for: see put_request.
+    rule_for: see put_request.
     """
 
-    def __init__(self, store: Store, expires_s: float, rule_for: RuleFor) -> None:
+    def __init__(self, store: Store, limits: Limits, rule_for: RuleFor) -> None:
         self.store = store
-        self._expires_s = expires_s
+        self._limits = limits
         self._rule_for = rule_for
 
     @asynccontextmanager
@@ -92,7 +94,9 @@ class Asking:
     async def put(
         self, requested_by: AgentName, key: str | None, tool: str, what: str, make: Callable[[Transaction], Request]
     ) -> dict[str, Any]:
-        """`{"approval": id}`. make: what is asked for; it raises Refusal when that cannot be.
+        """`{"approval": id}`, and the `rule` of the policy by which it passed without a click, where one let it.
+
+        make: what is asked for; it raises Refusal when that cannot be.
 
         what: what is asked for, in the sentence that says that the disk is full: "a commit of iris".
         """
@@ -101,6 +105,11 @@ class Asking:
             request = make(tx)
             if tx.short:
                 raise no_room(f"ask for {what}")
-            return {"approval": put_request(tx, request, self._expires_s, self._rule_for)}
+            number = put_request(tx, request, self._limits.approval_ttl_s, self._rule_for, self._check_room)
+            (rule,) = tx.execute("SELECT rule FROM approvals WHERE id = ?", (number,)).fetchone()
+            return {"approval": number} if rule is None else {"approval": number, "rule": rule}
 
         return await self.store.write(lambda tx: once(tx, requested_by, key, tool, lambda: ask(tx)))
+
+    def _check_room(self, tx: Transaction, request: Request) -> None:
+        check_request_room(tx, request, self._limits)
