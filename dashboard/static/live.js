@@ -40,16 +40,29 @@ function parse(html) {
   return template.content.firstElementChild;
 }
 
+// A click that was on its way when cards moved, or became others, would meet one that nobody has read: the second of a
+// double click, above all.
+const READ_MS = 1000;
+let cardsMoved = -READ_MS;
+const areRead = () => performance.now() - cardsMoved >= READ_MS;
+
+function noteMove(old, fresh) {
+  const digest = (card) => $("input[name=digest]", card)?.value;
+  if (old?.parentElement?.id === "pending" && (!fresh || digest(old) !== digest(fresh))) cardsMoved = performance.now();
+}
+
 function swap({ target, html, list, place, once }) {
   const old = document.getElementById(target), into = list && document.getElementById(list);
   if (old && once) return;
   if (!html) {
     if (old?.contains(document.activeElement)) $("#y3r-c4ll-title")?.focus();
+    noteMove(old, null);
     return old?.remove();
   }
   const fresh = parse(html);
   if (old) {
     const refocus = keep(old, fresh);
+    noteMove(old, fresh);
     old.replaceWith(fresh);
     refocus();
   } else if (into) {
@@ -146,6 +159,9 @@ document.addEventListener("submit", async (event) => {
   if (!("fetch" in form.dataset)) return;
   event.preventDefault();
   if (button.getAttribute("aria-busy") === "true") return;
+  if (form.closest(".call") && button.matches(".approve") && !areRead()) {
+    return toast("the cards have just changed: look again, then click", "bad");
+  }
   const ask = form.elements.ask?.value;
   if (ask && !confirm(ask)) return;
   button.setAttribute("aria-busy", "true");
