@@ -16,7 +16,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import named
 
 _SYSTEM_PROGRAMS = "/run/current-system/sw/bin"  # a unit of NixOS's is not given them by itself
-_SHOWN = "--property=ActiveState,MainPID,InvocationID"
+SHOWN = "--property=ActiveState,MainPID,InvocationID"
 _ASK_WITHIN_S = 30.0
 _REASON_LIMIT = 400
 _LOOKS_EACH_S = 0.05
@@ -70,7 +70,7 @@ class NixosHost:
     async def state(self, unit: str) -> UnitState:
         """What systemd says of a unit now. Raises Refusal when it says nothing."""
         try:
-            done = await self.insist(f"look at {unit}", "systemctl", "show", _SHOWN, unit)
+            done = await self.insist(f"look at {unit}", "systemctl", "show", SHOWN, unit)
         except Refusal as refusal:  # systemd may be busy: what runs goes on
             raise Refusal("unavailable", refusal.message) from None
         said = dict(line.split("=", 1) for line in done.output.splitlines() if "=" in line)

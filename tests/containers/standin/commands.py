@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -66,14 +64,32 @@ class Systemctl:
             if self._active(machine) in ("inactive", "failed"):
                 self.host.stop_file(machine).unlink(missing_ok=True)
                 self.host.set_state(machine, "activating", 0, "")
-                words = [sys.executable, "-m", "tests.containers.standin.unit", str(self.host.folder), machine]
-                null = subprocess.DEVNULL
-                with (self.host.folder / "run/unit.err").open("a") as said:
-                    subprocess.run(words, check=True, stdin=null, stdout=null, stderr=said, start_new_session=True)
+                self._fork(machine)
         if self._wait(machine, "active", "inactive", "failed") != "active":
             raise Failed(
                 f"Job for container@{machine}.service failed because the control process exited with error code."
             )
+
+    def _fork(self, machine: str) -> None:
+        """Have a process run the unit that is nobody's child."""
+        if child := os.fork():
+            os.waitpid(child, 0)
+            return
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        said = os.open(self.host.folder / "run/unit.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        null = os.open(os.devnull, os.O_RDWR)
+        for number, fd in enumerate((null, null, said)):
+            os.dup2(fd, number)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        from tests.containers.standin.unit import Unit
+
+        try:
+            Unit(self.host, machine).run()
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        os._exit(0)
 
     def stop(self, machine: str) -> None:
         state = self.host.state(machine)
@@ -112,6 +128,8 @@ class RealSystemctl(Systemctl):
     """The machine's own systemd, where it runs a container@.service."""
 
     def state(self, machine: str) -> dict[str, str]:
+        import subprocess
+
         words = ["systemctl", "show", "--property=ActiveState,MainPID", f"container@{machine}.service"]
         said = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
         return dict(line.split("=", 1) for line in said.splitlines())
@@ -126,7 +144,7 @@ class RealSystemctl(Systemctl):
         self._ask("reload", machine)
 
     def _ask(self, verb: str, machine: str) -> None:
-        if subprocess.run(["systemctl", verb, f"container@{machine}.service"], check=False).returncode:
+        if os.spawnlp(os.P_WAIT, "systemctl", "systemctl", verb, f"container@{machine}.service"):
             raise Failed(f"failed to {verb} container")
 
 
@@ -193,18 +211,17 @@ class NixosContainer:
             conf.write_text("\n".join(lines) + "\n")
         print(f"host IP is 10.233.{number}.1, container IP is 10.233.{number}.2", file=sys.stderr)
         self._profile(machine).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._set(machine, options.get("--system-path") or self._build(options["--flake"]))
-        except subprocess.CalledProcessError:
+        if not self._set(machine, options.get("--system-path") or self._build(options["--flake"])):
             self._clear(machine)
-            raise Failed("failed to set initial container configuration") from None
+            raise Failed("failed to set initial container configuration")
 
     def update(self, machine: str, options: dict[str, str]) -> None:
         """From a flake: --system-path is not for this one."""
         flake = options.get("--flake") or parse_settings(self.host.conf_file(machine)).get("FLAKE")
         if flake is None:
             raise Failed("failed to build container configuration")
-        self._set(machine, self._build(flake))
+        if not self._set(machine, self._build(flake)):
+            raise Failed("failed to set container configuration")
         if self.systemctl.state(machine)["ActiveState"] == "active":
             print("reloading container...", file=sys.stderr)
             self.systemctl.reload(machine)
@@ -234,6 +251,8 @@ class NixosContainer:
         self._clear(machine)
 
     def run(self, machine: str, command: Sequence[str]) -> None:
+        import subprocess
+
         leader = self._leader(machine)
         quoted = " ".join("'" + word.replace("'", "'\\''") + "'" for word in command)
         words = [
@@ -277,19 +296,22 @@ class NixosContainer:
         url, _, name = flake.partition("#")
         attribute = f'{url}#nixosConfigurations."{name or "container"}".config.system.build.toplevel'
         link = self.host.folder / "run" / f"built.{os.getpid()}"
-        if subprocess.run(["nix", "build", "-o", str(link), attribute]).returncode:
+        if os.spawnlp(os.P_WAIT, "nix", "nix", "build", "-o", str(link), attribute):
             raise Failed(f"failed to build container from flake '{url}'")
         built = os.readlink(link)
         link.unlink()
         return built
 
-    def _set(self, machine: str, system: str) -> None:
-        subprocess.run(["nix-env", "-p", str(self._profile(machine)), "--set", system], check=True)
+    def _set(self, machine: str, system: str) -> bool:
+        words = ["nix-env", "-p", str(self._profile(machine)), "--set", system]
+        return os.spawnvp(os.P_WAIT, words[0], words) == 0
 
     def _profile(self, machine: str) -> Path:
         return self.host.nix / "var/nix/profiles/per-container" / machine / "system"
 
     def _clear(self, machine: str) -> None:
+        import shutil
+
         shutil.rmtree(self._profile(machine).parent, ignore_errors=True)
         shutil.rmtree(self.host.nix / "var/nix/gcroots/per-container" / machine, ignore_errors=True)
         shutil.rmtree(self.host.root_of(machine), ignore_errors=True)

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from hive_core.containers.entering import confined
 from hive_core.containers.inside import KEYS_OF_THE_HOST, PROC_OF_THE_HOST, harness_environment
-from hive_core.containers.nixos_host import NixosHost
+from hive_core.containers.nixos_host import SHOWN, NixosHost
 from hive_core.containers.seccomp import filter_program
 from hive_core.protocol.words import StorePath, parse_store_path
 from tests.containers.standin import guest_init
-from tests.containers.standin.state import Host
+from tests.containers.standin.state import NEVER_RAN, Host
 from tests.needs import ROOT
 
 _NIX_CONFIG = "experimental-features = nix-command flakes\nbuild-users-group =\nsubstituters =\nsandbox = false"
@@ -33,6 +33,14 @@ case "$*" in
   "kill --kill-whom=main --signal=TERM hive-agent.service") kill -s TERM "$pid" ;;
   "show --property=MainPID --value hive-agent.service") echo "$pid" ;;
   *) echo "there is no: $*" >&2; exit 1 ;;
+esac
+"""
+# The host's: how a unit is, is asked all the time and answered without an interpreter; Systemctl has the rest.
+_SHOW = """case "$*" in
+  "show {shown} container@"*.service)
+    unit=${{3#container@}}
+    cat {units}/"${{unit%.service}}" 2>/dev/null || printf '%s\\n' {never_ran}
+    exit ;;
 esac
 """
 # switch-to-configuration: activates, starts what is to be started once, and ends with 4 when a unit failed.
@@ -86,10 +94,11 @@ class StandInHost:
         fresh.mkdir()
         for name in ("nixos-container", *([] if self._booted else ["systemctl", "journalctl"])):
             what = "nixos-container-of-systemd" if self._booted else name
-            words = [sys.executable, "-m", "tests.containers.standin.commands", str(self.folder), what]
+            words = [sys.executable, "-S", "-m", "tests.containers.standin.commands", str(self.folder), what]
             # nixos-container calls nix-env and nix.
             path = f"PYTHONPATH={ROOT} PATH={shlex.quote(str(self._programs))}:$PATH"
-            write_program(fresh / name, f'#!/bin/sh\n{path} exec {shlex.join(words)} "$@"\n')
+            quick = self._show() if name == "systemctl" else ""
+            write_program(fresh / name, f'#!/bin/sh\n{quick}{path} exec {shlex.join(words)} "$@"\n')
         for name in ("nix", "nix-env", "nix-store"):
             words = ["bwrap", "--dev-bind", "/", "/", "--bind", str(self.state.nix), "/nix", f"/usr/bin/{name}"]
             settings = f"HOME={shlex.quote(str(self.folder))} NIX_CONFIG={shlex.quote(_NIX_CONFIG)} NIX_REMOTE="
@@ -98,6 +107,11 @@ class StandInHost:
             fresh.rename(self._programs)
         except OSError:
             shutil.rmtree(fresh)
+
+    def _show(self) -> str:
+        never_ran = [f"{key}={value}" for key, value in NEVER_RAN.items()]
+        units = shlex.quote(str(self.state.units))
+        return _SHOW.format(shown=SHOWN, units=units, never_ran=shlex.join(never_ran))
 
     def system(self, script: str, oneshots: Mapping[str, str] | None = None, init: str = "") -> StorePath:
         """A system whose harness is a script, in the store; the same for the same. init: another one than ours."""

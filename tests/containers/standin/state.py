@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _JOURNAL_LIMIT_BYTES = 4 << 20
+# What systemctl shows of a unit, and of one that never ran. A unit's file has these lines.
+NEVER_RAN = {"ActiveState": "inactive", "MainPID": "0", "InvocationID": ""}
 
 
 class Host:
@@ -21,11 +21,11 @@ class Host:
         self.confs = folder / "etc/nixos-containers"
         self.nix = folder / "nix"
         self.drop_ins = folder / "run/systemd/system"
-        self._units = folder / "run/units"
+        self.units = folder / "run/units"
         self._loaded = folder / "run/loaded"
 
     def make(self) -> None:
-        for path in (self.confs, self._units, self._loaded, self.drop_ins, self.folder / "run/lock"):
+        for path in (self.confs, self.units, self._loaded, self.drop_ins, self.folder / "run/lock"):
             path.mkdir(parents=True, exist_ok=True)
         for name in ("store", "var/nix/db", "var/nix/daemon-socket", "var/nix/profiles/per-container"):
             (self.nix / name).mkdir(parents=True, exist_ok=True)
@@ -37,22 +37,18 @@ class Host:
         return self.folder / "var/lib/nixos-containers" / machine
 
     def stop_file(self, machine: str) -> Path:
-        return self._units / f"{machine}.stop"
+        return self.units / f"{machine}.stop"
 
     def state(self, machine: str) -> dict[str, str]:
-        try:
-            found: dict[str, str] = json.loads((self._units / machine).read_text())
-        except FileNotFoundError:
-            return {"ActiveState": "inactive", "MainPID": "0", "InvocationID": ""}
-        return found
+        return parse_settings(self.units / machine) or dict(NEVER_RAN)
 
     def set_state(self, machine: str, active: str, pid: int, invocation: str) -> None:
-        fresh = self._units / f".{machine}.{os.getpid()}"
-        fresh.write_text(json.dumps({"ActiveState": active, "MainPID": str(pid), "InvocationID": invocation}))
-        fresh.rename(self._units / machine)
+        fresh = self.units / f".{machine}.{os.getpid()}"
+        fresh.write_text(f"ActiveState={active}\nMainPID={pid}\nInvocationID={invocation}\n")
+        fresh.rename(self.units / machine)
 
     def forget(self, machine: str) -> None:
-        (self._units / machine).unlink(missing_ok=True)
+        (self.units / machine).unlink(missing_ok=True)
 
     @contextmanager
     def locked(self, what: str) -> Iterator[None]:
@@ -62,6 +58,8 @@ class Host:
 
     def reload(self) -> None:
         """What systemd knows of drop-ins is what it read when it was told to read them."""
+        import shutil  # costly, and seldom needed: each command is a process of its own
+
         with self.locked("reload"):
             shutil.rmtree(self._loaded, ignore_errors=True)
             shutil.copytree(self.drop_ins, self._loaded)
@@ -100,6 +98,8 @@ class Journal:
         self._since, self._count = 0.0, 0
 
     def write(self, invocation: str, *lines: str, by_systemd: bool = False) -> None:
+        import json
+
         now = time.time()
         if now - self._since > 30:
             self._since, self._count = now, 0
@@ -111,6 +111,8 @@ class Journal:
                 file.write(json.dumps(told) + "\n")
 
     def read(self) -> Iterator[dict[str, object]]:
+        import json
+
         with contextlib.suppress(FileNotFoundError):
             for line in self._file.read_text()[-_JOURNAL_LIMIT_BYTES:].splitlines():
                 with contextlib.suppress(ValueError):

@@ -1,4 +1,4 @@
-"""Runs one container@.service of a stand-in host's as systemd would: `python unit.py HOST ID`.
+"""Runs one container@.service of a stand-in host's as systemd would.
 
 The unit's start script is told by what it does: it reads the conf file as an EnvironmentFile, turns its settings into
 flags of systemd-nspawn, the real one, and lets a shell expand EXTRA_NSPAWN_FLAGS without quotes.
@@ -15,17 +15,16 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hive_core.containers.bounds import Bounds
-from hive_core.containers.cgroups import Cgroups
 from hive_core.containers.process_tree import kill_descendants
-from hive_core.protocol.words import AgentName
 from tests.containers.standin.state import Host, Journal, parse_settings
+
+if TYPE_CHECKING:  # dear to import, and most units are not bounded
+    from hive_core.containers.cgroups import Cgroups
 
 _PR_SET_CHILD_SUBREAPER = 36
 # What a NixOS system has in its store, and this machine in its /usr.
@@ -65,7 +64,6 @@ class Unit:
         self.journal = Journal(host, self.name)
         self.conf = parse_settings(host.conf_file(machine))
         self.drop_in = host.loaded_drop_in(self.name)
-        self.bounds = _bounds(self.drop_in)
 
     def run(self) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -76,8 +74,8 @@ class Unit:
 
     def _run_once(self) -> bool:
         """One run of the unit; whether it is to be run again."""
-        self.invocation = uuid.uuid4().hex
-        groups = None if self.bounds is None else Cgroups(self.host.folder, self.bounds)
+        self.invocation = os.urandom(16).hex()
+        groups = _groups(self.host.folder, self.drop_in)
         with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
             ready.bind(f"{folder}/notify")
             process = self._start(f"{folder}/notify", groups)
@@ -105,7 +103,7 @@ class Unit:
     def _start(self, notify: str, groups: Cgroups | None) -> subprocess.Popen[bytes]:
         command = ["/bin/sh", "-c", nspawn_script(self.host, self.machine, self.conf)]
         return subprocess.Popen(
-            command if groups is None else groups.entering(AgentName(self.machine), command, 0),
+            command if groups is None else _entering(groups, self.machine, command),
             env={
                 **self.conf,
                 "PATH": os.defpath,  # what is above is this machine's
@@ -156,11 +154,20 @@ class Unit:
         self.host.set_state(self.machine, active, pid, self.invocation)
 
 
-def _bounds(drop_in: dict[str, list[str]]) -> Bounds | None:
+def _groups(folder: Path, drop_in: dict[str, list[str]]) -> Cgroups | None:
     if "MemoryMax" not in drop_in:
         return None
+    from hive_core.containers.bounds import Bounds
+    from hive_core.containers.cgroups import Cgroups
+
     cpu = int(drop_in["CPUQuota"][-1].removesuffix("%"))
-    return Bounds(int(drop_in["MemoryMax"][-1]), cpu, int(drop_in["TasksMax"][-1]))
+    return Cgroups(folder, Bounds(int(drop_in["MemoryMax"][-1]), cpu, int(drop_in["TasksMax"][-1])))
+
+
+def _entering(groups: Cgroups, machine: str, command: Sequence[str]) -> list[str]:
+    from hive_core.protocol.words import AgentName
+
+    return groups.entering(AgentName(machine), command, 0)
 
 
 def _read(descriptor: int) -> bytes:
@@ -173,11 +180,3 @@ def _pieces(descriptor: int) -> Iterator[bytes]:
             yield piece
             if len(piece) < 64 << 10:
                 return
-
-
-if __name__ == "__main__":
-    # A grandchild: whoever asked for the unit is not its parent.
-    if os.fork():
-        os._exit(0)
-    os.setsid()
-    Unit(Host(Path(sys.argv[1])), sys.argv[2]).run()
