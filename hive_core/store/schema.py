@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Sequence
 from contextlib import closing
+from functools import cache
 from importlib import resources
 
 from hive_core.protocol.paths import explain
@@ -52,7 +52,11 @@ class StoreBusy(Refusal):
         super().__init__("unavailable", message)
 
 
-def migrations() -> list[tuple[int, str]]:
+Step = tuple[int, str]
+
+
+@cache
+def migrations() -> tuple[Step, ...]:
     """(number, sql) of each migration, in order, without gaps from 1."""
     found = []
     for entry in resources.files("hive_core.store").joinpath("migrations").iterdir():
@@ -60,7 +64,7 @@ def migrations() -> list[tuple[int, str]]:
             found.append((int(match[1]), entry.read_text("utf-8")))
     found.sort()
     assert [number for number, _ in found] == list(range(1, len(found) + 1)), "migrations must be numbered without gaps"
-    return found
+    return tuple(found)
 
 
 def check_ours(connection: sqlite3.Connection, path: str) -> None:
@@ -81,11 +85,14 @@ def check_ours(connection: sqlite3.Connection, path: str) -> None:
 
 
 def migrate(connection: sqlite3.Connection, path: str) -> None:
-    """Bring the schema up to date, one transaction a migration. Raises StoreError."""
+    """Bring the schema up to date, one transaction a migration, a new database in one. Raises StoreError."""
     check_ours(connection, path)
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     steps = migrations()
-    if version and _schema(connection) != _schema_after(steps[:version]):
+    if version == 0:
+        _fill(connection, steps)
+        return
+    if _schema(connection) != _schema_after(steps[:version]):
         raise StoreError(
             f"cannot open {path}: a hyperhive between two releases made it, and its tables are of no "
             "release; run that one again, or move it away with its -wal and -shm to begin anew"
@@ -93,7 +100,16 @@ def migrate(connection: sqlite3.Connection, path: str) -> None:
     _run(connection, steps[version:])
 
 
-def _run(connection: sqlite3.Connection, steps: Sequence[tuple[int, str]]) -> None:
+def _fill(connection: sqlite3.Connection, steps: tuple[Step, ...]) -> None:
+    # Python's backup waits without end for who has it locked; this gives up as any other write.
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute("ROLLBACK")
+    with closing(_opened(_made_by(steps))) as made:
+        made.execute("UPDATE timeline SET id = lower(hex(randomblob(8)))")  # no two hives have the same
+        made.backup(connection)
+
+
+def _run(connection: sqlite3.Connection, steps: tuple[Step, ...]) -> None:
     for number, sql in steps:
         connection.executescript(
             f"BEGIN IMMEDIATE; {sql}\n;"
@@ -101,13 +117,27 @@ def _run(connection: sqlite3.Connection, steps: Sequence[tuple[int, str]]) -> No
         )
 
 
-def _schema_after(steps: Sequence[tuple[int, str]]) -> set[tuple[object, ...]]:
+@cache
+def _made_by(steps: tuple[Step, ...]) -> bytes:
+    """An empty database with the schema that these migrations make, as a file of sqlite's."""
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as empty:
         _run(empty, steps)
-        return _schema(empty)
+        return empty.serialize()
 
 
-def _schema(connection: sqlite3.Connection) -> set[tuple[object, ...]]:
+@cache
+def _schema_after(steps: tuple[Step, ...]) -> frozenset[tuple[object, ...]]:
+    with closing(_opened(_made_by(steps))) as made:
+        return _schema(made)
+
+
+def _opened(file: bytes) -> sqlite3.Connection:
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    connection.deserialize(file)
+    return connection
+
+
+def _schema(connection: sqlite3.Connection) -> frozenset[tuple[object, ...]]:
     # sqlite's own tables are no part of it: an ANALYZE by hand adds one.
     sql = "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite~_%' ESCAPE '~'"
-    return {tuple(row) for row in connection.execute(sql)}
+    return frozenset(tuple(row) for row in connection.execute(sql))

@@ -419,7 +419,7 @@ async def test_a_migration_is_applied_once_and_keeps_what_is_there(
         await store.write(note("old"))
     known = schema.migrations()
     more = "CREATE TABLE counted (a) STRICT; INSERT INTO counted VALUES (1); -- the end"
-    monkeypatch.setattr(schema, "migrations", lambda: [*known, (len(known) + 1, more.replace("(a)", "(a INTEGER)"))])
+    monkeypatch.setattr(schema, "migrations", lambda: (*known, (len(known) + 1, more.replace("(a)", "(a INTEGER)"))))
     for _ in range(3):
         async with opened(path) as store:
             assert [row["kind"] for row in await store.rows("SELECT kind FROM events")] == ["old"]
@@ -435,11 +435,33 @@ async def test_a_migration_that_fails_leaves_the_database_as_it_was(
     known = schema.migrations()
     broken = (len(known) + 1, "CREATE TABLE half (a INTEGER) STRICT; INSERT INTO nowhere VALUES (1);")
     with monkeypatch.context() as patch:
-        patch.setattr(schema, "migrations", lambda: [*known, broken])
+        patch.setattr(schema, "migrations", lambda: (*known, broken))
         assert re.search("nowhere", await refusal_to_open(path))
     async with opened(path) as store:
         assert await store.row("SELECT 1 FROM sqlite_master WHERE name = 'half'") is None
         await store.write(note("goes on"))
+
+
+async def test_each_new_database_has_a_timeline_of_its_own(tmp_path: Path) -> None:
+    """Also of one process, which runs the migrations once."""
+    found = set()
+    for number in range(2):
+        async with opened(tmp_path / f"{number}.sqlite") as store:
+            found |= {row["id"] for row in await store.rows("SELECT id FROM timeline")}
+    assert len(found) == 2
+
+
+def test_a_new_database_that_another_program_has_locked_is_not_waited_for(tmp_path: Path) -> None:
+    with (
+        contextlib.closing(sqlite3.connect(tmp_path / "new", isolation_level=None)) as other,
+        contextlib.closing(sqlite3.connect(tmp_path / "new", isolation_level=None, timeout=0)) as ours,
+    ):
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            schema.migrate(ours, "new")
+        other.execute("ROLLBACK")
+        schema.migrate(ours, "new")
 
 
 def test_the_migrations_are_numbered_and_every_table_is_strict() -> None:
