@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from hive_core.access import Access
 from hive_core.approvals import Request
-from hive_core.policy_rules import DAY_MS, KINDS, Case, Rule, allows, troubles
+from hive_core.policy_rules import DAY_MS, KINDS, Case, Rule, allows, hindrance, troubles
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
@@ -51,14 +51,18 @@ class Policy:
     async def rehearse(self, rules: Sequence[Rule], days: int | None = None) -> dict[str, Any]:
         """What these rules would have let pass of what was asked for, in so many days back or ever.
 
-        `{"looked_at", "not_known", "over_per_day", "passes", "denied", "failed", "approvals": […]}`: how many; and
-        those that would have passed, the denied and the failed first, then the newest. not_known: no effect was
-        recorded of them. Each has its `id`, `agent`, `state`, `note`, the `rule` by which it would have passed, and
-        `passed_by`, by which it did. An emergency stop then, and other changes of the same agent, are not known now.
+        `{"looked_at", "not_known", "over_per_day", "passes", "denied", "failed", "rules": […], "approvals": […]}`: how
+        many; the rules, with how many would have passed by each, how many it lets wait for which reason, and its
+        troubles; and those that would have passed, the denied and the failed first, then the newest. not_known: no
+        effect was recorded of them. Each has its `id`, `agent`, `state`, `note`, the `rule` by which it would have
+        passed, and `passed_by`, by which it did. An emergency stop then, and other changes of the same agent, are not
+        known now.
         """
         now_ms = await self._store.write(lambda tx: tx.now_ms)
         since_ms = 0 if days is None else now_ms - days * DAY_MS
         counts = dict.fromkeys(("looked_at", "not_known", "over_per_day", "passes", "denied", "failed"), 0)
+        agents = [row["name"] for row in await self._store.rows("SELECT name FROM agents")]
+        passes, waits = Counter[str](), {rule.name: Counter[str]() for rule in rules}
         recent: dict[str, deque[int]] = {rule.name: deque() for rule in rules}
         against: deque[dict[str, Any]] = deque(maxlen=TOLD)
         others: deque[dict[str, Any]] = deque(maxlen=TOLD)
@@ -66,20 +70,33 @@ class Policy:
             counts["looked_at"] += 1
             counts["not_known"] += row["effect"] is None
             case = Case(row["kind"], row["agent"], row["requested_by"], json.loads(row["effect"] or "null"))
-            if not (allowed := [rule for rule in rules if allows(rule, case)]):
+            hindrances = [(rule, hindrance(rule, case)) for rule in rules]
+            for rule, why in hindrances:
+                waits[rule.name].update([] if why is None else [why])
+            if not (allowed := [rule for rule, why in hindrances if why is None]):
                 continue
-            rule = next((one for one in allowed if _has_room(one, recent[one.name], row["requested_at_ms"])), None)
-            if rule is None:
+            by = next((one.name for one in allowed if _has_room(one, recent[one.name], row["requested_at_ms"])), None)
+            if by is None:
                 counts["over_per_day"] += 1
                 continue
             counts["passes"] += 1
-            told = {**dict(row), "effect": case.effect, "rule": rule.name, "passed_by": row["rule"]}
+            passes[by] += 1
+            told = {**dict(row), "effect": case.effect, "rule": by, "passed_by": row["rule"]}
             if row["state"] in ("denied", "failed"):
                 counts[row["state"]] += 1
                 against.appendleft(told)
             else:
                 others.appendleft(told)
-        return {**counts, "approvals": [*against, *others][:TOLD]}
+        looked_at = [
+            {
+                **rule.model_dump(),
+                "passes": passes[rule.name],
+                "waits": dict(waits[rule.name].most_common()),
+                "troubles": list(troubles(rule, agents)),
+            }
+            for rule in rules
+        ]
+        return {**counts, "rules": looked_at, "approvals": [*against, *others][:TOLD]}
 
     async def _past(self, since_ms: int) -> AsyncIterator[sqlite3.Row]:
         after = 0

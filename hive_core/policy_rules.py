@@ -19,7 +19,7 @@ from hive_core.effects_of_settings import RULES as SETTINGS
 from hive_core.protocol.effect import PLAIN
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import named
-from hive_core.protocol.words import MANAGER, NAME_LIMIT, OPERATOR
+from hive_core.protocol.words import MANAGER, NAME_LIMIT, OPERATOR, shown
 from hive_core.settings import describe
 
 # A new agent, the end of one, a budget, a schedule and what all are built from always wait.
@@ -102,17 +102,37 @@ class Case(NamedTuple):
 
 def allows(rule: Rule, case: Case) -> bool:
     """Whether a rule lets a change pass, for all that its effect says."""
-    effect = case.effect
-    if rule.kind != case.kind or case.agent == MANAGER:
-        return False
-    if not _among(case.agent, rule.agents) or not _among(case.requested_by, rule.requested_by):
-        return False
+    return hindrance(rule, case) is None
+
+
+def hindrance(rule: Rule, case: Case) -> str | None:
+    """The first reason for which a rule lets a change wait; None where it lets it pass."""
+    if rule.kind != case.kind:
+        return f"of the kind {case.kind}"
+    if case.agent == MANAGER:
+        return f"of {MANAGER}"
+    if not _among(case.agent, rule.agents):
+        return "of others than agents names"
+    if not _among(case.requested_by, rule.requested_by):
+        return "asked for by others than requested_by names"
+    return _hindrance_of_effect(rule, case.effect)
+
+
+def _hindrance_of_effect(rule: Rule, effect: Mapping[str, Any] | None) -> str | None:
     # An effect without a line gives nothing to judge by.
-    if effect is None or not effect["lines"] or effect["unknown"]:
-        return False
-    return all(line["weight"] == PLAIN and line["what"] in rule.only for line in effect["lines"]) and all(
-        _is_within(effect["lines"], measure, bound) for measure, bound in rule.at_most if bound is not None
-    )
+    if effect is None or not effect["lines"]:
+        return "without a line"
+    if effect["unknown"]:
+        return "with something unknown"
+    for line in effect["lines"]:
+        if line["weight"] != PLAIN:
+            return f"that widen {line['what']}"
+        if line["what"] not in rule.only:
+            return f"with {line['what']}, which only does not name"
+    for measure, bound in rule.at_most:
+        if bound is not None and not _is_within(effect["lines"], measure, bound):
+            return f"not known to be within {measure}"
+    return None
 
 
 def _among(name: str, names: Collection[str]) -> bool:
@@ -154,7 +174,9 @@ def parse_rules(text: str, where: str) -> list[Rule]:
     except (ValueError, RecursionError) as exc:
         raise Refusal("usage", f"cannot read {where}: it is not TOML ({str(exc)[:200]}); mend it there") from None
     if list(given) != ["policy"]:
-        raise Refusal("usage", f"cannot use {where}: give tables [[policy]], and nothing else")
+        others = ", ".join(shown(key) for key in given if key != "policy")
+        why = f"it has {others[:200]} too" if others else "it has none"
+        raise Refusal("usage", f"cannot use {where}: {why}; give tables [[policy]], and nothing else")
     try:
         return TypeAdapter(Rules).validate_python(given["policy"])
     except ValidationError as exc:

@@ -73,16 +73,31 @@ def _rehearsal(result: dict[str, Any]) -> Iterator[str]:
         return
     total = counted(result["looked_at"], "recorded request")
     yield f"{result['passes']:,} of {total} would have passed without a click"
-    if result["denied"] or result["failed"]:
-        yield paint(f"▲ of those you denied {result['denied']:,}, and {result['failed']:,} failed", "red")
+    against = [f"you denied {result['denied']:,}"] if result["denied"] else []
+    against += [f"{result['failed']:,} failed"] if result["failed"] else []
+    if against:
+        yield paint(f"▲ of those {', and '.join(against)}", "red")
     if result["over_per_day"]:
         yield f"{result['over_per_day']:,} would have waited because of per_day"
     if result["not_known"]:
         yield f"{result['not_known']:,} not known: recorded before effects were"
+    for rule in result["rules"]:
+        yield from _rehearsed(rule)
     for row in result["approvals"]:
         yield from _passed(row)
     if (more := result["passes"] - len(result["approvals"])) > 0:
         yield f"and {more:,} more"
+
+
+def _rehearsed(rule: dict[str, Any]) -> Iterator[str]:
+    """How many would have passed by one rule, and for which reasons it lets the others wait."""
+    from hive_core.cli.show import paint, safe
+
+    yield f"{paint(safe(rule['name']), 'bold')}: {rule['passes']:,} would have passed"
+    for why, count in rule["waits"].items():
+        yield f"  {count:,} wait: {safe(why)}"
+    for trouble in rule["troubles"]:
+        yield f"  {paint('!', 'amber')} {safe(trouble)}"
 
 
 def _passed(row: dict[str, Any]) -> Iterator[str]:

@@ -32,7 +32,7 @@ def policy_verbs(hive: Hive) -> Verbs:
         days = args.get("days")
         if days is not None and (type(days) is not int or not 0 < days <= DAYS_MOST):
             raise Refusal("usage", f"cannot look {shown(days)} days back: give a whole number from 1 to {DAYS_MOST:,}")
-        return {"rules": [rule.model_dump() for rule in rules], **await hive.gate.policy.rehearse(rules, days)}
+        return await hive.gate.policy.rehearse(rules, days)
 
     return {"policy": (policy, set()), "policy_rehearse": (rehearse, {"text", "name", "days"})}
 

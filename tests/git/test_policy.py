@@ -309,7 +309,7 @@ async def test_a_rehearsal_tells_what_would_have_passed_and_first_what_of_that_w
         await hive.sql("UPDATE approvals SET effect = NULL WHERE id = ?", other)
 
         told = await hive.gate.policy.rehearse([rule(name="proposed", only=["prompt", "model"])])
-        assert {key: value for key, value in told.items() if key != "approvals"} == {
+        assert {key: value for key, value in told.items() if key not in ("rules", "approvals")} == {
             "looked_at": 5,
             "not_known": 1,
             "over_per_day": 0,
@@ -320,6 +320,19 @@ async def test_a_rehearsal_tells_what_would_have_passed_and_first_what_of_that_w
         assert [one["id"] for one in told["approvals"]] == [failed, denied, waits, done]
         assert {one["rule"] for one in told["approvals"]} == {"proposed"}
         assert (told["approvals"][0]["note"], told["approvals"][1]["note"]) == ("it broke", "no")
+
+        (one,) = told["rules"]
+        assert (one["passes"], one["waits"], one["troubles"]) == (4, {"without a line": 1}, [])
+
+        wrong = rule(name="w", agents=["iris", "irs"], only=["model", "promt"])
+        (one,) = (await hive.gate.policy.rehearse([wrong]))["rules"]
+        assert (one["passes"], one["waits"]) == (0, {"with prompt, which only does not name": 4, "without a line": 1})
+        assert [trouble.split(",")[0] for trouble in one["troubles"]] == [
+            "only names promt",
+            "agents names irs",
+        ]
+        both = await hive.gate.policy.rehearse([rule(name="a", per_day=1), rule(name="b")])
+        assert [(one["name"], one["passes"]) for one in both["rules"]] == [("a", 1), ("b", 1)]
 
         few = await hive.gate.policy.rehearse([rule(only=["prompt", "model"], per_day=1)])
         assert (few["passes"], few["over_per_day"]) == (1, 3)

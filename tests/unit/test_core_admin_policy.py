@@ -71,20 +71,23 @@ async def test_rules_are_listed_and_rehearsed_and_what_passed_is_told_as_such(tm
         assert json.loads(said)["rules"][0]["passed"] == 1
 
         code, said = await run("policy", "rehearse")
-        assert (code, said.splitlines()[:2]) == (
+        assert (code, said.splitlines()[:4]) == (
             0,
             [
                 "1 of 2 recorded requests would have passed without a click",
                 "1 would have waited because of per_day",
+                "own prompt: 1 would have passed",
+                "  ! agents names argus, which no agent is called",
             ],
         )
         file = tmp_path / "rules.toml"
         file.write_text(OWN_PROMPT.replace('["hm1nd"]', '["operator"]'))
         code, said = await run("policy", "rehearse", "--rule", str(file), "--days", "1")
         lines = said.splitlines()
-        assert lines[:3] == [
+        assert lines[:4] == [
             "2 of 2 recorded requests would have passed without a click",
-            "▲ of those you denied 1, and 0 failed",
+            "▲ of those you denied 1",
+            "own prompt: 2 would have passed",
             "▲ denied  ◆ 3 change iris: asked for by the operator",
         ]
         assert "  note: too loud" in lines
@@ -92,6 +95,17 @@ async def test_rules_are_listed_and_rehearsed_and_what_passed_is_told_as_such(tm
         code, said = await run("policy", "rehearse", "--rule", str(file), "--json")
         assert [one["id"] for one in json.loads(said)["approvals"]] == [3, 2]
 
+        file.write_text(OWN_PROMPT)
+        code, said = await run("policy", "rehearse", "--rule", str(file))
+        assert said.splitlines() == [
+            "0 of 2 recorded requests would have passed without a click",
+            "own prompt: 0 would have passed",
+            "  2 wait: asked for by others than requested_by names",
+        ]
+        file.write_text('sandbox = "bwrap"\n' + OWN_PROMPT)
+        code, said = await run("policy", "rehearse", "--rule", str(file))
+        why = "it has 'sandbox' too; give tables [[policy]], and nothing else"
+        assert (code, said) == (2, f"hive: cannot use the file of --rule: {why}\n")
         file.write_text(OWN_PROMPT.replace("per_day", "per_dya"))
         code, said = await run("policy", "rehearse", "--rule", str(file))
         assert (code, "rule 1: per_dya: unknown key; change line 9 of the file of --rule" in said) == (2, True)
