@@ -120,6 +120,29 @@ def test_options_become_settings_and_settings_win_over_them(nix: Nix) -> None:
 
 
 @everywhere
+def test_package_admin_users_and_the_dashboards_address_reach_what_they_are_for(nix: Nix, nixpkgs: str) -> None:
+    module = (
+        "imports = [ ({ pkgs, ... }: { services.hyperhive.package = pkgs.strace; }) ]; services.hyperhive ="
+        ' { enable = true; helper.enable = true; adminUsers = [ "ada" "bo" ]; dashboard.address = "::1"; };'
+    )
+    found = nix.value(
+        f"let machine = (host {{ {module} }}); package = toString nixpkgs.legacyPackages.x86_64-linux.strace; in"
+        " { admins = machine.config.users.groups.hive-admin.members;"
+        " host = machine.config.services.hyperhive.settings.dashboard_host;"
+        " runs = map (name: lib.removePrefix package machine.config.systemd.services.${name}.serviceConfig.ExecStart)"
+        ' [ "hyperhive" "hyperhive-root" ];'
+        " installed = lib.elem package (map toString machine.config.environment.systemPackages); }",
+        nixpkgs,
+    )
+    assert found == {
+        "admins": ["ada", "bo"],
+        "host": "::1",
+        "runs": ["/bin/hive-core serve", "/bin/hive-root serve"],
+        "installed": True,
+    }
+
+
+@everywhere
 def test_the_limits_of_each_agent_are_settings_of_the_daemon(nix: Nix, nixpkgs: str) -> None:
     given = "agents.memoryMiB = 2048; agents.cpuPercent = 50; agents.tasks = 100;"
     config = Config(**settings(nix, f"services.hyperhive = {{ enable = true; {given} }};", nixpkgs))  # type: ignore[arg-type]
