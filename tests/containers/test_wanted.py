@@ -24,6 +24,7 @@ from hive_core.sockets.harness import HarnessDesk
 from hive_core.store.bus import EVENTS
 from tests.containers.drivers import IRIS, SANDBOXES, dirs_in, driver_in, need
 from tests.hives import Services, open_services, wait_until
+from tests.processes import PATIENCE_S
 
 REST_S = 0.2
 # So slow is no machine that one of them ends a test.
@@ -78,14 +79,14 @@ class House:
         found: int = await self.services.value("SELECT count(*) FROM events WHERE kind = ?", kind)
         return found
 
-    async def times(self, kind: str) -> list[float]:
-        """When each event of a kind was, in seconds."""
+    async def times(self, kind: str) -> list[int]:
+        """When each event of a kind was, in milliseconds."""
         rows = await self.services.store.rows("SELECT at_ms FROM events WHERE kind = ? ORDER BY seq", (kind,))
-        return [row["at_ms"] / 1000 for row in rows]
+        return [row["at_ms"] for row in rows]
 
-    async def until_counted(self, kind: str, most: int) -> None:
+    async def until_counted(self, kind: str, least: int) -> None:
         async def is_so() -> bool:
-            return await self.count(kind) == most
+            return await self.count(kind) >= least
 
         await wait_until(self.services.store, is_so, EVENTS)
 
@@ -123,23 +124,23 @@ async def test_an_agent_that_crashes_is_started_after_a_longer_rest_each_time_an
     script, runs = "echo run >> /state/runs; echo no such luck; exit 3", dirs_in(tmp_path).state / "runs"
     async with open_house(tmp_path, sandbox, script, IRIS, restart_s=REST_S, crash_loop=3) as house:
         async with house.daemon():
+            for crash in range(3):
+                await house.until_counted("agent_ended", crash + 1)
             said = await house.until_state(IRIS, "quarantined")
         assert "it crashed 3 times in a row; the last time it ended with code 3" in said
         assert "no such luck" in said
         assert runs.read_text().count("run") == 3
         begun, ended = await house.times("agent_started"), await house.times("agent_ended")
-        assert [
-            start - end > rest for end, start, rest in zip(ended, begun[1:], (REST_S, 2 * REST_S), strict=False)
-        ] == [
-            True,
-            True,
-        ]
-        async with house.daemon():
+        rests_ms = [start - end for end, start in zip(ended[:2], begun[1:], strict=True)]
+        assert rests_ms[0] >= 1000 * REST_S
+        assert rests_ms[1] >= 2000 * REST_S
+        async with house.daemon() as reconciler:
             assert await house.until_state(IRIS, "quarantined") == said
             assert await house.count("agent_started") == 3
             await house.services.agents.want(IRIS, "up", OPERATOR)
             await house.until_counted("agent_ended", 4)
-        assert runs.read_text().count("run") == 4
+            await reconciler.drain(PATIENCE_S)  # it would be started once more
+        assert runs.read_text().count("run") >= 4
 
 
 async def test_many_agents_start_a_few_at_a_time_and_the_next_daemon_adopts_them_all(
@@ -163,12 +164,12 @@ async def test_many_agents_start_a_few_at_a_time_and_the_next_daemon_adopts_them
             adopted = running(reconciler)
             assert {name: each.pid for name, each in adopted.items()} == {name: first[name].pid for name in names}
             assert await house.count("agent_started") == len(names)
-            assert await reconciler.drain(0) == dict.fromkeys(names, "killed")
+            assert set(await reconciler.drain(0)) == set(names)
+        for each in first.values():  # of which this process is the parent still
+            await each.wait()
         driver = driver_in(tmp_path, sandbox, "")
         found = [await driver.find(AgentName(name), dirs_in(tmp_path, name=name)) for name in names]
         assert found == [None] * len(names)
-        for each in first.values():  # of which this process is the parent still
-            await each.wait()
 
 
 def running(reconciler: Reconciler) -> dict[str, Running]:
