@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
@@ -20,10 +19,11 @@ class _Fact(BaseModel):
 
 
 class Package(_Fact):
-    """mark: of what it is built from."""
+    """mark: of what it is built from. paths: what of it is installed."""
 
     name: Text
     mark: Text
+    paths: list[Text] = []
 
 
 class Wrapper(_Fact):
@@ -69,34 +69,52 @@ class Facts(_Fact):
 
 
 class Closure(NamedTuple):
-    """The store paths that a system needs, and the bytes that they have."""
+    """The store paths that a system, or packages, need, and the bytes that each has."""
 
-    paths: frozenset[str]
-    size: int
+    sizes: Mapping[str, int]
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes.values())
 
     def __str__(self) -> str:
-        return f"{mib(self.size)} in {counted(len(self.paths), 'path')}"
+        return f"{mib(self.size)} in {counted(len(self.sizes), 'path')}"
+
+    def without(self, other: Closure) -> Closure:
+        return Closure({path: size for path, size in self.sizes.items() if path not in other.sizes})
 
 
-NO_CLOSURE = Closure(frozenset(), 0)
+NO_CLOSURE = Closure({})
 
 
-def parse_closure(said: bytes, paths: bytes) -> Closure | None:
-    """From `nix path-info --json --closure-size` and `--recursive` of one path; None where it is not there."""
-    try:
-        found = json.loads(said)  # a list, and by later releases an object of path → what is known of it
-        (info,) = found if isinstance(found, list) else found.values()
-        size = info["closureSize"]
-    except (ValueError, TypeError, KeyError, AttributeError):
+def parse_closure(said: bytes) -> Closure | None:
+    """From `nix path-info --recursive --size`: a path and its bytes a line. None for anything else."""
+    words = [line.split() for line in said.decode("utf-8", "replace").splitlines()]
+    if not words or not all(len(line) == 2 and line[1].isdecimal() for line in words):
         return None
-    return Closure(frozenset(paths.decode("utf-8", "replace").split()), size) if isinstance(size, int) else None
+    return Closure({path: int(size) for path, size in words})
+
+
+def brought_lines(
+    before: Closure | None, packages: Sequence[Package], brought: Closure | None
+) -> tuple[list[Line], list[str]]:
+    """Of a change of packages alone: what they bring, which are in the store before the system is built.
+
+    packages: those that come. brought: their closure. Gives the lines, and what is unknown.
+    """
+    if before is None or brought is None:
+        names = some(sorted({named(package.name) for package in packages}))
+        return [], [f"closure: {names} is not in the store yet, so its size is known once it is built"]
+    new = brought.without(before)
+    told = f"{new}: {some([_package(path) for path in sorted(new.sizes)])}" if new.sizes else "no more than there is"
+    return [Line("closure", None, told, amounts={"closure_bytes": new.size})], []
 
 
 def closure_lines(before: Closure | None, after: Closure | None) -> tuple[list[Line], list[str]]:
     """The lines, and what is unknown. before: NO_CLOSURE where there was no system."""
     if before is None or after is None:
         return [], ["closure: what it adds and takes, and its size, is known once it is built"]
-    added, removed = sorted(after.paths - before.paths), sorted(before.paths - after.paths)
+    added, removed = sorted(after.without(before).sizes), sorted(before.without(after).sizes)
     # By how much it grows is what a rule of the policy may bound.
     grows = {"closure_bytes": max(0, after.size - before.size)}
     if before == NO_CLOSURE:
@@ -137,6 +155,11 @@ def system_lines(before: Facts, after: Facts) -> tuple[list[Line], list[str]]:
         else:
             lines += rule(key, was, is_now)
     return lines, unknown
+
+
+def packages_that_come(before: Facts, after: Facts) -> list[Package]:
+    had = {package.mark for package in before.packages or []}
+    return [package for package in after.packages or [] if package.mark not in had]
 
 
 def _packages(key: str, before: list[Package], after: list[Package]) -> list[Line]:

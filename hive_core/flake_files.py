@@ -60,6 +60,13 @@ def meta_flake(agents: Mapping[AgentName, str], *, hyperhive: str, nixpkgs: str,
     return template.render(agents=rows, hyperhive=hyperhive, nixpkgs=nixpkgs, system=system)
 
 
+def other_packages_flake(name: AgentName, before: str, after: str, *, hyperhive: str, nixpkgs: str, system: str) -> str:
+    """A flake whose `derivation` is of the system that an agent's files at one URL make with the packages of those at
+    another."""
+    template = _TEMPLATES.get_template("other-packages.nix.j2")
+    return template.render(name=name, before=before, after=after, hyperhive=hyperhive, nixpkgs=nixpkgs, system=system)
+
+
 def input_of(name: AgentName) -> str:
     """The meta flake's input of an agent."""
     return f"agent-{name}"

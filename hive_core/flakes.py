@@ -23,8 +23,8 @@ from urllib.parse import quote
 import trio
 from pydantic import ValidationError
 
-from hive_core.effects_of_systems import Closure, Facts, parse_closure, parse_facts
-from hive_core.flake_files import agent_files, git_url, meta_flake, nix_string
+from hive_core.effects_of_systems import NO_CLOSURE, Closure, Facts, parse_closure, parse_facts
+from hive_core.flake_files import agent_files, git_url, meta_flake, nix_string, other_packages_flake
 from hive_core.nix import Nix, NixFailed, explained
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import quoted
@@ -211,9 +211,7 @@ class MetaFlake:
     async def _evaluate(self, name: AgentName, url: str, source: Path) -> Evaluated:
         """What the module says that is at a URL, in a folder."""
         try:
-            with tempfile.TemporaryDirectory(prefix="hive-evaluation-") as folder:
-                flake = Path(folder)
-                await self._render_alone(flake, name, url)
+            async with self._locked_flake(self._render({name: url})) as flake:
                 wanted = f"{_path_url(flake)}#nixosConfigurations.{nix_string(name)}.config"
                 words = ["eval", "--json", "--no-write-lock-file", wanted, "--apply"]
                 readable = [flake, source, *self._readable()]
@@ -230,22 +228,41 @@ class MetaFlake:
             raise Refusal("unavailable", f"cannot evaluate agent.nix of {name}: {exc}") from None
         return _checked(name, said)
 
-    async def closure(self, system: str) -> Closure | None:
-        """What a system needs in all; None where it is not in the store, so was never built here."""
+    async def differs_by_packages(
+        self, name: AgentName, before: CommitSha, after: CommitSha, derivation: StorePath
+    ) -> bool:
+        """Whether what `after` makes, a derivation, is what `before` makes with its packages; both are pinned. False
+        where that cannot be told."""
+        repository = self._repository(name)
+        urls = [git_url(repository, commit) for commit in (before, after)]
+        flake = other_packages_flake(name, *urls, **self._sources.urls, system=self._sources.system)
         try:
-            path = parse_store_path(system)
-            said = await self._nix.run(["path-info", "--json", "--closure-size", path])
-            paths = await self._nix.run(["path-info", "--recursive", path])
+            async with self._locked_flake(flake) as folder:
+                words = ["eval", "--raw", "--no-write-lock-file", f"{_path_url(folder)}#derivation"]
+                said = await self._nix.run(words, readable=[folder, repository, *self._readable()])
+        except (NixFailed, OSError):
+            return False
+        return said.decode("utf-8", "replace") == derivation
+
+    async def closure(self, *paths: str) -> Closure | None:
+        """What systems, or packages, need in all; None where one is not in the store, so was never built here."""
+        if not paths:
+            return NO_CLOSURE
+        try:
+            words = [parse_store_path(path) for path in paths]
+            return parse_closure(await self._nix.run(["path-info", "--recursive", "--size", *words]))
         except (Refusal, NixFailed, OSError):
             return None
-        return parse_closure(said, paths)
 
-    async def _render_alone(self, folder: Path, name: AgentName, url: str) -> None:
-        """A flake with this agent alone, and with all inputs that are locked as they are in the last one that was
+    @asynccontextmanager
+    async def _locked_flake(self, text: str) -> AsyncIterator[Path]:
+        """A folder with this flake.nix, and with all inputs that are locked as they are in the last meta flake that was
         committed: what is built of it is what the staged one gives, and nobody waits."""
-        (folder / "flake.nix").write_text(self._render({name: url}), "utf-8")
-        with contextlib.suppress(Refusal):  # nothing was committed yet; what is staged may be half written
-            (folder / "flake.lock").write_text(await self._git("show", "HEAD:flake.lock"), "utf-8")
+        with tempfile.TemporaryDirectory(prefix="hive-evaluation-") as folder:
+            (Path(folder) / "flake.nix").write_text(text, "utf-8")
+            with contextlib.suppress(Refusal):  # nothing was committed yet; what is staged may be half written
+                (Path(folder) / "flake.lock").write_text(await self._git("show", "HEAD:flake.lock"), "utf-8")
+            yield Path(folder)
 
     def _repository(self, name: AgentName) -> Path:
         return self._applied / f"{name}.git"

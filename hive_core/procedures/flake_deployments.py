@@ -19,7 +19,13 @@ from hive_core.containers.choice import Choice
 from hive_core.containers.driver import Driver, Systems
 from hive_core.effects import Effect, Line, prompt_lines
 from hive_core.effects_of_settings import settings_lines
-from hive_core.effects_of_systems import NO_CLOSURE, closure_lines, system_lines
+from hive_core.effects_of_systems import (
+    NO_CLOSURE,
+    brought_lines,
+    closure_lines,
+    packages_that_come,
+    system_lines,
+)
 from hive_core.flakes import Evaluated, MetaFlake
 from hive_core.limits import Limits
 from hive_core.procedures.deployments import (
@@ -85,23 +91,37 @@ class FlakeDeployments:
                 before = await self._evaluated(name, proposal.base)
             except Refusal as refusal:  # by another release, which took what this one does not
                 before, unknown = None, [f"what {name} has now: {refusal.message}"]
-            closures = [await self._meta.closure(one.system) if one else None for one in (before, after)]
+            told, untold = await self._system_lines(name, proposal, before, after) if before else ([], [])
         files_before, more = await contents_before(self._repos, name, proposal.base)
         files_after = await self._repos.contents(name, proposal.sha)
         settings = settings_lines(before.settings if before else None, after.settings)
         prompt = prompt_lines(before.persona if before else None, after.persona)
         read = _read_as_they_are(files_before, files_after, settings, prompt)
-        lines = [*settings, *prompt, *lines_of_files(files_before, files_after, read)]
-        unknown += more
-        if before is not None:
-            told, untold = system_lines(before.facts, after.facts)
-            if before.system != after.system:
-                # By something that is no fact of ours, where there is none.
-                told = told or [Line("system", "as it is", "built otherwise")]
-                more_told, more_untold = closure_lines(*closures)
-                told, untold = told + more_told, untold + more_untold
-            lines, unknown = lines + told, unknown + untold
-        return Effect(lines, unknown, self.inputs, after.derivation)
+        lines = [*settings, *prompt, *lines_of_files(files_before, files_after, read), *told]
+        return Effect(lines, unknown + more + untold, self.inputs, after.derivation)
+
+    async def _system_lines(
+        self, name: AgentName, proposal: Proposal, before: Evaluated, after: Evaluated
+    ) -> tuple[list[Line], list[str]]:
+        """What the systems of two commits differ in, and what is unknown."""
+        told, untold = system_lines(before.facts, after.facts)
+        if before.derivation == after.derivation:
+            return told, untold
+        had, has = [await self._meta.closure(one.system) for one in (before, after)]
+        if any(line.what == "packages" for line in told) and await self._meta.differs_by_packages(
+            name, proposal.base, proposal.sha, after.derivation
+        ):
+            # NixOS writes other files and units for other packages: they say no more than these do.
+            told = [line for line in told if line.what == "packages" or line.wide]
+            if has is None:
+                come = packages_that_come(before.facts, after.facts)
+                brought = await self._meta.closure(*{path for package in come for path in package.paths})
+                more, less = brought_lines(had, come, brought)
+                return told + more, untold + less
+        # By something that is no fact of ours, where there is none.
+        told = told or [Line("system", "as it is", "built otherwise")]
+        more, less = closure_lines(had, has)
+        return told + more, untold + less
 
     async def check_new(self, name: AgentName, files: Mapping[str, str]) -> Effect:
         async with self._turn_to_check(f"the new agent {name}"):

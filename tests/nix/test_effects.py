@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hive_core.effects_of_systems import Facts, parse_facts, system_lines
+from hive_core.policy_rules import Case, allows, parse_rules
 from hive_core.protocol.effect import effect_line
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
@@ -17,6 +18,7 @@ from tests.checkouts import Checkout
 from tests.hives import Services
 from tests.nix.desk import Desk
 from tests.nix.house import House, mended, serving, with_nixpkgs
+from tests.nix.test_built import BuiltHouse, open_house
 from tests.nixes import Nix, quoted
 
 HM1ND = AgentName("hm1nd")
@@ -93,15 +95,17 @@ async def test_the_card_tells_what_the_system_gains_and_loses(hive: Services) ->
     assert set(told(found)) >= {
         "packages: − taplo-0",
         "packages: strace-0 → built otherwise",
-        "services: watch.service → changed",
+        "services: dbus.service, watch.service → changed",
         "!setuid: ping (setuid root, cap_net_raw+ep) → ping (cap_net_raw+ep)",
     }
 
 
 async def test_what_no_line_is_about_is_told_as_a_system_that_is_built_otherwise(hive: Services) -> None:
-    assert {"etc: + sudoers", "agent.nix: 8 lines, 277 bytes → 7 lines, 193 bytes (+2 −3 lines)"} == set(
-        told(await effect(hive, MODULE % 'environment.etc."sudoers".text = "reader ALL";'))
-    )
+    assert {
+        "etc: + sudoers",
+        "scripts: as they are → changed",
+        "agent.nix: 8 lines, 277 bytes → 7 lines, 193 bytes (+2 −3 lines)",
+    } == set(told(await effect(hive, MODULE % 'environment.etc."sudoers".text = "reader ALL";')))
     other = 'system.build.toplevel = lib.mkForce (derivation { name = "x"; builder = "/bin/sh"; system = "x"; });'
     assert "system: as it is → built otherwise" in told(await effect(hive, MODULE % other))
 
@@ -278,7 +282,66 @@ async def test_a_closure_is_told_of_what_is_in_the_store_and_of_nothing_else(
     path = added.decode().strip()
     found = await desk.meta.closure(path)
     assert found is not None
-    assert found.paths == {path}
+    assert set(found.sizes) == {path}
     assert str(found).startswith("1.0 MiB in 1 path")
     assert await desk.meta.closure(path.replace("-some", "-other")) is None
     assert await desk.meta.closure("github:x/y") is None
+
+
+async def test_what_follows_from_other_packages_is_not_told_by_itself(hive: Services) -> None:
+    found = await effect(hive, MODULE % "environment.systemPackages = [ pkgs.strace ];")
+    assert [line for line in told(found) if not line.startswith(("agent.nix", "model", "prompt"))] == [
+        "packages: + strace-0"
+    ]
+    assert found["unknown"] == ["closure: strace-0 is not in the store yet, so its size is known once it is built"]
+    more = 'environment.systemPackages = [ pkgs.strace ]; environment.etc."motd".text = "x";'
+    assert {"packages: + strace-0", "etc: + motd", "services: dbus.service → changed"} <= set(
+        told(await effect(hive, MODULE % more))
+    )
+
+
+(SMALL_PACKAGE,) = parse_rules(
+    """
+    [[policy]]
+    name = "small packages"
+    kind = "apply_commit"
+    agents = ["iris"]
+    requested_by = ["hm1nd"]
+    only = ["packages", "closure", "agent.nix"]
+    at_most = { closure_bytes = 50_000_000 }
+    """,
+    "here",
+)
+
+
+async def test_a_package_that_is_in_the_store_is_told_by_what_it_brings(tmp_path: Path, hyperhive: Path) -> None:
+    house = BuiltHouse(tmp_path, hyperhive, tmp_path / "host")
+    small = 'environment.systemPackages = [ pkgs.strace ]; environment.etc."motd".text = "x";'
+    async with open_house(house) as services:
+        checkout = Checkout(services.repos.proposed_dir / "iris" / "config")
+        strace = MODULE % "environment.systemPackages = [ pkgs.strace ];"
+        sha = checkout.commit(agent__nix=strace)
+        asked = (await services.gate.apply_commit.request(HM1ND, AgentName("iris"), sha, "r"))["approval"]
+        first = (await services.approvals.get(asked)).effect
+        assert first is not None
+        assert first["unknown"] == ["closure: strace-0 is not in the store yet, so its size is known once it is built"]
+        # hm1nd has it meanwhile.
+        sha = Checkout(services.repos.proposed_dir / HM1ND / "config").commit(agent__nix=strace)
+        theirs = (await services.gate.apply_commit.request(OPERATOR, HM1ND, sha, "r"))["approval"]
+        card = await services.approvals.get(theirs)
+        assert (await services.gate.approve(theirs, card.digest, OPERATOR)).state == "done"
+        sha = checkout.commit(agent__nix=strace + "# again\n")
+        asked = (await services.gate.apply_commit.request(HM1ND, AgentName("iris"), sha, "r"))["approval"]
+        found = (await services.approvals.get(asked)).effect
+        assert found is not None
+        assert found["unknown"] == []
+        (closure,) = (line for line in found["lines"] if line["what"] == "closure")
+        assert closure["after"].endswith("in 1 path: strace-0")
+        assert 0 < closure["amounts"]["closure_bytes"] < 1_000
+        sha = checkout.commit(agent__nix=MODULE % small)
+        asked = (await services.gate.apply_commit.request(HM1ND, AgentName("iris"), sha, "r"))["approval"]
+        mixed = (await services.approvals.get(asked)).effect
+        assert mixed is not None
+        assert mixed["unknown"] == ["closure: what it adds and takes, and its size, is known once it is built"]
+        for one, passes in ((first, False), (found, True), (mixed, False)):
+            assert allows(SMALL_PACKAGE, Case("apply_commit", "iris", HM1ND, one)) is passes

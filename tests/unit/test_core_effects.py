@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from hive_core.commit_contents import Entry
 from hive_core.effects import LISTED, TEXT_LIMIT, Effect, Line, file_lines, prompt_lines
 from hive_core.effects_of_settings import settings_lines
-from hive_core.effects_of_systems import Facts, closure_lines, parse_closure, parse_facts, system_lines
+from hive_core.effects_of_systems import (
+    Closure,
+    Facts,
+    Package,
+    brought_lines,
+    closure_lines,
+    parse_closure,
+    parse_facts,
+    system_lines,
+)
 from hive_core.protocol.effect import effect_line
 from hive_core.settings import AgentSettings
 
@@ -160,27 +169,42 @@ def test_an_effect_is_bounded_and_what_widens_comes_first(text: str, other: str)
     assert wire["unknown"] == ["why"]
 
 
+def closure(**sizes: int) -> Closure:
+    said = [f"/nix/store/{'a' * 32}-{name}-1\t {size}" for name, size in sizes.items()]
+    found = parse_closure("\n".join(said).encode())
+    assert found is not None
+    return found
+
+
 def test_closures_are_told_by_size_and_by_what_comes_and_goes() -> None:
-    paths = [f"/nix/store/{'a' * 32}-{name}" for name in ("glibc-2", "strace-6", "git-2")]
-    old = '[{"path": "x", "closureSize": 1048576}]', paths[:2]
-    new = '{"x": {"closureSize": 2097152}}', [paths[0], paths[2]]
-    before, after = (parse_closure(said.encode(), "\n".join(some).encode()) for said, some in (old, new))
+    before, after = closure(glibc=2**20 - 6, strace=6), closure(glibc=2**20 - 6, git=2**20 + 6)
     lines, unknown = closure_lines(before, after)
     assert told(lines) == [
         "closure: 1.0 MiB in 2 paths → 2.0 MiB in 2 paths",
-        "closure: + git-2",
-        "closure: − strace-6",
+        "closure: + git-1",
+        "closure: − strace-1",
     ]
     assert (lines[0].amounts, unknown) == ({"closure_bytes": 1048576}, [])
     assert closure_lines(before, None)[1]
     assert closure_lines(after, after) == ([], [])
 
 
-@pytest.mark.parametrize(
-    "said", ["", "[]", "null", "7", "{}", '[{"path": "x"}]', '{"x": null}', '[{"closureSize": "1"}]']
-)
+@pytest.mark.parametrize("said", ["", "[]", "x", "x y", "x 1 2", "x 1\ny", "x -1"])
 def test_what_nix_says_of_no_closure_is_none(said: str) -> None:
-    assert parse_closure(said.encode(), b"") is None
+    assert parse_closure(said.encode()) is None
+
+
+def test_packages_alone_are_told_by_what_they_bring_as_far_as_they_are_in_the_store() -> None:
+    before = closure(glibc=2**20)
+    jq, fd = (Package(name=name, mark=name) for name in ("jq-1", "fd-1"))
+    (line,), unknown = brought_lines(before, [jq], closure(glibc=2**20, jq=2**20, onig=2**19))
+    assert told([line]) == ["closure: + 1.5 MiB in 2 paths: jq-1, onig-1"]
+    assert (line.amounts, unknown) == ({"closure_bytes": 2**20 + 2**19}, [])
+    (line,), unknown = brought_lines(before, [], closure(glibc=2**20))
+    assert (told([line]), line.amounts, unknown) == (["closure: + no more than there is"], {"closure_bytes": 0}, [])
+    said = ["closure: fd-1, jq-1 is not in the store yet, so its size is known once it is built"]
+    assert brought_lines(before, [jq, fd], None) == ([], said)
+    assert brought_lines(None, [], closure(jq=1))[1]
 
 
 JSON = st.recursive(

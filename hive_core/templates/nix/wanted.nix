@@ -26,7 +26,7 @@ let
     if isString value then
       builtins.unsafeDiscardStringContext value
     else if isAttrs value then
-      if value ? outPath then plain value.outPath else throw "no text"
+      if value ? outPath || value ? __toString then plain (toString value) else throw "no text"
     else if isList value then
       concatStringsSep " " (map plain value)
     else if builtins.isFunction value then
@@ -76,6 +76,11 @@ let
       value = map (package: {
         name = plain (package.name or package);
         mark = mark (package.drvPath or package);
+        paths =
+          map (output: plain (package.${output} or package)) (package.meta.outputsToInstall or [ ])
+          ++ [
+            (plain package)
+          ];
       }) config.environment.systemPackages;
     };
     services = {

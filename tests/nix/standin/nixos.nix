@@ -5,6 +5,8 @@ let
   inherit (lib) mkOption types;
   bag = description: mkOption { inherit description; type = types.attrsOf types.anything; default = { }; };
   flag = mkOption { type = types.bool; default = false; };
+  inherit (builtins) mapAttrs;
+  hash = value: builtins.hashString "sha256" (builtins.unsafeDiscardStringContext (builtins.toJSON value));
   list = mkOption { type = types.listOf types.unspecified; default = [ ]; };
   base = { config, lib, ... }: {
     options = {
@@ -48,7 +50,10 @@ let
       users.groups = bag "groups";
     };
     config = {
-      systemd.units = lib.mapAttrs' (name: unit: lib.nameValuePair "${name}.service" { text = builtins.toJSON (unit.serviceConfig or { }); }) config.systemd.services;
+      # As NixOS, which has files, units and scripts that other packages make others of.
+      environment.etc."dbus-1".source = "/dbus/${hash (map toString config.environment.systemPackages)}";
+      system.activationScripts.script = "setup-etc ${hash (mapAttrs (_: file: file.source or (file.text or "")) config.environment.etc)}";
+      systemd.units = { "dbus.service".text = config.environment.etc."dbus-1".source; } // lib.mapAttrs' (name: unit: lib.nameValuePair "${name}.service" { text = builtins.toJSON (unit.serviceConfig or { }); }) config.systemd.services;
       nix.package = lib.mkDefault (pkgsFor config.nixpkgs.hostPlatform config.nixpkgs.config).nix;
       _module.args.pkgs = lib.mkDefault (pkgsFor config.nixpkgs.hostPlatform config.nixpkgs.config);
       system.build.toplevel =
@@ -60,6 +65,7 @@ let
           builder = "/bin/sh";
           args = [ "-c" (builtins.readFile ./toplevel.sh) ];
           path = config.environment.systemPackages;
+          script = config.system.activationScripts.script;
           units = builtins.unsafeDiscardStringContext (builtins.toJSON (builtins.mapAttrs (_: unit: unit.serviceConfig or { }) config.systemd.services));
         };
     };
