@@ -42,6 +42,7 @@ from hive_core.settings import AgentSettings, describe
 log = logging.getLogger(__name__)
 GIT_WITHIN_S = 30
 _WANTED = resources.files("hive_core").joinpath("templates/nix/wanted.nix").read_text("utf-8")
+_FACTS_BEGIN = "trace: hyperhive: facts"  # nix tells so on the side
 _WITHOUT_FACTS = f'config: removeAttrs (({_WANTED}) config) [ "facts" ]'
 
 _UPDATED = "inputs.json"  # in the repository: the revisions that were locked anew last
@@ -218,9 +219,9 @@ class MetaFlake:
                 try:
                     said = await self._nix.run([*words, _WANTED], readable=readable)
                 except NixFailed as failed:
-                    if failed.over in ("time", "memory"):
+                    if failed.over in ("time", "memory") or _FACTS_BEGIN not in failed.said:
                         raise
-                    # It may be no good, or have what cannot be told: with that alone it can be run.
+                    # All that it is run by is well, and what a card tells besides cannot be told.
                     said = await self._nix.run([*words, _WITHOUT_FACTS], readable=readable)
         except NixFailed as failed:
             raise Refusal("refused", f"cannot use agent.nix of {name}: {explained(failed)}") from None

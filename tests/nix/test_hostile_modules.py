@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hive_core.protocol.words import AgentName
 from tests.nix.desk import Desk
 
 LIMITS = NixLimits(time_s=15, memory_mib=1024)
+ENDLESS = ("never ends", "matches for ever")  # each takes all the time that it is given
 SAY = "{ pkgs, lib, ... }: { hyperhive.persona = %s; }"
 HOST = "it reads %s of the host, and it sees its own repository alone"
 HASH = "0000000000000000000000000000000000000000000000000000"
@@ -76,7 +78,7 @@ REFUSED = {
     "never ends": (
         "let l = builtins.genList (x: x) 100000; in"
         " { hyperhive.persona = toString (builtins.foldl' (a: x: builtins.foldl' (b: y: b + y) a l) 0 l); }",
-        "it took longer than 15 s",
+        "it took longer than 3 s",
     ),
     "grows": (SAY % 'builtins.foldl\' (a: b: a + a) "x" (builtins.genList (x: x) 40)', "it took more than 1,024 MiB"),
     "makes a list of everything": (
@@ -141,7 +143,7 @@ HARMLESS = {
 @pytest.mark.parametrize("kind", REFUSED)
 async def test_a_hostile_module_is_one_sentence(tmp_path: Path, hyperhive: Path, store: Path, kind: str) -> None:
     module, said = REFUSED[kind]
-    desk = Desk(tmp_path, hyperhive, store, LIMITS)
+    desk = Desk(tmp_path, hyperhive, store, replace(LIMITS, time_s=3) if kind in ENDLESS else LIMITS)
     await desk.meta.open()
     commit = desk.commit(agent_nix=module)
     with pytest.raises(Refusal) as caught:

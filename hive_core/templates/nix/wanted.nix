@@ -2,7 +2,8 @@
 #
 # The system's derivation is made and not built, so that whatever of a build is evaluation is seen before it. Below
 # `facts` a thing that cannot be told is null, since what an agent wrote may throw; `absent` names the option that this
-# NixOS does not have. What no evaluation can catch costs all facts: the host asks again without them.
+# NixOS does not have. What no evaluation can catch costs all facts: they come last, which is told on the side, and the
+# host asks again without them.
 config:
 let
   inherit (builtins)
@@ -238,19 +239,20 @@ let
       );
     };
   };
-in
-{
-  inherit (config.hyperhive) settings persona role;
-  mounts =
-    filter (path: path != "/") (attrNames config.fileSystems)
-    ++ map (mount: mount.where or "?") (
-      filter (mount: builtins.substring 0 1 (mount.what or "") == "/") (config.systemd.mounts or [ ])
-    );
-  system = plain config.system.build.toplevel.outPath;
-  derivation = plain config.system.build.toplevel.drvPath;
+  asked = {
+    inherit (config.hyperhive) settings persona role;
+    mounts =
+      filter (path: path != "/") (attrNames config.fileSystems)
+      ++ map (mount: mount.where or "?") (
+        filter (mount: builtins.substring 0 1 (mount.what or "") == "/") (config.systemd.mounts or [ ])
+      );
+    system = plain config.system.build.toplevel.outPath;
+    derivation = plain config.system.build.toplevel.drvPath;
+  };
   facts = mapAttrs (_: one: if known (has one.of) == true then known one.value else null) told // {
     absent = mapAttrs (_: one: concatStringsSep "." one.of) (
       only (one: known (has one.of) == false) told
     );
   };
-}
+in
+asked // { facts = builtins.deepSeq asked (builtins.trace "hyperhive: facts" facts); }
