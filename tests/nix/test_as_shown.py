@@ -117,3 +117,23 @@ async def hive_of_one(house: House) -> AsyncIterator[Services]:
     async with house.open() as services, serving(services):
         await mended(services, AgentName("hm1nd"))
         yield services
+
+
+async def test_a_card_of_which_every_line_stays_is_shown_again_where_it_would_be_built_otherwise(
+    house: House, tmp_path: Path
+) -> None:
+    async with house.open() as hive, serving(hive):
+        await mended(hive, HM1ND)
+        await ask(hive, checkout(hive, HM1ND).commit(agent__toml=EFFORT), HM1ND)
+    newer = with_nixpkgs(house, tmp_path / "newer", "-0")
+    packages = newer.sources.nixpkgs / "pkgs.nix"
+    packages.write_text(packages.read_text().replace('": > $out"', '"echo > $out"'))
+    async with newer.open() as hive:
+        (card,) = await hive.approvals.pending()
+        with pytest.raises(Refusal, match="do something else than you were shown"):
+            await hive.gate.approve(card.id, card.digest, OPERATOR)
+        (again,) = await hive.approvals.pending()
+        assert again.effect is not None
+        assert card.effect is not None
+        assert again.effect["lines"] == card.effect["lines"]
+        assert derivation_of(again.effect) != derivation_of(card.effect)
