@@ -17,6 +17,7 @@ from hive_core.cli.client import Client
 from hive_core.procedures.kinds.kind import Done, Step
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName, CommitSha
 from hive_core.store.writer import Transaction
+from tests import mending
 from tests.bench.figures import figure, say
 from tests.checkouts import Checkout
 from tests.daemons import Daemon, open_daemon
@@ -28,6 +29,7 @@ IRIS = AgentName("iris")
 FEW, MANY = 10, 10_000
 CLICKS = 300
 ROUNDS = 9
+CRASHES = 5
 FILES = 500
 
 
@@ -39,6 +41,7 @@ def measure() -> Iterator[dict[str, Any]]:
         say(f"approve_settings_nspawn is left out: {trouble}")
     else:
         yield approve_settings("nspawn", "nspawn")
+    yield crash_to_card()
 
 
 def approve_settings(name: str, sandbox: str) -> dict[str, Any]:
@@ -76,6 +79,15 @@ def approve_card(client: Client, asked: dict[str, Any]) -> dict[str, Any]:
 
 def wait_idle(daemon: Daemon) -> None:
     daemon.wait_live(lambda agent: agent["name"] == IRIS and agent["state"] == "idle")
+
+
+def crash_to_card() -> dict[str, Any]:
+    say("crash_to_card: from an agent's crash to the change that a scripted hm1nd asks for then, by their events")
+    seconds = []
+    for _ in range(CRASHES):
+        with mending.open_mending() as daemon:
+            seconds.append(mending.crash_to_card(daemon, mending.start(daemon))[1])
+    return figure("crash_to_card", statistics.median(seconds), "s", digits=2)
 
 
 class _Nothing:
