@@ -45,10 +45,20 @@ function parse(html) {
 const READ_MS = 1000;
 let cardsMoved = -READ_MS;
 const areRead = () => performance.now() - cardsMoved >= READ_MS;
+const digest = (card) => $("input[name=digest]", card)?.value;
 
 function noteMove(old, fresh) {
-  const digest = (card) => $("input[name=digest]", card)?.value;
   if (old?.parentElement?.id === "pending" && (!fresh || digest(old) !== digest(fresh))) cardsMoved = performance.now();
+}
+
+// A card is long to listen to, with all it shows: what came is told by its heading.
+function hear(fresh, old) {
+  const heard = fresh.closest("[data-heard]") && $("#heard");
+  if (!heard || (old && digest(old) === digest(fresh))) return;
+  const said = document.createElement("p");
+  said.textContent = `${old ? "shows something else now" : "your call"}: ${$("h3", fresh).textContent}`;
+  heard.append(said);
+  if (heard.children.length > 3) heard.firstElementChild.remove();
 }
 
 function swap({ target, html, list, place, once }) {
@@ -65,9 +75,11 @@ function swap({ target, html, list, place, once }) {
     noteMove(old, fresh);
     old.replaceWith(fresh);
     refocus();
+    hear(fresh, old);
   } else if (into) {
     fresh.classList.add("fresh");
     into[place](fresh);
+    hear(fresh);
     const limit = Number(into.dataset.keep || 1e9);
     while (into.children.length > limit) (place === "append" ? into.firstElementChild : into.lastElementChild).remove();
   }

@@ -19,7 +19,7 @@ from tests.hives import Services, open_services
 from tests.needs import ROOT
 
 IRIS = AgentName("iris")
-WITHIN_S = 90.0
+WITHIN_S = 240.0  # on a machine with other things to do
 
 
 class Slow:
