@@ -78,6 +78,7 @@ def test_a_click_brings_argus_without_a_reload(browser: Browser, demo_link: str)
     expect(page.locator("#agent-argus")).to_contain_text("idle", timeout=30_000)
     expect(page.get_by_text("argus here: a hundred eyes")).to_be_visible()
 
+    expect(page.locator("#heard")).to_have_text("your call: change iris", timeout=30_000)
     page.locator("[id^=approval-]", has_text="haiku").get_by_role("button", name=APPROVE).click(timeout=30_000)
     expect(page.locator("#agent-iris")).to_contain_text("haiku", timeout=30_000)
     expect(page.get_by_text("iris runs on haiku now")).to_be_visible(timeout=30_000)
@@ -112,6 +113,21 @@ def test_the_agents_own_page_streams_its_turns_and_takes_a_message(browser: Brow
     expect(page.get_by_text("who are you?").first).to_be_visible(timeout=30_000)
     expect(page.get_by_text(re.compile("rehearsal", re.IGNORECASE)).last).to_be_visible(timeout=30_000)
     keep_screenshot(page, "agent.png")
+
+
+def test_a_change_that_went_back_is_told_on_the_agents_page(browser: Browser, demo_link: str) -> None:
+    page = sign_in(browser, demo_link, 1280, 900)
+    for shown in ("argus", "haiku", "findings|bugs"):
+        button = page.locator("[id^=approval-]", has_text=shown).get_by_role("button", name=APPROVE)
+        button.click(timeout=30_000)
+    expect(page.get_by_text("iris here, on haiku as before")).to_be_visible(timeout=60_000)
+    page.locator("#agent-iris a").first.click()
+    log = page.locator("#deploys-now li")
+    expect(log.nth(0)).to_contain_text("failed: cannot keep the change of iris: its program does not come up")
+    expect(log.nth(1)).to_contain_text("deployed/4 ← runs")
+    expect(log.nth(1)).to_contain_text(re.compile(r"\d\d:\d\d:\d\d · [0-9a-f]{12} · healthy · by operator"))
+    page.set_viewport_size({"width": 360, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
 def test_nothing_is_cut_off_on_a_phone(browser: Browser, demo_link: str) -> None:
