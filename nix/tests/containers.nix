@@ -8,16 +8,27 @@
     let
       prompt = import ./manager.nix {
         inherit pkgs;
-        change = "sed -i 's/systemPackages = \\[ \\]/systemPackages = [ pkgs.hello ]/' agent.nix";
+        changes = [
+          {
+            from = "iris";
+            match = "rsvg-convert";
+            edit = "sed -i 's/systemPackages = \\[ \\]/systemPackages = [ pkgs.librsvg ]/' agent.nix";
+          }
+          # Its container boots, and nothing in it says hello.
+          {
+            from = "operator";
+            match = "Break iris";
+            edit = "sed -i 's/^}$/  systemd.services.hive-agent.enable = false;\\n}/' agent.nix";
+          }
+        ];
       };
-      # An agent as it will be, so that all that building one takes is there.
+      # An agent as it will be, so that all that building one takes is there; what it wishes for is there built.
       agent = self.lib.mkAgent {
         inherit (pkgs.stdenv.hostPlatform) system;
         name = "iris";
         modules = [
           {
             hyperhive.settings.program = "rehearsal";
-            environment.systemPackages = [ pkgs.hello ];
           }
         ];
       };
@@ -44,6 +55,7 @@
         writableStore = true;
         additionalPaths = [
           (pkgs.closureInfo { rootPaths = [ agent.config.system.build.toplevel.drvPath ]; })
+          pkgs.librsvg
         ];
       };
     };

@@ -7,6 +7,7 @@ import json
 CHANGED = "/run/booted-system/specialisation/changed/bin/switch-to-configuration test"
 BASE = "/run/booted-system/bin/switch-to-configuration test"
 INSIDE = "nixos-container run h-iris --"
+DRAWS = f"{INSIDE} /run/current-system/sw/bin/rsvg-convert --version"
 BUILT_WITHIN_S = 1800
 
 
@@ -24,6 +25,12 @@ def pending():
     machine.wait_until_succeeds("su - ada -c 'hive pending --json' | grep -q '\"id\"'", timeout=BUILT_WITHIN_S)
     (approval,) = hive("pending")["approvals"]
     return approval
+
+
+def decide(words):
+    """What becomes of an approval by a command: it comes to its end."""
+    _, said = machine.execute(f"su - ada -c 'hive {words} --json'", timeout=BUILT_WITHIN_S)
+    return json.loads(said)
 
 
 def runs():
@@ -45,7 +52,7 @@ with subtest("the manager's container is built and started"):
     assert agents()["hm1nd"]["sandbox"] == "nixos-container"
 
 with subtest("an agent is asked for, approved and built"):
-    hive('send hm1nd "I want a reader."')
+    hive('send hm1nd "I want an agent that draws."')
     approval = pending()
     assert (approval["kind"], approval["agent"]) == ("spawn", "iris"), approval
     hive(f"approve {approval['id']}")
@@ -64,21 +71,45 @@ with subtest("it reaches nothing of the host"):
 with subtest("nothing of it stays mounted on the host, and nobody but the helper can start it"):
     machine.fail("grep -q /var/lib/hyperhive-root/stage /proc/1/mountinfo")
 
-with subtest("a change of its agent.nix is shown, approved and built, and comes at a turn's edge"):
-    machine.fail(f"{INSIDE} test -e /run/current-system/sw/bin/hello")
-    hive('send hm1nd "Change iris."')
+with subtest("what iris wished for is shown, and absent when it is denied"):
+    machine.fail(DRAWS)
+    hive('send iris "Draw something."')
     approval = pending()
-    assert approval["kind"] == "apply_commit", approval
-    hive(f"approve {approval['id']}")
-    machine.wait_until_succeeds(f"{INSIDE} /run/current-system/sw/bin/hello", timeout=BUILT_WITHIN_S)
+    assert (approval["kind"], approval["agent"]) == ("apply_commit", "iris"), approval
+    (packages,) = [line for line in approval["effect"]["lines"] if line["what"] == "packages"]
+    assert "librsvg" in packages["after"], packages
+    assert decide(f'deny {approval["id"]} "Not today."')["state"] == "denied"
+    machine.fail(DRAWS)
+
+with subtest("it is built when it is approved, and comes at a turn's edge"):
+    hive('send iris "Draw something."')
+    done = decide(f"approve {pending()['id']}")
+    assert (done["state"], done["proof"]) == ("done", "healthy"), done
+    machine.succeed(DRAWS)
     machine.succeed("git -c safe.directory='*' -C /var/lib/hyperhive/meta log --format=%s | grep -q '^iris: deployed/'")
+
+with subtest("a system that boots and does not say hello is taken back by itself"):
+    hive('send hm1nd "Break iris."')
+    failed = decide(f"approve {pending()['id']}")
+    assert failed["state"] == "failed", failed
+    assert "it said no hello" in failed["note"], failed
+    machine.wait_until_succeeds(f"{INSIDE} systemctl is-active hive-agent.service", timeout=120)
+    machine.succeed(DRAWS)
+
+with subtest("a rollback walks the same gate, and so does the way back from it"):
+    done = decide("rollback iris")
+    assert (done["state"], done["proof"]) == ("done", "healthy"), done
+    machine.fail(DRAWS)
+    done = decide("rollback iris")
+    assert (done["state"], done["proof"]) == ("done", "healthy"), done
+    machine.succeed(DRAWS)
 
 with subtest("a container that ends is started again"):
     _, before = runs()
     machine.succeed("systemctl kill --signal=KILL container@h-iris.service")
     machine.wait_until_succeeds("systemctl is-active container@h-iris.service", timeout=120)
     assert runs()[1] != before
-    machine.succeed(f"{INSIDE} /run/current-system/sw/bin/hello")
+    machine.succeed(DRAWS)
 
 with subtest("a rebuild and a rollback of the machine restart the daemon, and containers live on"):
     before = runs()
@@ -94,7 +125,7 @@ with subtest("a reboot brings each back as it was deployed"):
     machine.wait_for_unit("hyperhive.service")
     for container in ("hm1nd", "h-iris"):
         machine.wait_until_succeeds(f"systemctl is-active container@{container}.service", timeout=BUILT_WITHIN_S)
-    machine.succeed(f"{INSIDE} /run/current-system/sw/bin/hello")
+    machine.succeed(DRAWS)
 
 with subtest("one that is destroyed leaves no container, and its tombstone"):
     hive("destroy iris --now")

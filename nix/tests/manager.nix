@@ -1,27 +1,56 @@
-# hm1nd's prompt, which carries the script of a rehearsal: it asks for a reader, and for a change of it.
-{ pkgs, change }:
+# hm1nd's prompt, which carries the script of a rehearsal: it asks for iris, who draws, and for changes of it.
+#
+# changes: what it does when it reads what: { from, match, edit }, where edit is a command in iris's repository.
+{ pkgs, changes }:
 let
+  script = rules: ''
+    ```rehearsal
+    ${builtins.toJSON rules}
+    ```
+  '';
+  iris = [
+    {
+      from = "operator";
+      match = "Draw";
+      do = [
+        {
+          tool = "send";
+          args = {
+            to = "hm1nd";
+            body = "I need rsvg-convert for that.";
+          };
+        }
+      ];
+    }
+  ];
   rules = [
     {
       from = "operator";
-      match = "a reader";
+      match = "an agent that draws";
       do = [
         {
           tool = "request_spawn";
           args = {
             name = "iris";
-            persona = "You read.";
-            reason = "The operator wants a reader.";
+            persona = "You draw.\n\n${script iris}";
+            reason = "The operator wants pictures.";
           };
         }
       ];
     }
+  ]
+  ++ map (
     {
-      from = "operator";
-      match = "Change iris";
+      from,
+      match,
+      edit,
+    }:
+    {
+      inherit from match;
       do = [
         {
-          run = "cd \"$HIVE_CONFIGS/iris/config\" && ${change} && git commit --quiet --all --message 'a change' && git rev-parse HEAD";
+          # What was denied is committed already, and asked for again.
+          run = "cd \"$HIVE_CONFIGS/iris/config\" && ${edit} && { git diff --quiet || git commit --quiet --all --message 'a change'; } && git rev-parse HEAD";
           save = "sha";
         }
         {
@@ -29,17 +58,15 @@ let
           args = {
             agent = "iris";
             sha = "{sha}";
-            reason = "The operator wants a change.";
+            reason = "${from} asked for it.";
           };
         }
       ];
     }
-  ];
+  ) changes;
 in
 pkgs.writeText "hm1nd.md" ''
   You are the manager of this machine.
 
-  ```rehearsal
-  ${builtins.toJSON rules}
-  ```
+  ${script rules}
 ''

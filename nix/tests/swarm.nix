@@ -1,4 +1,4 @@
-# An agent is asked for, approved, changed, kept over a rebuild, a rollback and a reboot.
+# An agent is asked for, approved, changed, taken back, kept over a rebuild, a rollback and a reboot.
 { self }:
 {
   name = "hyperhive-swarm";
@@ -8,7 +8,19 @@
     let
       prompt = import ./manager.nix {
         inherit pkgs;
-        change = "sed -i 's/^model = .*/model = \"haiku\"/' agent.toml";
+        changes = [
+          {
+            from = "operator";
+            match = "Change iris";
+            edit = "sed -i 's/^model = .*/model = \"haiku\"/' agent.toml";
+          }
+          # Its program cannot read its script any more, and does not come up.
+          {
+            from = "operator";
+            match = "Break iris";
+            edit = "sed -i 's/^\\[{/{/' CLAUDE.md";
+          }
+        ];
       };
     in
     {

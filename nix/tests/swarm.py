@@ -25,6 +25,12 @@ def pending():
     return approval
 
 
+def approve(approval):
+    """Click, and wait for the end: what became of it."""
+    _, said = machine.execute(f"su - ada -c 'hive approve {approval['id']} --json'")
+    return json.loads(said)
+
+
 def harnesses():
     """The processes of agents: they outlive the daemon."""
     return set(machine.succeed("pgrep -f 'serve --run' || true").split())
@@ -43,7 +49,7 @@ with subtest("only members of hive-admin command the daemon"):
     machine.fail("su - eve -c 'hive list'")
 
 with subtest("an agent is asked for, shown and approved"):
-    hive('send hm1nd "I want a reader."')
+    hive('send hm1nd "I want an agent that draws."')
     approval = pending()
     assert (approval["kind"], approval["agent"]) == ("spawn", "iris"), approval
     hive(f"approve {approval['id']}")
@@ -55,6 +61,21 @@ with subtest("a change of it is asked for, shown and approved"):
     assert approval["kind"] == "apply_commit", approval
     hive(f"approve {approval['id']}")
     machine.wait_until_succeeds(f"{GIT} show main:agent.toml | grep -q haiku")
+
+with subtest("one with which it does not come up is taken back by itself"):
+    hive('send hm1nd "Break iris."')
+    failed = approve(pending())
+    assert failed["state"] == "failed", failed
+    assert "its program does not come up" in failed["note"], failed
+    machine.succeed(f"{GIT} show main:agent.toml | grep -q haiku")
+    machine.fail(f"{GIT} diff --quiet main failed/{failed['id']}")
+    machine.wait_until_succeeds("pgrep -f 'hive_agent.cli serve'", timeout=60)
+
+with subtest("a rollback walks the same gate, and so does the way back from it"):
+    for model in ("sonnet", "haiku"):
+        done = hive("rollback iris")
+        assert (done["state"], done["proof"]) == ("done", "healthy"), done
+        machine.succeed(f"{GIT} show main:agent.toml | grep -q {model}")
 
 with subtest("a rebuild restarts the daemon, and agents live on"):
     machine.wait_until_succeeds("pgrep -f 'hive_agent.cli serve'", timeout=60)

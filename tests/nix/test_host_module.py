@@ -16,6 +16,7 @@ import pytest
 import tomlkit
 from packaging.requirements import Requirement
 
+from hive_agent.rehearsal_script import BadScript, fill_command, find_rules
 from hive_core.config import Config, load_config
 from hive_core.containers.nixos_host import NixosHost
 from hive_core.daemon_cli import main as hive_core
@@ -462,27 +463,47 @@ def test_the_virtual_machines_evaluate_and_their_scripts_are_python(
     assert found["groups"]["hive-admin"]["members"] == ["ada"]
 
 
-def test_the_change_that_the_machines_manager_makes_fits_what_is_rendered_for_an_agent(
-    nix: Nix, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "file", "added"),
+    [
+        ("swarm", "agent.toml", ['model = "haiku"', None]),
+        ("containers", "agent.nix", ["pkgs.librsvg ];", "  systemd.services.hive-agent.enable = false;"]),
+    ],
+)
+def test_the_changes_that_the_machines_managers_make_fit_what_is_rendered_for_an_agent(
+    nix: Nix, tmp_path: Path, name: str, file: str, added: list[str | None]
 ) -> None:
     prompt = nix.value(
-        "((import ./nix/tests/containers.nix { inherit self; }).nodes.machine { inherit lib; pkgs ="
+        f"((import ./nix/tests/{name}.nix {{ inherit self; }}).nodes.machine {{ inherit lib; pkgs ="
         " nixpkgs.legacyPackages.x86_64-linux // { writeText = _: text: { outPath = text; }; };"
         " }).services.hyperhive.settings.manager_prompt"
     )
-    rules = json.loads(prompt.split("```rehearsal\n")[1].split("```")[0])
-    (script,) = [step["run"] for rule in rules for step in rule["do"] if "run" in step]
+    steps = [step for rule in find_rules(prompt) for step in rule["do"]]
+    (persona,) = [step["args"]["persona"] for step in steps if step.get("tool") == "request_spawn"]
     folder = tmp_path / "iris" / "config"
     folder.mkdir(parents=True)
-    for name, text in agent_files(AgentName("iris"), "", hyperhive="x", system="x").items():
-        (folder / name).write_text(text)
+    files = agent_files(AgentName("iris"), "", hyperhive="x", system="x")
+    files |= {"agent.toml": 'program = "rehearsal"\nmodel = "sonnet"\n', "CLAUDE.md": f"# iris\n\n{persona}\n"}
+    for path, text in files.items():
+        (folder / path).write_text(text)
     git = ["git", "-C", str(folder), "-c", "user.name=t", "-c", "user.email=t@localhost"]
     for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "first"]):
         subprocess.run([*git, *words], check=True)
+    assert find_rules((folder / "CLAUDE.md").read_text())[0]["match"] == "Draw"
     who = {f"GIT_{role}_{what}": "t" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    subprocess.run(["sh", "-c", script], check=True, env={**os.environ, **who, "HIVE_CONFIGS": str(tmp_path)})
-    changed = subprocess.run([*git, "show", "--format=", "HEAD"], check=True, capture_output=True, text=True).stdout
-    assert "+  environment.systemPackages = [ pkgs.hello ];" in changed
+    scripts = [step["run"] for step in steps if "run" in step]
+    for script, line in zip(scripts, added, strict=True):
+        command = ["sh", "-c", fill_command(script, {"sha": "x"})]
+        environment = {**os.environ, **who, "HIVE_CONFIGS": str(tmp_path)}
+        first = subprocess.check_output(command, env=environment, text=True)
+        if line == "pkgs.librsvg ];":  # it is denied first, and asked for again
+            assert subprocess.check_output(command, env=environment, text=True) == first
+        changed = subprocess.check_output([*git, "show", "--format=", "HEAD", "--", file], text=True)
+        if line is not None:
+            assert [one for one in changed.splitlines() if one.startswith("+") and one.endswith(line)]
+        else:
+            with pytest.raises(BadScript):
+                find_rules((folder / "CLAUDE.md").read_text())
 
 
 @everywhere
