@@ -64,6 +64,14 @@ def keep_screenshot(page: Page, name: str) -> None:
         page.screenshot(path=str(Path(folder) / name))
 
 
+def approve(page: Page, shown: str) -> None:
+    """Click on the card that shows this, once it is there and could be read."""
+    button = page.locator("[id^=approval-]", has_text=shown).get_by_role("button", name=APPROVE)
+    expect(button).to_be_visible(timeout=30_000)
+    page.evaluate("cardsMoved = -READ_MS")
+    button.click()
+
+
 def test_a_click_brings_argus_without_a_reload(browser: Browser, demo_link: str) -> None:
     page = sign_in(browser, demo_link, 1280, 900)
     troubles: list[str] = []
@@ -74,16 +82,16 @@ def test_a_click_brings_argus_without_a_reload(browser: Browser, demo_link: str)
     expect(page.locator("#agent-argus")).to_have_count(0)
     keep_screenshot(page, "dashboard.png")
 
-    page.locator("[id^=approval-]", has_text="argus").get_by_role("button", name=APPROVE).click()
+    approve(page, "argus")
     expect(page.locator("#agent-argus")).to_contain_text("idle", timeout=30_000)
     expect(page.get_by_text("argus here: a hundred eyes")).to_be_visible()
 
     expect(page.locator("#heard")).to_have_text("your call: change iris", timeout=30_000)
-    page.locator("[id^=approval-]", has_text="haiku").get_by_role("button", name=APPROVE).click(timeout=30_000)
+    approve(page, "haiku")
     expect(page.locator("#agent-iris")).to_contain_text("haiku", timeout=30_000)
     expect(page.get_by_text("iris runs on haiku now")).to_be_visible(timeout=30_000)
 
-    page.locator("[id^=approval-]", has_text="findings|bugs").get_by_role("button", name=APPROVE).click(timeout=30_000)
+    approve(page, "findings|bugs")
     expect(page.locator("#decision-5")).to_contain_text("its program does not come up", timeout=30_000)
     expect(page.get_by_text("iris here, on haiku as before")).to_be_visible(timeout=30_000)
     expect(page.locator("#agent-iris")).to_contain_text("haiku")
@@ -118,8 +126,7 @@ def test_the_agents_own_page_streams_its_turns_and_takes_a_message(browser: Brow
 def test_a_change_that_went_back_is_told_on_the_agents_page(browser: Browser, demo_link: str) -> None:
     page = sign_in(browser, demo_link, 1280, 900)
     for shown in ("argus", "haiku", "findings|bugs"):
-        button = page.locator("[id^=approval-]", has_text=shown).get_by_role("button", name=APPROVE)
-        button.click(timeout=30_000)
+        approve(page, shown)
     expect(page.get_by_text("iris here, on haiku as before")).to_be_visible(timeout=60_000)
     page.locator("#agent-iris a").first.click()
     log = page.locator("#deploys-now li")
