@@ -74,7 +74,8 @@ def _end(row: dict[str, Any]) -> str:
     from hive_core.cli.show import one_line
 
     if "error" in row:
-        return f"approval {row['id']}: {one_line(row['error']['message'])}"
+        why = row["error"]["message"].removeprefix(f"cannot approve {row['id']}: ")
+        return f"approval {row['id']} is not approved: {one_line(why)}"
     proof = f" ({one_line(row['proof'])})" if row["proof"] else ""
     note = f": {one_line(row['note'])}" if row["note"] else ""
     return f"approval {row['id']} of {row['agent']}: {row['state']}{proof}{note}"

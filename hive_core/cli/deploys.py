@@ -18,10 +18,14 @@ def history(arguments: Namespace) -> None:
 
 
 def blame(arguments: Namespace) -> None:
+    import json
+
     from hive_core.cli.show import safe
 
     result = Client().call("blame", agent=arguments.agent, key=arguments.key)
-    lines = [f"{safe(arguments.key)}: {safe(str(result['value']))}", *_lines(result)]
+    value = result["value"]
+    said = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    lines = [f"{safe(arguments.key)}: {safe(said)}", *_lines(result)]
     emit(arguments, result, "\n".join(lines))
 
 

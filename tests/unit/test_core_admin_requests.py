@@ -158,3 +158,20 @@ async def test_a_reason_of_several_lines_is_one_line_in_a_list(hive: Services, r
     lines = (await run("history", "argus")).text.splitlines()
     assert lines[1:] == ["  eyes ◆ 9 change iris: approve this⟨U+001B⟩[2J"]
     assert "deployed/0 (approval 2)" in lines[0]
+
+
+async def test_of_several_cards_each_tells_its_own_end_and_one_that_is_refused_hinders_none(
+    hive: Services, run: Terminal
+) -> None:
+    for name in ("argus", "otto"):
+        await run("spawn", name, "You watch.", "--toolkit", "reader")
+    assert (await run("deny", "3", "one is enough")).code == 0
+    done = await run("approve", "2", "3")
+    assert (done.code, done.text.splitlines()[-1]) == (1, "approval 3 is not approved: it was denied")
+    assert (await hive.approvals.get(2)).state == "done"
+    told = json.loads((await run("approve", "2", "3", "--json")).text)["approvals"]
+    assert [(one["id"], one.get("state"), one.get("error", {}).get("code")) for one in told] == [
+        (2, "done", None),
+        (3, None, "conflict"),
+    ]
+    assert (await run("blame", "argus", "tools")).text.splitlines()[0] == 'tools: ["Read", "Glob", "Grep"]'
