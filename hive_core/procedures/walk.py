@@ -186,13 +186,17 @@ class Walk:
 
     async def _insist(self, change: Change, word: str, step: Step, attempt: Callable[[], Awaitable[T]]) -> T:
         """Do again what cannot be done now and must not stay half done. Raises only where the agent is destroyed."""
+        said = ""
         while True:
             try:
                 return await attempt()
             except (Refusal, OSError) as exc:
                 if await is_leaving(self._store, change.agent):
                     raise
-                log.error("%s: %s, which is tried again: %s", change.agent, word, exc, extra={"agent": change.agent})
+                if said != (said := str(exc)):
+                    log.error(
+                        "%s: %s, which is tried again: %s", change.agent, word, said, extra={"agent": change.agent}
+                    )
                 await step(f"{word}, which is tried again: {exc}")
             await trio.sleep(AWAY_REST_S)
 
