@@ -61,3 +61,13 @@ async def test_an_approval_that_is_not_there_has_no_page(hive: Services) -> None
     async with browse(hive_of(hive)) as client:
         for number in ("99", "x", "-1", "9" * 40, "1\u0661"):
             assert (await client.get(f"/approvals/{number}")).status_code == 404
+
+
+async def test_the_card_of_a_configuration_alone_promises_no_agent(hive: Services) -> None:
+    argus, otto = AgentName("argus"), AgentName("otto")
+    spawn = (await hive.gate.spawn.request(MANAGER, argus, "You watch.", "eyes"))["approval"]
+    seed = (await hive.gate.init_config.request(MANAGER, otto, "You wait.", "to be shaped"))["approval"]
+    assert "a new agent, with these files as its first commit:" in await page(hive, f"/approvals/{spawn}")
+    text = await page(hive, f"/approvals/{seed}")
+    assert "repositories with these files as their first commit, and no agent yet:" in text
+    assert "a new agent" not in text
