@@ -401,7 +401,8 @@ def parse(words: list[str]) -> Namespace:
         parser.set_defaults(run=run, verb=words[0])
         words = words[1:]
     else:
-        listed = "\n".join(f"  {name:10} {verb[1]}" for name, verb in VERBS.items())
+        width = max(map(len, VERBS))
+        listed = "\n".join(f"  {name:{width}} {verb[1]}" for name, verb in VERBS.items())
         parser = parser_type(
             prog="hive",
             usage="hive [--json] [VERB …]",

@@ -107,6 +107,12 @@ def test_help_and_version_still_go_to_standard_output(tmp_path: Path) -> None:
         assert done.stdout
 
 
+def test_the_help_lists_every_verb_with_what_it_does_in_one_column(tmp_path: Path) -> None:
+    listed = hive(tmp_path, "--help").stdout.partition("verbs (")[2].splitlines()[1:]
+    texts = [verb[1] for verb in VERBS.values()]
+    assert len({line.index(text) for line, text in zip(listed, texts, strict=True)}) == 1
+
+
 # -- where the hive is ------------------------------------------------------------------------------------------------
 
 
