@@ -8,6 +8,7 @@ from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
 from hive_core.absent import not_found
+from hive_core.effects import lines_of
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, SYSTEM, AgentName, CommitSha, shown
 from hive_core.repos import Repos
@@ -108,7 +109,7 @@ class DeployLog:
         at = line - 1
         value = ""
         for deployment, text in await self._versions(name, file):
-            lines = text.splitlines()
+            lines = lines_of(text)
             if setter is None:
                 if not 0 <= at < len(lines):
                     why = f"{shown(file)} has {len(lines)} lines"

@@ -102,6 +102,7 @@ def some(names: Collection[str]) -> str:
 
 def prompt_lines(before: str | None, after: str) -> list[Line]:
     """How a prompt changes: its size, and how many of its lines come and go."""
+    # A bound counts every end of a line that there can be.
     amounts = {"prompt_lines": len(after.splitlines()), "prompt_bytes": len(after.encode())}
     return [replace(line, amounts=amounts) for line in text_lines("prompt", before, after)]
 
@@ -113,15 +114,20 @@ def text_lines(what: str, before: str | None, after: str | None) -> list[Line]:
     if before is None or after is None:
         was, is_now = (None if text is None else _size(text) for text in (before, after))
         return [Line(what, was, is_now)]
-    old, new = Counter(before.splitlines()), Counter(after.splitlines())
+    old, new = Counter(lines_of(before)), Counter(lines_of(after))
     added, removed = (new - old).total(), (old - new).total()
     moved = "" if added or removed else "; the same lines in another order"
     how = f" (+{added:,} −{removed:,} lines{moved})"
     return [Line(what, _size(before), _size(after) + how)]
 
 
+def lines_of(text: str) -> list[str]:
+    """As git counts them: other characters that some take for the end of a line are none."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def _size(text: str) -> str:
-    return f"{counted(len(text.splitlines()), 'line')}, {counted(len(text.encode()), 'byte')}"
+    return f"{counted(len(lines_of(text)), 'line')}, {counted(len(text.encode()), 'byte')}"
 
 
 def file_lines(before: Mapping[str, Entry], after: Mapping[str, Entry], besides: Iterable[str] = ()) -> list[Line]:

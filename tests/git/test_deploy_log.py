@@ -166,6 +166,11 @@ async def test_what_was_seeded_is_traced_to_its_card_and_is_no_way_back(hive: Se
         await hive.gate.deploy_log.former(argus)
 
 
+async def test_a_line_is_counted_as_git_counts_it(hive: Services) -> None:
+    await change(hive, CLAUDE__md="one\x0cstill one\u2028and still\ntwo\n")
+    assert (await hive.gate.deploy_log.blame(IRIS, "CLAUDE.md:2"))["value"] == "two"
+
+
 async def test_a_setting_and_a_line_are_traced_to_the_approval_that_set_them(hive: Services) -> None:
     await change(hive, agent__toml=OPUS, CLAUDE__md="one\ntwo\nthree\n")
     await change(hive, agent__toml=OPUS + '[env]\nEDITOR = "ed"\n', CLAUDE__md="zero\none\ntwo\n3\n")

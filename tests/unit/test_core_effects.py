@@ -146,6 +146,8 @@ def test_a_prompt_is_told_by_its_size_and_by_how_many_lines_come_and_go() -> Non
     assert told(prompt_lines("a\nb\n", "a\nb\n")) == []
     assert told(prompt_lines(None, "a\n")) == ["prompt: + 1 line, 2 bytes"]
     assert told(prompt_lines("a\nb\n", "a\nc\nd\n")) == ["prompt: 2 lines, 4 bytes → 3 lines, 6 bytes (+2 −1 lines)"]
+    joined = told(prompt_lines("a\x0cb\n", "a\nb\n"))
+    assert joined == ["prompt: 1 line, 4 bytes → 2 lines, 4 bytes (+2 −1 lines)"]
     (moved,) = told(prompt_lines("a\nb\n", "b\na\n"))
     assert "in another order" in moved
 
