@@ -75,6 +75,8 @@ class Walk:
         Gives how it was proven, and what keeps it from its first turn, and its destruction away, until it is closed.
         """
         name, sha = change.agent, change.sha
+        if change.base is not None:  # another commit may have made the agent since this one was approved
+            await self._repos.check_main(name, sha, change.base)
         await step(BUILDING)
         deployed = await self._deployments.build(name, sha, shown)
         async with AsyncExitStack() as held:

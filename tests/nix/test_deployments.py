@@ -20,6 +20,7 @@ from hive_core.procedures.flake_deployments import CHECKS_WAITING
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, CommitSha, StorePath
+from hive_core.store.bus import APPROVED
 from hive_core.systems import system_of
 from hive_core.tombstones import Tombstones, forget, keep
 from tests.checkouts import Checkout
@@ -603,3 +604,25 @@ async def test_what_cannot_be_finished_after_a_death_is_put_back(house: House, s
         await mended(hive, IRIS)
         after = await what_is(hive, house)
     assert (after["current"], after["sha"], after["status"]) == (before["current"], before["sha"], "")
+
+
+async def test_of_two_commits_that_would_make_an_agent_the_second_touches_nothing_of_it(
+    hive: Services, house: House
+) -> None:
+    argus = AgentName("argus")
+    seeded = await hive.gate.init_config.request(HM1ND, argus, "You watch.", "eyes")
+    assert (await approve(hive, seeded["approval"])).state == "done"
+    one = checkout(hive, argus).commit(agent__nix=MORE % "environment.systemPackages = [ pkgs.strace ];")
+    first = await ask(hive, one, argus)
+    second = await ask(hive, checkout(hive, argus).commit(agent__nix=MORE % ""), argus)
+    # Both clicks come before either is carried out.
+    cards = [await hive.approvals.get(number) for number in (first, second)]
+    await hive.store.write(lambda tx: [settle(tx, card, "approved", None, OPERATOR) for card in cards] and None)
+    hive.store.bus.publish([APPROVED])
+    assert (await hive.approvals.wait_settled(first)).state == "done"
+    made = await what_is(hive, house, argus)
+    switches = len(house.systems.done)
+    failed = await hive.approvals.wait_settled(second)
+    assert (failed.state, one[:12] in (failed.note or "")) == ("failed", True)
+    assert await what_is(hive, house, argus) == made
+    assert ("switch", argus) not in house.systems.done[switches:]
