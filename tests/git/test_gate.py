@@ -442,6 +442,10 @@ async def test_a_request_that_is_refused_leaves_one_event_that_says_who_what_and
     assert (event["actor"], event["agent"], event["data"]["sha"]) == ("hm1nd", "iris", sha)
     assert event["data"]["reason"] == "cannot use agent.toml: sudo: unknown key"
     assert await hive.approvals.pending() == []
+    with refused("no agent has that name"):
+        await hive.gate.apply_commit.request(HM1ND, ARGUS, sha, "more eyes")
+    (event,) = await newest_events(hive.store, 1)
+    assert (event["kind"], event["agent"], event["data"]["sha"]) == ("approval_refused", "argus", sha)
 
 
 async def test_so_many_commits_of_one_agent_wait_and_no_more(

@@ -55,7 +55,8 @@ class ApplyCommit:
         one for a commit that waits already.
         """
         reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
-        await self._insist_that_it_is_there(name)
+        async with self._asking.noting_a_refusal(self.kind, requested_by, name, sha=sha):
+            await self._insist_that_it_is_there(name)
         tool = f"request_apply_commit {name} {sha}"
         answer = await self._asking.store.write(lambda tx: first_answer(tx, requested_by, key, tool))
         if answer is None:
