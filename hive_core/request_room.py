@@ -11,6 +11,7 @@ from hive_core.rates import count_sent, sent_lately
 from hive_core.store.writer import Transaction
 
 _TAKEN_BACK = "requests taken back"  # in the place of a recipient; no name has a space
+_SIZES = "sizes of requests"
 
 
 def count_request_taken_back(tx: Transaction, asker: str) -> None:
@@ -23,7 +24,8 @@ def check_request_room(tx: Transaction, request: Request, limits: Limits) -> Non
     asker = request.requested_by
     if asker == OPERATOR:
         return
-    waiting, size = tx.execute(_WAITING, (asker,)).fetchone()
+    sizes = _sizes(tx, asker)
+    waiting, size = len(sizes), sum(sizes.values())
     back = sent_lately(tx, asker, _TAKEN_BACK)
     cannot = (
         f"cannot ask for it: {counted(waiting, 'request')} of {asker} {'waits' if waiting == 1 else 'wait'} already"
@@ -40,7 +42,16 @@ def check_request_room(tx: Transaction, request: Request, limits: Limits) -> Non
         raise Refusal("refused", f"{cannot}; {why} (request_quota_bytes); ask for less, or wait until some are decided")
 
 
-_WAITING = """
-    SELECT count(*), coalesce(sum(length(CAST(payload AS BLOB)) + coalesce(length(CAST(effect AS BLOB)), 0)), 0)
-    FROM approvals INDEXED BY approvals_pending WHERE state = 'pending' AND requested_by = ?
+def _sizes(tx: Transaction, asker: str) -> dict[int, int]:
+    """The bytes of each card of theirs that waits. To measure one it has to be read, so that is remembered."""
+    known = tx.memo.get((_SIZES, asker)) or {}
+    numbers = [row["id"] for row in tx.execute(_WAITING, (asker,)).fetchall()]
+    sizes = {number: known.get(number) or tx.execute(_BYTES, (number,)).fetchone()[0] for number in numbers}
+    tx.memo[_SIZES, asker] = sizes
+    return sizes
+
+
+_WAITING = "SELECT id FROM approvals INDEXED BY approvals_pending WHERE state = 'pending' AND requested_by = ?"
+_BYTES = """
+    SELECT length(CAST(payload AS BLOB)) + coalesce(length(CAST(effect AS BLOB)), 0) FROM approvals WHERE id = ?
 """
