@@ -21,6 +21,20 @@ def quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${") + '"'
 
 
+def make_sources(folder: Path) -> Path:
+    """As much of ourselves as evaluating an agent takes: a whole checkout is copied by nix each time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("flake.nix", "nix", "pyproject.toml"):
+        subprocess.run(["cp", "-r", ROOT / name, folder], check=True)
+    for name in ("protocol", "__init__.py", "version.py"):
+        (folder / "hive_core").mkdir(exist_ok=True)
+        subprocess.run(["cp", "-r", ROOT / "hive_core" / name, folder / "hive_core"], check=True)
+    for name in ("hive_agent", "hive_mind"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").touch()
+    return folder
+
+
 class Nix:
     """nix with a store below `folder`, flakes on, and nothing of the user's settings."""
 

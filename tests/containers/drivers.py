@@ -315,6 +315,11 @@ def end_all(folder: Path) -> None:
     """Many agents here outlive who started them; those of a test that failed are ended by pid."""
     end_helper(folder)
     unmount_all(folder)
+    end_processes(folder)
+
+
+def end_processes(folder: Path) -> None:
+    """Kill what names a directory, and its children."""
     for pid in pids_naming(str(folder)):
         for each in (*children_of(pid), pid):
             with contextlib.suppress(ProcessLookupError):

@@ -113,11 +113,16 @@ class StandInHost:
         units = shlex.quote(str(self.state.units))
         return _SHOW.format(shown=SHOWN, units=units, never_ran=shlex.join(never_ran))
 
-    def system(self, script: str, oneshots: Mapping[str, str] | None = None, init: str = "") -> StorePath:
-        """A system whose harness is a script, in the store; the same for the same. init: another one than ours."""
+    def system(
+        self, script: str, oneshots: Mapping[str, str] | None = None, init: str = "", code: Path = ROOT
+    ) -> StorePath:
+        """A system whose harness is a script, in the store; the same for the same. init: another one than ours.
+
+        code: the folder of the packages that the daemon runs, which its containers see
+        """
         folder = self._programs.with_name(f"system.{os.getpid()}.{threading.get_ident()}")
         shutil.rmtree(folder, ignore_errors=True)
-        files = {**system_files(script, oneshots or {}), **({"init": init} if init else {})}
+        files = {**system_files(script, oneshots or {}, code), **({"init": init} if init else {})}
         for name, text in files.items():
             write_program(folder / name, text)
         done = self.run("nix-store", "--add", str(self._named(folder)))
@@ -137,13 +142,14 @@ class StandInHost:
         return done.stdout
 
 
-def system_files(script: str, oneshots: Mapping[str, str]) -> dict[str, str]:
+def system_files(script: str, oneshots: Mapping[str, str], code: Path = ROOT) -> dict[str, str]:
     """The files of a system, each of them a program; `oneshots` are units that a switch starts."""
     program = filter_program()
     # As the unit has it: ProtectKernelTunables, ReadOnlyPaths, InaccessiblePaths, in a mount namespace of its own.
     options = [word for path in PROC_OF_THE_HOST for word in ("--read-only", path)]
     options += [word for path in (*KEYS_OF_THE_HOST, "/proc/kmsg") if os.path.exists(path) for word in ("--hide", path)]
     harness = ["/usr/bin/unshare", "--mount", *confined(program, _ENVIRONMENT, *options), "/bin/sh", "-c", script]
+    harness = [word.replace(f"{ROOT}/hive_core", f"{code}/hive_core") for word in harness]
     source = Path(guest_init.__file__).read_text().replace("HARNESS: list[str] = []", f"HARNESS = {harness!r}")
     activate = (
         '#!/bin/sh\nsystem=$(dirname "$(readlink -f "$0")")\nln -sfn "$system" /run/current-system\n'
