@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.store.bus import DEPLOYED
 from hive_core.systems import system_of
 from tests.hives import open_services, wait_until
-from tests.nix.house import STANDIN, House, mended, serving
+from tests.nix.house import STANDIN, House, serving
 
 IRIS = AgentName("iris")
 LONG = os.environ.get("HIVE_LONG") == "1"
@@ -63,6 +65,31 @@ async def test_newer_inputs_are_shown_and_every_agent_is_built_from_them(
             await hive.gate.update_meta_inputs.request(MANAGER, "again")
 
 
+async def test_inputs_that_are_others_again_when_they_are_locked_fail_the_approval_and_change_nothing(
+    tmp_path: Path, hyperhive: Path, store: Path
+) -> None:
+    nixpkgs = tmp_path / "nixpkgs"
+    shutil.copytree(STANDIN, nixpkgs)
+    house = House(tmp_path / "state", hyperhive, store, nixpkgs=nixpkgs)
+    async with house.open() as hive, serving(hive):
+        await wait_until(hive.store, partial(system_of, hive.store, MANAGER), "events", DEPLOYED)
+        (nixpkgs / "NEWS").write_text("newer\n")
+        asked = await hive.gate.update_meta_inputs.request(MANAGER, "news")
+        card, before = await hive.approvals.get(asked["approval"]), house.tree()
+        lock = hive.gate._deployments.lock_inputs
+
+        async def lock_too_late(wanted: Mapping[str, str]) -> None:
+            (nixpkgs / "NEWS").write_text("newer still\n")
+            await lock(wanted)
+
+        hive.gate._deployments.lock_inputs = lock_too_late  # type: ignore[method-assign]
+        failed = await hive.gate.approve(card.id, card.digest, OPERATOR)
+        why = "cannot update the inputs: they are others by now; ask for them again"
+        assert (failed.state, failed.note) == ("failed", why)
+        assert (house.tree(), house.git("status", "--porcelain")) == (before, "")
+        assert "inputs: locked anew" not in house.log()
+
+
 STEPS = ["staged", "locked", "build", "built", "switch", "switched"]
 
 
@@ -76,7 +103,7 @@ async def test_a_daemon_that_is_killed_after_any_step_is_followed_by_one_that_bu
     async with house.open() as hive, serving(hive):
         asked = await hive.gate.spawn.request(MANAGER, IRIS, "You read.", "r")
         await hive.gate.approve(asked["approval"], (await hive.approvals.get(asked["approval"])).digest, OPERATOR)
-        await mended(hive, MANAGER)
+        await wait_until(hive.store, partial(system_of, hive.store, MANAGER), "events", DEPLOYED)
         before = {agent.name: (agent.deployed_sha, agent.settings) for agent in await hive.agents.all()}
         systems = {name: await house.systems.current(name) for name in before}
         with (nixpkgs / "toplevel.sh").open("a") as script:
