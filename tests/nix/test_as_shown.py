@@ -131,7 +131,7 @@ async def test_a_card_of_which_every_line_stays_is_shown_again_where_it_would_be
     async with newer.open() as hive:
         (card,) = await hive.approvals.pending()
         with pytest.raises(Refusal, match="do something else than you were shown"):
-            await hive.gate.approve(card.id, card.digest, OPERATOR)
+            await hive.gate.approve(card.id, card.digest, OPERATOR, patience_s=0)
         (again,) = await hive.approvals.pending()
         assert again.effect is not None
         assert card.effect is not None

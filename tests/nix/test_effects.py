@@ -154,7 +154,7 @@ async def test_the_card_of_a_new_agent_is_shown_again_where_another_nixpkgs_make
     async with with_nixpkgs(house, tmp_path / "newer", "-1").open() as hive:
         (card,) = await hive.approvals.pending()
         with pytest.raises(Refusal, match="do something else than you were shown"):
-            await hive.gate.approve(card.id, card.digest, OPERATOR)
+            await hive.gate.approve(card.id, card.digest, OPERATOR, patience_s=0)
         (again,) = await hive.approvals.pending()
         assert again.effect is not None
         assert "packages: + jq-1, ripgrep-1" in told(again.effect)
@@ -262,7 +262,7 @@ async def test_a_card_is_shown_again_where_another_nixpkgs_makes_another_change_
     async with newer.open() as services:
         (card,) = await services.approvals.pending()
         with pytest.raises(Refusal, match="do something else than you were shown"):
-            await services.gate.approve(card.id, card.digest, OPERATOR)
+            await services.gate.approve(card.id, card.digest, OPERATOR, patience_s=0)
         (again,) = await services.approvals.pending()
         assert again.effect is not None
         assert "packages: + taplo-1" in told(again.effect)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hive_core.flake_files import agent_files, meta_flake
+from hive_core.flake_files import agent_files, meta_flake, other_packages_flake
 from hive_core.protocol.words import AgentName
 from tests.nixes import ROOT
 
@@ -39,3 +39,11 @@ def test_what_is_rendered_for_all_is_laid_out_by_nixfmt(tmp_path: Path, names: l
     file = tmp_path / "flake.nix"
     file.write_text(meta_flake(urls, hyperhive="path:/x", nixpkgs="path:/" + "y" * 100, system=SYSTEM))
     assert misshapen(file) == ""
+
+
+def test_what_is_rendered_to_hold_two_commits_against_each_other_is_laid_out_by_nixfmt(tmp_path: Path) -> None:
+    url = f"git+file:///var/lib/{LONG}.git?ref=refs/heads/main&rev={'0' * 40}"
+    file = tmp_path / "flake.nix"
+    file.write_text(other_packages_flake(LONG, url, url, hyperhive="path:/x", nixpkgs="path:/y", system=SYSTEM))
+    assert misshapen(file) == ""
+    assert misshapen(ROOT / "hive_core/templates/nix/wanted.nix") == ""
