@@ -407,10 +407,11 @@ async def test_looking_for_an_agent_that_has_ended_ends_no_other_that_has_the_nu
 
 
 async def test_a_command_that_does_not_end_is_killed_with_all_that_it_started(tmp_path: Path, kind: str) -> None:
+    mark = f"7.0031{os.getpid()}"
     async with started(tmp_path, kind, "echo > STATE/ready; exec sleep 1000") as (driver, _running):
         with pytest.raises(Refusal, match=r"did not end within 0\.5 s"):
-            await driver.exec(IRIS, dirs_in(tmp_path), ["/bin/sh", "-c", "setsid sleep 7.0031 & sleep 1000"], 0.5)
-        await wait_gone(pids_naming("sleep\x007.0031"))
+            await driver.exec(IRIS, dirs_in(tmp_path), ["/bin/sh", "-c", f"setsid sleep {mark} & sleep 1000"], 0.5)
+        await wait_gone(pids_naming(f"sleep\0{mark}\0"))
         with trio.fail_after(PATIENCE_S):
             while (await driver.usage(IRIS)).processes > 1 + beside(kind):
                 await trio.lowlevel.checkpoint()
@@ -739,7 +740,7 @@ async def test_no_setting_of_the_kernel_can_be_opened_for_writing(tmp_path: Path
 async def test_when_the_harness_ends_the_kernel_ends_all_that_it_started(tmp_path: Path, sandbox: str) -> None:
     mark = f"7.{os.getpid()}"
     code, _ = await run(tmp_path, sandbox, f"setsid sleep {mark} & exit 3")
-    assert (code, pids_naming(f"sleep\x00{mark}")) == (3, [])
+    assert (code, pids_naming(f"sleep\0{mark}\0")) == (3, [])
 
 
 # -- what the kernel does for an agent --------------------------------------------------------------------------------

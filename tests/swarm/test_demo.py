@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import pids_naming
+
 WITHIN_S = 120
 
 
@@ -108,11 +110,7 @@ def test_a_killed_demo_takes_its_daemon_and_agents_along(folder: Path) -> None:
     for line in demo.stdout:
         if "waiting for your click" in line:
             break
-    daemons = [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/cmdline")
-        if b"hive_core\0serve" in path.read_bytes() and str(folder).encode() in path.read_bytes()
-    ]
+    daemons = set(pids_naming("hive_core\0serve")) & set(pids_naming(str(folder)))
     watches = [os.pidfd_open(pid) for pid in daemons]
     demo.kill()
     demo.communicate()
