@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.examples  # noqa: F401 - as it is imported, it sets how examples are tried
 from tests.containers.drivers import KINDS, end_all, need
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.examples  # noqa: F401 - as it is imported, it sets how examples are tried
 from tests.hives import Services, open_services
 
 

@@ -10,6 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from hive_core.systemd import serve_watchdog
+from tests.processes import PATIENCE_S
 
 
 @pytest.fixture
@@ -48,6 +49,6 @@ async def test_a_watchdog_that_nobody_asked_for_is_left_alone(
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", usec)
     monkeypatch.setenv("WATCHDOG_PID", pid)
-    with trio.fail_after(1):
+    with trio.fail_after(PATIENCE_S):
         await serve_watchdog()
     assert told(manager) == []
