@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from hive_core.limits import Limits
 from hive_core.procedures.kinds.kind import Done, Step
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
+from hive_core.store.bus import APPROVED
+from tests.dashboards import gate_open, hive_of
 from tests.hives import Services, wait_until
 from tests.living import LivingHive
 
@@ -310,3 +313,46 @@ async def test_of_twenty_clicks_at_once_one_is_the_winner_and_all_get_the_same_e
     the_one(ends)
     kinds = [kind for kind in await hive.kinds() if kind.startswith("approval_")]
     assert kinds[1:] == [{"": "approval_approved", "version": "approval_changed", "trouble": "approval_failed"}[change]]
+
+
+async def test_what_has_come_to_its_end_since_it_was_listed_is_not_carried_out_again(hive: Services) -> None:
+    world = World()
+    paint, begun = Paint(world), list[int]()
+    hive.gate.kinds = {**hive.gate.kinds, "paint": paint}
+    carry_out, approved = paint.carry_out, hive.approvals.approved
+    cards = []
+    for agent in (IRIS, DAMOCLES):
+        request = Request("paint", agent, MANAGER, "because", paint.shown(agent, "red"))
+        number = await hive.store.write(lambda tx, request=request: put_request(tx, request, EXPIRES_S))  # type: ignore[misc]
+        cards.append(await hive.approvals.get(number))
+
+    async def note_and_carry_out(approval: Approval, step: Step) -> Done:
+        begun.append(approval.id)
+        return await carry_out(approval, step)
+
+    async def first_is_over() -> bool:
+        return (await hive.approvals.get(1)).state == "done" and not hive.gate._busy
+
+    async def list_late() -> list[Approval]:
+        """Both are listed, and then the first of them ends."""
+        listed = await approved()
+        if len(listed) == 2:
+            world.verdicts[1] = True
+            world.judged.set()
+            await wait_until(hive.store, first_is_over, "events", APPROVED)
+        return listed
+
+    paint.carry_out = note_and_carry_out  # type: ignore[method-assign]
+    hive.approvals.approved = list_late  # type: ignore[method-assign]
+    world.verdicts[2] = True
+    async with gate_open(hive_of(hive)):
+        for card in cards:
+            await hive.gate.approve(card.id, card.digest, OPERATOR, patience_s=0)
+            await wait_until(hive.store, partial(_has_begun, begun, card.id))
+        await hive.approvals.wait_settled(2)
+    assert begun == [1, 2]
+    assert [(await hive.approvals.get(number)).state for number in (1, 2)] == ["done", "done"]
+
+
+async def _has_begun(begun: list[int], number: int) -> bool:
+    return number in begun
