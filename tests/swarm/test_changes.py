@@ -103,6 +103,9 @@ def test_a_change_whose_program_does_not_come_up_goes_back_by_itself_and_costs_n
         client.call("send", to="iris", body="who are you?")
         daemon.wait_message(client, "it is me")
         assert steps_of(client, card["id"])[-2:] == ["proving", "going back"]
+        applied = Checkout(daemon.state / "applied" / "iris.git")
+        assert applied.git("rev-parse", "main") == card["payload"]["base"]
+        assert f"deployed/{card['id']}" not in applied.git("tag", "--list").split()
         assert [body.partition(":")[0] for body in mail_of(client, "hm1nd")] == ["spawned"]
 
 
