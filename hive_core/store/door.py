@@ -116,13 +116,13 @@ class Store:
         seen = await self.last_seq()
         while True:
             await trio.sleep(every_s)
-            if (seq := await self.last_seq()) != seen:
+            if (seq := await self.insist(_wake_recipients)) != seen:
                 seen = seq
                 self.bus.publish([EVENTS, WANTED, APPROVED])
-            await self.insist(_wake_recipients)
 
 
-def _wake_recipients(tx: Transaction) -> None:
+def _wake_recipients(tx: Transaction) -> int:
+    """Wake whoever has something waiting; the number of the newest event."""
     # By agent and not by delivery: what waits unread for the operator may be long.
     sql = """
         SELECT name FROM agents WHERE errand IS NOT NULL OR EXISTS (
@@ -131,6 +131,7 @@ def _wake_recipients(tx: Transaction) -> None:
     """
     for row in tx.execute(sql).fetchall():
         tx.wake(mail(row["name"]))
+    return int(tx.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
 
 
 def open_writer(path: Path) -> sqlite3.Connection:
