@@ -23,7 +23,12 @@ NO_CLAUDE = "--claude=/dev/null"
 
 
 class Daemon:
-    """`hive-core serve` on directories of its own. `client` is the operator."""
+    """`hive-core serve` on directories of its own. `client` is the operator.
+
+    begin: what starts its process, as subprocess.Popen does.
+    """
+
+    begin: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
 
     def __init__(self, folder: Path, *flags: str, **environment: str) -> None:
         self.folder = folder
@@ -47,7 +52,7 @@ class Daemon:
     def start(self, **environment: str) -> Client:
         """Start it, or start it again, this time with that besides; return once it is ready."""
         given = {**self._environment, **environment}
-        self.process = start_daemon(self.flags(), self.log, given, pass_fds=self.kept_fds())
+        self.process = start_daemon(self.flags(), self.log, given, self.begin, pass_fds=self.kept_fds())
         return self.client()
 
     def flags(self) -> list[str]:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,11 @@ SANDBOXES = {"bwrap": "bubblewrap", "nspawn": "systemd-nspawn", "nixos-container
 
 
 def start_daemon(
-    flags: list[str], log: Path, environment: dict[str, str] | None = None, **popen: Any
+    flags: list[str],
+    log: Path,
+    environment: dict[str, str] | None = None,
+    start: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen,
+    **popen: Any,
 ) -> subprocess.Popen[bytes]:
     """Start `hive-core serve` and return once it says that it is ready. Raises Refusal with its own last words."""
     try:
@@ -48,7 +53,7 @@ def start_daemon(
             why = explain(exc, "TMPDIR")
             raise Refusal("failed", f"cannot listen for the daemon's start in {folder}: {why}") from None
         begin = output.tell()
-        process = subprocess.Popen(
+        process = start(
             [sys.executable, "-P", "-m", "hive_core", "serve", *flags],
             stdin=subprocess.DEVNULL,
             stdout=output,
