@@ -12,7 +12,8 @@ import pytest
 import trio
 import trio.testing
 
-from hive_core.approvals import Approval, Shown, settle, show_again
+from hive_core.agents import set_deployed
+from hive_core.approvals import Approval, Shown, note_proof, settle, show_again
 from hive_core.commit_contents import FILE_LIMIT_BYTES, READ_LIMIT_BYTES, Contents
 from hive_core.events import newest_events
 from hive_core.proposals import DIFF_LIMIT_BYTES
@@ -647,6 +648,24 @@ async def test_a_change_whose_daemon_died_after_the_click_is_finished(tmp_path: 
             assert (await approve(hive, number)).state == "done"
             assert (await hive.agents.get("iris")).deployed_sha == sha
             assert tags(hive)[f"deployed/{number}"] == sha
+
+
+async def test_the_next_daemon_knows_at_once_whose_change_was_taken_and_not_proven(
+    hive: Services, iris: Checkout
+) -> None:
+    number = await ask_for(hive, iris.commit(agent__toml=TOML))
+    card, settings = await hive.approvals.get(number), (await hive.agents.get("iris")).settings or {}
+    await click_and_die(hive, number)
+    on_trial = hive.gate.walk._reconciler.on_trial
+    await hive.gate.load()
+    assert on_trial == set()
+    await hive.store.write(lambda tx: set_deployed(tx, IRIS, card.payload["sha"], settings))
+    await hive.gate.load()
+    assert on_trial == {IRIS}
+    on_trial.clear()
+    await hive.store.write(lambda tx: note_proof(tx, card, "healthy"))
+    await hive.gate.load()
+    assert on_trial == set()
 
 
 async def test_a_lock_that_a_killed_git_left_fails_the_approval_and_not_the_daemon(
