@@ -11,11 +11,11 @@ from starlette.routing import Route
 from dashboard.answers import yes
 from dashboard.forms import number, read_form
 from dashboard.rows import deed
-from hive_core.approvals import Approval
 from hive_core.hive import Hive
 from hive_core.procedures.together import Click, Outcome
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR
+from hive_core.services.approvals import Approval
 
 PATIENCE_S = 2.0  # what takes longer goes on, and its row says how far it is
 _CHOSEN = re.compile(r"choose-(\d{1,18})", re.ASCII)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from dashboard.rows import render
-from hive_core.configured import all_configured
 from hive_core.hive import Hive
+from hive_core.services.configured import all_configured
 
 
 async def configured_rows(hive: Hive) -> dict[str, Markup]:

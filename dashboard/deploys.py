@@ -10,10 +10,10 @@ from starlette.routing import Route
 from dashboard.answers import wants_json, yes
 from dashboard.forms import read_form
 from dashboard.rows import render
-from hive_core.deploy_log import Deployment
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_agent_name, parse_deployed_tag
+from hive_core.services.deploy_log import Deployment
 
 SHOWN = 20
 

@@ -26,7 +26,7 @@ from hive_core.protocol.words import (
     parse_id,
     shown,
 )
-from hive_core.questions import parse_answer
+from hive_core.services.questions import parse_answer
 
 FORM_LIMIT_BYTES = 3 * BODY_LIMIT_BYTES + 64 * 1024  # each byte of a message may take three in a form
 # What is read and dropped of a body over the limit: a browser that still sends would not see the answer.

@@ -26,14 +26,14 @@ from dashboard.rows import Rows
 from dashboard.snapshots import snapshots_now
 from dashboard.spend import spend_now
 from dashboard.tombstones import tombstone_rows
-from hive_core.agents import LIVE
-from hive_core.events import events_after, first_kept, timeline
-from hive_core.flow import messages_of_turns, these_messages
 from hive_core.hive import Hive
-from hive_core.ledger import SPENT
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
-from hive_core.questions import Question
+from hive_core.services.agents import LIVE
+from hive_core.services.events import events_after, first_kept, timeline
+from hive_core.services.flow import messages_of_turns, these_messages
+from hive_core.services.ledger import SPENT
+from hive_core.services.questions import Question
 from hive_core.store.bus import CREDENTIALS, EVENTS, Listener, stream
 
 REPLAY_LIMIT = 1_000  # events or lines; a page further behind loads itself again

@@ -18,15 +18,15 @@ from dashboard.rows import ASSETS, Rows, asset_bytes, asset_hash, render
 from dashboard.snapshots import snapshots_now
 from dashboard.spend import spend_now
 from dashboard.tombstones import tombstone_rows
-from hive_core.agents import Agent
-from hive_core.archive import parse_query
-from hive_core.events import timeline
-from hive_core.flow import messages_aside, newest_messages
 from hive_core.hive import Hive
 from hive_core.procedures.kinds.apply_commit import BASES
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, parse_agent_name, parse_id
-from hive_core.sign_ins import SIGN_IN_VALID_S
+from hive_core.services.agents import Agent
+from hive_core.services.archive import parse_query
+from hive_core.services.events import timeline
+from hive_core.services.flow import messages_aside, newest_messages
+from hive_core.services.sign_ins import SIGN_IN_VALID_S
 
 MESSAGES_SHOWN = 100
 ASIDE_SHOWN = 50

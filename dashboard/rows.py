@@ -14,15 +14,15 @@ from markupsafe import Markup
 from dashboard.diff import diff_files, read_diff
 from dashboard.terminal import read_line, tokens
 from dashboard.visible import plain, visible
-from hive_core.agents import Agent
-from hive_core.approvals import Approval
 from hive_core.hive import Hive
 from hive_core.protocol.effect import effect_line
 from hive_core.protocol.held import WHY_HELD
 from hive_core.protocol.money import about
 from hive_core.protocol.visible import counted
 from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM
-from hive_core.questions import Question
+from hive_core.services.agents import Agent
+from hive_core.services.approvals import Approval
+from hive_core.services.questions import Question
 from hive_core.settings import EFFORTS
 
 MODELS = ("opus", "sonnet", "haiku")  # that the page offers; any other can be chosen by name

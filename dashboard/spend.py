@@ -11,13 +11,13 @@ from starlette.responses import Response
 from dashboard.answers import yes
 from dashboard.forms import read_form
 from dashboard.rows import render
-from hive_core.budgets import KINDS, THE_HIVE, parse_change, parse_kinds, parse_scope
-from hive_core.charges import DAY_MS
-from hive_core.costs import of_agents
 from hive_core.hive import Hive
 from hive_core.protocol.money import about
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.services.budgets import KINDS, THE_HIVE, parse_change, parse_kinds, parse_scope
+from hive_core.services.charges import DAY_MS
+from hive_core.services.costs import of_agents
 
 KIND_WORDS = {"day": "a day", "total": "in total", "window_5h": "5-hour window", "window_7d": "7-day window"}
 

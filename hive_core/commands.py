@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, shown
-from hive_core.steering import DEFAULT
+from hive_core.services.steering import DEFAULT
 
 Command = Callable[[Hive, AgentName, str], Awaitable[str]]  # answers with what was done, in a sentence
 

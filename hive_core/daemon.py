@@ -24,19 +24,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.types import ASGIApp
 
 from dashboard.app import at_home, build_app
-from hive_core.access import Access
-from hive_core.agent_locks import AgentLocks
-from hive_core.agents import Agent, Agents
-from hive_core.approvals import Approvals
-from hive_core.bodies import Bodies
-from hive_core.broker import Broker
 from hive_core.config import Config
 from hive_core.containers.choice import choose_sandbox, make_driver
 from hive_core.containers.mounts import AgentDirs, agent_dirs, run_dir
 from hive_core.credentials import Credential, Credentials, find_credential, how_to_give_one
+from hive_core.git.agent_locks import AgentLocks
+from hive_core.git.repos import Repos
 from hive_core.hive import Hive
 from hive_core.kept import Keeper
-from hive_core.ledger import Ledger
 from hive_core.lock import take_lock
 from hive_core.prices import load_prices
 from hive_core.procedures.clock import Timer, serve_clock
@@ -49,9 +44,17 @@ from hive_core.programs import find_claude
 from hive_core.protocol.paths import explain, host_socket
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, PERSONA_LIMIT_BYTES, AgentName, parse_text
-from hive_core.repos import Repos
-from hive_core.rests import Rests
-from hive_core.sign_ins import SignIns
+from hive_core.services.access import Access
+from hive_core.services.agents import Agent, Agents
+from hive_core.services.approvals import Approvals
+from hive_core.services.bodies import Bodies
+from hive_core.services.broker import Broker
+from hive_core.services.ledger import Ledger
+from hive_core.services.rests import Rests
+from hive_core.services.sign_ins import SignIns
+from hive_core.services.tool_calls import forget_old_tool_calls
+from hive_core.services.turns import Turns
+from hive_core.services.uid_ranges import UidRanges
 from hive_core.sockets.admin import AdminDesk
 from hive_core.sockets.harness import HarnessDesk
 from hive_core.sockets.http import serve_asgi
@@ -60,9 +63,6 @@ from hive_core.sockets.unix import listen_unix, serve_unix
 from hive_core.store.door import open_store
 from hive_core.store.schema import StoreBusy
 from hive_core.systemd import notify, serve_watchdog
-from hive_core.tool_calls import forget_old_tool_calls
-from hive_core.turns import Turns
-from hive_core.uid_ranges import UidRanges
 
 log = logging.getLogger(__name__)
 STOP_WITHIN_S = 4.0

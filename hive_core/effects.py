@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hive_core.commit_contents import Entry
+from hive_core.git.commit_contents import Entry
 from hive_core.protocol.effect import PLAIN, WIDE
 from hive_core.protocol.visible import counted
 

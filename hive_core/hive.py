@@ -7,20 +7,9 @@ from pathlib import Path
 
 import trio
 
-from hive_core.access import Access
-from hive_core.agents import Agents
-from hive_core.approvals import Approvals
-from hive_core.archive import Archive
-from hive_core.background import Background
-from hive_core.breaker import Breaker
-from hive_core.broker import Broker
 from hive_core.config import Config
 from hive_core.credentials import DEFAULT, Credential, Credentials
-from hive_core.disk_use import DiskUses
-from hive_core.freeze import Freeze
 from hive_core.kept import Keeper
-from hive_core.ledger import Ledger
-from hive_core.loose_ends import LooseEnds
 from hive_core.procedures.destruction import Destruction
 from hive_core.procedures.gate import Gate
 from hive_core.procedures.kinds.destroy import Destroy
@@ -30,16 +19,27 @@ from hive_core.procedures.logins import Logins
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.procedures.snapshotting import Snapshotting
 from hive_core.procedures.together import Together
-from hive_core.questions import Questions
-from hive_core.reminders import Reminders
-from hive_core.retention import Retention
-from hive_core.schedules import Schedules
-from hive_core.sign_ins import SignIns
-from hive_core.steering import Steering
+from hive_core.services.access import Access
+from hive_core.services.agents import Agents
+from hive_core.services.approvals import Approvals
+from hive_core.services.archive import Archive
+from hive_core.services.background import Background
+from hive_core.services.breaker import Breaker
+from hive_core.services.broker import Broker
+from hive_core.services.disk_use import DiskUses
+from hive_core.services.freeze import Freeze
+from hive_core.services.ledger import Ledger
+from hive_core.services.loose_ends import LooseEnds
+from hive_core.services.questions import Questions
+from hive_core.services.reminders import Reminders
+from hive_core.services.retention import Retention
+from hive_core.services.schedules import Schedules
+from hive_core.services.sign_ins import SignIns
+from hive_core.services.steering import Steering
+from hive_core.services.tombstones import Tombstones
+from hive_core.services.turn_records import TurnRecords
+from hive_core.services.turns import Turns
 from hive_core.store.door import Store
-from hive_core.tombstones import Tombstones
-from hive_core.turn_records import TurnRecords
-from hive_core.turns import Turns
 
 HOST_NAME = "hive.localhost"
 

@@ -14,7 +14,6 @@ import httpx2
 import trio
 
 from dashboard.app import at_home, build_app
-from hive_core.agents import Agent
 from hive_core.config import Config
 from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.process import ProcessDriver
@@ -23,7 +22,8 @@ from hive_core.hive import Hive
 from hive_core.kept import Keeper
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.protocol.words import AgentName
-from hive_core.sign_ins import SignIns
+from hive_core.services.agents import Agent
+from hive_core.services.sign_ins import SignIns
 from hive_core.sockets.http import serve_asgi
 from tests.hives import PATIENCE_S, Services
 

@@ -22,19 +22,11 @@ import trio
 import trio_asyncio
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hive_core.access import Access
-from hive_core.agent_locks import AgentLocks
-from hive_core.agents import Agent, Agents, set_deployed
-from hive_core.approvals import Approvals
-from hive_core.background import Background
-from hive_core.bodies import Bodies
-from hive_core.broker import Broker
 from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.process import ProcessDriver
-from hive_core.events import timeline
-from hive_core.ledger import Ledger
+from hive_core.git.agent_locks import AgentLocks
+from hive_core.git.repos import Repos
 from hive_core.limits import Limits
-from hive_core.loose_ends import LooseEnds
 from hive_core.policy_rules import Rule
 from hive_core.prices import load_prices
 from hive_core.procedures.deployments import Deployments, PlainDeployments
@@ -43,17 +35,25 @@ from hive_core.procedures.reconcile import Reconciler
 from hive_core.procedures.supervise import Desk
 from hive_core.procedures.walk import Walk
 from hive_core.protocol.words import OPERATOR, AgentName, parse_agent_name, parse_body
-from hive_core.questions import Questions
-from hive_core.reminders import Reminders
-from hive_core.repos import Repos
-from hive_core.schedules import Schedules
+from hive_core.services.access import Access
+from hive_core.services.agents import Agent, Agents, set_deployed
+from hive_core.services.approvals import Approvals
+from hive_core.services.background import Background
+from hive_core.services.bodies import Bodies
+from hive_core.services.broker import Broker
+from hive_core.services.events import timeline
+from hive_core.services.ledger import Ledger
+from hive_core.services.loose_ends import LooseEnds
+from hive_core.services.questions import Questions
+from hive_core.services.reminders import Reminders
+from hive_core.services.schedules import Schedules
+from hive_core.services.turn_records import TurnRecords
+from hive_core.services.turns import Turns
 from hive_core.sockets.unix import listen_unix, serve_unix
 from hive_core.store.ballast import Ballast
 from hive_core.store.bus import mail
 from hive_core.store.door import Store, open_store
 from hive_core.store.writer import Transaction
-from hive_core.turn_records import TurnRecords
-from hive_core.turns import Turns
 from tests.needs import ROOT
 from tests.processes import PATIENCE_S
 

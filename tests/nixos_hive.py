@@ -127,6 +127,6 @@ def _settings(host: StandInHost, code: Path, sources: Path) -> dict[str, str]:
     *folders, programs = (getattr(host.host, field.name) for field in fields(host.host))
     with (code / "hive_core/containers/nixos_host.py").open("a") as file:
         file.write(_HOST.format(folders=list(map(str, folders)), programs=programs))
-    with (code / "hive_core/building.py").open("a") as file:
+    with (code / "hive_core/flakes/building.py").open("a") as file:
         file.write(_STORE.format(store=str(host.folder)))
     return {"PYTHONPATH": str(code), "HIVE_NIXPKGS": str(nixpkgs), "HIVE_HYPERHIVE_SOURCE": str(sources)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hive_core.notices import KINDS
+from hive_core.services.notices import KINDS
 
 
 def read_notice(body: str) -> tuple[str, str, dict[str, Any]]:

@@ -12,19 +12,19 @@ from typing import Any
 import trio
 import trio.testing
 
-from hive_core.agents import Agent, Agents, Live, set_deployed
-from hive_core.background import Background
-from hive_core.broker import Broker
 from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.running import Exit
 from hive_core.limits import Limits
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.procedures.supervise import Desk
 from hive_core.protocol.words import AgentName
+from hive_core.services.agents import Agent, Agents, Live, set_deployed
+from hive_core.services.background import Background
+from hive_core.services.broker import Broker
+from hive_core.services.turns import Turns
 from hive_core.sockets.harness import HarnessDesk
 from hive_core.store.bus import Bus
 from hive_core.store.writer import Batches, Transaction
-from hive_core.turns import Turns
 from tests.hives import SETTINGS
 from tests.simulation.inline_store import InlineStore, InlineWriter, open_memory
 

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hive_core.archive import Archive
 from hive_core.protocol.words import MANAGER, AgentName
+from hive_core.services.archive import Archive
 from hive_core.sockets.agent import AgentDesk, serve_agent
 from hive_core.sockets.manager_tools import ManagerTools
 from tests.dashboards import hive_of

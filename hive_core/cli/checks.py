@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from hive_core.building import nix_trouble
 from hive_core.cli.check_helper import look_at_helper
 from hive_core.cli.client import Client
 from hive_core.cli.doctor import Finding, Progress, Status
@@ -31,6 +30,7 @@ from hive_core.containers.scopes import SLICE, Scopes
 from hive_core.containers.seccomp import filter_program
 from hive_core.credentials import DEFAULT, Credentials
 from hive_core.daemon import listen_dashboard, listen_tcp, look_for_credential, manager_prompt
+from hive_core.flakes.building import nix_trouble
 from hive_core.lock import check_owner
 from hive_core.policy_rules import troubles
 from hive_core.prices import load_prices

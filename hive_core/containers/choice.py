@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hive_core.building import nix_trouble
 from hive_core.config import Config
 from hive_core.containers.bubblewrap import sandbox_trouble
 from hive_core.containers.driver import Driver
@@ -21,6 +20,7 @@ from hive_core.containers.nixos_look import look_for_nixos_containers
 from hive_core.containers.nspawn import NspawnDriver, look_for_nspawn
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.seccomp import filter_program
+from hive_core.flakes.building import nix_trouble
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 

@@ -35,6 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from hive_core.git.repo_upkeep import alone
 from hive_core.procedures.backup_format import (
     AGENTS_OWN,
     DATABASE,
@@ -51,7 +52,6 @@ from hive_core.procedures.backup_format import (
     shown,
 )
 from hive_core.protocol.refusal import Refusal
-from hive_core.repo_upkeep import alone
 from hive_core.version import __version__
 
 WHOLE_LIMIT_BYTES = 8 * 1024 * 1024  # a smaller file is read at once; a larger one goes through a temporary file

@@ -7,16 +7,16 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
-from hive_core.agent_locks import AgentLocks
-from hive_core.commit_contents import FILES, Contents
 from hive_core.effects import Effect, Line, file_lines, prompt_lines, text_lines
 from hive_core.effects_of_settings import settings_lines
-from hive_core.proposals import Proposal
+from hive_core.git.agent_locks import AgentLocks
+from hive_core.git.commit_contents import FILES, Contents
+from hive_core.git.proposals import Proposal
+from hive_core.git.repos import Repos
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
-from hive_core.repos import Repos
+from hive_core.services.systems import Deployed, system_of
 from hive_core.store.door import Store
-from hive_core.systems import Deployed, system_of
 
 _STAYS = """
     SELECT 1 FROM (SELECT name FROM agents UNION ALL SELECT name FROM configured)

@@ -9,19 +9,19 @@ import logging
 
 import trio
 
-from hive_core.agents import Agents
-from hive_core.broker import Broker
 from hive_core.kept import Keeper
-from hive_core.last_will import settle_all
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.procedures.supervise import AWAY_REST_S, is_away
 from hive_core.procedures.walk import Walk
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.services.agents import Agents
+from hive_core.services.broker import Broker
+from hive_core.services.last_will import settle_all
+from hive_core.services.tombstones import TOMBSTONES, Tombstone, Tombstones, forget, keep
 from hive_core.store.bus import EVENTS
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
-from hive_core.tombstones import TOMBSTONES, Tombstone, Tombstones, forget, keep
 
 log = logging.getLogger(__name__)
 ANSWER_WITHIN_S = 10.0

@@ -11,22 +11,24 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 
-from hive_core.agent_locks import AgentLocks
-from hive_core.building import make_meta_flake, make_nix
-from hive_core.commit_contents import Contents
 from hive_core.config import Config
 from hive_core.containers.choice import Choice
 from hive_core.containers.driver import Driver, Systems
 from hive_core.effects import Effect, Line, prompt_lines
 from hive_core.effects_of_settings import settings_lines
-from hive_core.effects_of_systems import (
+from hive_core.flakes.building import make_meta_flake, make_nix
+from hive_core.flakes.effects_of_systems import (
     NO_CLOSURE,
     brought_lines,
     closure_lines,
     packages_that_come,
     system_lines,
 )
-from hive_core.flakes import Evaluated, MetaFlake
+from hive_core.flakes.flakes import Evaluated, MetaFlake
+from hive_core.git.agent_locks import AgentLocks
+from hive_core.git.commit_contents import Contents
+from hive_core.git.proposals import Proposal
+from hive_core.git.repos import Repos, harness_settings
 from hive_core.limits import Limits
 from hive_core.procedures.deployments import (
     Change,
@@ -37,12 +39,10 @@ from hive_core.procedures.deployments import (
     insist_that_it_stays,
     lines_of_files,
 )
-from hive_core.proposals import Proposal
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha, StorePath
-from hive_core.repos import Repos, harness_settings
+from hive_core.services.systems import Deployed, System, built_commits, system_of
 from hive_core.store.door import Store
-from hive_core.systems import Deployed, System, built_commits, system_of
 
 log = logging.getLogger(__name__)
 CHECKS_WAITING = 4

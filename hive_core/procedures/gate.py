@@ -16,14 +16,9 @@ from contextlib import AsyncExitStack
 import trio
 from jinja2 import Environment
 
-from hive_core.agents import Agents, set_deployed
-from hive_core.approvals import Approval, Approvals, note_step, settle, show_again
-from hive_core.deploy_log import DeployLog
+from hive_core.git.repos import Repos
 from hive_core.limits import Limits
-from hive_core.notices import Field, notice
-from hive_core.policy import Policy
 from hive_core.policy_rules import Rule
-from hive_core.post import put_message
 from hive_core.procedures.deployments import Deployments
 from hive_core.procedures.kinds.apply_commit import ApplyCommit
 from hive_core.procedures.kinds.init_config import InitConfig
@@ -44,13 +39,18 @@ from hive_core.protocol.words import (
     MessageBody,
     parse_text,
 )
-from hive_core.repos import Repos
-from hive_core.request_room import count_request_taken_back
+from hive_core.services.agents import Agents, set_deployed
+from hive_core.services.approvals import Approval, Approvals, note_step, settle, show_again
+from hive_core.services.deploy_log import DeployLog
+from hive_core.services.notices import Field, notice
+from hive_core.services.policy import Policy
+from hive_core.services.post import put_message
+from hive_core.services.request_room import count_request_taken_back
+from hive_core.services.systems import note_deployed
 from hive_core.store.bus import APPROVED, DEPLOYED, WANTED
 from hive_core.store.door import Store
 from hive_core.store.schema import StoreError
 from hive_core.store.writer import Transaction
-from hive_core.systems import note_deployed
 
 log = logging.getLogger(__name__)
 _AWAY_S = 5.0

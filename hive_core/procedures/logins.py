@@ -13,12 +13,12 @@ from typing import Any
 
 import trio
 
-from hive_core.breaker import Breaker
 from hive_core.containers.login_program import CODE_LIMIT, LoginProgram, open_login_program
 from hive_core.credentials import Credentials, parse_secret
 from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.services.breaker import Breaker
 from hive_core.store.bus import CREDENTIALS, Bus
 
 LOGIN_WITHIN_S = 600.0

@@ -10,11 +10,9 @@ from functools import partial
 
 import trio
 
-from hive_core.agent_locks import AgentLocks
-from hive_core.agents import LIVE, Agent, Agents
-from hive_core.container_states import ContainerStates, ask_for_restart, forgive
 from hive_core.containers.driver import Driver
 from hive_core.containers.mounts import AgentDirs
+from hive_core.git.agent_locks import AgentLocks
 from hive_core.limits import Limits
 from hive_core.procedures.starts import Starts
 from hive_core.procedures.supervise import KILL_PATIENCE_S, Desk, Supervisor, Tools
@@ -22,6 +20,8 @@ from hive_core.procedures.trials import Trial
 from hive_core.procedures.updates import Updates
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, AgentName
+from hive_core.services.agents import LIVE, Agent, Agents
+from hive_core.services.container_states import ContainerStates, ask_for_restart, forgive
 from hive_core.store.bus import WANTED
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction

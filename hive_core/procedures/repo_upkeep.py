@@ -6,12 +6,12 @@ import logging
 
 import trio
 
-from hive_core.agents import Agents
-from hive_core.approvals import TOPIC
+from hive_core.git.repo_upkeep import Needed, Tag
+from hive_core.git.repos import Repos
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import SYSTEM, AgentName, CommitSha
-from hive_core.repo_upkeep import Needed, Tag
-from hive_core.repos import Repos
+from hive_core.services.agents import Agents
+from hive_core.services.approvals import TOPIC
 from hive_core.store.door import Store
 
 log = logging.getLogger(__name__)

@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 
 import trio
 
-from hive_core.access import Access
-from hive_core.agents import Agents
 from hive_core.limits import Limits
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, SYSTEM, AgentName
+from hive_core.services.access import Access
+from hive_core.services.agents import Agents
 from hive_core.snapshots import Snapshot, Snapshots
 from hive_core.store.bus import TURN_ENDS, stream
 from hive_core.store.door import Store

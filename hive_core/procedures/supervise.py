@@ -11,21 +11,21 @@ from typing import Protocol
 
 import trio
 
-from hive_core.agents import Agent, Agents
-from hive_core.container_states import ContainerStates, forget_restart
 from hive_core.containers.driver import Driver
 from hive_core.containers.mounts import AgentDirs
 from hive_core.containers.running import Exit, Running
 from hive_core.containers.scopes import unit_of
 from hive_core.limits import Limits
-from hive_core.notices import notice, tell_manager
-from hive_core.post import put_message
 from hive_core.procedures.starts import Starts
 from hive_core.protocol.ends import how_ended
 from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName
 from hive_core.revision import revision
+from hive_core.services.agents import Agent, Agents
+from hive_core.services.container_states import ContainerStates, forget_restart
+from hive_core.services.notices import notice, tell_manager
+from hive_core.services.post import put_message
 from hive_core.store.door import Store
 from hive_core.store.schema import StoreBusy
 from hive_core.store.writer import Transaction

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import trio
 
-from hive_core.approvals import Approval, Approvals
-from hive_core.events import events_after
 from hive_core.procedures.gate import Gate
 from hive_core.protocol.refusal import Refusal
+from hive_core.services.approvals import Approval, Approvals
+from hive_core.services.events import events_after
 from hive_core.store.bus import EVENTS
 from hive_core.store.door import Store
 

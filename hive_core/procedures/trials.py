@@ -13,12 +13,12 @@ from typing import Any
 
 import trio
 
-from hive_core.agents import LIVE
 from hive_core.procedures.coming_up import End, how_it_came_up
 from hive_core.procedures.supervise import CheckEnd, Supervisor, Tools
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import quoted
 from hive_core.protocol.words import AgentName
+from hive_core.services.agents import LIVE
 from hive_core.store.bus import WANTED
 
 HEALTHY = "healthy"

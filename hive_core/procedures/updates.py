@@ -14,16 +14,16 @@ from collections.abc import Mapping
 
 import trio
 
-from hive_core.agents import AT_REST, LIVE
-from hive_core.container_states import ask_for_restart, forgive
-from hive_core.notices import notice, tell_manager
-from hive_core.post import put_message
 from hive_core.procedures.coming_up import End, how_it_came_up
 from hive_core.procedures.supervise import Supervisor, Tools
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted
 from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName
 from hive_core.revision import revision
+from hive_core.services.agents import AT_REST, LIVE
+from hive_core.services.container_states import ask_for_restart, forgive
+from hive_core.services.notices import notice, tell_manager
+from hive_core.services.post import put_message
 from hive_core.store.bus import DEPLOYED, EVENTS, WANTED
 from hive_core.store.writer import Transaction
 

@@ -14,10 +14,9 @@ from typing import TypeVar
 
 import trio
 
-from hive_core.agent_locks import AgentLocks
-from hive_core.approvals import Approval, note_proof
-from hive_core.container_states import forgive
 from hive_core.effects import derivation_of
+from hive_core.git.agent_locks import AgentLocks
+from hive_core.git.repos import Repos
 from hive_core.procedures.deployments import Change, Deployments, insist_that_it_stays, is_leaving
 from hive_core.procedures.kinds.kind import Done, Step
 from hive_core.procedures.reconcile import Reconciler
@@ -25,10 +24,11 @@ from hive_core.procedures.supervise import AWAY_REST_S
 from hive_core.procedures.trials import HEALTHY, Trial, Unhealthy
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
-from hive_core.repos import Repos
+from hive_core.services.approvals import Approval, note_proof
+from hive_core.services.container_states import forgive
+from hive_core.services.systems import Deployed, deployed_now, note_deployed
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
-from hive_core.systems import Deployed, deployed_now, note_deployed
 
 log = logging.getLogger(__name__)
 BUILDING, WAITING, PROVING = "building", "waiting for its turn to end", "proving"

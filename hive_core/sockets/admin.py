@@ -14,14 +14,8 @@ from typing import Any
 
 import trio
 
-from hive_core.agents import LIVE
-from hive_core.archive import parse_query
-from hive_core.configured import all_configured
 from hive_core.containers.helped import Helper, helper_trouble
-from hive_core.events import follow_events, newest_events
-from hive_core.flow import count_aside
 from hive_core.hive import Hive
-from hive_core.life import life_of
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.call_key import CallKey
 from hive_core.protocol.container_id import container_id
@@ -37,8 +31,15 @@ from hive_core.protocol.words import (
     parse_text,
     shown,
 )
-from hive_core.questions import parse_answer
-from hive_core.schedules import parse_plan
+from hive_core.services.agents import LIVE
+from hive_core.services.archive import parse_query
+from hive_core.services.configured import all_configured
+from hive_core.services.events import follow_events, newest_events
+from hive_core.services.flow import count_aside
+from hive_core.services.life import life_of
+from hive_core.services.questions import parse_answer
+from hive_core.services.schedules import parse_plan
+from hive_core.services.stopped import stopped
 from hive_core.sockets.admin_approvals import approval_streams, approval_verbs, caller_uid
 from hive_core.sockets.admin_credentials import credential_streams, credential_verbs
 from hive_core.sockets.admin_deploys import deploy_verbs
@@ -52,7 +53,6 @@ from hive_core.sockets.admin_tombstones import tombstone_verbs
 from hive_core.sockets.admin_turns import turn_verbs
 from hive_core.sockets.admin_updates import update_status, update_verbs
 from hive_core.sockets.unix import Connection, Lines
-from hive_core.stopped import stopped
 from hive_core.store.bus import EVENTS, WANTED
 from hive_core.version import __version__
 

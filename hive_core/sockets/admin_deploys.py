@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from hive_core.deploy_log import HISTORY_LIMIT
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import parse_agent_name, parse_deployed_tag
+from hive_core.services.deploy_log import HISTORY_LIMIT
 
 Args = dict[str, Any]
 Verbs = dict[str, tuple[Callable[[Args], Awaitable[Any]], set[str]]]

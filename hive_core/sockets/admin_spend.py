@@ -7,10 +7,10 @@ from typing import Any
 
 import trio
 
-from hive_core.budgets import parse_change, parse_kinds, parse_scope
-from hive_core.costs import costs, parse_by, parse_since
 from hive_core.hive import Hive
 from hive_core.protocol.words import OPERATOR
+from hive_core.services.budgets import parse_change, parse_kinds, parse_scope
+from hive_core.services.costs import costs, parse_by, parse_since
 
 FLUSH_WITHIN_S = 1.0
 Args = dict[str, Any]

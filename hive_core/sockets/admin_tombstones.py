@@ -8,7 +8,7 @@ from typing import Any
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import parse_agent_name
-from hive_core.tombstones import Tombstone
+from hive_core.services.tombstones import Tombstone
 
 Args = dict[str, Any]
 Verbs = dict[str, tuple[Callable[[Args], Awaitable[Any]], set[str]]]

@@ -18,12 +18,6 @@ from mcp.server.lowlevel import Server
 from mcp.shared.message import SessionMessage
 from pydantic import ValidationError
 
-from hive_core.agents import Agents
-from hive_core.archive import Archive, parse_query
-from hive_core.broker import Broker
-from hive_core.configured import all_configured
-from hive_core.loose_ends import LooseEnds
-from hive_core.profiles import set_profile
 from hive_core.protocol.call_key import CallKey
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
@@ -32,8 +26,15 @@ from hive_core.protocol.words import (
     parse_body,
     parse_recipients,
 )
-from hive_core.questions import parse_answer, parse_ask
-from hive_core.reminders import When
+from hive_core.services.agents import Agents
+from hive_core.services.archive import Archive, parse_query
+from hive_core.services.broker import Broker
+from hive_core.services.configured import all_configured
+from hive_core.services.loose_ends import LooseEnds
+from hive_core.services.profiles import set_profile
+from hive_core.services.questions import parse_answer, parse_ask
+from hive_core.services.reminders import When
+from hive_core.services.withdrawal import withdraw_thread
 from hive_core.settings import describe
 from hive_core.sockets import forms, told
 from hive_core.sockets.rpc import Wire, say_what_is_wrong
@@ -41,7 +42,6 @@ from hive_core.sockets.told import Result
 from hive_core.sockets.tool import Key, tool, tools_of
 from hive_core.sockets.unix import Connection
 from hive_core.version import __version__
-from hive_core.withdrawal import withdraw_thread
 
 PROGRESS_EVERY_S = 15.0
 WAITS_LIMIT = 16  # calls of one agent that wait for mail at once: each is run again with every message

@@ -9,7 +9,7 @@ import json
 from typing import Any, NamedTuple
 
 from hive_core.protocol.harness import REASONS, STATES, STUCK
-from hive_core.turn_ends import Told
+from hive_core.services.turn_ends import Told
 
 DETAIL_LIMIT = 60
 USAGE_LIMIT_BYTES = 16 * 1024

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, SkipJsonSchema
 from pydantic_core import core_schema
 
-from hive_core.archive import SEARCH_LIMIT
-from hive_core.broker import RECV_LIMIT, RECV_WAIT_LIMIT_S
+from hive_core.services.archive import SEARCH_LIMIT
+from hive_core.services.broker import RECV_LIMIT, RECV_WAIT_LIMIT_S
 from hive_core.toolkits import toolkits
 
 

@@ -11,10 +11,6 @@ from typing import Any
 
 import trio
 
-from hive_core.agents import Agents
-from hive_core.background import Background, parse_work
-from hive_core.broker import Broker
-from hive_core.leases import Lease, Turn, begin_turn
 from hive_core.protocol.harness import (
     FENCE_LIMIT,
     LINES_PER_REQUEST,
@@ -25,13 +21,17 @@ from hive_core.protocol.harness import (
 )
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_id
+from hive_core.services.agents import Agents
+from hive_core.services.background import Background, parse_work
+from hive_core.services.broker import Broker
+from hive_core.services.leases import Lease, Turn, begin_turn
+from hive_core.services.turn_records import add_record
+from hive_core.services.turns import Turns
 from hive_core.sockets.claims import claimed_end, claimed_session, claimed_state, claimed_usage, printable
 from hive_core.sockets.harness_checks import AskedCheck, Checked, Checks
 from hive_core.sockets.silence import Silence
 from hive_core.sockets.unix import Connection, Lines
 from hive_core.store.writer import Transaction
-from hive_core.turn_records import add_record
-from hive_core.turns import Turns
 
 log = logging.getLogger(__name__)
 Request = dict[str, Any] | Refusal

@@ -18,10 +18,10 @@ import httpx2
 import trio
 from starlette.types import Receive, Scope, Send
 
-from hive_core.access import ACCESS, Access, Closed
-from hive_core.charges import FREE_PATHS
 from hive_core.credentials import Credential
 from hive_core.protocol.words import AgentName
+from hive_core.services.access import ACCESS, Access, Closed
+from hive_core.services.charges import FREE_PATHS
 from hive_core.sockets.pieces import Pieces
 from hive_core.sockets.request_body import BODY_LIMIT_BYTES, RequestBody
 from hive_core.usage import Call

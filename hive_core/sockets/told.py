@@ -11,7 +11,7 @@ from typing import Any
 from hive_core.protocol.frame import framed, marked
 from hive_core.protocol.held import say_held
 from hive_core.protocol.visible import counted, named, quoted
-from hive_core.questions import instant
+from hive_core.services.questions import instant
 
 Result = dict[str, Any]
 

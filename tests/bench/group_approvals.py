@@ -12,10 +12,10 @@ from typing import Any
 
 import trio
 
-from hive_core.approvals import Approval, Request, Shown, put_request
 from hive_core.cli.client import Client
 from hive_core.procedures.kinds.kind import Done, Step
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName, CommitSha
+from hive_core.services.approvals import Approval, Request, Shown, put_request
 from hive_core.store.writer import Transaction
 from tests import mending
 from tests.bench.figures import figure, say

@@ -64,7 +64,7 @@ from hive_core.containers.helped_systems import PATIENCE_OF_S, HelpedSystems
 from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.nixos_build import SystemBuilds
 from hive_core.containers.process import ProcessDriver
-from hive_core.nix import Nix
+from hive_core.flakes.nix import Nix
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import trio
 
-from hive_core.approvals import Approval, Request, Shown, put_request
 from hive_core.effects import Effect, Line
 from hive_core.procedures.kinds.kind import Done, Step
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
+from hive_core.services.approvals import Approval, Request, Shown, put_request
 from tests.checkouts import Checkout
 from tests.dashboards import gate_open, hive_of, served
 from tests.hives import Services, open_services

@@ -604,7 +604,7 @@ def test_the_helper_loads_nothing_of_repositories_containers_of_nixos_and_pages(
     look = "import sys, hive_core.helper.cli; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert "hive_core.helper.desk" in loaded
-    assert {"git", "jinja2", "starlette", "hive_core.repos", "hive_core.containers.nixos_conf"} & {*loaded} == set()
+    assert {"git", "jinja2", "starlette", "hive_core.git.repos", "hive_core.containers.nixos_conf"} & {*loaded} == set()
 
 
 def test_a_helper_without_a_socket_to_serve_or_a_user_says_so(tmp_path: Path) -> None:

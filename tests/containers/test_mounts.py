@@ -11,9 +11,9 @@ import pytest
 import trio_asyncio
 
 from hive_core.containers.mounts import agent_dirs, shape
+from hive_core.git.repos import Repos
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, AgentName
-from hive_core.repos import Repos
 from hive_core.snapshots import Snapshots
 from hive_core.store.door import open_store
 from tests.containers.drivers import IRIS, SANDBOXES, STAND_IN, UNITS, digest_of, dirs_in, driver_in, need, run, started

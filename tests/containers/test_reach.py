@@ -14,10 +14,10 @@ import httpx2
 import pytest
 import trio
 
-from hive_core.access import Access
 from hive_core.containers.inside import ETC_FILES, HOME, SYSTEM_PATHS, program_paths
 from hive_core.containers.mounts import MANAGER_TARGETS, TARGETS
 from hive_core.credentials import Credential
+from hive_core.services.access import Access
 from hive_core.sockets.http import serve_asgi
 from hive_core.sockets.model import ModelRelay
 from hive_core.sockets.unix import listen_unix

@@ -12,14 +12,14 @@ import pytest
 import trio
 import trio.testing
 
-from hive_core.agents import set_deployed
-from hive_core.approvals import Approval, Shown, note_proof, settle, show_again
-from hive_core.commit_contents import FILE_LIMIT_BYTES, READ_LIMIT_BYTES, Contents
-from hive_core.events import newest_events
-from hive_core.proposals import DIFF_LIMIT_BYTES
+from hive_core.git.commit_contents import FILE_LIMIT_BYTES, READ_LIMIT_BYTES, Contents
+from hive_core.git.proposals import DIFF_LIMIT_BYTES
 from hive_core.protocol.effect import effect_line
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import PERSONA_LIMIT_BYTES, AgentName, CommitSha
+from hive_core.services.agents import set_deployed
+from hive_core.services.approvals import Approval, Shown, note_proof, settle, show_again
+from hive_core.services.events import newest_events
 from tests.checkouts import Checkout
 from tests.hives import PATIENCE_S, Services, clean_environment, open_services
 
@@ -814,7 +814,7 @@ async def test_a_diff_that_is_too_long_to_read_is_refused_with_the_limit(
     hive: Services, iris: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert DIFF_LIMIT_BYTES >= 2 * FILE_LIMIT_BYTES
-    monkeypatch.setattr("hive_core.proposals.DIFF_LIMIT_BYTES", 100)
+    monkeypatch.setattr("hive_core.git.proposals.DIFF_LIMIT_BYTES", 100)
     with refused("its diff is over 100 bytes; split it"):
         await ask_for(hive, iris.commit(CLAUDE__md="Read slowly.\n" * 20))
 

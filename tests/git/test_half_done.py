@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from hive_core.approvals import Approval
 from hive_core.procedures import walk
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
+from hive_core.services.approvals import Approval
 from tests.checkouts import Checkout
 from tests.dashboards import hive_of
 from tests.git.test_deploy_log import OPUS, change, hive, model

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from hive_core import quarantine
+from hive_core.git import quarantine
+from hive_core.git.repos import Repos
+from hive_core.git.sterile_git import GitLimits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
-from hive_core.repos import Repos
-from hive_core.sterile_git import GitLimits
 from tests.checkouts import Checkout
 from tests.git.raw_objects import blob, commit, commit_with, known, loose, store, tree
 from tests.hives import clean_environment

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import trio
 
-from hive_core.approvals import Approval
-from hive_core.configured import all_configured
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName, CommitSha
+from hive_core.services.approvals import Approval
+from hive_core.services.configured import all_configured
 from tests.checkouts import Checkout
 from tests.hives import PATIENCE_S, Services, open_services
 from tests.notices import read_notice

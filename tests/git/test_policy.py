@@ -9,14 +9,14 @@ from typing import Any
 
 import trio
 
-from hive_core.approvals import Approval
 from hive_core.effects import Effect
-from hive_core.events import newest_events
-from hive_core.freeze import Freeze
+from hive_core.git.proposals import Proposal
 from hive_core.policy_rules import LINES, Rule
 from hive_core.procedures.deployments import PlainDeployments
-from hive_core.proposals import Proposal
 from hive_core.protocol.words import AgentName, CommitSha
+from hive_core.services.approvals import Approval
+from hive_core.services.events import newest_events
+from hive_core.services.freeze import Freeze
 from tests.checkouts import Checkout
 from tests.dashboards import OURS, browse, hive_of
 from tests.git.test_gate import HM1ND, IRIS, TOML, approve, ask_for, mail_of, serving

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import trio
 
+from hive_core.git.repos import Repos
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, CommitSha
-from hive_core.repos import Repos
 from tests.checkouts import Checkout
 from tests.git.raw_objects import blob, loose
 from tests.hives import PATIENCE_S, Services, open_gate

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hive_core.git.repos import Repos
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
-from hive_core.repos import Repos
 from tests.checkouts import Checkout
 
 IRIS = AgentName("iris")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hive_core.sterile_git import GitFailed, GitLimits, run_git
+from hive_core.git.sterile_git import GitFailed, GitLimits, run_git
 from tests.hives import PATIENCE_S
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from hive_core import commit_contents, proposals
-from hive_core.commit_contents import DEPTH_LIMIT, FILE_LIMIT_BYTES, FILES_LIMIT, PATH_LIMIT_BYTES
-from hive_core.proposals import COMMITS_LIMIT
+from hive_core.git import commit_contents, proposals
+from hive_core.git.commit_contents import DEPTH_LIMIT, FILE_LIMIT_BYTES, FILES_LIMIT, PATH_LIMIT_BYTES
+from hive_core.git.proposals import COMMITS_LIMIT
+from hive_core.git.repos import Repos
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
-from hive_core.repos import Repos
 from tests.checkouts import Checkout
 from tests.git.raw_objects import blob, commit, commit_with, known, raw_tree, store, tree
 from tests.hives import clean_environment

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import trio
 
+from hive_core.git.repo_upkeep import alone
 from hive_core.procedures import repo_upkeep
 from hive_core.procedures.repo_upkeep import TAGGED, TIDY_EVERY_S
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, CommitSha
-from hive_core.repo_upkeep import alone
 from hive_core.store.writer import Transaction
 from tests.checkouts import Checkout
 from tests.hives import PATIENCE_S, Services, clean_environment, open_services

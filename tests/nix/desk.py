@@ -7,9 +7,9 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from hive_core.flake_files import agent_files, git_url, input_of, meta_flake
-from hive_core.flakes import Evaluated, MetaFlake, Sources
-from hive_core.nix import Nix, NixLimits
+from hive_core.flakes.flake_files import agent_files, git_url, input_of, meta_flake
+from hive_core.flakes.flakes import Evaluated, MetaFlake, Sources
+from hive_core.flakes.nix import Nix, NixLimits
 from hive_core.protocol.words import AgentName, CommitSha
 from tests.nixes import ROOT
 

@@ -21,12 +21,12 @@ from typing import Any
 
 import trio
 
-from hive_core.agent_locks import AgentLocks
-from hive_core.flakes import MetaFlake, Sources
-from hive_core.nix import Nix, NixLimits
+from hive_core.flakes.flakes import MetaFlake, Sources
+from hive_core.flakes.nix import Nix, NixLimits
+from hive_core.git.agent_locks import AgentLocks
+from hive_core.git.repos import Repos
 from hive_core.procedures.flake_deployments import FlakeDeployments
 from hive_core.protocol.words import AgentName, StorePath, parse_store_path
-from hive_core.repos import Repos
 from hive_core.store.door import Store
 from tests.hives import PATIENCE_S, Services, open_services
 from tests.needs import ROOT

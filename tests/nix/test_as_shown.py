@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hive_core.approvals import Approval, settle
 from hive_core.effects import derivation_of
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.services.approvals import Approval, settle
 from tests.hives import Services
 from tests.nix.house import House, mended, serving, with_nixpkgs
 from tests.nix.test_built import STRACE, BuiltHouse, open_house

@@ -12,7 +12,6 @@ import pytest
 import trio
 import trio.testing
 
-from hive_core.approvals import Approval, settle
 from hive_core.containers.mounts import agent_dirs
 from hive_core.procedures import gate
 from hive_core.procedures.deployments import Change
@@ -20,9 +19,10 @@ from hive_core.procedures.flake_deployments import CHECKS_WAITING
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, CommitSha, StorePath
+from hive_core.services.approvals import Approval, settle
+from hive_core.services.systems import system_of
+from hive_core.services.tombstones import Tombstones, forget, keep
 from hive_core.store.bus import APPROVED
-from hive_core.systems import system_of
-from hive_core.tombstones import Tombstones, forget, keep
 from tests.checkouts import Checkout
 from tests.hives import Services, open_services, wait_until
 from tests.nix.house import House, mended, nothing, serving

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hive_core.effects_of_systems import Facts, parse_facts, system_lines
+from hive_core.flakes.effects_of_systems import Facts, parse_facts, system_lines
 from hive_core.policy_rules import Case, allows, parse_rules
 from hive_core.protocol.effect import effect_line
 from hive_core.protocol.refusal import Refusal

@@ -10,9 +10,9 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hive_core.flake_files import agent_files, git_url, input_of, meta_flake, nix_string
-from hive_core.flakes import MetaFlake
-from hive_core.nix import NixLimits
+from hive_core.flakes.flake_files import agent_files, git_url, input_of, meta_flake, nix_string
+from hive_core.flakes.flakes import MetaFlake
+from hive_core.flakes.nix import NixLimits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from hive_core.settings import parse_agent_toml

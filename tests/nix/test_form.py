@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hive_core.flake_files import agent_files, meta_flake, other_packages_flake
+from hive_core.flakes.flake_files import agent_files, meta_flake, other_packages_flake
 from hive_core.protocol.words import AgentName
 from tests.nixes import ROOT
 

@@ -20,7 +20,7 @@ from hive_agent.rehearsal_script import BadScript, fill_command, find_rules
 from hive_core.config import Config, load_config
 from hive_core.containers.nixos_host import NixosHost
 from hive_core.daemon_cli import main as hive_core
-from hive_core.flake_files import agent_files
+from hive_core.flakes.flake_files import agent_files
 from hive_core.protocol.words import AgentName
 from tests import nix_pages
 from tests.nixes import NIXPKGS, ROOT, Nix

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hive_core.nix import NixLimits
+from hive_core.flakes.nix import NixLimits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from tests.nix.desk import Desk

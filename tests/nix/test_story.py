@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hive_core.approvals import Approval
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName, CommitSha
+from hive_core.services.approvals import Approval
 from tests.checkouts import Checkout
 from tests.hives import Services, open_services
 from tests.nix.house import House, serving

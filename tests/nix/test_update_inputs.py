@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from hive_core.approvals import settle
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
+from hive_core.services.approvals import settle
+from hive_core.services.systems import system_of
 from hive_core.store.bus import DEPLOYED
-from hive_core.systems import system_of
 from tests.hives import open_services, wait_until
 from tests.nix.house import STANDIN, House, serving
 

@@ -26,7 +26,7 @@ PLACES = [
     (TRIAL, "Trial.prove", "noted", BEFORE),
     (TRIAL, "Trial.prove", "proven", AFTER),
     (FLAKE, "FlakeDeployments.settle", "proof kept", BEFORE),
-    ("hive_core.repos", "Repos.deploy", "main moved", AFTER),
+    ("hive_core.git.repos", "Repos.deploy", "main moved", AFTER),
     (FLAKE, "FlakeDeployments.settle", "settled", AFTER),
 ]
 STEPS = [place[2] for place in PLACES]

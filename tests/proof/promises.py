@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hive_core.limits import Limits
-from hive_core.rests import OWN_TRIES, REST_MOST_S
-from hive_core.turn_ends import ERRAND_EVERY
+from hive_core.services.rests import OWN_TRIES, REST_MOST_S
+from hive_core.services.turn_ends import ERRAND_EVERY
 
 Broken = Iterator[str]
 
@@ -74,7 +74,7 @@ class Told:
     limits: Limits = field(default_factory=Limits)
     refused: list[tuple[str, str]] = field(default_factory=list)
     excused: set[int] = field(default_factory=set)
-    bodies: Path | None = None  # the folder of large bodies, as hive_core.bodies keeps them
+    bodies: Path | None = None  # the folder of large bodies, as hive_core.services.bodies keeps them
 
 
 def broken_promises(db: sqlite3.Connection, told: Told, promises: Sequence[Promise] | None = None) -> list[str]:

@@ -18,12 +18,12 @@ from typing import Any
 import trio
 import trio_asyncio
 
-from hive_core.bodies import Bodies
-from hive_core.broker import Broker
-from hive_core.leases import Lease, Turn
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_agent_name, parse_body
+from hive_core.services.bodies import Bodies
+from hive_core.services.broker import Broker
+from hive_core.services.leases import Lease, Turn
 from hive_core.store.door import Store, open_store
 from hive_core.store.writer import Transaction
 from tests.proof.promises import Acked, Leased, Sent, Told

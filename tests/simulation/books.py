@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hive_core.breaker import LOOK_AGAIN_S
-from hive_core.budgets import THE_HIVE
-from hive_core.charges import DAY_MS
-from hive_core.turn_costs import BEGINS_WITHIN_S
+from hive_core.services.breaker import LOOK_AGAIN_S
+from hive_core.services.budgets import THE_HIVE
+from hive_core.services.charges import DAY_MS
+from hive_core.services.turn_costs import BEGINS_WITHIN_S
 from hive_core.usage import Call
 from tests.simulation.provider import INPUT_MICRO_USD, OUTPUT_MICRO_USD
 from tests.simulation.weather import Weather

@@ -13,12 +13,12 @@ from typing import Any
 
 import trio
 
-from hive_core.broker import RECV_LIMIT
 from hive_core.protocol.harness import PROTOCOL_VERSION, RENEW_EVERY_S
 from hive_core.protocol.lines import LineSplitter, decode, encode
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import EVERYONE, OPERATOR, AgentName, MessageBody
-from hive_core.reminders import When
+from hive_core.services.broker import RECV_LIMIT
+from hive_core.services.reminders import When
 from tests.simulation.host import Host
 from tests.simulation.weather import Chance
 

@@ -13,28 +13,28 @@ from typing import Any, TypeVar
 import trio
 import trio.testing
 
-from hive_core.access import Access, Closed
-from hive_core.agents import Agents
-from hive_core.archive import Archive, Query
-from hive_core.background import Background
-from hive_core.breaker import Breaker
-from hive_core.broker import Broker
-from hive_core.freeze import Freeze
-from hive_core.ledger import Ledger
 from hive_core.prices import load_prices
 from hive_core.procedures.clock import serve_clock
 from hive_core.protocol.words import AgentName
-from hive_core.reminders import Reminders
-from hive_core.rests import Rests
-from hive_core.retention import Retention
-from hive_core.schedules import Schedules
+from hive_core.services.access import Access, Closed
+from hive_core.services.agents import Agents
+from hive_core.services.archive import Archive, Query
+from hive_core.services.background import Background
+from hive_core.services.breaker import Breaker
+from hive_core.services.broker import Broker
+from hive_core.services.freeze import Freeze
+from hive_core.services.ledger import Ledger
+from hive_core.services.reminders import Reminders
+from hive_core.services.rests import Rests
+from hive_core.services.retention import Retention
+from hive_core.services.schedules import Schedules
+from hive_core.services.steering import Steering
+from hive_core.services.tool_calls import forget_old_tool_calls
+from hive_core.services.turn_ends import TurnEnd
+from hive_core.services.turns import Turns
 from hive_core.sockets.harness import HarnessDesk
-from hive_core.steering import Steering
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
-from hive_core.tool_calls import forget_old_tool_calls
-from hive_core.turn_ends import TurnEnd
-from hive_core.turns import Turns
 from tests.simulation.books import Books
 from tests.simulation.inline_store import DaemonDied
 from tests.simulation.provider import Answer, OneKey, Provider, relay

@@ -8,12 +8,12 @@ from typing import Any
 
 import trio
 
-from hive_core.broker import Broker
-from hive_core.budgets import THE_HIVE, Change, Kind
 from hive_core.credentials import DEFAULT
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import EVERYONE, OPERATOR, AgentName, MessageBody
-from hive_core.schedules import parse_plan
+from hive_core.services.broker import Broker
+from hive_core.services.budgets import THE_HIVE, Change, Kind
+from hive_core.services.schedules import parse_plan
 from tests.simulation.harness import Agent
 from tests.simulation.host import Daemon, Host
 from tests.simulation.weather import HOUR_S, Chance

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from hive_core.access import ACCESS, Access
 from hive_core.credentials import Credential, Credentials
 from hive_core.protocol.words import AgentName
+from hive_core.services.access import ACCESS, Access
 from hive_core.usage import Call
 from tests.simulation.weather import Chance, Weather
 

@@ -14,9 +14,9 @@ import trio
 import trio.testing
 import trio_asyncio
 
-from hive_core.agents import Agents, set_deployed
-from hive_core.broker import Broker
 from hive_core.protocol.words import AgentName
+from hive_core.services.agents import Agents, set_deployed
+from hive_core.services.broker import Broker
 from hive_core.store.bus import Bus
 from hive_core.store.door import Store, open_store
 from hive_core.store.writer import Batches, Transaction

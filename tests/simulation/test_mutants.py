@@ -9,13 +9,13 @@ import pytest
 import trio
 from outcome import Error
 
-from hive_core import broker, leases, post, rests, retention
-from hive_core.broker import Acked, Broker
-from hive_core.leases import Turn
 from hive_core.limits import Limits
 from hive_core.protocol.words import OPERATOR, AgentName
-from hive_core.reminders import Reminders
-from hive_core.schedules import Schedules
+from hive_core.services import broker, leases, post, rests, retention
+from hive_core.services.broker import Acked, Broker
+from hive_core.services.leases import Turn
+from hive_core.services.reminders import Reminders
+from hive_core.services.schedules import Schedules
 from hive_core.store.bus import RESTING
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import trio
 
-from hive_core import ledger, turn_ends
-from hive_core.access import Access
-from hive_core.breaker import Breaker
-from hive_core.broker import Broker
-from hive_core.budgets import Budget
-from hive_core.freeze import Freeze
-from hive_core.leases import Lease
-from hive_core.ledger import Ledger
 from hive_core.protocol.words import AgentName
+from hive_core.services import ledger, turn_ends
+from hive_core.services.access import Access
+from hive_core.services.breaker import Breaker
+from hive_core.services.broker import Broker
+from hive_core.services.budgets import Budget
+from hive_core.services.freeze import Freeze
+from hive_core.services.leases import Lease
+from hive_core.services.ledger import Ledger
+from hive_core.services.turn_costs import TurnCosts
 from hive_core.store.writer import Transaction
-from hive_core.turn_costs import TurnCosts
 from tests.simulation.swarm import simulate
 from tests.simulation.test_mutants import SEED, STORM
 from tests.simulation.weather import CALM

@@ -10,14 +10,14 @@ import pytest
 import trio
 import trio.testing
 
-from hive_core.access import Access, Closed
-from hive_core.agents import Agents
-from hive_core.freeze import Freeze
-from hive_core.leases import Lease
 from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.services.access import Access, Closed
+from hive_core.services.agents import Agents
+from hive_core.services.freeze import Freeze
+from hive_core.services.leases import Lease
+from hive_core.services.turn_ends import Told
 from hive_core.store import writer
 from hive_core.store.schema import StoreBusy
-from hive_core.turn_ends import Told
 from tests.hives import PATIENCE_S, Services, held_writer
 
 IRIS = AgentName("iris")

@@ -15,17 +15,17 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hive_core.approvals import Request, Shown, put_request
 from hive_core.config import Config
 from hive_core.credentials import Credentials
 from hive_core.hive import Hive
 from hive_core.kept import Keeper
-from hive_core.post import put_message
 from hive_core.procedures.updates import Updates
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
 from hive_core.protocol.words import BODY_LIMIT_BYTES, AgentName, parse_body
-from hive_core.sign_ins import SignIns
+from hive_core.services.approvals import Request, Shown, put_request
+from hive_core.services.post import put_message
+from hive_core.services.sign_ins import SignIns
 from hive_core.sockets.admin import AdminDesk
 from tests.hives import PATIENCE_S, Peer, Services, connect, run_in_hive, serve
 

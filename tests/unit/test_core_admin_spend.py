@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from hive_core.costs import Span, parse_since
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
+from hive_core.services.costs import Span, parse_since
 from hive_core.sockets.admin import AdminDesk
 from hive_core.usage import Call
 from tests.dashboards import hive_of

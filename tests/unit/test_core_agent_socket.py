@@ -15,12 +15,12 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hive_core.background import Work
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
 from hive_core.protocol.visible import HIDDEN
 from hive_core.protocol.words import BODY_LIMIT_BYTES, MANAGER, OPERATOR, AgentName
-from hive_core.questions import Ask
-from hive_core.reminders import When
+from hive_core.services.background import Work
+from hive_core.services.questions import Ask
+from hive_core.services.reminders import When
 from hive_core.sockets.agent import SEARCHES_LIMIT, WAITS_LIMIT, serve_agent
 from tests.hives import PATIENCE_S, Services, connect, held_writer, run_in_hive, serve, wait_until
 from tests.tools import Program, desk_for, program
@@ -281,7 +281,7 @@ async def test_searches_of_an_agent_that_wait_are_bounded_and_another_agents_are
         await go_on.wait()
         return {"messages": [], "next_cursor": None}
 
-    monkeypatch.setattr("hive_core.archive.Archive.search", slow)
+    monkeypatch.setattr("hive_core.services.archive.Archive.search", slow)
     async with program(door) as iris, program(managers_door) as manager:
         for _ in range(SEARCHES_LIMIT):
             await iris.begin("tools/call", name="search_messages", arguments={"text": "word"})

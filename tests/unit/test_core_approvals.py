@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from hive_core.approvals import Approval, Request, Shown, put_request
 from hive_core.limits import Limits
 from hive_core.procedures.kinds.kind import Done, Step
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
+from hive_core.services.approvals import Approval, Request, Shown, put_request
 from hive_core.store.bus import APPROVED
 from tests.dashboards import gate_open, hive_of
 from tests.hives import Services, wait_until

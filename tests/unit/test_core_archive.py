@@ -19,11 +19,11 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hive_core.archive import Archive, Query, parse_query
 from hive_core.cli import show
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, parse_body
+from hive_core.services.archive import Archive, Query, parse_query
 from tests.hives import Services, held_writer, run_in_hive
 from tests.processes import PATIENCE_S
 from tests.tools import desk_for
@@ -183,7 +183,7 @@ async def test_a_second_archive_on_the_same_store_indexes_nothing_twice(hive: Se
 async def test_the_index_holds_what_the_messages_say_and_nothing_else(
     hive: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hive_core.search_index.BATCH", 10)
+    monkeypatch.setattr("hive_core.services.search_index.BATCH", 10)
     for n in range(8):
         await hive.broker.send(IRIS, (DAMOCLES, HM1ND, OPERATOR), parse_body(f"word {n}"))
         thread = await hive.say("operator", "iris", "one word and another")
@@ -199,7 +199,7 @@ async def test_the_index_holds_what_the_messages_say_and_nothing_else(
 async def test_one_transaction_indexes_no_more_than_its_bytes_but_one_message_always(
     hive: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hive_core.search_index.BATCH_BYTES", 1000)
+    monkeypatch.setattr("hive_core.services.search_index.BATCH_BYTES", 1000)
     for size in (400, 600, 1, 5000, 10):
         await hive.say("operator", "iris", "x" * size)
     index, marks, more = archive_of(hive).index, [], True
@@ -210,7 +210,7 @@ async def test_one_transaction_indexes_no_more_than_its_bytes_but_one_message_al
 
 
 async def test_the_index_follows_by_itself(hive: Services, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hive_core.search_index.GATHER_S", 0.0)
+    monkeypatch.setattr("hive_core.services.search_index.GATHER_S", 0.0)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(archive_of(hive).index.serve)
         await hive.say("operator", "iris", "word")
@@ -223,7 +223,7 @@ async def test_the_index_follows_by_itself(hive: Services, monkeypatch: pytest.M
 async def test_between_two_batches_the_index_rests_four_times_as_long_as_one_took(
     hive: Services, monkeypatch: pytest.MonkeyPatch, mock_clock: trio.testing.MockClock
 ) -> None:
-    monkeypatch.setattr("hive_core.search_index.BATCH", 1)
+    monkeypatch.setattr("hive_core.services.search_index.BATCH", 1)
     for _ in range(2):
         await hive.say("operator", "iris", "word")
 
@@ -251,7 +251,7 @@ async def test_between_two_batches_the_index_rests_four_times_as_long_as_one_too
 async def test_on_a_full_disk_the_index_waits_and_says_so_and_goes_on_by_itself(
     hive: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("hive_core.search_index.BUSY_REST_S", 0.0)
+    monkeypatch.setattr("hive_core.services.search_index.BUSY_REST_S", 0.0)
     await hive.say("operator", "iris", "word")
     hive.set_full(True)
     async with trio.open_nursery() as nursery:
@@ -269,7 +269,7 @@ async def test_on_a_full_disk_the_index_waits_and_says_so_and_goes_on_by_itself(
 async def test_a_search_that_cannot_catch_up_says_what_it_has_not_seen(
     hive: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hive_core.search_index.CATCH_UP_S", 0.0)
+    monkeypatch.setattr("hive_core.services.search_index.CATCH_UP_S", 0.0)
     for _ in range(3):
         await hive.say("operator", "iris", "word")
     answer = await archive_of(hive).search(Query("word"))
@@ -318,7 +318,7 @@ async def test_a_search_that_takes_too_long_is_ended_and_says_what_to_do(
     await hive.say("iris", "operator", "word")
     for text in ("word", ""):
         with monkeypatch.context() as patch:
-            patch.setattr("hive_core.archive.SEARCH_S", 0.0)
+            patch.setattr("hive_core.services.archive.SEARCH_S", 0.0)
             with pytest.raises(Refusal, match=r"ran for 0 s.* fewer or longer words.* sender, thread") as caught:
                 await found(hive, text, reader)
         assert caught.value.code == "refused"
@@ -337,7 +337,7 @@ async def test_wherever_a_search_is_ended_the_index_is_not_taken_for_a_damaged_o
     monkeypatch.setattr("hive_core.store.door.time", looks)
     answers = []
     for limit_s in range(1, 2000, 5):
-        monkeypatch.setattr("hive_core.archive.SEARCH_S", limit_s)
+        monkeypatch.setattr("hive_core.services.archive.SEARCH_S", limit_s)
         with contextlib.suppress(Refusal):
             answers.append((limit_s, await found(hive, 'wo* "word 5"', IRIS)))
             break

@@ -12,11 +12,11 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive_core.background import KEPT_S, RUNNING_LIMIT, UNASKED_PER_HOUR, Work, parse_work
-from hive_core.leases import Turn
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
+from hive_core.services.background import KEPT_S, RUNNING_LIMIT, UNASKED_PER_HOUR, Work, parse_work
+from hive_core.services.leases import Turn
 from tests.hives import Services, open_services
 
 IRIS = AgentName("iris")

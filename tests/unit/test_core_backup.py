@@ -23,11 +23,11 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hive_core.git.repos import Repos
 from hive_core.lock import take_lock
 from hive_core.procedures import backup, backup_format, restore
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
-from hive_core.repos import Repos
 from hive_core.store.schema import APPLICATION_ID, migrate
 from tests.dashboards import hive_of
 from tests.hives import Services, clean_environment, open_services

@@ -16,11 +16,11 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive_core.bodies import BEGINNING_BYTES, ORPHAN_KEPT_S, Bodies, is_large, piece
-from hive_core.broker import Broker
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import BODY_LIMIT_BYTES, INLINE_LIMIT_BYTES, AgentName, MessageBody
+from hive_core.services.bodies import BEGINNING_BYTES, ORPHAN_KEPT_S, Bodies, is_large, piece
+from hive_core.services.broker import Broker
 from hive_core.store.schema import StoreBusy
 from tests.hives import Services, open_services
 
@@ -205,7 +205,7 @@ async def test_a_disk_that_does_not_take_the_file_refuses_the_send(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
-    monkeypatch.setattr("hive_core.bodies.os.fsync", no_room)
+    monkeypatch.setattr("hive_core.services.bodies.os.fsync", no_room)
     with pytest.raises(Refusal, match=r"cannot keep a message of 131,073 bytes: .*space") as full:
         await hive.say("iris", "damocles", LARGE)
     assert full.value.code == "unavailable"
@@ -230,7 +230,7 @@ async def test_everything_is_synced_before_the_row_is_written(hive: Services, mo
         done.append("row")
         return await write_together(*args)
 
-    monkeypatch.setattr("hive_core.bodies.os.fsync", note_fsync)
+    monkeypatch.setattr("hive_core.services.bodies.os.fsync", note_fsync)
     monkeypatch.setattr(Path, "rename", note_rename)
     monkeypatch.setattr(hive.store, "write_together", note_write)
     await hive.say("iris", "damocles", LARGE)

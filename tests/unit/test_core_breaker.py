@@ -17,16 +17,16 @@ import pytest
 import trio
 import trio.testing
 
-from hive_core.access import Access, Closed
-from hive_core.agents import set_deployed
-from hive_core.breaker import Breaker
-from hive_core.broker import Broker
 from hive_core.credentials import Credential, Credentials
-from hive_core.leases import begin_turn
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.provider_limits import FAR_MS
+from hive_core.services.access import Access, Closed
+from hive_core.services.agents import set_deployed
+from hive_core.services.breaker import Breaker
+from hive_core.services.broker import Broker
+from hive_core.services.leases import begin_turn
 from hive_core.sockets.http import serve_asgi
 from hive_core.sockets.model import ModelRelay
 from hive_core.sockets.unix import listen_unix

@@ -14,17 +14,17 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive_core.broker import Acked, Broker
-from hive_core.leases import Lease, Turn, begin_turn
 from hive_core.limits import Limits
-from hive_core.post import put_message
 from hive_core.protocol.call_key import CallKey
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_body
-from hive_core.rests import REST_MOST_S, Rests, settle
+from hive_core.services.broker import Acked, Broker
+from hive_core.services.leases import Lease, Turn, begin_turn
+from hive_core.services.post import put_message
+from hive_core.services.rests import REST_MOST_S, Rests, settle
+from hive_core.services.tool_calls import forget_old_tool_calls
+from hive_core.services.withdrawal import withdraw
 from hive_core.store.writer import Transaction
-from hive_core.tool_calls import forget_old_tool_calls
-from hive_core.withdrawal import withdraw
 from tests.hives import PATIENCE_S, Services, held_writer, open_services, second_look
 
 IRIS, DAMOCLES, HM1ND, OPERATOR = (AgentName(name) for name in ("iris", "damocles", "hm1nd", "operator"))

@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from hive_core.broker import Acked
-from hive_core.leases import Lease, Turn
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import EVERYONE, OPERATOR, SYSTEM, AgentName, parse_body
+from hive_core.services.broker import Acked
+from hive_core.services.leases import Lease, Turn
 from tests.hives import Services
 from tests.living import LivingHive
 

@@ -13,7 +13,7 @@ from hive_core.limits import Limits
 from hive_core.procedures import clock
 from hive_core.procedures.clock import Timer, serve_clock
 from hive_core.protocol.words import AgentName
-from hive_core.rests import Rests
+from hive_core.services.rests import Rests
 from hive_core.store.writer import Transaction
 from tests.hives import PATIENCE_S, Services, wait_until
 

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from hive_core.agents import pick_port
 from hive_core.config import PATHS, Config, load_config
 from hive_core.credentials import Credential, find_credential, how_to_give_one
+from hive_core.git.repos import harness_settings
 from hive_core.logs import JournalFormatter, JsonFormatter
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import shown
-from hive_core.repos import harness_settings
+from hive_core.services.agents import pick_port
 from hive_core.settings import DEFAULT_TOOLS, parse_agent_toml
 from hive_core.sockets.admin import PATIENCE_MOST_S
 from hive_core.systemd import notify

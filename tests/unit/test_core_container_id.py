@@ -11,10 +11,10 @@ import trio
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hive_core.configured import note_configured
 from hive_core.protocol.container_id import CONTAINER_ID_LIMIT, container_id
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, RESERVED, AgentName, CommitSha, parse_agent_name
+from hive_core.services.configured import note_configured
 from hive_core.sockets.admin import AdminDesk
 from tests.dashboards import hive_of
 from tests.hives import Services, open_services

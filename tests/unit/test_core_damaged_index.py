@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from hive_core.archive import Archive, parse_query
 from hive_core.limits import Limits
 from hive_core.protocol.words import AgentName
-from hive_core.retention import Retention
+from hive_core.services.archive import Archive, parse_query
+from hive_core.services.retention import Retention
 from tests.hives import PATIENCE_S, Services, open_services
 
 DAMAGES = {
@@ -57,7 +57,7 @@ async def damaged(folder: Path, damage: str) -> AsyncIterator[Services]:
 async def test_what_comes_is_indexed_and_all_is_found_again(
     tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hive_core.search_index.GATHER_S", 0.0)
+    monkeypatch.setattr("hive_core.services.search_index.GATHER_S", 0.0)
     async with damaged(tmp_path, damage) as hive, trio.open_nursery() as nursery:
         nursery.start_soon(archive_of(hive).index.serve)
         with trio.fail_after(PATIENCE_S):

@@ -11,9 +11,9 @@ import trio
 
 from dashboard.rows import Rows
 from hive_core.cli import show
-from hive_core.disk_use import DiskUses, measure
 from hive_core.limits import Limits
 from hive_core.protocol.words import AgentName
+from hive_core.services.disk_use import DiskUses, measure
 from hive_core.sockets.admin import AdminDesk
 from hive_core.trees import remove_tree
 from tests.dashboards import hive_of
@@ -161,7 +161,7 @@ async def test_what_all_share_is_measured_too_whatever_an_agent_plants_there(hiv
 async def test_an_agent_whose_disk_hangs_keeps_nobody_elses_from_being_measured(
     hive: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hive_core.disk_use.HANGS_AFTER_S", 0.3)
+    monkeypatch.setattr("hive_core.services.disk_use.HANGS_AFTER_S", 0.3)
     disk = DiskUses(hive.store, hive.broker.limits, hive.state_dir)
     with hanging(hive.state_dir / "agents" / "hm1nd" / "state"):
         await disk.look()

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive_core.commit_contents import Entry
 from hive_core.effects import LISTED, TEXT_LIMIT, Effect, Line, file_lines, prompt_lines
 from hive_core.effects_of_settings import settings_lines
-from hive_core.effects_of_systems import (
+from hive_core.flakes.effects_of_systems import (
     Closure,
     Facts,
     Package,
@@ -21,6 +20,7 @@ from hive_core.effects_of_systems import (
     parse_facts,
     system_lines,
 )
+from hive_core.git.commit_contents import Entry
 from hive_core.protocol.effect import effect_line
 from hive_core.settings import AgentSettings
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from hive_core.broker import Broker
 from hive_core.cli import show
-from hive_core.life import life_of, tell_life, tell_sending
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, parse_body
+from hive_core.services.broker import Broker
+from hive_core.services.life import life_of, tell_life, tell_sending
 from tests.hives import Services, open_services
 
 IRIS, DAMOCLES = AgentName("iris"), AgentName("damocles")

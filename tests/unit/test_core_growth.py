@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 from trio_asyncio import aio_as_trio
 
-from hive_core.archive import _NEWEST_OF_AGENT, Archive, Query, _whose
-from hive_core.leases import begin_turn
 from hive_core.limits import Limits
-from hive_core.post import Letter, forget_depth, post
 from hive_core.protocol.words import OPERATOR, AgentName, parse_body
-from hive_core.questions import Ask
-from hive_core.rests import Rests
-from hive_core.retention import Retention
+from hive_core.services.archive import _NEWEST_OF_AGENT, Archive, Query, _whose
+from hive_core.services.leases import begin_turn
+from hive_core.services.post import Letter, forget_depth, post
+from hive_core.services.questions import Ask
+from hive_core.services.rests import Rests
+from hive_core.services.retention import Retention
+from hive_core.services.turn_ends import TurnEnd
 from hive_core.store.door import READERS, _wake_recipients
 from hive_core.store.writer import Transaction
-from hive_core.turn_ends import TurnEnd
 from tests.hives import Services
 
 IRIS, HM1ND, DAMOCLES = AgentName("iris"), AgentName("hm1nd"), AgentName("damocles")

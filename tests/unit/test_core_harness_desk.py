@@ -16,8 +16,6 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hive_core.breaker import Breaker
-from hive_core.broker import Broker
 from hive_core.credentials import Credentials
 from hive_core.limits import Limits
 from hive_core.protocol.harness import (
@@ -29,6 +27,8 @@ from hive_core.protocol.harness import (
     STREAM_LINE_LIMIT_BYTES,
 )
 from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.services.breaker import Breaker
+from hive_core.services.broker import Broker
 from hive_core.sockets.claims import claimed_end, claimed_state
 from hive_core.sockets.harness import HarnessDesk
 from hive_core.sockets.harness_checks import Checked

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import trio
 
-from hive_core.agents import Agent
-from hive_core.container_states import ContainerStates
 from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.running import Exit
+from hive_core.git.repos import Repos
 from hive_core.limits import Limits
 from hive_core.procedures.starts import Starts
 from hive_core.procedures.supervise import Supervisor, Tools
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import HIDDEN, named
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
-from hive_core.repos import Repos
+from hive_core.services.agents import Agent
+from hive_core.services.container_states import ContainerStates
 from tests.hives import Services, open_services
 
 IRIS, ARGUS = AgentName("iris"), AgentName("argus")

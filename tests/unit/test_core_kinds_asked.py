@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import trio
 
-from hive_core.approvals import Approval
-from hive_core.budgets import parse_change
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
+from hive_core.services.approvals import Approval
+from hive_core.services.budgets import parse_change
+from hive_core.services.tombstones import TOMBSTONES
 from hive_core.store.bus import EVENTS
-from hive_core.tombstones import TOMBSTONES
 from tests.dashboards import browse, hive_of
 from tests.hives import PATIENCE_S, Services, wait_until
 from tests.notices import read_notice

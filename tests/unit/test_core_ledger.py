@@ -13,21 +13,21 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hive_core.access import Closed
-from hive_core.budgets import parse_change, parse_kinds, parse_scope
-from hive_core.charges import DAY_MS, Tokens, read_tokens
-from hive_core.history import forget_history
-from hive_core.leases import Lease, begin_turn
-from hive_core.ledger import Ledger
 from hive_core.limits import Limits
 from hive_core.prices import KINDS, load_prices
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
-from hive_core.reminders import When
-from hive_core.schedules import parse_plan
+from hive_core.services.access import Closed
+from hive_core.services.budgets import parse_change, parse_kinds, parse_scope
+from hive_core.services.charges import DAY_MS, Tokens, read_tokens
+from hive_core.services.history import forget_history
+from hive_core.services.leases import Lease, begin_turn
+from hive_core.services.ledger import Ledger
+from hive_core.services.reminders import When
+from hive_core.services.schedules import parse_plan
+from hive_core.services.usage_compared import compare
 from hive_core.store.bus import EVENTS, TURN_ENDS
 from hive_core.usage import Call
-from hive_core.usage_compared import compare
 from tests.hives import Services, run_in_hive, wait_until
 from tests.processes import PATIENCE_S
 

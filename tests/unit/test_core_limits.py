@@ -4,7 +4,7 @@ import pytest
 
 from hive_core.config import Config
 from hive_core.limits import Limits
-from hive_core.turns import LINES_PER_AGENT, LINES_PER_TURN
+from hive_core.services.turns import LINES_PER_AGENT, LINES_PER_TURN
 from tests.defaults_page import PAGE, in_words, page
 
 

@@ -12,20 +12,20 @@ from typing import Any
 import pytest
 import trio
 
-from hive_core import withdrawal
 from hive_core.limits import Limits
-from hive_core.post import Letter, post
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName, parse_body
-from hive_core.questions import Answer, Ask
-from hive_core.reminders import When
-from hive_core.schedules import parse_plan
+from hive_core.services import withdrawal
+from hive_core.services.post import Letter, post
+from hive_core.services.questions import Answer, Ask
+from hive_core.services.reminders import When
+from hive_core.services.schedules import parse_plan
+from hive_core.services.withdrawal import withdraw_thread
 from hive_core.sockets.admin import AdminDesk
 from hive_core.sockets.agent import AgentDesk
 from hive_core.sockets.manager_tools import ManagerTools
 from hive_core.sockets.tool import declared
 from hive_core.store.writer import Transaction
-from hive_core.withdrawal import withdraw_thread
 from tests.dashboards import OURS, browse, hive_of, served
 from tests.hives import Services, open_services, run_hive, serve
 from tests.processes import PATIENCE_S

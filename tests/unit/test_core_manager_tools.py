@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
-from hive_core.questions import Ask
+from hive_core.services.questions import Ask
 from hive_core.sockets.admin_lifecycle import lifecycle_verbs
 from tests.dashboards import hive_of
 from tests.hives import Services

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from hive_core.archive import Archive, Query
-from hive_core.leases import Turn
 from hive_core.limits import Limits
 from hive_core.protocol.words import OPERATOR, AgentName
-from hive_core.reminders import When
-from hive_core.retention import Retention
-from hive_core.schedules import parse_plan
+from hive_core.services.archive import Archive, Query
+from hive_core.services.leases import Turn
+from hive_core.services.reminders import When
+from hive_core.services.retention import Retention
+from hive_core.services.schedules import parse_plan
 from hive_core.store.schema import APPLICATION_ID, migrations
 from tests.hives import Services, open_services
 

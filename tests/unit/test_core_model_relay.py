@@ -18,9 +18,9 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hive_core.access import Access, Closed
 from hive_core.credentials import Credential
 from hive_core.protocol.words import AgentName
+from hive_core.services.access import Access, Closed
 from hive_core.sockets import model, request_body
 from hive_core.sockets.http import serve_asgi
 from hive_core.sockets.model import ModelRelay, passed_headers

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive_core.notices import KINDS, TEXT_LIMIT, TEXTS, notice
 from hive_core.protocol.visible import HIDDEN, named
+from hive_core.services.notices import KINDS, TEXT_LIMIT, TEXTS, notice
 from tests.needs import ROOT
 from tests.notices import read_notice, table
 

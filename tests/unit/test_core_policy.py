@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive_core.commit_contents import Entry
 from hive_core.config import load_config
 from hive_core.effects import Effect, Line, file_lines, prompt_lines
 from hive_core.effects_of_settings import settings_lines
-from hive_core.effects_of_systems import Closure, closure_lines, parse_facts, system_lines
+from hive_core.flakes.effects_of_systems import Closure, closure_lines, parse_facts, system_lines
+from hive_core.git.commit_contents import Entry
 from hive_core.policy_rules import LINES, OF_SYSTEMS, Case, Rule, allows, parse_rules, troubles
 from hive_core.protocol.refusal import Refusal
 from hive_core.settings import AgentSettings

@@ -13,17 +13,17 @@ import pytest
 import trio
 import trio.testing
 
-from hive_core import rates
-from hive_core.agents import set_deployed
-from hive_core.archive import Archive, Query
-from hive_core.broker import Broker
-from hive_core.leases import Take
+from hive_core.git.repos import harness_settings
 from hive_core.limits import Limits
-from hive_core.post import Cause, Letter, post, put_message
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import EVERYONE, OPERATOR, SYSTEM, AgentName, parse_body
-from hive_core.questions import Ask
-from hive_core.repos import harness_settings
+from hive_core.services import rates
+from hive_core.services.agents import set_deployed
+from hive_core.services.archive import Archive, Query
+from hive_core.services.broker import Broker
+from hive_core.services.leases import Take
+from hive_core.services.post import Cause, Letter, post, put_message
+from hive_core.services.questions import Ask
 from hive_core.settings import parse_agent_toml
 from tests.hives import PATIENCE_S, Services, held_writer, open_services
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from hive_agent.wake import wake_prompt
-from hive_core.profiles import parse_icon, set_profile
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
+from hive_core.services.profiles import parse_icon, set_profile
 from hive_core.toolkits import parse_toolkit, toolkits
 from tests.dashboards import hive_of, served
 from tests.hives import Services

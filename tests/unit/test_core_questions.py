@@ -12,12 +12,12 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hive_core.leases import Turn
 from hive_core.limits import Limits
 from hive_core.procedures.clock import serve_clock
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import INLINE_LIMIT_BYTES, OPERATOR, AgentName
-from hive_core.questions import (
+from hive_core.services.leases import Turn
+from hive_core.services.questions import (
     ANSWER_LIMIT_BYTES,
     OPEN_LIMIT,
     OPTION_LIMIT_BYTES,
@@ -31,8 +31,8 @@ from hive_core.questions import (
     parse_answer,
     parse_ask,
 )
+from hive_core.services.withdrawal import withdraw_thread
 from hive_core.store.writer import Transaction
-from hive_core.withdrawal import withdraw_thread
 from tests.hives import Services, open_services, run_in_hive, wait_until
 from tests.processes import PATIENCE_S
 

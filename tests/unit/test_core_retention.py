@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from hive_core import history
-from hive_core.archive import Archive, Query
 from hive_core.daemon import keep_house
-from hive_core.life import life_of
 from hive_core.limits import Limits
 from hive_core.protocol.words import OPERATOR, AgentName, parse_body
-from hive_core.questions import Answer, Ask
-from hive_core.reminders import When
-from hive_core.retention import Retention
-from hive_core.schedules import parse_plan
+from hive_core.services import history
+from hive_core.services.archive import Archive, Query
+from hive_core.services.life import life_of
+from hive_core.services.questions import Answer, Ask
+from hive_core.services.reminders import When
+from hive_core.services.retention import Retention
+from hive_core.services.schedules import parse_plan
+from hive_core.services.withdrawal import withdraw_thread
 from hive_core.store.writer import Transaction
-from hive_core.withdrawal import withdraw_thread
 from tests.hives import PATIENCE_S, Services, open_services
 from tests.unit.test_core_archive import deliver, keep_file
 
@@ -184,7 +184,7 @@ async def test_a_large_body_whose_file_was_lost_meanwhile_goes_too(hive: Service
 async def test_many_go_in_small_transactions_and_the_next_time_finds_nothing(
     hive: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hive_core.retention.FORGET_BATCH", 10)
+    monkeypatch.setattr("hive_core.services.retention.FORGET_BATCH", 10)
     for _ in range(35):
         await hive.say("operator", "operator", "word")
     await hive.broker.messages.inbox(limit=50)

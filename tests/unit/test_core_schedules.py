@@ -19,9 +19,9 @@ from hive_core.limits import Limits
 from hive_core.procedures.clock import Timer, serve_clock
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
-from hive_core.questions import Ask
-from hive_core.reminders import OPEN_LIMIT, Reminders, When
-from hive_core.schedules import LATE_MOST_MS, Due, Interval, Schedules, due_at, parse_plan
+from hive_core.services.questions import Ask
+from hive_core.services.reminders import OPEN_LIMIT, Reminders, When
+from hive_core.services.schedules import LATE_MOST_MS, Due, Interval, Schedules, due_at, parse_plan
 from hive_core.store.writer import Transaction
 from tests.hives import Clock, Services, open_services, run_in_hive, wait_until
 from tests.processes import PATIENCE_S
@@ -709,7 +709,7 @@ def test_a_cron_is_what_was_written() -> None:
 async def test_a_clock_that_goes_back_past_all_that_is_kept_of_the_firings_fires_nothing_again(
     hive: Services, schedules: Schedules, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hive_core.schedules.FIRINGS_KEPT", 5)
+    monkeypatch.setattr("hive_core.services.schedules.FIRINGS_KEPT", 5)
     await schedules.add(parse_plan("iris", "tick", every_s=60))
     for _ in range(12):
         hive.clock.ahead_s += 60

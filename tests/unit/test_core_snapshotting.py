@@ -10,14 +10,14 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from hive_core.broker import Acked
 from hive_core.cli import snapshots as lines
-from hive_core.leases import Lease
 from hive_core.limits import Limits
 from hive_core.procedures import snapshotting
 from hive_core.procedures.snapshotting import Snapshotting
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
+from hive_core.services.broker import Acked
+from hive_core.services.leases import Lease
 from hive_core.sockets.admin import AdminDesk
 from tests.dashboards import hive_of
 from tests.hives import PATIENCE_S, Services, open_services

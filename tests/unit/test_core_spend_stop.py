@@ -13,9 +13,9 @@ import httpx2
 import pytest
 import trio
 
-from hive_core.budgets import parse_change
 from hive_core.credentials import Credential
 from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.services.budgets import parse_change
 from hive_core.sockets.http import serve_asgi
 from hive_core.sockets.model import ModelRelay
 from hive_core.sockets.unix import listen_unix

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from hive_core.agents import set_deployed
 from hive_core.commands import COMMANDS, read_command
+from hive_core.git.repos import harness_settings
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
-from hive_core.repos import harness_settings
+from hive_core.services.agents import set_deployed
+from hive_core.services.steering import Steering
 from hive_core.settings import parse_agent_toml
 from hive_core.sockets.admin import AdminDesk
-from hive_core.steering import Steering
 from tests.dashboards import browse, hive_of, signed_in
 from tests.hives import SETTINGS, Services, connect, open_services, run_hive, serve
 

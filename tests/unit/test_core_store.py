@@ -22,9 +22,9 @@ import trio_asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hive_core.events import PAGE, events_after, follow_events, newest_events
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
+from hive_core.services.events import PAGE, events_after, follow_events, newest_events
 from hive_core.store import schema
 from hive_core.store.bus import EVENTS, Bus, mail
 from hive_core.store.door import Store, open_store

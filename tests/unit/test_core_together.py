@@ -13,11 +13,11 @@ import pytest
 import trio
 
 from dashboard import approvals
-from hive_core.approvals import Approval, Request, Shown, put_request
 from hive_core.procedures.kinds.kind import Done, Step
 from hive_core.procedures.together import TOGETHER_LIMIT, Click
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
+from hive_core.services.approvals import Approval, Request, Shown, put_request
 from hive_core.sockets.admin import AdminDesk
 from tests.dashboards import browse, gate_open, hive_of, served
 from tests.hives import PATIENCE_S, Services, run_hive, serve, wait_until

@@ -11,22 +11,22 @@ import pytest
 import trio
 import trio.testing
 
-from hive_core.agents import set_deployed
-from hive_core.approvals import Request, Shown, put_request
-from hive_core.budgets import THE_HIVE, Budgets, parse_change
 from hive_core.cli import show
 from hive_core.hive import Hive
 from hive_core.limits import Limits
 from hive_core.procedures.destruction import Destruction
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
-from hive_core.questions import Ask
-from hive_core.reminders import When
-from hive_core.schedules import parse_plan
+from hive_core.services.agents import set_deployed
+from hive_core.services.approvals import Request, Shown, put_request
+from hive_core.services.budgets import THE_HIVE, Budgets, parse_change
+from hive_core.services.questions import Ask
+from hive_core.services.reminders import When
+from hive_core.services.schedules import parse_plan
+from hive_core.services.tombstones import TOMBSTONES, Tombstone, Tombstones, parse_tombstone
+from hive_core.services.uid_ranges import UidRanges
 from hive_core.sockets.admin import AdminDesk
 from hive_core.store.bus import EVENTS
-from hive_core.tombstones import TOMBSTONES, Tombstone, Tombstones, parse_tombstone
-from hive_core.uid_ranges import UidRanges
 from tests.dashboards import hive_of
 from tests.hives import SETTINGS, Services, open_services
 from tests.processes import PATIENCE_S

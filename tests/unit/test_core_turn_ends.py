@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import trio
 
-from hive_core.freeze import Freeze
-from hive_core.leases import Lease
 from hive_core.protocol.words import AgentName
+from hive_core.services.freeze import Freeze
+from hive_core.services.leases import Lease
+from hive_core.services.turn_ends import ERRAND_EVERY, Told
 from hive_core.store.bus import RESTING
-from hive_core.turn_ends import ERRAND_EVERY, Told
 from tests.hives import Services
 from tests.processes import PATIENCE_S
 

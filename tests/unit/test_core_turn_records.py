@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from hive_agent.replay import Recorded
-from hive_core import turn_records
 from hive_core.cli import show_turns
-from hive_core.leases import Turn
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
-from hive_core.turn_records import add_record
-from hive_core.turns import LINE_KEPT_S
+from hive_core.services import turn_records
+from hive_core.services.leases import Turn
+from hive_core.services.turn_records import add_record
+from hive_core.services.turns import LINE_KEPT_S
 from tests.hives import SETTINGS, Services, connect, serve
 from tests.unit.test_core_harness_desk import HELLO, LEASE, desk_for
 

@@ -8,8 +8,8 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hive_core import turns
 from hive_core.protocol.words import AgentName
+from hive_core.services import turns
 from hive_core.store.bus import stream
 from tests.hives import PATIENCE_S, Services, open_services, run_in_hive
 

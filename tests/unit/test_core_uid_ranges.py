@@ -14,7 +14,7 @@ from hive_core.containers import ranges
 from hive_core.containers.ranges import RANGES, SIZE, pick_range
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
-from hive_core.uid_ranges import UidRanges
+from hive_core.services.uid_ranges import UidRanges
 from tests.hives import Services, open_services
 
 IRIS, ARGUS = AgentName("iris"), AgentName("argus")

@@ -11,10 +11,10 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from hive_core.agents import set_deployed
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.revision import revision, revision_of
+from hive_core.services.agents import set_deployed
 from hive_core.store.bus import WANTED
 from tests.hives import SETTINGS
 from tests.scripted_driver import Container, House, open_house

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hive_core.approvals import Request, Shown, put_request, settle
 from hive_core.effects import Effect, Line
 from hive_core.protocol.words import MANAGER, AgentName
+from hive_core.services.approvals import Request, Shown, put_request, settle
 from tests.dashboards import browse, hive_of
 from tests.hives import Services
 

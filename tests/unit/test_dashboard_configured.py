@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hive_core.cli import show
-from hive_core.configured import forget_configured, note_configured
 from hive_core.protocol.words import MANAGER, AgentName, CommitSha
+from hive_core.services.configured import forget_configured, note_configured
 from hive_core.sockets.admin import AdminDesk
 from hive_core.store.writer import Transaction
 from tests.dashboards import browse, hive_of, served

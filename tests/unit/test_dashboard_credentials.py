@@ -112,6 +112,6 @@ async def test_the_panel_is_live_and_the_word_that_a_credential_is_missing_goes(
 
 async def position(house: Hive) -> str:
     from dashboard.live import Position
-    from hive_core.events import timeline
+    from hive_core.services.events import timeline
 
     return str(Position(await timeline(house.store), await house.store.last_seq()))

@@ -15,14 +15,14 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from dashboard.live import REPLAY_LIMIT, Position, touched_by
-from hive_core.agents import Agents
-from hive_core.events import timeline
 from hive_core.procedures.backup import back_up
 from hive_core.procedures.gate import Gate
 from hive_core.procedures.restore import restore
 from hive_core.protocol.words import MANAGER, AgentName
+from hive_core.services.agents import Agents
+from hive_core.services.events import timeline
+from hive_core.services.steering import Steering
 from hive_core.sockets.http import serve_asgi
-from hive_core.steering import Steering
 from hive_core.store.door import open_store
 from hive_core.store.writer import Transaction
 from tests.dashboards import hive_of, served, signed_in

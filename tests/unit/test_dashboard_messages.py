@@ -11,12 +11,12 @@ import pytest
 
 from dashboard.live import FLOW_LIMIT
 from dashboard.rows import Rows
-from hive_core.flow import messages_aside, newest_messages
-from hive_core.history import forget_history
 from hive_core.limits import Limits
 from hive_core.protocol.held import WHY_HELD
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_body
+from hive_core.services.flow import messages_aside, newest_messages
+from hive_core.services.history import forget_history
 from tests.dashboards import OURS, Frame, browse, hive_of, served
 from tests.hives import Services, open_services
 

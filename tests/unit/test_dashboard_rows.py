@@ -16,11 +16,11 @@ from dashboard.diff import compare, diff_files, read_diff
 from dashboard.rows import Rows
 from dashboard.terminal import read_line, tokens
 from dashboard.visible import SHOWN_CHARACTERS, visible
-from hive_core.agents import Agent, Live
-from hive_core.approvals import Approval
 from hive_core.containers import nixos_container, nspawn
 from hive_core.procedures.supervise import Supervisor
 from hive_core.protocol.words import AgentName
+from hive_core.services.agents import Agent, Live
+from hive_core.services.approvals import Approval
 from tests.dashboards import hive_of
 from tests.hives import Services
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from hive_core.agents import Agent
-from hive_core.background import Background
 from hive_core.hive import Hive
 from hive_core.limits import Limits
 from hive_core.procedures.supervise import Desk
 from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.services.agents import Agent
+from hive_core.services.background import Background
 from hive_core.sockets.harness import HarnessDesk
 from tests.dashboards import OURS, browse, hive_of, served
 from tests.hives import Services, open_services

@@ -12,22 +12,22 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from hive_core.agents import Agents
-from hive_core.approvals import Approval, Request, Shown
-from hive_core.configured import is_configured
 from hive_core.effects import Effect, derivation_of, says_the_same
-from hive_core.notices import notice, tell_manager
+from hive_core.git.proposals import Proposal
+from hive_core.git.repos import Repos
 from hive_core.procedures.deployments import Deployments
 from hive_core.procedures.kinds.kind import Asking, Done, Step
 from hive_core.procedures.kinds.spawn import Spawn
 from hive_core.procedures.walk import Walk
-from hive_core.proposals import Proposal
 from hive_core.protocol.effect import WIDE
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, NOTE_LIMIT_BYTES, OPERATOR, AgentName, CommitSha, MessageBody, parse_text
-from hive_core.repos import Repos
+from hive_core.services.agents import Agents
+from hive_core.services.approvals import Approval, Request, Shown
+from hive_core.services.configured import is_configured
+from hive_core.services.notices import notice, tell_manager
+from hive_core.services.tool_calls import first_answer
 from hive_core.store.writer import Transaction
-from hive_core.tool_calls import first_answer
 
 WAITING_LIMIT = 50  # of one agent
 BASES = ("running", "approved", "previous")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from hive_core.agents import Agents
-from hive_core.approvals import Approval, Request, Shown
 from hive_core.effects import Effect, Line
 from hive_core.procedures.kinds.kind import Asking, Done, Step
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, NOTE_LIMIT_BYTES, OPERATOR, AgentName, parse_text
+from hive_core.services.agents import Agents
+from hive_core.services.approvals import Approval, Request, Shown
+from hive_core.services.tombstones import Tombstones
 from hive_core.store.writer import Transaction
-from hive_core.tombstones import Tombstones
 
 
 class Destroy:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from hive_core.agents import check_free
-from hive_core.approvals import Approval, Shown
-from hive_core.configured import note_configured
-from hive_core.notices import notice
+from hive_core.git.repos import Repos
 from hive_core.procedures.kinds.kind import Done, Step
 from hive_core.procedures.kinds.spawn import Spawn
 from hive_core.protocol.words import AgentName
-from hive_core.repos import Repos
+from hive_core.services.agents import check_free
+from hive_core.services.approvals import Approval, Shown
+from hive_core.services.configured import note_configured
+from hive_core.services.notices import notice
 from hive_core.store.writer import Transaction
 
 

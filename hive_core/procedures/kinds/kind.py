@@ -7,15 +7,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
-from hive_core.approvals import TOPIC, Approval, Request, RuleFor, Shown, put_request
 from hive_core.limits import Limits
-from hive_core.post import no_room
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, MessageBody
-from hive_core.request_room import check_request_room
+from hive_core.services.approvals import TOPIC, Approval, Request, RuleFor, Shown, put_request
+from hive_core.services.post import no_room
+from hive_core.services.request_room import check_request_room
+from hive_core.services.tool_calls import once
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
-from hive_core.tool_calls import once
 
 Step = Callable[[str], Awaitable[None]]
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hive_core.approvals import Approval, Request, Shown
-from hive_core.budgets import THE_HIVE, Budget, Change, parse_change, parse_scope
 from hive_core.effects import Effect, Line
-from hive_core.ledger import Ledger
 from hive_core.procedures.kinds.kind import Asking, Done, Step
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import NOTE_LIMIT_BYTES, OPERATOR, AgentName, parse_text
+from hive_core.services.approvals import Approval, Request, Shown
+from hive_core.services.budgets import THE_HIVE, Budget, Change, parse_change, parse_scope
+from hive_core.services.ledger import Ledger
 from hive_core.store.writer import Transaction
 
 

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from hive_core.approvals import Approval, Request, Shown
 from hive_core.cron import find_zone
 from hive_core.effects import Effect, Line
 from hive_core.procedures.kinds.kind import Asking, Done, Step
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import NOTE_LIMIT_BYTES, AgentName, parse_text
-from hive_core.schedules import Plan, Schedules, parse_plan
+from hive_core.services.approvals import Approval, Request, Shown
+from hive_core.services.schedules import Plan, Schedules, parse_plan
 from hive_core.store.writer import Transaction
 
 INSTANTS = 5

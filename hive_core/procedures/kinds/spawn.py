@@ -8,17 +8,12 @@ from typing import Any
 
 from jinja2 import Environment
 
-from hive_core.agents import Agents, check_free
-from hive_core.approvals import Approval, Request, Shown, digest_of
-from hive_core.configured import forget_configured
 from hive_core.effects import Effect, Line, derivation_of, prompt_lines, says_the_same
 from hive_core.effects_of_settings import settings_lines
-from hive_core.notices import notice, tell_manager
-from hive_core.post import put_message
+from hive_core.git.repos import Repos
 from hive_core.procedures.deployments import Change, Deployments
 from hive_core.procedures.kinds.kind import Asking, Done, Step
 from hive_core.procedures.walk import Walk
-from hive_core.profiles import parse_icon
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
     MANAGER,
@@ -31,10 +26,15 @@ from hive_core.protocol.words import (
     MessageBody,
     parse_text,
 )
-from hive_core.repos import Repos
+from hive_core.services.agents import Agents, check_free
+from hive_core.services.approvals import Approval, Request, Shown, digest_of
+from hive_core.services.configured import forget_configured
+from hive_core.services.notices import notice, tell_manager
+from hive_core.services.post import put_message
+from hive_core.services.profiles import parse_icon
+from hive_core.services.tool_calls import first_answer
 from hive_core.settings import parse_agent_toml
 from hive_core.store.writer import Transaction
-from hive_core.tool_calls import first_answer
 from hive_core.toolkits import Toolkit, parse_toolkit
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hive_core.approvals import Approval, Request, Shown
 from hive_core.effects import Effect, changed
 from hive_core.procedures.deployments import Deployments
 from hive_core.procedures.kinds.kind import Asking, Done, Step
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, NOTE_LIMIT_BYTES, AgentName, parse_text
+from hive_core.services.approvals import Approval, Request, Shown
 from hive_core.store.writer import Transaction
 
 
