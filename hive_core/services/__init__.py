@@ -1,1 +1,1 @@
-"""Floor 3: one noun a file, with its rows and its rules; a change and the event that tells of it are one transaction."""
+"""Floor 3: one noun a file, with its rows and its rules; a change and its event are one transaction."""
