@@ -6,7 +6,9 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from hive_core import (
+from hive_core.limits import Limits
+from hive_core.protocol import harness, words
+from hive_core.services import (
     agents,
     archive,
     broker,
@@ -19,8 +21,6 @@ from hive_core import (
     tool_calls,
     turns,
 )
-from hive_core.limits import Limits
-from hive_core.protocol import harness, words
 from hive_core.sockets import admin
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "defaults.md"
