@@ -17,6 +17,7 @@ import trio
 from hive_core.containers.inside import ETC_FILES, HOME, SYSTEM_PATHS, program_paths
 from hive_core.containers.mounts import MANAGER_TARGETS, TARGETS
 from hive_core.credentials import Credential
+from hive_core.programs import find_claude
 from hive_core.services.access import Access
 from hive_core.sockets.http import serve_asgi
 from hive_core.sockets.model import ModelRelay
@@ -185,7 +186,7 @@ async def test_what_a_container_reaches_is_what_the_table_says(tmp_path: Path, s
     wanted = {mount.target: "ro" if mount.read_only else "rw" for mount in own.mounts}
     assert mounts == wanted
     assert set(seen.values()) == {"ro"}
-    assert set(seen) <= {*SYSTEM_PATHS, *program_paths(None), *(OF_UNITS if sandbox in UNITS else ETC_FILES)}
+    assert set(seen) <= {*SYSTEM_PATHS, *program_paths(find_claude()), *(OF_UNITS if sandbox in UNITS else ETC_FILES)}
 
 
 def test_the_table_of_the_docs_names_every_mount_and_all_that_is_seen_of_the_host() -> None:
