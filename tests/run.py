@@ -3,10 +3,15 @@
 One pytest per group, in as many processes as the table says. The last line is `N passed, N failed, N skipped`; the
 exit code is 1 if a test failed, a group collected nothing, or, with HIVE_REQUIRE=ci, a group whose home is ci was left
 out or skipped every test.
+
+Tests run beside others on a machine that may be busy with more. Up to UNSTEADY_AT_MOST failures of a whole run are
+therefore tried again, alone, TRIES_ALONE times: those that pass each time are named as unsteady at the end, below the
+full report of their failure, and do not fail the run. They want to be understood like any other failure.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,6 +27,9 @@ from types import FrameType
 
 from tests import needs
 from tests.compiled import compile_packages
+
+UNSTEADY_AT_MOST = 2
+TRIES_ALONE = 3
 
 
 @dataclass(frozen=True)
@@ -40,9 +48,12 @@ class Counts:
     passed: int = 0
     failed: int = 0
     skipped: int = 0
+    unsteady: tuple[str, ...] = ()
+    """Node ids of tests that failed and then passed alone; they are among the passed."""
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped)
+        sums = (self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped)
+        return Counts(*sums, self.unsteady + other.unsteady)
 
     def __str__(self) -> str:
         return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
@@ -87,32 +98,49 @@ def _environment(group: Group) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in hidden}
 
 
-def run_group(group: Group, root: Path) -> Counts:
-    """One pytest, in as many processes as the group wants; its output is ours."""
+def _run_pytest(group: Group, root: Path, scratch: Path, what: Sequence[str]) -> tuple[int, Counts]:
+    """One pytest whose output is ours: its exit code, and what it reported."""
+    report = scratch / "report.xml"
+    report.unlink(missing_ok=True)
+    # A test that hangs shows where, instead of nothing.
+    options = ["-o", "faulthandler_timeout=300", "-o", f"cache_dir={scratch / 'cache'}", f"--junitxml={report}"]
+    pytest = subprocess.Popen([sys.executable, "-m", "pytest", *options, *what], cwd=root, env=_environment(group))
+    try:
+        code = pytest.wait()
+    except BaseException as stop:
+        # Interrupted, not killed: the fixtures have daemons to take down. A Ctrl-C has reached pytest by itself,
+        # and a second one would cut that short.
+        if not isinstance(stop, KeyboardInterrupt):
+            pytest.send_signal(signal.SIGINT)
+        try:
+            pytest.wait(60)
+        except subprocess.TimeoutExpired:
+            pytest.kill()
+        raise
+    return code, read_counts(report) if report.exists() else Counts()
+
+
+def _pass_alone(group: Group, root: Path, scratch: Path, tests: Sequence[str]) -> bool:
+    print(f"{group.name}: once more, alone: {', '.join(tests)}", flush=True)
+    every_one = (0, Counts(passed=len(tests)))
+    return all(_run_pytest(group, root, scratch, tests) == every_one for _ in range(TRIES_ALONE))
+
+
+def run_group(group: Group, root: Path, may_be_unsteady: int = 0) -> Counts:
+    """One pytest, in as many processes as the group wants; up to `may_be_unsteady` failures are tried again alone."""
     paths = [path for path in group.paths if (root / path).exists()]
     if not paths:
         return Counts()
-    with tempfile.TemporaryDirectory(prefix="hive-tests-") as scratch:
-        report = Path(scratch) / "report.xml"
-        # A test that hangs shows where, instead of nothing.
-        options = ["-o", "faulthandler_timeout=300", f"--junitxml={report}"]
-        if group.processes > 1:
-            spread = "loadfile" if group.whole_files else "worksteal"
-            options += [f"--numprocesses={group.processes}", f"--dist={spread}"]
-        pytest = subprocess.Popen([sys.executable, "-m", "pytest", *options, *paths], cwd=root, env=_environment(group))
-        try:
-            code = pytest.wait()
-        except BaseException as stop:
-            # Interrupted, not killed: the fixtures have daemons to take down. A Ctrl-C has reached pytest by itself,
-            # and a second one would cut that short.
-            if not isinstance(stop, KeyboardInterrupt):
-                pytest.send_signal(signal.SIGINT)
-            try:
-                pytest.wait(60)
-            except subprocess.TimeoutExpired:
-                pytest.kill()
-            raise
-        counts = read_counts(report) if report.exists() else Counts()
+    spread = []
+    if group.processes > 1:
+        spread = [f"--numprocesses={group.processes}", f"--dist={'loadfile' if group.whole_files else 'worksteal'}"]
+    with tempfile.TemporaryDirectory(prefix="hive-tests-") as folder:
+        scratch = Path(folder)
+        code, counts = _run_pytest(group, root, scratch, [*spread, *paths])
+        if code == 1 and counts.failed <= may_be_unsteady:
+            failed = sorted(json.loads((scratch / "cache" / "v" / "cache" / "lastfailed").read_text()))
+            if len(failed) == counts.failed and _pass_alone(group, root, scratch, failed):
+                return Counts(counts.passed + counts.failed, 0, counts.skipped, tuple(failed))
     # 0: all well; 1: tests failed; 5: nothing collected. Anything else is pytest itself in trouble.
     if code not in (0, 1, 5) and not counts.failed:
         counts += Counts(failed=1)
@@ -161,7 +189,7 @@ def run(groups: Sequence[Group], root: Path, require: str = "", homes: Mapping[s
         # Flushed, because pytest writes to the same place on its own.
         print(f"\n[{position}/{len(can_run)}] {group.name}", flush=True)
         begun = time.monotonic()
-        counts = run_group(group, root)
+        counts = run_group(group, root, UNSTEADY_AT_MOST - sum(len(each.unsteady) for _, each in ran))
         took_s = time.monotonic() - begun
         over = ", over it" if took_s > group.share_s else ""
         print(f"{group.name}: {counts}; {took_s:.1f} s, its share is {group.share_s:g} s{over}", flush=True)
@@ -173,7 +201,10 @@ def run(groups: Sequence[Group], root: Path, require: str = "", homes: Mapping[s
     found = problems(ran, left_out, require)
     for problem in found:
         print(f"not well: {problem}")
-    print(sum((counts for _, counts in ran), Counts()), flush=True)
+    total = sum((counts for _, counts in ran), Counts())
+    for test in total.unsteady:
+        print(f"unsteady: {test} failed beside others and passed {TRIES_ALONE} times alone; its report is above")
+    print(total, flush=True)
     return 1 if found else 0
 
 

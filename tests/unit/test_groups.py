@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 
 from tests import needs
-from tests.run import Counts, Group, check_home, choose, load_groups, load_homes, problems, run, run_group
+from tests.run import (
+    TRIES_ALONE,
+    UNSTEADY_AT_MOST,
+    Counts,
+    Group,
+    check_home,
+    choose,
+    load_groups,
+    load_homes,
+    problems,
+    run,
+    run_group,
+)
 
 EVERY_OUTCOME = """
 import pytest
@@ -101,6 +113,52 @@ def test_a_run_ends_with_the_sum_of_its_groups(tmp_path: Path, capfd: pytest.Cap
     lines = capfd.readouterr().out.splitlines()
     assert "[2/2] two" in lines
     assert lines[-1] == "3 passed, 0 failed, 1 skipped"
+
+
+# Fails until it has been run as often as its number says.
+FAILS_AT_FIRST = """
+from pathlib import Path
+import pytest
+
+@pytest.mark.parametrize("times", {times})
+def test_starved(times):
+    ran = Path(__file__).with_name(f"ran-{{times}}")
+    ran.write_text(ran.read_text() + "." if ran.exists() else ".")
+    assert len(ran.read_text()) > times
+"""
+
+
+def test_a_test_that_fails_beside_others_and_passes_three_times_alone_is_named_as_unsteady(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_group(tmp_path, "starved", FAILS_AT_FIRST.format(times=[0, 1]))
+    write_group(tmp_path, "plain", "def test_a(): pass")
+    assert run([group("starved"), group("plain")], tmp_path) == 0
+    said = capfd.readouterr().out
+    assert "assert 1 > 1" in said, "the report of its failure"
+    assert len((tmp_path / "starved" / "ran-1").read_text()) == 1 + TRIES_ALONE
+    assert len((tmp_path / "starved" / "ran-0").read_text()) == 1, "what passed is not run again"
+    unsteady = "unsteady: starved/test_starved.py::test_starved[1] failed beside others and passed 3 times alone"
+    assert unsteady in said
+    assert said.splitlines()[-1] == "3 passed, 0 failed, 0 skipped"
+
+
+@pytest.mark.parametrize("times", [2, TRIES_ALONE])
+def test_a_test_that_fails_once_more_alone_has_failed(tmp_path: Path, times: int) -> None:
+    write_group(tmp_path, "starved", FAILS_AT_FIRST.format(times=[times]))
+    assert run_group(group("starved"), tmp_path, UNSTEADY_AT_MOST) == Counts(failed=1)
+
+
+def test_one_more_than_may_be_unsteady_in_a_whole_run_fails_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_group(tmp_path, "first", FAILS_AT_FIRST.format(times=[1]))
+    write_group(tmp_path, "second", FAILS_AT_FIRST.format(times=[*range(1, UNSTEADY_AT_MOST + 1)]))
+    assert run([group("first"), group("second")], tmp_path) == 1
+    assert (tmp_path / "second" / "ran-1").read_text() == ".", "nothing is tried again"
+    said = capfd.readouterr().out
+    assert "not well: second failed" in said
+    assert said.count("unsteady: ") == 1
 
 
 def test_a_group_that_collects_nothing_fails_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
