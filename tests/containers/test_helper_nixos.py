@@ -253,8 +253,15 @@ async def test_a_helper_that_is_killed_at_any_moment_of_a_start_leaves_one_conta
     ready = make_fifo(tmp_path, "ready")
     await driver.switch(IRIS, driver.stand_in.system(WAITS))
     dirs = dirs_in(tmp_path)
+    begun = trio.current_time()
+    running = await start(driver, tmp_path)
+    whole_s = trio.current_time() - begun
+    await read_fifo(ready)
+    await end(running)
+    await driver.forget(IRIS)
     ran = left = step = 0
-    while ran < 2 and step < 30:
+    while ran < 2 and step < 40:  # the first dies before it has done anything, the last ones with all done
+        moment_s = whole_s * step / 5
         step += 1
         pid = int((tmp_path / "helper.pid").read_text())
         async with trio.open_nursery() as nursery:
@@ -264,7 +271,7 @@ async def test_a_helper_that_is_killed_at_any_moment_of_a_start_leaves_one_conta
                     await start(driver, tmp_path)
 
             nursery.start_soon(begin)
-            with trio.move_on_after(step * 0.1):
+            with trio.move_on_after(moment_s):
                 await trio.sleep_forever()
             os.kill(pid, signal.SIGKILL)
         await wait_gone([pid])
