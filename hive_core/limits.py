@@ -108,6 +108,9 @@ class Limits(BaseModel):
     pair_rate_per_hour: Annotated[
         Count, Field(description="messages of one agent to one recipient before they are held")
     ] = 60
+    profile_changes_per_hour: Annotated[
+        Count, Field(description="changes of an agent's status and profile by itself before more are refused")
+    ] = 120
     inbox_depth: Annotated[Count, Field(description="messages that wait for one agent before more are refused")] = 1_000
     held_depth: Annotated[
         Count, Field(description="held messages of one agent, or taken back within an hour, before more are refused")

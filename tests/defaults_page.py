@@ -9,11 +9,12 @@ from pydantic.fields import FieldInfo
 from hive_core.limits import Limits
 from hive_core.protocol import harness, words
 from hive_core.services import (
-    agents,
     archive,
     broker,
     leases,
+    profiles,
     questions,
+    refused_requests,
     reminders,
     rests,
     retention,
@@ -95,7 +96,10 @@ FIXED_ROWS = {
     "different words and phrases of one": in_words("", archive.WORDS_LIMIT),
     "the beginning of a word in one (`wor*`): at least": f"{archive.PREFIX_LEAST} characters",
     "how long a search runs; one at a time, and nothing else waits for it": in_words("_s", archive.SEARCH_S),
-    "the status of an agent": f"{agents.STATUS_LIMIT} characters",
+    "the status of an agent": f"{profiles.STATUS_LIMIT} characters",
+    "refused requests of one asker that are told one by one in an hour, of each kind and code": in_words(
+        "", refused_requests.TOLD_PER_HOUR
+    ),
     "a client's own key of a message": in_words("_bytes", admin.KEY_LIMIT_BYTES),
     "an agent's name": f"{words.NAME_LIMIT} characters",
     "a persona": in_words("_bytes", words.PERSONA_LIMIT_BYTES),

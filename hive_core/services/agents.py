@@ -14,7 +14,7 @@ import trio
 from hive_core.protocol.container_id import container_id
 from hive_core.protocol.harness import STATES
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName, parse_text
+from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName
 from hive_core.services.absent import no_such_agent, not_found
 from hive_core.services.access import ACCESS, Access, Closed
 from hive_core.services.container_states import forgive
@@ -29,8 +29,6 @@ AT_REST = ("idle", "waiting", *SHUT)
 IN_TURN = STATES - {"starting"}
 # What the lines take that are kept of ?1.
 LINE_BYTES = "(SELECT coalesce(sum(length(CAST(line AS BLOB))), 0) FROM turn_lines WHERE agent = ?1)"
-STATUS_LIMIT = 200  # characters
-STATUS_LIMIT_BYTES = 4 * STATUS_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,23 +220,6 @@ class Agents:
         self.access.changed(name)
         if wanted != "down" and self.live(name).state in AT_REST:
             self.observe_rest(name)
-
-    async def set_status(self, name: AgentName, given_text: object) -> dict[str, str]:
-        """What an agent says that it is about, until it says otherwise; an empty text takes that back."""
-        status = None
-        if not isinstance(given_text, str) or given_text.strip():
-            status = parse_text(given_text, "status", STATUS_LIMIT_BYTES).strip()
-        if status is not None and len(status) > STATUS_LIMIT:
-            size = f"it has {len(status)} characters and the limit is {STATUS_LIMIT}"
-            raise Refusal("usage", f"cannot take the status: {size}")
-
-        def write(tx: Transaction) -> None:
-            sql = "UPDATE agents SET status = ?, status_at_ms = ? WHERE name = ? AND status IS NOT ?"
-            if tx.execute(sql, (status, tx.now_ms, name, status)).rowcount:
-                tx.emit("agent_status", name, name, status=status)
-
-        await self._store.write(write)
-        return {"status": status or ""}
 
     async def tell_outdated(self, name: AgentName, version: int, current: int, turn: int | None) -> None:
         """Note that an agent's harness speaks an older version and ends at the edge of its `turn`, or at once."""

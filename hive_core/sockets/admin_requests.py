@@ -7,9 +7,11 @@ from typing import Any
 
 from hive_core.hive import Hive
 from hive_core.protocol.words import OPERATOR, parse_agent_name, parse_commit_sha
+from hive_core.services.refused_requests import noting_a_refusal
 
 Args = dict[str, Any]
-Verbs = dict[str, tuple[Callable[[Args], Awaitable[Any]], set[str]]]
+Answer = Callable[[Args], Awaitable[Any]]
+Verbs = dict[str, tuple[Answer, set[str]]]
 _OF_A_NEW_AGENT = {"agent", "persona", "reason", "icon", "toolkit"}
 
 
@@ -33,11 +35,18 @@ def request_verbs(hive: Hive) -> Verbs:
     async def request_update_meta_inputs(args: Args) -> Any:
         return await hive.gate.update_meta_inputs.request(OPERATOR, args.get("reason"))
 
+    def noted(kind: str, ask: Answer, takes: set[str]) -> Verbs:
+        async def answer(args: Args) -> Any:
+            async with noting_a_refusal(hive.store, OPERATOR, kind, args):
+                return await ask(args)
+
+        return {f"request_{kind}": (answer, takes)}
+
     return {
-        "request_spawn": (request_spawn, _OF_A_NEW_AGENT),
-        "request_init_config": (request_init_config, _OF_A_NEW_AGENT),
-        "request_apply_commit": (request_apply_commit, {"agent", "sha", "reason"}),
-        "request_update_meta_inputs": (request_update_meta_inputs, {"reason"}),
+        **noted("spawn", request_spawn, _OF_A_NEW_AGENT),
+        **noted("init_config", request_init_config, _OF_A_NEW_AGENT),
+        **noted("apply_commit", request_apply_commit, {"agent", "sha", "reason"}),
+        **noted("update_meta_inputs", request_update_meta_inputs, {"reason"}),
     }
 
 

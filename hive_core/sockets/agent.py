@@ -31,15 +31,16 @@ from hive_core.services.archive import Archive, parse_query
 from hive_core.services.broker import Broker
 from hive_core.services.configured import all_configured
 from hive_core.services.loose_ends import LooseEnds
-from hive_core.services.profiles import set_profile
+from hive_core.services.profiles import set_profile, set_status
 from hive_core.services.questions import parse_answer, parse_ask
+from hive_core.services.refused_requests import noting_a_refusal
 from hive_core.services.reminders import When
 from hive_core.services.withdrawal import withdraw_thread
 from hive_core.settings import describe
 from hive_core.sockets import forms, told
 from hive_core.sockets.rpc import Wire, say_what_is_wrong
 from hive_core.sockets.told import Result
-from hive_core.sockets.tool import Key, tool, tools_of
+from hive_core.sockets.tool import Key, Tool, tool, tools_of
 from hive_core.sockets.unix import Connection
 from hive_core.version import __version__
 
@@ -83,10 +84,18 @@ class AgentDesk:
         found = self.tools.get(name)
         if found is None:
             raise Refusal("not_found", f"cannot call {ascii(name)[:60]}: the tools are {', '.join(self.tools)}")
+        if found.asks_for:
+            async with noting_a_refusal(self._ends.store, self.name, found.asks_for, arguments):
+                return await self._call(found, arguments, key, taken_back)
+        return await self._call(found, arguments, key, taken_back)
+
+    async def _call(
+        self, found: Tool, arguments: dict[str, Any], key: str | None, taken_back: Callable[[], bool]
+    ) -> Result:
         try:
             parsed = found.takes.model_validate(arguments)
         except ValidationError as exc:
-            raise Refusal("usage", f"cannot call {name}: {describe(exc)}") from None
+            raise Refusal("usage", f"cannot call {found.name}: {describe(exc)}") from None
         given = parsed.model_dump()
         # What the agent chose holds in every turn (but of mail in the one that took it), the tool-use id in one call.
         key = given.get("key") or key
@@ -214,11 +223,12 @@ class AgentDesk:
 
     @tool("Say who you are.", forms.ProfileArguments, forms.ProfileResult, told.profile)
     async def set_profile(self, given: forms.ProfileArguments, _: Key) -> Result:
-        return await set_profile(self._ends.store, self.name, given.pronouns, given.icon, given.about)
+        store, limits = self._ends.store, self._broker.limits
+        return await set_profile(store, limits, self.name, given.pronouns, given.icon, given.about)
 
     @tool("Say what you are about.", forms.StatusArguments, forms.StatusResult, told.status)
     async def set_status(self, given: forms.StatusArguments, _: Key) -> Result:
-        return await self._agents.set_status(self.name, given.text)
+        return await set_status(self._ends.store, self._broker.limits, self.name, given.text)
 
 
 async def serve_agent(desk: AgentDesk, stream: Connection, *, progress_every_s: float = PROGRESS_EVERY_S) -> None:

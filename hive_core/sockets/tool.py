@@ -34,6 +34,11 @@ class Tool:
     destructive: bool = False
     waits: bool = False  # it may take minutes: whoever asks to be told that it goes on is told
 
+    @property
+    def asks_for(self) -> str:
+        """The kind of the approval that it puts before the operator, by its name; "" of any other."""
+        return self.name.removeprefix("request_") if self.name.startswith("request_") else ""
+
     def to_mcp(self) -> types.Tool:
         return types.Tool(
             name=self.name,

@@ -192,7 +192,7 @@ def test_an_empty_variable_is_none_as_for_the_clients(file: Path) -> None:
 def test_an_unknown_variable_is_shown_and_not_sent_to_the_terminal(file: Path) -> None:
     said = refusal({}, {"HIVE_\x1b[31m" + "x" * 1000: "1"})
     assert "there is no setting HIVE_⟨U+001B⟩[31M" in said
-    assert len(said) < 1200
+    assert "X" * 100 not in said
 
 
 def test_a_drain_that_the_daemon_would_refuse_is_refused_at_its_start(file: Path) -> None:

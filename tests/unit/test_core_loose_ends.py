@@ -17,6 +17,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName, parse_body
 from hive_core.services import withdrawal
 from hive_core.services.post import Letter, post
+from hive_core.services.profiles import set_status
 from hive_core.services.questions import Answer, Ask
 from hive_core.services.reminders import When
 from hive_core.services.schedules import parse_plan
@@ -424,7 +425,7 @@ async def test_the_operator_sees_the_loose_ends_of_himself_and_of_an_agent(hive:
     assert await command("loose-ends") == (0, "nothing waits on you")
     await hive.questions.ask(IRIS, Ask(OPERATOR, "May I?"))
     await hive.reminders.remind(IRIS, When(after_s=60), "look")
-    await hive.agents.set_status(IRIS, "waiting for \x1b[31myou")
+    await set_status(hive.store, Limits(), IRIS, "waiting for \x1b[31myou")
     assert await command("loose-ends") == (0, "waits on you:\n  question 1 of iris: May I?\n  1 unread")
     code, said = await command("loose-ends", "iris")
     assert (code, said.splitlines()[:3]) == (
@@ -493,7 +494,7 @@ async def test_a_card_appears_and_goes_while_somebody_looks(hive: Services) -> N
             assert (card["list"], "May I?" in card["html"]) == ("pending", True)
             await hive.questions.cancel(IRIS, 1)
             assert (await stream.until("question-1"))[-1].data["html"] == ""
-            await hive.agents.set_status(IRIS, "reading <b>logs")
+            await set_status(hive.store, Limits(), IRIS, "reading <b>logs")
             assert "reading &lt;b&gt;logs" in (await stream.until("agent-iris"))[-1].data["html"]
 
 

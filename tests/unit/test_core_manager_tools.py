@@ -10,13 +10,15 @@ from trio.testing import MockClock
 
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
+from hive_core.services.events import events_after, newest_events
 from hive_core.services.questions import Ask
+from hive_core.services.refused_requests import TOLD_PER_HOUR
 from hive_core.sockets.admin_lifecycle import lifecycle_verbs
 from tests.dashboards import hive_of
 from tests.hives import Services
 from tests.notices import read_notice
 from tests.scripted_driver import open_house
-from tests.tools import program_of
+from tests.tools import desk_for, program_of
 
 IRIS = AgentName("iris")
 
@@ -191,3 +193,55 @@ async def test_a_restart_is_carried_out_and_told_of_once_though_the_daemon_dies_
         ("restarted", "operator"),
         ("container_crash", None),
     ]
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tool", "given", "agent"),
+    [
+        ("request_apply_commit", {"agent": "iris", "sha": "main", "reason": "faster"}, "iris"),
+        ("request_apply_commit", {"agent": "iris", "sha": 7, "reason": "faster"}, "iris"),
+        ("request_apply_commit", {"agent": "iris", "sha": "0" * 40, "reason": ["faster"]}, "iris"),
+        ("request_apply_commit", {"agent": "iris", "sha": "0" * 40, "reason": ""}, "iris"),
+        ("request_apply_commit", {"agent": "../iris", "sha": "0" * 40, "reason": "faster"}, None),
+        ("request_apply_commit", {}, None),
+        ("request_spawn", {"name": "iris", "persona": "You watch.", "reason": "eyes"}, "iris"),
+        ("request_init_config", {"name": "argus", "persona": "", "reason": "eyes"}, "argus"),
+        ("request_schedule_prompt", {"agent": "argus", "body": "go", "every_s": 60, "reason": "daily"}, "argus"),
+        ("request_raise_budget", {"scope": "iris", "day": "5", "reason": "more"}, None),
+        ("request_destroy", {"agent": "argus", "reason": "done"}, "argus"),
+        ("request_update_meta_inputs", {"reason": ""}, None),
+    ],
+)
+async def test_whatever_is_wrong_with_a_request_it_leaves_one_event_and_no_approval(
+    hive: Services, tmp_path: Path, tool: str, given: dict[str, object], agent: str | None
+) -> None:
+    before = await hive.kinds()
+    async with program_of(hive, "hm1nd", tmp_path) as client:
+        said = await client.refusal(tool, **given)
+    assert (await hive.kinds())[len(before) :] == ["approval_refused"]
+    (event,) = await newest_events(hive.store, 1)
+    assert (event["actor"], event["agent"]) == ("hm1nd", agent)
+    told = {"what": tool.removeprefix("request_"), "reason": said}
+    assert event["data"] == told | ({"sha": given["sha"]} if given.get("sha") == "0" * 40 else {})
+    assert await hive.approvals.pending() == []
+
+
+async def test_who_asks_for_ever_does_not_fill_the_event_log(hive: Services) -> None:
+    desk = desk_for(hive, "hm1nd")
+
+    async def ask(times: int, sha: str = "main") -> list[object]:
+        before = await hive.store.last_seq()
+        for _ in range(times):
+            with pytest.raises(Refusal):
+                await desk.call("request_apply_commit", {"agent": "iris", "sha": sha, "reason": "faster"}, None)
+        told = await events_after(hive.store, before)
+        assert {event["kind"] for event in told} <= {"approval_refused"}
+        return [event["data"].get("times") for event in told]
+
+    assert await ask(1_100) == [None] * TOLD_PER_HOUR + [100, 1_000]
+    assert await ask(2, "0" * 40) == [None] * 2, "what is refused for another cause is told"
+    hive.clock.ahead_s += 2 * 3600
+    assert await ask(1) == [None]

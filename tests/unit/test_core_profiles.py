@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from hive_agent.wake import wake_prompt
+from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
-from hive_core.services.profiles import parse_icon, set_profile
+from hive_core.services.profiles import parse_icon, set_profile, set_status
 from hive_core.toolkits import parse_toolkit, toolkits
 from tests.dashboards import hive_of, served
 from tests.hives import Services
@@ -69,7 +70,7 @@ async def test_an_agent_says_who_it_is_and_everybody_reads_it(hive: Services, tm
 
 
 async def test_whom_an_agent_wakes_or_writes_to_in_a_turn_reads_its_pronouns(hive: Services, tmp_path: Path) -> None:
-    await set_profile(hive.store, IRIS, "she/her")
+    await set_profile(hive.store, Limits(), IRIS, "she/her")
     for body in ("one", "two"):
         await hive.say("iris", "damocles", body)
     await hive.say("hm1nd", "damocles", "three")
@@ -102,8 +103,28 @@ async def test_a_page_shows_what_an_agent_says_of_itself_as_soon_as_it_does(hive
     async with served(hive_of(hive)) as browser:
         after = await hive.store.last_seq()
         async with browser.stream(f"/live?after={hive.at(after)}") as stream:
-            await set_profile(hive.store, IRIS, "<b>they</b>", "🦉", 'says "hi"')
+            await set_profile(hive.store, Limits(), IRIS, "<b>they</b>", "🦉", 'says "hi"')
             row = (await stream.until("agent-iris"))[-1].data["html"]
+            if "they" not in row:  # each connection is told anew how all are
+                row = (await stream.until("agent-iris"))[-1].data["html"]
     assert "&lt;b&gt;they&lt;/b&gt;" in row
     assert "🦉" in row
     assert 'title="says &#34;hi&#34;"' in row
+
+
+async def test_an_agent_changes_what_it_says_of_itself_so_many_times_an_hour(hive: Services) -> None:
+    limits, before = Limits(profile_changes_per_hour=3), len(await hive.kinds())
+    for number in range(2):
+        await set_status(hive.store, limits, IRIS, f"step {number}")
+        await set_status(hive.store, limits, IRIS, f"step {number}")  # which is no change
+    await set_profile(hive.store, limits, IRIS, "she/her")
+    with pytest.raises(Refusal, match=r"^cannot change the status: iris .* 3 times .*\(profile_changes_per_hour\)"):
+        await set_status(hive.store, limits, IRIS, "step 3")
+    with pytest.raises(Refusal, match="cannot change the profile"):
+        await set_profile(hive.store, limits, IRIS, "they/them")
+    agent = await hive.agents.get(IRIS)
+    assert (agent.status, agent.pronouns) == ("step 1", "she/her")
+    assert (await hive.kinds())[before:] == ["agent_status", "agent_status", "agent_profile"]
+    await set_status(hive.store, limits, AgentName("damocles"), "reading")  # another has its own
+    hive.clock.ahead_s += 2 * 3600
+    await set_status(hive.store, limits, IRIS, "step 3")

@@ -55,15 +55,13 @@ class ApplyCommit:
         one for a commit that waits already.
         """
         reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
-        async with self._asking.noting_a_refusal(self.kind, requested_by, name, sha=sha):
-            await self._insist_that_it_is_there(name)
+        await self._insist_that_it_is_there(name)
         tool = f"request_apply_commit {name} {sha}"
         answer = await self._asking.store.write(lambda tx: first_answer(tx, requested_by, key, tool))
         if answer is None:
             with self._repos.holding(name, sha):
-                async with self._asking.noting_a_refusal(self.kind, requested_by, name, sha=sha):
-                    fetch = partial(self._repos.fetch, name, sha)
-                    answer = await self._ask(requested_by, name, sha, reason, key, tool, fetch)
+                fetch = partial(self._repos.fetch, name, sha)
+                answer = await self._ask(requested_by, name, sha, reason, key, tool, fetch)
         await self._repos.tag(name, f"proposal/{answer['approval']}", sha)
         return answer
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 from hive_core.limits import Limits
-from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, MessageBody
-from hive_core.services.approvals import TOPIC, Approval, Request, RuleFor, Shown, put_request
+from hive_core.services.approvals import Approval, Request, RuleFor, Shown, put_request
 from hive_core.services.post import no_room
 from hive_core.services.request_room import check_request_room
 from hive_core.services.tool_calls import once
@@ -68,28 +66,6 @@ class Asking:
         self.store = store
         self._limits = limits
         self._rule_for = rule_for
-
-    @asynccontextmanager
-    async def noting_a_refusal(
-        self, kind: str, requested_by: AgentName, agent: AgentName, **more: str
-    ) -> AsyncIterator[None]:
-        """A request that is refused in here leaves one event, and no approval.
-
-        more: what was asked for, for the event.
-        """
-        try:
-            yield
-        except Refusal as refusal:
-            reason = refusal.message
-
-            def note(tx: Transaction) -> None:
-                if not tx.short:
-                    tx.emit("approval_refused", requested_by, agent, None, what=kind, reason=reason, **more)
-                    tx.wake(TOPIC)
-
-            with contextlib.suppress(Refusal):  # of a store that can take nothing now: the first is the one to tell
-                await self.store.write(note)
-            raise
 
     async def put(
         self, requested_by: AgentName, key: str | None, tool: str, what: str, make: Callable[[Transaction], Request]
