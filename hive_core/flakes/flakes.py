@@ -160,12 +160,15 @@ class MetaFlake:
         return meta_flake(agents, **self._sources.urls, system=self._sources.system)
 
     @asynccontextmanager
-    async def staged(self, flake: str, message: str, update: Sequence[str] = ()) -> AsyncIterator[str]:
+    async def staged(
+        self, flake: str, message: str, update: Sequence[str] = (), *, if_other: bool = False
+    ) -> AsyncIterator[str]:
         """Stage a flake.nix with its lock. Left well, it is committed with `message`; left by an exception or a
         cancellation, everything is as before.
 
-        update   inputs to lock anew; those that are new, or are at another URL, are locked anyway
-        yields   the staged flake, as a URL
+        update    inputs to lock anew; those that are new, or are at another URL, are locked anyway
+        if_other  commit nothing where flake and lock are what they were
+        yields    the staged flake, as a URL
 
         Raises Refusal("failed") when it cannot be locked, or committed.
         """
@@ -178,7 +181,8 @@ class MetaFlake:
                 await self._git("add", "flake.nix", "flake.lock")
                 yield self.url
                 with trio.CancelScope(shield=True):
-                    await self._git("commit", "--quiet", "--allow-empty", "--message", message)
+                    if not if_other or await self._git("diff", "--cached", "--name-only"):
+                        await self._git("commit", "--quiet", "--allow-empty", "--message", message)
             except BaseException:
                 with trio.CancelScope(shield=True):
                     await self._try_to_put_back()
@@ -191,6 +195,11 @@ class MetaFlake:
     async def log(self) -> list[str]:
         """The first lines of its commits, newest first: what was deployed."""
         return (await self._git("log", "--format=%s")).splitlines()
+
+    async def tells(self, line: str) -> bool:
+        """Whether the message of a commit has this line. Raises Refusal where its repository cannot be read."""
+        found = await self._git("log", "--max-count=20", "--format=%B", "--fixed-strings", f"--grep={line}")
+        return line in found.splitlines()
 
     async def evaluate(self, name: AgentName, commit: CommitSha) -> Evaluated:
         """What an agent's module says at a commit that is pinned in its applied repository; nothing is changed.

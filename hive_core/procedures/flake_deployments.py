@@ -195,7 +195,11 @@ class FlakeDeployments:
         if change.base is not None:
             await self._repos.deploy(change.agent, change.number, change.sha, change.base)
         self._settled.add(change.agent)
-        await self._log(change.agent, f"deployed/{change.number if change.base else 0}")
+        await self._log(
+            change.agent,
+            f"deployed/{change.number if change.base else 0}",
+            f"Deployment: {change.sha} of {change.agent} by approval {change.number}",
+        )
 
     async def mend(self, name: AgentName, sha: CommitSha, held: AsyncExitStack) -> Deployed | None:
         known = await system_of(self._store, name)
@@ -214,6 +218,7 @@ class FlakeDeployments:
             async with AsyncExitStack() as lock:
                 await lock.enter_async_context(self._locks.of(name))
                 await insist_that_it_stays(self._store, name)
+                was_taken = await self.has(name, deployed)
                 await self.take(name, deployed)
                 held.push_async_exit(lock.pop_all())
         except Exception as exc:
@@ -221,7 +226,7 @@ class FlakeDeployments:
                 way_out = "it is tried again when something is deployed, and when the daemon starts"
                 self._hindrances[name] = f"its container cannot be built: {exc}; {way_out}"
             raise
-        await self._log(name, f"{sha[:12]} again")
+        await self._log(name, f"{sha[:12]} again", if_other=was_taken)
         return deployed
 
     async def look_at_inputs(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
@@ -238,8 +243,13 @@ class FlakeDeployments:
         self._hindrances.pop(name, None)
         self._settled.discard(name)
 
-    async def _log(self, name: AgentName, what: str) -> None:
-        """Commit the meta flake with what is deployed, which is the log of all deployments."""
+    async def _log(self, name: AgentName, what: str, once: str = "", *, if_other: bool = False) -> None:
+        """Commit the meta flake with what is deployed, which is the log of all deployments.
+
+        once: a line behind the message, by which it is known whether a daemon before, which died before it could write
+        its rows, has told of this already
+        if_other: commit only a flake that is another
+        """
         try:
             async with self._settling:
                 # By their repositories: what a row names may be on trial, or may not be written yet.
@@ -249,7 +259,12 @@ class FlakeDeployments:
                 for each in {*commits, *self._settled}:
                     with contextlib.suppress(Refusal):  # one whose repository is broken keeps no other from it
                         commits[each] = await self._repos.main(each)
-                async with self._meta.staged(self._meta.render(commits), f"{name}: {what}"):
+                message = f"{name}: {what}"
+                if once and (if_other := await self._meta.tells(once)):
+                    message = f"{name} is in the flake again"  # another agent's commit may have been without it
+                elif once:
+                    message += f"\n\n{once}"
+                async with self._meta.staged(self._meta.render(commits), message, if_other=if_other):
                     pass
         except (Refusal, OSError) as exc:
             # The log lacks a line, and the next one who stages has its flake right.

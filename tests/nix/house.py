@@ -180,6 +180,7 @@ async def carry_out_and_die(house: House, step: str) -> None:
     async with house.open() as services:
         services.repos.deploy = then(services.repos.deploy, "moved")  # type: ignore[method-assign]
         deployments = services.gate._deployments
+        deployments.mend = then(deployments.mend, "mended")  # type: ignore[method-assign]
         deployments.settle = then(deployments.settle, "committed")  # type: ignore[method-assign]
         deployments._meta._lock = then(deployments._meta._lock, "staged")  # type: ignore[attr-defined]
         deployments.lock_inputs = then(deployments.lock_inputs, "locked")  # type: ignore[method-assign]

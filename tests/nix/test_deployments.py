@@ -15,7 +15,7 @@ import trio.testing
 from hive_core.containers.mounts import agent_dirs
 from hive_core.procedures import gate
 from hive_core.procedures.deployments import Change
-from hive_core.procedures.flake_deployments import CHECKS_WAITING
+from hive_core.procedures.flake_deployments import CHECKS_WAITING, FlakeDeployments
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, CommitSha, StorePath
@@ -25,7 +25,7 @@ from hive_core.services.tombstones import Tombstones, forget, keep
 from hive_core.store.bus import APPROVED
 from tests.checkouts import Checkout
 from tests.hives import Services, open_services, wait_until
-from tests.nix.house import House, mended, nothing, serving
+from tests.nix.house import House, mended, nothing, serving, with_nixpkgs
 from tests.scripted_driver import ScriptedDriver
 
 
@@ -561,6 +561,11 @@ async def test_who_has_the_containers_may_be_away_when_the_daemon_starts_and_is_
 STEPS = ["build", "built", "switch", "switched", "moved", "committed"]
 
 
+def told(house: House) -> list[str]:
+    """The log of deployments, newest first, behind how the hive and hm1nd began."""
+    return house.log()[:-2]
+
+
 async def die_at(house: House, step: str) -> dict[str, object]:
     """A change of iris is approved, and the daemon is killed right after a step; what was there before."""
     async with house.open() as hive, serving(hive):
@@ -588,7 +593,57 @@ async def test_a_daemon_that_is_killed_after_any_step_is_followed_by_one_that_fi
         assert row is not None
         assert row.path == await house.systems.current(IRIS)
     assert house.git("status", "--porcelain") == ""
-    assert house.log()[0] == "iris: deployed/2"
+    assert told(house) == ["iris: deployed/2", "iris: deployed/0"]
+
+
+@pytest.mark.parametrize("step", ["switched", "committed"])
+async def test_a_new_agent_is_told_of_once_in_the_log_whenever_the_daemon_that_makes_it_dies(
+    house: House, step: str
+) -> None:
+    house.folder.mkdir()
+    async with house.open() as hive, serving(hive):
+        await mended(hive, HM1ND)
+    async with house.open() as hive:
+        number = (await hive.gate.spawn.request(OPERATOR, IRIS, "You read.", "a reader"))["approval"]
+        card = await hive.approvals.get(number)
+        await hive.store.write(lambda tx: settle(tx, card, "approved", None, OPERATOR))
+    await house.carry_out_and_die(step)
+    async with house.open() as hive, serving(hive):
+        assert (await approve(hive, number)).state == "done"
+    assert told(house) == ["iris: deployed/0"]
+    assert lock(house).keys() == {"hm1nd", "iris"}
+
+
+async def test_an_agent_that_another_ones_deployment_left_out_is_in_the_flake_again(
+    house: House, hive: Services
+) -> None:
+    deployments = hive.gate._deployments
+    assert isinstance(deployments, FlakeDeployments)
+    iris = await hive.agents.get(IRIS)
+    change = Change(IRIS, 1, CommitSha(str(iris.deployed_sha)), None)
+    await hive.sql("DELETE FROM systems WHERE agent = 'iris'")  # as before it was written
+    deployments.forget(IRIS)
+    await deployments.settle(Change(HM1ND, 9, CommitSha(str((await hive.agents.get(HM1ND)).deployed_sha)), None))
+    assert lock(house).keys() == {"hm1nd"}
+    for _ in range(2):
+        await deployments.settle(change)
+    assert lock(house).keys() == {"hm1nd", "iris"}
+    assert told(house) == ["iris is in the flake again", "hm1nd: deployed/0", "iris: deployed/0"]
+
+
+async def test_an_agent_that_is_built_anew_is_told_of_once_in_the_log_when_the_daemon_dies_behind_it(
+    house: House, tmp_path: Path
+) -> None:
+    house.folder.mkdir()
+    async with house.open() as hive, serving(hive):
+        await mended(hive, HM1ND)
+    later = with_nixpkgs(house, tmp_path / "later", "-2")
+    await later.carry_out_and_die("mended")
+    before = told(house)
+    assert len(before) == 1
+    async with later.open() as hive, serving(hive):
+        await mended(hive, HM1ND)
+    assert told(house) == before
 
 
 @pytest.mark.parametrize("step", ["build", "switched"])
