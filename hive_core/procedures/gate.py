@@ -19,6 +19,7 @@ from jinja2 import Environment
 from hive_core.git.repos import Repos
 from hive_core.limits import Limits
 from hive_core.policy_rules import Rule
+from hive_core.procedures.cards import Cards
 from hive_core.procedures.deployments import Deployments
 from hive_core.procedures.kinds.apply_commit import ApplyCommit
 from hive_core.procedures.kinds.init_config import InitConfig
@@ -40,13 +41,14 @@ from hive_core.protocol.words import (
     parse_text,
 )
 from hive_core.services.agents import Agents, set_deployed
-from hive_core.services.approvals import Approval, Approvals, note_step, settle, show_again
+from hive_core.services.approvals import Approval, Approvals, note_step, settle
 from hive_core.services.deploy_log import DeployLog
 from hive_core.services.notices import Field, notice
 from hive_core.services.policy import Policy
 from hive_core.services.post import put_message
 from hive_core.services.request_room import count_request_taken_back
 from hive_core.services.systems import note_deployed
+from hive_core.services.under_way import check_alone
 from hive_core.store.bus import APPROVED, DEPLOYED, WANTED
 from hive_core.store.door import Store
 from hive_core.store.schema import StoreError
@@ -107,6 +109,7 @@ class Gate:
         self.upkeep = RepoUpkeep(store, agents, repos)
         self.kinds: dict[str, Kind] = {}
         self.add(self.spawn, self.init_config, self.apply_commit, self.update_meta_inputs)
+        self.cards = Cards(store, approvals, lambda approval: self.kinds[approval.kind], self._fail, self._close)
         approvals.expired = self._tell_expired
 
     def add(self, *kinds: Kind) -> None:
@@ -155,8 +158,8 @@ class Gate:
         """The operator's click on what was shown; return once it is carried out (done or failed).
 
         Idempotent: approving what is approved already waits for the same end. Raises Refusal("conflict") when it was
-        decided otherwise, or when what would be done is not what was shown: the card shows it then. Cancelling it
-        takes no click back.
+        decided otherwise, when what would be done is not what was shown: the card shows it then; or while another
+        approval changes its agent. Cancelling it takes no click back.
 
         origin: the door that the click came through.
         patience_s: after so long return it as it is then, approved and under way.
@@ -166,7 +169,10 @@ class Gate:
         if shown_digest != approval.digest:
             raise Refusal("conflict", f"{cannot}: it is not what you were shown; look at it again and approve that")
         if approval.state == "pending":
-            await self._insist_that_it_is_as_shown(approval)
+            await self._store.write(lambda tx: check_alone(tx, approval))  # what would be done is not known before
+            if await self.cards.look_again(approval):
+                why = f"{approval.agent} was changed meanwhile, and it would do something else than you were shown"
+                raise Refusal("conflict", f"{cannot}: {why}; look at it again and approve that")
 
         def write(tx: Transaction) -> None:
             sql = "SELECT state, digest, resolved_by, note, expires_at_ms FROM approvals WHERE id = ?"
@@ -180,6 +186,7 @@ class Gate:
             if end in _OTHER_ENDS:
                 raise Refusal("conflict", f"{cannot}: {_OTHER_ENDS[end]}")
             if row["state"] == "pending":
+                check_alone(tx, approval)
                 settle(tx, approval, "approved", None, actor, origin)
                 tx.wake(APPROVED)
 
@@ -187,31 +194,6 @@ class Gate:
         with trio.move_on_after(math.inf if patience_s is None else patience_s):
             return await self._approvals.wait_settled(approval_id)
         return await self._approvals.get(approval_id)
-
-    async def _insist_that_it_is_as_shown(self, approval: Approval) -> None:
-        """Raise Refusal when what would be done now is not what the card shows, and let the card show it. One that
-        cannot be carried out any more fails."""
-        try:
-            shown = await self.kinds[approval.kind].show_now(approval)
-        except Refusal as refusal:
-            if refusal.code == "unavailable":  # later it may be possible
-                raise
-            message = refusal.message
-
-            def write(tx: Transaction) -> bool:
-                is_ours = tx.execute("SELECT 1 FROM approvals WHERE id = ? AND state = 'pending'", (approval.id,))
-                if is_ours.fetchone() is None:
-                    return False  # another click has found that out, or it was decided meanwhile
-                self._end(tx, approval, "failed", message, SYSTEM)
-                return True
-
-            if await self._store.write(write):
-                await self._close(approval)
-            return
-        if shown != (approval.payload, approval.effect):
-            await self._store.write(lambda tx: show_again(tx, approval, shown))
-            why = f"{approval.agent} was changed meanwhile, and it would do something else than you were shown"
-            raise Refusal("conflict", f"cannot approve {approval.id}: {why}; look at it again and approve that")
 
     async def deny(self, approval_id: int, given_reason: object, actor: str, origin: str | None = None) -> Approval:
         """The operator's no, with the reason that the requester reads. Denying twice is fine."""
@@ -250,6 +232,9 @@ class Gate:
         settle(tx, approval, end, note, actor, origin)
         self._tell(tx, approval, end, note)
 
+    def _fail(self, tx: Transaction, approval: Approval, why: str) -> None:
+        self._end(tx, approval, "failed", why, SYSTEM)
+
     def _tell_expired(self, tx: Transaction, approval: Approval) -> None:
         self._tell(tx, approval, "expired", "nobody decided it in time; ask again if it is still wanted")
 
@@ -285,9 +270,11 @@ class Gate:
 
     async def serve(self) -> None:
         """Carry out what is approved, also what was approved before the daemon started: of an agent one after the
-        other, and of several at the same time. Beside that mend what is deployed, an agent at a time."""
+        other, and of several at the same time. Beside that mend what is deployed, an agent at a time, and show anew
+        what waits."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._serve_mending)
+            nursery.start_soon(self.cards.serve)
             with self._store.bus.listen(APPROVED, _FREE) as listener:
                 while True:
                     for approval in await self._approvals.approved():
@@ -396,5 +383,5 @@ class Gate:
             log.warning("approval %d of %s failed: %s", approval.id, approval.agent, reason)
             self._mended.pop(approval.agent, None)
             self.walk.end(approval.agent)
-            await self._store.insist(lambda tx: self._end(tx, approval, "failed", reason, SYSTEM))
+            await self._store.insist(lambda tx: self._fail(tx, approval, reason))
             await self._close(approval)

@@ -272,6 +272,10 @@ class Approvals:
         order = "step IS NULL, resolved_at_ms, id"
         return await self._all(f"INDEXED BY approvals_approved WHERE state = 'approved' ORDER BY {order}")
 
+    async def outdated(self) -> list[Approval]:
+        """What waits and was told against something else than there is now, of agents of which nothing is under way."""
+        return [from_row(row) for row in await self._store.rows(_OUTDATED)]
+
     async def recent(self, limit: int = 20) -> list[Approval]:
         """The newest that are resolved, newest first."""
         return await self._all("INDEXED BY approvals_resolved WHERE state != 'pending' ORDER BY id DESC LIMIT ?", limit)
@@ -315,4 +319,14 @@ _SET_BACK = """
 _OVER = """
     SELECT * FROM approvals INDEXED BY approvals_expiring
     WHERE state = 'pending' AND expires_at_ms <= ? ORDER BY expires_at_ms, id LIMIT ?
+"""
+_OUTDATED = """
+    SELECT waiting.* FROM approvals AS waiting INDEXED BY approvals_pending
+    JOIN (SELECT name, deployed_sha AS sha, 1 AS is_agent FROM agents UNION ALL SELECT name, sha, 0 FROM configured)
+      AS now ON now.name = waiting.agent
+    WHERE state = 'pending'
+      AND CASE WHEN kind = 'apply_commit' THEN payload ->> 'base' != sha
+               WHEN kind IN ('spawn', 'init_config') THEN is_agent END
+      AND agent NOT IN (SELECT agent FROM approvals INDEXED BY approvals_approved WHERE state = 'approved')
+    ORDER BY waiting.id
 """

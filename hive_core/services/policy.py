@@ -11,6 +11,7 @@ from typing import Any
 from hive_core.policy_rules import DAY_MS, KINDS, Case, Rule, allows, hindrance, troubles
 from hive_core.services.access import Access
 from hive_core.services.approvals import Request
+from hive_core.services.under_way import in_the_way
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
@@ -121,12 +122,11 @@ def _as_stored(effect: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
 
 def _is_as_shown(tx: Transaction, request: Request) -> bool:
     """Whether it would do what its effect says: its agent is one, runs on what it was compared with, and nothing else
-    of it is being carried out."""
+    changes that now."""
     row = tx.execute("SELECT deployed_sha FROM agents WHERE name = ?", (request.agent,)).fetchone()
     if row is None or row["deployed_sha"] != request.shown.payload.get("base"):
         return False
-    sql = "SELECT 1 FROM approvals INDEXED BY approvals_approved WHERE state = 'approved' AND agent = ?"
-    return tx.execute(sql, (request.agent,)).fetchone() is None
+    return in_the_way(tx, request.kind, request.agent) is None
 
 
 def _was_denied(tx: Transaction, request: Request) -> bool:

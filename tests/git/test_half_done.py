@@ -11,13 +11,14 @@ import pytest
 import trio
 
 from hive_core.procedures import walk
-from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName
 from hive_core.services.approvals import Approval
 from tests.checkouts import Checkout
 from tests.dashboards import hive_of
 from tests.git.test_deploy_log import OPUS, change, hive, model
-from tests.git.test_gate import approve, click_and_die, mail_of, serving, tags
-from tests.hives import Services, open_services
+from tests.git.test_gate import approve, click_and_die, mail_of, refused, serving, tags
+from tests.hives import Services, open_services, wait_until
 
 __all__ = ["hive"]
 IRIS = AgentName("iris")
@@ -120,24 +121,100 @@ async def test_who_is_destroyed_while_a_change_is_tried_runs_on_what_it_had_when
         nursery.cancel_scope.cancel()
 
 
-async def test_a_change_that_was_approved_with_another_one_and_comes_second_takes_nothing_back(
-    hive: Services, caplog: pytest.LogCaptureFixture
-) -> None:
+async def ask_for_two(hive: Services, *, on_top: bool) -> list[Approval]:
+    """The cards of two changes of iris; the second begins with the first, or where that begins."""
     checkout = Checkout(hive.repos.proposed_dir / "iris" / "config")
-    first, second = checkout.commit(agent__toml=OPUS), checkout.commit(CLAUDE__md="You write.\n")
-    numbers = [
-        (await hive.gate.apply_commit.request(MANAGER, IRIS, sha, "a change"))["approval"] for sha in (first, second)
-    ]
-    cards = [await hive.approvals.get(number) for number in numbers]
-    ends = []
+    begun, cards = checkout.head(), []
+    for files in ({"agent__toml": OPUS}, {"CLAUDE__md": "You write.\n"}):
+        sha = checkout.commit(**files)
+        number = (await hive.gate.apply_commit.request(MANAGER, IRIS, sha, "a change"))["approval"]
+        cards.append(await hive.approvals.get(number))
+        if not on_top:
+            checkout.git("reset", "-q", "--hard", begun)
+    return cards
+
+
+async def not_outdated(hive: Services, number: int) -> Approval:
+    """A card that waited while another change of its agent was carried out, once it was looked at again."""
+
+    async def look() -> bool:
+        return number not in {card.id for card in await hive.approvals.outdated()}
+
+    await wait_until(hive.store, look)
+    return await hive.approvals.get(number)
+
+
+@pytest.mark.parametrize("on_top", [True, False], ids=["on top of the first", "beside the first"])
+async def test_a_change_is_not_approved_while_another_one_is_carried_out_and_is_shown_against_that_afterwards(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, on_top: bool
+) -> None:
+    async with open_services(tmp_path) as hive:
+        async with serving(hive):
+            await hive.gate.ensure_manager("You manage.")
+            await approve(hive, (await hive.gate.spawn.request(OPERATOR, IRIS, "You read.", "a reader"))["approval"])
+        first, second = await ask_for_two(hive, on_top=on_top)
+        await hive.gate.approve(first.id, first.digest, OPERATOR, patience_s=0)
+        with refused(
+            f"cannot approve {second.id}: approval {first.id} changes iris now; once that is over", "conflict"
+        ):
+            await hive.gate.approve(second.id, second.digest, OPERATOR)
+        assert await hive.approvals.get(second.id) == second
+        async with serving(hive):
+            assert (await hive.approvals.wait_settled(first.id)).state == "done"
+            waiting = await not_outdated(hive, second.id)
+            if on_top:
+                assert (waiting.state, waiting.payload["base"]) == ("pending", first.payload["sha"])
+                assert "agent.toml" not in waiting.payload["diff"]
+                assert (await hive.gate.approve(second.id, waiting.digest, OPERATOR)).state == "done"
+            else:
+                why = f"cannot apply {second.payload['sha'][:12]}: it is not based on {first.payload['sha'][:12]}"
+                assert (waiting.state, (waiting.note or "")[: len(why)]) == ("failed", why)
+                assert f'\nreason: "{why}' in (await mail_of(hive, MANAGER))[-1]
+        runs = second if on_top else first
+        assert (await hive.agents.get("iris")).deployed_sha == runs.payload["sha"] == await hive.repos.main(IRIS)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_when_the_first_comes_to_nothing_the_other_one_is_as_it_was_shown(hive: Services) -> None:
+    first, second = await ask_for_two(hive, on_top=False)
+    taken = hive.state_dir / f"applied/iris.git/refs/tags/deployed/{first.id}.lock"
+    taken.parent.mkdir(exist_ok=True)
+    taken.touch()
+    assert (await approve(hive, first.id)).state == "failed"
+    assert await not_outdated(hive, second.id) == second
+    assert (await approve(hive, second.id)).state == "done"
+
+
+async def test_the_next_daemon_shows_anew_what_the_one_before_had_no_time_to(tmp_path: Path) -> None:
+    async with open_services(tmp_path) as hive:
+        async with serving(hive):
+            await hive.gate.ensure_manager("You manage.")
+            await approve(hive, (await hive.gate.spawn.request(OPERATOR, IRIS, "You read.", "a reader"))["approval"])
+        first, second = await ask_for_two(hive, on_top=True)
+        hive.gate.cards.serve = trio.sleep_forever  # type: ignore[method-assign]
+        async with serving(hive):
+            assert (await approve(hive, first.id)).state == "done"
+        assert await hive.approvals.get(second.id) == second
+    async with open_services(tmp_path) as hive, serving(hive):
+        assert (await not_outdated(hive, second.id)).payload["base"] == first.payload["sha"]
+
+
+async def test_of_two_clicks_on_changes_of_one_agent_at_once_the_second_fails_nothing(hive: Services) -> None:
+    """Whoever is asked first, the card that was not is there to be decided, or is none any more and says why."""
+    cards = await ask_for_two(hive, on_top=True)
+    ends: dict[int, str] = {}
+
+    async def click(card: Approval) -> None:
+        try:
+            ends[card.id] = (await hive.gate.approve(card.id, card.digest, OPERATOR)).state
+        except Refusal as refusal:
+            ends[card.id] = refusal.code
+
     async with trio.open_nursery() as nursery:
-
-        async def click(card: Approval) -> None:
-            ends.append(await hive.gate.approve(card.id, card.digest, OPERATOR))
-
         for card in cards:
             nursery.start_soon(click, card)
-    assert sorted(end.state for end in ends) in (["done", "failed"], ["done", "done"])
-    done = max((end for end in ends if end.state == "done"), key=lambda end: end.id)
+    assert sorted(ends.values()) == ["conflict", "done"]
+    (done, other) = sorted(cards, key=lambda card: ends[card.id], reverse=True)
     assert (await hive.agents.get("iris")).deployed_sha == done.payload["sha"] == await hive.repos.main(IRIS)
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    now = await not_outdated(hive, other.id)
+    assert (now.state, now.resolved_by) in (("pending", None), ("failed", SYSTEM))

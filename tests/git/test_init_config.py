@@ -117,7 +117,9 @@ async def test_a_card_of_a_name_that_is_an_agent_by_now_touches_none_of_its_repo
     async with serving(hive):
         await hive.repos.create(ARGUS, {"agent.toml": 'program = "rehearsal"\n', "CLAUDE.md": "You were here.\n"})
         await hive.add_agents("argus")
-        failed = await approve(hive, asked)
+        with pytest.raises(Refusal, match="cannot approve 1 any more: cannot make the repositories of argus"):
+            await approve(hive, asked)
+    failed = await hive.approvals.get(asked["approval"])
     assert failed.state == "failed"
     assert "an agent of that name exists" in (failed.note or "")
     prompt = (hive.state_dir / "proposed" / "argus" / "config" / "CLAUDE.md").read_text()

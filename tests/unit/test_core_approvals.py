@@ -18,6 +18,7 @@ from hive_core.procedures.kinds.kind import Done, Step
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.services.approvals import Approval, Request, Shown, put_request
+from hive_core.services.under_way import in_the_way
 from hive_core.store.bus import APPROVED
 from tests.dashboards import gate_open, hive_of
 from tests.hives import Services, wait_until
@@ -131,6 +132,12 @@ class Story(RuleBasedStateMachine):
                 return number
         return None
 
+    def under_way(self, agent: AgentName) -> int | None:
+        """The one approval that is carried out of an agent now."""
+        mine = [number for number, card in self.cards.items() if (card.agent, card.state) == (agent, "approved")]
+        assert len(mine) <= 1
+        return mine[0] if mine else None
+
     @rule(agent=AGENTS, colour=COLOURS)
     def request(self, agent: AgentName, colour: str) -> None:
         async def ask(hive: Services) -> int:
@@ -164,6 +171,8 @@ class Story(RuleBasedStateMachine):
             assert "any more: cannot paint" in end
         elif card.state != "pending":
             assert DECIDED.get(card.state, card.state) in end
+        elif other := self.under_way(card.agent):
+            assert end.startswith(f"cannot approve {number}: approval {other} changes {card.agent} now (building)")
         elif trouble := self.world.trouble[card.agent]:
             assert "cannot paint" in end
             if trouble != "unavailable":
@@ -171,7 +180,7 @@ class Story(RuleBasedStateMachine):
         elif card.version == self.world.version[card.agent]:
             assert end == "approved"
             card.move("approved")
-            self._begin(card.agent)
+            self._begin(number)
         elif other := self.open_like(card.agent, card.colour, besides=number):
             assert f"approval {other} does, which is open too" in end
         else:
@@ -196,38 +205,32 @@ class Story(RuleBasedStateMachine):
                 nursery.start_soon(click)
         return ends
 
-    def _begin(self, agent: AgentName) -> None:
-        """The first step of what is approved and is not carried out yet, one at a time for each agent."""
-        mine = [card for card in self.cards.values() if card.agent == agent and card.state == "approved"]
-        if len(mine) == 1:
-            mine[0].events.append("approval_step")
-            (number,) = (number for number, card in self.cards.items() if card is mine[0])
+    def _begin(self, number: int) -> None:
+        """The first step of what is approved."""
+        self.cards[number].events.append("approval_step")
 
-            async def has_begun(hive: Services) -> None:
-                async def look() -> Any:
-                    return (await hive.approvals.get(number)).step == "building"
+        async def has_begun(hive: Services) -> None:
+            async def look() -> Any:
+                return (await hive.approvals.get(number)).step == "building"
 
-                await wait_until(hive.store, look)
+            await wait_until(hive.store, look)
 
-            self.hive.do(has_begun)
+        self.hive.do(has_begun)
 
-    @rule(agent=AGENTS, well=st.lists(st.booleans(), min_size=10, max_size=10))
-    def carrying_out_ends(self, agent: AgentName, well: list[bool]) -> None:
-        mine = {n: card for n, card in self.cards.items() if card.agent == agent and card.state == "approved"}
-        verdicts = dict(zip(mine, well, strict=False))
+    @rule(agent=AGENTS, well=st.booleans())
+    def carrying_out_ends(self, agent: AgentName, well: bool) -> None:
+        if (number := self.under_way(agent)) is None:
+            return
 
         async def judge(hive: Services) -> None:
-            self.world.verdicts |= verdicts
+            self.world.verdicts[number] = well
             self.world.judged.set()
             self.world.judged = trio.Event()
-            for number in verdicts:
-                await hive.approvals.wait_settled(number)
+            await hive.approvals.wait_settled(number)
 
         self.hive.do(judge)
-        for number, verdict in verdicts.items():
-            card = mine[number]
-            card.events += ["approval_step"] * (3 - card.events.count("approval_step") - 1)
-            card.move("done" if verdict else "failed")
+        self.cards[number].events.append("approval_step")
+        self.cards[number].move("done" if well else "failed")
 
     @rule(number=NUMBERS, how=st.sampled_from(["denied", "cancelled"]))
     def withdraw(self, number: int, how: str) -> None:
@@ -313,6 +316,58 @@ async def test_of_twenty_clicks_at_once_one_is_the_winner_and_all_get_the_same_e
     the_one(ends)
     kinds = [kind for kind in await hive.kinds() if kind.startswith("approval_")]
     assert kinds[1:] == [{"": "approval_approved", "version": "approval_changed", "trouble": "approval_failed"}[change]]
+
+
+async def test_of_clicks_on_two_cards_of_one_agent_at_once_one_card_is_approved_and_the_other_after_its_end(
+    hive: Services,
+) -> None:
+    world = World()
+    paint = Paint(world)
+    hive.gate.kinds = {**hive.gate.kinds, "paint": paint}
+    cards, ends = [], dict[int, set[str]]()
+    for colour in ("red", "green"):
+        request = Request("paint", IRIS, MANAGER, "because", paint.shown(IRIS, colour))
+        number = await hive.store.write(lambda tx, request=request: put_request(tx, request, EXPIRES_S))  # type: ignore[misc]
+        cards.append(await hive.approvals.get(number))
+
+    async def click(card: Approval) -> None:
+        try:
+            end = (await hive.gate.approve(card.id, card.digest, OPERATOR, patience_s=0)).state
+        except Refusal as refusal:
+            end = f"{refusal.code}: {refusal.message}"
+        ends.setdefault(card.id, set()).add(end)
+
+    async with trio.open_nursery() as nursery:
+        for card in cards * 10:
+            nursery.start_soon(click, card)
+    (first,) = (number for number in ends if ends[number] == {"approved"})
+    (second,) = (card for card in cards if card.id != first)
+    why = f"approval {first} changes iris now; once that is over this is shown anew, approve it then"
+    assert ends[second.id] == {f"conflict: cannot approve {second.id}: {why}"}
+    assert (await hive.approvals.get(second.id)).state == "pending"
+    world.verdicts |= {1: True, 2: True}
+    async with gate_open(hive_of(hive)):
+        await hive.approvals.wait_settled(first)
+        assert (await hive.gate.approve(second.id, second.digest, OPERATOR)).state == "done"
+
+
+async def test_what_changes_every_agent_and_what_changes_one_are_not_carried_out_at_once(hive: Services) -> None:
+    def of(kind: str, agent: str) -> Request:
+        return Request(kind, AgentName(agent), MANAGER, "because", Shown({}))
+
+    asked = [of("update_meta_inputs", "hm1nd"), of("apply_commit", "iris"), of("raise_budget", "iris")]
+    for one in asked:
+        await hive.store.write(lambda tx, one=one: put_request(tx, one, EXPIRES_S))  # type: ignore[misc]
+    for under_way, hindered in ((1, {2, 4}), (2, {1, 4}), (3, set())):
+        await hive.sql("UPDATE approvals SET state = 'approved' WHERE id = ?", under_way)
+        others = [*enumerate(asked, 1), (4, of("destroy", "iris")), (5, of("schedule_prompt", "iris"))]
+        found = {
+            number
+            for number, one in others
+            if await hive.store.write(lambda tx, n=number, one=one: in_the_way(tx, one.kind, one.agent, n))  # type: ignore[misc]
+        }
+        assert found == hindered, under_way
+        await hive.sql("UPDATE approvals SET state = 'pending' WHERE id = ?", under_way)
 
 
 async def test_what_has_come_to_its_end_since_it_was_listed_is_not_carried_out_again(hive: Services) -> None:

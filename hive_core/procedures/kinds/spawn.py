@@ -134,6 +134,7 @@ class Spawn:
         return f"the new agent {approval.agent}"
 
     async def show_now(self, approval: Approval) -> Shown:
+        await self.insist_that_it_is_free(approval.agent)
         as_it_is = Shown(approval.payload, approval.effect)
         if (approval.effect or {}).get("inputs", "") == self._deployments.inputs:
             return as_it_is

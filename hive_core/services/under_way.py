@@ -1,0 +1,36 @@
+"""What an agent runs on is changed by one approval at a time: until that is over, no other one of it is approved."""
+
+from __future__ import annotations
+
+from hive_core.protocol.refusal import Refusal
+from hive_core.services.approvals import Approval
+from hive_core.store.writer import Transaction
+
+_APART = ("raise_budget", "schedule_prompt")  # kinds that say nothing of what an agent runs on
+_OF_ALL = "update_meta_inputs"  # what every agent is built from
+
+
+def in_the_way(tx: Transaction, kind: str, agent: str, besides: int = 0) -> str | None:
+    """Why nothing of a kind may be approved for an agent now, or None. besides: an approval that is no hindrance."""
+    if row := tx.execute(_MOVING, (agent,)).fetchone():
+        doing = "destroyed" if row["state"] == "destroying" else "revived"
+        return f"{agent} is being {doing}; look at it again when that is over"
+    if kind in _APART or (row := tx.execute(_UNDER_WAY, (besides, agent, kind)).fetchone()) is None:
+        return None
+    what = "what every agent is built from" if row["kind"] == _OF_ALL else row["agent"]
+    step = f" ({row['step']})" if row["step"] else ""
+    return f"approval {row['id']} changes {what} now{step}; once that is over this is shown anew, approve it then"
+
+
+def check_alone(tx: Transaction, approval: Approval) -> None:
+    """Raise Refusal("conflict") where something else has to come to its end before this can be approved."""
+    if why := in_the_way(tx, approval.kind, approval.agent, approval.id):
+        raise Refusal("conflict", f"cannot approve {approval.id}: {why}")
+
+
+_MOVING = "SELECT state FROM tombstones WHERE name = ? AND state IN ('destroying', 'reviving')"
+_UNDER_WAY = f"""
+    SELECT id, kind, agent, step FROM approvals INDEXED BY approvals_approved
+    WHERE state = 'approved' AND id != ? AND kind NOT IN {_APART}
+      AND (agent = ? OR '{_OF_ALL}' IN (kind, ?)) ORDER BY id LIMIT 1
+"""
