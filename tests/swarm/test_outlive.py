@@ -162,7 +162,7 @@ def test_a_harness_of_the_release_before_finishes_its_turn_and_one_of_this_relea
         daemon.wait_message(client, "begun")
         old = pid_of(daemon, "iris")
         daemon.kill()
-        client = daemon.start()
+        client = daemon.start(HIVE_RESTART_S="3600")  # who has crashed would not be back before the test is given up
         told = daemon.events(client, lambda e: e["kind"] == "harness_outdated" and e["agent"] == "iris")
         assert (told["data"]["version"], told["data"]["current"]) == (OLDEST_VERSION, PROTOCOL_VERSION)
         client.call("send", to="iris", body="who are you?")
@@ -175,7 +175,6 @@ def test_a_harness_of_the_release_before_finishes_its_turn_and_one_of_this_relea
         ended = daemon.events(client, lambda e: e["kind"] == "agent_ended" and e["agent"] == "iris", after=since)
         assert (ended["data"]["expected"], ended["data"]["code"]) == (True, 0)
         started = daemon.events(client, lambda e: e["kind"] == "agent_started" and e["agent"] == "iris", after=since)
-        assert started["at_ms"] - ended["at_ms"] < 1000, "it was kept waiting as though it had crashed"
         daemon.wait_message(client, "it is me")
         assert copies_of(daemon, "iris") == [started["data"]["pid"]]
 
@@ -283,10 +282,8 @@ def test_down_ends_by_force_what_does_not_end_in_time() -> None:
         client = daemon.start()
         spawn(client, "iris", [WELCOME, {"from": "operator", "do": [{"run": "touch /state/in"}, {"hang": True}]}])
         client.call("send", to="iris", body="never end")
-        daemon.events(client, lambda e: e["kind"] == "turn_started" and e["data"]["turn"] >= 1 and e["agent"] == "iris")
+        look_until((daemon.state / "agents" / "iris" / "state" / "in").exists)
         pid = pid_of(daemon, "iris")
-        client.call("send", to="iris", body="again")
-        daemon.events(client, lambda e: e["kind"] == "turn_started" and e["data"]["turn"] >= 2)
         steps = list(daemon.client().stream("down", patience_s=0.2))
         assert steps[-1]["ends"]["iris"] == "killed"
         wait_gone(pid)
