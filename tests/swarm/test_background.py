@@ -101,12 +101,13 @@ def test_what_a_restart_cut_off_is_told_by_the_next_harness() -> None:
 
 @pytest.mark.parametrize("flags", [(), ("--unsafe-no-sandbox",)], ids=["bwrap", "none"])
 def test_a_command_ends_with_its_agent(flags: tuple[str, ...]) -> None:
+    mark = f"31536007.{os.getpid()}{len(flags)}"  # of this one alone: the other may run beside it
     with open_swarm(*flags) as daemon:
         client = daemon.start()
-        spawn(client, "iris", [WELCOME, begin("exec sleep 31536007")])
+        spawn(client, "iris", [WELCOME, begin(f"exec sleep {mark}")])
         client.call("send", to="iris", body="build it")
         daemon.wait_message(client, "begun ")
-        (pid,) = look_until(lambda: pids_of("31536007"))
+        (pid,) = look_until(lambda: pids_of(mark))
         list(client.stream("down"))
         wait_gone(pid)
 

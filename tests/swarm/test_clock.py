@@ -37,19 +37,22 @@ def call_tool(door: Path, tool: str, **arguments: Any) -> Any:
 
 
 def test_what_is_due_fires_once_though_the_daemon_is_killed_before() -> None:
-    with open_daemon(HIVE_QUESTION_TTL_S="3", HIVE_DEFAULT_PROGRAM="rehearsal") as daemon:
+    with open_daemon(HIVE_QUESTION_TTL_S="3600", HIVE_DEFAULT_PROGRAM="rehearsal") as daemon:
         client = daemon.start()
         daemon.wait_live(lambda agent: agent["state"] == "idle")
         client.call("pause", agent="hm1nd")
         door = daemon.runtime / "manager" / "mcp.sock"
         assert call_tool(door, "ask", to="operator", question="May I?")["question"] == 1
-        assert call_tool(door, "remind", after_s=2, body="look again")["reminder"] == 1
-        assert client.call("schedule", agent="hm1nd", body="hourly", every_s=60)["schedule"] == 1
+        assert call_tool(door, "remind", after_s=3600, body="look again")["reminder"] == 1
+        assert client.call("schedule", agent="hm1nd", body="hourly", every_s=3600)["schedule"] == 1
         assert [one["question"] for one in client.call("loose_ends")["waits_on_you"]["questions"]] == [1]
         daemon.kill()
         with contextlib.closing(sqlite3.connect(daemon.state / "hive.sqlite")) as database, database:
+            # The hour is over: nobody has to be quick before it is.
+            database.execute("UPDATE questions SET expires_at_ms = expires_at_ms - 3600000")
+            database.execute("UPDATE reminders SET due_at_ms = due_at_ms - 3600000")
             database.execute(
-                "UPDATE schedules SET created_at_ms = created_at_ms - 58000, next_at_ms = next_at_ms - 58000"
+                "UPDATE schedules SET created_at_ms = created_at_ms - 3600000, next_at_ms = next_at_ms - 3600000"
             )
         client = daemon.start()
         for kind in ("question_expired", "reminder_fired", "schedule_fired"):
