@@ -117,8 +117,9 @@ class Daemon:
             client.close()
         if getattr(self, "process", None) is not None and self.process.poll() is None:
             self.kill()
-        # Agents may outlive their daemon: what is left is ended by pid, and with bwrap what it watched.
-        left = [each for pid in pids_naming(str(self.state / "agents")) for each in (*children_of(pid), pid)]
+        # Agents may outlive their daemon, and so may a command that it had just run: what is left is ended by pid, and
+        # with bwrap what it watched.
+        left = [each for pid in pids_naming(str(self.folder)) for each in (*children_of(pid), pid)]
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
