@@ -402,18 +402,27 @@ def links_of_descriptors(pid: int) -> list[str]:
 async def test_a_helper_that_is_killed_at_any_moment_of_a_start_leaves_one_agent_or_none(tmp_path: Path) -> None:
     ready = make_fifo(tmp_path, "ready")
     script = "echo > /state/ready; sleep 1000"
+    driver = helped_in(tmp_path, "helper-nspawn", script)
+    dirs = agent_dirs(tmp_path, tmp_path / "runtime", IRIS)
+    dirs.make()
+    begun = trio.current_time()
+    running = await driver.start(IRIS, dirs)
+    whole_s = trio.current_time() - begun
+    await read_fifo(ready)
+    running.kill()
+    with trio.fail_after(PATIENCE_S):
+        await running.wait()
+        await driver.forget(IRIS)
     ran = left = step = 0
-    while ran < 2 and step < 40:
+    while ran < 2 and step < 60:  # the first dies before it has done anything, the last ones with all done
+        moment_s = whole_s * step / 8
         step += 1
-        driver = helped_in(tmp_path, "helper-nspawn", script)
-        dirs = agent_dirs(tmp_path, tmp_path / "runtime", IRIS)
-        dirs.make()
         pid = int((tmp_path / "helper.pid").read_text())
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(str(tmp_path / "helper.sock"))
-            sock.sendall(b'{"verb": "start", "name": "iris"}\n')
-            with trio.move_on_after((step - 1) * 0.015):
-                await trio.sleep_forever()
+            if moment_s:
+                sock.sendall(b'{"verb": "start", "name": "iris"}\n')
+                await trio.sleep(moment_s)
             os.kill(pid, signal.SIGKILL)
         await wait_gone([pid])
         start_helper(tmp_path, "nspawn")
