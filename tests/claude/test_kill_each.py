@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from hive_core.cli.client import Client
+from hive_core.containers.process_tree import parent_of
 from tests.claude.test_story import step
 from tests.daemons import Daemon, open_daemon
 from tests.needs import find_claude
@@ -48,7 +49,9 @@ def process(daemon: Daemon, victim: str) -> int:
         return bwrap if victim == "bwrap" else harness
     words = "claude\0--print\0" if victim == "claude" else "\0mcp\0--socket\0"
     # The program's own command line names the bridge, too, but in one word.
-    (pid,) = [pid for pid in pids_naming(words) if in_sandbox_of(harness, pid)]
+    found = [pid for pid in pids_naming(words) if in_sandbox_of(harness, pid)]
+    # Nor is it what it forks, which is called as it is until it runs another.
+    (pid,) = [pid for pid in found if parent_of(pid) not in found]
     return pid
 
 

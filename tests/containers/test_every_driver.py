@@ -920,12 +920,12 @@ async def test_an_agent_whose_daemon_is_gone_goes_on_printing_and_the_next_daemo
 
 @of_processes
 async def test_no_reader_of_what_an_agent_prints_is_left_behind(tmp_path: Path, sandbox: str) -> None:
-    def own() -> list[int]:  # of whichever thread
-        return [pid for pid in all_pids() if parent_of(pid) == os.getpid()]
+    def own() -> set[int]:  # of whichever thread
+        return {pid for pid in all_pids() if parent_of(pid) == os.getpid()}
 
-    before = own()
+    before = own()  # of which some may just end
     await run(tmp_path, sandbox, "echo hi")
-    assert own() == before
+    assert own() <= before
 
 
 # -- another runtime directory ----------------------------------------------------------------------------------------
