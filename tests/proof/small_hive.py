@@ -132,7 +132,7 @@ async def many_messages(hive: Hive) -> None:
 
 
 async def _take_turns(hive: Hive, agent: str, number: int, outcome: str) -> None:
-    with trio.move_on_after(0.5):  # all of its mail may rest
+    with trio.move_on_after(10.0):  # all of its mail may rest
         lease: Lease | None = await hive.lease(agent, f"fence-{number}")
         assert lease is not None
         try:

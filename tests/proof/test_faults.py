@@ -21,6 +21,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from tests.daemons import KEY, NO_CLAUDE, WITHIN_S, Daemon, open_daemon
 from tests.hives import Peer, connect, open_services
+from tests.processes import look_until
 from tests.proof import clients
 from tests.proof.clients import AGENTS, INITIALIZE, add_agents
 from tests.proof.promises import Acked, Leased, Sent, Told, broken_promises
@@ -45,7 +46,7 @@ def start(daemon: Daemon) -> Client:
     """A daemon of agents whose sockets are there."""
     trio.run(add_agents, daemon.state)
     client = daemon.start()
-    client.give_up_after(30)  # no answer at all is the worst of errors
+    client.give_up_after(60)  # no answer at all is the worst of errors
     for name in AGENTS:
         daemon.wait_live(lambda agent, name=name: agent["name"] == name and agent["state"] == "down")  # type: ignore[misc]
     return client
@@ -233,12 +234,8 @@ def test_a_database_that_another_program_locks_refuses_and_resumes() -> None:
             send(client, told, "meanwhile")
         assert refused.value.code == "unavailable"
         # Until the daemon has met the lock with what it does on its own, which must not give up. Reads need no lock.
-        for _ in range(100_000):
-            if "cannot write now: another program" in daemon.log.read_text():
-                break
-            client.call("messages")
-        else:
-            raise AssertionError("the daemon wrote nothing of its own, or did not say that it could not")
+        said = "cannot write now: another program"
+        look_until(lambda: client.call("messages") and said in daemon.log.read_text())
         other.execute("COMMIT")
         other.close()
         send(client, told, "after")

@@ -23,7 +23,7 @@ LONG = os.environ.get("HIVE_LONG") == "1"
 KILLS = 300 if LONG else 18
 TURNS_BETWEEN = 40  # leases and acks that are answered, at most, between a start and the kill
 LOOK_EVERY = 5  # kills; what is broken early need not wait for the end
-SILENCE_S = 15.0  # when we give up waiting, and look at what is there
+SILENCE_S = 60.0  # when we give up waiting, and look at what is there
 SEED = os.environ.get("HIVE_SEED", "kill")
 # Nothing is to be held or refused for its number, and what rests is due again soon.
 MANY = 1_000_000
