@@ -104,9 +104,12 @@ def booted_host(folder: Path, *more: str) -> Iterator[BootedHost]:
         try:
             yield look_until(lambda: _find(nspawn.pid))
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                nspawn.terminate()
-            nspawn.wait(WITHIN_S)
+            nspawn.terminate()
+            try:
+                nspawn.wait(WITHIN_S)
+            except subprocess.TimeoutExpired:  # it powers off in peace, which a busy machine may not come to
+                nspawn.kill()
+                nspawn.wait()
 
 
 @contextmanager

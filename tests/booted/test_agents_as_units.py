@@ -26,6 +26,9 @@ SETTINGS = (
 )
 # As somebody would write it who runs the daemon as root. systemd ends with it all that is in its group.
 UNIT = """\
+[Unit]
+StartLimitIntervalSec=0
+
 [Service]
 Type=notify
 NotifyAccess=main

@@ -152,6 +152,11 @@ def staged(host: BootedHost) -> list[str]:
     return [line.split()[4] for line in lines if line.split()[4].startswith(STAGE)]
 
 
+def of_hive(host: BootedHost) -> list[str]:
+    """All that is mounted on the host from, or below, a directory of the hive's."""
+    return [line for line in host.ok("cat", "/proc/1/mountinfo").splitlines() if "hyperhive" in line]
+
+
 def main_pid(host: BootedHost) -> str:
     return shown(host, HELPER, "MainPID")["MainPID"]
 
@@ -162,9 +167,9 @@ def state(host: BootedHost, unit: str) -> str:
 
 def test_the_container_of_a_daemon_without_rights_is_a_unit_of_the_hosts_with_uids_of_its_own(host: BootedHost) -> None:
     assert daemon(host, "switch", system(host, "echo begun; echo mine > /state/made; exec sleep 1000")) is None
-    mounts = host.ok("cat", "/proc/1/mountinfo")
+    mounts = of_hive(host)
     pid = daemon(host, "start")
-    assert host.ok("cat", "/proc/1/mountinfo") == mounts, "nothing stays mounted on the host"
+    assert of_hive(host) == mounts, "nothing stays mounted on the host"
     properties = ("ActiveState", "MainPID", "MemoryMax", "Slice")
     assert shown(host, UNIT, *properties) == {
         "ActiveState": "active",
@@ -173,6 +178,7 @@ def test_the_container_of_a_daemon_without_rights_is_a_unit_of_the_hosts_with_ui
         "Slice": "hyperhive-agents.slice",
     }
     assert daemon(host, "find") == pid
+    look_until(lambda: host.run("test", "-s", f"{STATE}/agents/iris/state/made").returncode == 0)
     code, said = daemon(host, "exec", "pwd; id -u; cat /state/made; cut -c -22 /proc/self/uid_map")
     assert (code, said.split()[:3]) == (0, ["/state", "0", "mine"])
     assert int(said.split()[4]) >= 0x80000
@@ -244,6 +250,7 @@ def test_how_it_ends_is_told_also_when_no_helper_was_there(host: BootedHost) -> 
     assert [daemon(host, "missed"), daemon(host, "missed")] == [9, None]
     daemon(host, "switch", system(host, "trap 'echo goes; exit 5' TERM; echo here; while :; do sleep 0.05; done"))
     daemon(host, "start")
+    look_until(lambda: "here" in daemon(host, "said")[0])  # it knows by then what to do when it is asked
     assert daemon(host, "stop") == 5
 
 
@@ -286,5 +293,5 @@ def test_a_helper_that_hangs_is_restarted_by_systemd(host: BootedHost) -> None:
     main = main_pid(host)
     host.ok("kill", "-STOP", main)
     look_until(lambda: main_pid(host) not in (main, "0"))
-    assert "watchdog" in host.ok("journalctl", "--quiet", f"--unit={HELPER}").lower()
+    look_until(lambda: "watchdog" in host.ok("journalctl", "--quiet", f"--unit={HELPER}").lower())
     assert look_until(lambda: daemon(host, "current") is None)

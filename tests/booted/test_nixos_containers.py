@@ -13,6 +13,7 @@ import pytest
 
 from tests.booted_host import SOURCE, VENV, BootedHost, booted_host
 from tests.needs import missing
+from tests.processes import look_until
 
 # As NixOS writes it, but for the start script.
 TEMPLATE = f"""\
@@ -135,6 +136,7 @@ def test_an_agents_container_is_a_unit_that_is_bounded_adopted_and_ended(host: B
     }
     assert daemon(host, "find") == [pid, invocation]
     assert daemon(host, "exec", "pwd; id -u") == [0, "/state\n0\n"]
+    look_until(lambda: daemon(host, "said") == ["first words", ["first words"]])
     assert daemon(host, "kill") is None
     assert shown(host, "ActiveState", "NRestarts") == {"ActiveState": "failed", "NRestarts": "0"}
     assert daemon(host, "said") == ["first words", ["first words"]]
@@ -144,6 +146,7 @@ def test_an_agents_container_is_a_unit_that_is_bounded_adopted_and_ended(host: B
 def test_a_harness_that_is_asked_to_stop_ends_its_container_with_its_exit_code(host: BootedHost) -> None:
     daemon(host, "switch", "trap 'echo goes; exit 5' TERM; echo here; while :; do sleep 0.05; done")
     daemon(host, "start")
+    look_until(lambda: "here" in daemon(host, "said")[0])  # it knows by then what to do when it is asked
     assert daemon(host, "stop") == 5
     assert daemon(host, "said")[0].endswith("goes")
 
@@ -151,7 +154,7 @@ def test_a_harness_that_is_asked_to_stop_ends_its_container_with_its_exit_code(h
 def test_an_end_that_no_daemon_watched_is_told_by_the_unit_itself(host: BootedHost) -> None:
     daemon(host, "switch", "sleep 1; exit 9")
     daemon(host, "start")
-    host.run("sh", "-c", f"while systemctl is-active --quiet {UNIT}; do sleep 0.05; done")
+    look_until(lambda: shown(host, "ActiveState") == {"ActiveState": "failed"})
     host.ok("systemctl", "reset-failed", UNIT)  # and systemd itself has forgotten it
     assert daemon(host, "find") is None
     assert daemon(host, "missed") == 9

@@ -92,9 +92,9 @@ class Systemctl:
         os._exit(0)
 
     def stop(self, machine: str) -> None:
-        state = self.host.state(machine)
-        self.host.stop_file(machine).touch()
-        if pid := int(state["MainPID"]):
+        with self.host.locked(f"start-{machine}"):  # whoever starts it has begun it by then, or was killed before
+            self.host.stop_file(machine).touch()
+        if pid := self._main_pid(machine):
             _signal(pid, signal.SIGTERM)
             if self._wait(machine, "inactive", "failed", within_s=STOP_WITHIN_S) is None:
                 _signal(pid, signal.SIGKILL)
@@ -111,6 +111,16 @@ class Systemctl:
 
     def state(self, machine: str) -> dict[str, str]:
         return self.host.state(machine)
+
+    def _main_pid(self, machine: str) -> int:
+        """Of a unit that has just begun it is told a moment later; 0 of one that does not run."""
+        end = time.monotonic() + START_WITHIN_S
+        while (state := self.state(machine))["ActiveState"] == "activating" and state["MainPID"] == "0":
+            if time.monotonic() > end:  # who was to begin it was killed before
+                self.host.set_state(machine, "inactive", 0, "")
+                return 0
+            time.sleep(_LOOK_S)
+        return int(state["MainPID"])
 
     def _active(self, machine: str) -> str:
         return self.state(machine)["ActiveState"]
