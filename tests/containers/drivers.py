@@ -42,9 +42,9 @@ from tests.containers.helped import (
     unmount_all,
 )
 from tests.containers.standin.host import StandInHost, host_of
-from tests.containers.starters import run_forked
 from tests.needs import missing
 from tests.processes import PATIENCE_S, children_of, pids_naming
+from tests.starters import run_forked
 
 IRIS = AgentName("iris")
 STAND_IN = "nixos-container (stand-in)"

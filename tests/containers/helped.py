@@ -17,8 +17,8 @@ from hive_core.containers.bounds import AgentGroups
 from hive_core.containers.helped import HelpedDriver, Helper
 from hive_core.containers.helped_systems import PATIENCE_OF_S
 from hive_core.containers.process import ProcessDriver
-from tests.containers.starters import run_forked
 from tests.processes import PATIENCE_S, look_until
+from tests.starters import run_forked
 
 HELPED_STAND_IN = "helper-nixos-container"
 HELPER_KINDS = ["helper-bwrap", "helper-nspawn", HELPED_STAND_IN]

@@ -48,9 +48,9 @@ from tests.containers.drivers import (
 )
 from tests.containers.helped import HELPER_KINDS
 from tests.containers.standin.host import StandInHost, host_of
-from tests.containers.starters import run_forked
 from tests.needs import ROOT
 from tests.processes import pids_naming
+from tests.starters import run_forked
 
 # What is asked of a driver that starts processes of its own: units are systemd's, whose files and locks are its own.
 of_processes = pytest.mark.parametrize("sandbox", [kind for kind in SANDBOXES if kind not in UNITS], indirect=True)

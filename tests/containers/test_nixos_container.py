@@ -25,8 +25,8 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, StorePath, parse_store_path
 from tests.containers.drivers import IRIS, PATIENCE_S, STAND_IN, Systems, dirs_in, make_fifo, need, read_fifo
 from tests.containers.standin.host import system_files, write_program
-from tests.containers.starters import run_forked
 from tests.processes import pids_naming
+from tests.starters import run_forked
 
 BOUNDS = Bounds(memory_bytes=500 * 2**20, cpu_percent=200, tasks=100)
 WAITS = "echo > /state/ready; exec sleep 1000"

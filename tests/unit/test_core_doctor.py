@@ -23,6 +23,7 @@ import pytest
 from hive_core.cli.doctor import OLDEST_PYTHON, check_python
 from hive_core.version import __version__
 from tests.needs import ROOT
+from tests.starters import run_forked
 
 SECRET = "sk-ant-api03-not-to-be-printed"
 
@@ -53,13 +54,23 @@ class Machine:
     def look(self, check: str) -> tuple[str, str]:
         """The status and the message of one check, after the whole was seen to hang together."""
         before = sorted(self.folder.iterdir())
-        done = self.run("--json")
-        told = json.loads(done.stdout)
-        assert done.stderr == ""
-        assert SECRET not in done.stdout
+        with tempfile.TemporaryFile("w+") as errors:
+            code, said = run_forked(
+                "import sys; from hive_core.cli import main; sys.exit(main())",
+                "doctor",
+                "--json",
+                modules=("hive_core.cli", "hive_core.cli.checks"),
+                env=self.environment,
+                cwd=self.folder,
+                stderr=errors,
+            )
+            errors.seek(0)
+            assert errors.read() == ""
+        told = json.loads(said)
+        assert SECRET not in said
         assert sorted(self.folder.iterdir()) == before
         troubled = any(one["status"] == "trouble" for one in told["checks"])
-        assert (told["ok"], done.returncode) == (not troubled, int(troubled))
+        assert (told["ok"], code) == (not troubled, int(troubled))
         (found,) = [one for one in told["checks"] if one["check"] == check]
         return found["status"], found["message"]
 
