@@ -30,7 +30,9 @@ WITHIN_S = 60
 class BootedHost:
     """The machine, entered as root by its first process."""
 
-    def __init__(self, first: int) -> None:
+    def __init__(self, first: int, own_memory: bool) -> None:
+        self._own_memory = own_memory  # whether it has a group of its own in a tree for memory alone
+        self.holds_memory = False  # whether its systemd holds units to their MemoryMax=
         self._enter = ["nsenter", "--target", str(first), "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
 
     def entering(self, user: str = "") -> list[str]:
@@ -76,6 +78,17 @@ class BootedHost:
         self.write("/etc/systemd/system/hyperhive.service.d/helper.conf", DROP_IN.read_text())
         self.ok("systemctl", "daemon-reload")
 
+    def hold_memory(self) -> None:
+        """Have its systemd hold units to their MemoryMax=, where this machine has a control group for that.
+
+        systemd-nspawn gives the tree of memory (v1) read-only, and systemd looks at what it has when it begins.
+        """
+        if self._own_memory:
+            self.ok("mount", "-o", "remount,bind,rw", "/sys/fs/cgroup/memory")
+            self.ok("systemctl", "daemon-reexec")
+        one = self.run("grep", "-qw", "memory", "/sys/fs/cgroup/cgroup.controllers")
+        self.holds_memory = self._own_memory or one.returncode == 0
+
 
 @contextmanager
 def booted_host(folder: Path, *more: str) -> Iterator[BootedHost]:
@@ -102,7 +115,9 @@ def booted_host(folder: Path, *more: str) -> Iterator[BootedHost]:
         words = ["/bin/sh", "-c", enter, "sh", *map(str, entries), "--", *command]
         nspawn = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
         try:
-            yield look_until(lambda: _find(nspawn.pid))
+            memory = mounted_trees().get("memory")
+            own_memory = any(memory in entry.parents for entry in entries)
+            yield look_until(lambda: _find(nspawn.pid, own_memory))
         finally:
             nspawn.terminate()
             try:
@@ -114,7 +129,8 @@ def booted_host(folder: Path, *more: str) -> Iterator[BootedHost]:
 
 @contextmanager
 def _own_groups() -> Iterator[list[Path]]:
-    """The files by which a machine enters control groups of its own, in each tree in which its systemd makes some.
+    """The files by which a machine enters control groups of its own, in each tree in which its systemd makes some, or
+    can be had to (`hold_memory`).
 
     Two machines in one group would each take the other's units of the same name for their own: kill what is in them,
     and wait for it.
@@ -123,9 +139,10 @@ def _own_groups() -> Iterator[list[Path]]:
     name = f"hive-test-{os.getpid()}-{time.monotonic_ns()}"  # one for both: systemd takes them for the same group
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, kind, path = line.split(":", 2)
-        if kind in ("", "name=systemd") and kind in mounted:
+        if kind in ("", "name=systemd", "memory") and kind in mounted:
             own = mounted[kind] / path.lstrip("/")
-            groups.append((own if own.is_dir() else mounted[kind]) / name)
+            own = own if own.is_dir() else mounted[kind]
+            groups += [own / name] if kind != "memory" or os.access(own, os.W_OK) else []
     try:
         for group in groups:
             group.mkdir()
@@ -143,10 +160,10 @@ def _remove(group: Path) -> bool:
     return not group.exists()
 
 
-def _find(nspawn: int) -> BootedHost | None:
+def _find(nspawn: int, own_memory: bool) -> BootedHost | None:
     """The machine once it is up. In its first moments the child of nspawn is another than in the end."""
     for child in children_of(nspawn):
-        host = BootedHost(child)
+        host = BootedHost(child, own_memory)
         if host.run("systemctl", "is-active", "basic.target").returncode == 0:
             return host
     return None
