@@ -50,6 +50,7 @@ in
   modules = pkgs.writeText "hyperhive-modules" (
     builtins.toJSON {
       host = host.config.systemd.services.hyperhive.serviceConfig;
+      helper = host.config.systemd.services.hyperhive-root.serviceConfig;
       settings = host.config.environment.etc."hyperhive/config.toml".source;
       agent = agent.config.hyperhive.settings;
     }

@@ -47,9 +47,8 @@ def choose_sandbox(config: Config, claude: Path | None) -> Choice:
         # It has tried, and tells when it is asked; it may be away now. Systems are built here.
         trouble = nix_trouble(config) if config.sandbox == "nixos-container" else None
         if bwrap_trouble and bwrap_trouble.startswith("bubblewrap does not work"):
-            bwrap_trouble = (
-                bwrap_trouble.partition("; ")[0] + ": with the helper, the daemon's unit can be hardened so far"
-            )
+            said = bwrap_trouble.partition("; ")[0]
+            bwrap_trouble = f"with the helper the daemon's unit is hardened so far that it can make none ({said})"
         return Choice(config.sandbox, trouble, bwrap_trouble=bwrap_trouble)
     weakness = None
     if config.sandbox == "nspawn":

@@ -107,9 +107,12 @@ class Logins:
                 f"there, or `hive login {name} --cancel`",
             )
         self._credentials.check_writable(name)
-        other = f"or run `claude setup-token` elsewhere and give its token to `hive login {name} --token`"
+        other = (
+            "run `claude setup-token` as yourself, here or elsewhere, and give its token to "
+            f"`hive login {name} --token`, or an API key to `hive login {name} --api-key`"
+        )
         if self._claude is None:
-            raise Refusal("refused", f"cannot log in: claude is not installed here; install it, {other}")
+            raise Refusal("refused", f"cannot log in: claude is not installed here; install it, or {other}")
         if self._trouble:
             raise Refusal("refused", f"cannot log in: it needs a sandbox, and {self._trouble}; {other}")
         if self._nursery is None:

@@ -44,7 +44,7 @@ in
       }
       {
         assertion = cfg.sandbox != "nspawn" || cfg.helper.enable;
-        message = "services.hyperhive.sandbox is nspawn, for which the daemon has no privileges: say services.hyperhive.helper.enable = true.";
+        message = "services.hyperhive.sandbox is nspawn, for which the daemon has no privileges: leave services.hyperhive.helper.enable as it is.";
       }
       {
         assertion = port == 0 || port != managerPort;
@@ -58,8 +58,12 @@ in
       )
       ++ lib.optional (bounds != [ ] && !helped) (
         "services.hyperhive has ${lib.concatStringsSep ", " bounds} for its agents, and nobody would hold them to it: the"
-        + " daemon alone has no control groups. Say services.hyperhive.helper.enable = true (sandbox = \"bwrap\" may stay),"
-        + " or bound the daemon and all agents together with services.hyperhive.limits."
+        + " daemon alone has no control groups. Leave services.hyperhive.helper.enable as it is, or bound the daemon and"
+        + " all agents together with services.hyperhive.limits."
+      )
+      ++ lib.optional (cfg.sandbox == "nspawn") (
+        "services.hyperhive.sandbox is nspawn, and systemd-nspawn makes no container over the /usr of a system whose /bin"
+        + " is a directory, as that of NixOS is: no agent would be started. Say bwrap or nixos-container."
       );
   };
 }

@@ -28,7 +28,7 @@ in
         "nixos-container"
       ];
       default = "bwrap";
-      description = "What agents run in. With `nixos-container` each has a NixOS system of its own, built from its `agent.nix` and from this host's nixpkgs; the daemon builds it, and the helper has containers of it.";
+      description = "What agents run in. With `bwrap` each has a sandbox of bubblewrap's, of the daemon's uid. With `nixos-container` each has a NixOS system and uids of its own, built from its `agent.nix` and from this host's nixpkgs; the daemon builds it, and the helper has containers of it. `nspawn` is for other systems: systemd-nspawn makes no container over the `/usr` of NixOS.";
     };
 
     settings = mkOption {
@@ -57,21 +57,21 @@ in
       type = types.nullOr types.ints.positive;
       default = null;
       example = 8192;
-      description = "Memory of each agent and all that it starts, in MiB (`agent_memory_bytes`); held with the helper or NixOS containers. With none, the daemon's default.";
+      description = "Memory of each agent and all that it starts, in MiB (`agent_memory_bytes`); held by the helper. With none, the daemon's default.";
     };
 
     agents.cpuPercent = mkOption {
       type = types.nullOr types.ints.positive;
       default = null;
       example = 100;
-      description = "CPU time of each agent: 100 is one core (`agent_cpu_percent`); held with the helper or NixOS containers. With none, the daemon's default.";
+      description = "CPU time of each agent: 100 is one core (`agent_cpu_percent`); held by the helper. With none, the daemon's default.";
     };
 
     agents.tasks = mkOption {
       type = types.nullOr types.ints.positive;
       default = null;
       example = 4096;
-      description = "Processes and threads of each agent (`agent_tasks`); held with the helper or NixOS containers. With none, the daemon's default.";
+      description = "Processes and threads of each agent (`agent_tasks`); held by the helper. With none, the daemon's default.";
     };
 
     limits.memoryMax = mkOption {
@@ -97,8 +97,8 @@ in
 
     helper.enable = mkOption {
       type = types.bool;
-      default = false;
-      description = "Whether a helper that is root, `hyperhive-root.service`, starts the agents, each as a transient unit; `sandbox` is `nspawn` then unless it is said: containers with uids of their own. With `nixos-container` there is one in any case. With the others the daemon is hardened further then, and `hive login` takes a token (`--token`) in the place of running the program.";
+      default = true;
+      description = "Whether a helper that is root, `hyperhive-root.service`, starts the agents, each as a transient unit outside the daemon's, which is hardened further then; `hive login` takes a token (`--token`) or a key in the place of running the program. Without it nothing here is root, and agents are children of the daemon, in its unit and hardened as it is: nobody holds each to `agents.*`, `systemctl` does not tell one from another, and the daemon is hardened less. With `nixos-container` there is a helper in any case, and the daemon's unit stays as it is.";
     };
 
     adminUsers = mkOption {

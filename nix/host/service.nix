@@ -19,7 +19,6 @@ let
 in
 {
   config = lib.mkIf cfg.enable {
-    services.hyperhive.sandbox = lib.mkIf cfg.helper.enable (lib.mkDefault "nspawn");
     services.hyperhive.settings = {
       state_dir = lib.mkDefault "/var/lib/hyperhive";
       runtime_dir = lib.mkDefault "/run/hyperhive";

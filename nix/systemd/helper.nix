@@ -90,7 +90,7 @@
 
   # Agents are no children of the daemon then, so it makes no sandboxes, but where it builds NixOS containers: what agents
   # wrote is evaluated in one, and the daemon's unit stays as it is. `hive login` runs the program in one, and cannot:
-  # `hive login --token` reads what `claude setup-token` printed elsewhere.
+  # `hive login --token` reads what `claude setup-token` printed to the operator.
   Daemon = {
     Unit = {
       Wants = "hyperhive-root.service";

@@ -28,6 +28,7 @@
       services.hyperhive = {
         enable = true;
         adminUsers = [ "ada" ];
+        agents.memoryMiB = 1024;
         settings = {
           default_program = "rehearsal";
           manager_prompt = "${prompt}";

@@ -31,6 +31,17 @@ def approve(approval):
     return json.loads(said)
 
 
+def units():
+    """The units of agents."""
+    listed = machine.succeed("systemctl list-units --plain --no-legend --type=scope 'hyperhive-agent-*'")
+    return [line.split()[0] for line in listed.splitlines()]
+
+
+def group(unit):
+    """Where a unit's control group is."""
+    return "/sys/fs/cgroup" + machine.succeed(f"systemctl show --property=ControlGroup --value {unit}").strip()
+
+
 def harnesses():
     """The processes of agents: they outlive the daemon."""
     return set(machine.succeed("pgrep -f 'serve --run' || true").split())
@@ -54,6 +65,17 @@ with subtest("an agent is asked for, shown and approved"):
     assert (approval["kind"], approval["agent"]) == ("spawn", "iris"), approval
     hive(f"approve {approval['id']}")
     machine.wait_until_succeeds("su - ada -c 'hive list --json' | grep -q iris", timeout=60)
+
+with subtest("each agent is a unit outside of the daemon's and the helper's, which holds it to its memory"):
+    machine.wait_for_unit("hyperhive-root.service")
+    machine.wait_until_succeeds(
+        "test $(systemctl list-units --plain --no-legend --type=scope 'hyperhive-agent-*' | wc -l) = 2", timeout=60
+    )
+    for unit in units():
+        machine.succeed(f"grep -qx {1024 << 20} {group(unit)}/memory.max")
+    for service in ("hyperhive.service", "hyperhive-root.service"):
+        # git comes and goes below the daemon.
+        machine.wait_until_succeeds(f"test $(wc -l < {group(service)}/cgroup.procs) = 1", timeout=60)
 
 with subtest("a change of it is asked for, shown and approved"):
     hive('send hm1nd "Change iris."')

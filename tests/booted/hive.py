@@ -16,6 +16,9 @@ _RULES = [
     }
 ]
 
+# What agents are started in and by, where nobody says otherwise to the module of NixOS: tests/nix holds the two equal.
+BY_DEFAULT = {"sandbox": "bwrap", "helper": "/run/hyperhive-root/helper.sock"}
+
 BUBBLEWRAP = (
     "bwrap --unshare-all --unshare-user --disable-userns --uid 0 --gid 0 --hostname hive"
     " --ro-bind / / --proc /proc --dev /dev true"

@@ -1,4 +1,7 @@
-"""The daemon as a user without rights, and the helper that is root, as the units of nix/systemd on a booted machine."""
+"""The daemon as a user without rights, and the helper that is root, as the units of nix/systemd on a booted machine.
+
+Agents are started as the module of NixOS has it by default: in bubblewrap, by the helper.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import pytest
 
 from tests.booted.hive import (
     BUBBLEWRAP,
+    BY_DEFAULT,
     agents,
     ask_for_iris,
     idle,
@@ -24,18 +28,17 @@ from tests.nix_pages import DROP_IN, HELPER_UNIT
 from tests.processes import look_until
 
 ADA = "ada"
+LOOK = ("sh", "-c", "id -u; grep -c ^Cap.*0000000000000000 /proc/self/status")
 DAEMON, HELPER = "hyperhive.service", "hyperhive-root.service"
-SETTINGS = (
-    'sandbox = "nspawn"',
-    'helper = "/run/hyperhive-root/helper.sock"',
-    "restart_s = 0.1",
-    'claude = "/usr/bin/true"',
-)
+BOUNDS = ("agent_memory_bytes = 268435456", "agent_cpu_percent = 150", "agent_tasks = 300")
+MORE = ("restart_s = 0.1", 'claude = "/usr/bin/true"', *BOUNDS)
+SETTINGS = (*(f'{key} = "{value}"' for key, value in BY_DEFAULT.items()), *MORE)
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootedHost]:
     with booted_host(Path(tmp_path_factory.mktemp("host"))) as host:
+        host.hold_memory()
         host.install(write_config(host, *SETTINGS), "[Service]\nRestartSec=100ms\n")
         host.install_helper()
         host.ok("systemctl", "start", DAEMON)
@@ -54,13 +57,54 @@ def ready(host: BootedHost) -> bool:
     return idle(host, "hm1nd", "iris", user=ADA)
 
 
-def test_the_daemon_has_no_capability_and_its_agents_have_uids_of_their_own(host: BootedHost) -> None:
-    main = shown(host, DAEMON, "MainPID")["MainPID"]
-    fields = dict(line.split(":\t", 1) for line in host.ok("cat", f"/proc/{main}/status").splitlines())
+def run_in(host: BootedHost, name: str, *command: str) -> dict[str, object]:
+    """How a command ended in an agent's container: {code, output}."""
+    request = json.dumps({"verb": "exec", "name": name, "command": command})
+    ask = (
+        "import socket, sys; sock = socket.socket(socket.AF_UNIX); sock.connect('/run/hyperhive-root/helper.sock');"
+        " sock.sendall(sys.argv[1].encode() + b'\\n'); print(sock.makefile().readline())"
+    )
+    answer: dict[str, object] = json.loads(host.ok("python3", "-c", ask, request))
+    return answer
+
+
+def status(host: BootedHost, pid: str) -> dict[str, str]:
+    fields = dict(line.split(":\t", 1) for line in host.ok("cat", f"/proc/{pid}/status").splitlines())
+    return {name: value.strip() for name, value in fields.items()}
+
+
+def test_the_daemon_is_a_user_without_a_capability(host: BootedHost) -> None:
+    fields = status(host, shown(host, DAEMON, "MainPID")["MainPID"])
     assert fields["Uid"].split()[0] == host.ok("id", "-u", "hyperhive").strip() != "0"
-    assert {fields[name].strip() for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
-    assert {agent["sandbox"] for agent in agents(host, ADA).values()} == {"nspawn"}
-    assert len(units(host)) == 2
+    assert {fields[name] for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+
+
+def test_each_agent_is_a_unit_of_its_own_of_the_daemons_user(host: BootedHost) -> None:
+    assert {agent["sandbox"] for agent in agents(host, ADA).values()} == {"bwrap"}
+    found = units(host)
+    assert len(found) == 2
+    for unit, lines in found.items():
+        assert shown(host, unit, "Slice") == {"Slice": "hyperhive-agents.slice"}
+        wrapper = next(words[0] for words in map(str.split, lines) if words[1:] and words[1].endswith("bwrap"))
+        fields = status(host, wrapper)
+        assert fields["Uid"].split()[0] == host.ok("id", "-u", "hyperhive").strip()
+        assert (fields["CapBnd"], fields["NoNewPrivs"]) == ("0" * 16, "1")
+
+
+def test_its_unit_has_the_bounds_of_an_agent(host: BootedHost) -> None:
+    wanted = {"MemoryMax": "268435456", "CPUQuotaPerSecUSec": "1.500000s", "TasksMax": "300"}
+    for unit in units(host):
+        assert shown(host, unit, *wanted) == wanted
+
+
+def test_an_agent_that_takes_more_memory_than_its_bound_is_held_to_it(host: BootedHost) -> None:
+    if not host.holds_memory:
+        pytest.skip("this machine has no control group for memory that another systemd could be given")
+    before, take = units(host), "import sys; print(len(bytearray(int(sys.argv[1]) << 20)) >> 20)"
+    assert run_in(host, "iris", "python3", "-c", take, "64") == {"code": 0, "output": "64\n"}
+    assert run_in(host, "iris", "python3", "-c", take, "512")["code"] == -9
+    assert units(host) == before
+    assert ready(host)
 
 
 def test_the_helper_answers_nobody_but_the_daemons_user(host: BootedHost) -> None:
@@ -68,13 +112,7 @@ def test_the_helper_answers_nobody_but_the_daemons_user(host: BootedHost) -> Non
 
 
 def test_a_command_runs_in_a_container_under_the_helpers_hardening_and_has_no_right(host: BootedHost) -> None:
-    look = ["sh", "-c", "id -u; grep -c ^Cap.*0000000000000000 /proc/self/status"]
-    request = json.dumps({"verb": "exec", "name": "iris", "command": look})
-    ask = (
-        "import socket, sys; sock = socket.socket(socket.AF_UNIX); sock.connect('/run/hyperhive-root/helper.sock');"
-        " sock.sendall(sys.argv[1].encode() + b'\\n'); print(sock.makefile().readline())"
-    )
-    assert json.loads(host.ok("python3", "-c", ask, request)) == {"code": 0, "output": "0\n5\n"}
+    assert run_in(host, "iris", *LOOK) == {"code": 0, "output": "0\n5\n"}
 
 
 def test_nothing_of_an_agent_is_in_the_units_of_the_two(host: BootedHost) -> None:
@@ -163,19 +201,21 @@ def test_each_line_that_is_left_out_would_keep_bubblewrap_from_its_sandbox(host:
 def test_the_daemons_own_hardening_leaves_no_way_to_a_sandbox(host: BootedHost) -> None:
     assert not runs_under(host, DROP_IN, BUBBLEWRAP)
     refused = host.run("hive", "login", user=ADA)
-    assert "cannot log in: it needs a sandbox, and bubblewrap does not work here" in refused.stderr
-    assert "with the helper, the daemon's unit can be hardened so far; or run `claude setup-token`" in refused.stderr
+    why = "cannot log in: it needs a sandbox, and with the helper the daemon's unit is hardened so far that it can make"
+    assert why in refused.stderr
+    assert "; run `claude setup-token` as yourself, here or elsewhere, and give its token to" in refused.stderr
 
 
-def test_a_hive_that_changes_to_bubblewrap_has_units_of_the_daemons_user(host: BootedHost) -> None:
+def test_a_hive_that_changes_to_nspawn_has_agents_with_uids_of_their_own(host: BootedHost) -> None:
     """The last one here: it changes the hive."""
-    host.write("/etc/hyperhive/config.toml", write_config(host, 'sandbox = "bwrap"', *SETTINGS[1:]))
+    before = units(host)
+    host.write("/etc/hyperhive/config.toml", write_config(host, 'sandbox = "nspawn"', *SETTINGS[1:]))
     host.ok("systemctl", "restart", HELPER, DAEMON)
-    look_until(lambda: ready(host) and {agent["sandbox"] for agent in agents(host, ADA).values()} == {"bwrap"})
+    look_until(lambda: ready(host) and {agent["sandbox"] for agent in agents(host, ADA).values()} == {"nspawn"})
     found = units(host)
-    assert len(found) == 2
-    for lines in found.values():
-        wrapper = next(words[0] for words in map(str.split, lines) if words[1:] and words[1].endswith("bwrap"))
-        fields = dict(line.split(":\t", 1) for line in host.ok("cat", f"/proc/{wrapper}/status").splitlines())
-        assert fields["Uid"].split()[0] == host.ok("id", "-u", "hyperhive").strip()
-        assert (fields["CapBnd"].strip(), fields["NoNewPrivs"].strip()) == ("0" * 16, "1")
+    assert set(found) == set(before)
+    pids = {line.split()[0] for lines in found.values() for line in lines if " serve --run /run/hive" in line}
+    users = {int(status(host, pid)["Uid"].split()[0]) for pid in pids if pid.isdecimal()} - {0}  # root's: wrappers
+    assert len(users) == 2
+    assert min(users) >= 65536
+    assert run_in(host, "iris", *LOOK) == {"code": 0, "output": "0\n5\n"}

@@ -1,4 +1,7 @@
-"""The daemon as the unit of nix/systemd, on a machine that booted systemd: its hardening, its user, its restarts."""
+"""The daemon as the unit of nix/systemd, on a machine that booted systemd: its hardening, its user, its restarts.
+
+It has no helper here, as with `services.hyperhive.helper.enable = false`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.booted.hive import BUBBLEWRAP, agents, ask_for_iris, idle, runs_under, write_config
+from tests.booted.hive import BUBBLEWRAP, BY_DEFAULT, agents, ask_for_iris, idle, processes_of, runs_under, write_config
 from tests.booted_host import BootedHost, booted_host
 from tests.nix_pages import UNIT
 from tests.processes import look_until
@@ -31,6 +34,11 @@ def harnesses(host: BootedHost) -> set[str]:
 def restarts(host: BootedHost) -> int:
     """How often systemd has started the daemon again by itself."""
     return int(host.ok("systemctl", "show", "--value", "--property=NRestarts", "hyperhive.service"))
+
+
+def files_of(host: BootedHost, unit: str) -> set[str]:
+    """The same for all processes of a unit."""
+    return {f"/proc/{line.split()[0]}/cmdline" for line in processes_of(host, unit)}
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +66,9 @@ def test_members_of_hive_admin_command_it_and_nobody_else(host: BootedHost) -> N
     assert "/run/hyperhive/host.sock is not yours to open; ask who runs it" in refused.stderr
 
 
-def test_its_agents_have_sandboxes(swarm: BootedHost) -> None:
+def test_its_agents_have_sandboxes_in_its_own_unit(swarm: BootedHost) -> None:
     assert {agent["sandbox"] for agent in agents(swarm, ADA).values()} == {"bwrap"}
+    assert harnesses(swarm) <= files_of(swarm, "hyperhive.service")
 
 
 def test_agents_live_on_when_it_is_restarted(swarm: BootedHost) -> None:
@@ -99,3 +108,22 @@ def test_bubblewrap_works_under_the_hardening(host: BootedHost) -> None:
 )
 def test_each_line_that_is_left_out_would_keep_bubblewrap_from_its_sandbox(host: BootedHost, line: str) -> None:
     assert not runs_under(host, UNIT, BUBBLEWRAP, line)
+
+
+# -- the helper -------------------------------------------------------------------------------------------------------
+
+
+def test_a_hive_that_is_given_the_helper_has_each_agent_once_and_outside_of_the_daemons_unit(swarm: BootedHost) -> None:
+    """The last one here: it changes the hive."""
+    before = harnesses(swarm)
+    settings = (f'{key} = "{value}"' for key, value in BY_DEFAULT.items())
+    swarm.write("/etc/hyperhive/config.toml", write_config(swarm, *settings))
+    swarm.install_helper()
+    swarm.ok("systemctl", "restart", "hyperhive-root.service", "hyperhive.service")
+    look_until(lambda: idle(swarm, "hm1nd", "iris", user=ADA) and harnesses(swarm).isdisjoint(before))
+    now = harnesses(swarm)
+    assert len(files_of(swarm, "hyperhive.service")) == len(files_of(swarm, "hyperhive-root.service")) == 1
+    shown = swarm.ok("systemctl", "list-units", "--plain", "--no-legend", "--type=scope", "hyperhive-agent-*")
+    units = [line.split()[0] for line in shown.splitlines()]
+    assert len(units) == 2
+    assert now <= {file for unit in units for file in files_of(swarm, unit)}

@@ -285,7 +285,8 @@ async def test_a_code_that_would_be_other_keys_is_not_typed(tmp_path: Path, code
 
 async def test_where_no_login_can_run_the_way_out_is_told(tmp_path: Path) -> None:
     async with house_of(tmp_path, GOOD, bwrap_trouble="bwrap is missing") as house:
-        with pytest.raises(Refusal, match=r"bwrap is missing; or run `claude setup-token` elsewhere"):
+        told = r"bwrap is missing; run `claude setup-token` as yourself.* `hive login default --api-key`"
+        with pytest.raises(Refusal, match=told):
             house.logins.begin("default", "the test")
         house.logins._claude = None
         with pytest.raises(Refusal, match="claude is not installed"):

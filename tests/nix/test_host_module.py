@@ -23,6 +23,7 @@ from hive_core.daemon_cli import main as hive_core
 from hive_core.flakes.flake_files import agent_files
 from hive_core.protocol.words import AgentName
 from tests import nix_pages
+from tests.booted.hive import BY_DEFAULT
 from tests.nixes import NIXPKGS, ROOT, Nix
 
 everywhere = pytest.mark.parametrize("nixpkgs", NIXPKGS, ids=lambda given: "given" if given else "stand-in")
@@ -124,7 +125,7 @@ def test_options_become_settings_and_settings_win_over_them(nix: Nix) -> None:
 def test_package_admin_users_and_the_dashboards_address_reach_what_they_are_for(nix: Nix, nixpkgs: str) -> None:
     module = (
         "imports = [ ({ pkgs, ... }: { services.hyperhive.package = pkgs.strace; }) ]; services.hyperhive ="
-        ' { enable = true; helper.enable = true; adminUsers = [ "ada" "bo" ]; dashboard.address = "::1"; };'
+        ' { enable = true; adminUsers = [ "ada" "bo" ]; dashboard.address = "::1"; };'
     )
     found = nix.value(
         f"let machine = (host {{ {module} }}); package = toString nixpkgs.legacyPackages.x86_64-linux.strace; in"
@@ -168,7 +169,7 @@ def test_claude_is_taken_from_a_package_and_needs_its_licence_allowed(nix: Nix) 
         ('credentials.anthropic-api-key = "/nix/store/x"', "would put a secret into the Nix store"),
         ('environmentFiles = [ "/nix/store/env" ]', "would put a secret into the Nix store"),
         ("dashboard.port = 8000", "the port of the manager's page"),
-        ('sandbox = "nspawn"', "say services.hyperhive.helper.enable = true"),
+        ('sandbox = "nspawn"; services.hyperhive.helper.enable = false', "leave services.hyperhive.helper.enable as"),
         ("settings.dashboard_port = 8000", "the port of the manager's page"),
         ('settings.sandbox = "nspawn"', "say services.hyperhive.sandbox instead"),
     ],
@@ -197,12 +198,18 @@ def test_a_dashboard_on_a_network_is_warned_of(nix: Nix) -> None:
 
 def test_limits_of_agents_that_nobody_would_hold_them_to_are_warned_of(nix: Nix) -> None:
     of = "(host {{ services.hyperhive = {{ enable = true; {0} }}; }}).config.warnings"
-    (said,) = nix.value(of.format("agents.memoryMiB = 2048;"))
+    (said,) = nix.value(of.format("helper.enable = false; agents.memoryMiB = 2048;"))
     assert "has no control groups" in said
-    (said,) = nix.value(of.format("settings.agent_tasks = 100;"))
-    assert "services.hyperhive.helper.enable" in said
-    for held in ("helper.enable = true;", 'helper.enable = true; sandbox = "bwrap";', 'sandbox = "nixos-container";'):
+    (said,) = nix.value(of.format("helper.enable = false; settings.agent_tasks = 100;"))
+    assert "Leave services.hyperhive.helper.enable as it is" in said
+    for held in ("", 'helper.enable = false; sandbox = "nixos-container";'):
         assert nix.value(of.format(f"agents.cpuPercent = 50; {held}")) == []
+    assert nix.value(of.format("helper.enable = false;")) == []
+
+
+def test_containers_of_nspawn_over_the_system_of_nixos_are_warned_of(nix: Nix) -> None:
+    (said,) = nix.value('(host { services.hyperhive = { enable = true; sandbox = "nspawn"; }; }).config.warnings')
+    assert "no agent would be started. Say bwrap or nixos-container" in said
 
 
 def test_the_build_runs_the_daemons_own_parser_over_the_settings(nix: Nix) -> None:
@@ -307,7 +314,7 @@ def test_containers_of_nixos_are_built_from_the_flake_and_the_nixpkgs_of_the_hos
     assert (config.hyperhive_source, config.nixpkgs) == (ROOT, ROOT / "tests/nix/standin")
     found = nix.value(of.format('"bwrap"'))
     assert (found["enableContainers"], found["nix"], "nixpkgs" in found["settings"]) == (False, False, False)
-    assert (found["daemon"]["User"], found["helper"]) == ("hyperhive", None)
+    assert {"/etc/nixos-containers", "/nix"}.isdisjoint(found["helper"]["ReadWritePaths"])
 
 
 def test_limits_hold_the_slice_of_the_daemon_and_its_agents(nix: Nix) -> None:
@@ -321,30 +328,40 @@ def test_limits_hold_the_slice_of_the_daemon_and_its_agents(nix: Nix) -> None:
 
 # -- the helper -------------------------------------------------------------------------------------------------------
 
-HELPED = "services.hyperhive = { enable = true; helper.enable = true; }"
+HELPED = "services.hyperhive.enable = true"
+ALONE = "services.hyperhive = { enable = true; helper.enable = false; }"
+LOOK = (
+    "let config = (host {{ {0}; }}).config; in {{ inherit (config.services.hyperhive) settings;"
+    " daemon = {{ inherit (config.systemd.services.hyperhive) after wants serviceConfig; }};"
+    " helper = (config.systemd.services.hyperhive-root or {{ }}).serviceConfig or null; }}"
+)
 
 
 @everywhere
-def test_with_the_helper_agents_are_in_nspawn_and_both_units_are_there(nix: Nix, nixpkgs: str) -> None:
-    found = nix.value(
-        f"let config = (host {{ {HELPED}; }}).config; in {{ inherit (config.services.hyperhive) settings;"
-        " daemon = { inherit (config.systemd.services.hyperhive) after wants serviceConfig; };"
-        " helper = config.systemd.services.hyperhive-root.serviceConfig; }",
-        nixpkgs,
-    )
-    config = Config(**found["settings"])
-    assert (str(config.helper), config.sandbox) == ("/run/hyperhive-root/helper.sock", "nspawn")
+def test_by_default_the_helper_starts_agents_outside_of_a_daemon_that_is_hardened_further(
+    nix: Nix, nixpkgs: str
+) -> None:
+    found = nix.value(LOOK.format(HELPED), nixpkgs)
+    # What tests/booted runs is what the module describes.
+    given = Config(**found["settings"]).model_dump(mode="json")
+    assert {key: given[key] for key in BY_DEFAULT} == BY_DEFAULT
     assert found["helper"]["ExecStart"].endswith("/bin/hive-root serve")
     assert "User" not in found["helper"]
     assert "hyperhive-root.service" in found["daemon"]["after"]
     assert found["daemon"]["wants"] == ["hyperhive-root.service"]
-    assert found["daemon"]["serviceConfig"]["RestrictNamespaces"] is True
+    source = nix.value("import ./nix/systemd/helper.nix")
+    assert found["daemon"]["serviceConfig"].items() >= source["Daemon"]["Service"].items()
 
 
-def test_without_it_there_is_none_and_the_daemon_can_make_sandboxes(nix: Nix) -> None:
-    services = "(host { services.hyperhive.enable = true; }).config.systemd.services"
-    assert nix.value(f"builtins.attrNames {services}") == ["hyperhive"]
-    assert "RestrictNamespaces" not in nix.value(f"{services}.hyperhive.serviceConfig")
+@everywhere
+def test_without_it_there_is_none_and_the_daemon_can_make_sandboxes(nix: Nix, nixpkgs: str) -> None:
+    found = nix.value(LOOK.format(ALONE), nixpkgs)
+    config = Config(**found["settings"])
+    assert (config.helper, config.sandbox, found["helper"]) == (None, "bwrap", None)
+    assert "hyperhive-root.service" not in (*found["daemon"]["after"], *found["daemon"]["wants"])
+    own = nix.value("(import ./nix/systemd/unit.nix).Service")
+    assert found["daemon"]["serviceConfig"].items() >= own.items()
+    assert "RestrictNamespaces" not in found["daemon"]["serviceConfig"]
 
 
 def test_the_helper_may_write_where_the_daemon_keeps_the_hive(nix: Nix) -> None:
