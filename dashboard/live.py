@@ -362,12 +362,12 @@ class Feed:
         return [Fragment(f"approval-{approval.id}", ""), decision]
 
     async def _deploys(self, approval_id: int) -> list[Fragment]:
-        """An agent's deployments, when one of them has come to its end."""
+        """An agent's deployments, when one of them came a step further, or to its end."""
         try:
             approval = await self._hive.approvals.get(approval_id)
         except Refusal:
             return []
-        if approval.agent != self._agent or approval.state not in ("done", "failed"):
+        if approval.agent != self._agent or approval.state not in ("approved", "done", "failed"):
             return []
         return [Fragment("deploys-now", await deploys_now(self._hive, approval.agent))]
 

@@ -43,7 +43,8 @@ def _lines(row: dict[str, Any]) -> Iterator[str]:
     from hive_core.cli.show import day, one_line, paint
 
     when = day(row["at_ms"]) if row["at_ms"] else "at the beginning"
-    which = row["tag"] or "newer inputs"
+    on_trial = row["state"] == "approved"
+    which = row["tag"] or ("on trial" if on_trial else "newer inputs")
     if row["id"] and not which.endswith(f"/{row['id']}"):
         which += f" (approval {row['id']})"
     if row["what"] == "init_config":
@@ -56,7 +57,7 @@ def _lines(row: dict[str, Any]) -> Iterator[str]:
         paint(which, "red" if failed else "bold"),
         (row["sha"] or "")[:12],
         f"by {who}",
-        one_line(row["proof"] or ""),
+        one_line((row["note"] if on_trial else row["proof"]) or ""),
     ]
     yield f"{when}  {'  '.join(part for part in parts if part)}{paint(' ← runs', 'green') if row['runs'] else ''}"
     if failed:

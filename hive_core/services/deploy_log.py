@@ -20,7 +20,10 @@ BLAME_MOST = 500  # deployments that one look goes back
 
 
 class Deployment(NamedTuple):
-    """A row of the log. id: of the approval; what: its kind; tag: the tag of its commit; at_ms: of the click."""
+    """A row of the log. id: of the approval; what: its kind; tag: the tag of its commit; at_ms: of the click.
+
+    state: done, failed, or approved of one that is on trial; that has no tag yet, and its note is its step.
+    """
 
     id: int | None
     state: str
@@ -51,7 +54,8 @@ class DeployLog:
         self._repos = repos
 
     async def of(self, name: AgentName, limit: int = HISTORY_LIMIT) -> list[Deployment]:
-        """What was deployed, and what was to be and failed, newest first; behind the last the first commit.
+        """What was deployed, and what was to be and failed, newest first; behind the last the first commit. What the
+        agent runs on is always there: before all others while it is on trial, behind them where it is older.
 
         Among them are newer inputs, which are every agent's: they have no commit and no tag. Another agent that had the
         name before is not told of. Raises Refusal("not_found") where there is no such agent.
@@ -67,7 +71,21 @@ class DeployLog:
         if len(found) < limit:
             log.append(_of_the_hive() if begun is None else _deployment(begun, FIRST))
             log[-1] = log[-1]._replace(sha=tags[FIRST])
-        return _mark_what_runs(log, row["deployed_sha"])
+        return await self._with_what_runs(name, log, row["deployed_sha"], after)
+
+    async def _with_what_runs(
+        self, name: AgentName, log: list[Deployment], now: str | None, after: int
+    ) -> list[Deployment]:
+        # Of several with the commit that is deployed, it is the newest.
+        place = next((place for place, each in enumerate(log) if each.is_there and each.sha == now), None)
+        if place is not None:
+            return [each._replace(runs=True) if at == place else each for at, each in enumerate(log)]
+        for row in await self._rows(_RUNS, name, after, now):
+            if row["state"] == "done":
+                return [*log, _deployment(row, _tag(row))._replace(runs=True)]
+            on_trial = _deployment(row, "")._replace(state="approved", tag=None, note=row["step"], runs=True)
+            return [on_trial, *log]
+        return log
 
     async def _rows(self, sql: str, *values: object) -> list[dict[str, Any]]:
         return [dict(row) for row in await self._store.rows(sql, values)]
@@ -187,12 +205,6 @@ def _of_the_hive() -> Deployment:
     )
 
 
-def _mark_what_runs(log: list[Deployment], now: str | None) -> list[Deployment]:
-    """Of several with the commit that is deployed, it is the newest."""
-    place = next((place for place, each in enumerate(log) if each.is_there and each.sha == now), None)
-    return [each._replace(runs=True) if at == place else each for at, each in enumerate(log)]
-
-
 def _look_up(text: str, key: str) -> Any:
     """What agent.toml says of a key, whose parts dots divide; None where it says nothing."""
     try:
@@ -220,8 +232,8 @@ def _blamed(name: AgentName, key: str, value: Any, setter: Deployment | None) ->
 
 
 _COLUMNS = """
-    id, kind, state, requested_by, resolved_by, resolved_at_ms, reason, proof, note, rule, payload ->> 'sha' AS sha,
-    payload ->> 'base' AS base
+    id, kind, state, step, requested_by, resolved_by, resolved_at_ms, reason, proof, note, rule,
+    payload ->> 'sha' AS sha, payload ->> 'base' AS base
 """
 # What an agent began with: the last that made its repositories before it was created.
 _BEGUN = f"""
@@ -236,4 +248,10 @@ _LOG = f"""
     SELECT {_COLUMNS} FROM approvals INDEXED BY approvals_of
     WHERE agent = ? AND id > ? AND kind = 'update_meta_inputs' AND state IN ('done', 'failed')
     ORDER BY id DESC LIMIT ?
+"""
+# A commit that an agent runs on.
+_RUNS = f"""
+    SELECT {_COLUMNS} FROM approvals INDEXED BY approvals_of
+    WHERE agent = ? AND id > ? AND kind = 'apply_commit' AND state IN ('approved', 'done') AND payload ->> 'sha' = ?
+    ORDER BY id DESC LIMIT 1
 """

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import trio
 
+from hive_core.procedures.deployments import Change, PlainDeployments
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName, parse_deployed_tag
+from hive_core.sockets.admin import AdminDesk
 from tests.checkouts import Checkout
 from tests.dashboards import hive_of
 from tests.git.test_gate import approve, mail_of, serving
-from tests.hives import Services, open_services
+from tests.hives import Services, open_services, run_hive, serve
 
 IRIS = AgentName("iris")
 
@@ -146,6 +148,58 @@ async def test_the_history_tells_what_was_deployed_and_what_failed_and_which_run
     assert (first.id, first.tag, first.by, first.runs) == (None, "deployed/0", "system", True)
     with pytest.raises(Refusal, match="cannot find nobody: no agent has that name"):
         await hive.gate.deploy_log.of(AgentName("nobody"))
+
+
+class Halfway(PlainDeployments):
+    """Of which nothing is settled until it is let go."""
+
+    reached, go_on = trio.Event(), trio.Event()
+
+    async def settle(self, change: Change) -> None:
+        self.reached.set()
+        await self.go_on.wait()
+        await super().settle(change)
+
+
+async def test_the_history_tells_what_runs_also_while_that_is_on_trial(tmp_path: Path) -> None:
+    Halfway.go_on = trio.Event()
+    Halfway.go_on.set()
+
+    def deployments(*parts: Any) -> Halfway:
+        return Halfway(*parts, sandbox="bwrap")
+
+    async with open_services(tmp_path, deployments=deployments) as hive, serving(hive):
+        await hive.gate.ensure_manager("You manage.")
+        await approve(hive, (await hive.gate.spawn.request(MANAGER, IRIS, "You read.", "a reader"))["approval"])
+        assert [row.tag for row in await hive.gate.deploy_log.of(IRIS) if row.runs] == ["deployed/0"]
+        Halfway.reached, Halfway.go_on = trio.Event(), trio.Event()
+        sha = Checkout(hive.repos.proposed_dir / "iris" / "config").commit(agent__toml=OPUS)
+        number = (await hive.gate.apply_commit.request(MANAGER, IRIS, sha, "a change"))["approval"]
+        card = await hive.approvals.get(number)
+        await hive.gate.approve(number, card.digest, OPERATOR, patience_s=0)
+        await Halfway.reached.wait()
+        trial, before = await hive.gate.deploy_log.of(IRIS)
+        assert (trial.id, trial.state, trial.tag, trial.sha, trial.runs) == (number, "approved", None, sha, True)
+        assert (trial.note, before.tag, before.runs) == ("proving", "deployed/0", False)
+        async with serve(tmp_path / "host.sock", AdminDesk(hive_of(hive)).serve):
+            told = (await run_hive(tmp_path, "history", "iris")).stdout.decode().splitlines()[0]
+        assert told.endswith(f"  on trial (approval {number})  {sha[:12]}  by operator for hm1nd  proving ← runs")
+        with pytest.raises(Refusal, match="it runs on its first commit"):
+            await hive.gate.deploy_log.former(IRIS)
+        Halfway.go_on.set()
+        await hive.approvals.wait_settled(number)
+        done, _ = await hive.gate.deploy_log.of(IRIS)
+        assert (done.state, done.tag, done.runs) == ("done", f"deployed/{number}", True)
+
+
+async def test_the_history_tells_what_runs_also_when_that_is_older_than_all_that_is_asked_for(hive: Services) -> None:
+    done = await change(hive, agent__toml=OPUS)
+    held = hive.state_dir / "applied/iris.git/refs/heads/main.lock"
+    held.touch()
+    failed = await change(hive, agent__toml=HAIKU)
+    held.unlink()
+    log = await hive.gate.deploy_log.of(IRIS, 1)
+    assert [(row.id, row.state, row.runs) for row in log] == [(failed.id, "failed", False), (done.id, "done", True)]
 
 
 async def test_what_was_seeded_is_traced_to_its_card_and_is_no_way_back(hive: Services) -> None:
