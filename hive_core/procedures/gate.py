@@ -104,8 +104,8 @@ class Gate:
         )
         self.init_config = InitConfig(self.spawn, repos)
         self.update_meta_inputs = UpdateMetaInputs(asking, deployments, self._mend_all)
-        self.apply_commit = ApplyCommit(asking, agents, repos, deployments, walk, self.spawn)
         self.deploy_log = DeployLog(store, repos)
+        self.apply_commit = ApplyCommit(asking, agents, repos, deployments, walk, self.spawn, self.deploy_log)
         self.upkeep = RepoUpkeep(store, agents, repos)
         self.kinds: dict[str, Kind] = {}
         self.add(self.spawn, self.init_config, self.apply_commit, self.update_meta_inputs)

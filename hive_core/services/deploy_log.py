@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
@@ -60,12 +61,12 @@ class DeployLog:
         Among them are newer inputs, which are every agent's: they have no commit and no tag. Another agent that had the
         name before is not told of. Raises Refusal("not_found") where there is no such agent.
         """
-        row = await self._store.row("SELECT deployed_sha, created_at_ms FROM agents WHERE name = ?", (name,))
+        row = await self._store.row("SELECT deployed_sha FROM agents WHERE name = ?", (name,))
         if row is None:
             raise await not_found(self._store, name)
-        begun = next(iter(await self._rows(_BEGUN, name, row["created_at_ms"])), None)
+        begun = next(iter(await self._rows(_BEGUN, {"name": name})), None)
         after = 0 if begun is None else begun["id"]
-        found = await self._rows(_LOG, name, after, MANAGER, after, limit)
+        found = await self._rows(_LOG, (name, after, MANAGER, after, limit))
         tags = await self._repos.deployments(name)
         log = [_deployment(each, _tag(each)) for each in found if _is_its_own(each, tags)]
         if len(found) < limit:
@@ -80,14 +81,30 @@ class DeployLog:
         place = next((place for place, each in enumerate(log) if each.is_there and each.sha == now), None)
         if place is not None:
             return [each._replace(runs=True) if at == place else each for at, each in enumerate(log)]
-        for row in await self._rows(_RUNS, name, after, now):
+        for row in await self._rows(_RUNS, (name, after, now)):
             if row["state"] == "done":
                 return [*log, _deployment(row, _tag(row))._replace(runs=True)]
             on_trial = _deployment(row, "")._replace(state="approved", tag=None, note=row["step"], runs=True)
             return [on_trial, *log]
         return log
 
-    async def _rows(self, sql: str, *values: object) -> list[dict[str, Any]]:
+    async def proposed_before(self, name: AgentName, approval_id: int, *, approved: bool) -> CommitSha | None:
+        """The newest commit that was proposed, or approved, for an agent before an approval of it; None without one.
+        Another agent that had the name before had none. Raises Refusal where it has no repository."""
+        begun = await self._rows(_BEGUN, {"name": name})
+        tags = await self._repos.deployments(name)
+        given = {
+            "name": name,
+            "before": approval_id,
+            "after": begun[0]["id"] if begun else 0,
+            "states": json.dumps(["approved", "done"] if approved else _ALL),
+            "tags": json.dumps([*tags]),
+            "commits": json.dumps([*tags.values()]),
+        }
+        found = await self._rows(_PROPOSED_BEFORE, given)
+        return CommitSha(found[0]["sha"]) if found else None
+
+    async def _rows(self, sql: str, values: Sequence[object] | Mapping[str, object]) -> list[dict[str, Any]]:
         return [dict(row) for row in await self._store.rows(sql, values)]
 
     async def former(self, name: AgentName) -> str:
@@ -235,10 +252,21 @@ _COLUMNS = """
     id, kind, state, step, requested_by, resolved_by, resolved_at_ms, reason, proof, note, rule,
     payload ->> 'sha' AS sha, payload ->> 'base' AS base
 """
-# What an agent began with: the last that made its repositories before it was created.
+_ALL = ("pending", "approved", "done", "failed", "denied", "cancelled", "expired")
+# What an agent, or one to be, began with: the last that made its repositories before it was created.
 _BEGUN = f"""
     SELECT {_COLUMNS} FROM approvals INDEXED BY approvals_of
-    WHERE agent = ? AND kind IN ('spawn', 'init_config') AND state IN ('approved', 'done') AND resolved_at_ms <= ?
+    WHERE agent = :name AND kind IN ('spawn', 'init_config') AND state IN ('approved', 'done')
+      AND resolved_at_ms <= coalesce((SELECT created_at_ms FROM agents WHERE name = :name), resolved_at_ms)
+    ORDER BY id DESC LIMIT 1
+"""
+# Of what an agent of the same name had that was destroyed, its repository knows nothing: see _is_its_own.
+_PROPOSED_BEFORE = """
+    SELECT payload ->> 'sha' AS sha FROM approvals INDEXED BY approvals_of
+    WHERE agent = :name AND id > :after AND id < :before AND kind = 'apply_commit'
+      AND state IN (SELECT value FROM json_each(:states))
+      AND CASE state WHEN 'done' THEN 'deployed/' || id IN (SELECT value FROM json_each(:tags))
+          ELSE payload ->> 'base' IN (SELECT value FROM json_each(:commits)) END
     ORDER BY id DESC LIMIT 1
 """
 _LOG = f"""

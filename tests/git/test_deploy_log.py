@@ -272,6 +272,9 @@ async def test_of_another_agent_that_had_the_name_nothing_is_told_and_nothing_co
             await roll_back(hive)
         assert (await hive.gate.deploy_log.blame(IRIS, "model"))["id"] == number
         done = await change(hive, agent__toml=HAIKU)
+        for against in ("approved", "previous"):
+            with pytest.raises(Refusal, match=r"no commit was (approved|proposed) for iris before it"):
+                await hive.gate.apply_commit.diff(done, against)
         assert await rows() == [(done.id, "apply_commit", True), (number, "spawn", False)]
         await destruction.destroy(IRIS, at_once=False)
         with pytest.raises(Refusal, match=r"cannot find iris: it is destroyed; .*`hive revive iris` brings it back"):
@@ -280,4 +283,7 @@ async def test_of_another_agent_that_had_the_name_nothing_is_told_and_nothing_co
         await destruction.revive(one)
         assert await rows() == [(2, "apply_commit", True), (1, "spawn", False)]
         assert await hive.repos.main(IRIS) == first_of_all
+        again = await change(hive, agent__toml=HAIKU)
+        for against in ("approved", "previous"):
+            assert (await hive.gate.apply_commit.diff(again, against))["base"] == first_of_all
         nursery.cancel_scope.cancel()

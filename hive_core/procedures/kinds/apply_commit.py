@@ -6,7 +6,6 @@ base is what main of the applied repository is: what the agent runs on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
@@ -25,6 +24,7 @@ from hive_core.protocol.words import MANAGER, NOTE_LIMIT_BYTES, OPERATOR, AgentN
 from hive_core.services.agents import Agents
 from hive_core.services.approvals import Approval, Request, Shown
 from hive_core.services.configured import is_configured
+from hive_core.services.deploy_log import DeployLog
 from hive_core.services.notices import notice, tell_manager
 from hive_core.services.tool_calls import first_answer
 from hive_core.store.writer import Transaction
@@ -37,7 +37,14 @@ class ApplyCommit:
     kind = "apply_commit"
 
     def __init__(
-        self, asking: Asking, agents: Agents, repos: Repos, deployments: Deployments, walk: Walk, spawn: Spawn
+        self,
+        asking: Asking,
+        agents: Agents,
+        repos: Repos,
+        deployments: Deployments,
+        walk: Walk,
+        spawn: Spawn,
+        deploy_log: DeployLog,
     ) -> None:
         self._asking = asking
         self._agents = agents
@@ -45,6 +52,7 @@ class ApplyCommit:
         self._deployments = deployments
         self._walk = walk
         self._spawn = spawn
+        self._log = deploy_log
 
     async def request(
         self, requested_by: AgentName, name: AgentName, sha: CommitSha, given_reason: object, key: str | None = None
@@ -129,17 +137,13 @@ class ApplyCommit:
     async def _base(self, approval: Approval, against: str) -> CommitSha:
         if against == "running":
             return await self._repos.main(approval.agent)
-        decided = "AND state IN ('approved', 'done')" if against == "approved" else ""
-        sql = f"""
-            SELECT payload FROM approvals INDEXED BY approvals_of
-            WHERE agent = ? AND id < ? AND kind = 'apply_commit' {decided} ORDER BY id DESC LIMIT 1
-        """
-        row = await self._asking.store.row(sql, (approval.agent, approval.id))
-        if row is None:
-            none = "no commit was approved" if decided else "no commit was proposed"
+        approved = against == "approved"
+        found = await self._log.proposed_before(approval.agent, approval.id, approved=approved)
+        if found is None:
+            none = "no commit was approved" if approved else "no commit was proposed"
             why = f"{none} for {approval.agent} before it; --against running shows what it changes"
             raise Refusal("not_found", f"cannot compare approval {approval.id}: {why}")
-        return CommitSha(json.loads(row["payload"])["sha"])
+        return found
 
     def title(self, approval: Approval) -> str:
         back = f", back to {approval.payload['back']}," if "back" in approval.payload else ""
