@@ -235,8 +235,8 @@ class Gate:
     def _fail(self, tx: Transaction, approval: Approval, why: str) -> None:
         self._end(tx, approval, "failed", why, SYSTEM)
 
-    def _tell_expired(self, tx: Transaction, approval: Approval) -> None:
-        self._tell(tx, approval, "expired", "nobody decided it in time; ask again if it is still wanted")
+    def _tell_expired(self, tx: Transaction, approval: Approval, why: str) -> None:
+        self._tell(tx, approval, "expired", f"{why}; ask again if it is still wanted")
 
     def _tell(
         self,

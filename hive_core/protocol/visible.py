@@ -1,9 +1,10 @@
-"""What whoever approves must see as it is, on a page and in a terminal alike: characters that hide, and counts."""
+"""What whoever approves must see as it is, on a page and in a terminal alike: hidden characters, counts, and times."""
 
 from __future__ import annotations
 
 import json
 import re
+import time
 
 # Control characters but tab and newline, bidi and other format characters, zero widths, blank letters, selectors that
 # can carry hidden text, tags, private use and lone surrogates (json gives us those). U+FE0F stays: emoji end with it.
@@ -33,3 +34,13 @@ def mib(size: int) -> str:
 def counted(number: int, one: str, many: str = "") -> str:
     """So many of something: "1 message", "1,000 messages"."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def instant(at_ms: int) -> str:
+    """An instant: "2026-01-31 09:30:00 UTC"."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at_ms / 1000))
+
+
+def lasting(seconds: float) -> str:
+    """So long: "7 days", "90 s"."""
+    return f"{seconds:,.10g} s" if seconds % 86_400 else counted(int(seconds // 86_400), "day")

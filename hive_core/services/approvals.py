@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.protocol.visible import instant, lasting
+from hive_core.protocol.words import OPERATOR, SYSTEM, AgentName
 from hive_core.store.bus import APPROVED, EVENTS
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
@@ -248,13 +249,13 @@ def _is_elsewhere(tx: Transaction, approval: Approval, deed: str) -> Refusal:
 
 
 class Approvals:
-    """expired: tells whoever asked for one that nobody decided it in time; called in the transaction that ends it."""
+    """expired: tells whoever asked for one why nobody's word ended it; called in the transaction that ends it."""
 
     topic = TOPIC
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self.expired: Callable[[Transaction, Approval], None] = lambda tx, approval: None
+        self.expired: Callable[[Transaction, Approval, str], None] = lambda tx, approval, why: None
 
     async def get(self, approval_id: int) -> Approval:
         """One approval. Raises Refusal("not_found")."""
@@ -302,8 +303,10 @@ class Approvals:
         tx.execute(_SET_BACK, {"now": tx.now_ms})
         for row in tx.execute(_OVER, (tx.now_ms, BATCH)).fetchall():
             approval = from_row(row)
-            settle(tx, approval, "expired", None, "system")
-            self.expired(tx, approval)
+            limit_s, asked = (approval.expires_at_ms - approval.requested_at_ms) / 1000, approval.requested_at_ms
+            why = f"nobody decided it within {lasting(limit_s)} (approval_ttl_s); it was asked for at {instant(asked)}"
+            settle(tx, approval, "expired", why, SYSTEM)
+            self.expired(tx, approval, why)
 
     def next_after(self, tx: Transaction) -> int | None:
         sql = "SELECT min(expires_at_ms) FROM approvals INDEXED BY approvals_expiring WHERE state = 'pending'"

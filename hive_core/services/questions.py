@@ -11,12 +11,11 @@ import json
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.visible import HIDDEN, quoted
+from hive_core.protocol.visible import HIDDEN, instant, quoted
 from hive_core.protocol.words import (
     OPERATOR,
     AgentName,
@@ -134,10 +133,6 @@ def _what_fits(question: Question) -> str:
         return "text"
     some = "one or more of its options" if question.multi else "one of its options"
     return f"{some}, or text of your own" if question.free_text else some
-
-
-def instant(at_ms: int) -> str:
-    return f"{datetime.fromtimestamp(at_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _lines(text: str) -> str:

@@ -10,8 +10,7 @@ from typing import Any
 
 from hive_core.protocol.frame import framed, marked
 from hive_core.protocol.held import say_held
-from hive_core.protocol.visible import counted, named, quoted
-from hive_core.services.questions import instant
+from hive_core.protocol.visible import counted, instant, named, quoted
 
 Result = dict[str, Any]
 

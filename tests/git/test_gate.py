@@ -5,6 +5,7 @@ import os
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 
+from hive_core.cli.show_approvals import approval as show_approval
 from hive_core.git.commit_contents import FILE_LIMIT_BYTES, READ_LIMIT_BYTES, Contents
 from hive_core.git.proposals import DIFF_LIMIT_BYTES
 from hive_core.protocol.effect import effect_line
@@ -586,8 +588,14 @@ async def test_what_nobody_decides_expires_and_its_asker_is_told(hive: Services,
     await hive.let_time_pass(6 * 86_400.0)
     assert (await hive.approvals.get(number)).state == "pending"
     await hive.let_time_pass(86_400.0)
-    assert (await hive.approvals.get(number)).state == "expired"
-    assert '\nreason: "nobody decided it in time' in (await mail_of(hive, "hm1nd"))[-1]
+    expired = await hive.approvals.get(number)
+    asked = datetime.fromtimestamp(card.requested_at_ms // 1000, UTC)
+    why = f"nobody decided it within 7 days (approval_ttl_s); it was asked for at {asked:%Y-%m-%d %H:%M:%S} UTC"
+    assert (expired.state, expired.note) == ("expired", why)
+    assert f'\nreason: "{why}; ask again if it is still wanted"' in (await mail_of(hive, "hm1nd"))[-1]
+    (event,) = [event for event in await newest_events(hive.store, 50) if event["kind"] == "approval_expired"]
+    assert event["data"]["note"] == why
+    assert f"  note: {why}\n" in show_approval(expired.to_wire()) + "\n"
     with refused("it has expired", "conflict"):
         await approve(hive, number)
 
