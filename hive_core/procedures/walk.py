@@ -122,6 +122,7 @@ class Walk:
                 await step(WAITING)
         except Exception:
             await self._go_back(change, step)
+            await insist_that_it_stays(self._store, name)  # else its repository may be gone, and that is why
             raise
         if is_settled:
             return await self._insist(change, FINISHING, step, partial(self._finish, change, approval))
@@ -132,6 +133,7 @@ class Walk:
                 return await self._settle(change, proof)
             except Exception:
                 await self._go_back(change, step, trial)
+                await insist_that_it_stays(self._store, name)
                 raise
 
     async def _try(self, change: Change, built: Deployed, trial: Trial, step: Step) -> str:

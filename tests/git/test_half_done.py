@@ -6,14 +6,16 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from hive_core.procedures import walk
+from hive_core.procedures.deployments import PlainDeployments
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName
-from hive_core.services.approvals import Approval
+from hive_core.services.approvals import Approval, Shown
 from tests.checkouts import Checkout
 from tests.dashboards import hive_of
 from tests.git.test_deploy_log import OPUS, change, hive, model
@@ -119,6 +121,50 @@ async def test_who_is_destroyed_while_a_change_is_tried_runs_on_what_it_had_when
         assert (await hive.agents.get("iris")).deployed_sha == await hive.repos.main(IRIS)
         assert await model(hive) == "sonnet"
         nursery.cancel_scope.cancel()
+
+
+def lose_its_repositories(hive: Services) -> None:
+    """As a destruction does on its way."""
+    (hive.state_dir / "applied" / "iris.git").rename(hive.state_dir / "applied" / "gone.git")
+
+
+@pytest.mark.parametrize("when", ["before the click", "while the click looks"])
+async def test_a_click_while_its_agent_is_being_destroyed_says_so(hive: Services, when: str) -> None:
+    card, _ = await ask_for_two(hive, on_top=True)
+    look = hive.gate.apply_commit.show_now
+
+    async def begin() -> None:
+        await hive_of(hive).tombstones.destroy(IRIS, OPERATOR, at_once=False)
+        lose_its_repositories(hive)
+
+    async def look_late(approval: Approval) -> Shown:
+        await begin()
+        return await look(approval)
+
+    if when == "before the click":
+        await begin()
+    else:
+        hive.gate.apply_commit.show_now = look_late  # type: ignore[method-assign]
+    with refused(
+        rf"^cannot approve {card.id}: iris is being destroyed; look at it again when that is over$", "conflict"
+    ):
+        await hive.gate.approve(card.id, card.digest, OPERATOR)
+    assert await hive.approvals.get(card.id) == card
+
+
+async def test_what_was_approved_before_its_agent_was_destroyed_fails_for_that(hive: Services) -> None:
+    build = PlainDeployments.build
+
+    async def destroy_and_build(self: PlainDeployments, *given: Any) -> Any:
+        await hive_of(hive).tombstones.destroy(IRIS, OPERATOR, at_once=False)
+        lose_its_repositories(hive)
+        return await build(self, *given)
+
+    card, _ = await ask_for_two(hive, on_top=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PlainDeployments, "build", destroy_and_build)
+        failed = await hive.gate.approve(card.id, card.digest, OPERATOR)
+    assert (failed.state, failed.note) == ("failed", "cannot deploy iris: it was destroyed meanwhile")
 
 
 async def ask_for_two(hive: Services, *, on_top: bool) -> list[Approval]:
