@@ -9,6 +9,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect, sync_playwright
 
+from tests.browser.patience import let_what_is_said_stay
 from tests.needs import find_chromium
 
 FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -19,19 +20,17 @@ window.longest = 0;
 new PerformanceObserver((list) => {
   for (const entry of list.getEntries()) window.longest = Math.max(window.longest, entry.duration);
 }).observe({ type: "longtask", buffered: true });
-const later = window.setTimeout;  // on a busy machine what is said for seconds would go before it is looked at
-window.setTimeout = (what, wait) => later(what, wait >= 5000 ? 1e9 : wait);
 """
 
 
 def decide(link: str, pipe: Path) -> list[str]:
     """Decide each card as an operator does; what the browser complained of."""
     troubles: list[str] = []
-    expect.set_options(timeout=30_000)
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=str(find_chromium()), args=FLAGS)
         page = chromium.new_context(viewport={"width": 1280, "height": 900}).new_page()
         page.add_init_script(WATCH)
+        let_what_is_said_stay(page)
         page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
         page.goto(link)
         page.wait_for_url("**/")

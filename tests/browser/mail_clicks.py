@@ -8,6 +8,7 @@ import sys
 
 from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 
+from tests.browser.patience import let_what_is_said_stay
 from tests.needs import find_chromium
 
 FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -22,6 +23,7 @@ def click_through(link: str) -> list[str]:
         chromium = playwright.chromium.launch(executable_path=str(find_chromium()), args=[*FLAGS, "--no-first-run"])
         context = chromium.new_context(viewport={"width": 1280, "height": 900})
         page = context.new_page()
+        let_what_is_said_stay(page)
         page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
         page.goto(link)
         page.wait_for_url("**/")

@@ -15,7 +15,7 @@ from tests.hives import open_services
 from tests.needs import ROOT
 
 IRIS = AgentName("iris")
-WITHIN_S = 60.0
+WITHIN_S = 240.0  # on a machine with other things to do
 
 
 async def main(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect, sync_playwright
 
+from tests.browser.patience import let_what_is_said_stay
 from tests.needs import find_chromium
 
 FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -19,6 +20,7 @@ def steer(link: str) -> list[str]:
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=str(find_chromium()), args=[*FLAGS, "--no-first-run"])
         page = chromium.new_context(viewport={"width": 360, "height": 800}).new_page()
+        let_what_is_said_stay(page)
         page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
         page.goto(link)
         page.wait_for_url("**/")
@@ -96,6 +98,7 @@ def say(page: Page, text: str) -> None:
 
 def told(page: Page, text: str) -> None:
     expect(page.locator("#toasts")).to_contain_text(text)
+    page.evaluate("document.getElementById('toasts').replaceChildren()")  # which would be in the way of clicks
 
 
 if __name__ == "__main__":
