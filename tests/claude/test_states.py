@@ -26,7 +26,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that asks the provider once more, a harness that waits for no program for long."""
     monkeypatch.setattr(claude_command, "MAX_RETRIES", 1)
     monkeypatch.setattr(claude, "INTERRUPT_S", 1.0)
-    monkeypatch.setattr(claude, "LATE_S", 0.1)
     monkeypatch.setattr("hive_agent.program.LINGER_S", 1.0)
 
 
@@ -119,8 +118,9 @@ async def test_a_model_that_sends_no_byte_makes_a_turn_stuck(tmp_path: Path, imp
 
 
 async def test_a_program_that_hangs_behind_its_result_is_ended_and_its_turn_counts(
-    tmp_path: Path, impatient: None
+    tmp_path: Path, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(claude, "LATE_S", 0.1)
     async with a_desk(tmp_path, ["one", "two"]) as desk:
         desk.on_line = lambda line: line["type"] == "result" and os.kill(pid_of(desk), signal.SIGSTOP)
         ending = await desk.turn("hello", turns="cold")
