@@ -60,9 +60,7 @@ class Contents:
 def read_contents(repository: Path, sha: CommitSha) -> Contents:
     """The checked contents of a commit. Blocks. Raises Refusal that names the file and the limit, or GitFailed."""
     files = read_files(repository, sha)
-    _check_sizes(repository, sha, files)
-    ids = sorted({entry.object_id for entry in files.values()})
-    content = dict(zip(ids, _objects(repository, ids, TREE_LIMIT_BYTES), strict=True))
+    content = _read_all(repository, sha, files)
     texts = {path: _text(sha, path, content[entry.object_id]) for path, entry in files.items()}
     if missing := [name for name in FILES if name not in texts]:
         raise _refused(sha, f"{missing[0]} is missing")
@@ -81,12 +79,13 @@ def read_files(repository: Path, sha: CommitSha) -> dict[str, Entry]:
     """
     found: dict[str, Entry] = {}
     folders = 0
-    level = [("", _tree_of(repository, sha))]
+    root, content = _tree_of(repository, sha)
+    level, trees = [("", root)], {root: content}
     for _ in range(DEPTH_LIMIT):
         if not level:
             return found
-        ids = sorted({tree for _, tree in level})
-        trees = dict(zip(ids, _objects(repository, ids, TREE_LIMIT_BYTES), strict=True))
+        ids = sorted({tree for _, tree in level} - trees.keys())
+        trees |= zip(ids, _objects(repository, ids, TREE_LIMIT_BYTES), strict=True)
         below: list[tuple[str, str]] = []
         for folder, tree in level:
             for path, mode, object_id in _entries(sha, folder, trees[tree]):
@@ -113,20 +112,22 @@ def kinds(repository: Path, ids: Sequence[str]) -> list[tuple[str, int]]:
     return [(kind, int(size)) if size.isdigit() else ("", 0) for kind, size in lines]
 
 
-def _tree_of(repository: Path, sha: CommitSha) -> str:
-    """The id of a commit's tree. Raises Refusal for what is no commit."""
-    kind, size = kinds(repository, [sha])[0]
+def _tree_of(repository: Path, sha: CommitSha) -> tuple[str, bytes]:
+    """The id of a commit's tree, and what that holds. Raises Refusal for what is no commit."""
+    both, limit_bytes = [sha, f"{sha}^{{tree}}"], COMMIT_LIMIT_BYTES + TREE_LIMIT_BYTES
+    (kind, commit), (below, tree) = _read(repository, both, limit_bytes)
     if kind != "commit":
         raise _refused(sha, "it is not a commit (`git rev-parse HEAD` gives one)")
-    if size > COMMIT_LIMIT_BYTES:
+    if (size := len(commit)) > COMMIT_LIMIT_BYTES:
         raise _refused(
             sha, f"the commit itself has {size:,} bytes, and the limit is {COMMIT_LIMIT_BYTES:,}; shorten it"
         )
-    (commit,) = _objects(repository, [sha], COMMIT_LIMIT_BYTES)
     header = commit[:46].decode("ascii", "replace")
     if not re.fullmatch(r"tree [0-9a-f]{40}\n", header):
         raise _refused(sha, "it names no tree")
-    return header[5:45]
+    if below != "tree":
+        raise GitFailed(f"the object {header[5:45]} is missing")
+    return header[5:45], tree
 
 
 def _entries(sha: CommitSha, folder: str, tree: bytes) -> list[tuple[str, bytes, str]]:
@@ -169,9 +170,20 @@ def _name(sha: CommitSha, raw: bytes) -> str:
     return name
 
 
-def _check_sizes(repository: Path, sha: CommitSha, files: Mapping[str, Entry]) -> None:
+def _read_all(repository: Path, sha: CommitSha, files: Mapping[str, Entry]) -> dict[str, bytes]:
+    """The content of all files by their ids. Raises Refusal that names what is too large, or no file."""
     ids = sorted({entry.object_id for entry in files.values()})
-    sizes = dict(zip(ids, kinds(repository, ids), strict=True))
+    try:
+        found = dict(zip(ids, _read(repository, ids, TREE_LIMIT_BYTES), strict=True))
+    except GitFailed as failed:
+        if failed.over == "output":
+            _check_sizes(sha, files, dict(zip(ids, kinds(repository, ids), strict=True)))
+        raise
+    _check_sizes(sha, files, {object_id: (kind, len(data)) for object_id, (kind, data) in found.items()})
+    return {object_id: data for object_id, (_, data) in found.items()}
+
+
+def _check_sizes(sha: CommitSha, files: Mapping[str, Entry], sizes: Mapping[str, tuple[str, int]]) -> None:
     whole = 0
     for path, entry in files.items():
         kind, size = sizes[entry.object_id]
@@ -200,18 +212,30 @@ def _text(sha: CommitSha, path: str, data: bytes) -> str:
 
 def _objects(repository: Path, ids: Sequence[str], limit_bytes: int) -> list[bytes]:
     """The content of each object. Raises GitFailed when one is not there, or all have more than `limit_bytes`."""
-    limits = GitLimits(output_bytes=limit_bytes + 64 * len(ids) + 64)
-    said = memoryview(run_git(repository, "cat-file", "--batch=%(objectsize)", stdin=_lines(ids), limits=limits))
-    found: list[bytes] = []
+    found = _read(repository, ids, limit_bytes)
+    if missing := [object_id for object_id, (kind, _) in zip(ids, found, strict=True) if not kind]:
+        raise GitFailed(f"the object {missing[0]} is missing")
+    return [data for _, data in found]
+
+
+def _read(repository: Path, names: Sequence[str], limit_bytes: int) -> list[tuple[str, bytes]]:
+    """Kind and content of each object; ("", b"") for one that is not there. Raises GitFailed over `limit_bytes`."""
+    if not names:
+        return []
+    limits = GitLimits(output_bytes=limit_bytes + 64 * len(names) + 64)
+    words = ("cat-file", "--batch=%(objecttype) %(objectsize)")
+    said = memoryview(run_git(repository, *words, stdin=_lines(names), limits=limits))
+    found: list[tuple[str, bytes]] = []
     at = 0
-    for object_id in ids:
-        end = bytes(said[at : at + 64]).find(b"\n")
-        size = bytes(said[at : at + max(end, 0)])
-        if not size.isdigit():
-            raise GitFailed(f"the object {object_id} is missing")
+    for _ in names:
+        end = bytes(said[at : at + 128]).find(b"\n")
+        kind, _, size = bytes(said[at : at + max(end, 0)]).decode("ascii", "replace").partition(" ")
         at += end + 1
-        found.append(bytes(said[at : at + int(size)]))
-        at += int(size) + 1
+        if size.isdigit():
+            found.append((kind, bytes(said[at : at + int(size)])))
+            at += int(size) + 1
+        else:
+            found.append(("", b""))
     return found
 
 
