@@ -110,7 +110,7 @@ def _things(event: dict[str, Any]) -> list[tuple[str, Any]]:
     data, things = event["data"], []
     if event["kind"] in ("agent_created", "agent_reviving"):
         things.append(("agent", event["agent"]))
-    if event["kind"] in ("agent_configured", "agent_created"):
+    if event["kind"] in ("agent_configured", "agent_created", "agent_destroyed"):
         things.append(("configured", event["agent"]))
     if event["kind"] in ("turn_started", "turn_ended", "turn_settled"):
         things.append(("turn", data.get("turn")))

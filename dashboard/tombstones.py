@@ -46,7 +46,7 @@ class TombstoneForms:
     async def revive(self, request: Request) -> Response:
         form = await read_form(request)
         tombstone = await self._hive.destruction.revive(form.get("tombstone"))
-        return yes(request, "/", f"{tombstone.name} is an agent again")
+        return yes(request, "/", f"{tombstone.name} is {'configured' if tombstone.configured else 'an agent'} again")
 
     async def purge(self, request: Request) -> Response:
         form = await read_form(request)

@@ -37,7 +37,8 @@ def tombstones(arguments: Namespace) -> None:
 
 def revive(arguments: Namespace) -> None:
     result = Client().call("revive", tombstone=arguments.tombstone)
-    emit(arguments, result, f"{result['name']} is an agent again, and is started")
+    again = "configured again, and no agent yet" if result["configured"] else "an agent again, and is started"
+    emit(arguments, result, f"{result['name']} is {again}")
 
 
 def purge(arguments: Namespace) -> int:

@@ -1,4 +1,5 @@
-"""Tombstones: agents that were destroyed. Their names and ports are free, and their directories are kept.
+"""Tombstones: agents, and configurations of agents to be, that were destroyed. Their names and ports are free, and
+their directories are kept.
 
 destroying ──▶ kept ──▶ purging ──▶ gone
                  │
@@ -21,6 +22,7 @@ from hive_core.protocol.words import MANAGER, AgentName, parse_agent_name, shown
 from hive_core.services.absent import no_such_agent
 from hive_core.services.agents import LINE_BYTES, check_free, pick_port
 from hive_core.services.budgets import bring_back, put_away
+from hive_core.services.configured import note_configured
 from hive_core.services.uid_ranges import UidRanges
 from hive_core.store.bus import DEPLOYED, WANTED, mail
 from hive_core.store.door import Store
@@ -40,6 +42,7 @@ class Tombstone:
     bytes: int | None  # that its directories take; None: not known yet
     destroyed_by: str
     destroyed_at_ms: int
+    configured: bool  # it was no agent yet, and is none when it is revived
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -49,6 +52,7 @@ class Tombstone:
             "bytes": self.bytes,
             "destroyed_by": self.destroyed_by,
             "destroyed_at_ms": self.destroyed_at_ms,
+            "configured": self.configured,
         }
 
 
@@ -91,7 +95,8 @@ class Tombstones:
         return rows[0]
 
     async def destroy(self, name: AgentName, actor: str, *, at_once: bool) -> Tombstone:
-        """Begin to destroy an agent; again is fine, and may hasten it. Raises Refusal."""
+        """Begin to destroy an agent, or the configuration of one to be; again is fine, and may hasten it. Raises
+        Refusal."""
         if name == MANAGER:
             raise Refusal("refused", f"cannot destroy {name}: a hive has one manager; `hive kill {name}` keeps it down")
         found = await self.by_id(await self._store.write(lambda tx: self.begin(tx, name, actor, at_once=at_once)))
@@ -101,7 +106,7 @@ class Tombstones:
     def begin(self, tx: Transaction, name: AgentName, actor: str, *, at_once: bool) -> int:
         """The same as a part of another change: the tombstone's id."""
         if tx.execute("UPDATE agents SET wanted = 'down' WHERE name = ?", (name,)).rowcount == 0:
-            raise no_such_agent(tx, name, "destroy")
+            _check_configured(tx, name)
         sql = "SELECT id, state FROM tombstones WHERE name = ? AND state IN ('destroying', 'reviving')"
         if row := tx.execute(sql, (name,)).fetchone():
             if row["state"] == "reviving":
@@ -135,10 +140,15 @@ class Tombstones:
             if _begin(tx, tombstone, "reviving", "revive"):
                 check_free(tx, tombstone.name, "revive")
                 if tx.execute("SELECT 1 FROM configured WHERE name = ?", (tombstone.name,)).fetchone():
-                    why = "the configuration of an agent to be has its name; let that be created and destroyed first"
+                    why = f"the configuration of an agent to be has its name; `hive destroy {tombstone.name}` first"
                     raise Refusal("conflict", f"cannot revive {tombstone.name}: {why}")
-                _insert_agent(tx, tombstone, ports)
-                tx.emit("agent_reviving", actor, tombstone.name, tombstone=tombstone.label)
+                (text,) = tx.execute("SELECT agent FROM tombstones WHERE id = ?", (tombstone.id,)).fetchone()
+                if tombstone.configured:
+                    row = json.loads(text)
+                    note_configured(tx, tombstone.name, row["sha"], row["requested_by"], row["icon"])
+                else:
+                    _insert_agent(tx, tombstone, json.loads(text), ports)
+                    tx.emit("agent_reviving", actor, tombstone.name, tombstone=tombstone.label)
 
         await self._store.write(write)
 
@@ -153,14 +163,16 @@ class Tombstones:
 
 
 def keep(tx: Transaction, tombstone: Tombstone, size: int) -> None:
-    """The agent's row goes into its tombstone: it is no agent any more."""
-    row = dict(tx.execute("SELECT * FROM agents WHERE name = ?", (tombstone.name,)).fetchone())
+    """The agent's row, or that of its configuration, goes into its tombstone: it is no agent any more."""
+    found = (tx.execute(f"SELECT * FROM {each} WHERE name = ?", (tombstone.name,)) for each in ("agents", "configured"))
+    row = dict(next(row for each in found if (row := each.fetchone()) is not None))
     row["budgets"] = put_away(tx, tombstone.name)
     sql = "UPDATE tombstones SET state = 'kept', agent = ?, bytes = ? WHERE id = ?"
     tx.execute(sql, (json.dumps(row, ensure_ascii=False), size, tombstone.id))
     for table in ("container_states", "disk_warnings", "systems", "tool_calls"):
         tx.execute(f"DELETE FROM {table} WHERE agent = ?", (tombstone.name,))
-    tx.execute("DELETE FROM agents WHERE name = ?", (tombstone.name,))
+    for table in ("agents", "configured"):
+        tx.execute(f"DELETE FROM {table} WHERE name = ?", (tombstone.name,))
     tx.emit("agent_destroyed", tombstone.destroyed_by, tombstone.name, tombstone=tombstone.label, bytes=size)
     for topic in (WANTED, DEPLOYED):
         tx.wake(topic)
@@ -193,11 +205,18 @@ def _begin(tx: Transaction, tombstone: Tombstone, state: str, deed: str) -> bool
     return True
 
 
-def _insert_agent(tx: Transaction, tombstone: Tombstone, ports: range) -> None:
+def _check_configured(tx: Transaction, name: AgentName) -> None:
+    """Raise Refusal for a name that is no configuration, or of which an agent is being made now."""
+    if tx.execute("SELECT 1 FROM configured WHERE name = ?", (name,)).fetchone() is None:
+        raise no_such_agent(tx, name, "destroy")
+    if row := tx.execute(_BECOMING, (name,)).fetchone():
+        why = f"approval {row['id']} is being carried out; try again when that is over"
+        raise Refusal("conflict", f"cannot destroy {name}: {why}")
+
+
+def _insert_agent(tx: Transaction, tombstone: Tombstone, row: dict[str, Any], ports: range) -> None:
     """Its row as it was, kept down for now, with its port where that is free."""
-    (text,) = tx.execute("SELECT agent FROM tombstones WHERE id = ?", (tombstone.id,)).fetchone()
     known = {row["name"] for row in tx.execute("SELECT name FROM pragma_table_info('agents')").fetchall()}
-    row = json.loads(text)
     values = {key: value for key, value in row.items() if key in known}
     taken = [row["page_port"] for row in tx.execute("SELECT page_port FROM agents").fetchall()]
     if values["page_port"] in taken or values["page_port"] not in ports:
@@ -210,9 +229,18 @@ def _insert_agent(tx: Transaction, tombstone: Tombstone, ports: range) -> None:
 
 
 def _from_row(row: sqlite3.Row) -> Tombstone:
-    return Tombstone(**{**dict(row), "at_once": bool(row["at_once"]), "name": AgentName(row["name"])})
+    given = {"at_once": bool(row["at_once"]), "configured": bool(row["configured"]), "name": AgentName(row["name"])}
+    return Tombstone(**{**dict(row), **given})
 
 
 _UNDER_WAY = {"destroying": "being destroyed", "reviving": "being revived", "purging": "being purged"}
 
-_SELECT = "SELECT id, name, label, state, at_once, bytes, destroyed_by, destroyed_at_ms FROM tombstones"
+_SELECT = """
+    SELECT id, name, label, state, at_once, bytes, destroyed_by, destroyed_at_ms,
+           agent ->> 'sha' IS NOT NULL AS configured
+    FROM tombstones
+"""
+_BECOMING = """
+    SELECT id FROM approvals INDEXED BY approvals_approved
+    WHERE state = 'approved' AND agent = ? AND kind IN ('spawn', 'init_config', 'apply_commit') LIMIT 1
+"""

@@ -15,7 +15,8 @@ from hive_core.protocol.words import MANAGER, OPERATOR, AgentName, CommitSha
 from hive_core.services.approvals import Approval
 from hive_core.services.configured import all_configured
 from tests.checkouts import Checkout
-from tests.hives import PATIENCE_S, Services, open_services
+from tests.dashboards import hive_of
+from tests.hives import PATIENCE_S, Services, open_services, wait_until
 from tests.notices import read_notice
 from tests.tools import program_of
 
@@ -147,8 +148,46 @@ async def test_a_daemon_that_dies_after_either_step_is_followed_by_one_that_fini
     assert (await hive.agents.get("argus")).wanted == "up"
 
 
-async def ask_to_apply(hive: Services) -> dict[str, Any]:
-    return await hive.gate.apply_commit.request(MANAGER, ARGUS, shape(hive), "r")
+async def ask_to_apply(hive: Services, sha: CommitSha | None = None) -> dict[str, Any]:
+    return await hive.gate.apply_commit.request(MANAGER, ARGUS, sha or shape(hive), "r")
+
+
+async def test_a_configuration_is_destroyed_as_an_agent_is_and_can_be_revived(hive: Services, tmp_path: Path) -> None:
+    house, repository = hive_of(hive), tmp_path / "proposed/argus/config"
+    async with serving(hive), trio.open_nursery() as nursery:
+        nursery.start_soon(house.destruction.serve)
+        await configure(hive, icon="🦉")
+        sha = shape(hive)
+        waits = (await hive.gate.apply_commit.request(MANAGER, ARGUS, sha, "it is shaped"))["approval"]
+        card = await hive.approvals.get((await house.destroy.request(MANAGER, ARGUS, "not wanted"))["approval"])
+        assert [line["what"] for line in (card.effect or {})["lines"]] == ["configuration", "ends", "kept"]
+        assert (await approve(hive, {"approval": card.id})).state == "done"
+
+        async def kept() -> bool:
+            return [one.state for one in await house.tombstones.all()] == ["kept"]
+
+        await wait_until(hive.store, kept)
+        assert (await all_configured(hive.store), repository.exists()) == ([], False)
+        denied = await hive.approvals.get(waits)
+        assert (denied.state, denied.note) == ("denied", "argus was destroyed")
+        revived = await house.destruction.revive("argus")
+        assert revived.configured
+        assert [(one["name"], one["icon"]) for one in await all_configured(hive.store)] == [("argus", "🦉")]
+        assert await house.tombstones.all() == []
+        assert (await approve(hive, await ask_to_apply(hive, sha))).state == "done"
+        assert (await hive.agents.get("argus")).icon == "🦉"
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_configuration_that_becomes_an_agent_now_is_not_destroyed_before(hive: Services) -> None:
+    async with serving(hive):
+        await configure(hive)
+    card = await hive.approvals.get((await ask_to_apply(hive))["approval"])
+    await hive.gate.approve(card.id, card.digest, OPERATOR, patience_s=0)
+    with pytest.raises(Refusal, match=f"cannot destroy argus: approval {card.id} is being carried out; try again"):
+        await hive_of(hive).tombstones.destroy(ARGUS, OPERATOR, at_once=True)
+    async with serving(hive):
+        assert (await hive.approvals.wait_settled(card.id)).state == "done"
 
 
 async def test_a_commit_for_who_is_neither_an_agent_nor_configured_is_refused(hive: Services) -> None:

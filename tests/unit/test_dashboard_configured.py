@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import trio
+
 from hive_core.cli import show
 from hive_core.protocol.words import MANAGER, AgentName, CommitSha
 from hive_core.services.configured import forget_configured, note_configured
@@ -9,6 +11,7 @@ from hive_core.sockets.admin import AdminDesk
 from hive_core.store.writer import Transaction
 from tests.dashboards import browse, hive_of, served
 from tests.hives import Services
+from tests.unit.test_dashboard_forms import post
 
 ARGUS = AgentName("argus")
 
@@ -52,3 +55,26 @@ async def test_its_row_comes_and_goes_by_the_stream(hive: Services) -> None:
         await create(hive)
         gone = [frame.data for frame in await stream.until("configured-argus") if frame.target == "configured-argus"]
         assert gone[-1]["html"] == ""
+
+
+async def test_a_button_on_its_row_destroys_it_and_the_row_goes(hive: Services) -> None:
+    ours = hive_of(hive)
+    at = hive.at(await hive.store.last_seq())
+    async with served(ours) as browser, browse(ours) as client, trio.open_nursery() as nursery:
+        nursery.start_soon(ours.destruction.serve)
+        async with browser.stream(f"/live?after={at}") as stream:
+            await configure(hive)
+            rows = [
+                frame.data for frame in await stream.until("configured-argus") if frame.target == "configured-argus"
+            ]
+            assert 'action="/agents/argus/destroy"' in rows[-1]["html"]
+            status, said = await post(client, "/agents/argus/destroy", ask="sure?")
+            assert (status, said["said"]) == (200, "argus is destroyed; what it had is kept")
+            gone = [
+                frame.data for frame in await stream.until("configured-argus") if frame.target == "configured-argus"
+            ]
+            assert gone[-1]["html"] == ""
+            (tombstone,) = await ours.tombstones.all()
+            status, said = await post(client, "/tombstones/revive", tombstone=tombstone.label)
+            assert (status, said["said"]) == (200, "argus is configured again")
+        nursery.cancel_scope.cancel()

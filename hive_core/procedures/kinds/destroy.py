@@ -10,6 +10,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, NOTE_LIMIT_BYTES, OPERATOR, AgentName, parse_text
 from hive_core.services.agents import Agents
 from hive_core.services.approvals import Approval, Request, Shown
+from hive_core.services.configured import is_configured
 from hive_core.services.tombstones import Tombstones
 from hive_core.store.writer import Transaction
 
@@ -25,14 +26,15 @@ class Destroy:
     async def request(
         self, requested_by: AgentName, name: AgentName, given_reason: object, key: str | None = None
     ) -> dict[str, Any]:
-        """Ask for the end of an agent; `{"approval": id}`. Raises Refusal for hm1nd, and for who is no agent."""
+        """Ask for the end of an agent, or of the configuration of one to be; `{"approval": id}`. Raises Refusal for
+        hm1nd, and for who is neither."""
         reason = parse_text(given_reason, "reason", NOTE_LIMIT_BYTES)
         if name == MANAGER:
             raise Refusal("refused", f"cannot ask for the end of {name}: a hive has one manager")
-        await self._agents.get(name)
+        shown = await self._shown(name)
 
         def make(_: Transaction) -> Request:
-            return Request(self.kind, name, requested_by, reason, _shown(name))
+            return Request(self.kind, name, requested_by, reason, shown)
 
         return await self._asking.put(requested_by, key, f"request_{self.kind}", f"the end of {name}", make)
 
@@ -40,8 +42,13 @@ class Destroy:
         return f"the end of {approval.agent}"
 
     async def show_now(self, approval: Approval) -> Shown:
-        await self._agents.get(approval.agent)
-        return _shown(approval.agent)
+        return await self._shown(approval.agent)
+
+    async def _shown(self, name: AgentName) -> Shown:
+        if await is_configured(self._asking.store, name):
+            return _shown_of_configured(name)
+        await self._agents.get(name)
+        return _shown(name)
 
     async def carry_out(self, approval: Approval, step: Step) -> Done:
         # What the rows say is carried out from there on by procedures/destruction.py, whichever daemon runs then.
@@ -52,6 +59,12 @@ class Destroy:
 
     async def closed(self, approval: Approval) -> None:
         pass
+
+
+def _shown_of_configured(name: AgentName) -> Shown:
+    kept = f"its repositories; `hive revive {name}` makes it one again"
+    lines = [Line("configuration", name, None), Line("ends", None, "what waits for its first commit")]
+    return Shown({}, Effect([*lines, Line("kept", None, kept)]).to_wire())
 
 
 def _shown(name: AgentName) -> Shown:
