@@ -40,15 +40,40 @@ function parse(html) {
   return template.content.firstElementChild;
 }
 
-// A click that was on its way when cards moved, or became others, would meet one that nobody has read: the second of a
-// double click, above all.
-const READ_MS = 1000;
-let cardsMoved = -READ_MS;
-const areRead = () => performance.now() - cardsMoved >= READ_MS;
+// A click that was on its way when something moved would meet a button whose card nobody has read: the second of a
+// double click, above all. So one that approves is not taken where it was not for long, whatever pushed it there.
+const READ_MS = 1000, SLIGHT_PX = 4;
+const movedAt = new Map();  // of each button that approves, by what it approves
+let placed = null;  // where they were before what this frame changes
 const digest = (card) => $("input[name=digest]", card)?.value;
+const deed = (button) => `${button.form.action} ${$("input[type=hidden]", button.form)?.name}`;
 
-function noteMove(old, fresh) {
-  if (old?.parentElement?.id === "pending" && (!fresh || digest(old) !== digest(fresh))) cardsMoved = performance.now();
+function places() {
+  return new Map(all(".approve").map((button) => {
+    const { x, y } = button.getBoundingClientRect();
+    return [deed(button), { x, y, shown: digest(button.form) }];
+  }));
+}
+
+function beforeChange() {
+  if (placed) return;
+  placed = places();
+  requestAnimationFrame(noteMoves);
+}
+
+function noteMoves() {
+  if (!placed) return;
+  for (const [key, now] of places()) {
+    const was = placed.get(key);
+    const same = was && was.shown === now.shown && Math.hypot(was.x - now.x, was.y - now.y) < SLIGHT_PX;
+    if (!same) movedAt.set(key, performance.now());
+  }
+  placed = null;
+}
+
+function isRead(button) {
+  noteMoves();  // of a change that was not painted yet
+  return performance.now() - (movedAt.get(deed(button)) ?? -READ_MS) >= READ_MS;
 }
 
 // A card is long to listen to, with all it shows: what came is told by its heading.
@@ -64,15 +89,14 @@ function hear(fresh, old) {
 function swap({ target, html, list, place, once }) {
   const old = document.getElementById(target), into = list && document.getElementById(list);
   if (old && once) return;
+  beforeChange();
   if (!html) {
     if (old?.contains(document.activeElement)) $("#y3r-c4ll-title")?.focus();
-    noteMove(old, null);
     return old?.remove();
   }
   const fresh = parse(html);
   if (old) {
     const refocus = keep(old, fresh);
-    noteMove(old, fresh);
     old.replaceWith(fresh);
     refocus();
     hear(fresh, old);
@@ -108,6 +132,7 @@ function count() {
 let stream = null, after = page.after;
 
 function show(state, word) {
+  beforeChange();
   $("#link").dataset.link = state;
   $("#link-word").textContent = word;
 }
@@ -171,8 +196,8 @@ document.addEventListener("submit", async (event) => {
   if (!("fetch" in form.dataset)) return;
   event.preventDefault();
   if (button.getAttribute("aria-busy") === "true") return;
-  if (form.closest(".call") && button.matches(".approve") && !areRead()) {
-    return toast("the cards have just changed: look again, then click", "bad");
+  if (button.matches(".approve") && !isRead(button)) {
+    return toast("what you clicked on has just moved or changed: look again, then click", "bad");
   }
   const ask = form.elements.ask?.value;
   if (ask && !confirm(ask)) return;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from hive_core.protocol.visible import counted, mib, named
+from hive_core.protocol.visible import counted, mib, named_apart
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def paint(text: str, colour: str) -> str:
 
 
 def safe(text: str) -> str:
-    """Text whose control, direction, zero-width and blank characters are named; newlines and tabs stay."""
-    return named(text)
+    """Text that shows what is there, where it is: see protocol.visible. Newlines and tabs stay."""
+    return named_apart(text)
 
 
 def one_line(text: str) -> str:

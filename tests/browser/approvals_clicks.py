@@ -14,7 +14,8 @@ from tests.needs import find_chromium
 
 FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 FREEZES_AFTER_MS = 6_000  # on a machine with other things to do
-READ = "cardsMoved = -READ_MS"  # as if the time to read what has changed was over
+READ = "placed = null; movedAt.clear()"  # as if the time to read what has changed was over
+MOVED = "what you clicked on has just moved or changed: look again, then click"
 WATCH = """
 window.longest = 0;
 new PerformanceObserver((list) => {
@@ -115,12 +116,26 @@ def approve_only_what_was_read(page: Page) -> None:
         "list: 'pending', place: 'prepend' }); swap({ target: 'approval-99' })"
     )
     # In one go: on a busy machine the time to read would be over before the click.
-    click = "; $('#approval-5 .approve').click(); $('#toasts').lastElementChild.textContent"
-    for change in (other % (shown, "0" * 64), other % ("0" * 64, shown), gone):
+    click = "; $('#approval-5 .approve').click(); $('#toasts').lastElementChild?.textContent"
+    anchor = "document.documentElement.style.overflowAnchor = '%s'"  # else the browser scrolls along, and nothing moved
+    page.evaluate(anchor % "none")
+    agent = (
+        "swap({ target: 'agent-new', html: $('#agent-iris').outerHTML.replaceAll('agent-iris', 'agent-new'), "
+        "list: 'agents', place: 'append' })"
+    )
+    line = "swap({ target: 'agent-new', html: '<li id=\"agent-new\">' + '<p>more<p>'.repeat(5) + '</li>' })"
+    banner = "document.body.prepend(parse('<p id=banner></p>')); swap({ target: 'banner', html: '<p>stopped</p>' })"
+    for change in (other % (shown, "0" * 64), other % ("0" * 64, shown), gone, agent, line, banner):
         page.evaluate(READ)
-        assert page.evaluate(change + click) == "the cards have just changed: look again, then click"
+        page.evaluate("$('#toasts').replaceChildren()")
+        assert page.evaluate(change + click) == MOVED, change
     expect(card).to_have_count(1)
     expect(digest).to_have_value(shown)
+    page.evaluate(READ)
+    # What is below moves nothing of it, and neither does the reader who goes there.
+    below = "swap({ target: 'm-0', html: '<li>hello</li>', list: 'flow', place: 'append' }); scrollBy(0, 40)"
+    assert page.evaluate(below + "; isRead($('#approval-5 .approve'))")
+    page.evaluate(anchor % "")
     page.evaluate(READ)
 
 

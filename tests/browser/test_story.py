@@ -71,7 +71,7 @@ def approve(page: Page, shown: str) -> None:
     expect(button).to_be_visible(timeout=30_000)
     button.click(trial=True)
     # In one go: a card that comes or goes between the two would have to be read first.
-    button.evaluate("(button) => { cardsMoved = -READ_MS; button.click(); }")
+    button.evaluate("(button) => { placed = null; movedAt.clear(); button.click(); }")
 
 
 def test_a_click_brings_argus_without_a_reload(browser: Browser, demo_link: str) -> None:

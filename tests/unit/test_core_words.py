@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import re
 import string
+import sys
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from hive_core.protocol import words
 from hive_core.protocol.ends import how_ended
 from hive_core.protocol.refusal import EXIT_CODES, Refusal
-from hive_core.protocol.visible import counted
+from hive_core.protocol.visible import HIDDEN, counted, named, named_apart
 
 LETTERS, TAIL = string.ascii_lowercase, string.ascii_lowercase + string.digits
 good_names = st.lists(st.text(TAIL, min_size=1, max_size=6), min_size=1, max_size=4).map("-".join)
@@ -253,3 +255,49 @@ def test_the_exit_codes_are_those_the_manual_promises() -> None:
 )
 def test_how_a_process_ended_is_said_in_words(code: int | None, said: str) -> None:
     assert how_ended(code) == said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "é, e\u0301 and Vi\u0065\u0323\u0302t, naïve Žižek, Ω, й, 한국어, 漢字",
+        "日本\u3000語",
+        "हिन्दी, ภาษาไทยที่นี่, עִבְרִית, العَرَبِيَّة",
+        "👩\u200d💻 ❤️\u200d🔥 ✈️ 1️⃣ #️⃣ 👋🏽 🇩🇪 ℹ️ ‼️ ⚠️ 🫠",
+        "a → b − c … “quoted” – and\ta tab\nand a line",
+    ],
+)
+def test_ordinary_text_is_shown_as_it_is(text: str) -> None:
+    assert named(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("de\u0336l\u0336", "de⟨U+0336⟩l⟨U+0336⟩"),  # struck through
+        ("a\xa0b\u2003c\u202fd\u3000e", "a⟨U+00A0⟩b⟨U+2003⟩c⟨U+202F⟩d⟨U+3000⟩e"),
+        ("z\u0301\u0302\u0303\u0304", "z\u0301\u0302⟨U+0303⟩⟨U+0304⟩"),
+        ("5\u0301, \u0301x", "5⟨U+0301⟩, ⟨U+0301⟩x"),
+        ("a\u20dd b\u20e3", "a⟨U+20DD⟩ b⟨U+20E3⟩"),
+        ("a\ufe0f 1\ufe0f b\u200dc", "a⟨U+FE0F⟩ 1⟨U+FE0F⟩ b⟨U+200D⟩c"),
+        ("a\ufe0f\u200d💻", "a⟨U+FE0F⟩⟨U+200D⟩💻"),
+    ],
+)
+def test_a_character_that_hides_or_makes_another_look_otherwise_is_named(text: str, shown: str) -> None:
+    assert named(text) == shown
+    assert named(shown) == shown
+
+
+def test_every_control_format_and_space_character_is_named_wherever_it_stands() -> None:
+    kinds = ("Cc", "Cf", "Cs", "Co", "Zs", "Zl", "Zp", "Me")
+    strange = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) in kinds]
+    assert [sign for sign in strange if not HIDDEN.search(f"a{sign}b")] == ["\t", "\n", " "]
+
+
+@given(st.text(st.sampled_from("ae5 \u0301\u0323\u0336\ufe0f\u20e3\u200d\u3000\u202e日💻❤⟨")))
+def test_what_was_named_has_nothing_hidden_any_more(text: str) -> None:
+    assert not HIDDEN.search(named(text))
+
+
+def test_words_from_right_to_left_are_kept_apart_in_a_terminal() -> None:
+    assert named_apart("model: אב גד → הו\u202e") == "model: \u2068אב גד\u2069 → \u2068הו\u2069⟨U+202E⟩"

@@ -211,7 +211,13 @@ async def test_a_decision_tells_the_rule_by_which_it_passed_or_else_who_decided(
 def test_hidden_characters_are_shown_for_what_they_are() -> None:
     assert visible("a\u202eb") == 'a<span class="mark">⟨U+202E⟩</span>b'
     assert visible("\x1b[31m") == '<span class="mark">⟨U+001B⟩</span>[31m'
-    assert visible("tab\tand\nnewline, ❤️ and é and 漢字 and עברית") == "tab\tand\nnewline, ❤️ and é and 漢字 and עברית"
+    assert visible("tab\tand\nnewline, ❤️ and é and 漢字") == "tab\tand\nnewline, ❤️ and é and 漢字"
+    assert visible("a\u0336b\xa0c").count('class="mark"') == 2
+
+
+def test_words_from_right_to_left_move_nothing_that_is_around_them() -> None:
+    assert visible("model: אב גד → <הו>") == "model: <bdi>אב גד</bdi> → &lt;<bdi>הו</bdi>&gt;"
+    assert visible("א\u202eב") == '<bdi>א</bdi><span class="mark">⟨U+202E⟩</span><bdi>ב</bdi>'
 
 
 @given(st.text(st.characters(categories=["Cc", "Cf", "Co", "Cs", "Zl", "Zp"]), min_size=1))
