@@ -51,7 +51,7 @@ const deed = (button) => `${button.form.action} ${$("input[type=hidden]", button
 function places() {
   return new Map(all(".approve").map((button) => {
     const { x, y } = button.getBoundingClientRect();
-    return [deed(button), { x, y, shown: digest(button.form) }];
+    return [deed(button), { x, y, onPage: y + scrollY, shown: digest(button.form) }];
   }));
 }
 
@@ -65,7 +65,9 @@ function noteMoves() {
   if (!placed) return;
   for (const [key, now] of places()) {
     const was = placed.get(key);
-    const same = was && was.shown === now.shown && Math.hypot(was.x - now.x, was.y - now.y) < SLIGHT_PX;
+    // Not where the reader scrolled, nor where the browser did so that it stays where it was.
+    const stays = (side) => was && Math.abs(was[side] - now[side]) < SLIGHT_PX;
+    const same = was?.shown === now.shown && stays("x") && (stays("y") || stays("onPage"));
     if (!same) movedAt.set(key, performance.now());
   }
   placed = null;

@@ -111,21 +111,22 @@ def approve_only_what_was_read(page: Page) -> None:
     digest = card.locator("input[name=digest]").first
     shown = str(digest.get_attribute("value"))
     other = "swap({ target: 'approval-5', html: $('#approval-5').outerHTML.replaceAll('%s', '%s') }); count()"
-    gone = (
+    came = (
         "swap({ target: 'approval-99', html: $('#approval-5').outerHTML.replaceAll('approval-5', 'approval-99'), "
-        "list: 'pending', place: 'prepend' }); swap({ target: 'approval-99' })"
+        "list: 'pending', place: 'prepend' })"
     )
     # In one go: on a busy machine the time to read would be over before the click.
     click = "; $('#approval-5 .approve').click(); $('#toasts').lastElementChild?.textContent"
     anchor = "document.documentElement.style.overflowAnchor = '%s'"  # else the browser scrolls along, and nothing moved
     page.evaluate(anchor % "none")
+    went = "swap({ target: 'approval-99' })"
     agent = (
         "swap({ target: 'agent-new', html: $('#agent-iris').outerHTML.replaceAll('agent-iris', 'agent-new'), "
         "list: 'agents', place: 'append' })"
     )
     line = "swap({ target: 'agent-new', html: '<li id=\"agent-new\">' + '<p>more<p>'.repeat(5) + '</li>' })"
     banner = "document.body.prepend(parse('<p id=banner></p>')); swap({ target: 'banner', html: '<p>stopped</p>' })"
-    for change in (other % (shown, "0" * 64), other % ("0" * 64, shown), gone, agent, line, banner):
+    for change in (other % (shown, "0" * 64), other % ("0" * 64, shown), came, went, agent, line, banner):
         page.evaluate(READ)
         page.evaluate("$('#toasts').replaceChildren()")
         assert page.evaluate(change + click) == MOVED, change
