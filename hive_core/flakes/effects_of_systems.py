@@ -26,20 +26,26 @@ class Package(_Fact):
     paths: list[Text] = []
 
 
+EVERYBODY = "u+rx,g+x,o+x"  # may start a wrapper, where NixOS is told nothing else
+
+
 class Wrapper(_Fact):
-    """program: a mark of what it starts."""
+    """permissions: its mode, as chmod takes it. program: a mark of what it starts."""
 
     setuid: bool
     setgid: bool
     capabilities: Text
     owner: Text = "root"
     group: Text = "root"
+    permissions: Text = EVERYBODY
     program: Text = ""
 
     def __str__(self) -> str:
         rights = [f"setuid {self.owner}"] if self.setuid else []
         rights += [f"setgid {self.group}"] if self.setgid else []
-        return ", ".join([*rights, self.capabilities] if self.capabilities else rights) or "no rights"
+        rights += [self.capabilities] if self.capabilities else []
+        whose = [] if self.permissions == EVERYBODY else [f"mode {self.permissions} of group {self.group}"]
+        return ", ".join([*(rights or ["no rights"]), *whose])
 
 
 class Network(_Fact):

@@ -171,6 +171,7 @@ let
             capabilities = plain (wrapper.capabilities or "");
             owner = plain (wrapper.owner or "root");
             group = plain (wrapper.group or "root");
+            permissions = plain (wrapper.permissions or "u+rx,g+x,o+x");
             program = mark (wrapper.source or "");
           }) (enabled config.security.wrappers)
         else
