@@ -15,7 +15,7 @@ from dashboard.diff import diff_files, read_diff
 from dashboard.terminal import read_line, tokens
 from dashboard.visible import plain, visible
 from hive_core.hive import Hive
-from hive_core.protocol.effect import effect_line
+from hive_core.protocol.effect import builds_line, effect_line
 from hive_core.protocol.held import WHY_HELD
 from hive_core.protocol.money import about
 from hive_core.protocol.visible import counted
@@ -117,7 +117,7 @@ def templates() -> Environment:
         about=about,
         brief=brief,
     )
-    environment.filters.update(deed=deed, decided=decided, effect_line=effect_line)
+    environment.filters.update(deed=deed, decided=decided, effect_line=effect_line, builds_line=builds_line)
     environment.globals.update(changes=changes, asset=asset_url, voice=voice, state_word=state_word)
     return environment
 

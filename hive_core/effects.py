@@ -41,18 +41,20 @@ class Effect:
     unknown     what could not be told, and why: "packages: agent.nix is not built in this sandbox"
     inputs      a mark of what both sides were built from besides, where they are built
     derivation  what would be built of the change, to its last byte: the store path of nix's instructions for it
+    former      the same of what there is now, where that is known
     """
 
     lines: Sequence[Line] = ()
     unknown: Sequence[str] = ()
     inputs: str = ""
     derivation: str = ""
+    former: str = ""
 
     def to_wire(self) -> dict[str, Any]:
         """As it is stored: what widens comes first."""
         ordered = sorted(self.lines, key=lambda line: not line.wide)
         told = {"lines": [_wire(line) for line in ordered], "unknown": list(self.unknown)}
-        marks = {"inputs": self.inputs, "derivation": self.derivation}
+        marks = {"inputs": self.inputs, "derivation": self.derivation, "former": self.former}
         return told | {key: mark for key, mark in marks.items() if mark}
 
 

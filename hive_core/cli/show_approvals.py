@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hive_core.cli.show import ago, approval_line, day, paint, safe
-from hive_core.protocol.effect import WIDE, effect_line
+from hive_core.protocol.effect import WIDE, builds_line, effect_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ def effect(row: dict[str, Any]) -> Iterator[str]:
         yield f"    {paint('? unknown', 'amber')}  {safe(text)}"
     if not told["lines"] and not told["unknown"]:
         yield "    none on settings, prompt or files"
+    if builds := builds_line(told):
+        yield paint(f"    {safe(builds)}", "dim")
 
 
 def _payload(payload: dict[str, Any]) -> Iterator[str]:

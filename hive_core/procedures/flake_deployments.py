@@ -98,7 +98,8 @@ class FlakeDeployments:
         prompt = prompt_lines(before.persona if before else None, after.persona)
         read = _read_as_they_are(files_before, files_after, settings, prompt)
         lines = [*settings, *prompt, *lines_of_files(files_before, files_after, read), *told]
-        return Effect(lines, unknown + more + untold, self.inputs, after.derivation)
+        former = before.derivation if before else ""
+        return Effect(lines, unknown + more + untold, self.inputs, after.derivation, former)
 
     async def _system_lines(
         self, name: AgentName, proposal: Proposal, before: Evaluated, after: Evaluated

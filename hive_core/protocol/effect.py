@@ -17,3 +17,13 @@ def effect_line(line: Mapping[str, Any]) -> str:
     if before is None:
         return f"{what}: + {after}"
     return f"{what}: − {before}" if after is None else f"{what}: {before} → {after}"
+
+
+def builds_line(effect: Mapping[str, Any]) -> str | None:
+    """What is built of a stored effect, by the hash and name of its derivation: "builds: 0c1…-nixos-system-iris".
+    None where nothing is built, and of an effect from before that was kept."""
+    if not (derivation := effect.get("derivation")):
+        return None
+    digest, _, name = derivation.rpartition("/")[2].partition("-")
+    short = f"{digest[:12]}…-{name.removesuffix('.drv')}"
+    return f"builds: {short}, the same as now" if effect.get("former") == derivation else f"builds: {short}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from hive_core.flakes.effects_of_systems import Facts, parse_facts, system_lines
 from hive_core.policy_rules import Case, allows, parse_rules
-from hive_core.protocol.effect import effect_line
+from hive_core.protocol.effect import builds_line, effect_line
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
 from tests.checkouts import Checkout
@@ -85,6 +86,7 @@ async def test_the_card_tells_what_the_system_gains_and_loses(hive: Services) ->
     ]
     assert {"packages: + strace-0, taplo-0", "users: + reader (wheel)", "services: + watch.service"} <= set(lines)
     assert "firewall: off → on" in lines
+    assert re.fullmatch(r"builds: [0-9a-z]{12}…-nixos-system", str(builds_line(found)))
     assert not [line for line in lines if "nobody-yet" in line]
     assert found["unknown"] == ["closure: what it adds and takes, and its size, is known once it is built"]
 
@@ -98,6 +100,20 @@ async def test_the_card_tells_what_the_system_gains_and_loses(hive: Services) ->
         "services: dbus.service, watch.service → changed",
         "!setuid: ping (setuid root, cap_net_raw+ep) → ping (cap_net_raw+ep)",
     }
+
+
+async def test_who_may_start_a_program_with_rights_of_its_own_is_told_where_that_is_not_everybody(
+    hive: Services,
+) -> None:
+    wrapper = 'security.wrappers.ping = { setuid = true; group = "%s"; permissions = "%s"; };'
+    found = await effect(hive, MODULE % wrapper % ("wheel", "u+rx,g+x"))
+    assert told(found)[0] == "!setuid: + ping (setuid root, mode u+rx,g+x of group wheel)"
+    await approve(hive)
+    closed = "ping (setuid root, mode u+rx,g+x of group wheel)"
+    found = await effect(hive, MODULE % wrapper % ("users", "u+rx,g+x"))
+    assert told(found)[0] == f"!setuid: {closed} → ping (setuid root, mode u+rx,g+x of group users)"
+    found = await effect(hive, MODULE % wrapper % ("wheel", "u+rx,g+x,o+x"))
+    assert told(found)[0] == f"!setuid: {closed} → ping (setuid root)"
 
 
 async def test_what_no_line_is_about_is_told_as_a_system_that_is_built_otherwise(hive: Services) -> None:
@@ -122,6 +138,7 @@ async def test_settings_and_prompt_are_told_as_agent_nix_gives_them(hive: Servic
 async def test_a_change_that_is_layout_alone_is_told_by_its_lines_of_agent_nix(hive: Services) -> None:
     module = (Checkout(hive.repos.proposed_dir / HM1ND / "config").path / "agent.nix").read_text()
     found = await effect(hive, module + "# no more than this\n")
+    assert str(builds_line(found)).endswith("-nixos-system, the same as now")
     (line,) = told(found)
     assert line.startswith("agent.nix: ")
     assert line.endswith("(+1 −0 lines)")
@@ -136,6 +153,7 @@ async def test_the_card_of_a_new_agent_tells_its_packages_and_what_is_built_is_w
     assert {"packages: + jq-0, ripgrep-0", "packages: + the 3 that every agent has"} <= set(lines)
     assert card.effect["unknown"] == ["closure: what it adds and takes, and its size, is known once it is built"]
     assert card.effect["derivation"].endswith("-nixos-system.drv")
+    assert re.fullmatch(r"builds: [0-9a-z]{12}…-nixos-system", str(builds_line(card.effect)))
     await approve(hive)
 
 

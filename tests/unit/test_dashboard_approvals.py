@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hive_core.cli import show_approvals
 from hive_core.effects import Effect, Line
 from hive_core.protocol.words import MANAGER, AgentName
 from hive_core.services.approvals import Request, Shown, put_request, settle
@@ -13,9 +14,12 @@ from tests.hives import Services
 DIFF = "diff --git a/x b/x\n--- a/x\n+++ b/x\n@@ -1 +1 @@\n-old\n+new\n"
 
 
-async def put(hive: Services, kind: str = "apply_commit") -> int:
+NOW, THEN = (f"/nix/store/{sign * 32}-nixos-system-iris.drv" for sign in "01")
+
+
+async def put(hive: Services, kind: str = "apply_commit", **built: str) -> int:
     payload = {"sha": "a" * 40, "base": "b" * 40, "diff": DIFF}
-    shown = Shown(payload, Effect([Line("model", "sonnet", "opus")]).to_wire())
+    shown = Shown(payload, Effect([Line("model", "sonnet", "opus")], **built).to_wire())
     request = Request(kind, AgentName("iris"), MANAGER, "it reads more", shown)
     return await hive.store.write(lambda tx: put_request(tx, request, 60.0))
 
@@ -32,6 +36,23 @@ async def test_what_waits_can_be_decided_on_its_own_page(hive: Services) -> None
     text = await page(hive, f"/approvals/{number}")
     for part in ("it reads more", "model: sonnet → opus", "+new", "APPR0VE", "D3NY", f"choose-{number}"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("built", "line"),
+    [
+        ({"derivation": THEN, "former": NOW}, "builds: 111111111111…-nixos-system-iris"),
+        ({"derivation": NOW, "former": NOW}, "builds: 000000000000…-nixos-system-iris, the same as now"),
+        ({"derivation": THEN}, "builds: 111111111111…-nixos-system-iris"),  # of a new agent
+        ({}, None),
+    ],
+)
+async def test_a_card_and_a_terminal_say_what_is_built(hive: Services, built: dict[str, str], line: str | None) -> None:
+    number = await put(hive, **built)
+    printed = show_approvals.approval((await hive.approvals.get(number)).to_wire()).splitlines()
+    assert [each.strip() for each in printed if "builds" in each] == ([line] if line else [])
+    shown = await page(hive, f"/approvals/{number}")
+    assert (f">{line}</p>" in shown) if line else ("builds:" not in shown)
 
 
 @pytest.mark.parametrize(
