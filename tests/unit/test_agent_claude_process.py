@@ -47,13 +47,14 @@ async def test_a_program_that_does_not_hear_its_interruption_is_ended_by_force(
     monkeypatch.setattr("hive_agent.program.LINGER_S", 0.05)
     runner = a_runner(tmp_path, "turn; exec sleep 600")
     endings: list[Ending] = []
+    lines: list[dict[str, Any]] = []
 
     async def turn() -> None:
-        endings.append(await take(runner, []))
+        endings.append(await take(runner, lines))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(turn)
-        await trio.testing.wait_all_tasks_blocked(0.1)
+        await trio.to_thread.run_sync(look_until, lambda: lines)
         runner.interrupt()
         runner.interrupt()
     assert (endings[0].outcome, endings[0].session) == ("cancelled", "s")

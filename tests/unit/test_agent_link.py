@@ -309,16 +309,16 @@ async def test_a_program_that_runs_keeps_the_link_past_the_grace(tmp_path: Path)
 
 
 async def test_the_grace_counts_from_the_loss_of_the_host(tmp_path: Path) -> None:
-    link = a_link(tmp_path, orphan_grace_s=0.6)
+    link = a_link(tmp_path, orphan_grace_s=1.0)
     async with trio.open_nursery() as nursery:
         async with open_host(tmp_path) as host:
             nursery.start_soon(run_to_its_end, link)
             connection = await host.accept()
             await connection.welcome()
-            with trio.move_on_after(0.7):
+            with trio.move_on_after(1.1):
                 await connection.next()
-        begin = trio.current_time()
-    assert trio.current_time() - begin >= 0.5
+            begin = trio.current_time()
+    assert trio.current_time() - begin >= 1.0
 
 
 async def test_what_is_told_beside_the_turns_does_not_wait_for_a_lease_and_both_are_asked_again(

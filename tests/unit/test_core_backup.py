@@ -32,7 +32,7 @@ from hive_core.store.schema import APPLICATION_ID, migrate
 from tests.dashboards import hive_of
 from tests.hives import Services, clean_environment, open_services
 from tests.needs import ROOT
-from tests.processes import PATIENCE_S
+from tests.processes import PATIENCE_S, look_until
 
 NOW = "2026-01-01T00:00:00+00:00"
 
@@ -178,24 +178,25 @@ def test_the_copy_is_of_one_instant_and_neither_it_nor_the_writer_waits_for_the_
 
     def write() -> None:
         nonlocal rounds
-        while not stop.is_set() and rounds < 3000:
+        while not stop.is_set() and rounds < 30_000:
             writer.execute("BEGIN IMMEDIATE")
-            writer.execute("UPDATE pairs SET a = a + 1 WHERE rowid % 997 = ?", (rounds % 997,))
-            writer.execute("UPDATE pairs SET b = b + 1 WHERE rowid % 997 = ?", (rounds % 997,))
+            writer.execute("UPDATE pairs SET a = a + 1 WHERE rowid = ?", (1 + 7 * rounds % 20_000,))
+            writer.execute("UPDATE pairs SET b = b + 1 WHERE rowid = ?", (1 + 7 * rounds % 20_000,))
             writer.execute("COMMIT")
             rounds += 1
 
     thread = threading.Thread(target=write)
     thread.start()
     try:
+        before = look_until(lambda: rounds)
         backup.copy_database(path, tmp_path / "copy.sqlite")
-        during = rounds
+        during = rounds - before
     finally:
         stop.set()
         thread.join()
     writer.close()
     assert during > 0, "the writer stood still while the copy was made"
-    assert during < 3000, "the copy was made only when the writer had nothing more to write"
+    assert rounds < 30_000, "the copy was made only when the writer had nothing more to write"
     copy = sqlite3.connect(tmp_path / "copy.sqlite")
     assert copy.execute("SELECT count(*), sum(a != b) FROM pairs").fetchone() == (20_000, 0)
     backup_format.check_database(copy)
