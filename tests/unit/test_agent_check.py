@@ -114,7 +114,7 @@ async def test_a_program_that_tells_of_a_lost_session_in_other_words_is_trouble(
 async def test_a_program_that_hangs_is_trouble_and_is_ended(
     stand_in: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, asked: str, check: str
 ) -> None:
-    monkeypatch.setattr(hive_agent.program, "LINGER_S", 0.5)
+    monkeypatch.setattr(hive_agent.program, "LINGER_S", 4.0)  # the other one is to end within it
     whole = stand_in()
     path = whole.with_name("hanging")
     path.write_text(f'#!/bin/sh\n[ "$1" = {asked} ] && sleep 600\nexec {whole} "$@"\n')
