@@ -310,14 +310,13 @@ async def test_a_program_that_runs_keeps_the_link_past_the_grace(tmp_path: Path)
 
 async def test_the_grace_counts_from_the_loss_of_the_host(tmp_path: Path) -> None:
     link = a_link(tmp_path, orphan_grace_s=1.0)
-    async with trio.open_nursery() as nursery:
-        async with open_host(tmp_path) as host:
-            nursery.start_soon(run_to_its_end, link)
-            connection = await host.accept()
-            await connection.welcome()
-            with trio.move_on_after(1.1):
-                await connection.next()
-            begin = trio.current_time()
+    async with trio.open_nursery() as nursery, open_host(tmp_path) as host:
+        nursery.start_soon(run_to_its_end, link)
+        connection = await host.accept()
+        await connection.welcome()
+        with trio.move_on_after(1.1):
+            await connection.next()
+        begin = trio.current_time()
     assert trio.current_time() - begin >= 1.0
 
 

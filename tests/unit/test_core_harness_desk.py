@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from trio.testing import MockClock
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trio.testing import MockClock
 
 from hive_core.credentials import Credentials
 from hive_core.limits import Limits
