@@ -284,7 +284,7 @@ async def connect(path: Path) -> AsyncIterator[Peer]:
 
 
 async def run_hive(
-    runtime: Path, *words: str, stdin: bytes = b"", env: dict[str, str] | None = None
+    runtime: Path, *words: str, stdin: bytes | int = b"", env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[bytes]:
     """Run `hive WORD …` as a process against the host.sock in `runtime`."""
     ours = {"HIVE_RUNTIME_DIR": str(runtime), "PYTHONPATH": str(ROOT), "TZ": "UTC"}
@@ -298,6 +298,13 @@ async def run_hive(
             capture_stderr=True,
             check=False,
         )
+
+
+async def approve_by_hash(runtime: Path, *numbers: int, more: Sequence[str] = ()) -> subprocess.CompletedProcess[bytes]:
+    """Run `hive approve` with the hashes of what `hive show` shows, as a program does."""
+    shown = [json.loads((await run_hive(runtime, "show", str(number), "--json")).stdout) for number in numbers]
+    digests = [word for card in shown for word in ("--digest", card["digest"])]
+    return await run_hive(runtime, "approve", *map(str, numbers), *digests, *more)
 
 
 async def wait_until(store: Store, condition: Callable[[], Awaitable[Any]], *topics: str) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 from hive_core.cli.client import Client
-from hive_core.cli.output import emit
+from hive_core.cli.output import confirmed, emit
 from hive_core.protocol.refusal import Refusal
 
 TYPE_CHECKING = False
@@ -34,17 +36,35 @@ def diff(arguments: Namespace) -> None:
 
 
 def approve(arguments: Namespace) -> int:
-    """Approve what is shown here, and tell each step until all have come to their end."""
-    numbers = arguments.approval
-    if arguments.digest and len(numbers) > 1:
-        raise Refusal("usage", "cannot approve several by one digest: leave --digest out, or give one approval")
+    """Approve what was shown: here, to whoever says yes to it, or elsewhere, as the digests that are given say."""
+    numbers, digests = arguments.approval, arguments.digest or []
+    if digests and len(digests) != len(numbers):
+        raise Refusal("usage", "cannot approve by these digests: give --digest once for each approval, in their order")
     client = Client()
     rows = [client.call("show", approval=number) for number in numbers]
+    waiting = [] if digests else [row["id"] for row in rows if row["state"] == "pending"]
+    if waiting and (arguments.json or not sys.stdin.isatty()):
+        which = " ".join(map(str, waiting))
+        why = "there is no terminal to show it on" if not arguments.json else "--json shows it to nobody"
+        raise Refusal(
+            "usage",
+            f"cannot approve {which} unseen: {why}; give --digest, the hash that `hive show {waiting[0]}` tells",
+        )
     if not arguments.json:
-        _show(rows)
-    pairs = [[row["id"], arguments.digest or row["digest"]] for row in rows]
+        show_short(rows)
+    if waiting and not confirmed("approve this?" if len(rows) == 1 else f"approve these {len(rows)}?"):
+        raise Refusal("refused", f"cannot approve {' '.join(map(str, numbers))}: you did not say yes")
+    return click(arguments, [(row["id"], digest) for row, digest in zip(rows, digests or _digests(rows), strict=True)])
+
+
+def _digests(rows: list[dict[str, Any]]) -> list[str]:
+    return [row["digest"] for row in rows]
+
+
+def click(arguments: Namespace, chosen: list[tuple[int, str]]) -> int:
+    """Approve these, each as it was shown, and tell each step until all have come to their end."""
     ends = []
-    for told in client.stream("approve_all", approvals=pairs):
+    for told in Client().stream("approve_all", approvals=chosen):
         if told.pop("end", False):
             ends.append(told)
         elif not arguments.json:
@@ -55,7 +75,7 @@ def approve(arguments: Namespace) -> int:
     return 0 if all(end.get("state") == "done" for end in ends) else 1
 
 
-def _show(rows: list[dict[str, Any]]) -> None:
+def show_short(rows: list[dict[str, Any]]) -> None:
     """What is approved, in short: `hive show` has it whole."""
     from hive_core.cli.show import approval_line
     from hive_core.cli.show_approvals import effect

@@ -30,12 +30,16 @@ def blame(arguments: Namespace) -> None:
 
 
 def rollback(arguments: Namespace) -> int:
-    from hive_core.cli.approvals import approve
+    """Show the card of the way back, and click on that: the operator has just asked for it, and by name."""
+    from hive_core.cli.approvals import click, show_short
 
+    client = Client()
     given = {key: value for key in ("to", "reason") if (value := getattr(arguments, key)) is not None}
-    asked = Client().call("request_rollback", agent=arguments.agent, **given)
-    arguments.approval, arguments.digest = [asked["approval"]], None
-    return approve(arguments)
+    asked = client.call("request_rollback", agent=arguments.agent, **given)
+    card = client.call("show", approval=asked["approval"])
+    if not arguments.json:
+        show_short([card])
+    return click(arguments, [(card["id"], card["digest"])])
 
 
 def _lines(row: dict[str, Any]) -> Iterator[str]:

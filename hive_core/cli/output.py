@@ -19,6 +19,12 @@ def emit(arguments: Namespace, result: Any, text: str) -> None:
     print(as_json(result) if arguments.json else text)
 
 
+def confirmed(question: str) -> bool:
+    """Whether whoever is at the terminal says yes."""
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def given_text(what: str, limit_bytes: int) -> str:
     """Text from standard input. Raises Refusal("usage") where that is not UTF-8, or more than so many bytes."""
     from hive_core.protocol.words import too_large

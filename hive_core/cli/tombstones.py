@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from hive_core.cli.client import Client
-from hive_core.cli.output import emit
+from hive_core.cli.output import confirmed, emit
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import mib
 
@@ -57,8 +57,7 @@ def _ask(found: dict[str, Any]) -> None:
     if not sys.stdin.isatty():
         raise Refusal("usage", f"cannot ask whether to remove {what}: there is no terminal; give --yes")
     print(f"this removes {what}, for good", file=sys.stderr)
-    print("remove it? [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if not confirmed("remove it?"):
         raise Refusal("refused", f"cannot purge {found['tombstone']}: you did not say yes; nothing was removed")
 
 

@@ -254,10 +254,13 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
     ),
     "approve": (
         "approvals.approve",
-        "approve exactly what `hive show` shows, several of one kind together",
+        "approve what is shown and asked for on a terminal, or by its hash; several of one kind together",
         [
             (("approval",), {"type": _whole, "nargs": "+"}),
-            (("--digest",), {"help": "approve only if it is still this; `hive show --json` gives it"}),
+            (
+                ("--digest",),
+                {"action": "append", "metavar": "HASH", "help": "what was shown, as `hive show` tells; once for each"},
+            ),
         ],
     ),
     "deny": (

@@ -33,6 +33,11 @@ def decide(words):
     return json.loads(said)
 
 
+def approve(approval):
+    """Click on what was shown."""
+    return decide(f"approve {approval['id']} --digest {approval['digest']}")
+
+
 def runs():
     """Which run of its unit each container is in: it is another one after a restart."""
     show = "systemctl show --property=InvocationID --value container@{}.service"
@@ -55,7 +60,7 @@ with subtest("an agent is asked for, approved and built"):
     hive('send hm1nd "I want an agent that draws."')
     approval = pending()
     assert (approval["kind"], approval["agent"]) == ("spawn", "iris"), approval
-    hive(f"approve {approval['id']}")
+    approve(approval)
     machine.wait_until_succeeds("systemctl is-active container@h-iris.service", timeout=BUILT_WITHIN_S)
     assert agents()["iris"]["container"] == "h-iris"
 
@@ -83,14 +88,14 @@ with subtest("what iris wished for is shown, and absent when it is denied"):
 
 with subtest("it is built when it is approved, and comes at a turn's edge"):
     hive('send iris "Draw something."')
-    done = decide(f"approve {pending()['id']}")
+    done = approve(pending())
     assert (done["state"], done["proof"]) == ("done", "healthy"), done
     machine.succeed(DRAWS)
     machine.succeed("git -c safe.directory='*' -C /var/lib/hyperhive/meta log --format=%s | grep -q '^iris: deployed/'")
 
 with subtest("a system that boots and does not say hello is taken back by itself"):
     hive('send hm1nd "Break iris."')
-    failed = decide(f"approve {pending()['id']}")
+    failed = approve(pending())
     assert failed["state"] == "failed", failed
     assert "it said no hello" in failed["note"], failed
     machine.wait_until_succeeds(f"{INSIDE} systemctl is-active hive-agent.service", timeout=120)

@@ -27,7 +27,8 @@ def pending():
 
 def approve(approval):
     """Click, and wait for the end: what became of it."""
-    _, said = machine.execute(f"su - ada -c 'hive approve {approval['id']} --json'")
+    by = f"--digest {approval['digest']}"
+    _, said = machine.execute(f"su - ada -c 'hive approve {approval['id']} {by} --json'")
     return json.loads(said)
 
 
@@ -63,7 +64,7 @@ with subtest("an agent is asked for, shown and approved"):
     hive('send hm1nd "I want an agent that draws."')
     approval = pending()
     assert (approval["kind"], approval["agent"]) == ("spawn", "iris"), approval
-    hive(f"approve {approval['id']}")
+    approve(approval)
     machine.wait_until_succeeds("su - ada -c 'hive list --json' | grep -q iris", timeout=60)
 
 with subtest("each agent is a unit outside of the daemon's and the helper's, which holds it to its memory"):
@@ -81,7 +82,7 @@ with subtest("a change of it is asked for, shown and approved"):
     hive('send hm1nd "Change iris."')
     approval = pending()
     assert approval["kind"] == "apply_commit", approval
-    hive(f"approve {approval['id']}")
+    approve(approval)
     machine.wait_until_succeeds(f"{GIT} show main:agent.toml | grep -q haiku")
 
 with subtest("one with which it does not come up is taken back by itself"):

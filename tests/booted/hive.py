@@ -36,8 +36,8 @@ def ask_for_iris(host: BootedHost, user: str = "") -> None:
     """An agent is asked for and approved, and is ready."""
     look_until(lambda: idle(host, "hm1nd", user=user))
     host.ok("hive", "send", "hm1nd", "I want a reader.", user=user)
-    look_until(lambda: json.loads(host.ok("hive", "pending", "--json", user=user))["approvals"])
-    host.ok("hive", "approve", "1", user=user)
+    (card,) = look_until(lambda: json.loads(host.ok("hive", "pending", "--json", user=user))["approvals"])
+    host.ok("hive", "approve", "1", "--digest", card["digest"], user=user)
     look_until(lambda: idle(host, "hm1nd", "iris", user=user))
 
 

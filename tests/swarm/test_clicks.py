@@ -78,7 +78,7 @@ def test_of_clicks_on_the_page_and_on_the_command_line_one_decides_and_all_get_i
         clicks: list[Callable[[], str]] = [
             partial(page.click, "/approvals/2/approve", digest=card["digest"]),
             partial(by_socket, daemon, "approve", approval=2, digest=card["digest"]),
-            lambda: hive(daemon, "approve", "2").stdout.splitlines()[-1],
+            lambda: hive(daemon, "approve", "2", "--digest", card["digest"]).stdout.splitlines()[-1],
         ]
         said = at_once(*clicks, *clicks, *clicks)
         assert {one.partition(":")[0] for one in said[::3]} <= {"approved", "approved, and under way"}

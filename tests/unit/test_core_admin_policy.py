@@ -13,7 +13,7 @@ from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.sockets.admin import AdminDesk
 from tests.checkouts import Checkout
 from tests.dashboards import hive_of
-from tests.hives import PATIENCE_S, Services, open_services, run_hive, serve
+from tests.hives import PATIENCE_S, Services, approve_by_hash, open_services, run_hive, serve
 from tests.unit.test_core_policy import OWN_PROMPT, rule
 
 IRIS = AgentName("iris")
@@ -38,7 +38,7 @@ async def test_rules_are_listed_and_rehearsed_and_what_passed_is_told_as_such(tm
 
     async def add_iris() -> Checkout:
         number = (await hive.gate.spawn.request(OPERATOR, IRIS, "You read.", "a reader"))["approval"]
-        assert (await run("approve", str(number)))[0] == 0
+        assert (await approve_by_hash(tmp_path, number)).returncode == 0
         return Checkout(hive.repos.proposed_dir / "iris" / "config")
 
     async with (

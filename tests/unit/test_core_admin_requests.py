@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+import os
+import subprocess
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ from hive_core.protocol.words import MANAGER, AgentName
 from hive_core.sockets.admin import AdminDesk
 from tests.checkouts import Checkout
 from tests.dashboards import hive_of
-from tests.hives import Services, open_gate, run_hive, serve
+from tests.hives import Services, approve_by_hash, open_gate, run_hive, serve
 
 
 class Said(NamedTuple):
@@ -28,8 +30,14 @@ class Terminal:
         self._runtime = runtime
 
     async def __call__(self, *words: str, stdin: bytes = b"") -> Said:
-        done = await run_hive(self._runtime, *words, stdin=stdin)
-        return Said(done.returncode, (done.stdout + done.stderr).decode())
+        return _said(await run_hive(self._runtime, *words, stdin=stdin))
+
+    async def approve(self, *numbers: int, more: Sequence[str] = ()) -> Said:
+        return _said(await approve_by_hash(self._runtime, *numbers, more=more))
+
+
+def _said(done: subprocess.CompletedProcess[bytes]) -> Said:
+    return Said(done.returncode, (done.stdout + done.stderr).decode())
 
 
 @pytest.fixture
@@ -54,7 +62,7 @@ async def test_a_new_agent_is_asked_for_and_its_card_shows_what_was_given(hive: 
     assert card.payload["icon"] == "🦉"
     assert "You review." in card.payload["files"]["CLAUDE.md"]
     assert 'tools = ["Read", "Glob", "Grep"' in card.payload["files"]["agent.toml"]
-    assert (await run("approve", "2")).text.splitlines()[-1].startswith("approval 2 of argus: done")
+    assert (await run.approve(2)).text.splitlines()[-1].startswith("approval 2 of argus: done")
 
 
 async def test_a_persona_comes_from_standard_input_where_it_is_no_word(hive: Services, run: Terminal) -> None:
@@ -68,6 +76,40 @@ async def test_a_persona_comes_from_standard_input_where_it_is_no_word(hive: Ser
     )
 
 
+@pytest.mark.parametrize(("says", "code", "state"), [("y\n", 0, "done"), ("\n", 4, "pending"), ("\x04", 4, "pending")])
+async def test_on_a_terminal_what_is_shown_is_approved_by_a_yes(
+    hive: Services, run: Terminal, tmp_path: Path, says: str, code: int, state: str
+) -> None:
+    for name in ("argus", "otto"):
+        await run("spawn", name, "You review.", "--toolkit", "reader")
+    ours, theirs = os.openpty()
+    try:
+        os.write(ours, says.encode())
+        done = await run_hive(tmp_path, "approve", "2", "3", stdin=theirs)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert done.returncode == code, done
+    shown = done.stdout.decode()
+    assert ["◆ 2 new agent argus" in shown, "◆ 3 new agent otto" in shown, "  effect\n" in shown] == [True, True, True]
+    assert done.stderr.decode().startswith("approve these 2? [y/N] ")
+    assert {(await hive.approvals.get(number)).state for number in (2, 3)} == {state}
+    if code:
+        assert done.stderr.endswith(b"hive: cannot approve 2 3: you did not say yes\n")
+
+
+async def test_nothing_is_approved_that_was_shown_to_nobody(hive: Services, run: Terminal) -> None:
+    await run("spawn", "argus", "You review.")
+    unseen = "hive: cannot approve 2 unseen: there is no terminal to show it on; give --digest, the hash that"
+    assert await run("approve", "2", stdin=b"y\n") == (2, f"{unseen} `hive show 2` tells\n")
+    refused = json.loads((await run("approve", "2", "--json")).text.splitlines()[0])
+    assert "unseen" in refused["error"]["message"]
+    assert (await run("approve", "2", "--digest", "a", "--digest", "b")).code == 2
+    assert (await hive.approvals.get(2)).state == "pending"
+    assert (await run.approve(2)).code == 0
+    assert (await run("approve", "2")).text.splitlines()[-1].startswith("approval 2 of argus: done")
+
+
 async def test_a_configuration_alone_is_asked_for_to_be_shaped_before_anything_runs(
     hive: Services, run: Terminal
 ) -> None:
@@ -77,7 +119,7 @@ async def test_a_configuration_alone_is_asked_for_to_be_shaped_before_anything_r
         f"then it lies in {place} to be shaped, and `hive apply argus HEAD` asks to create it"
     )
     assert (await hive.approvals.get(2)).kind == "init_config"
-    assert (await run("approve", "2")).code == 0
+    assert (await run.approve(2)).code == 0
     assert (place / "agent.toml").exists()
 
 
@@ -112,9 +154,9 @@ async def test_what_cannot_be_decided_or_told_says_why_and_what_to_do(
 ) -> None:
     place = hive.repos.proposed_dir / "iris" / "config"
     assert (await run("apply", "iris", Checkout(place).commit(CLAUDE__md="You read slowly.\n"))).code == 0
-    assert (await run("approve", "2")).code == 0
+    assert (await run.approve(2)).code == 0
     assert (await run("init-config", "argus", "You watch.")).code == 0
-    assert (await run("approve", "3")).code == 0
+    assert (await run.approve(3)).code == 0
     nothing = tmp_path / "nothing.toml"
     for words, code, said in [
         ("deny 1 no", 4, "cannot deny approval 1: it is done already"),
@@ -154,7 +196,7 @@ async def test_a_reason_of_several_lines_is_one_line_in_a_list(hive: Services, r
     )
     told = (await run("pending")).text
     assert told == "◆ 2 new agent argus: eyes ◆ 9 change iris: approve this⟨U+001B⟩[2J\n"
-    assert (await run("approve", "2")).code == 0
+    assert (await run.approve(2)).code == 0
     lines = (await run("history", "argus")).text.splitlines()
     assert lines[1:] == ["  eyes ◆ 9 change iris: approve this⟨U+001B⟩[2J"]
     assert "deployed/0 (approval 2)" in lines[0]
@@ -166,10 +208,10 @@ async def test_of_several_cards_each_tells_its_own_end_and_one_that_is_refused_h
     for name in ("argus", "otto"):
         await run("spawn", name, "You watch.", "--toolkit", "reader")
     assert (await run("deny", "3", "one is enough")).code == 0
-    done = await run("approve", "2", "3")
+    done = await run.approve(2, 3)
     assert (done.code, done.text.splitlines()[-1]) == (1, "approval 3 is not approved: it was denied")
     assert (await hive.approvals.get(2)).state == "done"
-    told = json.loads((await run("approve", "2", "3", "--json")).text)["approvals"]
+    told = json.loads((await run.approve(2, 3, more=["--json"])).text)["approvals"]
     assert [(one["id"], one.get("state"), one.get("error", {}).get("code")) for one in told] == [
         (2, "done", None),
         (3, None, "conflict"),

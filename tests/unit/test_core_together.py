@@ -20,7 +20,7 @@ from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.services.approvals import Approval, Request, Shown, put_request
 from hive_core.sockets.admin import AdminDesk
 from tests.dashboards import browse, gate_open, hive_of, served
-from tests.hives import PATIENCE_S, Services, run_hive, serve, wait_until
+from tests.hives import PATIENCE_S, Services, approve_by_hash, run_hive, serve, wait_until
 from tests.unit.test_dashboard_forms import post
 
 
@@ -150,7 +150,7 @@ async def test_hive_approve_tells_what_it_approves_each_step_and_each_end(
     async with serve(tmp_path / "host.sock", AdminDesk(ours).serve), gate_open(ours), trio.open_nursery() as nursery:
 
         async def approve() -> None:
-            done.append(await run_hive(tmp_path, "approve", str(one.approval_id), str(two.approval_id)))
+            done.append(await approve_by_hash(tmp_path, one.approval_id, two.approval_id))
 
         nursery.start_soon(approve)
         await wait_until(hive.store, steps_of(hive, one.approval_id, "building"))
