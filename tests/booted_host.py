@@ -89,6 +89,13 @@ class BootedHost:
         one = self.run("grep", "-qw", "memory", "/sys/fs/cgroup/cgroup.controllers")
         self.holds_memory = self._own_memory or one.returncode == 0
 
+    def remove_helper(self) -> None:
+        """As a system does that goes without it from now on: its unit is ended and is no more."""
+        self.ok("systemctl", "stop", "hyperhive-root.service")
+        self.ok("rm", "/etc/systemd/system/hyperhive-root.service")
+        self.ok("rm", "/etc/systemd/system/hyperhive.service.d/helper.conf")
+        self.ok("systemctl", "daemon-reload")
+
 
 @contextmanager
 def booted_host(folder: Path, *more: str) -> Iterator[BootedHost]:

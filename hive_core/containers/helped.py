@@ -228,6 +228,9 @@ class HelpedDriver:
             if refusal.code == "conflict":
                 raise BlockingIOError(refusal.message) from None
             raise OSError(refusal.message) from None
+        # Nothing runs of what this daemon started itself. What it wrote down of that would tell the next one without
+        # a helper that whatever runs of the agent is known.
+        await self._leftover.destroy(name)
         return self._running(name, answer, descriptor)
 
     async def find(self, name: AgentName, dirs: AgentDirs) -> Running | None:

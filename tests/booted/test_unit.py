@@ -113,17 +113,24 @@ def test_each_line_that_is_left_out_would_keep_bubblewrap_from_its_sandbox(host:
 # -- the helper -------------------------------------------------------------------------------------------------------
 
 
-def test_a_hive_that_is_given_the_helper_has_each_agent_once_and_outside_of_the_daemons_unit(swarm: BootedHost) -> None:
+def start_anew(host: BootedHost, *settings: str) -> set[str]:
+    """Restart the daemon with these settings; the harnesses, as soon as each agent has another than before."""
+    before = harnesses(host)
+    host.write("/etc/hyperhive/config.toml", write_config(host, *settings))
+    host.ok("systemctl", "restart", "hyperhive.service")
+    look_until(lambda: idle(host, "hm1nd", "iris", user=ADA) and harnesses(host).isdisjoint(before))
+    return harnesses(host)
+
+
+def test_a_hive_that_is_given_the_helper_and_loses_it_again_has_each_agent_once(swarm: BootedHost) -> None:
     """The last one here: it changes the hive."""
-    before = harnesses(swarm)
-    settings = (f'{key} = "{value}"' for key, value in BY_DEFAULT.items())
-    swarm.write("/etc/hyperhive/config.toml", write_config(swarm, *settings))
     swarm.install_helper()
-    swarm.ok("systemctl", "restart", "hyperhive-root.service", "hyperhive.service")
-    look_until(lambda: idle(swarm, "hm1nd", "iris", user=ADA) and harnesses(swarm).isdisjoint(before))
-    now = harnesses(swarm)
+    found = start_anew(swarm, *(f'{key} = "{value}"' for key, value in BY_DEFAULT.items()))
     assert len(files_of(swarm, "hyperhive.service")) == len(files_of(swarm, "hyperhive-root.service")) == 1
     shown = swarm.ok("systemctl", "list-units", "--plain", "--no-legend", "--type=scope", "hyperhive-agent-*")
     units = [line.split()[0] for line in shown.splitlines()]
     assert len(units) == 2
-    assert now <= {file for unit in units for file in files_of(swarm, unit)}
+    assert found <= {file for unit in units for file in files_of(swarm, unit)}
+
+    swarm.remove_helper()
+    assert start_anew(swarm) <= files_of(swarm, "hyperhive.service")
