@@ -59,6 +59,11 @@ class Machine:
     daemon: dict[str, Any] | None = None  # the status of the one that runs
     bwrap_works: bool = False
 
+    def is_kept(self, folder: Path) -> bool:
+        """Whether the daemon that runs has a directory of another user's: what we may do there says nothing of it."""
+        ours = self.daemon is not None and self.daemon["state_dir"] == str(self.config.state_dir)
+        return ours and folder.exists() and folder.stat().st_uid != os.geteuid()
+
     @property
     def agents_need(self) -> Status:
         """How bad it is to lack what real agents need: a hive of rehearsals runs without."""
@@ -122,14 +127,16 @@ def check_daemon(name: str, machine: Machine) -> Iterator[Finding]:
 
 def check_state(name: str, machine: Machine) -> Iterator[Finding]:
     folder = machine.config.state_dir
-    with _trial_folder(folder, "state_dir"):
-        pass
+    kept = machine.is_kept(folder)
+    if not kept:
+        with _trial_folder(folder, "state_dir"):
+            pass
     database = machine.config.database
     if machine.daemon is None and database.exists():
         _check_database(database)
     disk = os.statvfs(_existing(folder))
     free = disk.f_bavail * disk.f_frsize
-    needed = ROOM_BYTES + (0 if machine.config.database.with_suffix(".ballast").exists() else BALLAST_BYTES)
+    needed = ROOM_BYTES + (0 if kept or machine.config.database.with_suffix(".ballast").exists() else BALLAST_BYTES)
     told = f"{folder}, {free // MIB:,} MiB free"
     if free < needed:
         yield Finding(
@@ -155,12 +162,16 @@ def _check_database(path: Path) -> None:
 
 def check_runtime(name: str, machine: Machine) -> Iterator[Finding]:
     folder = machine.config.runtime_dir
-    with _trial_folder(folder, "runtime_dir") as trial:
-        listen_unix(trial / "x.sock").close()
+    if not machine.is_kept(folder):
+        with _trial_folder(folder, "runtime_dir") as trial:
+            listen_unix(trial / "x.sock").close()
     yield Finding(name, "ok", f"{folder}" if folder.exists() else f"{folder}; it will be made")
 
 
 def check_sqlite(name: str, machine: Machine) -> Iterator[Finding]:
+    if machine.is_kept(machine.config.state_dir):
+        yield Finding(name, "ok", f"{sqlite3.sqlite_version}; the daemon that runs has its database open")
+        return
     with _trial_folder(machine.config.state_dir, "state_dir") as trial:
         open_writer(trial / "hive.sqlite").close()
     yield Finding(name, "ok", f"{sqlite3.sqlite_version}, with a write-ahead log where the state is kept")

@@ -66,6 +66,13 @@ def test_members_of_hive_admin_command_it_and_nobody_else(host: BootedHost) -> N
     assert "/run/hyperhive/host.sock is not yours to open; ask who runs it" in refused.stderr
 
 
+@pytest.mark.parametrize("user", ["", ADA])
+def test_doctor_finds_nothing_wrong_with_what_belongs_to_the_daemons_user(host: BootedHost, user: str) -> None:
+    said = host.run("hive", "doctor", user=user).stdout
+    for check in ("state directory", "runtime directory", "sqlite"):
+        assert f"\nok       {check:<18} " in said, said
+
+
 def test_its_agents_have_sandboxes_in_its_own_unit(swarm: BootedHost) -> None:
     assert {agent["sandbox"] for agent in agents(swarm, ADA).values()} == {"bwrap"}
     assert harnesses(swarm) <= files_of(swarm, "hyperhive.service")
