@@ -13,7 +13,7 @@ from typing import Any
 
 from hive_core.cli.client import Client
 from hive_core.cli.up import start_daemon
-from hive_core.containers.cgroups import Bounds, Cgroups
+from tests.control_groups import remove_groups
 from tests.processes import children_of, pids_naming, wait_gone
 
 WITHIN_S = 60.0
@@ -124,15 +124,9 @@ class Daemon:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         wait_gone(*left)
-        self._remove_groups()
+        remove_groups(self.state)
         os.close(self._ours)
         os.close(self._alive)
-
-    def _remove_groups(self) -> None:
-        cgroups = Cgroups(self.state, Bounds(memory_bytes=2**30, cpu_percent=100, tasks=100))
-        with contextlib.suppress(FileNotFoundError):
-            for name in os.listdir(self.state / "agents"):
-                cgroups.remove(name)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ from tests.containers.helped import (
     unmount_all,
 )
 from tests.containers.standin.host import StandInHost, host_of
+from tests.control_groups import remove_groups
 from tests.needs import missing
 from tests.processes import PATIENCE_S, children_of, pids_naming
 from tests.starters import run_forked
@@ -316,11 +317,13 @@ def end_all(folder: Path) -> None:
     end_helper(folder)
     unmount_all(folder)
     end_processes(folder)
+    remove_groups(folder, folder / "host", folder / "hive")
 
 
 def end_processes(folder: Path) -> None:
-    """Kill what names a directory, and its children."""
-    for pid in pids_naming(str(folder)):
-        for each in (*children_of(pid), pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(each, signal.SIGKILL)
+    """Kill what names a directory, and its children, and wait until they are gone."""
+    left = [each for pid in pids_naming(str(folder)) for each in (*children_of(pid), pid)]
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    processes.wait_gone(*left)

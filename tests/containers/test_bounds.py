@@ -149,8 +149,13 @@ def test_no_name_of_a_group_leads_a_command_out_of_it_or_keeps_it_from_running(
     """An agent that is root of its container makes groups in its own, whose names are any bytes but a line feed."""
     kind = "" if len(cgroups._wanted()) == 1 else "pids"
     parent, _ = cgroups._wanted()[-1]
-    for name in (b"\xff\xfe", f"a\x0b1:{kind}:hive-elsewhere".encode(), f"a\r1:{kind}:hive-elsewhere".encode()):
-        group, elsewhere = parent / os.fsdecode(name), mounted_trees()[kind] / "hive-elsewhere"
+    other = f"hive-elsewhere-{os.getpid()}"  # another test of this machine may try the same
+    for name in (
+        f"{other}-".encode() + b"\xff\xfe",
+        f"a\x0b1:{kind}:{other}".encode(),
+        f"a\r1:{kind}:{other}".encode(),
+    ):
+        group, elsewhere = parent / os.fsdecode(name), mounted_trees()[kind] / other
         for folder in (group, elsewhere):
             folder.mkdir()
         try:
