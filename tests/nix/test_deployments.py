@@ -290,7 +290,7 @@ async def test_what_is_logged_while_the_rows_of_a_new_agent_are_not_written_yet_
     assert lock(house) == {name: (await hive.agents.get(name)).deployed_sha for name in (HM1ND, IRIS, argus)}
 
 
-async def test_changes_of_one_agent_are_carried_out_one_after_the_other(house: House, hive: Services) -> None:
+async def test_a_change_of_an_agent_is_not_approved_while_another_one_is_built(house: House, hive: Services) -> None:
     repository = checkout(hive)
     base = repository.head()
     first = await ask(hive, repository.commit(agent__nix=OPUS))
@@ -300,18 +300,18 @@ async def test_changes_of_one_agent_are_carried_out_one_after_the_other(house: H
     async with trio.open_nursery() as nursery:
         nursery.start_soon(approve, hive, first)
         assert await builds.next() == IRIS
-        nursery.start_soon(approve, hive, second)
-        await wait_until(hive.store, lambda: is_approved(hive, second))
-        assert builds.begun == [IRIS]
+        with pytest.raises(Refusal, match=rf"approval {first} changes iris now \(building\); once that is over"):
+            await approve(hive, second)
         builds.may_end.set()
-    done, failed = await hive.approvals.get(first), await hive.approvals.get(second)
-    assert (done.state, failed.state) == ("done", "failed")
-    assert "iris runs" in (failed.note or "")
+    failed = await wait_until(hive.store, lambda: is_failed(hive, second))
+    assert (await hive.approvals.get(first)).state == "done"
+    assert "which iris runs; rebase it" in (failed.note or "")
     assert builds.begun == [IRIS]
 
 
-async def is_approved(services: Services, number: int) -> bool:
-    return (await services.approvals.get(number)).state == "approved"
+async def is_failed(hive: Services, number: int) -> Approval | None:
+    found = await hive.approvals.get(number)
+    return found if found.state == "failed" else None
 
 
 async def test_checks_that_wait_are_bounded(hive: Services) -> None:
