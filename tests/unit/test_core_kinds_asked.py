@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from hive_core.hive import Hive
+from hive_core.procedures.together import Click
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.services.approvals import Approval
@@ -140,6 +141,18 @@ async def test_a_budget_is_raised_and_warns_as_before(hive: Services) -> None:
         assert (await approve(whole, number)).state == "done"
     (row,) = await hive.store.rows("SELECT scope, kind, amount, warn_percent FROM budgets")
     assert tuple(row) == ("iris", "day", 5_000_000, 70)
+
+
+async def test_of_two_raises_that_are_approved_together_the_lower_one_takes_nothing_back(hive: Services) -> None:
+    whole = hive_of(hive)
+    await ask_for_budget(whole)
+    await whole.raise_budget.request(MANAGER, {**MORE, "day": "3"})
+    clicks = [Click(card.id, card.digest) for card in await hive.approvals.pending()]
+    outcomes = await whole.together.approve(clicks, OPERATOR, patience_s=0)
+    assert [outcome.approval is not None for outcome in outcomes] == [True, True]
+    async with serving(whole):
+        assert [(await hive.approvals.wait_settled(click.approval_id)).state for click in clicks] == ["done", "done"]
+    assert [budget.amount for budget in whole.ledger.budgets.all()] == [5_000_000]
 
 
 async def test_the_hives_own_budget_can_be_raised_too(hive: Services) -> None:

@@ -50,9 +50,10 @@ class RaiseBudget:
     async def carry_out(self, approval: Approval, step: Step) -> Done:
         change = _change(approval)
         for kind, amount in change.amounts.items():
-            # Each keeps the percentage of which it warns. The same again is the same.
-            warn = self._budget(change.scope, kind).warn_percent
-            await self._ledger.set_budget(Change(change.scope, {kind: amount}, warn), OPERATOR)
+            now = self._budget(change.scope, kind)
+            # Another that was approved with it may have raised it more. The same again is the same.
+            if amount > now.amount:  # each keeps the percentage of which it warns
+                await self._ledger.set_budget(Change(change.scope, {kind: amount}, now.warn_percent), OPERATOR)
         return Done(lambda tx: None)
 
     async def closed(self, approval: Approval) -> None:
