@@ -156,7 +156,9 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
         )
         approvals, repos = Approvals(store), Repos(config.state_dir)
         locks, uids = AgentLocks(), UidRanges(store, str(config.state_dir))
-        driver = make_driver(config, choice, claude=claude, life_fd=life_fd, first_uid=uids.first_uid)
+        driver = make_driver(
+            config, choice, claude=claude, life_fd=life_fd, first_uid=uids.first_uid, at_end=stack.callback
+        )
         deployments = await make_deployments(config, choice, store, repos, locks, driver)
         rooms = _Rooms(config)
         ledger = Ledger(store, access, load_prices(config.prices), config)

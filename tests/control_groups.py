@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from pathlib import Path
 
-from hive_core.containers.bounds import Bounds
-from hive_core.containers.cgroups import Cgroups
-
-_ANY = Bounds(memory_bytes=2**30, cpu_percent=100, tasks=100)
+from hive_core.containers.cgroups import folders_of
+from tests.processes import look_until
 
 
 def remove_groups(*state_dirs: Path) -> None:
-    """Remove what is empty of the groups of these hives."""
+    """Kill what is in the groups of these hives, and remove them once it is gone."""
     for state_dir in state_dirs:
-        cgroups = Cgroups(state_dir, _ANY)
-        for parent, _ in [] if cgroups.trouble else cgroups._wanted():
-            group = parent / cgroups._folder
-            for each in (*sorted(group.rglob("*/"), reverse=True), group):
-                with contextlib.suppress(OSError):
-                    each.rmdir()
+        for folder in folders_of(state_dir):
+            for group in sorted(map(Path, folder.glob("**/")), reverse=True):
+                look_until(lambda group=group: _is_removed(group))  # type: ignore[misc]
+
+
+def _is_removed(group: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        for pid in (group / "cgroup.procs").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        try:
+            group.rmdir()
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False  # what was killed is not gone yet
+    return True

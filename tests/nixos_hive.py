@@ -23,6 +23,7 @@ from tests.checkouts import Checkout
 from tests.containers.drivers import end_processes
 from tests.containers.standin.host import StandInHost
 from tests.containers.standin.state import parse_settings
+from tests.control_groups import remove_groups
 from tests.daemons import Daemon, open_daemon
 from tests.dying import Place, let_die, packages
 from tests.hives import clean_environment
@@ -113,6 +114,7 @@ def open_nixos_hive(*flags: str, dies: Sequence[Place] = (), disk: str = "160m")
                 if daemon.process.poll() is None:
                     daemon.kill()
                 end_processes(daemon.folder)
+                remove_groups(daemon.state / "host")
 
 
 def _settings(host: StandInHost, code: Path, sources: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,3 +38,7 @@ class AgentGroups(Protocol):
 
     def remove(self, name: AgentName) -> int:
         """Remove the group of an agent that has ended; how many of its processes were killed for their memory."""
+
+    def sweep(self, keep: Collection[str]) -> None:
+        """Remove what is left of groups that nothing is in, whose last process was not gone when its agent's end was
+        seen. keep: the agents that may be about to enter theirs."""

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from hive_core.containers.bounds import AgentGroups, Bounds
@@ -31,7 +31,7 @@ class Cgroups(AgentGroups):
 
     def __init__(self, state_dir: Path, bounds: Bounds) -> None:
         self.bounds = bounds
-        self._folder = f"hive-{hashlib.sha256(os.fsencode(state_dir)).hexdigest()[:8]}"
+        self._folder = _folder_name(state_dir)
         self._trees = _trees()
         self._told: dict[Path, int] = {}  # group → how many of its processes were killed in runs of before
         self.trouble = self._try()
@@ -73,11 +73,15 @@ class Cgroups(AgentGroups):
             so_far = _killed_for_memory(group)
             killed += max(0, so_far - self._told.get(group, 0))
             self._told[group] = so_far
-            for folder in (*sorted(group.glob("*/"), reverse=True), group, group.parent):
-                # Not empty: what has just ended is not gone yet, or another agent is in there.
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+            _remove_empty(*sorted(group.glob("*/"), reverse=True), group, group.parent)
         return killed
+
+    def sweep(self, keep: Collection[str]) -> None:
+        for parent, _ in self._wanted():
+            for group in (parent / self._folder).glob("*/"):
+                if group.name not in keep:
+                    _remove_empty(*sorted(group.glob("*/"), reverse=True), group)
+            _remove_empty(parent / self._folder)
 
     def _wanted(self) -> list[tuple[Path, dict[str, str]]]:
         """Where a group is to be made, and what is to be written into its files."""
@@ -91,6 +95,22 @@ class Cgroups(AgentGroups):
             (trees["cpu"], {"cpu.cfs_period_us": str(_PERIOD_US), "cpu.cfs_quota_us": quota}),
             (trees["pids"], {"pids.max": str(bounds.tasks)}),
         ]
+
+
+def folders_of(state_dir: Path) -> list[Path]:
+    """Where the groups are that daemons in our own have made for the agents of a state directory, in each tree."""
+    return [tree / _folder_name(state_dir) for tree in (_trees() or {}).values()]
+
+
+def _folder_name(state_dir: Path) -> str:
+    return f"hive-{hashlib.sha256(os.fsencode(state_dir)).hexdigest()[:8]}"
+
+
+def _remove_empty(*groups: Path) -> None:
+    for group in groups:
+        # Not empty: what has just ended is not gone yet, or another agent is in there.
+        with contextlib.suppress(OSError):
+            group.rmdir()
 
 
 def joining(pid: int, command: Sequence[str]) -> list[str]:

@@ -68,8 +68,13 @@ def make_driver(
     claude: Path | None,
     life_fd: int | None,
     first_uid: Callable[[AgentName], Awaitable[int]],
+    at_end: Callable[[Callable[[], None]], object],
 ) -> Driver:
-    """The driver that the choice asks for; `first_uid` says where an agent's range of uids begins."""
+    """The driver that the choice asks for.
+
+    first_uid: says where an agent's range of uids begins. at_end: is given what is to be done when nobody starts agents
+    any more.
+    """
     if config.helper is not None:
         leftover = ProcessDriver(config.state_dir, sandbox="", claude=None, orphan_grace_s=config.orphan_grace_s)
         own = config.sandbox == "nixos-container"
@@ -118,4 +123,5 @@ def make_driver(
             cgroups=cgroups,
         )
     driver.former = FormerContainers(config.state_dir)
+    at_end(driver.tidy)
     return driver

@@ -97,11 +97,21 @@ class HostProcessDriver:
         self._orphan_grace_s = orphan_grace_s
         self._life_fd = life_fd
         self._filter = filter_program()
+        # Of who is known here a wrapper may be on its way into its group, which a daemon began that has died.
+        self._sweep("*.*")
 
     @property
     def life_fd_inside(self) -> int | None:
         """The number that the life pipe has in the container."""
         return self._life_fd
+
+    def tidy(self) -> None:
+        """Leave no control group behind but those of agents that run on. None of them may be starting."""
+        self._sweep("*.json")
+
+    def _sweep(self, known: str) -> None:
+        if self._cgroups is not None:
+            self._cgroups.sweep({file.name.partition(".")[0] for file in self._files.glob(known)})
 
     def _launch(self, name: AgentName, dirs: AgentDirs, status_fd: int, opened: contextlib.ExitStack) -> Launch:
         """The wrapper's command; it writes into `status_fd` how the agent ended. `opened` closes what it needs."""

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hive_core.containers.bounds import AgentGroups, Bounds
@@ -74,6 +74,9 @@ class Scopes(AgentGroups):
         finally:
             note.unlink(missing_ok=True)
         return _killed_for_memory(invocation)
+
+    def sweep(self, keep: Collection[str]) -> None:
+        """Nothing: systemd has done it."""
 
     def _note(self, name: AgentName) -> Path:
         return self._state_dir / "processes" / f"{name}.unit"

@@ -321,9 +321,10 @@ def end_all(folder: Path) -> None:
 
 
 def end_processes(folder: Path) -> None:
-    """Kill what names a directory, and its children, and wait until they are gone."""
-    left = [each for pid in pids_naming(str(folder)) for each in (*children_of(pid), pid)]
-    for pid in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    processes.wait_gone(*left)
+    """Kill what names a directory, and its children, until nothing does: a unit may be starting its container."""
+    while found := pids_naming(str(folder)):
+        left = [each for pid in found for each in (*children_of(pid), pid)]
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        processes.wait_gone(*left)

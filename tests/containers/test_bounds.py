@@ -12,7 +12,8 @@ import pytest
 import trio
 
 from hive_core.containers.bounds import Bounds
-from hive_core.containers.cgroups import Cgroups, hand_down, joining, mounted_trees
+from hive_core.containers.cgroups import Cgroups, folders_of, hand_down, joining, mounted_trees
+from hive_core.containers.host_process import HostProcessDriver
 from tests.containers.drivers import (
     IRIS,
     PATIENCE_S,
@@ -205,6 +206,37 @@ def test_in_the_tree_for_all_the_daemon_makes_way_for_groups_of_agents(tree_for_
         (group / "hive-1" / "iris").rmdir()
         os._exit(0 if ours.endswith(f"/{group.name}/hive-daemon") and handed == [kind] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("kind", ["bwrap"])
+async def test_the_next_driver_removes_the_empty_group_of_an_agent_that_is_no_more(
+    tmp_path: Path, kind: str, cgroups: Cgroups, stays: subprocess.Popen[bytes]
+) -> None:
+    """Its last process was not gone when its end was seen, so its group could not be removed then."""
+    driver = driver_in(tmp_path, kind, "", cgroups=cgroups)
+    for file in cgroups.make(IRIS):
+        file.write_text(str(stays.pid))
+    await driver.destroy(IRIS)
+    assert {group.name for group in groups_of(cgroups)} == {"iris"}
+    driver_in(tmp_path, kind, "", cgroups=cgroups)
+    assert {group.name for group in groups_of(cgroups)} == {"iris"}, "somebody is in there"
+    stays.kill()
+    stays.wait()
+    driver_in(tmp_path, kind, "", cgroups=cgroups)
+    assert [folder for folder in folders_of(tmp_path) if folder.exists()] == []
+
+
+@pytest.mark.parametrize("kind", ["bwrap"])
+async def test_a_group_that_somebody_may_be_about_to_enter_stays_and_a_daemon_that_ends_leaves_none_that_is_empty(
+    tmp_path: Path, kind: str, cgroups: Cgroups
+) -> None:
+    assert (await run_bounded(tmp_path, kind, cgroups, "print('ran')")) == (0, "ran")
+    entries = cgroups.make(IRIS)
+    driver = driver_in(tmp_path, kind, "", cgroups=cgroups)
+    assert all(file.exists() for file in entries), "she is known, and may have been started by a daemon that died"
+    assert isinstance(driver, HostProcessDriver)
+    driver.tidy()
+    assert [folder for folder in folders_of(tmp_path) if folder.exists()] == []
 
 
 @pytest.fixture

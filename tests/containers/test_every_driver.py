@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -437,6 +438,8 @@ async def test_a_container_is_of_another_generation_when_it_would_be_bounded_or_
 ) -> None:
     class Bounded:
         bounds, kind = Bounds(2**30, 100, 100), "as the test has it"
+
+        def sweep(self, keep: Collection[str]) -> None: ...
 
     driver, again, bounded = (driver_in(tmp_path, kind, "", cgroups=groups) for groups in (None, None, Bounded()))
     generation = await driver.generation(IRIS)

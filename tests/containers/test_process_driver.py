@@ -132,7 +132,7 @@ def test_a_processor_without_a_filter_is_told_in_the_log(
         raise AssertionError(f"{name} needs no uids of its own")
 
     config = Config(state_dir=tmp_path, runtime_dir=tmp_path)
-    make_driver(config, Choice("bwrap"), claude=None, life_fd=None, first_uid=first_uid)
+    make_driver(config, Choice("bwrap"), claude=None, life_fd=None, first_uid=first_uid, at_end=[].append)
     assert "no filter of system calls" in caplog.text
     assert sandbox_trouble() is None
 

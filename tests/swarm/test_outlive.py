@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from hive_core.cli.client import Client
+from hive_core.containers.cgroups import folders_of
 from hive_core.protocol.harness import OLDEST_VERSION, PROTOCOL_VERSION
 from hive_core.protocol.refusal import Refusal
 from tests.daemons import WITHIN_S, Daemon, open_daemon
@@ -269,12 +270,16 @@ def test_nothing_survives_down_and_a_turn_is_finished_first() -> None:
         client.call("send", to="iris", body="work")
         daemon.wait_message(client, "begun")
         pids = [pid_of(daemon, name) for name in ("iris", "hm1nd")]
+        groups = [folder for folder in folders_of(daemon.state) if folder.exists()]
+        for folder in groups:
+            (folder / "argus").mkdir()  # as of an agent whose last process was not gone when its end was seen
         other = daemon.client()
         (daemon.state / "agents" / "iris" / "state" / "go").touch()
         steps = list(other.stream("down"))
         assert steps[-1]["ends"]["iris"] == "finished"
         assert daemon.process.wait(WITHIN_S) == 0
         wait_gone(*pids)
+        assert [folder for folder in groups if folder.exists()] == []
 
 
 def test_down_ends_by_force_what_does_not_end_in_time() -> None:
