@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from hive_core.cli import show_approvals
@@ -9,7 +11,7 @@ from hive_core.effects import Effect, Line
 from hive_core.protocol.words import MANAGER, AgentName
 from hive_core.services.approvals import Request, Shown, put_request, settle
 from tests.dashboards import browse, hive_of
-from tests.hives import Services
+from tests.hives import Services, open_gate
 
 DIFF = "diff --git a/x b/x\n--- a/x\n+++ b/x\n@@ -1 +1 @@\n-old\n+new\n"
 
@@ -72,10 +74,11 @@ async def test_what_was_decided_stays_to_be_read_and_cannot_be_decided_again(
     assert "APPR0VE" not in text
 
 
-async def test_a_base_that_there_is_not_is_said_to_be_missing(hive: Services) -> None:
-    number = await put(hive)
-    assert "no commit was proposed for iris before it" in await page(hive, f"/approvals/{number}?against=previous")
-    assert "no commit was" not in await page(hive, f"/approvals/{number}?against=everything")
+async def test_a_base_that_there_is_not_is_said_to_be_missing(tmp_path: Path) -> None:
+    async with open_gate(tmp_path) as hive:  # whose iris has repositories
+        number = await put(hive)
+        assert "no commit was proposed for iris before it" in await page(hive, f"/approvals/{number}?against=previous")
+        assert "no commit was" not in await page(hive, f"/approvals/{number}?against=everything")
 
 
 async def test_an_approval_that_is_not_there_has_no_page(hive: Services) -> None:
