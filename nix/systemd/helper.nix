@@ -90,7 +90,8 @@
 
   # Agents are no children of the daemon then, so it makes no sandboxes, but where it builds NixOS containers: what agents
   # wrote is evaluated in one, and the daemon's unit stays as it is. `hive login` runs the program in one, and cannot:
-  # `hive login --token` reads what `claude setup-token` printed to the operator.
+  # `hive login --token` reads what `claude setup-token` printed to the operator. PrivateUsers cannot be had either (see
+  # unit.nix), nor ProcSubset: whether what ran before the helper was of this boot is in /proc/sys/kernel/random/boot_id.
   Daemon = {
     Unit = {
       Wants = "hyperhive-root.service";
@@ -101,9 +102,7 @@
       ProtectKernelTunables = true;
       ProtectKernelLogs = true;
       ProtectHostname = true;
-      ProcSubset = "pid";
       MemoryDenyWriteExecute = true;
-      PrivateUsers = true;
       SystemCallFilter = [
         "@system-service"
         "~@privileged @resources"

@@ -51,7 +51,7 @@
     # ProtectKernelLogs         a /proc of their own, which bwrap does in each sandbox
     # ProcSubset                bwrap reads /proc/sys/kernel/overflowuid
     # ProtectHostname           each sandbox has a name of its own
-    # PrivateUsers              the ranges of users that containers are given would lie outside of its own
+    # PrivateUsers              whoever approves by host.sock would be written down as uid 65534, whoever it was
     # MemoryDenyWriteExecute    the agent's program compiles while it runs
     # IPAddressDeny             the model provider has no fixed address
     # DynamicUser               what agents wrote keeps its owner

@@ -79,6 +79,11 @@ def test_the_daemon_is_a_user_without_a_capability(host: BootedHost) -> None:
     assert {fields[name] for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
 
 
+def test_who_approved_is_told_by_the_uid_that_the_host_knows(host: BootedHost) -> None:
+    card = json.loads(host.ok("hive", "show", "1", "--json", user=ADA))
+    assert card["resolved_from"] == f"host.sock, uid {host.ok('id', '-u', ADA).strip()}"
+
+
 def test_each_agent_is_a_unit_of_its_own_of_the_daemons_user(host: BootedHost) -> None:
     assert {agent["sandbox"] for agent in agents(host, ADA).values()} == {"bwrap"}
     found = units(host)
