@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pwd
 from pathlib import Path
 
 from hive_core.protocol.paths import explain
@@ -29,12 +30,22 @@ def take_lock(folder: Path) -> int:
 def check_owner(folder: Path) -> None:
     """Raise Refusal for a directory that somebody else owns or can write in."""
     found = folder.stat()
-    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise Refusal(
-            "refused",
-            f"cannot use {folder}: it must belong to you, and nobody else may write in it; `chown` it and "
-            f"`chmod 700 {folder}`, or set state_dir or runtime_dir to another",
-        )
+    other = "or set state_dir or runtime_dir to another"
+    if found.st_uid != os.geteuid():
+        owner = _user_of(found.st_uid)
+        why = f"it belongs to {owner}, and another user's hive may be in it; do this as {owner}"
+        raise Refusal("refused", f"cannot use {folder}: {why}, {other}")
+    if found.st_mode & 0o022:
+        fix = f"`chmod 700 {folder}`, {other}"
+        raise Refusal("refused", f"cannot use {folder}: nobody else may write in it; {fix}")
+
+
+def _user_of(uid: int) -> str:
+    """The name of a user, or what there is of one without a name."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
 
 
 def _lock(descriptor: int, folder: Path) -> None:

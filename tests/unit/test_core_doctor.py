@@ -343,6 +343,15 @@ def test_of_a_daemon_that_runs_the_version_and_what_it_found_count(machine: Mach
         assert machine.look("credential") == ("trouble", "it was started without one")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives directories to another user, which needs root")
+def test_nobody_is_told_to_take_another_users_hive_from_him(machine: Machine) -> None:
+    machine.state.mkdir(mode=0o700)
+    os.chown(machine.state, 65533, 65533)
+    status, message = machine.look("state directory")
+    assert (status, "chown" in message) == ("trouble", False)
+    assert message.endswith("; do this as uid 65533, or set state_dir or runtime_dir to another")
+
+
 def test_a_daemon_of_another_version_or_another_hive_is_a_warning(machine: Machine) -> None:
     with answering(machine, status_of(machine, version="0.0.1")):
         status, message = machine.look("daemon")
