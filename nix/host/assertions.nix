@@ -15,6 +15,19 @@ let
   port = cfg.settings.dashboard_port;
   managerPort = cfg.settings.manager_port or 8000;
   address = cfg.settings.dashboard_host;
+  folders = [
+    cfg.settings.state_dir
+    cfg.settings.runtime_dir
+  ];
+  # What its unit shows nothing of: ProtectHome, PrivateTmp.
+  hidden = map (path: "${path}/") [
+    "/home"
+    "/root"
+    "/run/user"
+    "/tmp"
+    "/var/tmp"
+  ];
+  unseen = lib.filter (folder: lib.any (path: lib.hasPrefix path "${folder}/") hidden) folders;
   helped = cfg.helper.enable || cfg.sandbox == "nixos-container";
   bounds = lib.filter (name: cfg.settings ? ${name}) [
     "agent_memory_bytes"
@@ -45,6 +58,10 @@ in
       {
         assertion = cfg.sandbox != "nspawn" || cfg.helper.enable;
         message = "services.hyperhive.sandbox is nspawn, for which the daemon has no privileges: leave services.hyperhive.helper.enable as it is.";
+      }
+      {
+        assertion = unseen == [ ];
+        message = "services.hyperhive.settings would have the hive in ${lib.concatStringsSep ", " unseen}, of which the daemon's unit sees nothing: choose a place outside of /home, /root, /run/user, /tmp and /var/tmp.";
       }
       {
         assertion = port == 0 || port != managerPort;

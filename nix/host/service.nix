@@ -10,6 +10,16 @@ let
   inherit (import ../systemd/helper.nix) Helper Daemon;
   containers = cfg.sandbox == "nixos-container";
   helped = cfg.helper.enable || containers;
+  # systemd makes its own for the unit; others have to be made and opened.
+  elsewhere =
+    lib.optional (cfg.settings.state_dir != "/var/lib/hyperhive") {
+      path = cfg.settings.state_dir;
+      mode = unit.Service.StateDirectoryMode;
+    }
+    ++ lib.optional (cfg.settings.runtime_dir != "/run/hyperhive") {
+      path = cfg.settings.runtime_dir;
+      mode = unit.Service.RuntimeDirectoryMode;
+    };
   written = (pkgs.formats.toml { }).generate "hyperhive-config.toml" cfg.settings;
   # The daemon's own parser reads it, so a setting that it would refuse ends the build.
   checked = pkgs.runCommand "hyperhive-config-checked.toml" { } ''
@@ -46,6 +56,8 @@ in
     };
     users.groups.hive-admin.members = cfg.adminUsers;
 
+    systemd.tmpfiles.rules = map ({ path, mode }: "d ${path} ${mode} hyperhive hive-admin -") elsewhere;
+
     systemd.slices.hyperhive.sliceConfig =
       lib.optionalAttrs (cfg.limits.memoryMax != null) { MemoryMax = cfg.limits.memoryMax; }
       // lib.optionalAttrs (cfg.limits.cpuQuota != null) { CPUQuota = cfg.limits.cpuQuota; }
@@ -70,6 +82,7 @@ in
         // {
           ExecStart = "${cfg.package}/bin/hive-core serve";
         }
+        // lib.optionalAttrs (elsewhere != [ ]) { ReadWritePaths = map (folder: folder.path) elsewhere; }
         // lib.optionalAttrs (cfg.environmentFiles != [ ]) {
           EnvironmentFile = map toString cfg.environmentFiles;
         }

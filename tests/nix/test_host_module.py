@@ -171,6 +171,7 @@ def test_claude_is_taken_from_a_package_and_needs_its_licence_allowed(nix: Nix) 
         ("dashboard.port = 8000", "the port of the manager's page"),
         ('sandbox = "nspawn"; services.hyperhive.helper.enable = false', "leave services.hyperhive.helper.enable as"),
         ("settings.dashboard_port = 8000", "the port of the manager's page"),
+        ('settings.state_dir = "/tmp/hive"', "of which the daemon's unit sees nothing: choose a place outside of"),
         ('settings.sandbox = "nspawn"', "say services.hyperhive.sandbox instead"),
     ],
 )
@@ -368,6 +369,18 @@ def test_the_helper_may_write_where_the_daemon_keeps_the_hive(nix: Nix) -> None:
     module = f'{HELPED}; services.hyperhive.settings.state_dir = "/srv/hive";'
     service = nix.value(f"(host {{ {module} }}).config.systemd.services.hyperhive-root.serviceConfig")
     assert "-/srv/hive" in service["ReadWritePaths"]
+
+
+def test_the_daemon_has_its_directories_made_and_open_wherever_they_are(nix: Nix) -> None:
+    module = f'{HELPED}; services.hyperhive.settings = {{ state_dir = "/srv/hive"; runtime_dir = "/run/bees"; }};'
+    look = (
+        "let config = (host {{ {0} }}).config; in {{ rules = config.systemd.tmpfiles.rules or [ ];"
+        " open = config.systemd.services.hyperhive.serviceConfig.ReadWritePaths or [ ]; }}"
+    )
+    found = nix.value(look.format(module))
+    assert found["open"] == ["/srv/hive", "/run/bees"]
+    assert found["rules"] == ["d /srv/hive 0700 hyperhive hive-admin -", "d /run/bees 0750 hyperhive hive-admin -"]
+    assert nix.value(look.format(f"{HELPED};")) == {"rules": [], "open": []}
 
 
 # -- the unit ---------------------------------------------------------------------------------------------------------
