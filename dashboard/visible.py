@@ -6,7 +6,7 @@ import re
 
 from markupsafe import Markup, escape
 
-from hive_core.protocol.visible import HIDDEN, RIGHT_TO_LEFT, counted, named
+from hive_core.protocol.visible import RIGHT_TO_LEFT, counted, hidden, named
 
 SHOWN_CHARACTERS = 20_000
 
@@ -21,7 +21,8 @@ def visible(text: object, limit: int | None = SHOWN_CHARACTERS) -> Markup:
     shown = whole if limit is None else whole[:limit]
     # The parts between the hidden characters are escaped; the marks are ours.
     marked = Markup("").join(
-        _mark(part) if index % 2 else _apart(part) for index, part in enumerate(re.split(f"({HIDDEN.pattern})", shown))
+        _mark(part) if index % 2 else _apart(part)
+        for index, part in enumerate(re.split(f"({hidden().pattern})", shown))
     )
     if len(shown) < len(whole):
         marked += Markup('<span class="more">… {}</span>').format(counted(len(whole) - len(shown), "more character"))

@@ -40,10 +40,11 @@ def given_text(what: str, limit_bytes: int) -> str:
 
 def as_json(value: Any) -> str:
     """JSON of one line, in which what a terminal would obey, or hide, is spelled by its number."""
-    from hive_core.protocol.visible import HIDDEN
+    from hive_core.protocol.visible import hidden, hides
 
+    said = json.dumps(value, ensure_ascii=False)
     # Outside of strings JSON has no such character.
-    return HIDDEN.sub(lambda match: json.dumps(match[0])[1:-1], json.dumps(value, ensure_ascii=False))
+    return hidden().sub(lambda match: json.dumps(match[0])[1:-1], said) if hides(said) else said
 
 
 def refuse(refusal: Refusal, in_json: bool) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hive_core.git.sterile_git import GitFailed, GitLimits, run_git
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.visible import HIDDEN
+from hive_core.protocol.visible import hides
 from hive_core.protocol.words import PERSONA_LIMIT_BYTES, CommitSha, parse_text
 from hive_core.settings import AgentSettings, parse_agent_toml
 
@@ -161,7 +161,7 @@ def _name(sha: CommitSha, raw: bytes) -> str:
         name = raw.decode()
     except UnicodeDecodeError:
         raise _refused(sha, f"it holds {shown}, a name that is not UTF-8; rename it") from None
-    plain = name.isprintable() and not HIDDEN.search(name) and not set(name) & {"/", "\\", ":", '"'}
+    plain = name.isprintable() and not hides(name) and not set(name) & {"/", "\\", ":", '"'}
     if not plain or name in ("", ".", "..") or name != name.strip() or name.endswith("."):
         why = "a name that is not plain (a control or hidden character, a quote, a colon, a backslash, a blank or dot "
         raise _refused(sha, f"it holds {shown}, {why}at its end); rename it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import time
@@ -26,29 +27,43 @@ _ANYWHERE = (
     "\u0334-\u0338\u20d2\u20d3\u20d8-\u20da\u20e5\u20e6\u20ea\u20eb\u0488\u0489\u1abe\u20dd-\u20e0\u20e2\u20e4"
     "\ua670-\ua672\ufdd0-\ufdef\ufffe\uffff"
 )
-# Control characters but tab and newline, bidi and other format characters, zero widths, blank letters, other spaces,
-# selectors that can carry hidden text, tags, private use and lone surrogates (json gives us those); and marks: none but
-# two at a letter. What emoji are made of stays where it makes one.
-HIDDEN = re.compile(
-    rf"[{_ANYWHERE}{_MARKS}\ufe0f\u20e3\u200d\u3000](?:"  # a candidate, and then what makes it one: that finds it fast
-    rf"(?<![{_MARKS}\ufe0f\u20e3\u200d\u3000])"
-    rf"|(?<![\ufe0f\u20e3\u200d\u3000])(?<!{_LETTER}.)(?<!{_LETTER}[{_MARKS}].)"
-    rf"|(?<=\ufe0f)(?<![{_SIGNS}].)(?!(?<=[0-9#*].)\u20e3)"
-    r"|(?<=\u20e3)(?<![0-9#*].)(?<![0-9#*]\ufe0f.)"
-    rf"|(?<=\u200d)(?:(?<![{_PICTURES}].)(?<![{_PICTURES}]\ufe0f.)|(?![{_PICTURES}]))"
-    rf"|(?<=\u3000)(?<![{_EAST_ASIAN}].)"
-    ")",
-    re.DOTALL,
-)
+# What no look has to be taken at: most of what is told, by commands above all that shall have said it in no time.
+_PLAIN = re.compile(r"[\t\n -~]*")
+
+
+@functools.cache
+def hidden() -> re.Pattern[str]:
+    """Control characters but tab and newline, bidi and other format characters, zero widths, blank letters, other
+    spaces, selectors that can carry hidden text, tags, private use and lone surrogates (json gives us those); and
+    marks: none but two at a letter. What emoji are made of stays where it makes one.
+    """
+    return re.compile(
+        rf"[{_ANYWHERE}{_MARKS}\ufe0f\u20e3\u200d\u3000](?:"  # a candidate, then what makes it one: fast to find
+        rf"(?<![{_MARKS}\ufe0f\u20e3\u200d\u3000])"
+        rf"|(?<![\ufe0f\u20e3\u200d\u3000])(?<!{_LETTER}.)(?<!{_LETTER}[{_MARKS}].)"
+        rf"|(?<=\ufe0f)(?<![{_SIGNS}].)(?!(?<=[0-9#*].)\u20e3)"
+        r"|(?<=\u20e3)(?<![0-9#*].)(?<![0-9#*]\ufe0f.)"
+        rf"|(?<=\u200d)(?:(?<![{_PICTURES}].)(?<![{_PICTURES}]\ufe0f.)|(?![{_PICTURES}]))"
+        rf"|(?<=\u3000)(?<![{_EAST_ASIAN}].)"
+        ")",
+        re.DOTALL,
+    )
+
+
 # Words of a script that is written from right to left. What stands between two of them, as the arrow of a change does,
 # is shown from right to left with them, where they are not kept apart from it.
 _RIGHT_TO_LEFT = "[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc\U00010800-\U00010fff\U0001e800-\U0001efff]"
 RIGHT_TO_LEFT = re.compile(rf"{_RIGHT_TO_LEFT}+(?: {_RIGHT_TO_LEFT}+)*")
 
 
+def hides(text: str) -> bool:
+    """Whether there is a hidden character in it."""
+    return _PLAIN.fullmatch(text) is None and hidden().search(text) is not None
+
+
 def named(text: str) -> str:
     """The text with each hidden character written as ⟨U+202E⟩."""
-    return HIDDEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
+    return hidden().sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text) if hides(text) else text
 
 
 def named_apart(text: str) -> str:

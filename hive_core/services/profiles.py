@@ -9,7 +9,7 @@ import unicodedata
 
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.visible import HIDDEN
+from hive_core.protocol.visible import hides
 from hive_core.protocol.words import AgentName, parse_text, shown
 from hive_core.services.rates import count_sent, sent_lately
 from hive_core.store.door import Store
@@ -28,7 +28,7 @@ def parse_icon(raw: object) -> str:
     Signs that are joined to one by an invisible joiner are not taken: what hides nowhere else does not hide here.
     """
     cannot = f"cannot use {shown(raw)} as an icon"
-    if not isinstance(raw, str) or not raw or len(raw) > _ICON_LIMIT or HIDDEN.search(raw) or not raw.isprintable():
+    if not isinstance(raw, str) or not raw or len(raw) > _ICON_LIMIT or hides(raw) or not raw.isprintable():
         raise Refusal("usage", f"{cannot}: give one sign that can be seen, such as 🦉")
     first, rest = raw[0], raw[1:]
     if ord(first) in _FLAGS:
@@ -107,6 +107,6 @@ def _count_change(tx: Transaction, name: AgentName, what: str, limits: Limits) -
 
 def _line(raw: object, what: str, limit: int) -> str:
     text = parse_text(raw, what, 4 * limit).strip()
-    if len(text) > limit or HIDDEN.search(text) or not text.isprintable():
+    if len(text) > limit or hides(text) or not text.isprintable():
         raise Refusal("usage", f"cannot take the {what}: give one line of at most {limit} visible characters")
     return text

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.visible import HIDDEN, instant, quoted
+from hive_core.protocol.visible import hides, instant, quoted
 from hive_core.protocol.words import (
     OPERATOR,
     AgentName,
@@ -91,7 +91,7 @@ def parse_ask(
     given = tuple(parse_text(option, "option", OPTION_LIMIT_BYTES).strip() for option in options)
     if twice := [option for option in given if given.count(option) > 1]:
         raise Refusal("usage", f"cannot ask with these options: {shown(twice[0])} stands there twice")
-    if hidden := [option for option in given if "\n" in option or "\t" in option or HIDDEN.search(option)]:
+    if hidden := [option for option in given if "\n" in option or "\t" in option or hides(option)]:
         raise Refusal("usage", f"cannot ask with the option {shown(hidden[0])}: give one line of visible characters")
     if multi and not given:
         raise Refusal("usage", "cannot ask for several of no options: give `options`, or leave `multi` out")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hive_agent.wake import parse_wake, wake_prompt
 from hive_core.protocol.frame import LINE_END, MARK
-from hive_core.protocol.visible import HIDDEN, named, quoted
+from hive_core.protocol.visible import hides, named, quoted
 from hive_core.sockets.told import read, received
 
 TYPE_CHECKING = False
@@ -128,7 +128,7 @@ def test_the_prompt_of_a_message_of_the_hive_says_that_quotations_in_it_are_othe
 def test_words_quoted_in_ours_are_one_line_that_they_cannot_end(text: str) -> None:
     line = quoted(text)
     assert len(lines_of(line)) == 1
-    assert not HIDDEN.search(line)
+    assert not hides(line)
     assert json.loads(line) == named(text)
     # The first unescaped quotation mark behind the opening one is the last character.
     closed = re.match(r'"(?:[^"\\]|\\.)*"', line)
@@ -145,7 +145,7 @@ def test_in_what_an_agent_reads_of_its_mail_no_body_hides_or_leaves_its_frame(bo
         return [line for line in lines_of(text) if not line.startswith(MARK)]
 
     text = read(bodies)
-    assert not HIDDEN.search(text)
+    assert not hides(text)
     assert frame(text) == frame(read(["hi"] * len(bodies)))
     marked = [line.removeprefix(MARK) for line in lines_of(text) if line.startswith(MARK)]
     assert marked == [named(line) for body in bodies for line in LINE_END.split(body)]

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
-from hive_core.protocol.visible import HIDDEN
+from hive_core.protocol.visible import hides
 from hive_core.protocol.words import BODY_LIMIT_BYTES, MANAGER, OPERATOR, AgentName
 from hive_core.services.background import Work
 from hive_core.services.questions import Ask
@@ -168,7 +168,7 @@ async def test_each_tool_answers_as_its_schema_says_and_in_words_that_hold_all_a
             (content,) = result["content"]
             for word in words:
                 assert word in content["text"]
-            assert not HIDDEN.search(content["text"])
+            assert not hides(content["text"])
             assert not content["text"].startswith("{")
 
 

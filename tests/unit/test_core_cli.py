@@ -22,7 +22,7 @@ from hive_core.cli.client import Client
 from hive_core.cli.output import emit, refuse
 from hive_core.cli.verbs import VERBS
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.visible import HIDDEN
+from hive_core.protocol.visible import hides
 from hive_core.protocol.words import BODY_LIMIT_BYTES
 from tests.needs import ROOT
 
@@ -249,12 +249,12 @@ def test_nothing_that_an_agent_wrote_moves_or_hides_in_a_terminal_as_json_and_as
     wild = "\x9b31m \x1b]0;x\x07 \u202e \u2066 \U000e0041 ä ◆ \n\t"
     emit(Namespace(json=True), {wild: [wild]}, "")
     printed = capsys.readouterr().out.removesuffix("\n")
-    assert not HIDDEN.search(printed)
+    assert not hides(printed)
     assert "ä ◆" in printed
     assert json.loads(printed) == {wild: [wild]}
     refuse(Refusal("conflict", f"cannot go on: {wild}"), True)
     out, err = capsys.readouterr()
-    assert not HIDDEN.search(out + err)
+    assert not hides(out + err)
     assert json.loads(out)["error"]["message"] == f"cannot go on: {wild}"
 
 

@@ -18,7 +18,7 @@ from hive_core.limits import Limits
 from hive_core.procedures.starts import Starts
 from hive_core.procedures.supervise import Supervisor, Tools
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.visible import HIDDEN, named
+from hive_core.protocol.visible import hides, named
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.services.agents import Agent
 from hive_core.services.container_states import ContainerStates
@@ -41,7 +41,7 @@ HOSTILE = [
 def words_of_the_hive(body: str, hostile: str) -> str:
     """The body without its quotations, one of which holds exactly what was written."""
     assert not re.search("[\r\v\f\x1c-\x1e\x85\u2028\u2029]", body)
-    assert not HIDDEN.search(body)
+    assert not hides(body)
     quotations = re.findall(r'"(?:[^"\\]|\\.)*"', body)
     assert [text for text in quotations if named(hostile).strip() in json.loads(text)], body
     return re.sub(r'"(?:[^"\\]|\\.)*"', "…", body)

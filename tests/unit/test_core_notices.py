@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive_core.protocol.visible import HIDDEN, named
+from hive_core.protocol.visible import hides, named
 from hive_core.services.notices import KINDS, TEXT_LIMIT, TEXTS, notice
 from tests.needs import ROOT
 from tests.notices import read_notice, table
@@ -33,7 +33,7 @@ def test_whatever_others_wrote_a_notice_has_a_line_a_field_and_a_program_reads_i
     fields = KINDS[kind].fields
     given: dict[str, Any] = {name: data.draw(ANYTHING | st.integers(0), label=name) for name in fields}
     body = notice(kind, sentence, **given)
-    assert not HIDDEN.search(body)
+    assert not hides(body)
     assert len(body.splitlines()) == len(body.split("\n")) == 1 + sum(value != "" for value in given.values())
     read_kind, _, read = read_notice(body)
     assert read_kind == kind
