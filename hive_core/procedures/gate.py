@@ -48,7 +48,7 @@ from hive_core.services.policy import Policy
 from hive_core.services.post import put_message
 from hive_core.services.request_room import count_request_taken_back
 from hive_core.services.systems import note_deployed
-from hive_core.services.under_way import check_alone
+from hive_core.services.under_way import check_alone, ground
 from hive_core.store.bus import APPROVED, DEPLOYED, WANTED
 from hive_core.store.door import Store
 from hive_core.store.schema import StoreError
@@ -168,11 +168,13 @@ class Gate:
         cannot = f"cannot approve {approval_id}"
         if shown_digest != approval.digest:
             raise Refusal("conflict", f"{cannot}: it is not what you were shown; look at it again and approve that")
+        moved = f"{cannot}: {approval.agent} was changed meanwhile, and it would do something else than you were shown"
+        moved += "; look at it again and approve that"
+        before = None
         if approval.state == "pending":
-            await self._store.write(lambda tx: check_alone(tx, approval))  # what would be done is not known before
+            before = await self._store.write(lambda tx: _ground_of_one_alone(tx, approval))
             if await self.cards.look_again(approval):
-                why = f"{approval.agent} was changed meanwhile, and it would do something else than you were shown"
-                raise Refusal("conflict", f"{cannot}: {why}; look at it again and approve that")
+                raise Refusal("conflict", moved)
 
         def write(tx: Transaction) -> None:
             sql = "SELECT state, digest, resolved_by, note, expires_at_ms FROM approvals WHERE id = ?"
@@ -186,7 +188,8 @@ class Gate:
             if end in _OTHER_ENDS:
                 raise Refusal("conflict", f"{cannot}: {_OTHER_ENDS[end]}")
             if row["state"] == "pending":
-                check_alone(tx, approval)
+                if _ground_of_one_alone(tx, approval) != before:  # another one came to its end since that look
+                    raise Refusal("conflict", moved)
                 settle(tx, approval, "approved", None, actor, origin)
                 tx.wake(APPROVED)
 
@@ -385,3 +388,9 @@ class Gate:
             self.walk.end(approval.agent)
             await self._store.insist(lambda tx: self._fail(tx, approval, reason))
             await self._close(approval)
+
+
+def _ground_of_one_alone(tx: Transaction, approval: Approval) -> str | None:
+    """What its agent runs on; of one beside which nothing is carried out. Raises Refusal("conflict")."""
+    check_alone(tx, approval)  # what would be done is not known before
+    return ground(tx, approval)

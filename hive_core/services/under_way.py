@@ -28,6 +28,14 @@ def check_alone(tx: Transaction, approval: Approval) -> None:
         raise Refusal("conflict", f"cannot approve {approval.id}: {why}")
 
 
+def ground(tx: Transaction, approval: Approval) -> str | None:
+    """What an approval was shown against in any case: the commit that its agent runs on, where that counts for it."""
+    if approval.kind in _APART:
+        return None
+    row = tx.execute("SELECT deployed_sha FROM agents WHERE name = ?", (approval.agent,)).fetchone()
+    return None if row is None else row["deployed_sha"]
+
+
 _MOVING = "SELECT state FROM tombstones WHERE name = ? AND state IN ('destroying', 'reviving')"
 _UNDER_WAY = f"""
     SELECT id, kind, agent, step FROM approvals INDEXED BY approvals_approved

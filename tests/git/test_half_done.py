@@ -264,3 +264,22 @@ async def test_of_two_clicks_on_changes_of_one_agent_at_once_the_second_fails_no
     assert (await hive.agents.get("iris")).deployed_sha == done.payload["sha"] == await hive.repos.main(IRIS)
     now = await not_outdated(hive, other.id)
     assert (now.state, now.resolved_by) in (("pending", None), ("failed", SYSTEM))
+
+
+async def test_a_change_that_came_to_its_end_between_the_look_and_the_click_of_another_one_lets_that_wait(
+    hive: Services,
+) -> None:
+    first, second = await ask_for_two(hive, on_top=True)
+    look = hive.gate.apply_commit.show_now
+
+    async def look_and_change(approval: Approval) -> Shown:
+        shown = await look(approval)
+        hive.gate.apply_commit.show_now = look  # type: ignore[method-assign]
+        assert (await approve(hive, first.id)).state == "done"
+        return shown
+
+    hive.gate.apply_commit.show_now = look_and_change  # type: ignore[method-assign]
+    hive.gate.cards.serve = trio.sleep_forever  # type: ignore[method-assign]
+    with refused(f"cannot approve {second.id}: iris was changed meanwhile", "conflict"):
+        await hive.gate.approve(second.id, second.digest, OPERATOR)
+    assert (await hive.approvals.get(second.id)).state == "pending"
