@@ -139,6 +139,7 @@ class Tombstones:
         def write(tx: Transaction) -> None:
             if _begin(tx, tombstone, "reviving", "revive"):
                 check_free(tx, tombstone.name, "revive")
+                _check_not_becoming(tx, tombstone.name, "revive")
                 if tx.execute("SELECT 1 FROM configured WHERE name = ?", (tombstone.name,)).fetchone():
                     why = f"the configuration of an agent to be has its name; `hive destroy {tombstone.name}` first"
                     raise Refusal("conflict", f"cannot revive {tombstone.name}: {why}")
@@ -209,9 +210,14 @@ def _check_configured(tx: Transaction, name: AgentName) -> None:
     """Raise Refusal for a name that is no configuration, or of which an agent is being made now."""
     if tx.execute("SELECT 1 FROM configured WHERE name = ?", (name,)).fetchone() is None:
         raise no_such_agent(tx, name, "destroy")
+    _check_not_becoming(tx, name, "destroy")
+
+
+def _check_not_becoming(tx: Transaction, name: AgentName, deed: str) -> None:
+    """Raise Refusal while the repositories of an agent to be are made, or it is."""
     if row := tx.execute(_BECOMING, (name,)).fetchone():
         why = f"approval {row['id']} is being carried out; try again when that is over"
-        raise Refusal("conflict", f"cannot destroy {name}: {why}")
+        raise Refusal("conflict", f"cannot {deed} {name}: {why}")
 
 
 def _insert_agent(tx: Transaction, tombstone: Tombstone, row: dict[str, Any], ports: range) -> None:

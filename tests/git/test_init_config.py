@@ -190,6 +190,23 @@ async def test_a_configuration_that_becomes_an_agent_now_is_not_destroyed_before
         assert (await hive.approvals.wait_settled(card.id)).state == "done"
 
 
+async def test_a_tombstone_does_not_come_back_while_its_name_is_made_an_agent_again(hive: Services) -> None:
+    house = hive_of(hive)
+    async with serving(hive), trio.open_nursery() as nursery:
+        nursery.start_soon(house.destruction.serve)
+        await configure(hive)
+        await house.destruction.destroy(ARGUS, at_once=True)
+        nursery.cancel_scope.cancel()
+    asked = await hive.gate.spawn.request(MANAGER, ARGUS, "You watch.", "eyes")
+    card = await hive.approvals.get(asked["approval"])
+    await hive.gate.approve(card.id, card.digest, OPERATOR, patience_s=0)
+    with pytest.raises(Refusal, match=f"cannot revive argus: approval {card.id} is being carried out; try again"):
+        await house.destruction.revive("argus")
+    async with serving(hive):
+        assert (await hive.approvals.wait_settled(card.id)).state == "done"
+    assert [one.state for one in await house.tombstones.all()] == ["kept"]
+
+
 async def test_a_commit_for_who_is_neither_an_agent_nor_configured_is_refused(hive: Services) -> None:
     with pytest.raises(Refusal, match="no agent has that name"):
         await hive.gate.apply_commit.request(MANAGER, ARGUS, CommitSha("0" * 40), "r")
