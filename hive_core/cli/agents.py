@@ -35,10 +35,10 @@ def restart(arguments: Namespace) -> None:
 
 
 def logs(arguments: Namespace) -> None:
-    from hive_core.protocol.visible import named
+    from hive_core.cli.show import safe
 
     result = Client().call("logs", agent=arguments.agent, lines=arguments.lines)
-    emit(arguments, result, named("\n".join(result["lines"])) or f"{result['agent']} has printed nothing that is kept")
+    emit(arguments, result, safe("\n".join(result["lines"])) or f"{result['agent']} has printed nothing that is kept")
 
 
 def cancel(arguments: Namespace) -> None:

@@ -29,10 +29,10 @@ def show(arguments: Namespace) -> None:
 
 
 def diff(arguments: Namespace) -> None:
-    from hive_core.protocol.visible import named
+    from hive_core.cli.show import safe
 
     result = Client().call("diff", approval=arguments.approval, against=arguments.against)
-    emit(arguments, result, named(result["diff"]).rstrip("\n") or f"the same as {result['base'][:12]}")
+    emit(arguments, result, safe(result["diff"]).rstrip("\n") or f"the same as {result['base'][:12]}")
 
 
 def approve(arguments: Namespace) -> int:

@@ -26,6 +26,7 @@ _ANYWHERE = (
     "\xa0\u1680\u2000-\u200a\u202f\u205f"  # spaces that are not the one
     "\u0334-\u0338\u20d2\u20d3\u20d8-\u20da\u20e5\u20e6\u20ea\u20eb\u0488\u0489\u1abe\u20dd-\u20e0\u20e2\u20e4"
     "\ua670-\ua672\ufdd0-\ufdef\ufffe\uffff"
+    "\u1cd4\u1ce2-\u1ce8\U00010a39\U00016af0-\U00016af4\U0001bc9e\U0001d167-\U0001d169"  # overlays of one script
 )
 # What no look has to be taken at: most of what is told, by commands above all that shall have said it in no time.
 _PLAIN = re.compile(r"[\t\n -~]*")

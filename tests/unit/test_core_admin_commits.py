@@ -28,7 +28,8 @@ async def hive(tmp_path: Path) -> AsyncIterator[Services]:
 async def test_a_branch_is_applied_by_its_name_and_compared(hive: Services, tmp_path: Path) -> None:
     iris = Checkout(hive.repos.proposed_dir / "iris" / "config")
     iris.git("checkout", "-q", "-b", "slow")
-    first, second = iris.commit(CLAUDE__md="You read slowly.\n"), iris.commit(CLAUDE__md="You read very slowly.\n")
+    first = iris.commit(CLAUDE__md="You read slowly.\n")
+    second = iris.commit(CLAUDE__md="You read very slowly.\nאב → גד\n")
 
     async def run(*words: str) -> tuple[int, str]:
         done = await run_hive(tmp_path, *words)
@@ -46,6 +47,7 @@ async def test_a_branch_is_applied_by_its_name_and_compared(hive: Services, tmp_
         assert (await run("apply", "iris", "nothing"))[0] == 3
         code, said = await run("diff", "3")
         assert (code, "+You read very slowly." in said, "-You read slowly." in said) == (0, True, False)
+        assert "+\u2068אב\u2069 → \u2068גד\u2069\n" in said, "what is written from right to left moves nothing"
         code, said = await run("diff", "3", "--against", "previous")
         assert (code, "+You read very slowly." in said, "-You read slowly." in said) == (0, True, True)
         assert await run("diff", "1") == (

@@ -294,6 +294,11 @@ def test_every_control_format_and_space_character_is_named_wherever_it_stands() 
     assert [sign for sign in strange if not hides(f"a{sign}b")] == ["\t", "\n", " "]
 
 
+def test_every_mark_that_is_drawn_over_what_stands_before_it_is_named_wherever_it_stands() -> None:
+    over = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.combining(chr(code)) == 1]
+    assert [sign for sign in over if not hides(f"a{sign}b")] == []
+
+
 @given(st.text(st.sampled_from("ae5 \u0301\u0323\u0336\ufe0f\u20e3\u200d\u3000\u202e日💻❤⟨")))
 def test_what_was_named_has_nothing_hidden_any_more(text: str) -> None:
     assert not hides(named(text))
