@@ -156,6 +156,19 @@ def a_tree_that_is_cut(checkout: Checkout) -> CommitSha:
     return commit_with(checkout, (b"40000", b"cut", store(checkout, "tree", whole[:-1])))
 
 
+def a_blob_for_a_tree(checkout: Checkout) -> CommitSha:
+    as_a_tree = b"100644 x\0" + bytes.fromhex(blob(checkout, b"x\n"))
+    return commit_with(checkout, (b"40000", b"false", blob(checkout, as_a_tree)))
+
+
+def a_commit_for_a_tree(checkout: Checkout) -> CommitSha:
+    return CommitSha(commit(checkout, checkout.head(), checkout.head()))
+
+
+def a_tree_for_a_blob(checkout: Checkout) -> CommitSha:
+    return commit_with(checkout, (b"100644", b"false", tree(checkout, known(checkout))))
+
+
 def a_commit_of_a_megabyte(checkout: Checkout) -> CommitSha:
     header = b"x-note " + b"x" * 1_000_000 + b"\n"
     return CommitSha(commit(checkout, tree(checkout, known(checkout)), checkout.head(), header=header))
@@ -216,6 +229,9 @@ REFUSED: dict[str, tuple[Callable[[Checkout], CommitSha], str]] = {
     "modules": (named(b".gitmodules"), "'.gitmodules', which git"),
     "a tree that is none": (no_tree, "cannot (fetch|apply)"),
     "a tree that is cut": (a_tree_that_is_cut, "its tree cut/ is not as git writes one"),
+    "a blob that reads as a tree": (a_blob_for_a_tree, "cannot fetch .* not a tree"),
+    "a commit in the place of its tree": (a_commit_for_a_tree, "cannot fetch .* not a tree"),
+    "a tree in the place of a file": (a_tree_for_a_blob, "false is a tree by another name"),
     "a commit of a megabyte": (a_commit_of_a_megabyte, "the commit itself has .* and the limit is 65,536"),
     "ten thousand parents": (ten_thousand_parents, "the commit itself has"),
     "a long history": (a_long_history, "more than 1,000 commits after"),
