@@ -34,17 +34,26 @@ def check_trusted(path: Path, setting: str) -> None:
         except OSError as exc:
             raise Refusal("refused", f"cannot use {path} as {setting}: {explain(exc)}") from None
         if found.st_uid != 0 or _others_may_change(found.st_mode):
-            fix = f"`chown root: {here}; chmod go-w {here}`, or set {setting} to another"
-            why = f"{here} can be changed by others than root, and the helper does as it says"
-            raise Refusal("refused", f"cannot use {path} as {setting}: {why}; {fix}")
+            raise _not_roots(path, setting, here)
         if stat.S_ISLNK(found.st_mode):
             here = Path("/") if target.is_absolute() else here.parent
 
 
 def check_code() -> None:
     """Raise Refusal unless root alone can change what this process runs, and where it would look for more."""
+    setting = "a part of the helper"
     for path in {*_code()}:
-        check_trusted(path, "a part of the helper")
+        check_trusted(path, setting)
+        # Where modules are looked for a sticky directory is not enough: anybody can put one there that is not there.
+        folder = path if path.is_dir() else path.parent
+        if folder.stat().st_mode & 0o022:
+            raise _not_roots(path, setting, folder)
+
+
+def _not_roots(path: Path, setting: str, here: Path) -> Refusal:
+    fix = f"`chown root: {here}; chmod go-w {here}`, or set {setting} to another"
+    why = f"{here} can be changed by others than root, and the helper does as it says"
+    return Refusal("refused", f"cannot use {path} as {setting}: {why}; {fix}")
 
 
 def _code() -> Iterator[Path]:

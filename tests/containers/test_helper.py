@@ -608,6 +608,18 @@ def test_a_module_that_somebody_else_could_change_is_no_part_of_the_helper(
         del sys.modules["planted"]
 
 
+def test_where_somebody_else_could_add_a_module_none_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    read_own_config(config_in(tmp_path / "etc"))
+    folder.chmod(0o1777)  # what is there is its owner's alone to change, as in /tmp; what is not there is anybody's
+    with pytest.raises(Refusal, match=f"as a part of the helper: {folder} can be changed by others than root"):
+        read_own_config(config_in(tmp_path / "etc"))
+
+
 def test_the_helper_loads_nothing_of_repositories_containers_of_nixos_and_pages() -> None:
     """Who audits it reads what it loads."""
     look = "import sys, hive_core.helper.cli; print(*sys.modules)"
