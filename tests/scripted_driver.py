@@ -45,6 +45,9 @@ class Container:
         self._exit = Exit(code)
         self._ended.set()
 
+    def unit(self) -> dict[str, str]:
+        return {}
+
     def kill(self) -> None:
         if self._mortal and not self._ended.is_set():
             self.end(137)

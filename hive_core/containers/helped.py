@@ -142,8 +142,11 @@ class RunningElsewhere(Running):
     descriptor: None for one that had ended before it could be shown
     """
 
-    def __init__(self, helper: Helper, name: AgentName, pid: int, descriptor: int | None) -> None:
+    def __init__(
+        self, helper: Helper, name: AgentName, pid: int, descriptor: int | None, unit: Mapping[str, str]
+    ) -> None:
         self._helper = helper
+        self._unit = unit
         self._name = name
         self._pid = pid
         self._descriptor = descriptor
@@ -159,6 +162,9 @@ class RunningElsewhere(Running):
     @property
     def ended(self) -> bool:
         return self._ended
+
+    def unit(self) -> Mapping[str, str]:
+        return self._unit  # its wrapper is root's, of which a daemon without rights may see nothing
 
     async def wait(self) -> Exit:
         """Also raises Refusal, while the helper is away and something is to be asked of it; then wait again."""
@@ -242,7 +248,8 @@ class HelpedDriver:
         pid = answer.get("pid")
         if not isinstance(pid, int) or (pid and descriptor is None):
             raise Refusal("unavailable", f"cannot watch {name}: the helper gave no descriptor of it; look at its log")
-        return RunningElsewhere(self._helper, name, pid, descriptor)
+        unit: dict[str, str] = {key: str(answer[key]) for key in ("unit", "invocation") if key in answer}
+        return RunningElsewhere(self._helper, name, pid, descriptor, unit)
 
     async def missed_exit(self, name: AgentName) -> Exit | None:
         answer = await self._helper.ask("missed_exit", name)

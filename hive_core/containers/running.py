@@ -7,7 +7,7 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +15,7 @@ from typing import Protocol
 import trio
 
 from hive_core.containers.process_tree import kill_descendants, wait_stopped
+from hive_core.containers.scopes import unit_of
 from hive_core.containers.status_file import is_locked, status_value
 
 _KILL_PATIENCE_S = 5.0  # a process can be past killing for a while
@@ -61,6 +62,10 @@ class Running(Protocol):
     @property
     def ended(self) -> bool:
         """Whether its end was seen."""
+
+    def unit(self) -> Mapping[str, str]:
+        """The scope of systemd's that it is in, and its invocation; nothing when it is in none."""
+        return unit_of(self.pid)
 
     async def wait(self) -> Exit:
         """Return when it has ended and what it printed is kept. Cancelling it changes nothing."""

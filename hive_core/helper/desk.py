@@ -22,6 +22,7 @@ from hive_core.containers.driver import Switching
 from hive_core.containers.host_process import LINES_MOST
 from hive_core.containers.mounts import RUN, AgentDirs, agent_dirs
 from hive_core.containers.running import Exit
+from hive_core.containers.scopes import unit_of
 from hive_core.helper.drivers import RootDriver, Watched, check_room
 from hive_core.helper.owner import Owner
 from hive_core.helper.staging import opened
@@ -353,7 +354,9 @@ class HelperDesk:
 
     def _told(self, entry: Entry) -> Answer:
         descriptor = entry.running.copy_descriptor()
-        return Answer({"pid": 0 if descriptor is None else entry.running.pid}, descriptor)  # 0: it has ended already
+        if descriptor is None:
+            return Answer({"pid": 0})  # it has ended already
+        return Answer({"pid": entry.running.pid, **unit_of(entry.running.pid)}, descriptor)
 
 
 _EXEC: dict[str, Check] = {"command": words, "patience_s": seconds}

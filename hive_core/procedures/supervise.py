@@ -14,7 +14,6 @@ import trio
 from hive_core.containers.driver import Driver
 from hive_core.containers.mounts import AgentDirs
 from hive_core.containers.running import Exit, Running
-from hive_core.containers.scopes import unit_of
 from hive_core.limits import Limits
 from hive_core.procedures.starts import Starts
 from hive_core.protocol.ends import how_ended
@@ -266,7 +265,7 @@ class Supervisor:
             await self.look_again()
             self.looked.set()
             log.info("adopted %s (pid %d)", self.name, running.pid, extra={"agent": self.name})
-            told = {**unit_of(running.pid), **({"outdated": True} if self.outdated else {})}
+            told = {**running.unit(), **({"outdated": True} if self.outdated else {})}
             await self._tools.store.insist(
                 lambda tx: tx.emit("agent_adopted", SYSTEM, self.name, None, pid=running.pid, **told)
             )

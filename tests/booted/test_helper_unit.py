@@ -133,6 +133,15 @@ def test_agents_live_on_when_one_of_the_two_is_restarted(host: BootedHost, unit:
     assert units(host) == before
 
 
+def test_a_daemon_tells_which_unit_it_adopted_though_its_wrapper_is_roots(host: BootedHost) -> None:
+    host.ok("systemctl", "restart", DAEMON)
+    look_until(lambda: ready(host))
+    events = [json.loads(line) for line in host.ok("hive", "events", "--json", user=ADA).splitlines()]
+    last = {event["agent"]: event["data"] for event in events if event["kind"] == "agent_adopted"}
+    told = {data.get("unit"): data.get("invocation") for data in last.values()}
+    assert told == {unit: shown(host, unit, "InvocationID")["InvocationID"] for unit in units(host)}
+
+
 @pytest.mark.parametrize("unit", [DAEMON, HELPER])
 def test_agents_live_on_when_one_of_the_two_is_killed(host: BootedHost, unit: str) -> None:
     before, main = units(host), shown(host, unit, "MainPID")["MainPID"]
