@@ -39,6 +39,10 @@ class Keeper:
         """Move an agent's directories under its label; how many bytes they take. Again is fine. Raises OSError."""
         return await trio.to_thread.run_sync(self._put_away, name, label)
 
+    async def check_room(self, name: AgentName, label: str) -> None:
+        """Raise Refusal("conflict") when something stands in the place of what would be brought back."""
+        await trio.to_thread.run_sync(self._check_room, name, label)
+
     async def bring_back(self, name: AgentName, label: str) -> None:
         """The other way. Raises OSError, also when something stands in the place."""
         await trio.to_thread.run_sync(self._bring_back, name, label)
@@ -57,6 +61,13 @@ class Keeper:
             run = self._run_dir(name)
             _remove_below(run.parent, run.name)
         return self._measure(label)
+
+    def _check_room(self, name: AgentName, label: str) -> None:
+        for part, (folder, entry) in _parts(name).items():
+            target = self._state / folder / entry
+            if os.path.lexists(self._place / label / part) and os.path.lexists(target):
+                why = f"at {target} something is there already; move that away"
+                raise Refusal("conflict", f"cannot revive {label}: {why}")
 
     def _bring_back(self, name: AgentName, label: str) -> None:
         room = self._place / label

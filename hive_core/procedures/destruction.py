@@ -78,6 +78,9 @@ class Destruction:
         """Make an agent of a tombstone again: the tombstone that it was. Raises Refusal."""
         tombstone = await self._tombstones.find(raw)
         self._try_anew(tombstone.name)
+        if tombstone.state == "kept":  # one that cannot come back stays one, and its name can be used
+            await self._tombstones.check_nobody_has(tombstone.name)
+            await self._keeper.check_room(tombstone.name, tombstone.label)
         await self._tombstones.revive(tombstone, OPERATOR, self._agents.ports)
         await self._wait(tombstone, "reviving")
         return tombstone

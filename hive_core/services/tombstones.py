@@ -133,16 +133,16 @@ class Tombstones:
         tx.emit("agent_destroying", actor, name, tombstone=label, at_once=at_once)
         return cursor.lastrowid
 
+    async def check_nobody_has(self, name: AgentName) -> None:
+        """Raise Refusal when a name, or its container's, is taken: nothing under it could be revived."""
+        await self._store.write(lambda tx: _check_nobody_has(tx, name))
+
     async def revive(self, tombstone: Tombstone, actor: str, ports: range) -> None:
         """Begin to make an agent of it again; again is fine. Raises Refusal when its name, or container's, is taken."""
 
         def write(tx: Transaction) -> None:
             if _begin(tx, tombstone, "reviving", "revive"):
-                check_free(tx, tombstone.name, "revive")
-                _check_not_becoming(tx, tombstone.name, "revive")
-                if tx.execute("SELECT 1 FROM configured WHERE name = ?", (tombstone.name,)).fetchone():
-                    why = f"the configuration of an agent to be has its name; `hive destroy {tombstone.name}` first"
-                    raise Refusal("conflict", f"cannot revive {tombstone.name}: {why}")
+                _check_nobody_has(tx, tombstone.name)
                 (text,) = tx.execute("SELECT agent FROM tombstones WHERE id = ?", (tombstone.id,)).fetchone()
                 if tombstone.configured:
                     row = json.loads(text)
@@ -211,6 +211,14 @@ def _check_configured(tx: Transaction, name: AgentName) -> None:
     if tx.execute("SELECT 1 FROM configured WHERE name = ?", (name,)).fetchone() is None:
         raise no_such_agent(tx, name, "destroy")
     _check_not_becoming(tx, name, "destroy")
+
+
+def _check_nobody_has(tx: Transaction, name: AgentName) -> None:
+    check_free(tx, name, "revive")
+    _check_not_becoming(tx, name, "revive")
+    if tx.execute("SELECT 1 FROM configured WHERE name = ?", (name,)).fetchone():
+        why = f"the configuration of an agent to be has its name; `hive destroy {name}` first"
+        raise Refusal("conflict", f"cannot revive {name}: {why}")
 
 
 def _check_not_becoming(tx: Transaction, name: AgentName, deed: str) -> None:
