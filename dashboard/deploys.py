@@ -12,7 +12,7 @@ from dashboard.forms import read_form
 from dashboard.rows import render
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import AgentName, parse_agent_name, parse_deployed_tag
+from hive_core.protocol.words import AgentName
 from hive_core.services.deploy_log import Deployment
 
 SHOWN = 20
@@ -38,9 +38,8 @@ class DeployForms:
 
     async def roll_back(self, request: Request) -> Response:
         """Make the card of it, and show that: it is approved there."""
-        name = parse_agent_name(request.path_params["name"])
-        tag = parse_deployed_tag((await read_form(request)).get("to"))
-        asked = await self._hive.gate.apply_commit.request_back(name, tag)
+        to = (await read_form(request)).get("to", "")
+        asked = await self._hive.gate.apply_commit.ask_back({"agent": request.path_params["name"], "to": to})
         if wants_json(request.scope):
             rule = asked.get("rule")
             what = f"passed by rule {rule}, without a click" if rule else "waits for your click"

@@ -7,7 +7,7 @@ from typing import Any
 
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import parse_agent_name, parse_deployed_tag
+from hive_core.protocol.words import parse_agent_name
 from hive_core.services.deploy_log import HISTORY_LIMIT
 
 Args = dict[str, Any]
@@ -32,9 +32,7 @@ def deploy_verbs(hive: Hive) -> Verbs:
 
     async def request_rollback(args: Args) -> Any:
         """`{"approval": id}`: the card of it, with the `rule` by which it passed already, where one let it."""
-        name, to = parse_agent_name(args.get("agent")), args.get("to")
-        tag = await hive.gate.deploy_log.former(name) if to is None else parse_deployed_tag(to)
-        return await hive.gate.apply_commit.request_back(name, tag, args.get("reason"))
+        return await hive.gate.apply_commit.ask_back(args)
 
     return {
         "history": (history, {"agent", "limit"}),

@@ -94,6 +94,15 @@ async def test_what_is_deployed_already_or_never_was_is_no_way_back(hive: Servic
     assert await hive.approvals.pending() == []
 
 
+async def test_a_way_back_that_is_refused_leaves_one_event(hive: Services, tmp_path: Path) -> None:
+    async with serve(tmp_path / "host.sock", AdminDesk(hive_of(hive)).serve):
+        for words in (["iris"], ["iris", "--to", "main"], ["nobody", "--to", "deployed/0"]):
+            before = await hive.kinds()
+            done = await run_hive(tmp_path, "rollback", *words)
+            assert (await hive.kinds())[len(before) :] == ["approval_refused"], done.stderr
+    assert await hive.approvals.pending() == []
+
+
 @pytest.mark.parametrize("tag", ["deployed/", "deployed/1\n", "deployed/../x", "proposal/1", "deployed/²", None, 3])
 def test_only_the_tag_of_a_deployment_names_one(tag: object) -> None:
     with pytest.raises(Refusal, match="give deployed/ID"):

@@ -53,6 +53,7 @@ async def test_the_page_shows_the_log_and_a_button_makes_the_card_of_the_way_bac
         assert "deployed/0" in (await client.get("/approvals/3")).text
         wrong = await client.post("/agents/iris/rollback", data={"to": "../x"}, headers={"Accept": "application/json"})
         assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "usage")
+        assert (await hive.kinds())[-1] == "approval_refused"
 
 
 async def test_a_page_is_told_of_what_is_deployed(hive: Services) -> None:

@@ -6,7 +6,7 @@ base is what main of the applied repository is: what the agent runs on.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -20,12 +20,23 @@ from hive_core.procedures.kinds.spawn import Spawn
 from hive_core.procedures.walk import Walk
 from hive_core.protocol.effect import WIDE
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import MANAGER, NOTE_LIMIT_BYTES, OPERATOR, AgentName, CommitSha, MessageBody, parse_text
+from hive_core.protocol.words import (
+    MANAGER,
+    NOTE_LIMIT_BYTES,
+    OPERATOR,
+    AgentName,
+    CommitSha,
+    MessageBody,
+    parse_agent_name,
+    parse_deployed_tag,
+    parse_text,
+)
 from hive_core.services.agents import Agents
 from hive_core.services.approvals import Approval, Request, Shown
 from hive_core.services.configured import is_configured
 from hive_core.services.deploy_log import DeployLog
 from hive_core.services.notices import notice, tell_manager
+from hive_core.services.refused_requests import noting_a_refusal
 from hive_core.services.tool_calls import first_answer
 from hive_core.store.writer import Transaction
 
@@ -98,6 +109,14 @@ class ApplyCommit:
             return Request(self.kind, name, requested_by, reason, shown)
 
         return await self._asking.put(requested_by, key, tool, f"a commit of {name}", make)
+
+    async def ask_back(self, given: Mapping[str, object]) -> dict[str, Any]:
+        """As request_back, of words as they came: `agent`, `to` (else what it ran on before) and `reason`. One that is
+        refused leaves one event."""
+        async with noting_a_refusal(self._asking.store, OPERATOR, self.kind, given):
+            name, to = parse_agent_name(given.get("agent")), given.get("to")
+            tag = await self._log.former(name) if to is None else parse_deployed_tag(to)
+            return await self.request_back(name, tag, given.get("reason"))
 
     async def request_back(self, name: AgentName, tag: str, given_reason: object = None) -> dict[str, Any]:
         """The operator asks to run an agent on the files that it had at deployed/ID again; `{"approval": id}`.
