@@ -614,21 +614,24 @@ async def test_a_new_agent_is_told_of_once_in_the_log_whenever_the_daemon_that_m
     assert lock(house).keys() == {"hm1nd", "iris"}
 
 
-async def test_an_agent_that_another_ones_deployment_left_out_is_in_the_flake_again(
-    house: House, hive: Services
-) -> None:
-    deployments = hive.gate._deployments
-    assert isinstance(deployments, FlakeDeployments)
-    iris = await hive.agents.get(IRIS)
-    change = Change(IRIS, 1, CommitSha(str(iris.deployed_sha)), None)
-    await hive.sql("DELETE FROM systems WHERE agent = 'iris'")  # as before it was written
-    deployments.forget(IRIS)
-    await deployments.settle(Change(HM1ND, 9, CommitSha(str((await hive.agents.get(HM1ND)).deployed_sha)), None))
-    assert lock(house).keys() == {"hm1nd"}
-    for _ in range(2):
-        await deployments.settle(change)
-    assert lock(house).keys() == {"hm1nd", "iris"}
-    assert told(house) == ["iris is in the flake again", "hm1nd: deployed/0", "iris: deployed/0"]
+async def test_an_agent_that_another_ones_deployment_left_out_is_in_the_flake_again(house: House) -> None:
+    house.folder.mkdir()
+    async with house.open() as hive:
+        async with serving(hive):
+            await mended(hive, HM1ND)
+            assert (await spawn(hive)).state == "done"
+        # Not served any more: the gate would mend iris by itself, before or after us.
+        deployments = hive.gate._deployments
+        assert isinstance(deployments, FlakeDeployments)
+        await hive.sql("DELETE FROM systems WHERE agent = 'iris'")  # as before it was written
+        deployments.forget(IRIS)
+        manager, iris = [CommitSha(str((await hive.agents.get(name)).deployed_sha)) for name in (HM1ND, IRIS)]
+        await deployments.settle(Change(HM1ND, 9, manager, None))
+        assert lock(house).keys() == {"hm1nd"}
+        for _ in range(2):
+            await deployments.settle(Change(IRIS, 1, iris, None))
+        assert lock(house).keys() == {"hm1nd", "iris"}
+        assert told(house) == ["iris is in the flake again", "hm1nd: deployed/0", "iris: deployed/0"]
 
 
 async def test_an_agent_that_is_built_anew_is_told_of_once_in_the_log_when_the_daemon_dies_behind_it(
