@@ -54,11 +54,8 @@ def approve(arguments: Namespace) -> int:
         show_short(rows)
     if waiting and not confirmed("approve this?" if len(rows) == 1 else f"approve these {len(rows)}?"):
         raise Refusal("refused", f"cannot approve {' '.join(map(str, numbers))}: you did not say yes")
-    return click(arguments, [(row["id"], digest) for row, digest in zip(rows, digests or _digests(rows), strict=True)])
-
-
-def _digests(rows: list[dict[str, Any]]) -> list[str]:
-    return [row["digest"] for row in rows]
+    shown = digests or [row["digest"] for row in rows]
+    return click(arguments, [(row["id"], digest) for row, digest in zip(rows, shown, strict=True)])
 
 
 def click(arguments: Namespace, chosen: list[tuple[int, str]]) -> int:
