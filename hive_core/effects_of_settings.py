@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hive_core.effects import Line, listed, some
+from hive_core.project_rules import Project
 from hive_core.protocol.visible import quoted
 from hive_core.settings import AgentSettings, McpServer
 
@@ -21,7 +22,7 @@ def settings_lines(before: AgentSettings | None, after: AgentSettings) -> list[L
     for key, rule in RULES.items():
         value = getattr(after, key)
         differs = rule(key, getattr(before or _DEFAULTS, key), value)
-        if before is None and key != "mcp_servers" and (differs or key in ALWAYS):
+        if before is None and key not in _TABLES and (differs or key in ALWAYS):
             differs = [Line(key, None, _say(key, value), any(line.wide for line in differs))]
         lines += differs
     return lines
@@ -38,6 +39,7 @@ def _say(key: str, value: Any) -> str:
     return quoted(text) if text in (_NONE.get(key), nothing) else text
 
 
+_TABLES = {"mcp_servers", "projects"}  # told one by one, also of a new agent
 _NONE = {
     "effort": "the program's own",
     "context_window": "as the program says",
@@ -106,6 +108,12 @@ def _server(name: str, server: McpServer) -> str:
     return f"{name}: {shlex.join([server.command, *server.args])}{env}"
 
 
+def _projects(key: str, before: list[Project], after: list[Project]) -> list[Line]:
+    old, new = ({project.name: project.as_text() for project in projects} for projects in (before, after))
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return [Line(key, old.get(name), new.get(name), wide=name in new) for name in names]
+
+
 RULES: Mapping[str, Rule] = {
     "credential": _wide,
     "recipients": _recipients,
@@ -113,6 +121,7 @@ RULES: Mapping[str, Rule] = {
     "tools": _tools,
     "mcp_servers": _servers,
     "env": _names,
+    "projects": _projects,
     "available_models": _models,
     **dict.fromkeys(("program", "model", "effort", "description", "turns"), _plain),
     **dict.fromkeys(("warm_idle_s", "warm_turns", "warm_memory_mib", "background_s", "turn_silence_s"), _plain),

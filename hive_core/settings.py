@@ -27,6 +27,7 @@ from hive_core.protocol.harness import (
     WARM_MEMORY_MIB,
     WARM_TURNS,
 )
+from hive_core.project_rules import PROJECTS_LIMIT, Project
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import named
 from hive_core.protocol.words import NAME_LIMIT, shown
@@ -59,7 +60,9 @@ def _only_theirs(names: dict[str, str]) -> dict[str, str]:
 Variables = Annotated[dict[VariableName, Value], Field(max_length=64), AfterValidator(_only_theirs)]
 
 # What the host enforces of the settings, whatever goes on in the container.
-POLICY = {"recipients", "pair_rate_per_hour", "credential", "available_models"}
+POLICY = {"recipients", "pair_rate_per_hour", "credential", "available_models", "projects"}
+# And what of it the harness is told as well.
+TOLD = {"projects"}
 
 
 class McpServer(BaseModel):
@@ -94,6 +97,7 @@ class AgentSettings(BaseModel):
     pair_rate_per_hour: Annotated[int, Field(ge=1, le=100_000)] | None = None  # to one recipient; None: the hive's
     env: Variables = {}  # more of its program's environment
     mcp_servers: Annotated[dict[ServerName, McpServer], Field(max_length=16)] = {}
+    projects: Annotated[list[Project], Field(max_length=PROJECTS_LIMIT)] = []  # of the hive's, by their names
 
     @model_validator(mode="after")
     def _fits_together(self) -> AgentSettings:
@@ -102,6 +106,10 @@ class AgentSettings(BaseModel):
             raise PydanticCustomError("model", "the model {model} is not one of available_models ({models})", told)
         if "hive" in self.mcp_servers:
             raise PydanticCustomError("mcp", "mcp_servers.hive is the hive's own; choose another name")
+        for key in ("name", "place"):
+            values = [getattr(project, key) for project in self.projects]
+            if twice := next((value for value in values if values.count(value) > 1), None):
+                raise PydanticCustomError("twice", "projects: {it} is there twice; take one out", {"it": twice})
         return self
 
 

@@ -38,9 +38,9 @@ PARTS = {
 ## An agent: `nixosModules.agent`
 
 `hyperhive.settings` are the keys of `agent.toml`. `hyperhive.model`, `.effort`, `.env`, `.tools`, `.description`,
-`.credential`, `.availableModels` (`available_models`), `.extraMcpServers` (`mcp_servers`), `.allowedRecipients`
-(`recipients`), `.autoCompact.atPercent` (`compact_at_percent`) and `.autoCompact.contextWindow` (`context_window`)
-are other names of them.
+`.credential`, `.projects`, `.availableModels` (`available_models`), `.extraMcpServers` (`mcp_servers`),
+`.allowedRecipients` (`recipients`), `.autoCompact.atPercent` (`compact_at_percent`) and `.autoCompact.contextWindow`
+(`context_window`) are other names of them.
 """,
 }
 UNIT_HEAD = """\

@@ -26,14 +26,15 @@ from hive_core.git.sterile_git import GitFailed, run_git
 from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha, shown
-from hive_core.settings import POLICY, AgentSettings
+from hive_core.settings import POLICY, TOLD, AgentSettings
 
 T = TypeVar("T")
 
 
 def harness_settings(settings: AgentSettings, prompt: str) -> dict[str, Any]:
     """What travels to the harness with a lease: protocol.harness.Settings. The policy is the host's to enforce."""
-    left_out = {"description", *POLICY, *(key for key in ("env", "mcp_servers") if not getattr(settings, key))}
+    empty = (key for key in ("env", "mcp_servers", "projects") if not getattr(settings, key))
+    left_out = {"description", *(POLICY - TOLD), *empty}
     chosen = settings.model_dump(exclude=left_out, exclude_none=True)
     return {**chosen, "prompt": prompt, "policy": settings.model_dump(include=POLICY, exclude_defaults=True)}
 

@@ -40,6 +40,16 @@ if TYPE_CHECKING:
         args: list[str]
         env: dict[str, str]
 
+    class Project(TypedDict):
+        """A project of the hive's that the agent has a clone of."""
+
+        name: str
+        path: NotRequired[str]  # absent: /projects/NAME
+        branch: NotRequired[str]  # absent: the project's own
+        push: NotRequired[str]  # the branches that it may push, `*` at the end for any rest; absent: AGENT/*
+        force: bool
+        tags: bool
+
     class Settings(TypedDict):
         """What the deployed commit says about the agent; it travels with each lease, so a change needs no restart."""
 
@@ -58,6 +68,7 @@ if TYPE_CHECKING:
         compact_at_percent: NotRequired[int]  # of that, above which the session is compacted; 0: never
         env: NotRequired[dict[str, str]]  # more of the program's environment
         mcp_servers: NotRequired[dict[str, McpServer]]  # beside the hive's own tools, by name
+        projects: NotRequired[list[Project]]
 
     class LeasedMessage(TypedDict):
         id: int

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     AgentName = NewType("AgentName", str)
     CommitSha = NewType("CommitSha", str)
     MessageBody = NewType("MessageBody", str)
+    ProjectName = NewType("ProjectName", str)
     StorePath = NewType("StorePath", str)
 else:
-    AgentName = CommitSha = MessageBody = StorePath = str
+    AgentName = CommitSha = MessageBody = ProjectName = StorePath = str
 
 MANAGER = AgentName("hm1nd")
 OPERATOR = AgentName("operator")
@@ -31,6 +32,7 @@ NOTE_LIMIT_BYTES = 4 * 1024
 PERSONA_LIMIT_BYTES = 48 * 1024
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+_PROJECT = re.compile(r"[a-z][a-z0-9-]{0,62}")
 _SHA = re.compile(r"[0-9a-f]{40}")
 _STORE_PATH = re.compile(r"/nix/store/[0-9a-df-np-sv-z]{32}-[A-Za-z0-9+_?=-][A-Za-z0-9+._?=-]{0,210}")
 
@@ -71,6 +73,17 @@ def parse_recipients(raw: object) -> tuple[AgentName, ...]:
     if not 0 < len(raw) <= RECIPIENTS_LIMIT:
         raise Refusal("usage", f"cannot send to {len(raw)} recipients: give 1 to {RECIPIENTS_LIMIT} in a list")
     return tuple(parse_recipient(one) for one in raw)
+
+
+def parse_project_name(raw: object) -> ProjectName:
+    """The name of a project: a to z, digits and dashes, at most 63 characters. Raises Refusal("usage")."""
+    if not isinstance(raw, str) or not _PROJECT.fullmatch(raw):
+        raise Refusal(
+            "usage",
+            f"cannot use {shown(raw)} as a project's name: a name is 1 to 63 characters of a-z, 0-9 and dashes, and "
+            "begins with a letter",
+        )
+    return ProjectName(raw)
 
 
 def parse_commit_sha(raw: object) -> CommitSha:

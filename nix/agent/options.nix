@@ -23,6 +23,20 @@ let
       env = setting variables { } "Its environment.";
     };
   };
+  branch = "[A-Za-z0-9_][A-Za-z0-9._/@+#=,-]{0,199}";
+  project = types.submodule {
+    options = {
+      name = mkOption {
+        type = types.strMatching "[a-z][a-z0-9-]{0,62}";
+        description = "The project of the hive's, as `hive project list` tells it.";
+      };
+      path = optional (types.strMatching "/projects/[A-Za-z0-9][A-Za-z0-9._-]{0,62}") "Where the clone is; with none, /projects/NAME.";
+      branch = optional (types.strMatching branch) "The branch to begin from; with none, the project's own.";
+      push = optional (types.strMatching "(${branch}|[*])?[*]?") "The branches that may be pushed, `*` at the end for any rest; with none, those below the agent's name; empty, none.";
+      force = setting types.bool false "Whether they may be pushed by force, and removed.";
+      tags = setting types.bool false "Whether tags may be pushed.";
+    };
+  };
 in
 {
   options.hyperhive = {
@@ -110,6 +124,9 @@ in
       mcp_servers =
         setting (types.attrsOf mcpServer) { }
           "Servers of tools beside the hive's own, by name.";
+      projects =
+        setting (types.listOf project) [ ]
+          "The hive's projects that it works on, each a clone of its own.";
     };
   };
 }

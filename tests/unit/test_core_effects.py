@@ -48,6 +48,10 @@ CHANGES: dict[str, tuple[Any, list[str]]] = {
         {"maps": {"command": "maps", "args": ["--at", "a b"], "env": {"KEY": "hunter2"}}},
         ["!mcp_servers: + maps: maps --at 'a b' (env KEY)"],
     ),
+    "projects": (
+        [{"name": "site", "branch": "next", "push": "iris/*", "force": True}],
+        ["!projects: + site at /projects/site, branch next, push iris/*, force"],
+    ),
 }
 
 
@@ -95,6 +99,15 @@ def test_equal_settings_have_no_line() -> None:
         ("description", "", "empty", ['description: empty → "empty"']),
         ("env", {"A": "1"}, {"A": "2"}, ["env: A → another value"]),
         ("mcp_servers", {"m": {"command": "m"}}, {}, ["mcp_servers: − m: m"]),
+        (
+            "projects",
+            [{"name": "a"}, {"name": "b"}],
+            [{"name": "b", "push": ""}],
+            [
+                "!projects: b at /projects/b, push its own name's branches → b at /projects/b, push nothing",
+                "projects: − a at /projects/a, push its own name's branches",
+            ],
+        ),
     ],
 )
 def test_what_widens_is_told_from_what_narrows(key: str, before: Any, after: Any, words: list[str]) -> None:
