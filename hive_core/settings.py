@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from hive_core import credentials
+from hive_core.project_rules import PROJECTS_LIMIT, Project
 from hive_core.protocol.harness import (
     BACKGROUND_S,
     COMPACT_AT_PERCENT,
@@ -27,7 +28,6 @@ from hive_core.protocol.harness import (
     WARM_MEMORY_MIB,
     WARM_TURNS,
 )
-from hive_core.project_rules import PROJECTS_LIMIT, Project
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import named
 from hive_core.protocol.words import NAME_LIMIT, shown
