@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import uuid
 from pathlib import Path
 
@@ -68,6 +69,22 @@ def user_line(prompt: str) -> bytes:
     return encode({"type": "user", "message": {"role": "user", "content": prompt}})
 
 
+def proxy_variables(seat: Seat) -> dict[str, str]:
+    """What leads programs to the hive's proxy. Both spellings: curl takes http_proxy in small letters alone."""
+    if not seat.egress_port:
+        return {}
+    proxy, own = f"http://127.0.0.1:{seat.egress_port}", "localhost,127.0.0.1,::1"
+    connect = shlex.join(own_command("connect", "--socket", f"{seat.run_dir}/egress.sock")).replace("%", "%%")
+    names = {"http_proxy": proxy, "https_proxy": proxy, "no_proxy": own}
+    return {
+        **names,
+        **{name.upper(): value for name, value in names.items()},
+        # fetch() of node goes by these variables only when it is told to.
+        "NODE_USE_ENV_PROXY": "1",
+        "GIT_SSH_COMMAND": shlex.join(["ssh", "-o", f"ProxyCommand={connect} %h %p"]),
+    }
+
+
 def environment(seat: Seat, credential: str, chosen: Mapping[str, str] | None = None) -> dict[str, str]:
     """The program's whole environment: nothing of the harness's own reaches it. What we set wins over `chosen`."""
     name, placeholder = PLACEHOLDERS[credential]
@@ -105,5 +122,6 @@ def environment(seat: Seat, credential: str, chosen: Mapping[str, str] | None = 
         "DISABLE_TELEMETRY": "1",
         "DISABLE_ERROR_REPORTING": "1",
         "DISABLE_AUTOUPDATER": "1",
+        **proxy_variables(seat),
         **({"IS_SANDBOX": "1"} if seat.sandboxed else {}),
     }

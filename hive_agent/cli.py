@@ -14,6 +14,7 @@ def _usage(program: str) -> str:
     ways = {
         "serve [--run DIR] [--state DIR] [--claude PATH] …": "take turns for the agent whose sockets are in DIR",
         "mcp --socket PATH": "bridge stdio to the hive's tools",
+        "connect --socket PATH HOST PORT": "carry stdio through the hive's proxy, for programs such as ssh",
         "rehearse [flags of claude]": "be a stand-in for claude",
         "replay": "run a recorded turn again, which comes as JSON on stdin, and say what would differ",
         "check CLAUDE": "say as JSON whether a claude executable takes what we ask of it",
@@ -40,6 +41,10 @@ def main(argv: list[str] | None = None, role: str = "", program: str = "hive-age
             from hive_agent.bridge import main as bridge
 
             return _run(lambda: bridge(rest, program), program)
+        case ["connect", *rest]:
+            from hive_agent.connect import main as connect
+
+            return _run(lambda: connect(rest, program), program)
         case ["rehearse", *rest]:
             from hive_agent.rehearse import main as rehearse
 

@@ -1,6 +1,7 @@
-"""The way to the model: a listener on the sandbox's own loopback whose bytes go to the host's model.sock.
+"""The ways out: a listener on the sandbox's own loopback for each, whose bytes go to a socket of the host.
 
-The agent's program needs an http:// address; the sandbox has no network but its loopback. Bytes pass unread.
+The agent's program needs an http:// address, of the model (model.sock) and of the hive's proxy (egress.sock); the
+sandbox has no network but its loopback. Bytes pass unread.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ HOST_PATIENCE_S = 60.0
 READ_BYTES = 64 * 1024
 
 
-async def serve_loopback(model_socket: str, *, task_status: trio.TaskStatus[int]) -> None:
+async def serve_loopback(host_socket: str, *, task_status: trio.TaskStatus[int]) -> None:
     """Serve until cancelled; `started` with the port. One connection's trouble ends that connection alone."""
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     task_status.started(listeners[0].socket.getsockname()[1])
-    await trio.serve_listeners(functools.partial(_relay, model_socket), listeners)
+    await trio.serve_listeners(functools.partial(_relay, host_socket), listeners)
 
 
-async def _relay(model_socket: str, program: trio.SocketStream) -> None:
+async def _relay(host_socket: str, program: trio.SocketStream) -> None:
     async with program:
-        host = await _dial(model_socket)
+        host = await _dial(host_socket)
         if host is None:
             return
         async with host, trio.open_nursery() as pumps:

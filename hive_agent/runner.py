@@ -37,6 +37,7 @@ class Seat:
     claude: str | None  # the executable, None where there is none
     sandboxed: bool
     model_port: int  # of the loopback that leads to the model
+    egress_port: int = 0  # and of the one that leads to the hive's proxy; 0: there is none
     harness: str = ""  # the address of the harness's own tool, where it has one
     configs_dir: str = "/agents"  # every agent's configuration, where this is the manager
 

@@ -38,7 +38,7 @@ REFUSED_REST_S = 2.0
 LATE_TRIES = 30  # of all lines of a turn that the host cannot take, when the turn is over
 CLOSE_S = 3.0  # that a program has which waits for a next turn, when its harness ends
 
-SeatMaker = Callable[[str, int], Seat]  # from the agent's name and the port that leads to the model
+SeatMaker = Callable[[str, int, int], Seat]  # from the agent's name, and the ports to the model and to the proxy
 
 
 class Stop:
@@ -70,11 +70,12 @@ async def serve(run_dir: str, make_seat: SeatMaker, *, role: str, life_fd: int |
         if life_fd is not None:
             tasks.start_soon(_end_with_pipe, life_fd, tasks.cancel_scope)
         tasks.start_soon(_keep_link, link, exit_codes, tasks.cancel_scope)
-        port: int = await tasks.start(serve_loopback, f"{run_dir}/model.sock")
+        model: int = await tasks.start(serve_loopback, f"{run_dir}/model.sock")
+        egress: int = await tasks.start(serve_loopback, f"{run_dir}/egress.sock")
         with stop.cuts_wait():
             await link.welcomed.wait()
         if link.welcomed.is_set():
-            seat, reports = make_seat(link.agent, port), Reports()
+            seat, reports = make_seat(link.agent, model, egress), Reports()
             background = Background(seat.state_dir, reports)
             seat = replace(seat, harness=background.address)
             tasks.start_soon(reports.serve, link)

@@ -35,7 +35,11 @@ def make_parser(program: str = "hive-agent") -> argparse.ArgumentParser:
         "4 host and harness do not fit together.",
     )
     parser.add_argument(
-        "--run", type=_run_dir, default="/run/hive", metavar="DIR", help="holds harness.sock, mcp.sock and model.sock"
+        "--run",
+        type=_run_dir,
+        default="/run/hive",
+        metavar="DIR",
+        help="holds the sockets of the hive",
     )
     parser.add_argument("--state", default="/state", metavar="DIR", help="the program's working directory")
     parser.add_argument(
@@ -65,7 +69,7 @@ def make_parser(program: str = "hive-agent") -> argparse.ArgumentParser:
 def seat_maker(arguments: argparse.Namespace) -> SeatMaker:
     home = os.environ.get("HOME") or arguments.state
 
-    def make_seat(agent: str, model_port: int) -> Seat:
+    def make_seat(agent: str, model_port: int, egress_port: int) -> Seat:
         return Seat(
             agent=agent,
             run_dir=arguments.run,
@@ -77,6 +81,7 @@ def seat_maker(arguments: argparse.Namespace) -> SeatMaker:
             claude=arguments.claude,
             sandboxed=arguments.sandbox != "none",
             model_port=model_port,
+            egress_port=egress_port,
         )
 
     return make_seat

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -296,6 +297,16 @@ def test_more_servers_of_tools_stand_beside_the_hives_own_and_never_in_its_place
 def test_what_an_agent_adds_to_the_environment_stands_there_but_never_in_the_place_of_ours() -> None:
     made = environment(SEAT, "api_key", {"TZ": "Europe/Berlin", "HOME": "/elsewhere", "ANTHROPIC_BASE_URL": "http://x"})
     assert made == {**environment(SEAT, "api_key"), "TZ": "Europe/Berlin"}
+
+
+def test_programs_find_the_hives_proxy_where_there_is_one_and_the_loopback_without_it() -> None:
+    made = environment(replace(SEAT, egress_port=4001), "api_key", {"HTTPS_PROXY": "http://elsewhere"})
+    assert made["HTTPS_PROXY"] == made["https_proxy"] == made["HTTP_PROXY"] == made["http_proxy"]
+    assert made["http_proxy"] == "http://127.0.0.1:4001"
+    assert "127.0.0.1" in made["NO_PROXY"].split(",")  # where the model is
+    assert made["no_proxy"] == made["NO_PROXY"]
+    assert "--socket /run/hive/egress.sock %h %p" in made["GIT_SSH_COMMAND"]
+    assert not [name for name in environment(SEAT, "api_key") if name.lower().endswith("_proxy")]
 
 
 def test_a_known_session_is_resumed_and_a_new_one_gets_an_id_of_its_own() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from hive_agent.own_command import own_command
 from tests.harness_host import HarnessConnection, HarnessHost, a_lease, open_host
 from tests.processes import PATIENCE_S, PROGRAMS, look_until
 from tests.scripted_tools import ScriptedTools
+from tests.unit.test_agent_connect import open_proxy
 
 Harnesses = Any
 
@@ -123,6 +125,21 @@ async def test_a_turn_is_run_streamed_and_acked_and_the_next_goes_on_in_its_sess
         assert json.loads(lines[-1])["result"] == "second"
         await connection.give({"stop": True})
         assert await harness.ended() == (0, "")
+
+
+async def test_what_a_program_runs_finds_its_way_out_through_egress_sock(start: Harnesses, tmp_path: Path) -> None:
+    def answer(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nthrough")
+
+    fetch = f"{sys.executable} -c \"import urllib.request as r; print(r.urlopen('http://plain.example/x').read())\""
+    async with open_host(tmp_path) as host:
+        with open_proxy(tmp_path / "egress.sock", answer) as heads:
+            start()
+            connection = await welcomed(host)
+            lines, ack = await connection.take_turn(a_lease(1, prompt=follow({"run": fetch})))
+    assert ack["outcome"] == "done"
+    assert heads[0].startswith(b"GET http://plain.example/x HTTP/1.1")
+    assert "b'through'" in "".join(lines)
 
 
 async def test_a_check_starts_the_program_sees_its_tools_and_leaves_neither_process_nor_session(
