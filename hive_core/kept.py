@@ -56,6 +56,9 @@ class Keeper:
         room.mkdir(mode=0o700, parents=True, exist_ok=True)
         for part, (folder, entry) in _parts(name).items():
             _move(self._state / folder / entry, room / part)
+        with contextlib.suppress(FileNotFoundError):
+            # Its files are the mirrors' by another name: kept, they would keep what a mirror no longer has.
+            _remove_below(room / "agent", "mirrors")
         self._sync(room)
         with contextlib.suppress(FileNotFoundError):
             run = self._run_dir(name)

@@ -377,6 +377,7 @@ class HostProcessDriver:
             command += ["--configs", AGENTS if inside else str(dirs.proposed)]
         if not inside:
             command += ["--claude-dir", str(dirs.claude)]
+            command += ["--projects", str(dirs.projects), "--mirrors", str(dirs.mirrors)]
         command += ["--sandbox", self.sandbox, "--orphan-grace", str(self._orphan_grace_s)]
         if self._claude is not None:
             command += ["--claude", str(self._claude)]

@@ -12,8 +12,9 @@ from hive_core.protocol.words import MANAGER, AgentName
 # Inside:
 RUN, STATE, CLAUDE = "/run/hive", "/state", f"{HOME}/.claude"
 SHARED = "/shared"  # written by all
+PROJECTS, MIRRORS = "/projects", "/mirrors"  # its clones; what they borrow objects from
 AGENTS, APPLIED, META = "/agents", "/applied", "/meta"  # the manager's
-TARGETS, MANAGER_TARGETS = (RUN, STATE, CLAUDE, SHARED), (AGENTS, APPLIED, META)
+TARGETS, MANAGER_TARGETS = (RUN, STATE, CLAUDE, SHARED, PROJECTS, MIRRORS), (AGENTS, APPLIED, META)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,16 @@ class AgentDirs:
         return self._own(CLAUDE)
 
     @property
+    def projects(self) -> Path:
+        """Its clones of projects."""
+        return self._own(PROJECTS)
+
+    @property
+    def mirrors(self) -> Path:
+        """The packs of the mirrors of its projects."""
+        return self._own(MIRRORS)
+
+    @property
     def proposed(self) -> Path | None:
         """Everybody's configuration, for the manager alone."""
         return self.source(AGENTS)
@@ -91,6 +102,9 @@ def agent_dirs(state_dir: Path, runtime_dir: Path, name: AgentName) -> AgentDirs
         Mount(own / "claude", CLAUDE),
         # In every container it is root that writes, and on the host the daemon's user: so all can edit what one made.
         Mount(state_dir / "shared", SHARED),
+        Mount(own / "projects", PROJECTS),
+        # The files in it are those of the hive's own mirrors, by another name: nobody inside may write them.
+        Mount(own / "mirrors", MIRRORS, read_only=True),
     ]
     if name == MANAGER:
         # In it is NAME/config of every agent, also of those to come, and nothing else of them.

@@ -59,9 +59,10 @@ HOLLOW_BYTES = 1024**3
 TRIES = 3  # for a file that changes while it is read
 PAGES = 256  # of the database in one step
 # A lock is of a program that runs here now: in another life it would stand in the way for ever.
-GIT_LOCK = re.compile(r"applied/.*\.lock|proposed/.*/\.git/.*\.lock", re.DOTALL)
-# A backup is itself one, and what they share with each other would be in it many times over.
-SNAPSHOTS = re.compile(r"(agents/[^/]+|tombstones/[^/]+/agent)/(snapshots|\.restored)", re.DOTALL)
+GIT_LOCK = re.compile(r"applied/.*\.lock|(proposed|agents/[^/]+/projects)/.*/\.git/.*\.lock", re.DOTALL)
+# A backup is itself a snapshot, and what they share with each other would be in it many times over. The packs that
+# clones of projects borrow from are fetched again.
+HELD_TWICE = re.compile(r"(agents/[^/]+|tombstones/[^/]+/agent)/(snapshots|\.restored|mirrors)", re.DOTALL)
 # What belongs to this machine and its running daemon, and is not worth a word.
 OF_THE_MACHINE = re.compile(
     r"daemon\.lock|daemon\.log|nix|processes|hive\.ballast|hive\.sqlite(-wal|-shm|-journal)?|\..*"
@@ -208,7 +209,7 @@ class _Writer:
             os.close(folder)
 
     def _add(self, folder: int, entry: str, name: str, change: Any, skip: set[str], depth: int) -> None:
-        if name in skip or GIT_LOCK.fullmatch(name) or SNAPSHOTS.fullmatch(name):
+        if name in skip or GIT_LOCK.fullmatch(name) or HELD_TWICE.fullmatch(name):
             return
         if len(os.fsencode(name)) > PATH_LIMIT_BYTES:
             self.leave_out(name, f"its path is longer than {PATH_LIMIT_BYTES:,} bytes")

@@ -44,11 +44,12 @@ class DiskUse:
     state: int
     claude: int
     config: int
+    projects: int
     whole: bool
 
     @property
     def bytes(self) -> int:
-        return self.state + self.claude + self.config
+        return self.state + self.claude + self.config + self.projects
 
 
 class DiskUses:
@@ -134,7 +135,8 @@ class DiskUses:
         sql = "INSERT INTO disk_warnings (agent, at_ms) VALUES (?, ?) ON CONFLICT DO NOTHING"
         if tx.execute(sql, (name, tx.now_ms)).rowcount:
             tx.emit("disk_quota_exceeded", SYSTEM, name, bytes=use.bytes, quota_bytes=self.quota_bytes)
-            parts = f"{mib(use.state)} in /state, {mib(use.claude)} of sessions, {mib(use.config)} of configuration"
+            parts = f"{mib(use.state)} in /state, {mib(use.projects)} in /projects, {mib(use.claude)} of sessions"
+            parts += f", {mib(use.config)} of configuration"
             limit = f"more than {mib(self.quota_bytes)} (disk_quota_bytes); it should clear up"
             text = f"the directories of {name} take {mib(use.bytes)} ({parts}), {limit}"
             sizes = {"bytes": use.bytes, "quota_bytes": self.quota_bytes}
@@ -149,7 +151,9 @@ class DiskUses:
 def measure(state_dir: Path, name: AgentName, within_s: float = MEASURE_WITHIN_S) -> DiskUse:
     """Measure one agent's directories; blocking. What cannot be looked at is left out."""
     deadline, sizes, whole = time.monotonic() + within_s, [], True
-    for folder, entry in ((f"agents/{name}", "state"), (f"agents/{name}", "claude"), ("proposed", name)):
+    own = f"agents/{name}"
+    # What is in its mirrors is the hive's, and takes no room here.
+    for folder, entry in ((own, "state"), (own, "claude"), ("proposed", name), (own, "projects")):
         size = 0
         with contextlib.suppress(OSError):
             descriptor = open_folder(state_dir / folder)
@@ -159,8 +163,8 @@ def measure(state_dir: Path, name: AgentName, within_s: float = MEASURE_WITHIN_S
             finally:
                 os.close(descriptor)
         sizes.append(size)
-    state, claude, config = sizes
-    return DiskUse(state, claude, config, whole)
+    state, claude, config, projects = sizes
+    return DiskUse(state, claude, config, projects, whole)
 
 
 def measure_shared(state_dir: Path, within_s: float = MEASURE_WITHIN_S) -> int:

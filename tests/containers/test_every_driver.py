@@ -515,10 +515,16 @@ async def test_whatever_an_agent_left_behind_is_kept_when_it_is_destroyed_and_re
     code, said = await run(tmp_path, sandbox, planted)
     assert code == 0, said
     await driver_in(tmp_path, sandbox, "").destroy(IRIS)
+    dirs = dirs_in(tmp_path)
+    (dirs.projects / "x").mkdir()
+    (dirs.projects / "x" / "unpushed").write_text("kept")
+    (dirs.mirrors / "x").mkdir()
     keeper = Keeper(tmp_path, lambda name: agent_dirs(tmp_path, tmp_path / "runtime", name).run)
     assert await keeper.put_away(IRIS, "iris@2026-01-01") > 2_000_000
     kept = tmp_path / "tombstones" / "iris@2026-01-01"
     assert (kept / "agent" / "state" / "note").read_text() == "kept\n"
+    assert (kept / "agent" / "projects" / "x" / "unpushed").read_text() == "kept"
+    assert not (kept / "agent" / "mirrors").exists(), "they are the hive's"
     assert not (tmp_path / "agents" / "iris").exists()
     await keeper.remove(kept.name, 1)
     assert list((tmp_path / "tombstones").iterdir()) == []

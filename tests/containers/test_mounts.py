@@ -37,8 +37,10 @@ def test_every_mount_is_said_once_and_only_the_managers_are_more() -> None:
         ("/state/agents/iris/state", "/state", False),
         ("/state/agents/iris/claude", "/root/.claude", False),
         ("/state/shared", "/shared", False),
+        ("/state/agents/iris/projects", "/projects", False),
+        ("/state/agents/iris/mirrors", "/mirrors", True),
     ]
-    more = agent_dirs(Path("/state"), Path("/runtime"), MANAGER).mounts[4:]
+    more = agent_dirs(Path("/state"), Path("/runtime"), MANAGER).mounts[6:]
     assert [(str(mount.source), mount.target, mount.read_only) for mount in more] == [
         ("/state/proposed", "/agents", False),
         ("/state/applied", "/applied", True),
@@ -71,6 +73,33 @@ async def test_two_agents_edit_one_file_of_what_all_share(tmp_path: Path, sandbo
     assert (code, said.splitlines()[-2:]) == (0, ["one", "two"])
     found = [tmp_path / "shared" / "plan", tmp_path / "shared" / "mine"]
     assert {(path.lstat().st_uid, path.lstat().st_mode & 0o077) for path in found} == {(os.getuid(), 0)}
+
+
+async def test_a_file_that_the_hive_has_by_another_name_too_can_be_read_in_a_mirror_and_changed_by_nothing(
+    tmp_path: Path, sandbox: str
+) -> None:
+    """Packs of a mirror are linked there: whoever wrote one would write into every other agent's history."""
+    dirs, pack = dirs_in(tmp_path), tmp_path / "mirrors" / "x.git" / "objects" / "pack" / "pack-1.pack"
+    dirs.make()
+    pack.parent.mkdir(parents=True)
+    pack.write_text("whole")
+    there = dirs.mirrors / "x" / "objects" / "pack"
+    there.mkdir(parents=True)
+    os.link(pack, there / pack.name)
+    before = digest_of(tmp_path / "mirrors")
+    inside = f"/mirrors/x/objects/pack/{pack.name}"
+    ways = [
+        "chmod 666 PACK",
+        "echo > PACK",
+        "rm PACK",
+        "mv PACK /projects/mine",
+        "ln PACK /projects/mine",
+        "touch PACK",
+    ]
+    ways += ["mkdir /mirrors/y", "exec 3< PACK; echo > /proc/self/fd/3", "mount -o remount,rw,bind /mirrors"]
+    script = "\n".join(f"({way}) 2> /dev/null && echo 'done: {way}'" for way in ways).replace("PACK", inside)
+    assert await run(tmp_path, sandbox, f"{script}\ncat {inside}") == (0, "whole")
+    assert digest_of(tmp_path / "mirrors") == before
 
 
 async def test_the_manager_reads_what_is_deployed_and_cannot_write_it(tmp_path: Path, sandbox: str) -> None:
@@ -148,18 +177,21 @@ async def test_an_agent_that_removes_everything_leaves_all_but_its_own_as_it_was
     database = (tmp_path / "hive.sqlite").read_bytes()
 
     rm = "rm -rf --no-preserve-root / 2>/dev/null; cd /state; rm -rf ./* ./.[a-z]*"
-    await remove(tmp_path, sandbox, f"{rm} ~/.claude/* /shared/*")
+    await remove(tmp_path, sandbox, f"{rm} ~/.claude/* /shared/* /projects/* /mirrors/*")
     assert [digest_of(tree) for tree in host] == before
     assert (tmp_path / "hive.sqlite").read_bytes() == database
     assert [sorted(os.listdir(path)) for path in names] == listed
-    assert [sorted(os.listdir(mount.source)) for mount in mine.mounts[1:3]] == [[], []]
+    assert [os.listdir(place) for place in (mine.state, mine.claude, mine.projects)] == [[], [], []]
+    assert (mine.mirrors / "note").read_text() == "whole"
 
     snapshots.restore(snapshots.last_other(), 1_800_000_001_000)
     assert digest_of(mine.state) == state
     assert (await run(tmp_path, sandbox, "cat /state/.hidden"))[1].splitlines()[-1] == "#!/bin/sh"
 
 
-@pytest.mark.parametrize("where", ["agents/iris", "agents/iris/state", "agents/iris/claude", "shared"])
+@pytest.mark.parametrize(
+    "where", ["agents/iris", "agents/iris/state", "agents/iris/claude", "agents/iris/mirrors", "shared"]
+)
 @pytest.mark.parametrize("there", [True, False])
 async def test_a_link_in_the_place_of_a_directory_is_refused_with_the_way_out_and_nothing_is_made_behind_it(
     tmp_path: Path, where: str, there: bool

@@ -145,7 +145,7 @@ async def test_what_a_container_reaches_is_what_the_table_says(tmp_path: Path, s
             listening = opened.enter_context(socket.socket(socket.AF_UNIX))
             listening.bind(address)
             listening.listen()
-        writable = ["/state", "/root/.claude", "/shared", *(["/agents"] if manager else [])]
+        writable = ["/state", "/root/.claude", "/shared", "/projects", *(["/agents"] if manager else [])]
         absent = [
             *(str(place) for place in (tmp_path, other.state, other.run, tmp_path / "hive.sqlite")),
             *("/nix/var/nix/daemon-socket/socket", "/var/run/docker.sock", "/run/systemd/private", "/run/dbus"),

@@ -302,6 +302,18 @@ def test_what_all_share_goes_along_whatever_is_planted_in_it_and_comes_back(stat
     assert not (again / "fifo").exists()
 
 
+def test_clones_of_projects_are_in_it_with_what_nobody_else_has_and_what_they_borrow_is_not(
+    state: Path, tmp_path: Path
+) -> None:
+    clone, packs = "agents/iris/projects/x/.git", "agents/iris/mirrors/x/objects/pack"
+    for name in (f"{clone}/HEAD", f"{clone}/index.lock", "agents/iris/projects/x/uv.lock", f"{packs}/pack-1.pack"):
+        (state / name).parent.mkdir(parents=True, exist_ok=True)
+        (state / name).write_text("one")
+    back_up(state, tmp_path / "hive.tar")
+    held = {name for name in verify(tmp_path / "hive.tar").files if "/projects/" in name or "/mirrors/" in name}
+    assert held == {f"{clone}/HEAD", "agents/iris/projects/x/uv.lock"}
+
+
 def test_snapshots_of_what_is_in_it_anyway_are_left_out(state: Path, tmp_path: Path) -> None:
     for own in ("agents/iris", "tombstones/argus@2026-01-01T00:00:00Z/agent"):
         for place in ("snapshots/2026-01-01T00:00:00Z/state", ".restored", "state/snapshots"):

@@ -28,7 +28,13 @@ QUOTA = 1024 * 1024
 async def hive(tmp_path: Path) -> AsyncIterator[Services]:
     async with open_services(tmp_path, limits=Limits(disk_quota_bytes=QUOTA)) as services:
         await services.add_agents("hm1nd", "iris")
-        for folder in ("agents/iris/state", "agents/iris/claude", "proposed/iris/config", "agents/hm1nd/state"):
+        for folder in (
+            "agents/iris/state",
+            "agents/iris/claude",
+            "agents/iris/projects/x",
+            "proposed/iris/config",
+            "agents/hm1nd/state",
+        ):
             (tmp_path / folder).mkdir(parents=True)
         yield services
 
@@ -58,6 +64,9 @@ async def test_each_part_is_measured_after_a_turn_and_not_without_one(hive: Serv
     fill(hive, 100_000)
     fill(hive, 50_000, "agents/iris/claude/session")
     fill(hive, 20_000, "proposed/iris/config/CLAUDE.md")
+    fill(hive, 70_000, "agents/iris/projects/x/main.c")
+    (hive.state_dir / "agents/iris/mirrors").mkdir()
+    fill(hive, 200_000, "agents/iris/mirrors/pack")  # the hive's own, which the agent borrows from
     await disk.look()
     assert disk.of(IRIS) == empty
     await take_turn(hive)
@@ -65,7 +74,8 @@ async def test_each_part_is_measured_after_a_turn_and_not_without_one(hive: Serv
     full = disk.of(IRIS)
     assert full is not None
     grown = [full.state - empty.state, full.claude - empty.claude, full.config - empty.config]
-    assert [size // 1000 for size in grown] == [102, 53, 20]
+    assert [size // 1000 for size in (*grown, full.projects - empty.projects)] == [102, 53, 20, 73]
+    assert full.bytes - empty.bytes == sum(grown) + full.projects - empty.projects
     assert full.whole
 
 

@@ -84,6 +84,7 @@ def test_only_the_agents_own_directories_and_what_all_share_can_be_written(tmp_p
     dirs = dirs_in(tmp_path, manager)
     binds = {option[1:] for option in options(bwrap_command(dirs, None, 7, 8)) if option[0] == "--bind"}
     own = {(str(dirs.state), "/state"), (str(dirs.claude), "/root/.claude"), (str(tmp_path / "shared"), "/shared")}
+    own |= {(str(dirs.projects), "/projects")}
     assert binds == own | ({(str(tmp_path / "proposed"), "/agents")} if manager else set())
 
 
@@ -94,7 +95,8 @@ def test_nothing_of_the_host_is_seen_but_the_system_and_the_program(tmp_path: Pa
     argv = bwrap_command(dirs_in(tmp_path), claude, 7, 8)
     seen = [option[1] for option in options(argv) if option[0].startswith("--ro-bind")]
     assert str(claude) in seen
-    seen = [path for path in seen if path not in ("/dev/null", *PROC_OF_THE_HOST, str(dirs_in(tmp_path).run))]
+    mine = (str(dirs_in(tmp_path).run), str(dirs_in(tmp_path).mirrors))
+    seen = [path for path in seen if path not in ("/dev/null", *PROC_OF_THE_HOST, *mine)]
     for path in seen:
         private = [str(tmp_path), "/", "/root", "/home", "/etc", "/var", "/run", "/tmp", os.getcwd(), str(Path.home())]
         assert path not in private
