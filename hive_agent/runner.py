@@ -40,6 +40,8 @@ class Seat:
     egress_port: int = 0  # and of the one that leads to the hive's proxy; 0: there is none
     harness: str = ""  # the address of the harness's own tool, where it has one
     configs_dir: str = "/agents"  # every agent's configuration, where this is the manager
+    projects_dir: str = "/projects"  # its clones of projects
+    mirrors_dir: str = "/mirrors"  # what they borrow objects from
 
 
 class Activity(NamedTuple):

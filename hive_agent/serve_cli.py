@@ -45,6 +45,8 @@ def make_parser(program: str = "hive-agent") -> argparse.ArgumentParser:
     parser.add_argument(
         "--configs", default="/agents", metavar="DIR", help="every agent's configuration, the manager's"
     )
+    parser.add_argument("--projects", default="/projects", metavar="DIR", help="its clones of projects")
+    parser.add_argument("--mirrors", default="/mirrors", metavar="DIR", help="what they borrow objects from")
     parser.add_argument("--claude", metavar="PATH", help="the claude executable, where there is one")
     parser.add_argument("--claude-dir", metavar="DIR", help="its sessions and settings (default: ~/.claude)")
     parser.add_argument(
@@ -75,6 +77,8 @@ def seat_maker(arguments: argparse.Namespace) -> SeatMaker:
             run_dir=arguments.run,
             state_dir=arguments.state,
             configs_dir=arguments.configs,
+            projects_dir=arguments.projects,
+            mirrors_dir=arguments.mirrors,
             home=home,
             config_dir=arguments.claude_dir or os.path.join(home, ".claude"),
             path=os.environ.get("PATH") or DEFAULT_PATH,

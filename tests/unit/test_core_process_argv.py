@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hive_agent.serve_cli import make_parser, seat_maker
 from hive_core.containers.bubblewrap import bwrap_command
 from hive_core.containers.inside import PROC_OF_THE_HOST, SYSTEM_PATHS, is_below
 from hive_core.containers.mounts import AgentDirs, agent_dirs
@@ -256,3 +257,15 @@ def test_a_disk_that_is_full_holds_up_nobody_who_prints(tmp_path: Path) -> None:
     finally:
         os.close(full)
         os.close(source)
+
+
+@pytest.mark.parametrize("sandbox", ["bwrap", "none"])
+def test_the_harness_takes_what_it_is_started_with_and_works_in_the_directories_that_it_has(
+    tmp_path: Path, sandbox: str
+) -> None:
+    dirs = dirs_in(tmp_path)
+    command = driver_in(tmp_path, sandbox, tmp_path / "claude", 9)._command(IRIS, dirs)
+    seat = seat_maker(make_parser().parse_args(command[command.index("serve") + 1 :]))("iris", 1, 2)
+    places = [seat.run_dir, seat.state_dir, seat.projects_dir, seat.mirrors_dir]
+    bare = [str(path) for path in (dirs.run, dirs.state, dirs.projects, dirs.mirrors)]
+    assert places == (bare if sandbox == "none" else ["/run/hive", "/state", "/projects", "/mirrors"])
