@@ -12,19 +12,9 @@ from tests.needs import ROOT
 FLOORS = [
     {"protocol"},
     {  # what asks nobody
-        *("credentials", "cron", "kept", "limits", "lock", "logs", "prices", "programs", "project_rules"),
-        *(
-            "provider_limits",
-            "revision",
-            "settings",
-            "snapshots",
-            "systemd",
-            "toolkits",
-            "tree_copies",
-            "trees",
-            "usage",
-            "version",
-        ),
+        *("credentials", "cron", "destinations", "egress_rules", "kept", "limits", "lock", "logs", "prices"),
+        *("programs", "project_rules", "provider_limits", "revision"),
+        *("settings", "snapshots", "systemd", "toolkits", "tree_copies", "trees", "usage", "version"),
     },
     {"git", "store"},
     {"config", "effects", "effects_of_settings", "policy_rules"},

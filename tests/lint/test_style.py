@@ -64,7 +64,8 @@ def test_no_file_names_a_registry_host() -> None:
     # Put together here, so that this file names none either.
     hosts = [("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"), ("npmjs", "com"), ("crates", "io")]
     named = re.compile("|".join(rf"\b{name}\.{top}\b" for name, top in hosts))
-    assert not lines_matching(named)
+    # Which hosts agents may be let to is said there, for every machine alike.
+    assert not [line for line in lines_matching(named) if not line.startswith("hive_core/egress_presets.toml:")]
 
 
 def test_no_file_names_an_absolute_path_of_a_build_machine() -> None:
