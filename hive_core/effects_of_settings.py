@@ -6,7 +6,10 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hive_core.destinations import TUNNEL, Allowed, destination
 from hive_core.effects import Line, listed, some
+from hive_core.egress_rules import Rule as Destination
+from hive_core.egress_rules import presets
 from hive_core.project_rules import Project
 from hive_core.protocol.visible import quoted
 from hive_core.settings import AgentSettings, McpServer
@@ -39,7 +42,7 @@ def _say(key: str, value: Any) -> str:
     return quoted(text) if text in (_NONE.get(key), nothing) else text
 
 
-_TABLES = {"mcp_servers", "projects"}  # told one by one, also of a new agent
+_TABLES = {"mcp_servers", "projects", "egress"}  # told one by one, also of a new agent
 _NONE = {
     "effort": "the program's own",
     "context_window": "as the program says",
@@ -114,6 +117,28 @@ def _projects(key: str, before: list[Project], after: list[Project]) -> list[Lin
     return [Line(key, old.get(name), new.get(name), wide=name in new) for name in names]
 
 
+def _egress(key: str, before: list[Destination], after: list[Destination]) -> list[Line]:
+    """A line for each, whole: none hides among many."""
+    old, new = ([destination_text(one) for one in entries] for entries in (before, after))
+    lines = [Line(key, None, text, wide=True) for text in dict.fromkeys(new) if text not in old]
+    return lines + [Line(key, text, None) for text in dict.fromkeys(old) if text not in new]
+
+
+def destination_text(entry: Destination) -> str:
+    """An entry of `egress` in words: a preset with what it holds, a host with what is special about it."""
+    if entry.to in presets():
+        return f"{entry.to} ({', '.join(_allowed_text(one) for one in entry.allowed())})"
+    (one,) = entry.allowed()
+    special = [", ".join(one.methods)] if entry.methods != Destination(to=entry.to).methods else []
+    special += [f"also at {', '.join(entry.addresses)}"] if entry.addresses else []
+    return f"{entry.to} ({'; '.join(special)})" if special else entry.to
+
+
+def _allowed_text(one: Allowed) -> str:
+    host = f"*.{one.host}" if one.below else one.host
+    return destination(one.methods[0] if one.methods else TUNNEL, host, one.port)
+
+
 RULES: Mapping[str, Rule] = {
     "credential": _wide,
     "recipients": _recipients,
@@ -121,6 +146,7 @@ RULES: Mapping[str, Rule] = {
     "tools": _tools,
     "mcp_servers": _servers,
     "env": _names,
+    "egress": _egress,
     "projects": _projects,
     "available_models": _models,
     **dict.fromkeys(("program", "model", "effort", "description", "turns"), _plain),

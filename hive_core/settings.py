@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from hive_core import credentials
+from hive_core.egress_rules import Entries
 from hive_core.project_rules import PROJECTS_LIMIT, Project
 from hive_core.protocol.harness import (
     BACKGROUND_S,
@@ -60,7 +61,7 @@ def _only_theirs(names: dict[str, str]) -> dict[str, str]:
 Variables = Annotated[dict[VariableName, Value], Field(max_length=64), AfterValidator(_only_theirs)]
 
 # What the host enforces of the settings, whatever goes on in the container.
-POLICY = {"recipients", "pair_rate_per_hour", "credential", "available_models", "projects"}
+POLICY = {"recipients", "pair_rate_per_hour", "credential", "available_models", "projects", "egress"}
 # And what of it the harness is told as well.
 TOLD = {"projects"}
 
@@ -97,6 +98,7 @@ class AgentSettings(BaseModel):
     pair_rate_per_hour: Annotated[int, Field(ge=1, le=100_000)] | None = None  # to one recipient; None: the hive's
     env: Variables = {}  # more of its program's environment
     mcp_servers: Annotated[dict[ServerName, McpServer], Field(max_length=16)] = {}
+    egress: Entries = []  # what it may reach beside the model
     projects: Annotated[list[Project], Field(max_length=PROJECTS_LIMIT)] = []  # of the hive's, by their names
 
     @model_validator(mode="after")

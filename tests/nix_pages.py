@@ -38,7 +38,7 @@ PARTS = {
 ## An agent: `nixosModules.agent`
 
 `hyperhive.settings` are the keys of `agent.toml`. `hyperhive.model`, `.effort`, `.env`, `.tools`, `.description`,
-`.credential`, `.projects`, `.availableModels` (`available_models`), `.extraMcpServers` (`mcp_servers`),
+`.credential`, `.egress`, `.projects`, `.availableModels` (`available_models`), `.extraMcpServers` (`mcp_servers`),
 `.allowedRecipients` (`recipients`), `.autoCompact.atPercent` (`compact_at_percent`) and `.autoCompact.contextWindow`
 (`context_window`) are other names of them.
 """,

@@ -19,6 +19,7 @@ in
     (alias [ "tools" ] "tools")
     (alias [ "description" ] "description")
     (alias [ "credential" ] "credential")
+    (alias [ "egress" ] "egress")
     (alias [ "projects" ] "projects")
     (alias [ "allowedRecipients" ] "recipients")
     (alias [ "autoCompact" "atPercent" ] "compact_at_percent")

@@ -23,6 +23,21 @@ let
       env = setting variables { } "Its environment.";
     };
   };
+  destination = types.submodule {
+    options = {
+      to = mkOption {
+        type = types.str;
+        description = "As `host:port`, `*.suffix:port` or `http://host`.";
+      };
+      addresses =
+        setting (types.listOf types.str) [ ]
+          "Networks in which, besides the public ones, the host's addresses may lie.";
+      methods = setting (types.listOf types.str) [
+        "GET"
+        "HEAD"
+      ] "Of plain requests (`http://`), those that it takes.";
+    };
+  };
   branch = "[A-Za-z0-9_][A-Za-z0-9._/@+#=,-]{0,199}";
   project = types.submodule {
     options = {
@@ -124,6 +139,9 @@ in
       mcp_servers =
         setting (types.attrsOf mcpServer) { }
           "Servers of tools beside the hive's own, by name.";
+      egress =
+        setting (types.listOf (types.either types.str destination)) [ ]
+          "What it may reach beside the model: `host:port`, `*.suffix:port`, `http://host`, a preset, or a table with more (docs/reach.md).";
       projects =
         setting (types.listOf project) [ ]
           "The hive's projects that it works on, each a clone of its own.";

@@ -6,6 +6,7 @@ import pytest
 
 from hive_agent.serve_cli import make_parser
 from hive_core.containers import inside, seccomp
+from hive_core.egress_rules import Rule
 from hive_core.settings import AgentSettings, McpServer
 from tests.nixes import NIXPKGS, Nix
 
@@ -30,7 +31,9 @@ def test_the_names_for_people_are_those_of_agent_toml(nix: Nix, nixpkgs: str) ->
     module = """{ hyperhive = { availableModels = [ "opus" ]; env.TZ = "UTC"; extraMcpServers.files.command = "files";
         model = "opus"; effort = "low"; tools = [ "Bash" ]; description = "reads";
         credential = "other"; allowedRecipients = [ "hm1nd" ]; autoCompact.atPercent = 50;
-        autoCompact.contextWindow = 9000; }; }"""
+        autoCompact.contextWindow = 9000;
+        egress = [ "python" "git.lan:22" { to = "http://repo.lan"; methods = [ "POST" ]; }
+                   { to = "git.lan:3000"; addresses = [ "10.0.0.0/8" ]; } ]; }; }"""
     found = nix.value(f"{agent(module)}.config.hyperhive.settings", nixpkgs)
     assert AgentSettings(**{key: value for key, value in found.items() if value is not None}) == AgentSettings(
         available_models=["opus"],
@@ -44,6 +47,12 @@ def test_the_names_for_people_are_those_of_agent_toml(nix: Nix, nixpkgs: str) ->
         recipients=["hm1nd"],
         compact_at_percent=50,
         context_window=9000,
+        egress=[
+            Rule(to="python"),
+            Rule(to="git.lan:22"),
+            Rule(to="http://repo.lan", methods=["POST"]),
+            Rule(to="git.lan:3000", addresses=["10.0.0.0/8"]),
+        ],
     )
 
 

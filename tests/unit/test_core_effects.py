@@ -48,6 +48,15 @@ CHANGES: dict[str, tuple[Any, list[str]]] = {
         {"maps": {"command": "maps", "args": ["--at", "a b"], "env": {"KEY": "hunter2"}}},
         ["!mcp_servers: + maps: maps --at 'a b' (env KEY)"],
     ),
+    "egress": (
+        ["nix-cache", "git.lan:22", {"to": "http://r.lan", "methods": ["POST"], "addresses": ["10.0.0.7"]}],
+        [
+            "!egress: + nix-cache (cache.nixos.org:443, channels.nixos.org:443, releases.nixos.org:443, "
+            "tarballs.nixos.org:443)",
+            "!egress: + git.lan:22",
+            "!egress: + http://r.lan (POST; also at 10.0.0.7)",
+        ],
+    ),
     "projects": (
         [{"name": "site", "branch": "next", "push": "iris/*", "force": True}],
         ["!projects: + site at /projects/site, branch next, push iris/*, force"],
@@ -99,6 +108,13 @@ def test_equal_settings_have_no_line() -> None:
         ("description", "", "empty", ['description: empty → "empty"']),
         ("env", {"A": "1"}, {"A": "2"}, ["env: A → another value"]),
         ("mcp_servers", {"m": {"command": "m"}}, {}, ["mcp_servers: − m: m"]),
+        ("egress", ["a.lan:1", "b.lan:1"], ["b.lan:1"], ["egress: − a.lan:1"]),
+        (
+            "egress",
+            ["*.a.lan:1"],
+            [{"to": "*.a.lan:1", "addresses": ["10.0.0.0/8"]}],
+            ["!egress: + *.a.lan:1 (also at 10.0.0.0/8)", "egress: − *.a.lan:1"],
+        ),
         (
             "projects",
             [{"name": "a"}, {"name": "b"}],
