@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from hive_core.protocol.harness import Settings
+    from hive_core.protocol.harness import McpServer, Settings
 
 MAX_RETRIES = 5  # 17 s against 529, which is retried whatever the server says; the default of 10 is 3 minutes
 TOOLS_PATIENCE_MS = 60_000  # a daemon that starts anew in that time costs a turn nothing
@@ -37,7 +37,7 @@ def flags(seat: Seat, settings: Settings) -> list[str]:
     python, *arguments = own_command(
         "mcp", "--socket", f"{seat.run_dir}/mcp.sock", *(("--harness", seat.harness) if seat.harness else ())
     )
-    extra = settings.get("mcp_servers", {})
+    extra = {name: _server(server) for name, server in settings.get("mcp_servers", {}).items()}
     servers = {"mcpServers": {**extra, "hive": {"command": python, "args": arguments}}}
     chosen = ["--print", "--verbose", "--input-format", "stream-json", "--output-format", "stream-json"]
     chosen += ["--mcp-config", json.dumps(servers), "--strict-mcp-config"]
@@ -53,6 +53,14 @@ def flags(seat: Seat, settings: Settings) -> list[str]:
     if settings["prompt"].strip():
         chosen += ["--append-system-prompt", settings["prompt"]]
     return chosen
+
+
+def _server(server: McpServer) -> dict[str, object]:
+    """An entry of --mcp-config. In a sandbox the program asks for no permission, so it is not what allows a tool."""
+    command, *arguments = [server["command"], *server["args"]]
+    if (allowed := server.get("allowed_tools")) is not None:
+        command, *arguments = own_command("only", ",".join(allowed), "--", command, *arguments)
+    return {"command": command, "args": arguments, "env": server["env"]}
 
 
 def session_flags(session: str | None) -> list[str]:

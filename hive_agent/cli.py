@@ -15,6 +15,7 @@ def _usage(program: str) -> str:
         "serve [--run DIR] [--state DIR] [--claude PATH] …": "take turns for the agent whose sockets are in DIR",
         "mcp --socket PATH": "bridge stdio to the hive's tools",
         "connect --socket PATH HOST PORT": "carry stdio through the hive's proxy, for programs such as ssh",
+        "only TOOLS -- COMMAND …": "start a server of tools on stdio, of which only these are to be had",
         "rehearse [flags of claude]": "be a stand-in for claude",
         "replay": "run a recorded turn again, which comes as JSON on stdin, and say what would differ",
         "check CLAUDE": "say as JSON whether a claude executable takes what we ask of it",
@@ -45,6 +46,10 @@ def main(argv: list[str] | None = None, role: str = "", program: str = "hive-age
             from hive_agent.connect import main as connect
 
             return _run(lambda: connect(rest, program), program)
+        case ["only", *rest]:
+            from hive_agent.tool_filter import main as only
+
+            return _run(lambda: only(rest), program)
         case ["rehearse", *rest]:
             from hive_agent.rehearse import main as rehearse
 

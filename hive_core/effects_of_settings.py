@@ -101,14 +101,34 @@ def _servers(key: str, before: Mapping[str, McpServer], after: Mapping[str, McpS
             continue
         was, is_now = (None if one is None else _server(name, one) for one in (old, new))
         if was == is_now:
-            is_now = "the same with another env"
-        lines.append(Line(key, was, is_now, wide=new is not None))
+            is_now = f"the same with {_others(old, new)}"
+        lines.append(Line(key, was, is_now, wide=new is not None and not _narrows(old, new)))
     return lines
+
+
+def _others(old: McpServer | None, new: McpServer | None) -> str:
+    """What two servers that read the same differ in."""
+    assert old is not None
+    assert new is not None
+    if old.allowed_tools == new.allowed_tools:
+        return "another env"
+    had, has = old.allowed_tools or [], new.allowed_tools or []
+    more, less = ([tool for tool in one if tool not in other] for one, other in ((has, had), (had, has)))
+    parts = [f"{sign} {some(tools)}" for sign, tools in (("+", more), ("−", less)) if tools]
+    return f"other tools: {', '.join(parts)}" if parts else "its tools in another order"
+
+
+def _narrows(old: McpServer | None, new: McpServer) -> bool:
+    """Whether nothing but a part of its tools is to be had any more."""
+    if old is None or new.allowed_tools is None or old.model_copy(update={"allowed_tools": new.allowed_tools}) != new:
+        return False
+    return old.allowed_tools is None or set(new.allowed_tools) <= set(old.allowed_tools)
 
 
 def _server(name: str, server: McpServer) -> str:
     env = f" (env {some(server.env)})" if server.env else ""
-    return f"{name}: {shlex.join([server.command, *server.args])}{env}"
+    tools = "" if server.allowed_tools is None else f" (only {some(server.allowed_tools)})"
+    return f"{name}: {shlex.join([server.command, *server.args])}{env}{tools}"
 
 
 def _projects(key: str, before: list[Project], after: list[Project]) -> list[Line]:

@@ -48,6 +48,7 @@ CredentialName = Annotated[
 _OURS = "HIVE|ANTHROPIC|CLAUDE|MCP|GIT|DISABLE|LD|IS"
 VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\z", max_length=80)]
 Value = Annotated[str, StringConstraints(pattern=r"^[^\x00]*\z", max_length=4096)]
+ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*\z", max_length=128)]
 ServerName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*\z", max_length=30)]
 
 
@@ -74,6 +75,7 @@ class McpServer(BaseModel):
     command: Annotated[Value, Field(min_length=1)]
     args: Annotated[list[Value], Field(max_length=64)] = []
     env: Variables = {}
+    allowed_tools: Annotated[list[ToolName], Field(min_length=1, max_length=200)] | None = None  # None: all of them
 
 
 class AgentSettings(BaseModel):
@@ -138,6 +140,7 @@ _SENTENCES = {
     "list_type": "a list is needed",
     "dict_type": "a table is needed",
     "string_too_short": "it is empty",
+    "too_short": "it holds nothing; leave it out",
     "too_long": "it holds more than {max_length} entries",
     "int_type": "a whole number is needed",
     "int_parsing": "a whole number is needed",

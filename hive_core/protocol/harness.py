@@ -34,11 +34,12 @@ if TYPE_CHECKING:
     Outcome = Literal["done", "failed", "waiting", "cancelled"]
 
     class McpServer(TypedDict):
-        """A server of tools, as the program's --mcp-config has it."""
+        """A server of tools, as the program's --mcp-config has it, and which of its tools are to be had."""
 
         command: str
         args: list[str]
         env: dict[str, str]
+        allowed_tools: NotRequired[list[str]]  # absent: all
 
     class Project(TypedDict):
         """A project of the hive's that the agent has a clone of."""

@@ -21,6 +21,9 @@ let
       };
       args = setting (types.listOf types.str) [ ] "Its arguments.";
       env = setting variables { } "Its environment.";
+      allowed_tools =
+        setting (types.nullOr (types.listOf types.str)) null
+          "Its tools that are to be had; null is all of them.";
     };
   };
   destination = types.submodule {

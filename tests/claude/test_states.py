@@ -52,7 +52,9 @@ for line in sys.stdin:
             "capabilities": {"tools": {}},
             "serverInfo": {"name": "files", "version": "1"},
         },
-        "tools/list": {"tools": [{"name": "where", "description": "where", "inputSchema": {"type": "object"}}]},
+        "tools/list": {
+            "tools": [{"name": each, "description": "", "inputSchema": {"type": "object"}} for each in ("where", "rm")]
+        },
         "tools/call": {"content": [{"type": "text", "text": "it is " + os.environ["PLACE"]}]},
     }.get(asked["method"], {})
     print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": result}), flush=True)
@@ -67,6 +69,19 @@ async def test_variables_and_servers_of_tools_from_agent_toml_reach_the_program(
         ending = await desk.turn("hello", tools=["Bash"], mcp_servers={"files": files}, env={"GREETING": "moin"})
         assert ending.outcome == "done"
         assert [result.text for result in desk.model.turns[-1].tool_results] == ["it is on a shelf", "moin"]
+
+
+async def test_of_a_servers_tools_the_model_has_those_that_are_allowed(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(SERVER)
+    files = {"command": sys.executable, "args": [str(tmp_path / "server.py")], "env": {"PLACE": "here"}}
+    calls = say(tool("mcp__files__where"), tool("mcp__files__rm"))
+    async with a_desk(tmp_path, [calls, "done"]) as desk:
+        await desk.turn("hello", tools=["Bash"], mcp_servers={"files": {**files, "allowed_tools": ["where"]}})
+        offered = {each["name"] for each in desk.model.turns[0].body["tools"]}
+        assert {name for name in offered if name.startswith("mcp__files__")} == {"mcp__files__where"}
+        done, refused = desk.model.turns[-1].tool_results
+        assert (done.text, done.is_error) == ("it is here", False)
+        assert refused.is_error
 
 
 # -- the provider -----------------------------------------------------------------------------------------------------

@@ -294,6 +294,14 @@ def test_more_servers_of_tools_stand_beside_the_hives_own_and_never_in_its_place
     assert allowed == "mcp__hive__*,mcp__files__*"
 
 
+def test_a_server_of_which_some_tools_are_allowed_stands_behind_what_keeps_it_to_them() -> None:
+    server = {"command": "maps", "args": ["--at", "x"], "env": {"A": "1"}, "allowed_tools": ["find", "get"]}
+    config = json.loads(value_of("--mcp-config", flags(SEAT, settings(mcp_servers={"maps": server}))))
+    entry = config["mcpServers"]["maps"]
+    assert entry["env"] == {"A": "1"}
+    assert entry["args"][-6:] == ["only", "find,get", "--", "maps", "--at", "x"]
+
+
 def test_what_an_agent_adds_to_the_environment_stands_there_but_never_in_the_place_of_ours() -> None:
     made = environment(SEAT, "api_key", {"TZ": "Europe/Berlin", "HOME": "/elsewhere", "ANTHROPIC_BASE_URL": "http://x"})
     assert made == {**environment(SEAT, "api_key"), "TZ": "Europe/Berlin"}

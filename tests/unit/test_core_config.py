@@ -312,6 +312,14 @@ def test_what_agent_toml_may_not_say_is_refused_by_name(text: bytes, words: str)
         ("[mcp_servers.files]\ncommand = ''", "mcp_servers.files.command: it is empty"),
         ("[mcp_servers.files]\nargs = []", "mcp_servers.files.command: it is missing"),
         ("[mcp_servers.files]\ncommand = 'x'\nurl = 'y'", "mcp_servers.files.url: unknown key"),
+        (
+            "[mcp_servers.files]\ncommand = 'x'\nallowed_tools = []",
+            "mcp_servers.files.allowed_tools: it holds nothing; leave it out",
+        ),
+        (
+            "[mcp_servers.files]\ncommand = 'x'\nallowed_tools = ['a,b']",
+            "mcp_servers.files.allowed_tools.0: some of its characters, or their order, are not allowed",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_setting_of_an_agent_is_said_in_plain_words(text: str, said: str) -> None:

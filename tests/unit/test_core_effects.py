@@ -64,6 +64,9 @@ CHANGES: dict[str, tuple[Any, list[str]]] = {
 }
 
 
+M: dict[str, Any] = {"command": "m"}
+
+
 def settings(**given: Any) -> AgentSettings:
     return AgentSettings.model_validate(given)
 
@@ -124,6 +127,26 @@ def test_equal_settings_have_no_line() -> None:
                 "projects: − a at /projects/a, push its own name's branches",
             ],
         ),
+        ("mcp_servers", {"m": M}, {"m": {**M, "allowed_tools": ["a"]}}, ["mcp_servers: m: m → m: m (only a)"]),
+        ("mcp_servers", {"m": {**M, "allowed_tools": ["a"]}}, {"m": M}, ["!mcp_servers: m: m (only a) → m: m"]),
+        (
+            "mcp_servers",
+            {"m": {**M, "allowed_tools": ["a", "b"]}},
+            {"m": {**M, "allowed_tools": ["b"]}},
+            ["mcp_servers: m: m (only a, b) → m: m (only b)"],
+        ),
+        (
+            "mcp_servers",
+            {"m": {**M, "allowed_tools": ["a"]}},
+            {"m": {**M, "allowed_tools": ["a", "b"]}},
+            ["!mcp_servers: m: m (only a) → m: m (only a, b)"],
+        ),
+        (
+            "mcp_servers",
+            {"m": {**M, "allowed_tools": ["a"]}},
+            {"m": {"command": "n", "allowed_tools": ["a"]}},
+            ["!mcp_servers: m: m (only a) → m: n (only a)"],
+        ),
     ],
 )
 def test_what_widens_is_told_from_what_narrows(key: str, before: Any, after: Any, words: list[str]) -> None:
@@ -142,6 +165,14 @@ def test_what_differs_behind_the_names_that_a_line_has_room_for_is_told() -> Non
     one, other = (settings(mcp_servers=server) for server in servers)
     (server,) = told(settings_lines(one, other))
     assert server.endswith("→ the same with another env")
+
+
+def test_tools_behind_those_that_a_line_has_room_for_are_told() -> None:
+    many = [f"t{number:02}" for number in range(LISTED)]
+    before, after = (settings(mcp_servers={"m": {**M, "allowed_tools": [*many, last]}}) for last in ("x", "y"))
+    (server,) = told(settings_lines(before, after))
+    assert server.startswith("!")
+    assert server.endswith("→ the same with other tools: + y, − x")
 
 
 def test_models_that_are_named_as_the_word_for_all_of_them_are_told() -> None:
