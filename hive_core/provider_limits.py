@@ -44,13 +44,13 @@ def windows_of(headers: Mapping[str, str], now_ms: int) -> dict[str, Window]:
     for name in WINDOWS:
         used = _number(headers.get(f"{_UNIFIED}-{name}-utilization"))
         if used is not None and 0 <= used <= 100:
-            found[name] = Window(used, _instant(headers.get(f"{_UNIFIED}-{name}-reset"), now_ms), now_ms)
+            found[name] = Window(used, instant_ms(headers.get(f"{_UNIFIED}-{name}-reset"), now_ms), now_ms)
     return found
 
 
 def reset_of(headers: Mapping[str, str], now_ms: int) -> int | None:
     """The instant, in ms since 1970, until which an answer of 429 or 529 says to wait; None when it says none."""
-    told = [at for at in (_retry_after(headers.get("retry-after"), now_ms), *_unified_resets(headers, now_ms)) if at]
+    told = [at for at in (retry_after_ms(headers.get("retry-after"), now_ms), *_unified_resets(headers, now_ms)) if at]
     return max(told or _bucket_resets(headers, now_ms), default=None)
 
 
@@ -59,17 +59,17 @@ def _unified_resets(headers: Mapping[str, str], now_ms: int) -> Iterator[int | N
     rejected = [name for name in WINDOWS if headers.get(f"{_UNIFIED}-{name}-status") == "rejected"]
     claim = headers.get(f"{_UNIFIED}-representative-claim")
     named = rejected or [name for name, its_claim in WINDOWS.items() if its_claim == claim]
-    resets = [_instant(headers.get(f"{_UNIFIED}-{name}-reset"), now_ms) for name in named]
-    yield from resets if any(resets) else [_instant(headers.get(f"{_UNIFIED}-reset"), now_ms)]
+    resets = [instant_ms(headers.get(f"{_UNIFIED}-{name}-reset"), now_ms) for name in named]
+    yield from resets if any(resets) else [instant_ms(headers.get(f"{_UNIFIED}-reset"), now_ms)]
 
 
 def _bucket_resets(headers: Mapping[str, str], now_ms: int) -> list[int]:
     empty = [name for name in _BUCKETS if _number(headers.get(f"anthropic-ratelimit-{name}-remaining")) == 0]
-    resets = [_instant(headers.get(f"anthropic-ratelimit-{name}-reset"), now_ms) for name in empty]
+    resets = [instant_ms(headers.get(f"anthropic-ratelimit-{name}-reset"), now_ms) for name in empty]
     return [at for at in resets if at is not None]
 
 
-def _retry_after(raw: str | None, now_ms: int) -> int | None:
+def retry_after_ms(raw: str | None, now_ms: int) -> int | None:
     """Seconds, or a date of HTTP (RFC 9110 10.2.3)."""
     if (seconds := _number(raw)) is not None:
         return _soon(now_ms + math.ceil(seconds * 1000), now_ms)
@@ -79,7 +79,7 @@ def _retry_after(raw: str | None, now_ms: int) -> int | None:
         return None
 
 
-def _instant(raw: str | None, now_ms: int) -> int | None:
+def instant_ms(raw: str | None, now_ms: int) -> int | None:
     """Seconds since 1970, or RFC 3339."""
     if (seconds := _number(raw)) is not None:
         return _soon(math.ceil(seconds * 1000), now_ms)
