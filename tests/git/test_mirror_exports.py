@@ -1,0 +1,113 @@
+"""What clones of agents borrow of a mirror."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hive_core.git.mirror_exports import export_mirror, remove_export
+from tests.hives import clean_environment
+
+
+def git(*words: str | Path, said: str | None = None, **variables: str) -> str:
+    environment = {**clean_environment(), **variables}
+    command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *map(str, words)]
+    done = subprocess.run(command, env=environment, input=said, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def commit(repository: Path, word: str, branch: str = "main") -> str:
+    """Another commit of a bare repository, in a pack of its own."""
+    lines = f"commit refs/heads/{branch}\ncommitter a <a@b> 1 +0000\ndata 1\nx\n"
+    parent = subprocess.run(
+        ["git", "--git-dir", repository, "rev-parse", "-q", "--verify", branch], capture_output=True
+    )
+    lines += f"from refs/heads/{branch}^0\n" if parent.returncode == 0 else ""
+    git("--git-dir", repository, "fast-import", "--quiet", said=f"{lines}M 100644 inline {word}\ndata 1\n{word}\n")
+    return git("--git-dir", repository, "rev-parse", branch)
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Path:
+    mirror = tmp_path / "mirrors" / "x.git"
+    git("init", "-q", "--bare", "-b", "main", mirror)
+    git("--git-dir", mirror, "config", "fastimport.unpackLimit", "0")
+    commit(mirror, "a")
+    return mirror
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return tmp_path / "agents" / "iris" / "mirrors" / "x"
+
+
+def clone(mirror: Path, place: Path, target: Path) -> None:
+    git("clone", "-q", "--reference", place, mirror.as_uri(), target)
+
+
+def test_a_clone_that_borrows_has_all_that_the_mirror_has_and_no_object_of_its_own(
+    tmp_path: Path, mirror: Path, place: Path
+) -> None:
+    export_mirror(mirror, place)
+    clone(mirror, place, tmp_path / "clone")
+    assert (tmp_path / "clone" / "a").read_text() == "a"
+    counted = git("-C", tmp_path / "clone", "count-objects", "-v").splitlines()
+    assert counted[:4] == ["count: 0", "size: 0", "in-pack: 0", "packs: 0"], "nothing was sent"
+    linked = list((place / "objects" / "pack").glob("*.pack"))
+    assert [file.stat().st_nlink for file in linked] == [2], "nothing was copied"
+
+
+def test_what_comes_later_is_fetched_without_a_pack_and_found_by_a_git_that_reads_since_before(
+    tmp_path: Path, mirror: Path, place: Path
+) -> None:
+    export_mirror(mirror, place)
+    clone(mirror, place, tmp_path / "clone")
+    reading = subprocess.Popen(
+        ["git", "-C", tmp_path / "clone", "cat-file", "--batch-check", "--buffer"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert reading.stdin is not None
+    old = git("-C", tmp_path / "clone", "rev-parse", "HEAD")
+    print(old, file=reading.stdin, flush=True)
+    new = commit(mirror, "b")
+    git("--git-dir", mirror, "repack", "-q", "-a", "-d")
+    export_mirror(mirror, place)
+    assert len(list((place / "objects" / "pack").glob("*.pack"))) == 1, "those that were packed anew are gone"
+    said, _ = reading.communicate(f"{old}^{{tree}}\n{new}\n")
+    assert [line.split()[1] for line in said.splitlines()] == ["commit", "tree", "commit"]
+    git("-C", tmp_path / "clone", "fetch", "-q")
+    assert git("-C", tmp_path / "clone", "rev-parse", "origin/main") == new
+    assert not list((tmp_path / "clone" / ".git" / "objects" / "pack").iterdir())
+    git("-C", tmp_path / "clone", "fsck", "--strict")
+
+
+def test_what_a_daemon_that_died_left_half_done_is_completed(mirror: Path, place: Path) -> None:
+    (place / "objects" / "pack").mkdir(parents=True)
+    (pack,) = (mirror / "objects" / "pack").glob("*.pack")
+    (place / "objects" / "pack" / f"{pack.name}.new").write_text("half")
+    (place / "objects" / "pack" / "pack-gone.idx").write_text("of before")
+    (place / "packed-refs.new").write_text("half")
+    export_mirror(mirror, place)
+    assert sorted(file.suffix for file in (place / "objects" / "pack").iterdir()) == [".idx", ".pack"]
+    assert git("--git-dir", place, "rev-parse", "HEAD") == git("--git-dir", mirror, "rev-parse", "HEAD")
+    export_mirror(mirror, place)
+    remove_export(place)
+    remove_export(place)
+    assert list(place.parent.iterdir()) == []
+
+
+def test_where_no_link_can_be_made_the_packs_are_copied(
+    mirror: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", link)
+    export_mirror(mirror, place)
+    assert git("--git-dir", place, "log", "--format=%s") == "x"
