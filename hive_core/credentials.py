@@ -100,7 +100,7 @@ def find_credential(state_dir: Path, environment: Mapping[str, str] = os.environ
         if secret := environment.get(variable, "").strip():
             return Credential(kind, variable, _checked(secret, variable))
     for kind, path in _default_files(state_dir, environment):
-        if secret := _read(path):
+        if secret := read_secret(path):
             return Credential(kind, str(path), secret)
     return None
 
@@ -112,7 +112,8 @@ def _default_files(state_dir: Path, environment: Mapping[str, str]) -> Iterator[
             yield kind, folder / file_name
 
 
-def _read(path: Path, private: bool = False) -> str:
+def read_secret(path: Path, private: bool = False) -> str:
+    """The word that a file holds; "" when there is none. Raises Refusal("usage"), also of a private one that is not."""
     try:
         # A pipe is not waited for: who asks has the whole hive wait.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -198,19 +199,8 @@ class Credentials:
     def put(self, name: str, kind: str, secret: str) -> Path:
         """Store one, whole or not at all, in the place of what had that name; its file. Raises Refusal or OSError."""
         self.check_writable(name)
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.folder.chmod(0o700)
         path = self._file(name, kind)
-        fresh = self.folder / f".{secrets.token_hex(8)}"
-        try:
-            with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
-                file.write(secret + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.rename(path)
-        except BaseException:
-            fresh.unlink(missing_ok=True)
-            raise
+        write_secret(path, secret)
         for other in SUFFIXES:
             if other != kind:
                 self._file(name, other).unlink(missing_ok=True)
@@ -259,7 +249,7 @@ class Credentials:
         # Two are there when a daemon died between storing one and removing the other: the newer counts.
         files = {kind: self._file(name, kind) for kind in SUFFIXES}
         for kind in sorted(files, key=lambda kind: _written_ns(files[kind]), reverse=True):
-            if secret := _read(files[kind], private=True):
+            if secret := read_secret(files[kind], private=True):
                 return Credential(kind, str(files[kind]), secret, name)
         return None
 
@@ -278,6 +268,24 @@ def _written_ns(path: Path) -> int:
         return path.stat().st_mtime_ns
     except OSError:
         return -1
+
+
+def write_secret(path: Path, secret: str) -> None:
+    """Store one for the daemon's user alone, whole or not at all, in the place of what was there. Raises OSError."""
+    folder = path.parent
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    fresh = folder / f".{secrets.token_hex(8)}"
+    try:
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+            file.write(secret + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.rename(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    _sync(folder)
 
 
 def _sync(folder: Path) -> None:

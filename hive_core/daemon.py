@@ -207,6 +207,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             sandbox_weakness=choice.weakness,
             bwrap_trouble=choice.bwrap_trouble,
         )
+        stack.push_async_callback(hive.forges.aclose)
         await agents.load()
         await hive.snapshots.load()
         await hive.freeze.load()

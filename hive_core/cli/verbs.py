@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hive_core.cli.verbs_reach import REACH_VERBS
 from hive_core.protocol.arguments import parser_class, seconds
 from hive_core.protocol.words import shown
 
@@ -367,6 +368,7 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
             (("--warn",), {"type": _whole, "metavar": "PERCENT", "help": "when to warn; 80 when absent"}),
         ],
     ),
+    **REACH_VERBS,
     "events": (
         "hive.events",
         "what people did and what changed",
@@ -422,4 +424,4 @@ def parse(words: list[str]) -> Namespace:
     return (parser.parse_intermixed_args if parser.prog in _INTERMIXED else parser.parse_args)(words)
 
 
-_INTERMIXED = ("hive send", "hive schedule", "hive answer", "hive budget")
+_INTERMIXED = ("hive send", "hive schedule", "hive answer", "hive budget", "hive forge")

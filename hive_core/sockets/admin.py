@@ -43,6 +43,7 @@ from hive_core.services.stopped import stopped
 from hive_core.sockets.admin_approvals import approval_streams, approval_verbs, caller_uid
 from hive_core.sockets.admin_credentials import credential_streams, credential_verbs
 from hive_core.sockets.admin_deploys import deploy_verbs
+from hive_core.sockets.admin_forges import forge_verbs
 from hive_core.sockets.admin_lifecycle import lifecycle_verbs
 from hive_core.sockets.admin_policy import policy_verbs
 from hive_core.sockets.admin_requests import request_verbs
@@ -103,6 +104,7 @@ class AdminDesk:
             **approval_verbs(hive),
             **deploy_verbs(hive),
             **credential_verbs(hive),
+            **forge_verbs(hive),
             **lifecycle_verbs(hive),
             **policy_verbs(hive),
             **request_verbs(hive),

@@ -1,0 +1,82 @@
+"""The forges of the hive's projects: registered when they answer, opened with their tokens, removed with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import trio
+
+from hive_core.forge.adapter import Forge, open_forge
+from hive_core.forge.tokens import Tokens, parse_token
+from hive_core.forge.words import Place, parse_place
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import ProjectName
+from hive_core.services.forges import Registered, all_forges, forge_of, put_forge, remove_forge
+from hive_core.store.door import Store
+
+
+class Forges:
+    def __init__(self, store: Store, state_dir: Path, client: httpx2.AsyncClient | None = None) -> None:
+        """client: to ask with; None opens one when it is needed."""
+        self.store = store
+        self._tokens = Tokens(state_dir)
+        self._client = client
+        self._changes = trio.Lock()
+
+    def open(self, forge: Registered) -> Forge:
+        """Raises Refusal("refused") when its token is gone."""
+        return self._open(forge.place, self._tokens.get(forge.project, forge.place))
+
+    def _open(self, place: Place, token: str) -> Forge:
+        if self._client is None:  # few hives have a forge: its certificates are not read before there is one
+            self._client = httpx2.AsyncClient(follow_redirects=False, trust_env=True)
+        return open_forge(self._client, place, token)
+
+    async def aclose(self) -> None:
+        if self._client is not None:
+            client, self._client = self._client, None
+            await client.aclose()
+
+    async def add(self, project: ProjectName, kind: object, url: object, repository: object, token: object) -> Any:
+        """Register the forge of a project, in the place of the one it had: what `check` answers.
+
+        It is asked first. Raises Refusal, and then all is as it was.
+        """
+        place, secret = parse_place(kind, url, repository), parse_token(token)
+        told = await _ask(self._open(place, secret))
+        async with self._changes:
+            before = next((one.place for one in await all_forges(self.store) if one.project == project), None)
+            try:
+                self._tokens.put(project, place, secret)
+                await self.store.write(lambda tx: put_forge(tx, project, place, told["login"]))
+            except OSError as exc:
+                raise Refusal("failed", f"cannot store the token: {exc.strerror}; nothing has changed") from None
+            except BaseException:
+                if before != place:
+                    self._tokens.keep_only(project, before)
+                raise
+            self._tokens.keep_only(project, place)
+        return {"project": project, **told}
+
+    async def remove(self, project: ProjectName) -> None:
+        """Raises Refusal("not_found")."""
+        async with self._changes:
+            await self.store.write(lambda tx: remove_forge(tx, project))
+            self._tokens.keep_only(project, None)
+
+    async def check(self, project: ProjectName) -> dict[str, Any]:
+        """Ask a forge: {"project", "login", "default_branch", "unread"}; nothing there changes. Raises Refusal."""
+        forge = await forge_of(self.store, project)
+        return {"project": project, **await _ask(self.open(forge), forge.added_at_ms)}
+
+    async def rows(self) -> list[dict[str, Any]]:
+        return [forge.to_wire() for forge in await all_forges(self.store)]
+
+
+async def _ask(forge: Forge, since_ms: int = 0) -> dict[str, Any]:
+    """All that is needed of a token is tried, but writing."""
+    login, branch = await forge.login(), await forge.default_branch()
+    unread = await forge.unread(since_ms)
+    return {"login": login, "default_branch": branch, "unread": len(unread.notifications)}

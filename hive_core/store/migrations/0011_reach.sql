@@ -1,0 +1,50 @@
+-- What agents reach. Each part stands for itself.
+
+-- Forges: where the pull requests and issues of a project are. The token is a file beside the database.
+CREATE TABLE forges (
+  id             INTEGER PRIMARY KEY AUTOINCREMENT,  -- never another's again: what came from it names it
+  project        TEXT NOT NULL UNIQUE,
+  kind           TEXT NOT NULL CHECK (kind IN ('forgejo', 'github')),
+  url            TEXT NOT NULL,
+  repository     TEXT NOT NULL,              -- OWNER/REPO
+  login          TEXT NOT NULL,              -- whose token it is, as the forge said
+  added_at_ms    INTEGER NOT NULL,           -- what happened there before is not told
+  looked_at_ms   INTEGER,                    -- when its notifications were asked for last
+  failures       INTEGER NOT NULL DEFAULT 0, -- looks in a row that failed
+  rests_until_ms INTEGER,                    -- and is not asked before
+  error          TEXT                        -- why the last look failed
+) STRICT;
+
+-- What became of each notification: once for each state of its thread that was seen.
+CREATE TABLE forge_notices (
+  id            INTEGER PRIMARY KEY AUTOINCREMENT,  -- the cause of its message
+  forge_id      INTEGER NOT NULL,
+  notification  TEXT NOT NULL,
+  updated_at_ms INTEGER NOT NULL,            -- of the thread, as the forge told it
+  comments      INTEGER NOT NULL,            -- how many it had: two changes can be of one second
+  repository    TEXT NOT NULL,
+  kind          TEXT,                        -- issue or pull_request; NULL: about something else
+  number        INTEGER,
+  lane          TEXT,                        -- NULL: no lane took it, and nobody was told
+  message_id    INTEGER,
+  at_ms         INTEGER NOT NULL,
+  UNIQUE (forge_id, notification, updated_at_ms, comments)
+) STRICT;
+
+CREATE INDEX forge_notices_by_thread ON forge_notices (forge_id, number) WHERE message_id IS NOT NULL;
+CREATE INDEX forge_notices_by_lane ON forge_notices (lane, at_ms) WHERE lane IS NOT NULL;
+CREATE INDEX forge_notices_by_time ON forge_notices (at_ms);
+
+-- What agents wrote there. It is begun before the forge is asked, so that one that was cut off is looked for there.
+CREATE TABLE forge_writes (
+  id        INTEGER PRIMARY KEY AUTOINCREMENT,  -- stands in what was written
+  forge_id  INTEGER NOT NULL,
+  agent     TEXT NOT NULL,
+  key       TEXT NOT NULL,                   -- of the call
+  what      TEXT NOT NULL CHECK (what IN ('pull_request', 'issue', 'comment')),
+  number    INTEGER,                         -- of the thread: of a comment at once, else when it is there
+  state     TEXT NOT NULL CHECK (state IN ('begun', 'done', 'refused')),
+  at_ms     INTEGER NOT NULL
+) STRICT;
+
+CREATE INDEX forge_writes_of ON forge_writes (agent, at_ms);
