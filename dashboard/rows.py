@@ -15,7 +15,7 @@ from dashboard.diff import diff_files, read_diff
 from dashboard.terminal import read_line, tokens
 from dashboard.visible import plain, visible
 from hive_core.hive import Hive
-from hive_core.protocol.effect import builds_line, effect_line
+from hive_core.protocol.effect import builds_line, effect_line, is_for_itself
 from hive_core.protocol.held import WHY_HELD
 from hive_core.protocol.money import about
 from hive_core.protocol.visible import counted
@@ -118,6 +118,7 @@ def templates() -> Environment:
         brief=brief,
     )
     environment.filters.update(deed=deed, decided=decided, effect_line=effect_line, builds_line=builds_line)
+    environment.filters.update(for_itself=is_for_itself)
     environment.globals.update(changes=changes, asset=asset_url, voice=voice, state_word=state_word)
     return environment
 

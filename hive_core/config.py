@@ -26,7 +26,7 @@ from hive_core.protocol.paths import (
 )
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import named
-from hive_core.settings import Word
+from hive_core.settings import Recipient, Word
 
 # Variables of ours that are not settings of the daemon.
 _OTHER_VARIABLES = ("HIVE_REQUIRE", "HIVE_LONG", "HIVE_TEST_")
@@ -123,6 +123,9 @@ class Config(Limits):
         str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}\z"), Allowed("a user of this host")
     ] = "hyperhive"  # whom the helper serves: the daemon's
     helper_state_dir: Path = Path("/var/lib/hyperhive-root")  # the helper's own; root's
+    host_network: Annotated[
+        list[Recipient], Field(max_length=1_000), Allowed('a list of names of agents, such as ["iris"]')
+    ] = Field(default_factory=list)  # whom the helper may give the host's network; nobody
 
     @field_validator(*PATHS, mode="before")
     @classmethod

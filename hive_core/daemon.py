@@ -188,6 +188,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             default_program=config.default_program,
             default_model=config.default_model,
             policy=config.policy,
+            host_network=None if config.helper is None else config.host_network,
         )
         hive = Hive(
             config=config,

@@ -38,6 +38,8 @@ def _say(key: str, value: Any) -> str:
         return _NONE[key]
     if value in ("", [], {}):
         return nothing
+    if key == "network":
+        return _NETWORKS[value]
     text = some(value) if isinstance(value, list | dict) else str(value)
     return quoted(text) if text in (_NONE.get(key), nothing) else text
 
@@ -159,6 +161,11 @@ def _allowed_text(one: Allowed) -> str:
     return destination(one.methods[0] if one.methods else TUNNEL, host, one.port)
 
 
+def _network(key: str, before: str, after: str) -> list[Line]:
+    return [] if before == after else [Line(key, _NETWORKS[before], _NETWORKS[after], wide=after == "host")]
+
+
+_NETWORKS = {"private": "private", "host": "host: every address this machine reaches, its own services too"}
 RULES: Mapping[str, Rule] = {
     "credential": _wide,
     "recipients": _recipients,
@@ -169,6 +176,7 @@ RULES: Mapping[str, Rule] = {
     "egress": _egress,
     "projects": _projects,
     "available_models": _models,
+    "network": _network,
     **dict.fromkeys(("program", "model", "effort", "description", "turns"), _plain),
     **dict.fromkeys(("warm_idle_s", "warm_turns", "warm_memory_mib", "background_s", "turn_silence_s"), _plain),
     **dict.fromkeys(("context_window", "compact_at_percent"), _plain),

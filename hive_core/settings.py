@@ -62,7 +62,7 @@ def _only_theirs(names: dict[str, str]) -> dict[str, str]:
 Variables = Annotated[dict[VariableName, Value], Field(max_length=64), AfterValidator(_only_theirs)]
 
 # What the host enforces of the settings, whatever goes on in the container.
-POLICY = {"recipients", "pair_rate_per_hour", "credential", "available_models", "projects", "egress"}
+POLICY = {"recipients", "pair_rate_per_hour", "credential", "available_models", "projects", "egress", "network"}
 # And what of it the harness is told as well.
 TOLD = {"projects"}
 
@@ -98,6 +98,7 @@ class AgentSettings(BaseModel):
     credential: CredentialName = credentials.DEFAULT  # of the host's, by its name
     recipients: Annotated[list[Recipient], Field(max_length=200)] | None = None  # whom it may write to; None: everybody
     pair_rate_per_hour: Annotated[int, Field(ge=1, le=100_000)] | None = None  # to one recipient; None: the hive's
+    network: Literal["private", "host"] = "private"  # host: that of the machine, with its loopback
     env: Variables = {}  # more of its program's environment
     mcp_servers: Annotated[dict[ServerName, McpServer], Field(max_length=16)] = {}
     egress: Entries = []  # what it may reach beside the model

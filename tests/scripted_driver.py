@@ -79,7 +79,7 @@ class ScriptedDriver:
         if (trouble := self.failing.get((name, what))) is not None:
             raise trouble
 
-    async def generation(self, name: AgentName) -> str:
+    async def generation(self, name: AgentName, dirs: AgentDirs) -> str:
         self._may(name, "generation")
         return self.shapes.get(name, self.shape)
 

@@ -73,7 +73,7 @@ def agents(result: dict[str, Any]) -> str:
             _waiting(agent),
             _disk(agent),
             f"{agent['program']} · {agent['model']}{' (chosen)' if agent['chosen_model'] else ''}",
-            "no sandbox" if agent["sandbox"] == "none" else agent["sandbox"],
+            _sandbox(agent),
             agent["page"],
         ]
         for agent in result["agents"]
@@ -87,6 +87,11 @@ def agents(result: dict[str, Any]) -> str:
         text += f"the first commit of its repository that is approved creates it (`hive apply {one['name']} HEAD`)"
     shared = [f"/shared takes {mib(size)}"] if (size := result.get("shared_bytes") or 0) >= 2**20 else []
     return "\n".join([*_alarms(result), text, *shared, *_whole_details(result["agents"])])
+
+
+def _sandbox(agent: dict[str, Any]) -> str:
+    around = "no sandbox" if agent["sandbox"] == "none" else str(agent["sandbox"])
+    return around + (", host network" if agent.get("network") == "host" else "")
 
 
 def _alarms(result: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from hive_core.containers.inside import (
     ETC_FILES,
     HOME,
     KEYS_OF_THE_HOST,
+    NETWORK_FILES,
     PROC_OF_THE_HOST,
     SYSTEM_PATHS,
     in_memory,
@@ -23,8 +24,7 @@ from hive_core.containers.inside import (
 from hive_core.containers.mounts import STATE, AgentDirs
 from hive_core.containers.seccomp import filter_program
 
-# How the network's names are found.
-_ETC_OF_THE_NETWORK = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/ssl", "/etc/pki", "/etc/static")
+_ETC_OF_A_LOGIN = ("/etc/ssl", "/etc/pki", "/etc/static")
 
 
 def bwrap_command(dirs: AgentDirs, claude: Path | None, status_fd: int | None, filter_fd: int | None) -> list[str]:
@@ -32,6 +32,7 @@ def bwrap_command(dirs: AgentDirs, claude: Path | None, status_fd: int | None, f
     status = [] if status_fd is None else ["--json-status-fd", str(status_fd)]
     # The harness is process 1: when it ends, the kernel ends everything else in its pid namespace.
     argv = [*_bwrap(filter_fd), *status, "--as-pid-1", *_system()]
+    argv += _host_network() if dirs.network == "host" else []
     bound = program_paths(claude)
     for path in sorted(bound):
         argv += ["--ro-bind", path, path]
@@ -48,8 +49,8 @@ def login_command(claude: Path, filter_fd: int | None) -> list[str]:
 
     It ends with the *thread* that starts it, which has to be one that lives as long as the daemon.
     """
-    argv = [*_bwrap(filter_fd), "--share-net", "--die-with-parent", *_system()]
-    for path in _ETC_OF_THE_NETWORK:
+    argv = [*_bwrap(filter_fd), "--die-with-parent", *_system(), *_host_network()]
+    for path in _ETC_OF_A_LOGIN:
         argv += ["--ro-bind-try", path, path]
     if not is_below(str(claude), SYSTEM_PATHS):
         argv += ["--ro-bind", str(claude), str(claude)]
@@ -72,6 +73,14 @@ def _system() -> list[str]:
         argv += ["--ro-bind", "/dev/null", path] if os.path.exists(path) else []
     argv += ["--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", HOME, *system_binds()]
     for path in ETC_FILES:
+        argv += ["--ro-bind-try", path, path]
+    return argv
+
+
+def _host_network() -> list[str]:
+    """The host's network in the place of none, and how its names are found."""
+    argv = ["--share-net"]
+    for path in NETWORK_FILES:
         argv += ["--ro-bind-try", path, path]
     return argv
 

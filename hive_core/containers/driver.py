@@ -24,7 +24,7 @@ class Driver(Protocol):
     def sandbox(self) -> str:
         """What is around an agent, in one word: "none" is nothing at all."""
 
-    async def generation(self, name: AgentName) -> str:
+    async def generation(self, name: AgentName, dirs: AgentDirs) -> str:
         """Names the shape that the agent's container has when it is started now; the same in every daemon like this."""
 
     async def start(self, name: AgentName, dirs: AgentDirs) -> Running:

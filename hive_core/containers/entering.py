@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from hive_core.containers import confined as confined_file
 
+_ALL = ("user", "mount", "pid", "ipc", "net", "uts", "cgroup", "root", "wd")
 
-def nsenter(first: int) -> list[str]:
-    """nsenter into every namespace of an agent's first process, its root and its working directory."""
+
+def nsenter(first: int, kinds: Sequence[str] = _ALL) -> list[str]:
+    """nsenter into namespaces of a process; by default into every one of an agent's, its root and its directory."""
     program = shutil.which("nsenter") or "nsenter"
-    kinds = ("user", "mount", "pid", "ipc", "net", "uts", "cgroup", "root", "wd")
     return [program, f"--target={first}", *(f"--{kind}" for kind in kinds)]
 
 

@@ -219,15 +219,15 @@ class HelpedDriver:
         self._helper = helper
         self._leftover = leftover
 
-    async def generation(self, name: AgentName) -> str:
-        return str((await self._helper.ask("generation", name)).get("generation"))
+    async def generation(self, name: AgentName, dirs: AgentDirs) -> str:
+        return str((await self._helper.ask("generation", name, **_network(dirs))).get("generation"))
 
     async def start(self, name: AgentName, dirs: AgentDirs) -> Running:
         """Start the agent's harness. Raises OSError when it cannot be started, or the agent runs already."""
         # A directory of the agent's may be on a disk that hangs: that holds up nobody else.
         await trio.to_thread.run_sync(dirs.make, limiter=trio.CapacityLimiter(1))
         try:
-            answer, descriptor = await self._helper.ask_for("start", name)
+            answer, descriptor = await self._helper.ask_for("start", name, _network(dirs))
         except Refusal as refusal:
             if refusal.code == "unavailable":
                 raise  # nobody knows whether it was started: whoever looks for it finds it
@@ -278,6 +278,11 @@ class HelpedDriver:
 
     async def destroy(self, name: AgentName) -> None:
         await self._helper.ask("destroy", name)
+
+
+def _network(dirs: AgentDirs) -> dict[str, str]:
+    """The measure of a start in the host's network; none without, so that a helper of before understands it too."""
+    return {"network": "host"} if dirs.network == "host" else {}
 
 
 def _told(answer: dict[str, Any], key: str, *kinds: type) -> Any:

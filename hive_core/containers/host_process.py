@@ -134,11 +134,11 @@ class HostProcessDriver:
         """What a command is given to, so that it runs beside an agent's first process and has no other rights."""
         raise NotImplementedError
 
-    async def generation(self, name: AgentName) -> str:
+    async def generation(self, name: AgentName, dirs: AgentDirs) -> str:
         """Names the shape that the agent's container has when it is started now; the same in every daemon like this."""
         bounds = None if self._cgroups is None else f"{self._cgroups.kind} {self._cgroups.bounds}"
         programs = [str(self._claude), _file_id(self._claude), sys.executable, *package_parents()]
-        shape = [self.sandbox, *programs, self._orphan_grace_s, self._life_fd is not None, bounds, *seen(name)]
+        shape = [self.sandbox, *programs, self._orphan_grace_s, self._life_fd is not None, bounds, *seen(dirs)]
         return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
 
     async def start(self, name: AgentName, dirs: AgentDirs) -> RunningProcess:

@@ -19,6 +19,8 @@ PROC_OF_THE_HOST = tuple(
 # The host's keys, told to whoever has the same uid.
 KEYS_OF_THE_HOST = ("/proc/keys", "/proc/key-users")
 ETC_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/ssl/certs", "/etc/localtime")
+# How the names of the host's network are found, for who has that.
+NETWORK_FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")
 HOME = "/root"  # inside
 _PACKAGES = ("hive_core", "hive_agent", "hive_mind")
 

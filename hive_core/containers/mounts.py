@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hive_core.containers.inside import HOME
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import MANAGER, AgentName
+from hive_core.protocol.words import MANAGER, AgentName, Network
 
 # Inside:
 RUN, STATE, CLAUDE = "/run/hive", "/state", f"{HOME}/.claude"
@@ -29,10 +29,14 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class AgentDirs:
-    """The host's directories of one agent, as its container has them; they are all of the host that it can write."""
+    """What one agent's container has of the host: these directories are all that it can write.
+
+    network: "private" has a loopback of its own and nothing else; "host" is the host's own network, its loopback too.
+    """
 
     mounts: tuple[Mount, ...]
     opened: bool = False  # the sources are descriptors of directories, where no link can stand
+    network: Network = "private"
 
     def source(self, target: str) -> Path | None:
         """What stands at a place of the container; None when nothing is mounted there."""
@@ -92,7 +96,7 @@ def run_dir(runtime_dir: Path, name: AgentName) -> Path:
     return runtime_dir / "manager" if name == MANAGER else runtime_dir / "agents" / name
 
 
-def agent_dirs(state_dir: Path, runtime_dir: Path, name: AgentName) -> AgentDirs:
+def agent_dirs(state_dir: Path, runtime_dir: Path, name: AgentName, network: Network = "private") -> AgentDirs:
     """What an agent's container has of a hive whose directories are these. Nothing is looked at, and nothing made."""
     own = state_dir / "agents" / name
     mounts = [
@@ -111,10 +115,10 @@ def agent_dirs(state_dir: Path, runtime_dir: Path, name: AgentName) -> AgentDirs
         mounts.append(Mount(state_dir / "proposed", AGENTS))
         mounts.append(Mount(state_dir / "applied", APPLIED, read_only=True))
         mounts.append(Mount(state_dir / "meta", META, read_only=True))
-    return AgentDirs(tuple(mounts))
+    return AgentDirs(tuple(mounts), network=network)
 
 
-def shape(name: AgentName) -> list[str]:
-    """What of its mounts an agent can see, for telling one container from another."""
-    mounts = agent_dirs(Path("/"), Path("/"), name).mounts
-    return [f"{mount.target}{' read-only' if mount.read_only else ''}" for mount in mounts]
+def shape(dirs: AgentDirs) -> list[str]:
+    """What an agent can see of what it is given, for telling one container from another."""
+    network = ["the host's network"] if dirs.network == "host" else []
+    return [f"{mount.target}{' read-only' if mount.read_only else ''}" for mount in dirs.mounts] + network

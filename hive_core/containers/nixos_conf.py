@@ -19,7 +19,7 @@ from hive_core.containers.bounds import Bounds
 from hive_core.containers.mounts import Mount
 from hive_core.containers.scopes import SLICE
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import AgentName, StorePath
+from hive_core.protocol.words import AgentName, Network, StorePath
 
 UIDS = 65536  # of one agent
 OWN_FILES = ("json", "run", "end", "built", "creating")  # what the hive keeps of a container: processes/NAME.SUFFIX
@@ -33,7 +33,8 @@ _ALLOWED_FLAGS = tuple(
         r"--volatile=overlay",
         rf"--private-users=(identity|\d+:{UIDS})",
         r"--private-users-ownership=off",
-        r"--(link-journal|resolv-conf)=(no|off)",
+        r"--link-journal=no",
+        r"--resolv-conf=(off|copy-host)",
         r"--timezone=off",
         r"--setenv=SYSTEMD_PROC_CMDLINE=systemd\.show_status=false",
         rf"--tmpfs=({'|'.join(_HIDDEN)}):ro,mode=0",
@@ -42,7 +43,7 @@ _ALLOWED_FLAGS = tuple(
 )
 _ALLOWED_KEYS: Mapping[str, re.Pattern[str]] = {
     "AUTO_START": re.compile("0"),
-    "PRIVATE_NETWORK": re.compile("1"),
+    "PRIVATE_NETWORK": re.compile("[01]"),
     **dict.fromkeys(("HOST_ADDRESS", "LOCAL_ADDRESS", "HOST_BRIDGE", "HOST_PORT"), re.compile("")),
     "PRIVATE_USERS": re.compile(r"identity|\d+"),
     "SYSTEM_PATH": re.compile(r"/nix/store/[A-Za-z0-9+._?=-]+"),
@@ -57,7 +58,12 @@ def marker(hive: Path, name: AgentName) -> str:
 
 
 def conf_text(
-    first_line: str, system: StorePath, mounts: Sequence[Mount], lent: Sequence[str], base: int | None
+    first_line: str,
+    system: StorePath,
+    mounts: Sequence[Mount],
+    lent: Sequence[str],
+    base: int | None,
+    network: Network = "private",
 ) -> str:
     """The container's conf file.
 
@@ -68,14 +74,14 @@ def conf_text(
     """
     settings = {
         "AUTO_START": "0",
-        "PRIVATE_NETWORK": "1",
+        "PRIVATE_NETWORK": "0" if network == "host" else "1",
         "HOST_ADDRESS": "",  # nixos-container assigns two, and with one there is a link to the host
         "LOCAL_ADDRESS": "",
         "HOST_BRIDGE": "",
         "HOST_PORT": "",
         "PRIVATE_USERS": "identity" if base is None else str(base),
         "SYSTEM_PATH": system,
-        "EXTRA_NSPAWN_FLAGS": " ".join(_flags(mounts, lent, base)),
+        "EXTRA_NSPAWN_FLAGS": " ".join(_flags(mounts, lent, base, network)),
     }
     checked(settings)
     return first_line + "".join(f"{key}={value}\n" for key, value in settings.items())
@@ -109,10 +115,11 @@ def checked(settings: Mapping[str, str]) -> None:
             raise _cannot_be_written(f"{key}={value}")
 
 
-def _flags(mounts: Sequence[Mount], lent: Sequence[str], base: int | None) -> Iterator[str]:
+def _flags(mounts: Sequence[Mount], lent: Sequence[str], base: int | None, network: Network) -> Iterator[str]:
     mapped = "" if base is None else ":rootidmap"
     # The container's own root directory stays as it is: what is written there is in memory, and gone with it.
-    yield from ("--quiet", "--settings=no", "--volatile=overlay", "--link-journal=no", "--resolv-conf=off")
+    yield from ("--quiet", "--settings=no", "--volatile=overlay", "--link-journal=no")
+    yield f"--resolv-conf={'copy-host' if network == 'host' else 'off'}"
     # Here too, for a NixOS that does not know PRIVATE_USERS.
     yield f"--private-users={'identity' if base is None else f'{base}:{UIDS}'}"
     yield from (

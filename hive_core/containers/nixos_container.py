@@ -5,7 +5,7 @@ the daemon. Inside, the harness is a unit whose end ends the container with its 
 into the agent's end file, with the run (InvocationID) that it is of, even when no daemon watches. What is printed is in
 the host's journal, which knows the run too.
 
-Before each start the conf file and the unit's drop-in are written anew: binds, uids, bounds, no network.
+Before each start the conf file and the unit's drop-in are written anew: binds, uids, bounds, and which network.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from hive_core.containers.running_unit import RunningUnit, exit_code
 from hive_core.containers.seccomp import filter_program
 from hive_core.protocol.container_id import container_id
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import AgentName, StorePath
+from hive_core.protocol.words import AgentName, Network, StorePath
 
 log = logging.getLogger(__name__)
 SANDBOX = "nixos-container"
@@ -98,12 +98,12 @@ class NixosContainers(NixosSystems, Driver):
     def sandbox(self) -> str:
         return self._sandbox
 
-    async def generation(self, name: AgentName) -> str:
+    async def generation(self, name: AgentName, dirs: AgentDirs) -> str:
         made_of = [
             self.sandbox,
             str(self._claude),
             *self._lent(),
-            *seen(name),
+            *seen(dirs),
             str(self._bounds),
             await self.current(name),
         ]
@@ -122,7 +122,7 @@ class NixosContainers(NixosSystems, Driver):
         where = await trio.to_thread.run_sync(self._prepare, dirs, limiter=trio.CapacityLimiter(1))
         base = await self._base_of(name) if self.sandbox == SANDBOX else None
         async with self._placed(name, dirs, base) as placed:
-            await self._write_settings(name, system, placed, base)
+            await self._write_settings(name, system, placed, base, dirs.network)
             self._file(name, "end").unlink(missing_ok=True)
             self._write(name, "run", {**where, "since": self._told(name, "run").get("since", _now())})
             if state.active == "failed":
@@ -239,11 +239,11 @@ class NixosContainers(NixosSystems, Driver):
         return running
 
     async def _write_settings(
-        self, name: AgentName, system: StorePath, mounts: Sequence[Mount], base: int | None
+        self, name: AgentName, system: StorePath, mounts: Sequence[Mount], base: int | None, network: Network
     ) -> None:
         """What the host has of the container is what this daemon composes, whoever wrote there meanwhile."""
         first_line = marker(self._hive, name)
-        write_whole(self._conf_file(name), conf_text(first_line, system, mounts, self._lent(), base))
+        write_whole(self._conf_file(name), conf_text(first_line, system, mounts, self._lent(), base, network))
         drop_in = drop_in_text(first_line, self._file(name, "end"), self._bounds)
         if write_whole(self._host.drop_in(container_id(name)), drop_in):
             self._loaded.discard(name)

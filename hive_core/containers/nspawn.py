@@ -29,6 +29,7 @@ from hive_core.containers.inside import (
     ETC_FILES,
     HOME,
     KEYS_OF_THE_HOST,
+    NETWORK_FILES,
     PROC_OF_THE_HOST,
     SYSTEM_PATHS,
     harness_environment,
@@ -64,10 +65,11 @@ def nspawn_command(machine: str, dirs: AgentDirs, claude: Path | None, base: int
     mapping = "" if base is None else ":rootidmap"
     argv = [shutil.which("systemd-nspawn") or "systemd-nspawn", "--quiet", "--settings=no", "--register=no"]
     argv += ["--keep-unit", f"--directory={root}", "--volatile=yes", f"--machine={machine}", "--hostname=hive"]
-    argv += ["--private-network", f"--private-users={'identity' if base is None else f'{base}:{UIDS}'}"]
+    argv += [f"--private-users={'identity' if base is None else f'{base}:{UIDS}'}"]
+    argv += ["--private-network"] if dirs.network == "private" else []
     argv += ["--private-users-ownership=off", "--console=pipe", "--link-journal=no", "--timezone=off"]
     argv += ["--resolv-conf=off", "--no-new-privileges=yes"]
-    for path in ETC_FILES:
+    for path in (*ETC_FILES, *(NETWORK_FILES if dirs.network == "host" else ())):
         argv += [f"--bind-ro={path}"] if os.path.exists(path) else []
     for path in _system_outside_usr():
         argv += [f"--bind-ro={path}"]
@@ -132,8 +134,8 @@ class NspawnDriver(HostProcessDriver):
         self._root = root
         self._bases: dict[AgentName, int] = {}
 
-    async def generation(self, name: AgentName) -> str:
-        return f"{await super().generation(name)} {self._root}"
+    async def generation(self, name: AgentName, dirs: AgentDirs) -> str:
+        return f"{await super().generation(name, dirs)} {self._root}"
 
     @property
     def life_fd_inside(self) -> int | None:

@@ -28,7 +28,7 @@ from hive_core.helper.owner import Owner
 from hive_core.helper.staging import opened
 from hive_core.protocol.lines import encode
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import AgentName, StorePath, parse_agent_name, parse_store_path, shown
+from hive_core.protocol.words import AgentName, Network, StorePath, parse_agent_name, parse_store_path, shown
 from hive_core.sockets.unix import Connection, Lines
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,10 @@ def words(raw: object) -> bool:
         return sum(len(_plain(word)) for word in raw) <= WORDS_LIMIT_BYTES
     except ValueError:
         return False
+
+
+def network(raw: object) -> bool:
+    return raw in ("private", "host")
 
 
 def store_path(raw: object) -> bool:
@@ -111,8 +115,8 @@ class HelperDesk:
         self._exits: dict[AgentName, Exit] = {}  # how others ended, until that is told
         self._turns: weakref.WeakValueDictionary[AgentName, trio.Lock] = weakref.WeakValueDictionary()
         self._verbs: dict[str, tuple[Callable[..., Awaitable[Answer]], dict[str, Check]]] = {
-            "generation": (self._generation, {}),
-            "start": (self._start, {}),
+            "generation": (self._generation, {"network": network}),
+            "start": (self._start, {"network": network}),
             "find": (self._find, {}),
             "stop": (self._stop, {}),
             "kill": (self._kill, {}),
@@ -220,16 +224,20 @@ class HelperDesk:
         folders = {"state_dir": str(config.state_dir), "runtime_dir": str(config.runtime_dir)}
         return Answer({**folders, "sandbox": config.sandbox, "user": self._owner.uid, "trouble": self._trouble})
 
-    async def _generation(self, name: AgentName) -> Answer:
-        return Answer({"generation": await self._driver.generation(name)})
+    async def _generation(self, name: AgentName, network: Network = "private") -> Answer:
+        return Answer({"generation": await self._driver.generation(name, self._dirs(name, network))})
 
-    async def _start(self, name: AgentName) -> Answer:
+    async def _start(self, name: AgentName, network: Network = "private") -> Answer:
         if self._trouble is not None:
             raise Refusal("failed", self._trouble)
+        if network == "host" and name not in self._config.host_network:
+            fix = f'add "{name}" to host_network there, and start the helper again'
+            why = f"the helper's own configuration does not list it; {fix}"
+            raise Refusal("refused", f"cannot start {name} in the host's network: {why}")
         if await self._entry(name) is not None:
             raise Refusal("conflict", f"cannot start {name}: it runs already")
         check_room(self._state_dir, name)
-        async with opened(self._dirs(name), self._owner.uid) as dirs:
+        async with opened(self._dirs(name, network), self._owner.uid) as dirs:
             try:
                 running = await self._driver.start(name, dirs)
             except BlockingIOError as exc:
@@ -328,8 +336,8 @@ class HelperDesk:
 
     # -- agents that run ----------------------------------------------------------------------------------------------
 
-    def _dirs(self, name: AgentName) -> AgentDirs:
-        return agent_dirs(self._config.state_dir, self._config.runtime_dir, name)
+    def _dirs(self, name: AgentName, network: Network = "private") -> AgentDirs:
+        return agent_dirs(self._config.state_dir, self._config.runtime_dir, name, network)
 
     async def _entry(self, name: AgentName) -> Entry | None:
         """The agent, when it runs, also when a helper before started it."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from hive_core.config import Config
 from hive_core.containers.bubblewrap import sandbox_trouble
 from hive_core.containers.driver import Driver, Former
+from hive_core.containers.entering import nsenter
 from hive_core.containers.groups import bounds_of, choose_groups
 from hive_core.containers.host_names import host_name
 from hive_core.containers.host_process import Launch
@@ -20,6 +22,7 @@ from hive_core.containers.process import ProcessDriver
 from hive_core.containers.process_tree import kill_that_see
 from hive_core.containers.ranges import UidRangesFile
 from hive_core.containers.running import Running
+from hive_core.containers.scopes import systemd_runs
 from hive_core.helper.owner import Owner
 from hive_core.helper.staging import clones, staging_command
 from hive_core.protocol.refusal import Refusal
@@ -76,7 +79,7 @@ class StagedNspawn(NspawnDriver):
         base = self._bases[name]
         mounts, staged = clones(dirs, base, self._stage, opened)
         inner = nspawn_command(host_name(name, self._state_dir), staged, self._claude, base, self._root)
-        return staging_command("own", self._stage, mounts, inner), mounts
+        return [*_into_network(dirs), *staging_command("own", self._stage, mounts, inner)], mounts
 
     async def destroy(self, name: AgentName) -> None:
         await super().destroy(name)
@@ -100,11 +103,12 @@ class OwnersBwrap(ProcessDriver):
     def _launch(self, name: AgentName, dirs: AgentDirs, status_fd: int, opened: contextlib.ExitStack) -> Launch:
         # The paths of open descriptors are this process's own. Whoever has no more rights than the daemon's user may
         # be led anywhere.
-        real = AgentDirs(tuple(Mount(mount.source.readlink(), mount.target, mount.read_only) for mount in dirs.mounts))
+        found = tuple(Mount(mount.source.readlink(), mount.target, mount.read_only) for mount in dirs.mounts)
+        real = replace(dirs, mounts=found, opened=False)
         sandbox, kept = self._sandbox(real, None, opened)
         # Nor is any descriptor of ours safe with that user, who may take it out of what runs there (pidfd_getfd(2)): by
         # the status file's whoever is handed it would be the agent, for us to kill. The wrapper, root's, alone has it.
-        command = [*self._owner.become(), *sandbox, *self._command(name, real)]
+        command = [*_into_network(real), *self._owner.become(), *sandbox, *self._command(name, real)]
         wrapper = self._waiting(name, command, " < /dev/null")
         return Launch(wrapper, harness_environment(HOME), kept, stdin_fd=status_fd)
 
@@ -120,6 +124,11 @@ class OwnersBwrap(ProcessDriver):
 
     def _entering(self, dirs: AgentDirs, first: int) -> list[str]:
         return [*self._owner.become(), *super()._entering(dirs, first)]
+
+
+def _into_network(dirs: AgentDirs) -> list[str]:
+    """What a command is given to that is to have the host's network: the helper's unit has none itself."""
+    return [*nsenter(1, ("net",)), "--"] if dirs.network == "host" and systemd_runs() else []
 
 
 def make_root_driver(config: Config, owner: Owner, claude: Path | None, host: NixosHost | None = None) -> RootDriver:

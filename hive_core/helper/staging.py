@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -66,7 +67,7 @@ async def opened(dirs: AgentDirs, owner: int) -> AsyncIterator[AgentDirs]:
                 yield Mount(Path(f"/proc/self/fd/{descriptor}"), mount.target, mount.read_only)
 
         mounts = await trio.to_thread.run_sync(lambda: tuple(open_all()), limiter=trio.CapacityLimiter(1))
-        yield AgentDirs(mounts, opened=True)
+        yield replace(dirs, mounts=mounts, opened=True)
 
 
 def clones(dirs: AgentDirs, base: int, folder: Path, opened: contextlib.ExitStack) -> tuple[list[int], AgentDirs]:
@@ -79,7 +80,7 @@ def clones(dirs: AgentDirs, base: int, folder: Path, opened: contextlib.ExitStac
         mounts.append(clone_mount(mount.source, read_only=mount.read_only, base=base))
         opened.callback(os.close, mounts[-1])
         staged.append(Mount(folder / str(number), mount.target, mount.read_only, mapped=True))
-    return mounts, AgentDirs(tuple(staged), opened=True)
+    return mounts, replace(dirs, mounts=tuple(staged), opened=True)
 
 
 def staging_command(namespace: str, folder: Path, mounts: Sequence[int], command: Sequence[str] = ()) -> list[str]:

@@ -42,6 +42,7 @@ from hive_core.procedures.deployments import (
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha, StorePath
 from hive_core.services.systems import Deployed, System, built_commits, system_of
+from hive_core.settings import AgentSettings
 from hive_core.store.door import Store
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class FlakeDeployments:
             told, untold = await self._system_lines(name, proposal, before, after) if before else ([], [])
         files_before, more = await contents_before(self._repos, name, proposal.base)
         files_after = await self._repos.contents(name, proposal.sha)
+        _insist_on_one_network(proposal.sha, files_after.settings, after.settings)
         settings = settings_lines(before.settings if before else None, after.settings)
         prompt = prompt_lines(before.persona if before else None, after.persona)
         read = _read_as_they_are(files_before, files_after, settings, prompt)
@@ -152,6 +154,8 @@ class FlakeDeployments:
         if (found := self._known.pop(key, None)) is None:
             await self._repos.pin(name, sha)
             found = await self._meta.evaluate(name, sha)
+            if found.settings.network != "private":
+                _insist_on_one_network(sha, (await self._repos.contents(name, sha)).settings, found.settings)
         self._known[key] = found
         while len(self._known) > EVALUATED_KEPT:
             del self._known[next(iter(self._known))]
@@ -276,6 +280,14 @@ def _insist_on_what_was_shown(name: AgentName, found: Evaluated, shown: str) -> 
     if shown and found.derivation != shown:
         why = "nixpkgs or hyperhive are others than when it was shown, and make another system of it; ask for it again"
         raise Refusal("conflict", f"cannot build {name}: {why}")
+
+
+def _insist_on_one_network(sha: CommitSha, written: AgentSettings, evaluated: AgentSettings) -> None:
+    """Raise Refusal where agent.nix makes another network of what agent.toml says: by other inputs it could change
+    without an approval, and by another sandbox."""
+    if written.network != evaluated.network:
+        why = f"agent.toml says network = {written.network}, and agent.nix makes it {evaluated.network}"
+        raise Refusal("refused", f"cannot use {sha[:12]}: {why}; let agent.toml alone say it")
 
 
 def _read_as_they_are(

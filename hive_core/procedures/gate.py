@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
 
 import trio
@@ -79,7 +79,9 @@ class Gate:
         default_program: str,
         default_model: str,
         policy: Sequence[Rule] = (),
+        host_network: Collection[str] | None = None,
     ) -> None:
+        """host_network: whom the helper gives the host's network; None: there is no helper."""
         self._store = store
         self._agents = agents
         self._approvals = approvals
@@ -105,7 +107,9 @@ class Gate:
         self.init_config = InitConfig(self.spawn, repos)
         self.update_meta_inputs = UpdateMetaInputs(asking, deployments, self._mend_all)
         self.deploy_log = DeployLog(store, repos)
-        self.apply_commit = ApplyCommit(asking, agents, repos, deployments, walk, self.spawn, self.deploy_log)
+        self.apply_commit = ApplyCommit(
+            asking, agents, repos, deployments, walk, self.spawn, self.deploy_log, host_network
+        )
         self.upkeep = RepoUpkeep(store, agents, repos)
         self.kinds: dict[str, Kind] = {}
         self.add(self.spawn, self.init_config, self.apply_commit, self.update_meta_inputs)

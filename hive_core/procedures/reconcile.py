@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 
 import trio
@@ -55,7 +56,7 @@ class Reconciler:
         limits = limits or Limits()
         self._locks = locks or AgentLocks()
         states, starts = ContainerStates(store, limits, clock), Starts(limits.starts_at_once)
-        self._tools = Tools(store, agents, driver, may_run, put_back, limits, states, starts)
+        self._tools = Tools(store, agents, driver, self._given, may_run, put_back, limits, states, starts)
         self._store = store
         self._agents = agents
         self._driver = driver
@@ -68,6 +69,10 @@ class Reconciler:
         self.on_trial: set[AgentName] = set()  # whose change is tried, also by a daemon before that died in it
         self._serving = False
         self._complete = trio.Event()  # every agent is supervised
+
+    async def _given(self, name: AgentName) -> AgentDirs:
+        """What an agent's container has of the host as its settings are now."""
+        return replace(self._dirs(name), network=(await self._agents.get(name)).network)
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep what is wanted true, until cancelled. Cancelling it ends no agent."""
@@ -105,7 +110,7 @@ class Reconciler:
                     task_status.started()
                     return
                 self._unserved.discard(name)
-                supervisor = self._supervised[name] = Supervisor(self._tools, name, desk, self._dirs(name))
+                supervisor = self._supervised[name] = Supervisor(self._tools, name, desk)
                 supervisor.let_go = scope.cancel
                 if name in self.on_trial:
                     supervisor.begin_trial()

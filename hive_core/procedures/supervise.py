@@ -85,6 +85,7 @@ async def _nothing(name: AgentName) -> None:
 class Tools:
     """What all supervisors share.
 
+    dirs      what an agent's container has of the host when it is started now
     may_run   the sentence that says why an agent may not be started here, or None
     put_back  closes the running turn of an agent that was ended on purpose
     before_switch  hears of an agent that is about to be started in a container of another shape
@@ -94,6 +95,7 @@ class Tools:
     store: Store
     agents: Agents
     driver: Driver
+    dirs: Callable[[AgentName], Awaitable[AgentDirs]]
     may_run: Callable[[Agent], str | None]
     put_back: Callable[[Transaction, AgentName], None]
     limits: Limits
@@ -104,11 +106,11 @@ class Tools:
 
     async def generation(self, name: AgentName) -> str:
         """Names all that an agent is like when it is started now: hyperhive's revision, and its container's shape."""
-        return f"{revision()} {await self.driver.generation(name)}"
+        return f"{revision()} {await self.driver.generation(name, await self.dirs(name))}"
 
 
 class Supervisor:
-    def __init__(self, tools: Tools, name: AgentName, desk: Desk, dirs: AgentDirs) -> None:
+    def __init__(self, tools: Tools, name: AgentName, desk: Desk) -> None:
         self.name = name
         self.desk = desk
         self.running: Running | None = None
@@ -123,7 +125,6 @@ class Supervisor:
         self.on_trial = False  # it was changed: it takes no turn before it is proven, and its crashes are the change's
         self.fell = False  # it has crashed on trial, and is not started again on it
         self._tools = tools
-        self._dirs = dirs
         self._trouble = ""  # why it could not be seen to, the last time
         self.looked = trio.Event()  # whether one of an earlier daemon runs is known
         self._beginning = trio.Lock()  # held while it is started: an end waits for it
@@ -157,7 +158,7 @@ class Supervisor:
 
     async def _insist_that_none_runs(self) -> None:
         try:
-            found = await self._tools.driver.find(self.name, self._dirs)
+            found = await self._tools.driver.find(self.name, await self._tools.dirs(self.name))
         except OSError as exc:
             raise Refusal("unavailable", f"cannot tell whether {self.name} runs: {explain(exc)}") from exc
         if found is not None:
@@ -258,7 +259,7 @@ class Supervisor:
     async def _adopt(self) -> None:
         """Go on with an agent that outlived the daemon before, or tell how it ended meanwhile."""
         driver = self._tools.driver
-        running = await driver.find(self.name, self._dirs)
+        running = await driver.find(self.name, await self._tools.dirs(self.name))
         self._unseen = False
         if running is not None:
             self._begin(running)
@@ -363,9 +364,10 @@ class Supervisor:
             if await self._tools.states.generation(self.name) not in (None, generation):
                 await self._tools.before_switch(self.name)
             await self._tools.states.note_start(self.name, generation)
+            dirs = await self._tools.dirs(self.name)
             try:
                 self._starts_since_s = trio.current_time()
-                running = await self._tools.driver.start(self.name, self._dirs)
+                running = await self._tools.driver.start(self.name, dirs)
             except (Refusal, OSError) as exc:
                 if isinstance(exc, StoreBusy | BlockingIOError) or _is_full(exc) or is_away(exc):
                     raise  # no fault of the agent's: a full disk, a helper that is away, one that runs and is found now

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import trio
 
 from hive_core.procedures.gate import Gate
+from hive_core.protocol.effect import is_for_itself
 from hive_core.protocol.refusal import Refusal
 from hive_core.services.approvals import Approval, Approvals
 from hive_core.services.events import events_after
@@ -60,7 +61,8 @@ class Together:
 
         tell: called with {"id", "agent", "step", "step_at_ms"} for each step of each, in order.
 
-        Raises Refusal("usage") for none, for too many, for one twice, and for cards of more than one kind.
+        Raises Refusal("usage") for none, for too many, for one twice, for cards of more than one kind, and
+        for one that is approved by itself.
         """
         await self._check(clicks)
         seq = await self._store.last_seq()
@@ -93,7 +95,11 @@ class Together:
             raise Refusal("usage", f"{cannot}: one is there twice; name each once")
         kinds: dict[str, int] = {}
         for click in clicks:
-            kinds.setdefault((await self._approvals.get(click.approval_id)).kind, click.approval_id)
+            approval = await self._approvals.get(click.approval_id)
+            kinds.setdefault(approval.kind, approval.id)
+            if len(clicks) > 1 and is_for_itself(approval.effect):
+                why = f"{approval.id} gives {approval.agent} the host's network; approve that by itself"
+                raise Refusal("usage", f"{cannot}: {why}")
         if len(kinds) > 1:
             (one, first), (other, second), *_ = kinds.items()
             why = f"{first} is of the kind {one} and {second} of the kind {other}"

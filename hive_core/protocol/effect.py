@@ -19,6 +19,12 @@ def effect_line(line: Mapping[str, Any]) -> str:
     return f"{what}: − {before}" if after is None else f"{what}: {before} → {after}"
 
 
+def is_for_itself(effect: Mapping[str, Any] | None) -> bool:
+    """Whether a stored effect is of a change that is approved by itself: it gives an agent the host's network."""
+    lines = effect["lines"] if effect else ()
+    return any(line["what"] == "network" and line["weight"] == WIDE for line in lines)
+
+
 def builds_line(effect: Mapping[str, Any]) -> str | None:
     """What is built of a stored effect, by the hash and name of its derivation: "builds: 0c1…-nixos-system-iris".
     None where nothing is built, and of an effect from before that was kept."""

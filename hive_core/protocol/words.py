@@ -8,15 +8,16 @@ from hive_core.protocol.refusal import Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import NewType
+    from typing import Literal, NewType
 
     AgentName = NewType("AgentName", str)
     CommitSha = NewType("CommitSha", str)
     MessageBody = NewType("MessageBody", str)
     ProjectName = NewType("ProjectName", str)
     StorePath = NewType("StorePath", str)
+    Network = Literal["private", "host"]  # what an agent's container has: its own loopback alone, or the host's network
 else:
-    AgentName = CommitSha = MessageBody = ProjectName = StorePath = str
+    AgentName = CommitSha = MessageBody = Network = ProjectName = StorePath = str
 
 MANAGER = AgentName("hm1nd")
 OPERATOR = AgentName("operator")

@@ -14,7 +14,7 @@ import trio
 from hive_core.protocol.container_id import container_id
 from hive_core.protocol.harness import STATES
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName
+from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM, AgentName, Network
 from hive_core.services.absent import no_such_agent, not_found
 from hive_core.services.access import ACCESS, Access, Closed
 from hive_core.services.container_states import forgive
@@ -71,6 +71,7 @@ class Agent:
     errand: str | None = None  # what its next turn does with its session
     chosen_model: str | None = None  # by the operator, in the place of agent.toml's
     chosen_effort: str | None = None
+    network: Network = "private"  # as agent.toml has it; "host": its container has the host's own
     rests_until_ms: int | None = None  # its last turn had to wait, and no other begins before; None when that is over
 
 
@@ -288,6 +289,7 @@ class Agents:
                 errand=row["errand"],
                 chosen_model=row["chosen_model"],
                 chosen_effort=row["chosen_effort"],
+                network=json.loads(row["policy"] or "{}").get("network", "private"),
                 rests_until_ms=row["rests_until_ms"] if (row["rests_until_ms"] or 0) > now_ms else None,
             )
             for row in await self._store.rows(sql, parameters)

@@ -205,6 +205,7 @@ class AdminDesk:
                     "since_ms": live.since_ms,
                     "until_ms": live.until_ms,
                     "sandbox": live.sandbox,
+                    "network": agent.network,
                     "outdated": agent.name in outdated,
                     "queued": agent.queued,
                     "held": agent.held,

@@ -136,6 +136,10 @@ in
           "The credential of the host that it uses, by its name.";
       recipients = optional (types.listOf (types.strMatching "[a-z][a-z0-9-]{0,29}")) "Whom it may write to; with none, everybody.";
       pair_rate_per_hour = optional (types.ints.between 1 100000) "Messages to one recipient before they are held; with none, the hive's.";
+      network = setting (types.enum [
+        "private"
+        "host"
+      ]) "private" "`private`: a loopback of its own; `host`: the network of the machine, its loopback too. Only agent.toml can set it.";
       env =
         setting variables { }
           "More of its program's environment; what the hive sets itself is refused.";

@@ -29,7 +29,7 @@ from hive_core.containers.process_tree import first_in_namespace
 from hive_core.containers.ranges import pick_range
 from hive_core.containers.running import Running, RunningProcess
 from hive_core.containers.running_unit import RunningUnit
-from hive_core.protocol.words import MANAGER, AgentName
+from hive_core.protocol.words import MANAGER, AgentName, Network
 from tests import processes
 from tests.containers.helped import (
     HELPED_STAND_IN,
@@ -162,8 +162,8 @@ def driver_in(
     return driver
 
 
-def dirs_in(folder: Path, manager: bool = False, name: str = "iris") -> AgentDirs:
-    dirs = agent_dirs(folder, folder / "runtime", MANAGER if manager else AgentName(name))
+def dirs_in(folder: Path, manager: bool = False, name: str = "iris", network: Network = "private") -> AgentDirs:
+    dirs = agent_dirs(folder, folder / "runtime", MANAGER if manager else AgentName(name), network)
     for path in (dirs.run, dirs.state.parent, folder / "proposed"):
         path.mkdir(parents=True, exist_ok=True)
     return dirs
@@ -191,13 +191,13 @@ def inside(folder: Path, kind: str, where: str = "state") -> str:
 
 
 async def run(
-    folder: Path, kind: str, script: str, manager: bool = False, name: AgentName = IRIS
+    folder: Path, kind: str, script: str, manager: bool = False, name: AgentName = IRIS, network: Network = "private"
 ) -> tuple[int | None, str]:
     """Run a script as an agent to its end: (exit code, what it printed)."""
     driver = driver_in(folder, kind, script)
     name = MANAGER if manager else name
     with trio.fail_after(PATIENCE_S):
-        running = await driver.start(name, dirs_in(folder, manager, name))
+        running = await driver.start(name, dirs_in(folder, manager, name, network))
         code = (await running.wait()).code
     return code, await driver.last_words(name, 100_000)
 

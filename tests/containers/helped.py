@@ -106,7 +106,7 @@ def start_helper(
     folders = {"state_dir": state_dir or folder, "runtime_dir": (state_dir or folder) / "runtime"}
     own = {"helper": folder / "helper.sock", "helper_state_dir": folder}
     settings: dict[str, Any] = {key: str(path) for key, path in {**folders, **own}.items()}
-    settings |= {"sandbox": sandbox, "helper_user": str(user)}
+    settings |= {"sandbox": sandbox, "helper_user": str(user), "host_network": ["iris"]}
     if cgroups is not None:
         bounds = cgroups.bounds
         settings |= {"agent_memory_bytes": bounds.memory_bytes, "agent_cpu_percent": bounds.cpu_percent}

@@ -145,6 +145,40 @@ async def test_an_agent_has_no_network_but_its_own_loopback(tmp_path: Path, sand
     assert said.split() == ["lo", "111", "111", "101", "own"]
 
 
+async def test_an_agent_that_has_the_hosts_network_reaches_what_the_host_does(tmp_path: Path, sandbox: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind(f"\0{tmp_path}")
+        abstract.listen()
+        port = server.getsockname()[1]
+        name = "127.0.0.1" if sandbox in UNITS else "localhost"  # there /etc/hosts is the system's own
+        program = (
+            "import socket\n"
+            f"for family, address in ((socket.AF_INET, ('127.0.0.1', {port})), (socket.AF_INET, ('{name}', {port})),\n"
+            f"                         (socket.AF_UNIX, '\\0{tmp_path}')):\n"
+            "    try: socket.socket(family).connect(address); print('reached')\n"
+            "    except OSError as exc: print(exc)\n"
+            "for family, kind in ((socket.AF_INET, socket.SOCK_RAW), (socket.AF_PACKET, socket.SOCK_RAW)):\n"
+            "    try: socket.socket(family, kind); print('made')\n"
+            "    except OSError as exc: print('refused')\n"
+            "print(*sorted(name for _, name in socket.if_nameindex()))\n"
+        )
+        (dirs_in(tmp_path).run / "program.py").write_text(program)
+        script = f"{sys.executable} /run/hive/program.py; cat /etc/resolv.conf; grep Cap /proc/self/status"
+        code, said = await run(tmp_path, sandbox, script, network="host")
+    assert code == 0
+    lines = said.splitlines()
+    assert lines[:5] == ["reached", "reached", "reached", "refused", "refused"]
+    assert lines[5].split() == sorted(name for _, name in socket.if_nameindex())
+    assert "\n".join(lines[6:-5]).strip() == Path("/etc/resolv.conf").read_text().strip()
+    assert {line.split()[1] for line in lines[-5:]} == {"0" * 16}
+
+
+async def test_a_container_with_another_network_is_of_another_generation(tmp_path: Path, sandbox: str) -> None:
+    driver = driver_in(tmp_path, sandbox, "")
+    shapes = [await driver.generation(IRIS, dirs_in(tmp_path, network=network)) for network in ("private", "host")]
+    assert shapes[0] != shapes[1]
+
+
 async def test_an_agent_sees_no_process_of_the_host_and_has_no_capability(tmp_path: Path, sandbox: str) -> None:
     _, said = await run(tmp_path, sandbox, "cat /proc/[0-9]*/comm; grep -h Cap /proc/self/status; hostname; id -u")
     names, _, rest = said.partition("CapInh")
@@ -442,12 +476,13 @@ async def test_a_container_is_of_another_generation_when_it_would_be_bounded_or_
         def sweep(self, keep: Collection[str]) -> None: ...
 
     driver, again, bounded = (driver_in(tmp_path, kind, "", cgroups=groups) for groups in (None, None, Bounded()))
-    generation = await driver.generation(IRIS)
+    dirs = dirs_in(tmp_path)
+    generation = await driver.generation(IRIS, dirs)
     assert generation
-    assert await again.generation(IRIS) == generation
-    assert await bounded.generation(IRIS) != generation
+    assert await again.generation(IRIS, dirs) == generation
+    assert await bounded.generation(IRIS, dirs) != generation
     again._claude = Path("/another/claude")
-    assert await again.generation(IRIS) != generation
+    assert await again.generation(IRIS, dirs) != generation
 
 
 # -- what stays, and what does not ------------------------------------------------------------------------------------

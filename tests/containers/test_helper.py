@@ -213,6 +213,8 @@ def test_whatever_is_asked_ends_in_one_sentence_and_starts_nothing(tmp_path: Pat
             assert error(ask(tmp_path, request)).startswith("cannot "), request
     for extra in ({"argv": ["id"]}, {"command": ["id"]}, {"dirs": {}}, {"uid": 0}, {"state_dir": "/etc"}):
         assert "it has no argument" in error(ask(tmp_path, {"verb": "start", "name": "iris", **extra}))
+    for network in ("Host", "", None, 1, True, ["host"], {"host": 1}):
+        assert "out of bounds" in error(ask(tmp_path, {"verb": "start", "name": "iris", "network": network}))
     for measure in (0, -1, 10**9, True, 1.5, "9", None, [], {}):
         assert "out of bounds" in error(ask(tmp_path, {"verb": "logs", "name": "iris", "lines": measure}))
     for command in ("id", [], [1], ["a\0b"], ["\ud800"], ["x"] * 65, ["x" * 40_000], None):
@@ -231,6 +233,18 @@ def answered(folder: Path) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, ValueError):
         return ask(folder, {"verb": "list"})
     return None
+
+
+def test_only_whom_its_own_configuration_lists_gets_the_hosts_network(tmp_path: Path, owned: Path) -> None:
+    serve(tmp_path, owned, "sleep 600")
+    said = error(ask(tmp_path, {"verb": "start", "name": "argus", "network": "host"}))
+    assert said == (
+        "cannot start argus in the host's network: the helper's own configuration does not list it; "
+        'add "argus" to host_network there, and start the helper again'
+    )
+    assert ask(tmp_path, {"verb": "list"})["agents"] == {}
+    with looked_after(tmp_path):
+        assert ask(tmp_path, {"verb": "start", "name": "iris", "network": "host"})["pid"]
 
 
 def test_who_says_nothing_and_who_comes_with_many_holds_up_nobody(tmp_path: Path, owned: Path) -> None:

@@ -53,10 +53,10 @@ async def test_a_container_with_other_mounts_is_of_another_generation(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = driver_in(tmp_path, need(kind), "")
-    before = await driver.generation(IRIS)
+    before = await driver.generation(IRIS, dirs_in(tmp_path))
     for module in ("host_process", "nixos_container"):
-        monkeypatch.setattr(f"hive_core.containers.{module}.seen", lambda name: [*shape(name), "/another"])
-    assert await driver.generation(IRIS) != before
+        monkeypatch.setattr(f"hive_core.containers.{module}.seen", lambda dirs: [*shape(dirs), "/another"])
+    assert await driver.generation(IRIS, dirs_in(tmp_path)) != before
 
 
 async def test_two_agents_edit_one_file_of_what_all_share(tmp_path: Path, sandbox: str) -> None:

@@ -119,14 +119,14 @@ async def test_a_build_that_fails_tells_its_last_lines_and_changes_nothing(tmp_p
 
 async def test_a_system_is_switched_to_while_the_harness_goes_on(tmp_path: Path, driver: Systems) -> None:
     async with waiting(driver, tmp_path) as running:
-        harness, shape = await driver._harness(IRIS), await driver.generation(IRIS)
+        harness, shape = await driver._harness(IRIS), await driver.generation(IRIS, dirs_in(tmp_path))
         assert harness is not None
         since = start_time(harness)
         await driver.switch(IRIS, driver.stand_in.system(WAITS, {"once": "echo switched > /run/once"}))
         done = await driver.exec(IRIS, dirs_in(tmp_path), ["cat", "/run/once"])
         assert done.output == "switched\n"
         assert (await driver._harness(IRIS), start_time(harness)) == (harness, since)
-        assert await driver.generation(IRIS) != shape, "so that it is replaced at its turn's edge"
+        assert await driver.generation(IRIS, dirs_in(tmp_path)) != shape, "so that it is replaced at its turn's edge"
         assert not running.ended
 
 

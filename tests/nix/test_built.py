@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.nixos_build import NixosContainerDriver, SystemBuilds
 from hive_core.containers.ranges import pick_range
 from hive_core.protocol.refusal import Refusal
@@ -60,14 +61,15 @@ async def test_what_is_approved_is_built_and_becomes_the_containers_next_generat
 ) -> None:
     house = BuiltHouse(tmp_path, hyperhive, tmp_path / "host")
     async with open_house(house) as hive:
-        first, shape = await house.systems.current(IRIS), await house.systems.generation(IRIS)
+        dirs = agent_dirs(house.folder, house.folder / "run", IRIS)
+        first, shape = await house.systems.current(IRIS), await house.systems.generation(IRIS, dirs)
         assert first is not None
         settings = checkout(hive).commit(agent__toml='program = "rehearsal"\neffort = "high"\n')
         assert (await approve(hive, await ask(hive, settings))).state == "done"
         assert await house.systems.current(IRIS) == first, "settings travel with the lease, and need no other container"
         assert (await approve(hive, await ask(hive, checkout(hive).commit(agent__nix=STRACE)))).state == "done"
         assert await house.systems.current(IRIS) != first
-        assert await house.systems.generation(IRIS) != shape, "so that it is replaced at its turn's edge"
+        assert await house.systems.generation(IRIS, dirs) != shape, "so that it is replaced at its turn's edge"
         assert lock(house)["iris"] == (await hive.agents.get(IRIS)).deployed_sha
         assert await house.systems.roll_back(IRIS) == first
 

@@ -384,6 +384,22 @@ async def test_a_module_that_is_no_good_is_refused_before_there_is_a_card(house:
     assert await hive.kinds() == kinds
 
 
+async def test_the_hosts_network_is_given_by_agent_toml_alone(house: House, hive: Services) -> None:
+    sets = MORE.replace("./agent.toml)", './agent.toml) // { network = "host"; }') % ""
+    reads_none = MORE.replace("fromTOML (builtins.readFile ./agent.toml)", "{ }") % ""
+    for module, toml, said in (
+        (sets, HAIKU, "private, and agent.nix makes it host"),
+        (reads_none, f'{HAIKU}network = "host"\n', "host, and agent.nix makes it private"),
+    ):
+        with pytest.raises(Refusal, match=f"agent.toml says network = {said}; let agent.toml alone say it"):
+            await ask(hive, checkout(hive).commit(agent__nix=module, agent__toml=toml))
+    checkout(hive).git("reset", "--hard", "--quiet", "HEAD~2")
+    toml = (checkout(hive).path / "agent.toml").read_text()
+    number = await ask(hive, checkout(hive).commit(agent__toml=f'{toml}network = "host"\n'))
+    (line,) = [line for line in ((await hive.approvals.get(number)).effect or {})["lines"] if line["what"] == "network"]
+    assert line["weight"] == "wide"
+
+
 async def test_nothing_that_lies_in_wait_in_a_repository_runs_or_changes_what_is_evaluated(
     house: House, hive: Services, tmp_path: Path
 ) -> None:

@@ -43,6 +43,10 @@ CHANGES: dict[str, tuple[Any, list[str]]] = {
     "credential": ("work", ["!credential: default → work"]),
     "recipients": (["hm1nd"], ["recipients: everybody → hm1nd"]),
     "pair_rate_per_hour": (5, ["!pair_rate_per_hour: the hive's → 5"]),
+    "network": (
+        "host",
+        ["!network: private → host: every address this machine reaches, its own services too"],
+    ),
     "env": ({"TOKEN": "hunter2"}, ["env: + TOKEN"]),
     "mcp_servers": (
         {"maps": {"command": "maps", "args": ["--at", "a b"], "env": {"KEY": "hunter2"}}},

@@ -16,11 +16,13 @@ from dashboard.diff import compare, diff_files, read_diff
 from dashboard.rows import Rows
 from dashboard.terminal import read_line, tokens
 from dashboard.visible import SHOWN_CHARACTERS, visible
+from hive_core.cli import show
 from hive_core.containers import nixos_container, nspawn
 from hive_core.procedures.supervise import Supervisor
 from hive_core.protocol.words import AgentName
 from hive_core.services.agents import Agent, Live
 from hive_core.services.approvals import Approval
+from hive_core.sockets.admin import AdminDesk
 from tests.dashboards import hive_of
 from tests.hives import Services
 
@@ -409,12 +411,25 @@ async def test_an_agent_whose_container_has_the_hosts_uids_has_a_badge(
     assert (">host uids</span>" in Rows(hive_of(hive)).agent(await hive.agents.get("iris"))) == told
 
 
+@pytest.mark.parametrize("state", ["idle", "down", "quarantined"])
+async def test_an_agent_that_has_the_hosts_network_has_a_badge_on_its_page_too(hive: Services, state: str) -> None:
+    hive.agents.observe("iris", state, sandbox="bwrap")
+    for network, told in (("host", True), ("private", False)):
+        policy = json.dumps({"network": network})
+        await hive.store.write(lambda tx, policy=policy: tx.execute("UPDATE agents SET policy = ?", (policy,)).rowcount)  # type: ignore[misc]
+        iris, rows = await hive.agents.get("iris"), Rows(hive_of(hive))
+        for row in (rows.agent(iris), rows.agent(iris, alone=True)):
+            assert (">host network</span>" in row) == told
+        listed = show.agents(await AdminDesk(hive_of(hive))._list({}))
+        assert (", host network" in listed) == told
+
+
 async def test_an_outdated_agent_can_be_updated_by_its_row_and_one_that_failed_says_that_the_others_wait(
     hive: Services,
 ) -> None:
     agent, whole = await hive.agents.get("iris"), hive_of(hive)
     assert "outdated" not in Rows(whole).agent(agent)
-    one = Supervisor(whole.reconciler._tools, agent.name, cast("Any", None), cast("Any", None))
+    one = Supervisor(whole.reconciler._tools, agent.name, cast("Any", None))
     one.running, one.outdated = cast("Any", object()), True
     whole.reconciler._supervised[agent.name] = one
     row = Rows(whole).agent(agent)

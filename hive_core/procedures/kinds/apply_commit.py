@@ -6,7 +6,7 @@ base is what main of the applied repository is: what the agent runs on.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 from hive_core.effects import Effect, derivation_of, says_the_same
 from hive_core.git.proposals import Proposal
 from hive_core.git.repos import Repos
+from hive_core.policy_rules import OF_SYSTEMS
 from hive_core.procedures.deployments import Deployments
 from hive_core.procedures.kinds.kind import Asking, Done, Step
 from hive_core.procedures.kinds.spawn import Spawn
 from hive_core.procedures.walk import Walk
-from hive_core.protocol.effect import WIDE
+from hive_core.protocol.effect import WIDE, is_for_itself
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
     MANAGER,
@@ -56,7 +57,9 @@ class ApplyCommit:
         walk: Walk,
         spawn: Spawn,
         deploy_log: DeployLog,
+        host_network: Collection[str] | None = None,
     ) -> None:
+        """host_network: whom the helper gives the host's network; None: there is no helper."""
         self._asking = asking
         self._agents = agents
         self._repos = repos
@@ -64,6 +67,7 @@ class ApplyCommit:
         self._walk = walk
         self._spawn = spawn
         self._log = deploy_log
+        self._host_network = host_network
 
     async def request(
         self, requested_by: AgentName, name: AgentName, sha: CommitSha, given_reason: object, key: str | None = None
@@ -101,7 +105,7 @@ class ApplyCommit:
             why = f"it is what {name} was seeded with; commit a change of it, or ask for a new agent {name}"
             raise Refusal("refused", f"cannot apply {sha[:12]}: {why}")
         proposal = await look()
-        found = _shown(proposal, await self._deployments.check(name, proposal), creates)
+        found = await self._look_at(name, proposal, creates)
         shown = found._replace(payload={**found.payload, **more})
 
         def make(tx: Transaction) -> Request:
@@ -109,6 +113,28 @@ class ApplyCommit:
             return Request(self.kind, name, requested_by, reason, shown)
 
         return await self._asking.put(requested_by, key, tool, f"a commit of {name}", make)
+
+    async def _look_at(self, name: AgentName, proposal: Proposal, creates: bool) -> Shown:
+        """What a card shows of a commit. Raises Refusal when it cannot be deployed, or not by an approval of its."""
+        shown = _shown(proposal, await self._deployments.check(name, proposal), creates)
+        if is_for_itself(shown.effect):
+            self._insist_on_nothing_else(name, proposal, shown)
+        return shown
+
+    def _insist_on_nothing_else(self, name: AgentName, proposal: Proposal, shown: Shown) -> None:
+        """Raise Refusal for a commit that gives an agent the host's network and does more, or that cannot give it."""
+        cannot = f"cannot apply {proposal.sha[:12]}: it gives {name} the host's network"
+        if "creates" in shown.payload:
+            why = 'a new agent begins with network = "private"; ask for the other once it runs'
+            raise Refusal("refused", f"{cannot}, and {why}")
+        lines = (shown.effect or {})["lines"]
+        # What a system is built to for it is no other change.
+        if others := sorted({line["what"] for line in lines} - {"network", *OF_SYSTEMS}):
+            why = f"that is approved by itself, and this changes {', '.join(others)} too"
+            raise Refusal("refused", f"{cannot}: {why}; propose a commit that changes network in agent.toml alone")
+        if self._host_network is not None and name not in self._host_network:
+            why = f"the helper's own configuration does not list {name} in host_network"
+            raise Refusal("refused", f"{cannot}: {why}; list it there as root, and start helper and daemon again")
 
     async def ask_back(self, given: Mapping[str, object]) -> dict[str, Any]:
         """As request_back, of words as they came: `agent`, `to` (else what it ran on before) and `reason`. One that is
@@ -176,7 +202,7 @@ class ApplyCommit:
         is_moved = proposal.base != approval.payload["base"] or creates != ("creates" in approval.payload)
         if not is_moved and (approval.effect or {}).get("inputs", "") == self._deployments.inputs:
             return as_it_is
-        shown = _shown(proposal, await self._deployments.check(approval.agent, proposal), creates)
+        shown = await self._look_at(approval.agent, proposal, creates)
         if "back" in approval.payload:
             shown.payload["back"] = approval.payload["back"]
         # Built from other inputs it may come to the same.
