@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import sys
 import uuid
 from pathlib import Path
 
@@ -93,13 +95,20 @@ def proxy_variables(seat: Seat) -> dict[str, str]:
     }
 
 
+def git_variables(seat: Seat) -> dict[str, str]:
+    """What git needs for hive://PROJECT: its helper behind all that the container has, and where the hive is."""
+    helpers = str(Path(__file__).with_name("path"))
+    own = {"HIVE_PYTHON": sys.executable, "HIVE_GIT_SOCKET": f"{seat.run_dir}/git.sock"}
+    return {"PATH": os.pathsep.join((seat.path, helpers)), **own}
+
+
 def environment(seat: Seat, credential: str, chosen: Mapping[str, str] | None = None) -> dict[str, str]:
     """The program's whole environment: nothing of the harness's own reaches it. What we set wins over `chosen`."""
     name, placeholder = PLACEHOLDERS[credential]
     email = f"{seat.agent}@hive"
     return {
         **(chosen or {}),
-        "PATH": seat.path,
+        **git_variables(seat),
         "HOME": seat.home,
         "LANG": "C.UTF-8",
         "TERM": "dumb",
