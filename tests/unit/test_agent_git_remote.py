@@ -128,7 +128,9 @@ def test_a_daemon_that_stays_away_is_told_of_with_a_way_out(
 ) -> None:
     monkeypatch.setenv("HIVE_GIT_SOCKET", str(folder / "git.sock"))
     monkeypatch.setattr(git_remote, "WAIT_S", 0.0)
-    with pytest.raises(git_remote.Trouble, match="its daemon is away .* did not come back within 0 s; try again later"):
+    with pytest.raises(
+        git_remote.Trouble, match=r"its daemon is away .* did not come back within 0 s; try again later"
+    ):
         git_remote._dial("x", "git-upload-pack")
 
 
