@@ -269,7 +269,10 @@ class _Rooms:
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
         kind = partial(hive.breaker.kind_for, name)
         limited = partial(hive.breaker.claimed, name)
-        harness = HarnessDesk(name, agent.role, hive.broker, hive.turns, hive.agents, hive.background, kind, limited)
+        projects = partial(hive.mirrors.of, name)
+        harness = HarnessDesk(
+            name, agent.role, hive.broker, hive.turns, hive.agents, hive.background, kind, limited, projects
+        )
         self._desks[name] = harness
         tools = agent_socket.AgentDesk(
             name,
@@ -357,6 +360,7 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(_serve_pruning, hive)
         nursery.start_soon(hive.destruction.serve)
         nursery.start_soon(hive.disk.serve)
+        nursery.start_soon(hive.mirrors.serve)
         nursery.start_soon(hive.snapshots.serve)
         nursery.start_soon(serve_watchdog)
         gc.freeze()  # what was loaded stays: to look through it at each collection is a tenth of a busy daemon's work

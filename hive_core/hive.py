@@ -17,6 +17,7 @@ from hive_core.procedures.kinds.destroy import Destroy
 from hive_core.procedures.kinds.raise_budget import RaiseBudget
 from hive_core.procedures.kinds.schedule_prompt import SchedulePrompt
 from hive_core.procedures.logins import Logins
+from hive_core.procedures.projects import ProjectMirrors
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.procedures.snapshotting import Snapshotting
 from hive_core.procedures.together import Together
@@ -79,6 +80,7 @@ class Hive:
     turn_records: TurnRecords = field(init=False)
     loose_ends: LooseEnds = field(init=False)
     disk: DiskUses = field(init=False)
+    mirrors: ProjectMirrors = field(init=False)
     snapshots: Snapshotting = field(init=False)
     tombstones: Tombstones = field(init=False)
     destruction: Destruction = field(init=False)
@@ -92,6 +94,7 @@ class Hive:
         self.freeze = Freeze(self.store, self.access)
         self.breaker = Breaker(self.store, self.credentials, self.access, self.broker.limits)
         self.ledger.windows = self.breaker.windows_used
+        self.mirrors = ProjectMirrors(self.store, self.broker.limits, self.config.state_dir)
         self.disk = DiskUses(self.store, self.broker.limits, self.config.state_dir)
         self.snapshots = Snapshotting(
             self.store, self.agents, self.access, self.reconciler, self.broker.limits, self.config.state_dir

@@ -137,6 +137,18 @@ class Limits(BaseModel):
     snapshots_bytes: Annotated[
         int, Field(ge=1, lt=2**62, description="what an agent's snapshots may take of the disk, and each of them alone")
     ] = 4 * 1024**3
+    project_bytes: Annotated[
+        int, Field(ge=2**20, lt=2**50, description="what the mirror of a project's repository may take of the disk")
+    ] = 8 * 1024**3
+    project_fetch_s: Annotated[
+        Seconds, Field(description="how long a project may be fetched from where it is, and cloned by an agent")
+    ] = 900.0
+    push_bytes: Annotated[Count, Field(description="what one push of an agent to a project may bring")] = (
+        256 * 1024 * 1024
+    )
+    push_s: Annotated[
+        Seconds, Field(description="how long one push may take, until the project's repository has it")
+    ] = 300.0
     approval_ttl_s: Annotated[Seconds, Field(description="how long a request waits for the operator's word")] = (
         7 * 24 * 3600.0
     )

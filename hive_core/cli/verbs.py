@@ -188,6 +188,17 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
             (("--every",), {"type": seconds(30), "metavar": "SECONDS", "help": "instead: once in so many"}),
         ],
     ),
+    "project": (
+        "projects.project",
+        "the repositories that agents work on: register one, fetch it now, forget it",
+        [
+            (("what",), {"nargs": "?", "choices": ["list", "add", "fetch", "rm"], "default": "list"}),
+            (("words",), {"nargs": "*", "metavar": "NAME [PATH|URL]", "help": "add: its name, and where it is"}),
+            (("--key",), {"metavar": "FILE", "help": "the private key for a repository that is reached by ssh"}),
+            (("--token",), {"metavar": "FILE", "help": "the token for one that is reached by https; -: from stdin"}),
+            (("--host-key",), {"metavar": "LINE", "help": "the ssh server's, as ssh-keyscan tells it; else its first"}),
+        ],
+    ),
     "loose-ends": (
         "questions.loose_ends",
         "what waits on you, and what you wait for",
@@ -424,4 +435,4 @@ def parse(words: list[str]) -> Namespace:
     return (parser.parse_intermixed_args if parser.prog in _INTERMIXED else parser.parse_args)(words)
 
 
-_INTERMIXED = ("hive send", "hive schedule", "hive answer", "hive budget", "hive forge")
+_INTERMIXED = ("hive send", "hive project", "hive schedule", "hive answer", "hive budget", "hive forge")

@@ -13,7 +13,8 @@ import selectors
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -21,6 +22,7 @@ from hive_core.protocol.visible import named
 
 ERRORS_LIMIT_BYTES = 64 * 1024
 REASON_LIMIT = 300
+LOOK_S = 0.25
 _PIECE_BYTES = 64 * 1024
 _ENVIRONMENT = {
     "GIT_CONFIG_NOSYSTEM": "1",
@@ -75,28 +77,57 @@ LIMITS = GitLimits()
 class GitFailed(Exception):
     """A run that did not end well: what git said, as one short line, or which limit ended it.
 
-    over   "time" or "output" when it was that limit, else ""
-    code   what it ended with, when it ended by itself
+    over     "time" or "output" when it was that limit, else ""
+    code     what it ended with, when it ended by itself
+    printed  what it had printed by then, and said on its other output
     """
 
-    def __init__(self, reason: str, over: str = "", code: int | None = None) -> None:
+    def __init__(self, reason: str, over: str = "", code: int | None = None, printed: str = "") -> None:
         super().__init__(reason)
         self.over = over
         self.code = code
+        self.printed = printed
 
 
-def run_git(repository: Path, *words: str, stdin: bytes = b"", limits: GitLimits | None = None) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a run has besides, or otherwise.
+
+    config       which everybody on the host can read
+    environment  variables
+    look         called now and then; what it raises ends the run
+    """
+
+    config: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    look: Callable[[], None] | None = None
+
+
+PLAIN = Setting()
+
+
+def command_of(
+    repository: Path, words: Sequence[str], limits: GitLimits, setting: Setting = PLAIN
+) -> tuple[list[str], dict[str, str]]:
+    """The arguments and the whole environment of `git WORDS` in a bare repository, for who starts it otherwise."""
+    options = [word for key, value in {**_CONFIG, **setting.config}.items() for word in ("-c", f"{key}={value}")]
+    command = [*_bounded(limits), "git", f"--git-dir={repository}", *options, *words]
+    return command, {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), **_ENVIRONMENT, **setting.environment}
+
+
+def run_git(
+    repository: Path, *words: str, stdin: bytes = b"", limits: GitLimits | None = None, setting: Setting = PLAIN
+) -> bytes:
     """`git WORDS` in a bare repository; gives what it printed. Blocks: for worker threads. Raises GitFailed, OSError.
 
     It leaves no process behind, however it ends.
     """
     limits = limits or LIMITS
-    options = [word for key, value in _CONFIG.items() for word in ("-c", f"{key}={value}")]
-    command = [*_bounded(limits), "git", f"--git-dir={repository}", *options, *words]
+    command, environment = command_of(repository, words, limits, setting)
     process = subprocess.Popen(
         command,
         cwd="/",
-        env={"PATH": os.environ.get("PATH", "/usr/bin:/bin"), **_ENVIRONMENT},
+        env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -104,7 +135,7 @@ def run_git(repository: Path, *words: str, stdin: bytes = b"", limits: GitLimits
     )
     try:
         ends_at = time.monotonic() + limits.time_s
-        printed, said, over = _talk(process, stdin, limits, ends_at)
+        printed, said, over = _talk(process, stdin, limits, ends_at, setting.look)
         if not over:
             process.wait(max(ends_at - time.monotonic(), 0.1))
     except subprocess.TimeoutExpired:
@@ -122,7 +153,8 @@ def run_git(repository: Path, *words: str, stdin: bytes = b"", limits: GitLimits
         raise GitFailed(f"git said more than {limits.output_bytes:,} bytes", over)
     if process.returncode:
         reason = _reason(process.returncode, said.decode("utf-8", "replace"), limits)
-        raise GitFailed(reason, code=process.returncode)
+        both = b"\n".join((printed[:ERRORS_LIMIT_BYTES], said))
+        raise GitFailed(reason, code=process.returncode, printed=both.decode("utf-8", "replace"))
     return bytes(printed)
 
 
@@ -138,7 +170,11 @@ def _bounded(limits: GitLimits) -> list[str]:
 
 
 def _talk(
-    process: subprocess.Popen[bytes], stdin: bytes, limits: GitLimits, ends_at: float
+    process: subprocess.Popen[bytes],
+    stdin: bytes,
+    limits: GitLimits,
+    ends_at: float,
+    look: Callable[[], None] | None = None,
 ) -> tuple[bytearray, bytearray, str]:
     """Write `stdin`, read both outputs to their ends; and which limit came first, if one did."""
     assert process.stdin is not None
@@ -155,6 +191,9 @@ def _talk(
             left_s = ends_at - time.monotonic()
             if left_s <= 0:
                 return printed, said, "time"
+            if look is not None:
+                look()
+                left_s = min(left_s, LOOK_S)
             for key, _ in pipes.select(left_s):
                 if key.fileobj is process.stdin:
                     rest = _write_some(process.stdin, rest)
@@ -198,4 +237,7 @@ def _reason(code: int, said: str, limits: GitLimits) -> str:
         return f"git took more than {limits.memory_bytes // 2**20:,} MiB of memory"
     lines = [line.strip() for line in said.splitlines() if line.strip()] or [f"git ended with {code}"]
     fatal = [line for line in lines if line.startswith(("fatal:", "error:"))]
+    if fatal[:1] == ["fatal: fetch-pack: invalid index-pack output"]:
+        # The program that writes the pack died without a word: by a limit, and of its files there is one.
+        return f"it would write a pack of more than {limits.file_bytes:,} bytes"
     return named((fatal or lines)[0])[:REASON_LIMIT]

@@ -11,6 +11,8 @@ JSON lines, one request at a time, answered in order: `{"id": n, "op": …}` get
     background  state, work, …                  → counted, also while a lease waits: a command in the background began
                                                   or ended (protocol.harness.BackgroundWork); state none: no other runs
     unasked_turn  key                           → counted, also while a lease waits: a program began a turn by itself
+    projects                                    → projects: those of the agent, each a ProjectState, fetched a moment
+                                                  ago or just now; at most 10 s are waited for that
 
 The harness chooses the fence of each turn, so a request that is asked again after a lost connection finds the turn that
 the first one began. `lines` without lines, every RENEW_EVERY_S, says that the harness of a quiet turn lives; `running`
@@ -50,6 +52,15 @@ if TYPE_CHECKING:
         push: NotRequired[str]  # the branches that it may push, `*` at the end for any rest; absent: AGENT/*
         force: bool
         tags: bool
+
+    class ProjectState(TypedDict):
+        """A project as the host has it: what the settings say, and whether it can be cloned."""
+
+        name: str
+        path: str
+        branch: str | None  # to begin from: of the settings, else the project's own; None: it is not known
+        push: str  # the branches that may be pushed, `*` at the end for any rest; empty: none
+        trouble: str | None  # why it may be old, or cannot be cloned at all: a sentence
 
     class Settings(TypedDict):
         """What the deployed commit says about the agent; it travels with each lease, so a change needs no restart."""

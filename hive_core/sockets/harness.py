@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -38,6 +38,7 @@ Request = dict[str, Any] | Refusal
 FENCES_LIMIT = 2  # the turn that runs, and one that is asked for
 READ_AHEAD = 2  # requests that may lie behind a lease: a harness asks one at a time, and each may have 8 MiB
 ERROR_LIMIT = 2000
+VERBS = ("lease", "lines", "ack", "background", "unasked_turn", "checked", "projects")  # after hello
 BESIDE = ("background", "unasked_turn")  # what a harness tells of while its lease waits
 
 
@@ -53,6 +54,7 @@ class HarnessDesk:
     background: Background
     credential_kind: Callable[[], str]
     limited: Callable[[int], None] = lambda _: None  # hears until when its program says that it is limited
+    projects: Callable[[], Awaitable[list[dict[str, Any]]]] | None = None  # has those of the agent fetched
     instance: str | None = None
     session: _Session | None = None
     stops: bool = False  # whatever harness there is has to end at its turn's edge
@@ -197,7 +199,7 @@ class _Session:
         match request.get("op"):
             case "hello":
                 return await self._hello(request)
-            case "lease" | "lines" | "ack" | "background" | "unasked_turn" | "checked" if not self._welcome:
+            case str(op) if op in VERBS and not self._welcome:
                 raise Refusal("usage", "cannot do anything before hello")
             case "lease":
                 return await self._lease(_fence(request.get("fence")))
@@ -212,9 +214,10 @@ class _Session:
                 return {"counted": await self._desk.background.tell_unasked_turn(self._desk.name, key)}
             case "checked":
                 return {"counted": self._desk.checks.answered(request, _error_of(request, 400))}
+            case "projects":
+                return {"projects": await self._desk.projects() if self._desk.projects is not None else []}
             case other:
-                verbs = "hello, lease, lines, ack, background, unasked_turn, checked"
-                raise Refusal("usage", f"cannot do {ascii(other)[:40]}: the verbs are {verbs}")
+                raise Refusal("usage", f"cannot do {ascii(other)[:40]}: the verbs are hello, {', '.join(VERBS)}")
 
     async def _hello(self, request: dict[str, Any]) -> dict[str, Any]:
         desk = self._desk

@@ -48,3 +48,16 @@ CREATE TABLE forge_writes (
 ) STRICT;
 
 CREATE INDEX forge_writes_of ON forge_writes (agent, at_ms);
+
+-- Projects: the repositories that agents work on, each with a mirror of ours.
+CREATE TABLE projects (
+  name          TEXT PRIMARY KEY,
+  source        TEXT NOT NULL,              -- a path of the host, or a url without a password
+  credential    TEXT NOT NULL CHECK (credential IN ('none', 'key', 'token')),
+  branch        TEXT NOT NULL,              -- that a clone begins with
+  added_by      TEXT NOT NULL,
+  added_at_ms   INTEGER NOT NULL,
+  fetched_at_ms INTEGER NOT NULL,           -- when it was fetched last, and that went well
+  bytes         INTEGER NOT NULL,           -- that its mirror takes
+  trouble       TEXT                        -- why it could not be fetched since
+) STRICT;

@@ -1,0 +1,294 @@
+"""Projects on the host: their mirrors are fetched, lent to the agents that list them, and looked after.
+
+Of what git does with one mirror's refs there is one thing at a time: a fetch, or what a push ends with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
+
+from hive_core.git.mirrors import (
+    Fetched,
+    Mirror,
+    MirrorLimits,
+    clear_leavings,
+    export,
+    exported,
+    packed_bytes,
+    remove,
+    withdraw,
+)
+from hive_core.git.project_keys import KEY, KNOWN_HOSTS, TOKEN, ProjectKeys, parse_host_key, parse_key, parse_token
+from hive_core.git.remotes import Access, Source, parse_source
+from hive_core.git.sterile_git import GitFailed
+from hive_core.limits import Limits
+from hive_core.protocol.paths import explain
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import AgentName, ProjectName
+from hive_core.services.projects import PROJECTS, Projects, Registered, no_such_project, taken
+from hive_core.store.bus import DEPLOYED, WANTED
+from hive_core.store.door import Store
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+FRESH_S = 30.0  # after a fetch, in which no turn asks for another
+WAIT_S = 10.0  # that the begin of a turn waits for a fetch
+FETCHES_AT_ONCE = 3
+
+
+class ProjectMirrors:
+    """Every mirror of the hive. `serve` has to run for `fresh`."""
+
+    def __init__(self, store: Store, limits: Limits, state_dir: Path) -> None:
+        self.projects = Projects(store)
+        self._store = store
+        self._limits = MirrorLimits(limits.project_bytes, limits.project_fetch_s)
+        self._folder = state_dir / "mirrors"
+        self._agents = state_dir / "agents"
+        self.keys = ProjectKeys(state_dir)
+        self._fetching = trio.Semaphore(FETCHES_AT_ONCE)
+        self._locks: dict[ProjectName, trio.Lock] = {}
+        self._exporting = trio.Lock()
+        self._under_way: dict[ProjectName, trio.Event] = {}
+        self._fetched_s: dict[ProjectName, float] = {}
+        self._nursery: trio.Nursery | None = None
+
+    def path(self, name: ProjectName) -> Path:
+        """Where the mirror is."""
+        return self._folder / f"{name}.git"
+
+    @asynccontextmanager
+    async def alone(self, name: ProjectName) -> AsyncIterator[None]:
+        """While nothing else moves the refs of this mirror."""
+        async with self._locks.setdefault(name, trio.Lock()):
+            yield
+
+    def mirror(self, registered: Registered) -> Mirror:
+        """The mirror and its way to the source, for threads of trio's. Raises GitFailed without its credential."""
+        return self._mirror(registered.name, self.keys.access(registered.name, parse_source(registered.source)))
+
+    def _mirror(self, name: ProjectName, access: Access) -> Mirror:
+        return Mirror(self.path(name), name, access, self._limits, trio.from_thread.check_cancelled)
+
+    # -- the operator's -----------------------------------------------------------------------------------------------
+
+    async def add(self, name: ProjectName, raw: object, given: dict[str, object], actor: str) -> Registered:
+        """Register a repository, once its mirror is whole. given: key, token and host_key, each may be absent.
+
+        Raises Refusal; then nothing of it stays.
+        """
+        source = parse_source(raw)
+        files = _credential_files(source, given)
+        async with self.alone(name):
+            if await self.projects.find(name) is not None:
+                raise taken(name)
+            try:
+                branch, size = await _in_thread("add", name, lambda: self._make(name, source, files))
+                kind = next((kind for suffix, kind in ((KEY, "key"), (TOKEN, "token")) if suffix in files), "none")
+                await self.projects.add(name, source.text, kind, branch, size, actor)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._forget, name)
+                raise
+            self._fetched_s[name] = trio.current_time()
+        return await self.projects.get(name)
+
+    async def fetch(self, name: ProjectName) -> Registered:
+        """Fetch it now, and let its first branch be the source's. Raises Refusal when that cannot be done."""
+        await self.projects.get(name)
+        await self._fetch(name, with_head=True)
+        return await self.projects.get(name)
+
+    async def remove(self, name: ProjectName, actor: str) -> None:
+        """Forget it, its mirror and its credential. Raises Refusal while an agent lists it."""
+        async with self.alone(name):
+            await self.projects.remove(name, actor)
+            await _in_thread("remove", name, lambda: self._forget(name))
+
+    def _make(self, name: ProjectName, source: Source, files: dict[str, str]) -> tuple[str, int]:
+        self._forget(name)  # what a daemon that died left of another try
+        for suffix, text in files.items():
+            self.keys.put(name, suffix, text)
+        mirror = self._mirror(name, self.keys.access(name, source))
+        mirror.make()
+        if source.kind == "ssh" and KNOWN_HOSTS not in files:
+            mirror.meet()
+        mirror.fetch()
+        mirror.follow_head()
+        return mirror.head(), packed_bytes(mirror.path)
+
+    def _forget(self, name: ProjectName) -> None:
+        remove(self.path(name))
+        self.keys.remove(name)
+
+    # -- fetching ------------------------------------------------------------------------------------------------------
+
+    async def fresh(self, names: list[ProjectName]) -> dict[ProjectName, str]:
+        """Have these mirrors fetched, unless they were a moment ago; wait for that, but not for long.
+
+        Returns why some are not fresh, in a sentence. The fetch goes on behind it.
+        """
+        for name in names:
+            last_s = self._fetched_s.get(name, -FRESH_S)
+            if name not in self._under_way and self._nursery is not None and trio.current_time() - last_s >= FRESH_S:
+                self._nursery.start_soon(self._fetch_beside, name)
+                self._under_way[name] = trio.Event()
+        with trio.move_on_after(WAIT_S):
+            for event in [self._under_way[name] for name in names if name in self._under_way]:
+                await event.wait()
+        rows = {row.name: row for row in await self.projects.all()}
+        told: dict[ProjectName, str] = {}
+        for name in names:
+            if (row := rows.get(name)) is None:
+                told[name] = no_such_project(name).message
+            elif name in self._under_way:
+                told[name] = f"{name} is still being fetched from {row.source}"
+            elif row.trouble:
+                told[name] = f"{name} could not be fetched from {row.source}: {row.trouble}"
+        return told
+
+    async def of(self, agent: AgentName) -> list[dict[str, Any]]:
+        """The projects of an agent, fresh, as protocol.harness.ProjectState."""
+        listed = await self.projects.listed_by(agent)
+        troubles = await self.fresh([ProjectName(one.name) for one in listed])
+        rows = {row.name: row for row in await self.projects.all()}
+        states = []
+        for one in listed:
+            name = ProjectName(one.name)
+            branch = one.branch or (rows[name].branch if name in rows else None)
+            told = {"branch": branch, "push": one.pushes(agent), "trouble": troubles.get(name)}
+            states.append({"name": name, "path": one.place, **told})
+        return states
+
+    async def _fetch_beside(self, name: ProjectName) -> None:
+        try:
+            await self._fetch(name)
+        except Refusal as refusal:
+            log.warning("%s", refusal.message, extra={"project": name})
+        finally:
+            self._under_way.pop(name).set()
+
+    async def _fetch(self, name: ProjectName, with_head: bool = False) -> None:
+        """Raises Refusal, which is written down with the project."""
+
+        def fetch() -> tuple[Fetched, str, int]:
+            mirror = self.mirror(found)
+            is_new = not mirror.path.exists()  # as behind a backup that was restored
+            mirror.make()
+            try:
+                fetched = mirror.fetch()
+            except GitFailed as failed:
+                if failed.over:  # it was killed
+                    clear_leavings(mirror.path)
+                raise
+            if with_head or is_new:
+                mirror.follow_head()
+            return fetched, mirror.head(), packed_bytes(mirror.path)
+
+        async with self._fetching, self.alone(name):
+            if (row := await self.projects.find(name)) is None:
+                return
+            found = row
+            self._fetched_s[name] = trio.current_time()
+            try:
+                fetched, branch, size = await _in_thread("fetch", name, fetch)
+            except Refusal as refusal:
+                await self.projects.note_trouble(name, refusal.message.partition(": ")[2] or refusal.message)
+                raise
+            if fetched.kept_back:
+                log.warning("of %s these stay away: %s", name, fetched.kept_back, extra={"project": name})
+            await self.projects.note_fetched(name, fetched.moved, branch, size)
+        if fetched.moved or fetched.repacked:
+            await self.lend(name)
+
+    # -- what agents borrow --------------------------------------------------------------------------------------------
+
+    async def lend(self, *only: ProjectName) -> None:
+        """Let every agent have what it lists of these mirrors, or of all, and no other. Trouble is logged."""
+        async with self._exporting:
+            registered = {row.name for row in await self.projects.all()}
+            for agent, listed in (await self.projects.listings()).items():
+                wanted = {ProjectName(one.name) for one in listed} & registered
+                await self._lend(agent, wanted, set(only))
+
+    async def _lend(self, agent: AgentName, wanted: set[ProjectName], only: set[ProjectName]) -> None:
+        folder = self._agents / agent / "mirrors"
+
+        def lend() -> None:
+            if not folder.parent.is_dir():
+                return  # it was never started, or is being destroyed
+            folder.mkdir(mode=0o700, exist_ok=True)
+            for name in wanted & only if only else wanted:
+                if self.path(name).is_dir():
+                    export(self.path(name), folder / name)
+            for other in list(exported(folder)):
+                if other not in wanted:
+                    withdraw(folder, other)
+
+        if not wanted and not folder.is_dir():
+            return
+        try:
+            await _in_thread("lend", ProjectName(f"to {agent}"), lend)
+        except Refusal as refusal:
+            log.error("%s", refusal.message, extra={"agent": agent})
+
+    async def serve(self) -> None:
+        """Clear up what a daemon that died left; then lend what is listed, whenever that changes. Until cancelled."""
+        await trio.to_thread.run_sync(self._clear, {row.name for row in await self.projects.all()})
+        with self._store.bus.listen(DEPLOYED, WANTED, PROJECTS) as listener:
+            async with trio.open_nursery() as self._nursery:
+                seen: Any = None
+                while True:
+                    rows = await self.projects.all(), await self.projects.listings()
+                    listed = {row.name for row in rows[0]}, rows[1]
+                    if listed != seen:
+                        await self.lend()
+                        seen = listed
+                    await listener.wait()
+
+    def _clear(self, known: set[ProjectName]) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            for entry in list(self._folder.iterdir()):
+                if entry.name.removesuffix(".git") in known:
+                    clear_leavings(entry)
+                elif entry.name != HOOKS:
+                    shutil.rmtree(entry, ignore_errors=True)
+        for name in self.keys.names():
+            if name not in known:
+                self.keys.remove(ProjectName(name))
+
+
+HOOKS = ".hooks"
+
+
+def _credential_files(source: Source, given: dict[str, object]) -> dict[str, str]:
+    """What is written of a credential, by the ends of the files' names. Raises Refusal for what does not fit."""
+    key, token, host_key = (given.get(name) for name in ("key", "token", "host_key"))
+    if (key is not None or host_key is not None) and source.kind != "ssh":
+        raise Refusal("usage", "cannot use a key for this repository: keys are for ssh; give --token, or nothing")
+    if token is not None and source.kind != "http":
+        raise Refusal("usage", "cannot use a token for this repository: tokens are for https; give --key, or nothing")
+    if source.kind == "ssh" and key is None:
+        raise Refusal("usage", "cannot use this repository without a key: give --key FILE; the hive has no other")
+    if token is not None and source.text.startswith("http:") and source.host not in ("localhost", "127.0.0.1", "::1"):
+        raise Refusal("usage", "cannot send a token over http, where everybody on the way reads it; use https")
+    files = {KEY: parse_key(key)} if key is not None else {}
+    files |= {TOKEN: parse_token(token) + "\n"} if token is not None else {}
+    return files | ({KNOWN_HOSTS: parse_host_key(host_key, source.host, source.port)} if host_key is not None else {})
+
+
+async def _in_thread(deed: str, name: ProjectName, function: Callable[[], T]) -> T:
+    """Run what blocks; what git or the system says becomes a Refusal that says why."""
+    try:
+        return await trio.to_thread.run_sync(function)
+    except (GitFailed, OSError) as exc:
+        why = explain(exc) if isinstance(exc, OSError) else str(exc)
+        raise Refusal("unavailable", f"cannot {deed} {name}: {why}") from exc
