@@ -59,8 +59,19 @@ class Stop:
         return self._wait
 
 
-async def serve(run_dir: str, make_seat: SeatMaker, *, role: str, life_fd: int | None, orphan_grace_s: float) -> int:
-    """Take turns until told to stop; returns the exit code. Every task of a harness starts here."""
+async def serve(
+    run_dir: str,
+    make_seat: SeatMaker,
+    *,
+    role: str,
+    life_fd: int | None,
+    orphan_grace_s: float,
+    has_proxy: bool = True,
+) -> int:
+    """Take turns until told to stop; returns the exit code. Every task of a harness starts here.
+
+    has_proxy: whether what its program reaches it reaches through the hive's proxy
+    """
     adopt_orphans()
     link = HostLink(f"{run_dir}/harness.sock", role=role, orphan_grace_s=orphan_grace_s)
     stop = Stop()
@@ -71,7 +82,7 @@ async def serve(run_dir: str, make_seat: SeatMaker, *, role: str, life_fd: int |
             tasks.start_soon(_end_with_pipe, life_fd, tasks.cancel_scope)
         tasks.start_soon(_keep_link, link, exit_codes, tasks.cancel_scope)
         model: int = await tasks.start(serve_loopback, f"{run_dir}/model.sock")
-        egress: int = await tasks.start(serve_loopback, f"{run_dir}/egress.sock")
+        egress: int = await tasks.start(serve_loopback, f"{run_dir}/egress.sock") if has_proxy else 0
         with stop.cuts_wait():
             await link.welcomed.wait()
         if link.welcomed.is_set():

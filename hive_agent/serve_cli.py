@@ -56,6 +56,12 @@ def make_parser(program: str = "hive-agent") -> argparse.ArgumentParser:
         help="what is around this process: only inside a sandbox the program acts without asking",
     )
     parser.add_argument(
+        "--network",
+        choices=["private", "host"],
+        default="private",
+        help="which it has: in that of the host nothing goes through the hive's proxy",
+    )
+    parser.add_argument(
         "--life-fd", type=life_fd, metavar="N", help="a pipe's read end: when it is closed everything ends at once"
     )
     parser.add_argument(
@@ -111,6 +117,7 @@ async def _serve(arguments: argparse.Namespace, role: str) -> int:
         arguments.run,
         seat_maker(arguments),
         role=role,
+        has_proxy=arguments.network == "private",
         life_fd=arguments.life_fd,
         orphan_grace_s=arguments.orphan_grace,
     )

@@ -8,6 +8,7 @@
 let
   cfg = config.hyperhive;
   program = if cfg.role == "manager" then "hive-mind" else "hive-agent";
+  network = lib.optionalString (cfg.settings.network != "private") " --network ${cfg.settings.network}";
   claude = lib.optionalString cfg.claude.enable " --claude ${lib.getExe' cfg.claude.package "claude"}";
 in
 {
@@ -46,7 +47,7 @@ in
         LANG = "C.UTF-8";
       };
       serviceConfig = {
-        ExecStart = "${cfg.package}/bin/${program} serve --run /run/hive --state /state --sandbox nixos-container${claude}";
+        ExecStart = "${cfg.package}/bin/${program} serve --run /run/hive --state /state --sandbox nixos-container${network}${claude}";
         WorkingDirectory = "/state";
         # The host reads its last words on the console.
         StandardOutput = "journal+console";

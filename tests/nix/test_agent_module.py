@@ -65,7 +65,10 @@ def test_the_harness_is_a_unit_with_arguments_that_it_takes(nix: Nix, nixpkgs: s
     assert serve == "serve"
     parsed = make_parser().parse_args(arguments)
     assert (parsed.run, parsed.state, parsed.sandbox) == ("/run/hive", "/state", "nixos-container")
-    assert parsed.claude.endswith("/bin/claude")
+    assert (parsed.claude.endswith("/bin/claude"), parsed.network) == (True, "private")
+    module = '{ hyperhive.settings.network = "host"; }'
+    command = nix.value(f"{agent(module, name)}.config.systemd.services.hive-agent.serviceConfig.ExecStart", nixpkgs)
+    assert make_parser().parse_args(command.split()[2:]).network == "host"
 
 
 @everywhere

@@ -142,6 +142,23 @@ async def test_what_a_program_runs_finds_its_way_out_through_egress_sock(start: 
     assert "b'through'" in "".join(lines)
 
 
+async def test_in_the_hosts_network_nothing_is_led_to_the_proxy_and_nobody_else_is_either(
+    start: Harnesses, tmp_path: Path
+) -> None:
+    def answer(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nthrough")
+
+    async with open_host(tmp_path) as host:
+        with open_proxy(tmp_path / "egress.sock", answer):
+            start("--network", "host")
+            connection = await welcomed(host)
+            lines, ack = await connection.take_turn(a_lease(1, prompt=follow({"run": "env; echo that is all"})))
+    assert ack["outcome"] == "done"
+    said = "".join(lines)
+    assert "that is all" in said
+    assert "proxy" not in said.lower()
+
+
 async def test_a_check_starts_the_program_sees_its_tools_and_leaves_neither_process_nor_session(
     start: Harnesses, tmp_path: Path
 ) -> None:
