@@ -264,7 +264,7 @@ class _Rooms:
     async def serve(self, agent: Agent, task_status: trio.TaskStatus[Desk]) -> None:
         """Listen on an agent's sockets and its page until cancelled."""
         # Imported when the first agent is served: it takes half a second that a start need not wait for.
-        agent_socket, manager_tools = await trio.to_thread.run_sync(_import_agent_sockets)
+        agent_socket, manager_tools, forge_tools = await trio.to_thread.run_sync(_import_agent_sockets)
         hive, name, run = self.hive, agent.name, self.run_dir(agent.name)
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
         kind = partial(hive.breaker.kind_for, name)
@@ -281,6 +281,7 @@ class _Rooms:
             hive.archive,
             hive.loose_ends,
             manager_tools.ManagerTools(hive) if name == MANAGER else None,
+            forge_tools.ForgeTools(name, hive.forge_work),
         )
         relay = ModelRelay(
             name,
@@ -330,8 +331,8 @@ class _Rooms:
         nursery.start_soon(partial(serve_asgi, page, sock, stopping=self.hive.stopping))
 
 
-def _import_agent_sockets() -> tuple[ModuleType, ModuleType]:
-    return import_module("hive_core.sockets.agent"), import_module("hive_core.sockets.manager_tools")
+def _import_agent_sockets() -> list[ModuleType]:
+    return [import_module(f"hive_core.sockets.{name}") for name in ("agent", "manager_tools", "forge_tools")]
 
 
 async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

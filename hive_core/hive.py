@@ -11,6 +11,7 @@ from hive_core.config import Config
 from hive_core.credentials import DEFAULT, Credential, Credentials
 from hive_core.kept import Keeper
 from hive_core.procedures.destruction import Destruction
+from hive_core.procedures.forge_work import ForgeWork
 from hive_core.procedures.forges import Forges
 from hive_core.procedures.gate import Gate
 from hive_core.procedures.kinds.destroy import Destroy
@@ -89,6 +90,7 @@ class Hive:
     raise_budget: RaiseBudget = field(init=False)
     destroy: Destroy = field(init=False)
     forges: Forges = field(init=False)
+    forge_work: ForgeWork = field(init=False)
 
     def __post_init__(self) -> None:
         self.freeze = Freeze(self.store, self.access)
@@ -118,6 +120,7 @@ class Hive:
         self.gate.add(self.schedule_prompt, self.raise_budget, self.destroy)
         self.turn_records = TurnRecords(self.store)
         self.forges = Forges(self.store, self.config.state_dir)
+        self.forge_work = ForgeWork(self.forges, self.access, limits)
         self.loose_ends = LooseEnds(self.store, self.questions, self.reminders, self.schedules, self.background)
 
     @property

@@ -159,6 +159,12 @@ class Limits(BaseModel):
     request_quota_bytes: Annotated[Count, Field(description="what those that wait may take, diffs and all")] = (
         16 * 1024 * 1024
     )
+    forge_writes_per_hour: Annotated[
+        Count, Field(description="pull requests, issues and comments of one agent on forges before more are refused")
+    ] = 30
+    forge_reads_per_hour: Annotated[
+        Count, Field(description="looks of one agent at forges before more are refused")
+    ] = 600
     question_ttl_s: Annotated[Seconds, Field(description="how long a question waits for its answer")] = 6 * 3600.0
     kept_s: Annotated[Seconds, Field(description="how long an acked message is kept")] = 30 * 24 * 3600.0
     history_kept_s: Annotated[

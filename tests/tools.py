@@ -11,6 +11,7 @@ from typing import Any
 from hive_core.protocol.words import MANAGER, AgentName
 from hive_core.services.archive import Archive
 from hive_core.sockets.agent import AgentDesk, serve_agent
+from hive_core.sockets.forge_tools import ForgeTools
 from hive_core.sockets.manager_tools import ManagerTools
 from tests.dashboards import hive_of
 from tests.hives import Peer, Services, connect, serve
@@ -67,10 +68,10 @@ class Program(Peer):
         return text
 
 
-def desk_for(hive: Services, name: str) -> AgentDesk:
+def desk_for(hive: Services, name: str, forge: ForgeTools | None = None) -> AgentDesk:
     archive = Archive(hive.store, hive.broker.limits, hive.state_dir / "bodies")
     manager = ManagerTools(hive_of(hive)) if name == MANAGER else None
-    return AgentDesk(AgentName(name), hive.broker, hive.agents, archive, hive.loose_ends, manager)
+    return AgentDesk(AgentName(name), hive.broker, hive.agents, archive, hive.loose_ends, manager, forge)
 
 
 @asynccontextmanager

@@ -118,6 +118,13 @@ class Unread(NamedTuple):
     every_s: float | None
 
 
+class Listed(NamedTuple):
+    """A page of a list; more: there may be another behind it."""
+
+    threads: list[Thread]
+    more: bool
+
+
 class Forge(Protocol):
     """One repository of one forge. Each call raises ForgeTrouble."""
 
@@ -135,8 +142,8 @@ class Forge(Protocol):
     async def find_pull_request(self, head: str, base: str) -> Thread | None:
         """The open one between these two branches of the repository."""
 
-    async def threads(self, kind: ThreadKind, state: str, labels: Sequence[str], page: int) -> list[Thread]:
-        """Newest first, PAGE at most; page from 1, state open, closed or all. Of pull requests all labels count."""
+    async def threads(self, kind: ThreadKind, state: str, labels: Sequence[str], page: int) -> Listed:
+        """Those with all these labels, the newest first; page from 1, state open, closed or all."""
 
     async def thread(self, number: int) -> Thread: ...
 
@@ -186,22 +193,23 @@ class Forgejo:
 
     async def find_pull_request(self, head: str, base: str) -> Thread | None:
         for page in range(1, PAGES_MOST + 1):
-            found = await self.threads("pull_request", "open", (), page)
-            for thread in found:
+            listed = await self.threads("pull_request", "open", (), page)
+            for thread in listed.threads:
                 if (thread.head, thread.base) == (head, base):
                     return thread
-            if len(found) < PAGE:
+            if not listed.more:
                 break
         return None
 
-    async def threads(self, kind: ThreadKind, state: str, labels: Sequence[str], page: int) -> list[Thread]:
+    async def threads(self, kind: ThreadKind, state: str, labels: Sequence[str], page: int) -> Listed:
         query: dict[str, str | int] = {"state": state, "page": page, self.per_page: PAGE}
         if kind == "pull_request":
             pulls = self._many(_PullRequest, await self._api.call("GET", f"{self._repo}/pulls", query))
-            return [one for one in map(_of_pull, pulls) if set(labels) <= set(one.labels)]
+            # Its own choice by labels wants their numbers.
+            return Listed([one for one in map(_of_pull, pulls) if set(labels) <= {*one.labels}], len(pulls) == PAGE)
         query |= {"type": "issues", **({"labels": ",".join(labels)} if labels else {})}
         issues = self._many(_Issue, await self._api.call("GET", f"{self._repo}/issues", query))
-        return [_of_issue(one) for one in issues if one.pull_request is None]
+        return Listed([_of_issue(one) for one in issues if one.pull_request is None], len(issues) == PAGE)
 
     async def thread(self, number: int) -> Thread:
         issue = self._one(_Issue, await self._api.call("GET", f"{self._repo}/issues/{number}"))

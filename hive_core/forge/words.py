@@ -39,6 +39,11 @@ class Place:
             return f"{self.url}/api/v1"
         return "https://api.github.com" if self.url == "https://github.com" else f"{self.url}/api/v3"
 
+    def page(self, kind: ThreadKind, number: int) -> str:
+        """Where people look at a thread."""
+        pull = "pulls" if self.kind == "forgejo" else "pull"
+        return f"{self.url}/{self.repository}/{'issues' if kind == 'issue' else pull}/{number}"
+
 
 @dataclass(frozen=True, slots=True)
 class Thread:

@@ -38,6 +38,7 @@ from hive_core.services.reminders import When
 from hive_core.services.withdrawal import withdraw_thread
 from hive_core.settings import describe
 from hive_core.sockets import forms, told
+from hive_core.sockets.forge_tools import ForgeTools
 from hive_core.sockets.rpc import Wire, say_what_is_wrong
 from hive_core.sockets.told import Result
 from hive_core.sockets.tool import Key, Tool, tool, tools_of
@@ -63,16 +64,31 @@ class AgentDesk:
         archive: Archive,
         loose_ends: LooseEnds,
         manager: object = None,
+        forge: ForgeTools | None = None,
     ) -> None:
-        """manager: an object whose methods are tools too, for the agent that has them."""
+        """manager: an object whose methods are tools too, for the agent that has them.
+
+        forge: those that it has as long as one of its projects has a forge
+        """
         self.name = name
         self._broker = broker
         self._agents = agents
         self._archive = archive
         self._ends = loose_ends
         self.tools = tools_of(self) | ({} if manager is None else tools_of(manager))
+        self._forge = forge
+        self._forges = {} if forge is None else tools_of(forge)
         self.waits = trio.Semaphore(WAITS_LIMIT)
         self._searches = trio.Semaphore(SEARCHES_LIMIT)
+
+    def find(self, name: str) -> Tool | None:
+        """The tool of that name; one of a forge's is there also while the agent has none, and refuses."""
+        return self.tools.get(name) or self._forges.get(name)
+
+    async def listed(self) -> list[Tool]:
+        """The tools that the agent has now."""
+        there = self._forge is not None and await self._forge.are_there()
+        return [*self.tools.values(), *(self._forges.values() if there else ())]
 
     async def call(
         self, name: str, arguments: dict[str, Any], key: str | None, taken_back: Callable[[], bool] = lambda: False
@@ -81,7 +97,7 @@ class AgentDesk:
 
         taken_back: whether the client has cancelled it, for a tool that waits.
         """
-        found = self.tools.get(name)
+        found = self.find(name)
         if found is None:
             raise Refusal("not_found", f"cannot call {ascii(name)[:60]}: the tools are {', '.join(self.tools)}")
         if found.asks_for:
@@ -236,10 +252,10 @@ async def serve_agent(desk: AgentDesk, stream: Connection, *, progress_every_s: 
     wire = Wire(stream)
 
     async def list_tools(_: object, __: object) -> types.ListToolsResult:
-        return types.ListToolsResult(tools=[one.to_mcp() for one in desk.tools.values()])
+        return types.ListToolsResult(tools=[one.to_mcp() for one in await desk.listed()])
 
     async def call_tool(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
-        called = desk.tools.get(params.name)
+        called = desk.find(params.name)
         if called is None or not called.waits:
             return await answer(context, params)
         try:
@@ -265,7 +281,9 @@ async def serve_agent(desk: AgentDesk, stream: Connection, *, progress_every_s: 
             result = await desk.call(params.name, params.arguments or {}, key, taken_back)
         except Refusal as refusal:
             return _as_error(refusal.message)
-        text = types.TextContent(type="text", text=desk.tools[params.name].told(result))
+        called = desk.find(params.name)
+        assert called is not None
+        text = types.TextContent(type="text", text=called.told(result))
         return types.CallToolResult(content=[text], structured_content=result)
 
     server = Server("hyperhive", version=__version__, on_list_tools=list_tools, on_call_tool=call_tool)

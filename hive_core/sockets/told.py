@@ -176,3 +176,37 @@ def _approval(one: Result) -> str:
     return (
         f"approval {one['approval']} ({one['kind']} {one['agent']}), asked for by {one['requested_by']}: {one['state']}"
     )
+
+
+def forge_written(result: Result) -> str:
+    return f"it is number {result['number']} of {result['project']}: {result['url']}"
+
+
+def forge_listed(result: Result) -> str:
+    lines = [_thread(one) for one in result["threads"]] or [f"nothing of {result['project']} is on this page"]
+    if result["next_page"] is not None:
+        lines.append(f"page={result['next_page']} may have more")
+    return "\n".join(lines)
+
+
+def _thread(one: Result) -> str:
+    labels = f", labels {', '.join(map(quoted, one['labels']))}" if one["labels"] else ""
+    told = f"{quoted(one['title'])} by {quoted(one['author'])}{labels}, {counted(one['comments'], 'comment')}"
+    return f"{one['kind']} {one['number']} ({quoted(one['state'])}): {told}"
+
+
+def forge_read(result: Result) -> str:
+    """Outside of quotation marks and marked lines nothing is anybody's on the forge."""
+    kind = f"{'merged ' if result['merged'] else ''}{'draft ' if result['draft'] else ''}{result['kind']}"
+    parts = [f"{_thread({**result, 'kind': kind})}, {result['url']}"]
+    if result["kind"] == "pull_request":
+        more = f", and {result['more_files']} more" if result["more_files"] else ""
+        parts.append(f"from {quoted(result['head'])} into {quoted(result['base'])}")
+        parts.append(f"files: {', '.join(map(quoted, result['files'])) or 'none'}{more}")
+    parts.append(f'body, each line of it behind "> ":\n{marked(result["body"])}')
+    if result["earlier"]:
+        parts.append(f"{counted(result['earlier'], 'earlier one')} not shown")
+    for one in result["below"]:
+        verdict = f", a review: {quoted(one['verdict'])}" if one["verdict"] else ""
+        parts.append(f"by {quoted(one['author'])}, {instant(one['at_ms'])}{verdict}:\n{marked(one['body'])}")
+    return named("\n".join(part.rstrip("\n") for part in parts))

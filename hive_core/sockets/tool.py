@@ -32,6 +32,7 @@ class Tool:
     call: Callable[..., Awaitable[Result]]
     read_only: bool = False
     destructive: bool = False
+    open_world: bool = False  # what it deals with is not the hive's
     waits: bool = False  # it may take minutes: whoever asks to be told that it goes on is told
 
     @property
@@ -49,7 +50,7 @@ class Tool:
                 read_only_hint=self.read_only,
                 idempotent_hint=True,
                 destructive_hint=self.destructive,
-                open_world_hint=False,
+                open_world_hint=self.open_world,
             ),
         )
 

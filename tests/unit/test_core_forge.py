@@ -61,11 +61,12 @@ async def test_an_issue_is_opened_and_told_from_a_pull_request(forge: ScriptedFo
     async with opened(forge) as ours:
         made = await ours.open_issue("The page is blank", "It shows nothing.")
         assert (made.number, made.kind, made.author) == (3, "issue", BOT)
-        issues = await ours.threads("issue", "open", (), 1)
+        issues, more = await ours.threads("issue", "open", (), 1)
+        assert not more
         assert [(one.number, one.labels) for one in issues] == [(3, ()), (2, ("bug", "later"))]
-        assert [one.number for one in await ours.threads("issue", "open", ("bug",), 1)] == [2]
-        assert [one.number for one in await ours.threads("pull_request", "open", ("bug",), 1)] == [1]
-        assert await ours.threads("pull_request", "open", ("later",), 1) == []
+        assert [one.number for one in (await ours.threads("issue", "open", ("bug",), 1)).threads] == [2]
+        assert [one.number for one in (await ours.threads("pull_request", "open", ("bug",), 1)).threads] == [1]
+        assert (await ours.threads("pull_request", "open", ("later",), 1)).threads == []
         assert (await ours.thread(1)).kind == "pull_request"
         assert (await ours.thread(2)).kind == "issue"
 

@@ -37,13 +37,14 @@ CREATE INDEX forge_notices_by_time ON forge_notices (at_ms);
 
 -- What agents wrote there. It is begun before the forge is asked, so that one that was cut off is looked for there.
 CREATE TABLE forge_writes (
-  id        INTEGER PRIMARY KEY AUTOINCREMENT,  -- stands in what was written
+  id        INTEGER PRIMARY KEY AUTOINCREMENT,
   forge_id  INTEGER NOT NULL,
   agent     TEXT NOT NULL,
-  key       TEXT NOT NULL,                   -- of the call
   what      TEXT NOT NULL CHECK (what IN ('pull_request', 'issue', 'comment')),
-  number    INTEGER,                         -- of the thread: of a comment at once, else when it is there
+  digest    TEXT NOT NULL,                   -- of what was to be written
+  mark      TEXT NOT NULL,                   -- stands in what was written, and nowhere else
   state     TEXT NOT NULL CHECK (state IN ('begun', 'done', 'refused')),
+  number    INTEGER,                         -- of its thread, when it is done
   at_ms     INTEGER NOT NULL
 ) STRICT;
 
