@@ -26,6 +26,7 @@ _HEADER = re.compile(
     rf"\A{re.escape(_FIRST)}from: (?P<sender>\S+)(?: \([^\n]*\))?\nmessage: (?P<id>\d+)\n"
     r"(?:in_reply_to: (?P<in_reply_to>\d+)\n)?(?:delivered again \(attempt (?P<attempt>\d+)\)[^\n]*\n)?"
     r"waiting: (?P<waiting>\d+)[^\n]*\n(?:refused: (?P<refused>\d+)[^\n]*\n)?"
+    r"(?:file: [^\n]*\n)*"
     rf"(?:size: (?P<body_bytes>\d+) bytes[^\n]*\n)?{re.escape(LAST_OF_HEADER)}"
 )
 

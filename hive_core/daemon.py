@@ -49,6 +49,7 @@ from hive_core.services.agents import Agent, Agents
 from hive_core.services.approvals import Approvals
 from hive_core.services.bodies import Bodies
 from hive_core.services.broker import Broker
+from hive_core.services.file_delivery import FileDelivery
 from hive_core.services.ledger import Ledger
 from hive_core.services.rests import Rests
 from hive_core.services.sign_ins import SignIns
@@ -164,7 +165,10 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
         ledger = Ledger(store, access, load_prices(config.prices), config)
         stack.push_async_callback(ledger.aclose)
         bodies = Bodies(config.state_dir / "bodies", store)
-        broker = Broker(store, config, bodies=bodies, access=access, ledger=ledger, silent=rooms.lost_turn)
+        delivery = FileDelivery(store, config.state_dir, bare=choice.sandbox == "none")
+        broker = Broker(
+            store, config, bodies=bodies, access=access, ledger=ledger, silent=rooms.lost_turn, delivery=delivery
+        )
         reconciler = Reconciler(
             store,
             agents,

@@ -119,6 +119,12 @@ class Limits(BaseModel):
     body_quota_bytes: Annotated[Count, Field(description="kept files of large bodies, for each sender")] = (
         256 * 1024 * 1024
     )
+    files_per_message: Annotated[int, Field(ge=1, le=100, description="files that come with one message")] = 10
+    file_bytes: Annotated[Count, Field(description="each of them")] = 32 * 1024 * 1024
+    message_files_bytes: Annotated[Count, Field(description="all files of one message together")] = 64 * 1024 * 1024
+    files_quota_bytes: Annotated[
+        int, Field(ge=1, lt=2**62, description="kept files of all messages, each counted once, before more are refused")
+    ] = 2 * 1024**3
     line_quota_bytes: Annotated[Count, Field(description="kept lines that its program printed, for each agent")] = (
         64 * 1024 * 1024
     )

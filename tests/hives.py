@@ -42,6 +42,7 @@ from hive_core.services.background import Background
 from hive_core.services.bodies import Bodies
 from hive_core.services.broker import Broker
 from hive_core.services.events import timeline
+from hive_core.services.file_delivery import FileDelivery
 from hive_core.services.ledger import Ledger
 from hive_core.services.loose_ends import LooseEnds
 from hive_core.services.questions import Questions
@@ -181,7 +182,8 @@ async def open_services(
         approvals, repos, locks = Approvals(store), Repos(state_dir), AgentLocks()
         bodies = Bodies(state_dir / "bodies", store, clock)
         ledger = Ledger(store, access, load_prices(), limits, clock)
-        broker = Broker(store, limits, random.Random(0), bodies, access, ledger)
+        delivery = FileDelivery(store, state_dir)
+        broker = Broker(store, limits, random.Random(0), bodies, access, ledger, delivery=delivery)
         turns = Turns(store, **bounds)
         # Nobody serves it: what is deployed is proven by nobody.
         driver = ProcessDriver(state_dir, sandbox="bwrap", claude=None, orphan_grace_s=1.0, life_fd=None)

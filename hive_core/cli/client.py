@@ -5,6 +5,7 @@ from __future__ import annotations
 # What `socket` is made of: `socket` itself imports selectors, two of the 38 ms that a client takes.
 import _socket as socket
 import os
+import sys
 
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.lines import LineSplitter, decode, encode
@@ -21,7 +22,7 @@ from hive_core.protocol.refusal import Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from typing import Any
 
 
@@ -89,18 +90,23 @@ class Client:
         self._splitter = LineSplitter(ANSWER_LIMIT_BYTES)
         self._ready: list[bytes] = []
 
-    def call(self, verb: str, **args: Any) -> Any:
-        """The result of one verb. Raises Refusal with the daemon's reason."""
+    def call(self, verb: str, descriptors: Sequence[int] = (), **args: Any) -> Any:
+        """The result of one verb, with which open files go. Raises Refusal with the daemon's reason."""
         result = None
-        for result in self.stream(verb, **args):  # noqa: B007 - the last one counts
+        for result in self.stream(verb, descriptors, **args):  # noqa: B007 - the last one counts
             pass
         return result
 
-    def stream(self, verb: str, **args: Any) -> Iterator[Any]:
+    def stream(self, verb: str, descriptors: Sequence[int] = (), **args: Any) -> Iterator[Any]:
         """The results of a verb that goes on, as they come."""
         given = {key: value for key, value in args.items() if value is not None}
+        line = encode({"v": PROTOCOL_VERSION, "verb": verb, "args": given})
         try:
-            self._socket.sendall(encode({"v": PROTOCOL_VERSION, "verb": verb, "args": given}))
+            if descriptors:
+                packed = b"".join(one.to_bytes(4, sys.byteorder) for one in descriptors)
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)]
+                line = line[self._socket.sendmsg([line], rights) :]
+            self._socket.sendall(line)
         except (BrokenPipeError, ConnectionResetError):
             raise _hung_up() from None
         while True:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import sys
+
 from hive_core.cli.client import Client
 from hive_core.cli.output import emit, given_text
 from hive_core.protocol.refusal import Refusal
@@ -20,17 +24,36 @@ def send(arguments: Namespace) -> None:
         to, body = ",".join(arguments.to), to
     if to is None:
         raise Refusal("usage", "cannot send to nobody: name an agent, several with commas, or * for everyone")
-    if body is None:
+    if body is None and not arguments.file:
         body = given_text("message", BODY_LIMIT_BYTES)
     # The shell, and not we, would make one word of a list; the daemon takes one name, or a list.
     recipients = to.split(",") if "," in to else to
-    result = Client().call("send", to=recipients, body=body, in_reply_to=arguments.in_reply_to)
+    descriptors = [_open(path) for path in arguments.file or ()]
+    files = [{"name": os.path.basename(path)} for path in arguments.file or ()]
+    result = Client().call(
+        "send", descriptors, to=recipients, body=body, in_reply_to=arguments.in_reply_to, files=files or None
+    )
     text = f"sent as message {result['message']}"
+    if sent := result.get("files"):
+        text += f" with {', '.join(sent)}"
     if held := result.get("held"):
         from hive_core.protocol.held import say_held
 
         text += f"; {say_held(result['message'], held)}"
     emit(arguments, result, text)
+
+
+def _open(path: str) -> int:
+    """A file to send, open: the daemon may be somebody who cannot. Raises Refusal."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+    except OSError as exc:
+        from hive_core.protocol.paths import explain
+
+        raise Refusal("usage", f"cannot send the file: {explain(exc)}") from None
+    raise Refusal("usage", f"cannot send {path}: it is not a file; give a file, or an archive of a folder")
 
 
 def read(arguments: Namespace) -> None:
@@ -40,7 +63,11 @@ def read(arguments: Namespace) -> None:
     while offset is not None:
         result = client.call("read", message=arguments.message, offset=offset)
         body, offset = body + result["body"], result["next_offset"]
-    emit(arguments, {"message": arguments.message, "body": body, "bytes": result["bytes"]}, show.safe(body))
+    files = result["files"]
+    told = {"message": arguments.message, "body": body, "bytes": result["bytes"], "files": files}
+    emit(arguments, told, show.safe(body))
+    for file in () if arguments.json else files:  # beside what is printed, which is the body and nothing else
+        print(f"with it: {show.file(file)}", file=sys.stderr)
 
 
 def aside(arguments: Namespace) -> None:

@@ -172,6 +172,11 @@ def message(row: dict[str, Any]) -> str:
     return head + "\n" + "\n".join(f"    {line}" for line in safe(row["body"]).splitlines())
 
 
+def file(row: dict[str, Any]) -> str:
+    """A file that came with a message."""
+    return f"{safe(row['name'])} ({row['type']}, {row['bytes']:,} bytes)"
+
+
 def found(row: dict[str, Any]) -> str:
     """One message that a search found."""
     to = ", ".join(row["recipients"])
@@ -190,7 +195,8 @@ def thread(result: dict[str, Any]) -> str:
         to = ", ".join(f"{one['recipient']} ({one['state']})" for one in row["recipients"])
         reply = f" (answers {row['in_reply_to']})" if row["in_reply_to"] else ""
         head = f"{paint(str(row['id']), 'dim')} {day(row['sent_at_ms'])} {paint(row['sender'], 'bold')} → {to}{reply}"
-        blocks.append("\n".join([head, *(f"    {line}" for line in safe(row["body"]).splitlines())]))
+        lines = [*safe(row["body"]).splitlines(), *(f"with it: {file(one)}" for one in row["files"])]
+        blocks.append("\n".join([head, *(f"    {line}" for line in lines)]))
     if result["next_after"]:
         blocks.append(f"it goes on: `hive thread {result['thread']} --after {result['next_after']}`")
     return "\n".join(blocks)
@@ -205,6 +211,8 @@ def life(result: dict[str, Any]) -> str:
     lines = [f"{day(sent['at_ms'])}  {paint('message ' + str(result['message']['id']), 'bold')}: {safe(sent['text'])}"]
     for delivery in result["deliveries"]:
         lines.append(f"{paint('→ ' + delivery['recipient'], 'bold')}: {delivery['state']}")
+        for name, why in delivery["missing"].items():
+            lines.append("  " + paint(f"{safe(name)} did not come with it: {safe(why)}", "amber"))
         for moment in delivery["life"]:
             colour = _MOMENT_COLOURS.get(moment["what"])
             text = safe(moment["text"]).replace("\n", " ")

@@ -58,8 +58,9 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
         "send a message to agents",
         [
             (("agent",), {"nargs": "?", "metavar": "AGENT[,AGENT…]", "help": "to whom; * for everyone"}),
-            (("body",), {"nargs": "?", "help": "what to say; from standard input when absent"}),
+            (("body",), {"nargs": "?", "help": "what to say; from standard input when absent and no file is sent"}),
             (("--to",), {"action": "append", "metavar": "AGENT", "help": "instead, once for each recipient"}),
+            (("--file",), {"action": "append", "metavar": "FILE", "help": "send it with the message; again for more"}),
             (("--in-reply-to",), {"type": _whole, "metavar": "ID"}),
         ],
     ),

@@ -6,7 +6,7 @@ meanwhile; what is copied fits together because of the order:
 
 1. the database, as of one instant: sqlite's own backup from a read transaction, which in a write-ahead log holds up
    neither the writer nor anybody else;
-2. the files of large bodies that this copy speaks of: they never change;
+2. the files of large bodies, and those attached to messages, that this copy speaks of: they never change;
 3. `applied`, of each repository its refs before its objects. Nothing is tidied there meanwhile (`alone` of
    repo_upkeep), so objects are only ever added, and a ref moves after its objects are written: a ref that was copied
    has all it needs. `main` is then set to what the copied database
@@ -132,8 +132,11 @@ def copy_database(source: Path, target: Path) -> None:
 
 
 def _add_bodies(writer: _Writer, state_dir: Path, database: sqlite3.Connection) -> None:
-    sql = "SELECT DISTINCT body_sha256 FROM messages WHERE body_sha256 IS NOT NULL ORDER BY 1"
-    for (digest,) in database.execute(sql):
+    digests = set(database.execute("SELECT body_sha256 FROM messages WHERE body_sha256 IS NOT NULL"))
+    # A daemon of an older release may run, whose messages have no files.
+    if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'attachments'").fetchone():
+        digests.update(database.execute("SELECT sha256 FROM attachments"))
+    for (digest,) in sorted(digests):
         name = f"bodies/{digest[:2]}/{digest}"
         try:
             writer.add_file(state_dir / name, name, 0o600)

@@ -13,9 +13,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hive_core.protocol.harness import LeasedMessage
+    from hive_core.protocol.harness import AttachedFile, LeasedMessage
 
 MARK = "> "
+FILES_PLACE = "/state/inbox"  # where an agent finds the files of a message, in a folder by its number
 # Whatever any reader takes for the end of a line, so that no line of a body can start without its mark.
 LINE_END = re.compile("\r\n|[\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029]")
 LAST_OF_HEADER = 'body, each line of it behind "> ":\n'
@@ -33,6 +34,7 @@ def framed(message: LeasedMessage, more: Sequence[str] = ()) -> str:
             f"delivered again (attempt {message['attempt']}): a turn with it did not end well; see what is done already"
         )
     header += more
+    header += [_file(one, f"{FILES_PLACE}/{number}") for one in message.get("files", ())]
     if body_bytes is not None:
         here = len(body.encode("utf-8", "replace"))
         header.append(
@@ -40,6 +42,14 @@ def framed(message: LeasedMessage, more: Sequence[str] = ()) -> str:
             f"offset={here} reads on"
         )
     return "\n".join(header) + "\n" + LAST_OF_HEADER + marked(body)
+
+
+def _file(file: AttachedFile, folder: str) -> str:
+    """One line for a file that came with a message."""
+    size = f"({file['type']}, {file['bytes']:,} bytes)"
+    if why := file.get("missing"):
+        return f"file: {quoted(file['name'])} {size} is missing: {quoted(why)}"
+    return f"file: {quoted(file.get('path') or folder + '/' + file['name'])} {size}"
 
 
 def marked(text: str) -> str:

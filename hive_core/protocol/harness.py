@@ -93,6 +93,16 @@ if TYPE_CHECKING:
         cause_id: int | None
         attempt: int  # 1 on the first delivery
         body_bytes: NotRequired[int]  # of a body that goes on: `read_body` has the rest
+        files: NotRequired[list[AttachedFile]]
+
+    class AttachedFile(TypedDict):
+        """A file that came with a message."""
+
+        name: str
+        type: str  # its MIME type, by its name
+        bytes: int
+        path: NotRequired[str]  # where the agent finds it
+        missing: NotRequired[str]  # why it is not there
 
     class Lease(TypedDict):
         turn: int

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import SYSTEM, AgentName, parse_id, parse_instant, parse_recipient, shown
+from hive_core.services.attachments import FILES, files_of
 from hive_core.services.search_index import DAMAGE, SearchIndex, mark
 from hive_core.store.door import Store
 
@@ -182,8 +183,8 @@ class Archive:
         Each message has its `recipients` with their states. Raises Refusal("not_found") when nothing of it is kept.
         """
         root = await self._root(message_id)
-        sql = """
-            SELECT m.id, m.sender, m.body, m.body_bytes, m.in_reply_to, m.cause, m.cause_id, m.sent_at_ms,
+        sql = f"""
+            SELECT m.id, m.sender, m.body, m.body_bytes, m.in_reply_to, m.cause, m.cause_id, m.sent_at_ms, {FILES},
                    (SELECT json_group_array(json_object('recipient', recipient, 'state', state, 'attempts', attempts,
                                                         'held', held, 'note', note))
                     FROM deliveries WHERE message_id = m.id) AS recipients
@@ -194,7 +195,10 @@ class Archive:
         rows = await self._store.rows(sql, {"root": root, "after": after, "limit": limit + 1})
         if not rows and not after:
             raise Refusal("not_found", f"cannot find message {message_id}: {_gone(self._limits)}")
-        page = [{**dict(row), "recipients": json.loads(row["recipients"])} for row in rows[:limit]]
+        page = [
+            {**dict(row), "recipients": json.loads(row["recipients"]), "files": files_of(row["files"])}
+            for row in rows[:limit]
+        ]
         return {"thread": root, "messages": page, "next_after": page[-1]["id"] if len(rows) > limit else None}
 
 

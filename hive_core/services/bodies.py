@@ -1,7 +1,8 @@
-"""Large bodies: each a file of the daemon's own, named by the digest of what it holds.
+"""Large bodies and attached files: each a file of the daemon's own, named by the digest of what it holds.
 
-A message's row has the beginning and the digest. The file is on disk, and so is its name, before the row is: a row
-never names a file that a power loss can take. A file that no row names is the rest of a send that came to nothing.
+A message's row has the beginning of a body and the digest, a row of an attached file its name and the digest. The file
+is on disk, and so is its name, before the row is: a row never names a file that a power loss can take. A file that no
+row names is the rest of a send that came to nothing.
 """
 
 from __future__ import annotations
@@ -14,23 +15,27 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import trio
 
+from hive_core.limits import Limits
+from hive_core.protocol.file_names import numbered
 from hive_core.protocol.paths import explain, sync_folder
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted
 from hive_core.protocol.words import BODY_LIMIT_BYTES, INLINE_LIMIT_BYTES, MessageBody
+from hive_core.services.attachments import Attached, Upload, check_count, check_size
 from hive_core.store.door import Store
 
 log = logging.getLogger(__name__)
 
 BEGINNING_BYTES = 4 * 1024
 PIECE_BYTES = 64 * 1024
+FILE_PIECE_BYTES = 1024 * 1024
 ORPHAN_KEPT_S = 3600.0
 WRITES_AT_ONCE = 4
 SWEPT_AT_ONCE = 256  # files whose rows are asked for by one query
@@ -72,19 +77,55 @@ class Bodies:
         """
         data = body.encode()
         sha256 = hashlib.sha256(data).hexdigest()
-        self._in_hand[sha256] += 1
-        try:
+
+        def write() -> None:
             try:
-                await trio.to_thread.run_sync(self._write, sha256, data, limiter=self._writes)
+                self._give_name(self._new_file(sha256[:2], [data]), sha256)
             except OSError as exc:
                 raise Refusal("unavailable", f"cannot keep a message of {len(data):,} bytes: {explain(exc)}") from None
-            with trio.CancelScope(shield=True):
-                yield _Kept(MessageBody(piece(data, 0, BEGINNING_BYTES).body), (sha256, len(data)))
+
+        async with self._put([sha256], write):
+            yield _Kept(MessageBody(piece(data, 0, BEGINNING_BYTES).body), (sha256, len(data)))
+
+    @asynccontextmanager
+    async def kept_files(self, uploads: Sequence[Upload], limits: Limits) -> AsyncIterator[tuple[Attached, ...]]:
+        """The same for the files that come with a message. Raises Refusal, too, for what is too much or too large."""
+        check_count(len(uploads), limits)
+        names = numbered(upload.name for upload in uploads)
+        new: list[tuple[Path, Attached]] = []
+
+        def take_in() -> None:
+            for name, upload in zip(names, uploads, strict=True):
+                new.append(self._take_in(upload._replace(name=name), sum(one.bytes for _, one in new), limits))
+
+        def write() -> None:
+            with _keeping([one.name for _, one in new]):
+                for temporary, one in new:
+                    self._give_name(temporary, one.sha256)
+
+        try:
+            await trio.to_thread.run_sync(take_in, limiter=self._writes)
+            async with self._put([one.sha256 for _, one in new], write):
+                yield tuple(one for _, one in new)
         finally:
-            self._in_hand -= Counter([sha256])
-            if sha256 not in self._in_hand and (newest := self._newest.pop(sha256, None)) is not None:
-                with trio.CancelScope(shield=True):
-                    await self._drop_if_nobodys(sha256, newest)
+            for temporary, _ in new:
+                with suppress(OSError):  # those that have their names now are not there
+                    temporary.unlink()
+
+    @asynccontextmanager
+    async def _put(self, names: Sequence[str], write: Callable[[], None]) -> AsyncIterator[None]:
+        """Have `write` put files in place, and keep them while a message is stored inside, which nobody cancels."""
+        self._in_hand.update(names)
+        try:
+            await trio.to_thread.run_sync(write, limiter=self._writes)
+            with trio.CancelScope(shield=True):
+                yield
+        finally:
+            self._in_hand -= Counter(names)
+            for name in set(names) - self._in_hand.keys():
+                if (newest := self._newest.pop(name, None)) is not None:
+                    with trio.CancelScope(shield=True):
+                        await self._drop_if_nobodys(name, newest)
 
     async def whole(self, sha256: str) -> str:
         """The text of a file. Raises Refusal("unavailable") when it is gone or holds something else."""
@@ -102,23 +143,53 @@ class Bodies:
 
     async def _named(self, names: list[str]) -> set[str]:
         marks = ", ".join("?" * len(names))
-        sql = f"SELECT DISTINCT body_sha256 FROM messages WHERE body_sha256 IN ({marks}) AND body_sha256 IS NOT NULL"
-        return {row[0] for row in await self._store.rows(sql, names)}
+        sql = f"""
+            SELECT body_sha256 FROM messages WHERE body_sha256 IN ({marks}) AND body_sha256 IS NOT NULL
+            UNION SELECT sha256 FROM attachments WHERE sha256 IN ({marks})
+        """
+        return {row[0] for row in await self._store.rows(sql, [*names, *names])}
 
-    def _write(self, sha256: str, data: bytes) -> None:
-        """Put a file in place, on disk with its name. The same body again gets a file of its own."""
-        folder = self._folder / sha256[:2]
+    def _take_in(self, upload: Upload, others: int, limits: Limits) -> tuple[Path, Attached]:
+        """A file of what an upload holds, without its name yet; `others` have so many bytes already."""
+        digest, size = hashlib.sha256(), 0
+
+        def pieces() -> Iterator[bytes]:
+            nonlocal size
+            for data in read_pieces(upload):
+                size += len(data)
+                check_size(upload.name, size, others, limits)
+                digest.update(data)
+                yield data
+
+        with _keeping([upload.name]):
+            temporary = self._new_file(secrets.token_hex(1), pieces())
+        return temporary, Attached(upload.name, size, digest.hexdigest())
+
+    def _new_file(self, place: str, pieces: Iterable[bytes]) -> Path:
+        """A file that holds the pieces, on disk, and has no name yet that anybody looks for."""
+        folder = self._folder / place
         self._make_folder(self._folder)
         self._make_folder(folder)
-        temporary = folder / f".{sha256}.{secrets.token_hex(4)}"
+        temporary = folder / f".{secrets.token_hex(16)}"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             with open(descriptor, "wb", buffering=0) as file:
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[file.write(rest) :]
+                for data in pieces:
+                    rest = memoryview(data)
+                    while rest:
+                        rest = rest[file.write(rest) :]
                 os.fsync(descriptor)
-                newest = _which(os.fstat(descriptor))
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return temporary
+
+    def _give_name(self, temporary: Path, sha256: str) -> None:
+        """Put a file in place, on disk with its name. The same content again gets a file of its own."""
+        folder = self._folder / sha256[:2]
+        try:
+            self._make_folder(folder)
+            newest = _which(temporary.lstat())
             with self._changing:
                 temporary.rename(folder / sha256)
                 self._newest[sha256] = newest
@@ -188,6 +259,27 @@ class Bodies:
         return self._folder / sha256[:2] / sha256
 
 
+@contextmanager
+def _keeping(names: Sequence[str]) -> Iterator[None]:
+    """What the disk says against attached files, as a Refusal."""
+    try:
+        yield
+    except OSError as exc:
+        why = explain(OSError(exc.errno, exc.strerror))
+        raise Refusal("unavailable", f"cannot keep {', '.join(names)}: {why}") from None
+
+
+def read_pieces(upload: Upload) -> Iterator[bytes]:
+    """What an upload holds. Raises Refusal("usage") where it cannot be read."""
+    try:
+        upload.file.seek(0)
+        while data := upload.file.read(FILE_PIECE_BYTES):
+            yield data
+    except OSError as exc:
+        why = explain(OSError(exc.errno, exc.strerror))
+        raise Refusal("usage", f"cannot attach {upload.name}: it cannot be read ({why})") from None
+
+
 def _which(found: os.stat_result) -> tuple[int, int]:
     """Tells one file from the next of the same name."""
     return found.st_ino, found.st_mtime_ns
@@ -210,6 +302,16 @@ def read_file(folder: Path, sha256: str) -> str:
     if hashlib.sha256(data).hexdigest() != sha256:
         raise Refusal("unavailable", f"cannot read the whole body: its file was changed; a backup may have {sha256}")
     return data.decode()
+
+
+def open_kept(folder: Path, sha256: str) -> BinaryIO:
+    """An attached file as it is kept; who reads it looks at its digest. Raises Refusal("unavailable")."""
+    try:
+        descriptor = os.open(folder / sha256[:2] / sha256, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as exc:
+        why = "its file is gone" if exc.errno == errno.ENOENT else explain(exc)
+        raise Refusal("unavailable", f"the hive's own copy cannot be read: {why}; a backup may have {sha256}") from None
+    return open(descriptor, "rb", buffering=0)
 
 
 def piece(data: bytes, offset: int, limit_bytes: int = PIECE_BYTES) -> Piece:

@@ -15,7 +15,7 @@ import logging
 import random
 import secrets
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,7 +30,9 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted
 from hive_core.protocol.words import EVERYONE, SYSTEM, AgentName, MessageBody
 from hive_core.services.access import Access
+from hive_core.services.attachments import Upload
 from hive_core.services.bodies import Bodies, is_large
+from hive_core.services.file_delivery import FileDelivery
 from hive_core.services.leases import Lease, Take, Turn, begin_turn
 from hive_core.services.ledger import Ledger
 from hive_core.services.messages import Messages
@@ -67,7 +69,7 @@ class Found(NamedTuple):
 
 
 class Broker:
-    """Without `bodies` all stand inline.
+    """Without `bodies` all stand inline, and no files come with them; `delivery` lays those before the agents.
 
     chance  for the jitter of rests; given by a test that wants the same again
     silent  hears of an agent whose turn was taken away because its harness said nothing, and for how many seconds
@@ -82,11 +84,13 @@ class Broker:
         access: Access | None = None,
         ledger: Ledger | None = None,
         silent: Callable[[AgentName, float], None] = lambda *_: None,
+        delivery: FileDelivery | None = None,
     ) -> None:
         self._store = store
         access = access or Access(store.bus)
         self._closed, self._no_turn = access.closed, access.no_turn
         self._bodies = bodies
+        self._delivery = delivery
         self.limits = limits or Limits()
         self.messages = Messages(store, self.limits, bodies)
         self.ledger = ledger or Ledger(store, access, load_prices(), self.limits)
@@ -105,18 +109,27 @@ class Broker:
         body: MessageBody,
         in_reply_to: int | None = None,
         key: str | None = None,
+        files: Sequence[Upload] = (),
     ) -> dict[str, Any]:
         """Send one message; `{"message": id}` once it is on disk, with `held` for whom it waits for the operator.
+
+        Its files are on disk then too, and told as `files`: what they are called now.
 
         A repeated `key` gets the first answer, if it is the same message. Raises Refusal, and then nobody got it.
         """
         to = (recipients,) if isinstance(recipients, str) else tuple(recipients)
         letter = Letter(sender, to, body, in_reply_to, key)
-        if self._bodies is None or not is_large(body):
+        if self._bodies is None or not (files or is_large(body)):
             return await self._store.write_together(self._post_all, letter, self._weight(to))
-        async with self._bodies.kept(body) as kept:
-            letter = replace(letter, body=kept.beginning, file=kept.file)
-            return await self._store.write_together(self._post_all, letter, self._weight(to))
+        async with AsyncExitStack() as kept:
+            if files:
+                attached = await kept.enter_async_context(self._bodies.kept_files(files, self.limits))
+                letter = replace(letter, attached=attached)
+            if is_large(body):
+                large = await kept.enter_async_context(self._bodies.kept(body))
+                letter = replace(letter, body=large.beginning, file=large.file)
+            sent = await self._store.write_together(self._post_all, letter, self._weight(to))
+        return {**sent, "files": [file.name for file in letter.attached]} if files else sent
 
     def _weight(self, recipients: Sequence[AgentName]) -> int:
         return self.limits.fan_out if EVERYONE in recipients else len(recipients)
@@ -134,7 +147,13 @@ class Broker:
         """
         asked = fence or secrets.token_hex(8)
         begin = partial(self._begin_turn, agent=agent, fence=asked)
-        return self._note(agent, await self._store.write_when(mail(agent), begin))
+        return await self._laid(agent, self._note(agent, await self._store.write_when(mail(agent), begin)))
+
+    async def _laid(self, agent: AgentName, lease: Lease) -> Lease:
+        """The lease with the files of its message in place."""
+        if self._delivery is None or lease.message is None:
+            return lease
+        return lease._replace(message=await self._delivery.lay(agent, lease.message))
 
     async def ack(
         self,
@@ -164,7 +183,7 @@ class Broker:
         if acked.counted:
             self._forget(turn.id)
         if acked.lease is not None:
-            self._note(agent, acked.lease)
+            acked = replace(acked, lease=await self._laid(agent, self._note(agent, acked.lease)))
         return acked
 
     def _begin_turn(self, tx: Transaction, agent: AgentName, fence: str) -> Lease | None:
@@ -212,7 +231,9 @@ class Broker:
         if taken_back():
             await self._undo(take)
             raise Refusal("refused", "cannot receive: the call was cancelled; its messages wait again")
-        return taken
+        if self._delivery is None:
+            return taken
+        return {**taken, "messages": [await self._delivery.lay(agent, message) for message in taken["messages"]]}
 
     async def _taken(self, take: Take, wait_s: float) -> dict[str, Any]:
         # The wait may end just when a commit has taken some: asked again with the key, they are the same.
@@ -394,9 +415,11 @@ class Broker:
             put_message(tx, SYSTEM, row["sender"], body, message_id, cause, self.limits)
 
     async def sweep_bodies(self) -> None:
-        """Remove the files of large bodies that no message refers to any more."""
+        """Remove the files of large bodies, and attached ones, that no message refers to any more."""
         if self._bodies is not None:
             await self._bodies.sweep()
+        if self._delivery is not None:
+            await self._delivery.sweep()
 
 
 _ENDING = """

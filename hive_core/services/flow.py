@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from hive_core.services.archive import newest_of_agent
+from hive_core.services.attachments import FILES, files_of
 from hive_core.store.door import Store
 
 _MESSAGE = "m.id, m.sender, m.body, m.body_bytes, m.in_reply_to, m.thread_id, m.cause, m.cause_id, m.chain_id, m.hops"
@@ -16,7 +17,7 @@ _WITH_RECIPIENTS = f"""
             'recipient', recipient, 'state', state, 'attempts', attempts, 'failures', failures,
             'held', held, 'note', note, 'turn_id', turn_id
         )) FROM deliveries WHERE message_id = m.id
-    ) AS deliveries FROM messages m
+    ) AS deliveries, {FILES} FROM messages m
 """
 _OF_AGENT = """
     (:agent IS NULL OR m.sender = :agent
@@ -74,4 +75,7 @@ async def count_aside(store: Store) -> dict[str, int]:
 
 
 async def _messages(store: Store, sql: str, **given: Any) -> list[dict[str, Any]]:
-    return [{**dict(row), "deliveries": json.loads(row["deliveries"])} for row in await store.rows(sql, given)]
+    return [
+        {**dict(row), "deliveries": json.loads(row["deliveries"]), "files": files_of(row["files"])}
+        for row in await store.rows(sql, given)
+    ]

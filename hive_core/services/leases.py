@@ -12,6 +12,7 @@ from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import SYSTEM, AgentName
 from hive_core.services.access import Reason
+from hive_core.services.attachments import FILES, files_of
 from hive_core.services.post import forget_depth, note_depth
 from hive_core.services.rests import IS_DUE, agent_far_ms, far_ms
 from hive_core.services.tool_calls import first_answer, once
@@ -173,9 +174,10 @@ class Take:
 _FORGET_OTHER_TURNS = """
     DELETE FROM tool_calls WHERE agent = ? AND key = ? AND tool = 'recv' AND result ->> 'turn' != ?
 """
-_WHAT = """
+_WHAT = f"""
     m.id, m.sender, m.body, m.body_bytes, m.body_sha256, m.in_reply_to, m.cause, m.cause_id, m.chain_id, m.hops,
-    m.sent_at_ms, d.attempts, (SELECT a.pronouns FROM agents a WHERE a.name = m.sender) AS pronouns
+    m.sent_at_ms, d.attempts, (SELECT a.pronouns FROM agents a WHERE a.name = m.sender) AS pronouns,
+    {FILES}
 """
 _MAIL = f"SELECT {_WHAT} FROM deliveries d{{index}} JOIN messages m ON m.id = d.message_id"
 _ONE_MAIL = f"{_MAIL.format(index='')} WHERE d.recipient = ? AND d.message_id = ?"
@@ -262,4 +264,5 @@ def _for_agent(row: sqlite3.Row, attempt: int) -> dict[str, Any]:
     keys = ("id", "sender", "body", "in_reply_to", "sent_at_ms", "cause", "cause_id")
     more = {"body_bytes": row["body_bytes"]} if row["body_sha256"] else {}
     more |= {"pronouns": row["pronouns"]} if row["pronouns"] else {}
+    more |= {"files": files} if (files := files_of(row["files"])) else {}
     return {**{key: row[key] for key in keys}, "attempt": attempt, **more}

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.visible import counted
+from hive_core.protocol.visible import counted, quoted
+from hive_core.services.attachments import FILES, files_of
 from hive_core.store.door import Store
 
 Row = Mapping[str, Any]
@@ -43,9 +44,9 @@ class Moment:
 
 
 async def life_of(store: Store, message_id: int) -> dict[str, Any]:
-    """`{"message", "sent", "deliveries": [{"recipient", "state", "attempts", "failures", "life"}]}`.
+    """`{"message", "sent", "deliveries": [{"recipient", "state", "attempts", "failures", "missing", "life"}]}`.
 
-    Raises Refusal("not_found").
+    missing  of its files those that did not reach the recipient, and why. Raises Refusal("not_found").
     """
     row = await store.row(_MESSAGE, (message_id,))
     if row is None:
@@ -54,7 +55,7 @@ async def life_of(store: Store, message_id: int) -> dict[str, Any]:
             f"cannot explain message {message_id}: there was none, or it is gone; what is acked is kept for a while "
             "(kept_s)",
         )
-    message = dict(row)
+    message = {**dict(row), "files": files_of(row["files"])}
     of_message = "SELECT * FROM deliveries WHERE message_id = ? ORDER BY recipient"
     deliveries = [dict(row) for row in await store.rows(of_message, (message_id,))]
     leases = [dict(row) for row in await store.rows(_LEASES, (message_id,))]
@@ -66,6 +67,7 @@ async def life_of(store: Store, message_id: int) -> dict[str, Any]:
         "deliveries": [
             {
                 **{key: delivery[key] for key in ("recipient", "state", "attempts", "failures")},
+                "missing": missing_files(delivery["recipient"], events),
                 "life": [asdict(moment) for moment in tell_life(message, delivery, leases, events)],
             }
             for delivery in deliveries
@@ -73,9 +75,10 @@ async def life_of(store: Store, message_id: int) -> dict[str, Any]:
     }
 
 
-_MESSAGE = """
+_MESSAGE = f"""
     SELECT m.id, m.sender, m.in_reply_to, coalesce(m.thread_id, m.id) AS thread, m.cause, m.cause_id, m.chain_id,
-           m.hops, m.client_id, m.body_bytes, m.sent_at_ms, t.agent AS turn_of, t.message_id AS turn_message
+           m.hops, m.client_id, m.body_bytes, m.sent_at_ms, t.agent AS turn_of, t.message_id AS turn_message,
+           {FILES}
     FROM messages m LEFT JOIN turns t ON m.cause = 'turn' AND t.id = m.cause_id WHERE m.id = ?
 """
 _LEASES = """
@@ -102,7 +105,15 @@ def tell_sending(message: Row) -> Moment:
     if message["hops"]:
         turns = counted(message["hops"], "turn")
         parts.append(f"{turns} after message {message['chain_id']}, with which its chain began")
+    if files := message.get("files"):
+        parts.append("with " + ", ".join(f"{quoted(file['name'])} ({file['bytes']:,} bytes)" for file in files))
     return Moment(message["sent_at_ms"], "sent", "; ".join(parts), number if message["cause"] == "turn" else None)
+
+
+def missing_files(recipient: str, events: Iterable[Row]) -> dict[str, str]:
+    """Of a message's files those that the last delivery did not bring to a recipient: name → why."""
+    told = [event for event in events if event["agent"] == recipient and event["kind"] == "files_missing"]
+    return dict(json.loads(told[-1]["data"])["missing"]) if told else {}
 
 
 def tell_life(message: Row, delivery: Row, leases: Iterable[Row], events: Iterable[Row]) -> list[Moment]:

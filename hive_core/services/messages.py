@@ -12,6 +12,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.services import question_ends
 from hive_core.services.archive import newest_of_agent
+from hive_core.services.attachments import FILES, files_of
 from hive_core.services.bodies import Bodies, piece
 from hive_core.services.post import AT_ONCE, check_there, forget_depth
 from hive_core.store.bus import mail
@@ -98,14 +99,14 @@ class Messages:
         sql = f"""
             SELECT * FROM (
               SELECT m.id, m.sender, d.recipient, m.body, m.body_bytes, m.in_reply_to, m.cause, m.cause_id,
-                     m.sent_at_ms, d.state, d.attempts, d.held, d.note, d.turn_id
+                     m.sent_at_ms, d.state, d.attempts, d.held, d.note, d.turn_id, {FILES}
               FROM messages m JOIN deliveries d ON d.message_id = m.id
               WHERE m.id IN ({newest}) AND (:agent IS NULL OR m.sender = :agent OR d.recipient = :agent)
               ORDER BY m.id DESC, d.recipient DESC LIMIT :limit
             ) ORDER BY id, recipient
         """
         rows = await self._store.rows(sql, given)
-        return [dict(row) for row in rows]
+        return [{**dict(row), "files": files_of(row["files"])} for row in rows]
 
     async def read_body(self, message_id: int, offset: int = 0, reader: AgentName | None = None) -> dict[str, Any]:
         """Some of a body from byte `offset`: {"body", "next_offset", "bytes"}; next_offset None at its end.
@@ -127,6 +128,11 @@ class Messages:
             body = await self._bodies.whole(row["body_sha256"])
         some = piece(body.encode(), offset)
         return {"body": some.body, "next_offset": some.next_offset, "bytes": row["body_bytes"]}
+
+    async def files(self, message_id: int) -> list[dict[str, Any]]:
+        """What came with a message: [{"name", "type", "bytes", "sha256"}]."""
+        row = await self._store.row(f"SELECT {FILES} FROM messages m WHERE id = ?", (message_id,))
+        return files_of(row["files"]) if row else []
 
     async def one(self, message_id: int) -> dict[str, Any] | None:
         """One message, with the delivery of its first recipient."""

@@ -18,6 +18,8 @@ from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted
 from hive_core.protocol.words import EVERYONE, OPERATOR, SYSTEM, AgentName, MessageBody
+from hive_core.services.attachments import FILES, Attached, check_quota, files_of, rows_of
+from hive_core.services.attachments import ROW as ATTACHMENT
 from hive_core.services.rates import count_sent, sent_lately, taken_back_lately
 from hive_core.store.bus import mail
 from hive_core.store.writer import Transaction
@@ -52,6 +54,7 @@ class Letter:
     client_id: str | None = None  # the same again is the same message
     cause: Cause | None = None  # None: the operator, the hive, or the sender's turn
     file: tuple[str, int] | None = None  # (sha256, bytes) of a body that is too large to stand inline
+    attached: tuple[Attached, ...] = ()
 
 
 @dataclass(slots=True)
@@ -70,7 +73,7 @@ class _First:
     """The message that has a client's own key already."""
 
     answer: dict[str, Any]
-    said: tuple[str, str | None, int | None]  # its body, or the beginning and the digest; what it answers
+    said: tuple[Any, ...]  # its body, or the beginning and the digest; what it answers; its files
     recipients: frozenset[str]  # `*` for everyone, whomever that reached
 
     def answer_to(self, letter: Letter) -> dict[str, Any]:
@@ -81,8 +84,9 @@ class _First:
         return dict(self.answer)
 
 
-def _said(letter: Letter) -> tuple[str, str | None, int | None]:
-    return letter.body, letter.file[0] if letter.file else None, letter.in_reply_to
+def _said(letter: Letter) -> tuple[Any, ...]:
+    files = [(file.name, file.sha256) for file in letter.attached]
+    return letter.body, letter.file[0] if letter.file else None, letter.in_reply_to, files
 
 
 @dataclass(slots=True)
@@ -109,6 +113,7 @@ def post(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> list[Out
             if tx.short and letter.sender != SYSTEM:
                 raise no_room()
             recipients, cause = _judge(letter, facts, limits)
+            check_quota(tx, letter.attached, limits)
             held = _held(tx, letter, recipients, cause, facts, limits)
         except Refusal as refusal:
             if isinstance(refusal, InboxFull):
@@ -131,6 +136,7 @@ def post(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> list[Out
         results.append(Value(answer))
     tx.insert("messages", _MESSAGE, rows.messages)
     tx.insert("deliveries", _DELIVERY, rows.deliveries)
+    tx.insert("attachments", ATTACHMENT, rows.attachments)
     tx.memo.update({_depth(name): agent.waiting for name, agent in facts.agents.items()}, **{_NEXT_ID: rows.next_id})
     return results
 
@@ -142,6 +148,7 @@ class _Rows:
     next_id: int
     messages: list[tuple[Any, ...]] = field(default_factory=list)
     deliveries: list[tuple[Any, ...]] = field(default_factory=list)
+    attachments: list[tuple[Any, ...]] = field(default_factory=list)
 
     def add(
         self,
@@ -158,6 +165,7 @@ class _Rows:
         body = (letter.body, body_bytes, body_sha256, letter.in_reply_to, thread_id)
         caused = (cause.kind, cause.id, cause.chain_id or number, cause.hops)
         known_by = (letter.client_id, EVERYONE in letter.recipients)
+        self.attachments += rows_of(number, letter.attached)
         self.messages.append((number, letter.sender, *body, *caused, *known_by, now_ms))
         for name in recipients:
             state = "held" if name in held else "queued"
@@ -362,7 +370,8 @@ def _look_up(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> _Fac
         for row in tx.execute(_FIRST, (json.dumps(keys),)).fetchall():
             held = json.loads(row["held"])
             answer = {"message": row["id"], **({"held": held} if held else {})}
-            said = (row["body"], row["body_sha256"], row["in_reply_to"])
+            files = [(file["name"], file["sha256"]) for file in files_of(row["files"])]
+            said = (row["body"], row["body_sha256"], row["in_reply_to"], files)
             to = frozenset([EVERYONE] if row["to_everyone"] else json.loads(row["recipients"]))
             facts.firsts[row["sender"], row["client_id"]] = _First(answer, said, to)
     for sender in {letter.sender for letter in letters if letter.file is not None} & facts.agents.keys():
@@ -395,8 +404,8 @@ _REPLIED = """
            (SELECT json_group_array(recipient) FROM deliveries WHERE message_id = id AND state != 'held') AS recipients
     FROM messages WHERE id IN (SELECT value FROM json_each(?))
 """
-_FIRST = """
-    SELECT m.sender, m.client_id, m.id, m.body, m.body_sha256, m.in_reply_to, m.to_everyone, (
+_FIRST = f"""
+    SELECT m.sender, m.client_id, m.id, m.body, m.body_sha256, m.in_reply_to, m.to_everyone, {FILES}, (
         SELECT json_group_array(recipient) FROM deliveries WHERE message_id = m.id
     ) AS recipients, (
         SELECT json_group_object(recipient, held) FROM deliveries WHERE message_id = m.id AND held IS NOT NULL

@@ -7,6 +7,7 @@ A request is `{"v": 1, "verb": …, "args": {…}}`. An answer is `{"v": 1, "ok"
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 from functools import partial
@@ -25,7 +26,6 @@ from hive_core.protocol.words import (
     OPERATOR,
     AgentName,
     parse_agent_name,
-    parse_body,
     parse_id,
     parse_recipients,
     parse_text,
@@ -33,6 +33,7 @@ from hive_core.protocol.words import (
 )
 from hive_core.services.agents import LIVE
 from hive_core.services.archive import parse_query
+from hive_core.services.attachments import body_with
 from hive_core.services.configured import all_configured
 from hive_core.services.events import follow_events, newest_events
 from hive_core.services.flow import count_aside
@@ -54,6 +55,7 @@ from hive_core.sockets.admin_steering import steering_verbs
 from hive_core.sockets.admin_tombstones import tombstone_verbs
 from hive_core.sockets.admin_turns import turn_verbs
 from hive_core.sockets.admin_updates import update_status, update_verbs
+from hive_core.sockets.given_files import FILES_MOST, descriptors, given_files
 from hive_core.sockets.unix import Connection, Lines
 from hive_core.store.bus import EVENTS, WANTED
 from hive_core.version import __version__
@@ -73,7 +75,7 @@ class AdminDesk:
         self._verbs: dict[str, tuple[Callable[[Args], Awaitable[Any]], set[str]]] = {
             "status": (self._status, set()),
             "list": (self._list, set()),
-            "send": (self._send, {"to", "body", "in_reply_to", "key"}),
+            "send": (self._send, {"to", "body", "in_reply_to", "key", "files"}),
             "messages": (self._messages, {"agent", "limit"}),
             "message": (self._message, {"message"}),
             "read": (self._read, {"message", "offset"}),
@@ -128,12 +130,16 @@ class AdminDesk:
     async def serve(self, stream: Connection) -> None:
         """Answer one client until it hangs up."""
         caller_uid.set(stream.peer_uid())
+        descriptors.set(came := stream.take_descriptors(FILES_MOST))
         lines = Lines(stream, LINE_LIMIT_BYTES)
         while (request := await lines.next()) is not None:
             try:
                 await self._answer(request, lines)
             except Refusal as refusal:
                 await lines.send({"v": PROTOCOL_VERSION, "ok": False, "error": refusal.to_wire()})
+            finally:
+                while came:  # which no request took: they belong to none that comes later
+                    os.close(came.pop())
 
     async def _answer(self, request: Args | Refusal, lines: Lines) -> None:
         if isinstance(request, Refusal):
@@ -245,13 +251,10 @@ class AdminDesk:
         in_reply_to, key = args.get("in_reply_to"), args.get("key")
         if key is not None:
             key = parse_text(key, "key", KEY_LIMIT_BYTES)
-        return await self._hive.broker.send(
-            OPERATOR,
-            _recipients(args.get("to")),
-            parse_body(args.get("body")),
-            None if in_reply_to is None else parse_id(in_reply_to, "a message"),
-            key,
-        )
+        reply = None if in_reply_to is None else parse_id(in_reply_to, "a message")
+        with given_files(args.get("files", [])) as files:
+            body = body_with(args.get("body"), len(files))
+            return await self._hive.broker.send(OPERATOR, _recipients(args.get("to")), body, reply, key, files)
 
     async def _messages(self, args: Args) -> Any:
         agent = None if args.get("agent") is None else parse_agent_name(args["agent"])
@@ -267,7 +270,8 @@ class AdminDesk:
         message_id, offset = parse_id(args.get("message"), "a message"), args.get("offset", 0)
         if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset < 2**62:
             raise Refusal("usage", f"cannot use {shown(offset)} as the offset: give a number of bytes from 0")
-        return await self._hive.broker.messages.read_body(message_id, offset)
+        messages = self._hive.broker.messages
+        return {**await messages.read_body(message_id, offset), "files": await messages.files(message_id)}
 
     async def _aside(self, state: str, args: Args) -> Any:
         return {"messages": await self._hive.broker.messages.aside(state, _limit(args))}

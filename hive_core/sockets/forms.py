@@ -218,6 +218,14 @@ class SendResult(BaseModel):
     held: Held = {}
 
 
+class AttachedFile(BaseModel):
+    name: str
+    type: str
+    bytes: int
+    path: Annotated[str, Field(description="where you find it")] = ""
+    missing: Annotated[str, Field(description="why it is not there")] = ""
+
+
 class ReceivedMessage(BaseModel):
     id: int
     sender: str
@@ -228,6 +236,7 @@ class ReceivedMessage(BaseModel):
     cause_id: int | None
     attempt: Annotated[int, Field(description="1 on the first delivery")]
     body_bytes: Annotated[int, Field(description="of a body that goes on: read_body has the rest")] = 0
+    files: list[AttachedFile] = []
 
 
 class RecvResult(BaseModel):

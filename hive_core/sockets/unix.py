@@ -53,22 +53,42 @@ class Connection:
     that fits into the socket's buffer is sent at once. Who has data to read waits its turn.
     """
 
-    __slots__ = ("_sock",)  # of each there is one for every idle agent
+    __slots__ = ("_came", "_most", "_sock")  # of each there is one for every idle agent
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._came: list[int] | None = None
+        self._most = 0
 
     async def receive_some(self, max_bytes: int = RECEIVE_BYTES) -> bytes:
         """What has come, empty at a hang-up. Raises trio.BrokenResourceError or trio.ClosedResourceError."""
         while True:
             await trio.lowlevel.wait_readable(self._fd())
             try:
-                return self._sock.recv(max_bytes)
+                return self._sock.recv(max_bytes) if self._came is None else self._receive_descriptors(max_bytes)
             except BlockingIOError:
                 pass
             except OSError as exc:
                 raise self._broken() from exc
+
+    def take_descriptors(self, most: int) -> list[int]:
+        """From now on descriptors that come with the bytes are kept in this list, for whoever takes them out of it.
+
+        They stand there in their order once the bytes that they came with were received. Those over `most` are closed
+        at once, those that nobody took with the connection. Without this the kernel closes them all.
+        """
+        self._came, self._most = [], most
+        return self._came
+
+    def _receive_descriptors(self, max_bytes: int) -> bytes:
+        assert self._came is not None
+        data, new, _, _ = socket.recv_fds(self._sock, max_bytes, self._most, socket.MSG_CMSG_CLOEXEC)
+        room = self._most - len(self._came)
+        self._came += new[:room]
+        for descriptor in new[room:]:
+            os.close(descriptor)
+        return data
 
     def peer_uid(self) -> int:
         """Whose process has connected: the kernel says so."""
@@ -106,6 +126,8 @@ class Connection:
 
     def close(self) -> None:
         """Hang up; whoever waits for the connection gets a ClosedResourceError."""
+        while self._came:
+            os.close(self._came.pop())
         if self._sock.fileno() >= 0:
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()

@@ -145,7 +145,7 @@ async def test_the_operator_sends_and_reads(hive: Services, peer: Peer) -> None:
 
 async def test_a_sender_is_never_an_argument(peer: Peer) -> None:
     said = await refusal(peer, request("send", to="iris", body="hello", sender="hm1nd"))
-    assert "no argument 'sender'; it takes body, in_reply_to, key, to" in said
+    assert "no argument 'sender'; it takes body, files, in_reply_to, key, to" in said
 
 
 async def test_a_card_is_shown_and_denied_with_a_reason(hive: Services, peer: Peer) -> None:

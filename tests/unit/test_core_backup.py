@@ -353,6 +353,23 @@ def test_a_large_body_goes_along_and_one_that_is_gone_is_named(state: Path, tmp_
     assert kept == [digests[0]]
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_attached_files_go_along_where_the_hive_knows_of_any(state: Path, tmp_path: Path, older: bool) -> None:
+    digest = hashlib.sha256(b"attached").hexdigest()
+    place = state / "bodies" / digest[:2]
+    place.mkdir(parents=True)
+    (place / digest).write_bytes(b"attached")
+    with contextlib.closing(sqlite3.connect(state / "hive.sqlite")) as database, database:
+        sql = "INSERT INTO messages (id, sender, body, body_bytes, cause, chain_id, hops, sent_at_ms)"
+        database.execute(f"{sql} VALUES (90, 'operator', 'look', 4, 'operator', 90, 0, 0)")
+        database.execute("INSERT INTO attachments VALUES (90, 1, 'a.txt', 8, ?)", (digest,))
+        if older:
+            database.execute("DROP TABLE attachments")
+    back_up(state, tmp_path / "hive.tar")
+    with tarfile.open(tmp_path / "hive.tar") as tar:
+        assert (f"bodies/{digest[:2]}/{digest}" in tar.getnames()) is not older
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 

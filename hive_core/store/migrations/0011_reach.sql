@@ -62,3 +62,14 @@ CREATE TABLE projects (
   bytes         INTEGER NOT NULL,           -- that its mirror takes
   trouble       TEXT                        -- why it could not be fetched since
 ) STRICT;
+
+-- Files that the operator attached to messages. What one holds is kept as a large body is, named by its digest.
+CREATE TABLE attachments (
+  message_id INTEGER NOT NULL REFERENCES messages (id),
+  position   INTEGER NOT NULL,               -- from 1, as they were given
+  name       TEXT NOT NULL,
+  bytes      INTEGER NOT NULL,
+  sha256     TEXT NOT NULL,
+  PRIMARY KEY (message_id, position)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX attachments_by_file ON attachments (sha256);
