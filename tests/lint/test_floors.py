@@ -18,7 +18,7 @@ FLOORS = [
     },
     {"git", "store"},
     {"config", "effects", "effects_of_settings", "policy_rules"},
-    {"containers", "flakes", "forge"},
+    {"containers", "egress", "flakes", "forge"},
     {"services"},
     {"procedures"},
     {"hive", "commands"},
