@@ -85,7 +85,10 @@ def confine(words: list[str]) -> None:
 def _enter(pid: int, *, become_root: bool) -> None:
     _run_from_memory()
     place = f"/proc/{pid}"
-    user, *namespaces = [os.open(f"{place}/ns/{kind}", os.O_RDONLY) for kind in _NAMESPACES]
+    user, *others = [os.open(f"{place}/ns/{kind}", os.O_RDONLY) for kind in _NAMESPACES]
+    # One that is ours already, as the host's network may be, lets nobody in who has no rights over it.
+    known = [os.stat(f"/proc/self/ns/{kind}") for kind in _NAMESPACES[1:]]
+    namespaces = [one for one, here in zip(others, known, strict=True) if not os.path.samestat(here, os.fstat(one))]
     root = os.open(f"{place}/root", os.O_PATH | os.O_DIRECTORY)
     ours = os.stat("/proc/self/ns/user")
     # Its number may be another's by now. What is not in a container would give whoever is handed the command the host.

@@ -123,7 +123,8 @@ class OwnersBwrap(ProcessDriver):
         return False
 
     def _entering(self, dirs: AgentDirs, first: int) -> list[str]:
-        return [*self._owner.become(), *super()._entering(dirs, first)]
+        # The host's network, where it has that, takes rights to enter.
+        return [*nsenter(first, ("net",)), "--", *self._owner.become(), *super()._entering(dirs, first)]
 
 
 def _into_network(dirs: AgentDirs) -> list[str]:

@@ -29,9 +29,10 @@ from tests.processes import look_until
 
 ADA = "ada"
 LOOK = ("sh", "-c", "id -u; grep -c ^Cap.*0000000000000000 /proc/self/status")
+NETWORK = ("readlink", "/proc/self/ns/net")
 DAEMON, HELPER = "hyperhive.service", "hyperhive-root.service"
 BOUNDS = ("agent_memory_bytes = 268435456", "agent_cpu_percent = 150", "agent_tasks = 300")
-MORE = ("restart_s = 0.1", 'claude = "/usr/bin/true"', *BOUNDS)
+MORE = ("restart_s = 0.1", 'claude = "/usr/bin/true"', 'host_network = ["iris"]', *BOUNDS)
 SETTINGS = (*(f'{key} = "{value}"' for key, value in BY_DEFAULT.items()), *MORE)
 
 
@@ -160,6 +161,21 @@ def test_an_agent_is_ended_and_started_through_helpers_that_came_later(host: Boo
     assert set(units(host)) == set(before)
 
 
+def test_an_agent_gets_the_hosts_network_from_a_helper_whose_unit_has_none(host: BootedHost) -> None:
+    of_host = host.ok("readlink", "/proc/1/ns/net")
+    assert host.ok("readlink", f"/proc/{shown(host, HELPER, 'MainPID')['MainPID']}/ns/net") != of_host
+    assert run_in(host, "iris", *NETWORK)["output"] != of_host
+    change = "cd /var/lib/hyperhive/proposed/iris/config && echo 'network = \"host\"' >> agent.toml"
+    change += " && git -c user.name=x -c user.email=x@x commit -qam host"
+    host.ok(*AS_THE_DAEMON.split(), "sh", "-c", change)
+    asked = json.loads(host.ok("hive", "apply", "iris", "HEAD", "--json", user=ADA))["approval"]
+    digest = json.loads(host.ok("hive", "show", str(asked), "--json", user=ADA))["digest"]
+    host.ok("hive", "approve", str(asked), "--digest", digest, user=ADA)
+    look_until(lambda: ready(host))
+    assert run_in(host, "iris", *NETWORK) == {"code": 0, "output": of_host}
+    assert run_in(host, "hm1nd", *NETWORK)["output"] != of_host
+
+
 def test_without_the_helper_the_agents_go_on_and_work(host: BootedHost) -> None:
     host.ok("systemctl", "stop", HELPER)
     host.ok("hive", "send", "iris", "Hello.", user=ADA)
@@ -233,3 +249,4 @@ def test_a_hive_that_changes_to_nspawn_has_agents_with_uids_of_their_own(host: B
     assert len(users) == 2
     assert min(users) >= 65536
     assert run_in(host, "iris", *LOOK) == {"code": 0, "output": "0\n5\n"}
+    assert run_in(host, "iris", *NETWORK) == {"code": 0, "output": host.ok("readlink", "/proc/1/ns/net")}

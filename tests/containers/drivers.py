@@ -209,11 +209,13 @@ async def run_program(folder: Path, kind: str, program: str, then: str = "true")
 
 
 @asynccontextmanager
-async def started(folder: Path, kind: str, script: str) -> AsyncIterator[tuple[Driver, Running]]:
+async def started(
+    folder: Path, kind: str, script: str, network: Network = "private"
+) -> AsyncIterator[tuple[Driver, Running]]:
     """An agent that runs until the block ends, and has said that it is ready. STATE is its directory."""
     ready = make_fifo(folder, "ready")
     driver = driver_in(folder, kind, script.replace("STATE", inside(folder, kind)))
-    running = await driver.start(IRIS, dirs_in(folder))
+    running = await driver.start(IRIS, dirs_in(folder, network=network))
     try:
         await read_fifo(ready)
         yield driver, running

@@ -375,6 +375,14 @@ async def test_a_command_in_a_container_has_no_more_rights_than_the_agent(tmp_pa
     assert said.count("0000000000000000") == 5
 
 
+async def test_a_command_beside_an_agent_that_has_the_hosts_network_has_it_too(tmp_path: Path, sandbox: str) -> None:
+    async with started(tmp_path, sandbox, "echo > STATE/ready; sleep 600", "host") as (driver, _):
+        done = await driver.exec(IRIS, dirs_in(tmp_path), ["readlink", "/proc/self/ns/net", "/proc/self/ns/pid"])
+    of_network, of_processes = done.output.split()
+    assert (of_network, done.code) == (os.readlink("/proc/self/ns/net"), 0)
+    assert of_processes != os.readlink("/proc/self/ns/pid")
+
+
 async def test_an_agent_that_puts_its_own_program_in_the_interpreters_place_gets_no_rights_by_a_command(
     tmp_path: Path, sandbox: str
 ) -> None:
