@@ -30,7 +30,14 @@ if TYPE_CHECKING:
 
 SAID_LIMIT = 2000  # lines; --help has some two hundred
 # Every setting that puts a flag on the command line.
-SETTINGS: Settings = {"program": "claude", "model": "sonnet", "effort": "low", "tools": ["Read"], "prompt": "You are."}
+SETTINGS: Settings = {
+    "program": "claude",
+    "model": "sonnet",
+    "effort": "low",
+    "tools": ["Read"],
+    "prompt": "You are.",
+    "extras": {"digest": "none", "skills": ["one"], "plugins": ["two"], "offered": []},
+}
 NO_SESSION = "00000000-0000-4000-8000-000000000000"
 _REFUSED = re.compile(r"unknown option '?(--[\w-]+)", re.IGNORECASE)
 _LISTED = re.compile(r"^ +(-.*?)(?:  |$)")

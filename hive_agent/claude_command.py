@@ -16,10 +16,11 @@ from hive_core.protocol.lines import encode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from hive_core.protocol.harness import McpServer, Settings
+    from hive_core.protocol.harness import McpServer, Offered, Settings
 
+SKILL = "Skill"  # the program's tool by which the model takes up a skill
 MAX_RETRIES = 5  # 17 s against 529, which is retried whatever the server says; the default of 10 is 3 minutes
 TOOLS_PATIENCE_MS = 60_000  # a daemon that starts anew in that time costs a turn nothing
 # The shape of a real credential, so that the program takes it; the host's relay puts the real one in its place.
@@ -44,17 +45,40 @@ def flags(seat: Seat, settings: Settings) -> list[str]:
     chosen = ["--print", "--verbose", "--input-format", "stream-json", "--output-format", "stream-json"]
     chosen += ["--mcp-config", json.dumps(servers), "--strict-mcp-config"]
     # Only what is listed is on; all others stay off, the program's own messaging, scheduling and web among them.
-    chosen += ["--tools", ",".join(tool for tool in settings["tools"] if tool not in INTERACTIVE)]
+    offered = settings["extras"]["offered"] if "extras" in settings else []
+    more = [SKILL] if offered and SKILL not in settings["tools"] else []
+    chosen += ["--tools", ",".join(tool for tool in (*settings["tools"], *more) if tool not in INTERACTIVE)]
     if seat.sandboxed:
         chosen += ["--dangerously-skip-permissions"]
     else:
-        chosen += ["--allowedTools", ",".join(f"mcp__{name}__*" for name in ("hive", *extra))]
+        chosen += ["--allowedTools", ",".join((*(f"mcp__{name}__*" for name in ("hive", *extra)), *more))]
+    chosen += _extras_flags(seat, settings)
     chosen += ["--model", settings["model"]]
     if effort := settings.get("effort"):
         chosen += ["--effort", effort]
-    if settings["prompt"].strip():
-        chosen += ["--append-system-prompt", settings["prompt"]]
+    prompt = [part for part in (settings["prompt"], _offer(offered)) if part.strip()]
+    if prompt:
+        chosen += ["--append-system-prompt", "\n\n".join(prompt)]
     return chosen
+
+
+def _extras_flags(seat: Seat, settings: Settings) -> list[str]:
+    """Where its skills and plugins are: a place for each state of theirs, so that another one is another command."""
+    if (extras := settings.get("extras")) is None:
+        return []
+    place = f"{seat.extras_dir}/{extras['digest']}"
+    chosen = ["--add-dir", place] if extras["skills"] else []
+    for plugin in extras["plugins"]:
+        chosen += ["--plugin-dir", f"{place}/plugins/{plugin}"]
+    return chosen
+
+
+def _offer(offered: Sequence[Offered]) -> str:
+    """What tells the model of its skills. The program would do so by an attachment, and those are off."""
+    if not offered:
+        return ""
+    lines = (f"- {one['name']}: {one['description']}" for one in offered)
+    return "\n".join(["The following skills are available for use with the Skill tool:", "", *lines])
 
 
 def _server(server: McpServer) -> dict[str, object]:
@@ -124,6 +148,8 @@ def environment(seat: Seat, credential: str, chosen: Mapping[str, str] | None = 
         "CLAUDE_CODE_MAX_RETRIES": str(MAX_RETRIES),
         # Otherwise an "@path" in a message makes the program read that file into the turn by itself.
         "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
+        # Only what is listed is on: the program's own skills are not.
+        "CLAUDE_CODE_DISABLE_BUNDLED_SKILLS": "1",
         # What runs on behind a turn is the harness's, which outlives this process and tells how it ended.
         "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",
         # Otherwise a turn begins without the hive's tools when they are not there within 2 s.

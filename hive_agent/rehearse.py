@@ -45,6 +45,8 @@ _VALUES = frozenset(
         "--session-id",
         "--resume",
         "--append-system-prompt",
+        "--add-dir",
+        "--plugin-dir",
     }
 )
 

@@ -42,6 +42,7 @@ class Seat:
     configs_dir: str = "/agents"  # every agent's configuration, where this is the manager
     projects_dir: str = "/projects"  # its clones of projects
     mirrors_dir: str = "/mirrors"  # what they borrow objects from
+    extras_dir: str = "/extras"  # its skills and plugins, as deployed
 
 
 class Activity(NamedTuple):

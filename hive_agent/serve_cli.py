@@ -47,6 +47,7 @@ def make_parser(program: str = "hive-agent") -> argparse.ArgumentParser:
     )
     parser.add_argument("--projects", default="/projects", metavar="DIR", help="its clones of projects")
     parser.add_argument("--mirrors", default="/mirrors", metavar="DIR", help="what they borrow objects from")
+    parser.add_argument("--extras", default="/extras", metavar="DIR", help="its skills and plugins, as deployed")
     parser.add_argument("--claude", metavar="PATH", help="the claude executable, where there is one")
     parser.add_argument("--claude-dir", metavar="DIR", help="its sessions and settings (default: ~/.claude)")
     parser.add_argument(
@@ -85,6 +86,7 @@ def seat_maker(arguments: argparse.Namespace) -> SeatMaker:
             configs_dir=arguments.configs,
             projects_dir=arguments.projects,
             mirrors_dir=arguments.mirrors,
+            extras_dir=arguments.extras,
             home=home,
             config_dir=arguments.claude_dir or os.path.join(home, ".claude"),
             path=os.environ.get("PATH") or DEFAULT_PATH,

@@ -71,6 +71,11 @@ def _tools(key: str, before: list[str], after: list[str]) -> list[Line]:
     return listed(key, before, after, widens=True)
 
 
+def _skills(key: str, before: list[str], after: list[str]) -> list[Line]:
+    # What one brings is told by its files.
+    return listed(key, before, after)
+
+
 def _models(key: str, before: list[str], after: list[str]) -> list[Line]:
     if before and after:
         return listed(key, before, after, widens=True)
@@ -173,6 +178,8 @@ RULES: Mapping[str, Rule] = {
     "tools": _tools,
     "mcp_servers": _servers,
     "env": _names,
+    "skills": _skills,
+    "plugins": _tools,
     "egress": _egress,
     "projects": _projects,
     "available_models": _models,

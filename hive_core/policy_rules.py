@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapte
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 from pydantic_core import PydanticCustomError
 
+from hive_core.effects_of_extras import PLUGIN_FILES, SKILL_FILES
 from hive_core.effects_of_settings import RULES as SETTINGS
 from hive_core.protocol.effect import PLAIN
 from hive_core.protocol.refusal import Refusal
@@ -33,7 +34,9 @@ OF_SYSTEMS = (
     *("closure", "packages", "programs", "services", "etc", "scripts", "system", "users", "setuid", "capabilities"),
     *("firewall", "DHCP", "open TCP ports", "open UDP ports", "trusted interfaces", "nameservers"),
 )
-LINES = frozenset({*SETTINGS, "prompt", "agent.nix", "files", "executable files", *OF_SYSTEMS})
+LINES = frozenset(
+    {*SETTINGS, "prompt", "agent.nix", "files", "executable files", SKILL_FILES, PLUGIN_FILES, *OF_SYSTEMS}
+)
 # What a limit measures → the lines that it is about. Where one of those is and its measure is not, it is not kept.
 MEASURES: Mapping[str, tuple[str, ...]] = {
     "prompt_lines": ("prompt",),

@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from hive_core import credentials
 from hive_core.egress_rules import Entries
+from hive_core.extras import RESERVED
 from hive_core.project_rules import PROJECTS_LIMIT, Project
 from hive_core.protocol.harness import (
     BACKGROUND_S,
@@ -67,6 +68,19 @@ POLICY = {"recipients", "pair_rate_per_hour", "credential", "available_models", 
 TOLD = {"projects"}
 
 
+# A folder's name that means the same everywhere.
+ExtraName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*\z", max_length=63)]
+
+
+def _distinct(names: list[str]) -> list[str]:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise PydanticCustomError("twice", "{name} is there twice; take one out", {"name": twice})
+    return names
+
+
+ExtraNames = Annotated[list[ExtraName], Field(max_length=32), AfterValidator(_distinct)]
+
+
 class McpServer(BaseModel):
     """A server of tools beside the hive's own, started by the agent's program inside its sandbox."""
 
@@ -101,6 +115,8 @@ class AgentSettings(BaseModel):
     network: Literal["private", "host"] = "private"  # host: that of the machine, with its loopback
     env: Variables = {}  # more of its program's environment
     mcp_servers: Annotated[dict[ServerName, McpServer], Field(max_length=16)] = {}
+    skills: ExtraNames = []  # folders skills/NAME of its repository
+    plugins: ExtraNames = []  # folders plugins/NAME there
     egress: Entries = []  # what it may reach beside the model
     projects: Annotated[list[Project], Field(max_length=PROJECTS_LIMIT)] = []  # of the hive's, by their names
 
@@ -111,6 +127,8 @@ class AgentSettings(BaseModel):
             raise PydanticCustomError("model", "the model {model} is not one of available_models ({models})", told)
         if "hive" in self.mcp_servers:
             raise PydanticCustomError("mcp", "mcp_servers.hive is the hive's own; choose another name")
+        if taken := sorted(RESERVED.intersection(self.skills)):
+            raise PydanticCustomError("skill", "skills: /{name} is the program's own; rename it", {"name": taken[0]})
         for key in ("name", "place"):
             values = [getattr(project, key) for project in self.projects]
             if twice := next((value for value in values if values.count(value) > 1), None):

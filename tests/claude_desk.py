@@ -77,7 +77,7 @@ async def a_desk(folder: Path, answers: list[Answer] | AnswerFunction, harness: 
         port = int(model.base_url.rpartition(":")[2])
         where = str(folder)
         seat = Seat("iris", where, where, where, f"{where}/.claude", "/usr/bin:/bin", str(find_claude()), True, port)
-        runner = Claude(replace(seat, harness=harness))
+        runner = Claude(replace(seat, harness=harness, extras_dir=f"{where}/extras"))
         try:
             yield Desk(runner, model)
         finally:

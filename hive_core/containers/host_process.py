@@ -378,6 +378,7 @@ class HostProcessDriver:
         if not inside:
             command += ["--claude-dir", str(dirs.claude)]
             command += ["--projects", str(dirs.projects), "--mirrors", str(dirs.mirrors)]
+            command += ["--extras", str(dirs.extras)]
         command += ["--network", "host"] if dirs.network == "host" else []
         command += ["--sandbox", self.sandbox, "--orphan-grace", str(self._orphan_grace_s)]
         if self._claude is not None:

@@ -13,8 +13,9 @@ from hive_core.protocol.words import MANAGER, AgentName, Network
 RUN, STATE, CLAUDE = "/run/hive", "/state", f"{HOME}/.claude"
 SHARED = "/shared"  # written by all
 PROJECTS, MIRRORS = "/projects", "/mirrors"  # its clones; what they borrow objects from
+EXTRAS = "/extras"  # its skills and plugins, as deployed
 AGENTS, APPLIED, META = "/agents", "/applied", "/meta"  # the manager's
-TARGETS, MANAGER_TARGETS = (RUN, STATE, CLAUDE, SHARED, PROJECTS, MIRRORS), (AGENTS, APPLIED, META)
+TARGETS, MANAGER_TARGETS = (RUN, STATE, CLAUDE, SHARED, PROJECTS, MIRRORS, EXTRAS), (AGENTS, APPLIED, META)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,11 @@ class AgentDirs:
         return self._own(MIRRORS)
 
     @property
+    def extras(self) -> Path:
+        """The skills and plugins of its deployed commit."""
+        return self._own(EXTRAS)
+
+    @property
     def proposed(self) -> Path | None:
         """Everybody's configuration, for the manager alone."""
         return self.source(AGENTS)
@@ -109,6 +115,8 @@ def agent_dirs(state_dir: Path, runtime_dir: Path, name: AgentName, network: Net
         Mount(own / "projects", PROJECTS),
         # The files in it are those of the hive's own mirrors, by another name: nobody inside may write them.
         Mount(own / "mirrors", MIRRORS, read_only=True),
+        # What was approved is what its program loads.
+        Mount(own / "extras", EXTRAS, read_only=True),
     ]
     if name == MANAGER:
         # In it is NAME/config of every agent, also of those to come, and nothing else of them.

@@ -7,9 +7,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from hive_core.extras import NONE, PLUGINS, SKILLS, BadExtra, ExtraFile, Extras, parse_extras
 from hive_core.git.sterile_git import GitFailed, GitLimits, run_git
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import hides
@@ -49,12 +50,24 @@ class Contents:
     settings, prompt  what agent.toml and CLAUDE.md say
     files             the path of each file, and what stands there
     module            what stands in agent.nix, where there is one
+    extras            the skills and plugins that agent.toml names
+    extra_files       all that lies where skills and plugins are, by its path
     """
 
     settings: AgentSettings
     prompt: str
     files: Mapping[str, Entry]
     module: str | None = None
+    extras: Extras = NONE
+    extra_files: Mapping[str, ExtraFile] = field(default_factory=dict)
+
+
+def named_extras(sha: CommitSha, settings: AgentSettings, files: Mapping[str, ExtraFile]) -> Extras:
+    """The skills and plugins that settings name, of a commit's files. Raises Refusal that names the file."""
+    try:
+        return parse_extras(settings.skills, settings.plugins, files)
+    except BadExtra as bad:
+        raise _refused(sha, str(bad)) from None
 
 
 def read_contents(repository: Path, sha: CommitSha) -> Contents:
@@ -69,7 +82,13 @@ def read_contents(repository: Path, sha: CommitSha) -> Contents:
             raise _refused(sha, f"{name} is over the limit of {READ_LIMIT_BYTES:,} bytes (it has {size:,})")
     settings = parse_agent_toml(texts["agent.toml"].encode())
     prompt = parse_text(texts["CLAUDE.md"], "CLAUDE.md", PERSONA_LIMIT_BYTES)
-    return Contents(settings, prompt, files, texts.get("agent.nix"))
+    given = {path: ExtraFile(texts[path], entry.executable) for path, entry in files.items() if _is_extra(path)}
+    extras = named_extras(sha, settings, given)
+    return Contents(settings, prompt, files, texts.get("agent.nix"), extras, given)
+
+
+def _is_extra(path: str) -> bool:
+    return path.startswith((f"{SKILLS}/", f"{PLUGINS}/"))
 
 
 def read_files(repository: Path, sha: CommitSha) -> dict[str, Entry]:

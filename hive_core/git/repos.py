@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import trio
 
+from hive_core.extra_files import ExtraFiles
+from hive_core.extras import NONE, Extras
 from hive_core.git.agent_locks import AgentLocks
 from hive_core.git.commit_contents import Contents, kinds, read_contents, read_files
 from hive_core.git.proposals import Proposal, check_proposal, commit_at, diff_between, fetch_proposal, main_of, pin_of
@@ -31,12 +33,13 @@ from hive_core.settings import POLICY, TOLD, AgentSettings
 T = TypeVar("T")
 
 
-def harness_settings(settings: AgentSettings, prompt: str) -> dict[str, Any]:
+def harness_settings(settings: AgentSettings, prompt: str, extras: Extras = NONE) -> dict[str, Any]:
     """What travels to the harness with a lease: protocol.harness.Settings. The policy is the host's to enforce."""
     empty = (key for key in ("env", "mcp_servers", "projects") if not getattr(settings, key))
-    left_out = {"description", *(POLICY - TOLD), *empty}
+    left_out = {"description", "skills", "plugins", *(POLICY - TOLD), *empty}
     chosen = settings.model_dump(exclude=left_out, exclude_none=True)
-    return {**chosen, "prompt": prompt, "policy": settings.model_dump(include=POLICY, exclude_defaults=True)}
+    told = {"extras": extras.to_wire()} if extras else {}
+    return {**chosen, "prompt": prompt, **told, "policy": settings.model_dump(include=POLICY, exclude_defaults=True)}
 
 
 class Repos:
@@ -52,6 +55,7 @@ class Repos:
         # A hostile repository can take all its time: not on every thread that others need.
         self._fetching = trio.Semaphore(2)
         self._writing = AgentLocks()
+        self._extra_files = ExtraFiles(state_dir)
         self._held: Counter[tuple[AgentName, CommitSha]] = Counter()
         self._fetched: Counter[AgentName] = Counter()
 
@@ -109,7 +113,7 @@ class Repos:
     async def read(self, name: AgentName, sha: CommitSha) -> dict[str, Any]:
         """The harness settings that a commit of the applied repository holds."""
         found = await self.contents(name, sha)
-        return harness_settings(found.settings, found.prompt)
+        return harness_settings(found.settings, found.prompt, found.extras)
 
     async def contents(self, name: AgentName, sha: CommitSha) -> Contents:
         """What a commit of the applied repository holds. Raises Refusal where that may not be deployed any more."""
@@ -123,6 +127,20 @@ class Repos:
         """The tags of all that was deployed, deployed/0 first, and their commits. Raises Refusal without deployed/0."""
         first = await self.tagged(name, "deployed/0")
         return {"deployed/0": first, **await _in_thread(name, lambda: deployed_tags(self._of(name)))}
+
+    async def put_extras(self, name: AgentName, extras: Extras) -> None:
+        """Have skills and plugins lie where the agent's container sees them; again is fine. Who calls this holds the
+        agent's lock. Raises Refusal("unavailable")."""
+        with _extras_of(name):
+            await self._extra_files.put(name, extras)
+
+    async def has_extras(self, name: AgentName, digest: str) -> bool:
+        return await self._extra_files.has(name, digest)
+
+    async def keep_extras(self, name: AgentName, digest: str | None) -> None:
+        """Remove all that lies there but these, None: all. Raises Refusal("unavailable")."""
+        with _extras_of(name):
+            await self._extra_files.keep(name, digest)
 
     async def text(self, name: AgentName, sha: CommitSha, path: str) -> str | None:
         """A file of a commit of the applied repository; None when it holds none of that path."""
@@ -192,6 +210,14 @@ class Repos:
 
     def _of(self, name: AgentName) -> Path:
         return self._applied / f"{name}.git"
+
+
+@contextmanager
+def _extras_of(name: AgentName) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise Refusal("unavailable", f"cannot see to the skills and plugins of {name}: {explain(exc)}") from exc
 
 
 async def _in_thread(name: AgentName, function: Callable[[], T]) -> T:

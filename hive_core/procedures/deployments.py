@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from hive_core.effects import Effect, Line, file_lines, prompt_lines, text_lines
+from hive_core.effects_of_extras import extras_lines
 from hive_core.effects_of_settings import settings_lines
+from hive_core.extras import NONE, Extras
 from hive_core.git.agent_locks import AgentLocks
 from hive_core.git.commit_contents import FILES, Contents
 from hive_core.git.proposals import Proposal
-from hive_core.git.repos import Repos
+from hive_core.git.repos import Repos, harness_settings
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
-from hive_core.services.systems import Deployed, system_of
+from hive_core.services.systems import Deployed, deployed_now, system_of
 from hive_core.store.door import Store
 
 _STAYS = """
@@ -107,10 +110,37 @@ async def contents_before(repos: Repos, name: AgentName, base: CommitSha) -> tup
         return None, [f"what {name} has now: {refusal.message}"]
 
 
-def lines_of_files(before: Contents | None, after: Contents, besides: Collection[str] = FILES) -> list[Line]:
-    """What comes, goes and changes of a commit's files, besides those that are told by what they say."""
+def lines_of_files(
+    before: Contents | None,
+    after: Contents,
+    besides: Collection[str] = FILES,
+    extras: tuple[Extras, Extras] | None = None,
+) -> list[Line]:
+    """What comes, goes and changes of a commit's files, besides those that are told by what they say.
+
+    extras: the skills and plugins before and after, where others are loaded than agent.toml names
+    """
+    had, has = extras or (before.extras if before else NONE, after.extras)
     module = text_lines("agent.nix", before.module if before else None, after.module)
-    return module + file_lines(before.files if before else {}, after.files, (*besides, "agent.nix"))
+    told = (*besides, "agent.nix", *had.files, *has.files)
+    return module + extras_lines(had, has) + file_lines(before.files if before else {}, after.files, told)
+
+
+async def keep_extras(
+    store: Store, repos: Repos, locks: AgentLocks, name: AgentName, find: Callable[[], Awaitable[Deployed]]
+) -> None:
+    """Have the skills and plugins of what is deployed lie where the agent's container sees them, and no others.
+
+    find: reads them from the commit, where they are missing
+    """
+    _, had = await deployed_now(store, name)
+    digest = had.settings.get("extras", {}).get("digest")
+    if digest is not None and not await repos.has_extras(name, digest):
+        found = await find()
+        async with locks.of(name):
+            await insist_that_it_stays(store, name)
+            await repos.put_extras(name, found.extras)
+    await repos.keep_extras(name, digest)
 
 
 async def effect_of_files(repos: Repos, name: AgentName, proposal: Proposal) -> Effect:
@@ -155,24 +185,26 @@ class PlainDeployments:
         return Effect()
 
     async def build(self, name: AgentName, sha: CommitSha, shown: str = "") -> Deployed:
-        return Deployed(await self._repos.read(name, sha))
+        found = await self._repos.contents(name, sha)
+        return Deployed(harness_settings(found.settings, found.prompt, found.extras), extras=found.extras)
 
     async def has(self, name: AgentName, deployed: Deployed) -> bool:
         return True
 
     async def take(self, name: AgentName, deployed: Deployed) -> None:
-        pass
+        await self._repos.put_extras(name, deployed.extras)
 
     async def settle(self, change: Change) -> None:
         if change.base is not None:
             await self._repos.deploy(change.agent, change.number, change.sha, change.base)
 
     async def mend(self, name: AgentName, sha: CommitSha, held: AsyncExitStack) -> Deployed | None:
+        await keep_extras(self._store, self._repos, self._locks, name, partial(self.build, name, sha))
         if await system_of(self._store, name) is None:
             return None
         await held.enter_async_context(self._locks.of(name))
         await insist_that_it_stays(self._store, name)
-        return Deployed(await self._repos.read(name, sha))
+        return await self.build(name, sha)
 
     async def look_at_inputs(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
         why = f'only containers of sandbox = "nixos-container" are built from inputs (here it is {self._sandbox})'

@@ -8,6 +8,7 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 import trio
 
@@ -16,6 +17,7 @@ from hive_core.containers.choice import Choice
 from hive_core.containers.driver import Driver, Systems
 from hive_core.effects import Effect, Line, prompt_lines
 from hive_core.effects_of_settings import settings_lines
+from hive_core.extras import NONE
 from hive_core.flakes.building import make_meta_flake, make_nix
 from hive_core.flakes.effects_of_systems import (
     NO_CLOSURE,
@@ -26,7 +28,7 @@ from hive_core.flakes.effects_of_systems import (
 )
 from hive_core.flakes.flakes import Evaluated, MetaFlake
 from hive_core.git.agent_locks import AgentLocks
-from hive_core.git.commit_contents import Contents
+from hive_core.git.commit_contents import Contents, named_extras
 from hive_core.git.proposals import Proposal
 from hive_core.git.repos import Repos, harness_settings
 from hive_core.limits import Limits
@@ -37,6 +39,7 @@ from hive_core.procedures.deployments import (
     PlainDeployments,
     contents_before,
     insist_that_it_stays,
+    keep_extras,
     lines_of_files,
 )
 from hive_core.protocol.refusal import Refusal
@@ -99,7 +102,11 @@ class FlakeDeployments:
         settings = settings_lines(before.settings if before else None, after.settings)
         prompt = prompt_lines(before.persona if before else None, after.persona)
         read = _read_as_they_are(files_before, files_after, settings, prompt)
-        lines = [*settings, *prompt, *lines_of_files(files_before, files_after, read), *told]
+        had = (
+            named_extras(proposal.base, before.settings, files_before.extra_files) if before and files_before else NONE
+        )
+        has = named_extras(proposal.sha, after.settings, files_after.extra_files)
+        lines = [*settings, *prompt, *lines_of_files(files_before, files_after, read, (had, has)), *told]
         former = before.derivation if before else ""
         return Effect(lines, unknown + more + untold, self.inputs, after.derivation, former)
 
@@ -170,7 +177,11 @@ class FlakeDeployments:
         if path is None or found.system != path:  # it says so itself, and keeps what it has if that is not so
             async with self._building:
                 path = await self._built(name, sha, found)
-        return Deployed(harness_settings(found.settings, found.persona), System(sha, path, self._meta.inputs))
+        extras = NONE
+        if found.settings.skills or found.settings.plugins:
+            extras = named_extras(sha, found.settings, (await self._repos.contents(name, sha)).extra_files)
+        told = harness_settings(found.settings, found.persona, extras)
+        return Deployed(told, System(sha, path, self._meta.inputs), extras)
 
     async def _built(self, name: AgentName, sha: CommitSha, found: Evaluated) -> StorePath:
         try:
@@ -191,6 +202,7 @@ class FlakeDeployments:
         return deployed.system is not None and deployed.system.path == await self._systems.current(name)
 
     async def take(self, name: AgentName, deployed: Deployed) -> None:
+        await self._repos.put_extras(name, deployed.extras)
         if not await self.has(name, deployed):
             assert deployed.system is not None
             await self._systems.switch(name, deployed.system.path)
@@ -217,6 +229,7 @@ class FlakeDeployments:
         if current is not None:
             self._hindrances[name] = ""  # what it has is good enough until it has what it should
         if known is not None and (known.sha, known.path, known.inputs) == (sha, current, self._meta.inputs):
+            await keep_extras(self._store, self._repos, self._locks, name, partial(self.build, name, sha))
             return None
         try:
             deployed = await self.build(name, sha)

@@ -62,6 +62,20 @@ if TYPE_CHECKING:
         push: str  # the branches that may be pushed, `*` at the end for any rest; empty: none
         trouble: str | None  # why it may be old, or cannot be cloned at all: a sentence
 
+    class Offered(TypedDict):
+        """A skill or a command that the model can choose."""
+
+        name: str
+        description: str
+
+    class Extras(TypedDict):
+        """The skills and plugins that lie in the agent's /extras/DIGEST."""
+
+        digest: str
+        skills: list[str]  # below .claude/skills there
+        plugins: list[str]  # below plugins
+        offered: list[Offered]
+
     class Settings(TypedDict):
         """What the deployed commit says about the agent; it travels with each lease, so a change needs no restart."""
 
@@ -81,6 +95,7 @@ if TYPE_CHECKING:
         env: NotRequired[dict[str, str]]  # more of the program's environment
         mcp_servers: NotRequired[dict[str, McpServer]]  # beside the hive's own tools, by name
         projects: NotRequired[list[Project]]
+        extras: NotRequired[Extras]
 
     class LeasedMessage(TypedDict):
         id: int

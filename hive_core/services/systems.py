@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from hive_core.extras import NONE, Extras
 from hive_core.protocol.words import AgentName, CommitSha, StorePath
 from hive_core.services.agents import set_deployed
 from hive_core.store.door import Store
@@ -25,10 +26,14 @@ class System:
 
 @dataclass(frozen=True, slots=True)
 class Deployed:
-    """The harness settings that a commit gives, as `Repos.read` has them, and the system where one was built of it."""
+    """The harness settings that a commit gives, as `Repos.read` has them, and the system where one was built of it.
+
+    extras: the skills and plugins that the settings speak of; none where the rows were read: these lie there already
+    """
 
     settings: dict[str, Any]
     system: System | None = None
+    extras: Extras = field(default=NONE, compare=False)
 
 
 def note_deployed(tx: Transaction, name: AgentName, sha: CommitSha, deployed: Deployed) -> None:

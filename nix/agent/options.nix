@@ -42,6 +42,7 @@ let
     };
   };
   branch = "[A-Za-z0-9_][A-Za-z0-9._/@+#=,-]{0,199}";
+  extra = types.strMatching "[a-z][a-z0-9-]{0,62}";
   project = types.submodule {
     options = {
       name = mkOption {
@@ -146,6 +147,12 @@ in
       mcp_servers =
         setting (types.attrsOf mcpServer) { }
           "Servers of tools beside the hive's own, by name.";
+      skills =
+        setting (types.listOf extra) [ ]
+          "Its skills: folders `skills/NAME` of its repository.";
+      plugins =
+        setting (types.listOf extra) [ ]
+          "Plugins of its program: folders `plugins/NAME` of its repository.";
       egress =
         setting (types.listOf (types.either types.str destination)) [ ]
           "What it may reach beside the model: `host:port`, `*.suffix:port`, `http://host`, a preset, or a table with more (docs/reach.md).";

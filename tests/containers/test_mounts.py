@@ -39,8 +39,9 @@ def test_every_mount_is_said_once_and_only_the_managers_are_more() -> None:
         ("/state/shared", "/shared", False),
         ("/state/agents/iris/projects", "/projects", False),
         ("/state/agents/iris/mirrors", "/mirrors", True),
+        ("/state/agents/iris/extras", "/extras", True),
     ]
-    more = agent_dirs(Path("/state"), Path("/runtime"), MANAGER).mounts[6:]
+    more = agent_dirs(Path("/state"), Path("/runtime"), MANAGER).mounts[7:]
     assert [(str(mount.source), mount.target, mount.read_only) for mount in more] == [
         ("/state/proposed", "/agents", False),
         ("/state/applied", "/applied", True),
@@ -177,7 +178,7 @@ async def test_an_agent_that_removes_everything_leaves_all_but_its_own_as_it_was
     database = (tmp_path / "hive.sqlite").read_bytes()
 
     rm = "rm -rf --no-preserve-root / 2>/dev/null; cd /state; rm -rf ./* ./.[a-z]*"
-    await remove(tmp_path, sandbox, f"{rm} ~/.claude/* /shared/* /projects/* /mirrors/*")
+    await remove(tmp_path, sandbox, f"{rm} ~/.claude/* /shared/* /projects/* /mirrors/* /extras/*")
     assert [digest_of(tree) for tree in host] == before
     assert (tmp_path / "hive.sqlite").read_bytes() == database
     assert [sorted(os.listdir(path)) for path in names] == listed

@@ -302,6 +302,36 @@ def test_a_server_of_which_some_tools_are_allowed_stands_behind_what_keeps_it_to
     assert entry["args"][-6:] == ["only", "find,get", "--", "maps", "--at", "x"]
 
 
+EXTRAS = {
+    "digest": "d1",
+    "skills": ["review"],
+    "plugins": ["fmt"],
+    "offered": [{"name": "review", "description": "Reviews."}, {"name": "fmt:fix", "description": "Fixes."}],
+}
+
+
+def test_skills_and_plugins_are_loaded_from_where_they_were_deployed_and_the_model_is_told_of_them() -> None:
+    chosen = flags(SEAT, settings(extras=EXTRAS))
+    assert value_of("--add-dir", chosen) == "/extras/d1"
+    assert value_of("--plugin-dir", chosen) == "/extras/d1/plugins/fmt"
+    assert value_of("--tools", chosen) == "Bash,Read,Skill"
+    prompt = value_of("--append-system-prompt", chosen)
+    assert prompt.startswith("You are iris.\n\nThe following skills")
+    assert prompt.endswith("\n- review: Reviews.\n- fmt:fix: Fixes.")
+    assert value_of("--append-system-prompt", flags(SEAT, settings(extras=EXTRAS, prompt=""))).startswith("The follow")
+    # Another state of them is another command, for which a warm process is renewed.
+    assert flags(SEAT, settings(extras={**EXTRAS, "digest": "d2"})) != chosen
+    bare = replace(SEAT, sandboxed=False)
+    assert value_of("--allowedTools", flags(bare, settings(extras=EXTRAS))) == "mcp__hive__*,Skill"
+
+
+def test_without_skills_there_is_no_tool_for_them_and_no_word_of_them() -> None:
+    hooks = {**EXTRAS, "skills": [], "offered": []}
+    assert "Skill" not in value_of("--tools", flags(SEAT, settings(extras=hooks)))
+    assert value_of("--append-system-prompt", flags(SEAT, settings(extras=hooks))) == "You are iris."
+    assert {"--add-dir", "--plugin-dir"}.isdisjoint(flags(SEAT, settings()))
+
+
 def test_what_an_agent_adds_to_the_environment_stands_there_but_never_in_the_place_of_ours() -> None:
     made = environment(SEAT, "api_key", {"TZ": "Europe/Berlin", "HOME": "/elsewhere", "ANTHROPIC_BASE_URL": "http://x"})
     assert made == {**environment(SEAT, "api_key"), "TZ": "Europe/Berlin"}

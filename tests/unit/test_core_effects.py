@@ -31,6 +31,8 @@ CHANGES: dict[str, tuple[Any, list[str]]] = {
     "available_models": (["sonnet", "opus"], ["available_models: any → sonnet, opus"]),
     "effort": ("high", ["effort: the program's own → high"]),
     "tools": (["Bash", "Read", "WebFetch"], ["!tools: + WebFetch", "tools: − Edit, Write, Glob, Grep"]),
+    "skills": (["review"], ["skills: + review"]),
+    "plugins": (["fmt"], ["!plugins: + fmt"]),
     "turns": ("cold", ["turns: warm → cold"]),
     "warm_idle_s": (60, ["warm_idle_s: 300 → 60"]),
     "warm_turns": (7, ["warm_turns: 50 → 7"]),

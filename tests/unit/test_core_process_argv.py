@@ -96,7 +96,7 @@ def test_nothing_of_the_host_is_seen_but_the_system_and_the_program(tmp_path: Pa
     argv = bwrap_command(dirs_in(tmp_path), claude, 7, 8)
     seen = [option[1] for option in options(argv) if option[0].startswith("--ro-bind")]
     assert str(claude) in seen
-    mine = (str(dirs_in(tmp_path).run), str(dirs_in(tmp_path).mirrors))
+    mine = [str(path) for path in (dirs_in(tmp_path).run, dirs_in(tmp_path).mirrors, dirs_in(tmp_path).extras)]
     seen = [path for path in seen if path not in ("/dev/null", *PROC_OF_THE_HOST, *mine)]
     for path in seen:
         private = [str(tmp_path), "/", "/root", "/home", "/etc", "/var", "/run", "/tmp", os.getcwd(), str(Path.home())]
@@ -266,6 +266,6 @@ def test_the_harness_takes_what_it_is_started_with_and_works_in_the_directories_
     dirs = dirs_in(tmp_path)
     command = driver_in(tmp_path, sandbox, tmp_path / "claude", 9)._command(IRIS, dirs)
     seat = seat_maker(make_parser().parse_args(command[command.index("serve") + 1 :]))("iris", 1, 2)
-    places = [seat.run_dir, seat.state_dir, seat.projects_dir, seat.mirrors_dir]
-    bare = [str(path) for path in (dirs.run, dirs.state, dirs.projects, dirs.mirrors)]
-    assert places == (bare if sandbox == "none" else ["/run/hive", "/state", "/projects", "/mirrors"])
+    places = [seat.run_dir, seat.state_dir, seat.projects_dir, seat.mirrors_dir, seat.extras_dir]
+    bare = [str(path) for path in (dirs.run, dirs.state, dirs.projects, dirs.mirrors, dirs.extras)]
+    assert places == (bare if sandbox == "none" else ["/run/hive", "/state", "/projects", "/mirrors", "/extras"])

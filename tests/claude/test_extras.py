@@ -1,0 +1,69 @@
+"""Skills and plugins of a deployed commit, loaded by the real Claude Code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hive_core.extra_files import ExtraFiles
+from hive_core.extras import ExtraFile, parse_extras
+from hive_core.protocol.words import AgentName
+from tests.claude_desk import a_desk
+from tests.scripted_model import say, tool
+
+SKILL = "---\nname: review\ndescription: Reviews a text.\n---\n{words} Run ${{CLAUDE_SKILL_DIR}}/look.sh.\n"
+
+
+async def deployed(folder: Path, words: str) -> dict[str, Any]:
+    """What the settings of an agent say whose skills and plugins lie in `folder`/extras."""
+    hook = {"hooks": [{"type": "command", "command": f"echo $CLAUDE_PLUGIN_ROOT >> {folder}/hooked"}]}
+    shapes = {"command": "/bin/sh", "args": ["-c", f"touch {folder}/served"]}
+    files = {
+        "skills/review/SKILL.md": ExtraFile(SKILL.format(words=words)),
+        "skills/review/look.sh": ExtraFile("#!/bin/sh\necho looked\n", executable=True),
+        "plugins/fmt/.claude-plugin/plugin.json": ExtraFile(json.dumps({"name": "fmt"})),
+        "plugins/fmt/commands/fix.md": ExtraFile("---\ndescription: Fixes it.\n---\nFix it with tape.\n"),
+        "plugins/fmt/hooks/hooks.json": ExtraFile(json.dumps({"hooks": {"PreToolUse": [hook]}})),
+        "plugins/fmt/.mcp.json": ExtraFile(json.dumps({"mcpServers": {"shapes": shapes}})),
+    }
+    extras = parse_extras(["review"], ["fmt"], files)
+    await ExtraFiles(folder).put(AgentName("iris"), extras)
+    if not (folder / "extras").exists():
+        (folder / "extras").symlink_to(folder / "agents" / "iris" / "extras")
+    return extras.to_wire()
+
+
+async def test_the_model_is_told_of_skills_and_plugins_and_takes_them_up(tmp_path: Path) -> None:
+    extras = await deployed(tmp_path, "Read it twice.")
+    asks = say(tool("Skill", skill="review"))
+    looks = say(tool("Bash", command=f"{tmp_path}/extras/{extras['digest']}/.claude/skills/review/look.sh"))
+    fixes = say(tool("Skill", skill="fmt:fix"))
+    async with a_desk(tmp_path, [asks, looks, fixes, "done"]) as desk:
+        assert (await desk.turn("hello", tools=["Bash"], extras=extras)).outcome == "done"
+        first, *_, last = desk.model.turns
+        assert "- review: Reviews a text.\n- fmt:fix: Fixes it." in first.system
+        assert {each["name"] for each in first.body["tools"]} >= {"Bash", "Skill"}
+        said = json.dumps(last.body["messages"])
+        assert "Read it twice." in said
+        assert "looked" in said
+        assert "Fix it with tape." in said
+        (init,) = [line for line in desk.lines if line.get("subtype") == "init"]
+        assert init["skills"] == ["review"], "and none of the program's own"
+    place = f"{tmp_path}/extras/{extras['digest']}/plugins/fmt"
+    assert set((tmp_path / "hooked").read_text().split()) == {place}
+    assert not (tmp_path / "served").exists(), "servers of tools are agent.toml's to start"
+
+
+async def test_a_warm_process_is_renewed_for_other_skills(tmp_path: Path) -> None:
+    first, second = await deployed(tmp_path, "Read it twice."), await deployed(tmp_path, "Read it once.")
+    takes_up = say(tool("Skill", skill="review"))
+    async with a_desk(tmp_path, [takes_up, "done", "again", takes_up, "done"]) as desk:
+        await desk.turn("one", extras=first)
+        pid = desk.pid
+        await desk.turn("two", extras=first)
+        assert desk.pid == pid is not None
+        desk.begin_new_session()
+        await desk.turn("three", extras=second)
+        assert desk.pid != pid
+        assert "Read it once." in json.dumps(desk.model.turns[-1].body["messages"])
