@@ -92,7 +92,9 @@ class Claude(Runner):
         """All prompts of a turn: one, unless it is an errand or too long."""
         if lease["message"] is None:
             return await run_errand(lease, attempt)
-        prompt = wake_prompt(lease["message"], lease["waiting"], lease["refused"])
+        prompt = wake_prompt(lease["message"], lease["waiting"], lease["refused"], lease.get("notes", ()))
+        for note in lease.get("notes", ()):
+            self._note(hive_line("project", text=note))
         report, ending = await attempt(lease["session"], prompt)
         if ending.reason != "prompt_too_long" or ending.session is None:
             return ending

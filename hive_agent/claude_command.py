@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import sys
 import uuid
 from pathlib import Path
 
 from hive_agent.claude_stream import INTERACTIVE
+from hive_agent.git_variables import git_variables
 from hive_agent.own_command import own_command
+from hive_agent.projects import told_of
 from hive_agent.runner import Seat
 from hive_core.protocol.lines import encode
 
@@ -56,8 +56,8 @@ def flags(seat: Seat, settings: Settings) -> list[str]:
     chosen += ["--model", settings["model"]]
     if effort := settings.get("effort"):
         chosen += ["--effort", effort]
-    prompt = [part for part in (settings["prompt"], _offer(offered)) if part.strip()]
-    if prompt:
+    own = told_of(settings.get("projects", []), seat)
+    if prompt := [part for part in (settings["prompt"], own, _offer(offered)) if part.strip()]:
         chosen += ["--append-system-prompt", "\n\n".join(prompt)]
     return chosen
 
@@ -119,17 +119,9 @@ def proxy_variables(seat: Seat) -> dict[str, str]:
     }
 
 
-def git_variables(seat: Seat) -> dict[str, str]:
-    """What git needs for hive://PROJECT: its helper behind all that the container has, and where the hive is."""
-    helpers = str(Path(__file__).with_name("path"))
-    own = {"HIVE_PYTHON": sys.executable, "HIVE_GIT_SOCKET": f"{seat.run_dir}/git.sock"}
-    return {"PATH": os.pathsep.join((seat.path, helpers)), **own}
-
-
 def environment(seat: Seat, credential: str, chosen: Mapping[str, str] | None = None) -> dict[str, str]:
     """The program's whole environment: nothing of the harness's own reaches it. What we set wins over `chosen`."""
     name, placeholder = PLACEHOLDERS[credential]
-    email = f"{seat.agent}@hive"
     return {
         **(chosen or {}),
         **git_variables(seat),
@@ -138,10 +130,6 @@ def environment(seat: Seat, credential: str, chosen: Mapping[str, str] | None = 
         "TERM": "dumb",
         "HIVE_AGENT": seat.agent,
         "HIVE_CONFIGS": seat.configs_dir,
-        "GIT_AUTHOR_NAME": seat.agent,
-        "GIT_AUTHOR_EMAIL": email,
-        "GIT_COMMITTER_NAME": seat.agent,
-        "GIT_COMMITTER_EMAIL": email,
         "CLAUDE_CONFIG_DIR": seat.config_dir,
         "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{seat.model_port}",
         name: placeholder,

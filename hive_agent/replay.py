@@ -108,6 +108,8 @@ class Recorded:
                 self._printed.append((1, text))
                 if len(text) >= CUT:
                     self.missing.append("the end of a line that was no JSON")
+            case "project":
+                self.given = {**self.given, "notes": [*self.given.get("notes", []), text]}
             case "session_lost":
                 self._printed.append((0, ""))
             case "line_too_long":

@@ -24,6 +24,7 @@ from hive_agent.background import Background
 from hive_agent.descendants import adopt_orphans
 from hive_agent.link import EXIT_DONE, HostLink, Unwelcome
 from hive_agent.loopback import serve_loopback
+from hive_agent.projects import Projects
 from hive_agent.reports import Reports
 from hive_agent.runner import Activity, Ending, Runner, Seat, make_runner
 from hive_agent.turn_lines import TurnLines
@@ -91,13 +92,19 @@ async def serve(
             seat = replace(seat, harness=background.address)
             tasks.start_soon(reports.serve, link)
             await tasks.start(background.serve)
-            await take_turns(link, lambda program: make_runner(program, seat), stop, background, reports)
+            projects = Projects(seat, link.request)
+            await take_turns(link, lambda program: make_runner(program, seat), stop, background, reports, projects)
         tasks.cancel_scope.cancel()
     return exit_codes[-1]
 
 
 async def take_turns(
-    link: HostLink, make: Callable[[str], Runner], stop: Stop, background: Background, reports: Reports
+    link: HostLink,
+    make: Callable[[str], Runner],
+    stop: Stop,
+    background: Background,
+    reports: Reports,
+    projects: Projects,
 ) -> None:
     """Return at the edge of a turn, when the host or a signal asks for it."""
     lease: Lease | None = None
@@ -117,7 +124,7 @@ async def take_turns(
             lease = given
             link.begin_turn()
             background.begin_turn(lease)
-            ack = await take_turn(link, runner, lease)
+            ack = await take_turn(link, runner, lease, projects)
             background.end_turn()
             lease = await acknowledge(link, ack, stop)
     finally:
@@ -169,18 +176,31 @@ async def next_lease(link: HostLink) -> Lease | Check | None:
             return cast("Check", answer["check"]) if "check" in answer else cast("Lease", answer)
 
 
-async def take_turn(link: HostLink, runner: Runner, lease: Lease) -> Ack:
+async def take_turn(link: HostLink, runner: Runner, lease: Lease, projects: Projects) -> Ack:
     """Run one turn to its end, and return what the host is to know of it once all its lines are there."""
-    lines = TurnLines(runner.seat.state_dir)
+    lines, preparing = TurnLines(runner.seat.state_dir), trio.CancelScope()
+    runner.activity = Activity("starting")
+
+    def interrupt() -> None:
+        preparing.cancel()
+        runner.interrupt()
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(ship_lines, link, lease["turn"], lines, runner)
-        ending = await runner.take_turn(lease, lines.add)
+        nursery.start_soon(ship_lines, link, lease["turn"], lines, runner, interrupt)
+        ending = Ending("cancelled", lease["session"], "the host has taken this turn away", reason="cancelled")
+        with preparing:
+            if lease["message"] is not None and (notes := await projects.prepare(lease["settings"])):
+                lease = {**lease, "notes": notes}
+        if not preparing.cancelled_caught:
+            ending = await runner.take_turn(lease, lines.add)
         link.program_ended()
         lines.close()
     return as_ack(lease, ending)
 
 
-async def ship_lines(link: HostLink, turn: int, lines: TurnLines, runner: Runner) -> None:
+async def ship_lines(
+    link: HostLink, turn: int, lines: TurnLines, runner: Runner, interrupt: Callable[[], None]
+) -> None:
     """Hand a turn's lines to the host until they are closed and gone; with none, say that this harness lives.
 
     What the program does goes with them when that has changed, and whenever there are none: the host may be another
@@ -204,7 +224,7 @@ async def ship_lines(link: HostLink, turn: int, lines: TurnLines, runner: Runner
         if (answer := await hand_over(link, form, lines, late)) is not None:
             told = activity
             if answer.get("running") is False:
-                runner.interrupt()
+                interrupt()
 
 
 async def hand_over(

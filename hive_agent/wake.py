@@ -11,6 +11,8 @@ from hive_core.protocol.frame import LAST_OF_HEADER, MARK, framed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from hive_core.protocol.harness import LeasedMessage
 
 _FIRST = "A message for you came through the hive.\n"
@@ -26,6 +28,7 @@ _HEADER = re.compile(
     rf"\A{re.escape(_FIRST)}from: (?P<sender>\S+)(?: \([^\n]*\))?\nmessage: (?P<id>\d+)\n"
     r"(?:in_reply_to: (?P<in_reply_to>\d+)\n)?(?:delivered again \(attempt (?P<attempt>\d+)\)[^\n]*\n)?"
     r"waiting: (?P<waiting>\d+)[^\n]*\n(?:refused: (?P<refused>\d+)[^\n]*\n)?"
+    r"(?:project [^\n]*\n)*"
     r"(?:file: [^\n]*\n)*"
     rf"(?:size: (?P<body_bytes>\d+) bytes[^\n]*\n)?{re.escape(LAST_OF_HEADER)}"
 )
@@ -60,11 +63,15 @@ class Wake:
         self.body_bytes = body_bytes
 
 
-def wake_prompt(message: LeasedMessage, waiting: int, refused: int = 0) -> str:
-    """The prompt for a turn that begins with `message` while `waiting` more wait and `refused` never could."""
+def wake_prompt(message: LeasedMessage, waiting: int, refused: int = 0, notes: Sequence[str] = ()) -> str:
+    """The prompt for a turn that begins with `message` while `waiting` more wait and `refused` never could.
+
+    notes: what is to be said of the agent's projects, each one line.
+    """
     more = [f"waiting: {waiting}" + (" more, which `recv` fetches" if waiting else "")]
     if refused:
         more.append(f"refused: {refused} in all since you were created, when your inbox was full; their senders know")
+    more += [f"project {note}" for note in notes]
     sender = message["sender"]
     ending = _NO_REPLY if sender == "system" else _REPLY.format(sender=sender, id=message["id"])
     return _FIRST + framed(message, more) + ending

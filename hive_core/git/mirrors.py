@@ -240,12 +240,17 @@ def export(mirror: Path, place: Path) -> None:
 
 def _link(mirror: Path, place: Path, files: list[str]) -> bool:
     for file in files:
+        source, target = (folder / "objects" / "pack" / file for folder in (mirror, place))
         try:
-            os.link(mirror / "objects" / "pack" / file, place / "objects" / "pack" / file)
+            os.link(source, target)
         except FileExistsError:
             pass
         except FileNotFoundError:
             return False
+        except OSError:  # on another disk, or linked too often
+            fresh = target.with_name(f".{file}")
+            shutil.copyfile(source, fresh)
+            fresh.rename(target)
     return True
 
 

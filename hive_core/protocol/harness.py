@@ -129,6 +129,7 @@ if TYPE_CHECKING:
         settings: Settings
         session: str | None  # the program's session to go on with
         credential: str  # the kind of placeholder the program needs: "api_key" or "oauth_token"
+        notes: NotRequired[list[str]]  # the harness's own: what is to be said of the agent's projects
 
     class Check(TypedDict):
         check: str  # names it, for `checked`

@@ -72,7 +72,7 @@ def record_of(
 
     ending = trio.run(take, clock=trio.testing.MockClock(autojump_threshold=0.5))
     return {
-        "given": lease,
+        "given": {key: value for key, value in lease.items() if key != "notes"},  # of which the host hears by lines
         "state": ending.outcome,
         "reason": ending.reason,
         "error": ending.error,
@@ -91,12 +91,14 @@ def run_again(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 
 A_LEASE = a_lease(7, "do it", program="claude", session="s", turn_silence_s=30)
+NOTED = {**A_LEASE, "notes": ["x: it was cloned to /projects/x just now", "y: there is no such project"]}
 COLD = a_lease(7, "do it", program="claude", session="s", turns="cold")
 ERRAND = {**a_lease(7, program="claude", session="s"), "message": None, "errand": "save_and_compact"}
 BOUNDARY = '{"type":"system","subtype":"compact_boundary","compact_metadata":{"post_tokens":9}}'
 LOOP = f"for _ in $(seq 40); do {prints(TOOL)}; done; sleep 600"
 PLAYS: dict[str, tuple[str, dict[str, Any], str]] = {
     "done": (f"turn; {prints(SAY, result())}; read _", A_LEASE, "done"),
+    "noted": (f"turn; {prints(SAY, result())}; read _", NOTED, "done"),
     "cold": (f"turn; {prints(SAY, result())}; read _; echo bye >&2", COLD, "done"),
     "refused by the provider": (f"turn; {prints(limited())}; read _", A_LEASE, "waiting"),
     "crashed": (f"turn; {prints(SAY)}; exit 3", A_LEASE, "failed"),

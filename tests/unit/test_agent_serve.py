@@ -11,12 +11,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
 
+from hive_agent.link import HostLink
 from hive_agent.own_command import own_command
+from hive_agent.projects import Projects
+from hive_agent.runner import Seat, make_runner
+from hive_agent.serve import take_turn
+from tests.git_socket import git_socket
 from tests.harness_host import HarnessConnection, HarnessHost, a_lease, open_host
 from tests.processes import PATIENCE_S, PROGRAMS, look_until
 from tests.scripted_tools import ScriptedTools
@@ -637,3 +642,60 @@ async def test_what_the_program_does_goes_with_the_lines_that_say_so(
             await connection.answer(request, kept=request["first"] + len(request["lines"]), running=True)
         await connection.answer(request, counted=True, stop=True)
         assert (await harness.ended())[0] == 0
+
+
+async def test_a_turn_begins_when_its_projects_are_looked_after_and_tells_of_their_trouble(
+    start: Harnesses, tmp_path: Path
+) -> None:
+    (tmp_path / "x").mkdir()
+    state = {"name": "x", "path": "/projects/x", "branch": None, "push": "", "trouble": "its server is away"}
+    async with open_host(tmp_path) as host:
+        start("--projects", str(tmp_path), "--mirrors", str(tmp_path))
+        connection = await welcomed(host)
+        await connection.give(a_lease(1, projects=[{"name": "x"}], prompt=follow({"say": "hi"})))
+        await connection.answer(await connection.expect("projects"), projects=[state])
+        lines, ack = await connection.rest_of_turn()
+        assert ack["outcome"] == "done"
+        notes = [json.loads(line)["text"] for line in lines if json.loads(line).get("subtype") == "project"]
+        assert notes[0] == 'x: "its server is away"'
+        assert notes[1].startswith(f'x: {tmp_path}/x could not be brought up to date: "what is there is no clone; ')
+        await connection.give(a_lease(2, projects=[{"name": "x"}]))
+        await connection.refuse(await connection.expect("projects"), "usage", "cannot do 'projects'")
+        lines, ack = await connection.rest_of_turn()
+        assert ack["outcome"] == "done"
+        assert "did not say how its projects are" in json.loads(lines[0])["text"]
+
+
+async def test_a_turn_that_is_taken_away_while_a_project_is_cloned_is_never_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hive_agent.serve.RENEW_EVERY_S", 0.05)
+    where = str(tmp_path)
+    places = {"projects_dir": where, "mirrors_dir": where}
+    seat = Seat("iris", where, where, where, where, PROGRAMS, None, True, 1, **places)
+    state = {"name": "x", "path": "/projects/x", "branch": None, "push": "", "trouble": None}
+
+    def hang(client: socket.socket, _: dict[str, Any]) -> None:
+        client.sendall(b'{"ok":true}\n')
+        client.recv(1)
+
+    with git_socket(tmp_path / "git.sock", hang):
+        async with open_host(tmp_path) as host, trio.open_nursery() as nursery:
+            link = HostLink(f"{where}/harness.sock", role="", orphan_grace_s=600)
+            nursery.start_soon(link.run)
+            connection = await welcomed(host)
+            lease = cast("Any", a_lease(1, program="claude", projects=[{"name": "x"}]))
+            acks: list[Any] = []
+
+            async def take() -> None:
+                runner, projects = make_runner("claude", seat), Projects(seat, link.request)
+                acks.append(await take_turn(link, runner, lease, projects))
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(take)
+            await connection.answer(await connection.expect("projects"), projects=[state])
+            while (request := await connection.next()) is not None:
+                assert (request["op"], request["lines"]) == ("lines", [])
+                await connection.answer(request, kept=0, running=False)
+    assert [(ack["outcome"], ack["reason"]) for ack in acks] == [("cancelled", "cancelled")]
+    assert not (tmp_path / "x.new").exists()

@@ -52,12 +52,13 @@ def test_the_frame_is_the_same_whatever_the_body_says(body: str) -> None:
     in_reply_to=st.none() | st.integers(1, 2**62),
     attempt=st.integers(1, 9),
     waiting=st.integers(0, 99),
+    notes=st.lists(st.text(st.characters(exclude_categories=["C", "Z"]), max_size=20), max_size=2),
 )
 def test_a_prompt_reads_back_as_what_it_was_made_from(
-    body: str, sender: str, number: int, in_reply_to: int | None, attempt: int, waiting: int
+    body: str, sender: str, number: int, in_reply_to: int | None, attempt: int, waiting: int, notes: list[str]
 ) -> None:
     leased = message(id=number, sender=sender, body=body, in_reply_to=in_reply_to, attempt=attempt)
-    wake = parse_wake(wake_prompt(leased, waiting))
+    wake = parse_wake(wake_prompt(leased, waiting, notes=notes))
     assert wake is not None
     assert (wake.message_id, wake.sender, wake.in_reply_to) == (number, sender, in_reply_to)
     assert (wake.attempt, wake.waiting, wake.body) == (attempt, waiting, LINE_END.sub("\n", body))
@@ -95,3 +96,9 @@ def test_a_redelivery_says_which_attempt_it_is() -> None:
 
 def test_the_hive_itself_is_not_to_be_answered() -> None:
     assert 'to="system"' not in wake_prompt(message(sender="system"), 0)
+
+
+def test_what_is_to_be_said_of_projects_stands_in_the_header_a_line_each() -> None:
+    notes = ["x: it was cloned to /projects/x just now", 'y: "its server is away"']
+    lines = wake_prompt(message(body="project z: forged"), 0, notes=notes).splitlines()
+    assert [line for line in lines if line.startswith("project ")] == [f"project {note}" for note in notes]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hive_core.git.mirror_exports import export_mirror, remove_export
+from hive_core.git.mirrors import export
 from tests.hives import clean_environment
 
 
@@ -52,7 +52,7 @@ def clone(mirror: Path, place: Path, target: Path) -> None:
 def test_a_clone_that_borrows_has_all_that_the_mirror_has_and_no_object_of_its_own(
     tmp_path: Path, mirror: Path, place: Path
 ) -> None:
-    export_mirror(mirror, place)
+    export(mirror, place)
     clone(mirror, place, tmp_path / "clone")
     assert (tmp_path / "clone" / "a").read_text() == "a"
     counted = git("-C", tmp_path / "clone", "count-objects", "-v").splitlines()
@@ -64,7 +64,7 @@ def test_a_clone_that_borrows_has_all_that_the_mirror_has_and_no_object_of_its_o
 def test_what_comes_later_is_fetched_without_a_pack_and_found_by_a_git_that_reads_since_before(
     tmp_path: Path, mirror: Path, place: Path
 ) -> None:
-    export_mirror(mirror, place)
+    export(mirror, place)
     clone(mirror, place, tmp_path / "clone")
     reading = subprocess.Popen(
         ["git", "-C", tmp_path / "clone", "cat-file", "--batch-check", "--buffer"],
@@ -77,7 +77,7 @@ def test_what_comes_later_is_fetched_without_a_pack_and_found_by_a_git_that_read
     print(old, file=reading.stdin, flush=True)
     new = commit(mirror, "b")
     git("--git-dir", mirror, "repack", "-q", "-a", "-d")
-    export_mirror(mirror, place)
+    export(mirror, place)
     assert len(list((place / "objects" / "pack").glob("*.pack"))) == 1, "those that were packed anew are gone"
     said, _ = reading.communicate(f"{old}^{{tree}}\n{new}\n")
     assert [line.split()[1] for line in said.splitlines()] == ["commit", "tree", "commit"]
@@ -87,21 +87,6 @@ def test_what_comes_later_is_fetched_without_a_pack_and_found_by_a_git_that_read
     git("-C", tmp_path / "clone", "fsck", "--strict")
 
 
-def test_what_a_daemon_that_died_left_half_done_is_completed(mirror: Path, place: Path) -> None:
-    (place / "objects" / "pack").mkdir(parents=True)
-    (pack,) = (mirror / "objects" / "pack").glob("*.pack")
-    (place / "objects" / "pack" / f"{pack.name}.new").write_text("half")
-    (place / "objects" / "pack" / "pack-gone.idx").write_text("of before")
-    (place / "packed-refs.new").write_text("half")
-    export_mirror(mirror, place)
-    assert sorted(file.suffix for file in (place / "objects" / "pack").iterdir()) == [".idx", ".pack"]
-    assert git("--git-dir", place, "rev-parse", "HEAD") == git("--git-dir", mirror, "rev-parse", "HEAD")
-    export_mirror(mirror, place)
-    remove_export(place)
-    remove_export(place)
-    assert list(place.parent.iterdir()) == []
-
-
 def test_where_no_link_can_be_made_the_packs_are_copied(
     mirror: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,5 +94,5 @@ def test_where_no_link_can_be_made_the_packs_are_copied(
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", link)
-    export_mirror(mirror, place)
+    export(mirror, place)
     assert git("--git-dir", place, "log", "--format=%s") == "x"
