@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import h11
 import trio
 
 from hive_core.egress.channel import Channel
@@ -100,12 +101,14 @@ async def open_desk(folder: Path, resolver: Resolver | None = None) -> AsyncIter
     ours, theirs = socket.socketpair()
     desk = Desk(ours, folder)
     resolver = resolver or resolver_of({"here.example": ["127.0.0.1"]})
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve_proxy, theirs, lambda: resolver)
-        nursery.start_soon(desk.hear)
-        yield desk
-        desk.channel.hang_up()
-    desk.channel.close()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve_proxy, theirs, lambda: resolver)
+            nursery.start_soon(desk.hear)
+            yield desk
+            desk.channel.hang_up()
+    finally:
+        desk.channel.close()
 
 
 @asynccontextmanager
@@ -162,3 +165,27 @@ async def tunnel(path: Path, target: str) -> trio.SocketStream:
 
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+class Scripted:
+    """A host of plain requests: `heard` are the heads and bodies that came; each is answered with `answer`."""
+
+    def __init__(self, answer: bytes, wait_for_body: bool = True) -> None:
+        self.answer = answer
+        self.heard: list[bytes] = []
+        self._wait_for_body = wait_for_body
+
+    async def __call__(self, stream: trio.SocketStream) -> None:
+        conn, taken = h11.Connection(h11.SERVER), b""
+        while (event := conn.next_event()) is not h11.PAUSED and not isinstance(event, h11.EndOfMessage):
+            if event is h11.NEED_DATA:
+                data = await stream.receive_some(65_536)
+                if not data:
+                    return
+                taken += data
+                conn.receive_data(data)
+            elif isinstance(event, h11.Request) and not self._wait_for_body:
+                break
+        self.heard.append(taken)
+        await stream.send_all(self.answer)
+        await stream.send_eof()

@@ -99,12 +99,14 @@ class _Exchange:
             try:
                 event = self._inner.next_event()
                 if event is h11.NEED_DATA:
-                    self._inner.receive_data(await self._client.receive())
+                    if not (data := await self._client.receive()):
+                        raise ClientGone
+                    self._inner.receive_data(data)
                     continue
             except OSError:
                 raise ClientGone from None
             except h11.RemoteProtocolError as exc:
-                if self._is_answered or self._inner.their_state is h11.MUST_CLOSE:
+                if self._is_answered:
                     raise ClientGone from None
                 raise No(400, f"cannot read the request: {exc}") from None
             if not isinstance(event, h11.Data):
@@ -117,7 +119,7 @@ class _Exchange:
         while isinstance(event, h11.InformationalResponse):
             event = await self._of_host()
         if not isinstance(event, h11.Response):
-            raise self._unreadable("it is no answer")
+            raise self._unreadable("it is none")
         self._is_answered = True
         headers = end_to_end(event)
         await self._to_client(h11.Response(status_code=event.status_code, headers=headers, reason=event.reason))
@@ -129,7 +131,10 @@ class _Exchange:
     async def _of_host(self) -> h11.Event | type[h11.PAUSED]:
         try:
             while (event := self._outer.next_event()) is h11.NEED_DATA:
-                self._outer.receive_data(await self._host.receive())
+                data = await self._host.receive()
+                if not data and self._outer.their_state is h11.SEND_RESPONSE:
+                    raise self._unreadable("it hung up without a whole one")
+                self._outer.receive_data(data)
         except h11.RemoteProtocolError as exc:
             raise self._unreadable(str(exc)) from None
         except OSError as exc:

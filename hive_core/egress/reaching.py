@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from ipaddress import ip_address
@@ -138,4 +139,5 @@ async def _connect(asked: Asked, found: list[Found]) -> Reached:
 
 def _unreachable(asked: Asked, exc: OSError) -> No:
     status = 504 if exc.errno == errno.ETIMEDOUT else 502
-    return No(status, f"cannot connect to {asked}: {exc.strerror or exc}", "failed")
+    why = os.strerror(exc.errno) if exc.errno else str(exc)  # trio's own words name the address once more
+    return No(status, f"cannot connect to {asked}: {why}", "failed")
