@@ -70,6 +70,7 @@ STOP_WITHIN_S = 4.0
 SLOW_READER_MS = 20_000
 TIED_AGENTS_PATIENCE_S = 1.0
 PRUNE_EVERY_S = 3600.0
+SOCKETS = ("harness", "mcp", "model", "egress")  # of each agent
 
 
 def listen_tcp(host: str, port: int) -> socket.socket:
@@ -218,6 +219,8 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
         await hive.freeze.load()
         await hive.breaker.load()
         await ledger.load()
+        await hive.connections.load()
+        stack.push_async_callback(hive.connections.flush, sums=True)
         await gate.load()
         rooms.hive = hive
         rooms.client = await stack.enter_async_context(
@@ -233,7 +236,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
 
 
 class _Rooms:
-    """What each agent gets of the host: its directories, its three sockets, its page."""
+    """What each agent gets of the host: its directories, its sockets, its page."""
 
     hive: Hive
     client: httpx2.AsyncClient
@@ -301,8 +304,8 @@ class _Rooms:
             partial(hive.turns.note_unleased_call, name),
         )
         with contextlib.ExitStack() as opened:
-            harness_sock, mcp_sock, model_sock = (
-                opened.enter_context(listen_unix(run / f"{name}.sock")) for name in ("harness", "mcp", "model")
+            harness_sock, mcp_sock, model_sock, egress_sock = (
+                opened.enter_context(listen_unix(run / f"{each}.sock")) for each in SOCKETS
             )
             opened.pop_all()
         try:
@@ -311,6 +314,7 @@ class _Rooms:
                 nursery.start_soon(serve_unix, mcp_sock, partial(agent_socket.serve_agent, tools))
                 nursery.start_soon(serve_asgi, relay, model_sock)
                 self._serve_page(agent, nursery)
+                nursery.start_soon(hive.egress.hold, name, egress_sock)
                 task_status.started(harness)
         finally:
             self._desks.pop(name, None)
@@ -359,6 +363,8 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(hive.agents.serve)
         nursery.start_soon(hive.breaker.serve)
         nursery.start_soon(hive.ledger.serve)
+        nursery.start_soon(hive.connections.serve)
+        nursery.start_soon(hive.egress.serve)
         nursery.start_soon(hive.logins.serve)
         nursery.start_soon(hive.archive.index.serve)
         nursery.start_soon(serve_clock, hive.store, timers)
@@ -398,6 +404,7 @@ async def keep_house(hive: Hive) -> None:
     await hive.turn_records.prune(now_ms)
     await hive.background.prune(now_ms)
     await forget_old_tool_calls(hive.store, now_ms)
+    await hive.connections.prune(now_ms)
     await hive.retention.forget_old()
     await hive.broker.sweep_bodies()
 

@@ -11,6 +11,7 @@ from hive_core.config import Config
 from hive_core.credentials import DEFAULT, Credential, Credentials
 from hive_core.kept import Keeper
 from hive_core.procedures.destruction import Destruction
+from hive_core.procedures.egress_desk import EgressDesk, tell_way_out
 from hive_core.procedures.forge_work import ForgeWork
 from hive_core.procedures.forges import Forges
 from hive_core.procedures.gate import Gate
@@ -29,6 +30,7 @@ from hive_core.services.archive import Archive
 from hive_core.services.background import Background
 from hive_core.services.breaker import Breaker
 from hive_core.services.broker import Broker
+from hive_core.services.connections import Connections
 from hive_core.services.disk_use import DiskUses
 from hive_core.services.freeze import Freeze
 from hive_core.services.ledger import Ledger
@@ -68,6 +70,8 @@ class Hive:
     dashboard_port: int = 0  # the port that is really bound; 0 until it is
     page_ports: dict[str, int] = field(default_factory=dict)  # agent → the port its page is really served on
     stopping: trio.Event = field(default_factory=trio.Event)
+    connections: Connections = field(init=False)
+    egress: EgressDesk = field(init=False)
     freeze: Freeze = field(init=False)
     breaker: Breaker = field(init=False)
     logins: Logins = field(init=False)
@@ -94,6 +98,10 @@ class Hive:
 
     def __post_init__(self) -> None:
         self.freeze = Freeze(self.store, self.access)
+        self.connections = Connections(self.store, self.config)
+        self.egress = EgressDesk(
+            self.store, self.access, self.connections, self.config, self.ledger.running, tell_way_out, self.own_ports
+        )
         self.breaker = Breaker(self.store, self.credentials, self.access, self.broker.limits)
         self.ledger.windows = self.breaker.windows_used
         self.mirrors = ProjectMirrors(self.store, self.broker.limits, self.config.state_dir)
@@ -122,6 +130,10 @@ class Hive:
         self.forges = Forges(self.store, self.config.state_dir)
         self.forge_work = ForgeWork(self.forges, self.access, limits)
         self.loose_ends = LooseEnds(self.store, self.questions, self.reminders, self.schedules, self.background)
+
+    def own_ports(self) -> set[int]:
+        """Those that this hive serves on this machine."""
+        return {self.dashboard_port, *self.page_ports.values()} - {0}
 
     @property
     def ledger(self) -> Ledger:

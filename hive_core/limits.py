@@ -176,6 +176,20 @@ class Limits(BaseModel):
     history_kept_s: Annotated[
         Seconds, Field(description="how long events, ended turns and settled reminders are kept")
     ] = 90 * 24 * 3600.0
+    egress_connections: Annotated[
+        Count, Field(description="connections to elsewhere that an agent may have open at once")
+    ] = 64
+    egress_connect_s: Annotated[Seconds, Field(description="how long a host may take to be connected to")] = 15.0
+    egress_idle_s: Annotated[
+        Seconds, Field(description="how long such a connection may be silent both ways before it is ended")
+    ] = 300.0
+    egress_connection_s: Annotated[Seconds, Field(description="and how long it may last at all")] = 4 * 3600.0
+    egress_day_bytes: Annotated[
+        int, Field(ge=1, lt=2**62, description="what an agent's may carry in a day of UTC, both ways together")
+    ] = 50 * 1024**3
+    connections_kept: Annotated[
+        Count, Field(description="connections of each agent that are kept, the newest, for `hive reach`")
+    ] = 20_000
     reserve_least_micro_usd: Annotated[
         Count, Field(description="set aside of the budgets for a turn that begins, at least, in millionths of a USD")
     ] = 10_000

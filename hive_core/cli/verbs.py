@@ -366,6 +366,17 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
             ),
         ],
     ),
+    "reach": (
+        "reach.reach",
+        "what an agent talked to, and what it was refused",
+        [
+            (("agent",), {"metavar": "NAME"}),
+            (
+                ("--since",),
+                {"metavar": "24h|7d|DATE", "default": "7d", "help": "hours back; days of UTC, with today (7d)"},
+            ),
+        ],
+    ),
     "budget": (
         "spend.budget",
         "how much the hive or an agent may spend: a warning, then a stop",

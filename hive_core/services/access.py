@@ -15,6 +15,7 @@ from hive_core.store.bus import Bus, mail
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
+HALTS = ("paused", "frozen")
 ACCESS = "access"  # the bus topic: what closes or opens some agent's way to the model changed
 
 
@@ -63,6 +64,13 @@ class Access:
         """The first reason to end the calls that the agent has under way, or None."""
         for reason in self._reasons:
             if (closed := reason(name)) is not None and closed.cuts:
+                return closed
+        return None
+
+    def halted(self, name: AgentName) -> Closed | None:
+        """That the operator has stopped the agent, or the whole swarm: then it reaches nothing, not the model alone."""
+        for reason in self._reasons:
+            if (closed := reason(name)) is not None and closed.state in HALTS:
                 return closed
         return None
 

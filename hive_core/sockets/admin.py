@@ -48,6 +48,7 @@ from hive_core.sockets.admin_forges import forge_verbs
 from hive_core.sockets.admin_lifecycle import lifecycle_verbs
 from hive_core.sockets.admin_policy import policy_verbs
 from hive_core.sockets.admin_projects import project_verbs
+from hive_core.sockets.admin_reach import reach_verbs
 from hive_core.sockets.admin_requests import request_verbs
 from hive_core.sockets.admin_snapshots import snapshot_verbs
 from hive_core.sockets.admin_spend import spend_verbs
@@ -111,6 +112,7 @@ class AdminDesk:
             **lifecycle_verbs(hive),
             **policy_verbs(hive),
             **project_verbs(hive),
+            **reach_verbs(hive),
             **request_verbs(hive),
             **snapshot_verbs(hive),
             **spend_verbs(hive),

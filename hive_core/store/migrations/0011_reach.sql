@@ -73,3 +73,24 @@ CREATE TABLE attachments (
   PRIMARY KEY (message_id, position)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX attachments_by_file ON attachments (sha256);
+
+-- Connections: what agents connected to, or tried to, through the hive's proxy.
+CREATE TABLE connections (
+  id          INTEGER PRIMARY KEY AUTOINCREMENT,
+  agent       TEXT NOT NULL,
+  turn_id     INTEGER,                       -- that ran when it began
+  host        TEXT NOT NULL,                 -- '*': several, of one that makes too many
+  port        INTEGER NOT NULL,
+  how         TEXT NOT NULL,                 -- tunnel, or the method of a plain request
+  address     TEXT,                          -- that was connected to
+  sent        INTEGER NOT NULL,              -- bytes from the agent
+  received    INTEGER NOT NULL,              -- and to it
+  began_at_ms INTEGER NOT NULL,
+  ended_at_ms INTEGER,
+  verdict     TEXT CHECK (verdict IN ('passed', 'refused', 'failed', 'cut')),  -- none while it is open
+  reason      TEXT,
+  count       INTEGER NOT NULL               -- how many this one stands for
+) STRICT;
+CREATE INDEX connections_of ON connections (agent, began_at_ms);
+CREATE INDEX connections_by_end ON connections (ended_at_ms);
+CREATE INDEX connections_open ON connections (id) WHERE verdict IS NULL;

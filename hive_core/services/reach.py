@@ -1,0 +1,67 @@
+"""What an agent talked to: its connections of a time, summed up by host and by refusal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hive_core.services.charges import DAY_MS
+from hive_core.services.costs import HOUR_MS, Span
+from hive_core.store.door import Store
+
+ROWS_MOST = 200  # of one answer: those with the most bytes, and the newest refusals
+
+
+async def reach(store: Store, name: str, span: Span, now_ms: int, most: int) -> dict[str, Any]:
+    """{"agent", "since_ms", "kept_from_ms", "hosts", "refusals", "total"}. most: the connections of an agent that are
+    kept.
+
+    hosts     {host, port, connections, open, failed, cut, sent, received, last_at_ms}: all but what was refused, those
+              with the most bytes first. sent: bytes from the agent
+    refusals  {host, port, how, count, reason, last_at_ms}, the newest first
+    total     the sums of hosts, and `refused`
+    since_ms  the first instant that is looked at; kept_from_ms: a later one, where older connections are not kept
+
+    Host `*` stands for several, of a minute in which the agent made too many.
+    """
+    first = now_ms - span.hours * HOUR_MS if span.hours is not None else span.first_day * DAY_MS
+    given = {"name": name, "first": first}
+    kept = await store.row("SELECT count(*) AS n, min(began_at_ms) AS at_ms FROM connections WHERE agent = ?", (name,))
+    kept_from = kept["at_ms"] if kept and kept["n"] >= most else 0
+    hosts = await store.rows(_HOSTS, given)
+    refusals = await store.rows(_REFUSALS, given)
+    total = await store.row(_TOTAL, given)
+    return {
+        "agent": name,
+        "since_ms": first,
+        "kept_from_ms": kept_from if kept_from > first else None,
+        "hosts": [dict(row) for row in hosts],
+        "refusals": [dict(row) for row in refusals],
+        "total": dict(total) if total else {},
+    }
+
+
+# Of who has the name now: another may have had it before.
+_OF = """
+    WHERE agent = :name
+    AND began_at_ms >= max(:first, coalesce((SELECT created_at_ms FROM agents WHERE name = :name), 0))
+"""
+_SUMS = """
+    coalesce(sum(iif(verdict IS NOT 'refused', count, 0)), 0) AS connections,
+    coalesce(sum(verdict IS NULL), 0) AS open,
+    coalesce(sum(iif(verdict = 'failed', count, 0)), 0) AS failed,
+    coalesce(sum(iif(verdict = 'cut', count, 0)), 0) AS cut,
+    coalesce(sum(sent), 0) AS sent, coalesce(sum(received), 0) AS received
+"""
+_HOSTS = f"""
+    SELECT host, port, {_SUMS}, max(coalesce(ended_at_ms, began_at_ms)) AS last_at_ms
+    FROM connections {_OF} AND verdict IS NOT 'refused' GROUP BY host, port
+    ORDER BY sum(sent + received) DESC, host, port LIMIT {ROWS_MOST}
+"""
+_REFUSALS = f"""
+    SELECT host, port, how, sum(count) AS count, reason, max(ended_at_ms) AS last_at_ms
+    FROM connections {_OF} AND verdict = 'refused' GROUP BY host, port, how
+    ORDER BY last_at_ms DESC, host, port, how LIMIT {ROWS_MOST}
+"""
+_TOTAL = f"""
+    SELECT {_SUMS}, coalesce(sum(iif(verdict = 'refused', count, 0)), 0) AS refused FROM connections {_OF}
+"""
