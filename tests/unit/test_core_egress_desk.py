@@ -90,19 +90,18 @@ class House:
         await stream.aclose()
         return status.startswith("HTTP/1.1 200")
 
-    async def rows(self, count: int) -> list[dict[str, Any]]:
-        """The connections that have ended, when there are so many."""
+    async def row(self, wanted: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+        """The first connection that has ended and is as wanted; waits for it."""
+        found: list[dict[str, Any]] = []
 
-        async def ended() -> list[dict[str, Any]]:
+        async def is_there() -> bool:
             await self.kept.flush()
             rows = await self.hive.store.rows("SELECT * FROM connections WHERE verdict IS NOT NULL ORDER BY id")
-            return [dict(row) for row in rows]
+            found[:] = [one for one in map(dict, rows) if wanted(one)]
+            return bool(found)
 
-        async def are_there() -> bool:
-            return len(await ended()) >= count
-
-        await wait_until(are_there)
-        return await ended()
+        await wait_until(is_there)
+        return found[0]
 
 
 @pytest.fixture
@@ -135,11 +134,7 @@ async def test_what_is_deployed_passes_and_is_kept_with_the_turn_that_ran(house:
     assert await stream.receive_some() == b"hello"
     await stream.aclose()
 
-    async def is_told() -> bool:
-        return any(row["sent"] for row in await house.rows(1))
-
-    await wait_until(is_told)
-    (row,) = [row for row in await house.rows(1) if row["sent"]]
+    row = await house.row(lambda row: row["sent"])
     assert (row["agent"], row["turn_id"], row["host"], row["port"]) == ("iris", 7, "127.0.0.1", house.port)
     assert (row["verdict"], row["sent"], row["received"], row["address"]) == ("passed", 5, 5, "127.0.0.1")
 
@@ -151,8 +146,8 @@ async def test_another_agent_has_nothing_of_it_and_its_wish_is_asked_for(house: 
     said = f"cannot connect: 127.0.0.1:{house.port} is not in egress of agent.toml; the operator was asked (approval 3)"
     assert status == f"HTTP/1.1 403 {said}"
     assert house.asked[-1] == ("damocles", "tunnel", "127.0.0.1", house.port)
-    row = (await house.rows(2))[-1]
-    assert (row["agent"], row["verdict"], row["reason"]) == ("damocles", "refused", said)
+    row = await house.row(lambda row: row["agent"] == "damocles")
+    assert (row["verdict"], row["reason"]) == ("refused", said)
 
 
 async def test_what_is_deployed_later_holds_for_the_next_connection_and_cuts_what_it_has_no_more(house: House) -> None:
@@ -191,8 +186,7 @@ async def test_who_is_halted_is_cut_and_reaches_nothing_until_it_goes_on(house: 
     assert house.asked == asked
     await (house.hive.agents.want(IRIS, "up", OPERATOR) if how == "pause" else freeze.thaw(OPERATOR))
     await wait_until(house.passes)
-    cut = [row["reason"] for row in await house.rows(3) if row["verdict"] == "cut"]
-    assert cut == ["the daemon cut it"]
+    assert (await house.row(lambda row: row["verdict"] == "cut"))["reason"] == "the daemon cut it"
 
 
 async def test_a_proxy_that_is_killed_is_started_anew_and_whoever_connects_meanwhile_waits(
@@ -205,8 +199,8 @@ async def test_a_proxy_that_is_killed_is_started_anew_and_whoever_connects_meanw
     os.kill(house.desk.pid, signal.SIGKILL)
     assert await stream.receive_some() == b""
     assert await house.passes()
-    verdicts = [(row["verdict"], row["reason"]) for row in await house.rows(3)]
-    assert ("cut", "the hive's proxy ended, and is started anew") in verdicts
+    row = await house.row(lambda row: row["verdict"] == "cut")
+    assert row["reason"] == "the hive's proxy ended, and is started anew"
 
 
 async def test_the_proxy_ends_with_the_desk(hive: Services, tmp_path: Path) -> None:
