@@ -16,6 +16,7 @@ from dashboard.approvals import ApprovalForms
 from dashboard.credentials import CredentialForms
 from dashboard.deploys import DeployForms
 from dashboard.door import Door
+from dashboard.files import Files
 from dashboard.forms import Forms
 from dashboard.pages import HOME, Pages
 from dashboard.snapshots import SnapshotForms
@@ -54,6 +55,7 @@ def build_app(hive: Hive) -> ASGIApp:
             Route("/agents/{name}/command", steering.command, methods=["POST"]),
             Route("/updates", steering.update_all, methods=["POST"]),
             Route("/messages", forms.send, methods=["POST"]),
+            Route("/messages/{id}/files/{n}", Files(hive).download),
             Route("/messages/{id}/release", forms.release, methods=["POST"]),
             Route("/messages/{id}/requeue", forms.requeue, methods=["POST"]),
             Route("/messages/{id}/drop", forms.drop, methods=["POST"]),

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from dashboard.answers import yes
-from dashboard.forms import number, read_form
+from dashboard.forms_read import number, read_form
 from dashboard.rows import deed
 from hive_core.hive import Hive
 from hive_core.procedures.together import Click, Outcome

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from dashboard.answers import yes
-from dashboard.forms import read_form
+from dashboard.forms_read import read_form
 from hive_core.credentials import DEFAULT, parse_credential_name
 from hive_core.hive import Hive
 from hive_core.protocol.words import OPERATOR

@@ -8,7 +8,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from dashboard.answers import wants_json, yes
-from dashboard.forms import read_form
+from dashboard.forms_read import read_form
 from dashboard.rows import render
 from hive_core.hive import Hive
 from hive_core.protocol.refusal import Refusal

@@ -144,8 +144,11 @@ def _with_headers(send: Send) -> Send:
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
+            own = headers.get("Content-Security-Policy")  # of an answer that is no page of ours, and may do less
             for name, value in _HEADERS.items():
                 headers[name] = value
+            if own is not None:
+                headers["Content-Security-Policy"] = own
             headers.setdefault("Cache-Control", "no-store")
         await send(message)
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from dashboard.answers import yes
-from dashboard.forms import read_form
+from dashboard.forms_read import read_form
 from dashboard.rows import render
 from hive_core.hive import Hive
 from hive_core.protocol.money import about

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from dashboard.answers import yes
-from dashboard.forms import read_form
+from dashboard.forms_read import read_form
 from hive_core.commands import run_command
 from hive_core.hive import Hive
 from hive_core.protocol.words import OPERATOR, parse_agent_name

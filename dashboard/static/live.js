@@ -176,10 +176,12 @@ function toast(text, kind) {
 }
 
 async function send(form, button) {
-  const written = form.elements.body?.value;
+  const written = form.elements.body?.value, sent = chosen, fields = new FormData(form);
+  const withFiles = fields.getAll("files").some((file) => file.name);
+  if (!withFiles) fields.delete("files");
   try {
     const answer = await fetch(form.action, {
-      method: "POST", body: new URLSearchParams(new FormData(form)), headers: { Accept: "application/json" },
+      method: "POST", body: withFiles ? fields : new URLSearchParams(fields), headers: { Accept: "application/json" },
     });
     const said = await answer.json();
     if (answer.status === 401) return location.reload();
@@ -187,9 +189,9 @@ async function send(form, button) {
     for (const line of said.said.split("\n")) toast(line, "good");
     if (!page.live) return location.reload();
     // What was written while this was on its way is not ours to throw away.
-    if ("reset" in form.dataset && form.elements.body.value === written) { const to = form.elements.to.value; form.reset(); form.elements.to.value = to; reply("", ""); }
+    if ("reset" in form.dataset && form.elements.body.value === written && chosen === sent) { const to = form.elements.to.value; form.reset(); form.elements.to.value = to; reply("", ""); choose([]); }
   } catch {
-    toast("cannot reach the hive: is its daemon running?", "bad");
+    toast(`cannot reach the hive: is its daemon running${withFiles ? ", and each file still there" : ""}?`, "bad");
   }
 }
 
@@ -211,7 +213,7 @@ document.addEventListener("submit", async (event) => {
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || !("enterSends" in event.target.dataset)) return;
   event.preventDefault();
-  if (event.target.value.trim()) event.target.form.requestSubmit();
+  if (event.target.value.trim() || chosen.length) event.target.form.requestSubmit();
 });
 
 function reply(id, to) {
@@ -228,6 +230,71 @@ document.addEventListener("click", (event) => {
   if (button) reply(button.dataset.reply, button.dataset.to);
   if (event.target.closest?.("#no-reply")) reply("", "");
 });
+
+// ---- files that go with a message ----------------------------------------------------------------------------------
+const composer = $("#composer"), picker = $("#files");
+let chosen = [];  // another list with each change
+
+function choose(files) {
+  if (!composer) return;
+  const held = new DataTransfer(), list = $("#chosen-files");
+  for (const file of files) held.items.add(file);
+  picker.files = held.files;
+  chosen = files;
+  list.replaceChildren(...files.map((file, i) => {
+    const row = document.createElement("li"), drop = document.createElement("button");
+    row.textContent = `${file.name} · ${file.size.toLocaleString("en")} bytes `;
+    drop.type = "button";
+    drop.className = "quiet";
+    drop.textContent = "✕";
+    drop.dataset.drops = i;
+    drop.setAttribute("aria-label", `do not send ${file.name}`);
+    row.append(drop);
+    return row;
+  }));
+  list.hidden = !files.length;
+  composer.elements.body.required = !files.length;
+}
+
+// What the hive would refuse is refused before it is on its way.
+function add(files) {
+  const all = [...chosen, ...files], { most, each, together } = composer.dataset;
+  const bytes = (limit) => `${Number(limit).toLocaleString("en")} bytes`;
+  const large = all.find((file) => file.size > Number(each));
+  if (all.length > Number(most)) toast(`cannot attach ${all.length} files: the limit is ${most} a message`, "bad");
+  else if (large) toast(`cannot attach ${large.name}: it has ${bytes(large.size)} and the limit is ${bytes(each)}`, "bad");
+  else if (all.reduce((sum, file) => sum + file.size, 0) > Number(together)) toast(`cannot attach so much: the limit is ${bytes(together)} a message`, "bad");
+  else return choose(all);
+  choose(chosen);
+}
+
+if (composer) {
+  choose([...picker.files]);  // which the browser kept over a reload
+  picker.addEventListener("change", () => add(picker.files));
+  const brings = (event) => event.dataTransfer?.types.includes("Files");
+  for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
+    document.addEventListener(kind, (event) => {
+      if (!brings(event)) return;
+      event.preventDefault();  // or the browser would open the file in the place of this page
+      composer.classList.toggle("dropping", kind === "dragenter" || kind === "dragover");
+      if (kind !== "drop") return;
+      if ([...event.dataTransfer.items].some((item) => item.webkitGetAsEntry?.()?.isDirectory)) {
+        return toast("cannot attach a folder: drop its files, or an archive of it", "bad");
+      }
+      add(event.dataTransfer.files);
+    });
+  }
+  composer.elements.body.addEventListener("paste", (event) => {
+    // What was copied from a document is text and a picture of it at once: then it is the text.
+    if (!event.clipboardData.files.length || event.clipboardData.getData("text/plain")) return;
+    event.preventDefault();
+    add(event.clipboardData.files);
+  });
+  $("#chosen-files").addEventListener("click", (event) => {
+    const at = event.target.dataset.drops;
+    if (at !== undefined) choose(chosen.filter((_, i) => i !== Number(at)));
+  });
+}
 
 document.addEventListener("change", countChosen);
 

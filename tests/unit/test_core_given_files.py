@@ -144,6 +144,20 @@ async def test_a_file_is_read_from_its_beginning_wherever_its_sender_stands_in_i
     assert (await hive.broker.messages.files(1))[0]["bytes"] == 5
 
 
+async def test_what_comes_in_pieces_is_bounded_together(hive: Services, door: Path, tmp_path: Path) -> None:
+    with (tmp_path / "a").open("w+b") as file:
+        stream = await trio.open_unix_socket(os.fspath(door))
+        async with stream:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()] * 60))]
+            for piece in (b'{"v": 1, "verb": ', b'"send"', b', "args": {"to": "iris", "body": "x", "files": []}}'):
+                await stream.socket.sendmsg([piece], rights)
+                await trio.testing.wait_all_tasks_blocked()
+            assert times_open(tmp_path / "a") == 1 + FILES_MOST
+            await stream.send_all(b"\n")
+            assert b"cannot take 0 files" in await stream.receive_some()
+            assert times_open(tmp_path / "a") == 1
+
+
 async def test_descriptors_of_a_client_that_hangs_up_are_closed(hive: Services, door: Path, tmp_path: Path) -> None:
     with (tmp_path / "a").open("w+b") as file:
         stream = await trio.open_unix_socket(os.fspath(door))

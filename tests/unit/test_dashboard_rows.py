@@ -73,6 +73,7 @@ def message(body: str) -> dict[str, Any]:
         "body": body,
         "body_bytes": 99_999,
         "deliveries": [delivery("hm1nd", "queued", body), delivery("iris", "dead", body)],
+        "files": [{"name": body, "type": "image/png", "bytes": 7}],
     }
 
 
