@@ -19,7 +19,7 @@ from hive_core.protocol.effect import builds_line, effect_line, is_for_itself
 from hive_core.protocol.held import WHY_HELD
 from hive_core.protocol.money import about
 from hive_core.protocol.visible import counted
-from hive_core.protocol.words import MANAGER, OPERATOR, SYSTEM
+from hive_core.protocol.words import FORGE, MANAGER, OPERATOR, SYSTEM
 from hive_core.services.agents import Agent
 from hive_core.services.approvals import Approval
 from hive_core.services.questions import Question
@@ -30,7 +30,7 @@ NAMES_SHOWN = 6
 FILES_UNFOLDED = 20  # in a diff whose files are all open
 DIFF_UNFOLDED = 64 * 1024  # its characters
 REASONS_SHOWN = 6
-VOICES: dict[str, str] = {OPERATOR: "by-operator", SYSTEM: "by-system", MANAGER: "by-manager"}
+VOICES: dict[str, str] = {OPERATOR: "by-operator", SYSTEM: "by-system", FORGE: "by-system", MANAGER: "by-manager"}
 ASSETS = {"style.css": "text/css", "live.js": "text/javascript", "favicon.svg": "image/svg+xml"}
 
 

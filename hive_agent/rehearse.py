@@ -204,7 +204,7 @@ class Rehearsal:
 
     def _explain(self, wake: Wake) -> None:
         """Answer a message that no rule fits, unless that would only be answered again."""
-        if wake.sender == "system" or MARK in wake.body:
+        if wake.sender in ("system", "forge") or MARK in wake.body:
             self._say("No rule of my script fits this message, and it needs no answer.")
             return
         role = purpose(self._prompt) or "it says nothing about a purpose"

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from hive_core.lanes import Lanes
 from hive_core.limits import Limits
 from hive_core.policy_rules import Rules, cannot_use_rules
 from hive_core.protocol.harness import RENEW_EVERY_S
@@ -118,6 +119,9 @@ class Config(Limits):
             "tables [[policy]], each with name, kind, agents, requested_by and only (docs/changes.md tells of them)"
         ),
     ] = Field(default_factory=list)  # what may pass without a click; nothing
+    lane: Annotated[
+        Lanes, Allowed("tables [[lane]], each with name and agents (docs/forge.md tells of them and of the others)")
+    ] = Field(default_factory=list)  # who hears of what happens on forges; nobody
     helper: Path | None = None  # the socket of `hive-root serve`, which then starts and ends agents
     helper_user: Annotated[
         str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}\z"), Allowed("a user of this host")
@@ -228,8 +232,8 @@ def load_config(
         config = Config.model_validate(given)
     except ValidationError as exc:
         key = str(exc.errors(include_url=False, include_context=False)[0]["loc"][0])
-        if key == "policy" and _are_tables(given[key]):
-            raise cannot_use_rules(exc, path, _text_of(path)) from None
+        if key in ("policy", "lane") and _are_tables(given[key]):
+            raise cannot_use_rules(exc, path, _text_of(path), key) from None
         if key in flags:
             place = f"--{key.replace('_', '-')}"
         else:

@@ -373,6 +373,7 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(hive.disk.serve)
         nursery.start_soon(hive.mirrors.serve)
         nursery.start_soon(hive.snapshots.serve)
+        nursery.start_soon(hive.forge_watch.serve)
         nursery.start_soon(serve_watchdog)
         gc.freeze()  # what was loaded stays: to look through it at each collection is a tenth of a busy daemon's work
         task_status.started()

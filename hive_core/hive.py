@@ -12,6 +12,7 @@ from hive_core.credentials import DEFAULT, Credential, Credentials
 from hive_core.kept import Keeper
 from hive_core.procedures.destruction import Destruction
 from hive_core.procedures.egress_desk import EgressDesk, tell_way_out
+from hive_core.procedures.forge_watch import ForgeWatch
 from hive_core.procedures.forge_work import ForgeWork
 from hive_core.procedures.forges import Forges
 from hive_core.procedures.gate import Gate
@@ -95,6 +96,7 @@ class Hive:
     destroy: Destroy = field(init=False)
     forges: Forges = field(init=False)
     forge_work: ForgeWork = field(init=False)
+    forge_watch: ForgeWatch = field(init=False)
 
     def __post_init__(self) -> None:
         self.freeze = Freeze(self.store, self.access)
@@ -127,8 +129,9 @@ class Hive:
         self.destroy = Destroy(self.gate.asking, self.agents, self.tombstones)
         self.gate.add(self.schedule_prompt, self.raise_budget, self.destroy)
         self.turn_records = TurnRecords(self.store)
-        self.forges = Forges(self.store, self.config.state_dir)
-        self.forge_work = ForgeWork(self.forges, self.access, limits)
+        self.forges = Forges(self.store, self.config.state_dir, self.config.lane)
+        self.forge_work = ForgeWork(self.forges, self.agents.access, limits)
+        self.forge_watch = ForgeWatch(self.forges, self.config.lane, limits)
         self.loose_ends = LooseEnds(self.store, self.questions, self.reminders, self.schedules, self.background)
 
     def own_ports(self) -> set[int]:

@@ -165,6 +165,13 @@ class Limits(BaseModel):
     request_quota_bytes: Annotated[Count, Field(description="what those that wait may take, diffs and all")] = (
         16 * 1024 * 1024
     )
+    forge_poll_s: Annotated[
+        float,
+        Field(ge=5, le=REST_LIMIT_S, allow_inf_nan=False, description="between two looks at what happens on a forge"),
+    ] = 60.0
+    lane_per_hour: Annotated[
+        Count, Field(description="news of forges that one lane tells before the rest waits at the forge")
+    ] = 60
     forge_writes_per_hour: Annotated[
         Count, Field(description="pull requests, issues and comments of one agent on forges before more are refused")
     ] = 30

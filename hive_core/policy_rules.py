@@ -186,25 +186,27 @@ def parse_rules(text: str, where: str) -> list[Rule]:
         raise cannot_use_rules(exc, where, text) from None
 
 
-def cannot_use_rules(error: ValidationError, where: str, text: str) -> Refusal:
+def cannot_use_rules(error: ValidationError, where: str, text: str, table: str = "policy") -> Refusal:
     """The refusal of a rule, with its key and, where the text has that, its line.
 
-    error: its locations begin with the rule's number, or with "policy" before that.
+    error: its locations begin with the rule's number, or with the name of its tables before that.
+    table: that name; lanes are refused as rules are
     """
-    at = [part for part in error.errors(include_url=False)[0]["loc"] if part != "policy"]
-    line = line_of(text, at)
+    at = [part for part in error.errors(include_url=False)[0]["loc"] if part != table]
+    line = line_of(text, at, table)
     place = f"line {line} of {where}" if line else where
-    what = describe(error).removeprefix("policy.")
-    rule = f"rule {int(at[0]) + 1}: " if at and isinstance(at[0], int) else ""
-    return Refusal("usage", f"cannot use the policy: {rule}{re.sub(r'^[0-9]+[.]?', '', what)}; change {place}")
+    what = describe(error).removeprefix(f"{table}.")
+    one, all_of_them = ("rule", "the policy") if table == "policy" else (table, f"the {table}s")
+    rule = f"{one} {int(at[0]) + 1}: " if at and isinstance(at[0], int) else ""
+    return Refusal("usage", f"cannot use {all_of_them}: {rule}{re.sub(r'^[0-9]+[.]?', '', what)}; change {place}")
 
 
-def line_of(text: str, at: Sequence[int | str]) -> int | None:
+def line_of(text: str, at: Sequence[int | str], table: str = "policy") -> int | None:
     """The line of a key of a rule, counted from 1: its number, its key, and one in that. None where it is not found."""
     if not at or not isinstance(at[0], int):
         return None
     lines = text.splitlines()
-    heads = [number for number, line in enumerate(lines) if re.match(r"\s*\[\[\s*policy\s*\]\]", line)]
+    heads = [number for number, line in enumerate(lines) if re.match(rf"\s*\[\[\s*{table}\s*\]\]", line)]
     if at[0] >= len(heads):
         return None
     begin, end = heads[at[0]], [*heads, len(lines)][at[0] + 1]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from hive_core.cli.check_forges import look_at_forges
 from hive_core.cli.check_helper import look_at_helper
 from hive_core.cli.client import Client
 from hive_core.cli.doctor import Finding, Progress, Status
@@ -278,6 +279,12 @@ def check_policy(name: str, machine: Machine) -> Iterator[Finding]:
         yield Finding(name, "ok", told)
 
 
+def check_forges(name: str, machine: Machine) -> Iterator[Finding]:
+    agents = _agents(machine) if machine.config.lane else []
+    forges = None if machine.daemon is None else machine.daemon.get("forges", [])
+    yield from look_at_forges(name, machine.config.lane, forges, agents)
+
+
 def _agents(machine: Machine) -> list[str]:
     """Who is an agent now; only hm1nd in a hive that never ran."""
     database = machine.config.database
@@ -396,6 +403,7 @@ CHECKS: dict[str, Callable[[str, Machine], Iterator[Finding]]] = {
     "nix": check_nix,
     "bounds": check_bounds,
     "policy": check_policy,
+    "forges": check_forges,
     "credential": check_credential,
     "claude": check_claude,
 }

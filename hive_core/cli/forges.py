@@ -76,9 +76,10 @@ def _table(forges: list[dict[str, Any]]) -> str:
         looked = f"{show.ago(one['looked_at_ms'])} ago" if one["looked_at_ms"] else "never"
         state = show.paint(one["state"], {"ok": "green", "failing": "red"}.get(one["state"], "dim"))
         where = f"{one['url']}/{one['repository']}"
-        cells.append([one["project"], one["kind"], where, show.one_line(one["login"]), looked, state])
+        lanes = ", ".join(one["lanes"]) or "none"
+        cells.append([one["project"], one["kind"], where, show.one_line(one["login"]), lanes, looked, state])
         if one["error"]:
             until = f", asked again at {show.clock(one['rests_until_ms'])}" if one["rests_until_ms"] else ""
             troubles.append(f"{show.paint(one['project'], 'bold')}: {show.one_line(one['error'])}{until}")
-    head = ["project", "kind", "repository", "known as", "looked at", "state"]
+    head = ["project", "kind", "repository", "known as", "lanes", "looked at", "state"]
     return "\n".join([show.table(cells, head), *troubles]) if cells else ""

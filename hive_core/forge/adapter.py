@@ -17,6 +17,7 @@ from hive_core.settings import describe
 PAGE = 50
 PAGES_MOST = 4  # of notifications that one look takes
 FILES_MOST = 300  # names of changed files that are asked for
+NAME_MOST = 1_024  # characters of such a name; longer ones are left out
 T = TypeVar("T")
 Number = Annotated[int, Field(gt=0, lt=2**53)]
 Text = Annotated[str, BeforeValidator(lambda given: given or "")]  # an empty body may be null
@@ -236,7 +237,7 @@ class Forgejo:
             query: dict[str, str | int] = {"page": page, self.per_page: PAGE}
             answer = await self._api.call("GET", f"{self._repo}/pulls/{number}/files", query)
             found = self._many(_File, answer)
-            names += [one.filename for one in found]
+            names += [one.filename for one in found if len(one.filename) <= NAME_MOST]
             if len(found) < PAGE:
                 break
         return names

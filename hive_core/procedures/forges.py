@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import trio
 from hive_core.forge.adapter import Forge, open_forge
 from hive_core.forge.tokens import Tokens, parse_token
 from hive_core.forge.words import Place, parse_place
+from hive_core.lanes import Lane, may_take
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import ProjectName
 from hive_core.services.forges import Registered, all_forges, forge_of, put_forge, remove_forge
@@ -18,9 +20,12 @@ from hive_core.store.door import Store
 
 
 class Forges:
-    def __init__(self, store: Store, state_dir: Path, client: httpx2.AsyncClient | None = None) -> None:
+    def __init__(
+        self, store: Store, state_dir: Path, lanes: Sequence[Lane] = (), client: httpx2.AsyncClient | None = None
+    ) -> None:
         """client: to ask with; None opens one when it is needed."""
         self.store = store
+        self._lanes = lanes
         self._tokens = Tokens(state_dir)
         self._client = client
         self._changes = trio.Lock()
@@ -72,7 +77,11 @@ class Forges:
         return {"project": project, **await _ask(self.open(forge), forge.added_at_ms)}
 
     async def rows(self) -> list[dict[str, Any]]:
-        return [forge.to_wire() for forge in await all_forges(self.store)]
+        """Each forge, with the names of the lanes that may tell of it: without one nobody looks."""
+        return [
+            {**forge.to_wire(), "lanes": [lane.name for lane in self._lanes if may_take([lane], forge.project)]}
+            for forge in await all_forges(self.store)
+        ]
 
 
 async def _ask(forge: Forge, since_ms: int = 0) -> dict[str, Any]:

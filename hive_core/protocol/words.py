@@ -22,8 +22,9 @@ else:
 MANAGER = AgentName("hm1nd")
 OPERATOR = AgentName("operator")
 SYSTEM = AgentName("system")
+FORGE = AgentName("forge")  # in whose name the hive tells what happens on forges
 EVERYONE = AgentName("*")
-RESERVED = frozenset({OPERATOR, SYSTEM, "all", "manager", "hive"})
+RESERVED = frozenset({OPERATOR, SYSTEM, FORGE, "all", "manager", "hive"})
 
 NAME_LIMIT = 30
 RECIPIENTS_LIMIT = 1000
@@ -62,6 +63,9 @@ def parse_agent_name(raw: object) -> AgentName:
 
 def parse_recipient(raw: object) -> AgentName:
     """An address to send to: an agent's name, or `operator`. Whether it exists is the broker's to say."""
+    if raw == FORGE:
+        why = "it is no agent; your tool `forge_comment`, where you have it, answers people on a forge"
+        raise Refusal("usage", f"cannot send to {FORGE}: {why}")
     return OPERATOR if raw == OPERATOR else parse_agent_name(raw)
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import SYSTEM, AgentName, parse_id, parse_instant, parse_recipient, shown
+from hive_core.protocol.words import FORGE, SYSTEM, AgentName, parse_id, parse_instant, parse_recipient, shown
 from hive_core.services.attachments import FILES, files_of
 from hive_core.services.search_index import DAMAGE, SearchIndex, mark
 from hive_core.store.door import Store
@@ -66,7 +66,7 @@ def parse_query(args: Mapping[str, Any]) -> Query:
 
 
 def parse_sender(raw: object) -> AgentName:
-    return SYSTEM if raw == SYSTEM else parse_recipient(raw)
+    return AgentName(str(raw)) if raw in (SYSTEM, FORGE) else parse_recipient(raw)
 
 
 def parse_words(raw: object) -> str:

@@ -28,7 +28,7 @@ from hive_core.prices import load_prices
 from hive_core.protocol.harness import OUTCOMES, REASONS
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted
-from hive_core.protocol.words import EVERYONE, SYSTEM, AgentName, MessageBody
+from hive_core.protocol.words import EVERYONE, FORGE, SYSTEM, AgentName, MessageBody
 from hive_core.services.access import Access
 from hive_core.services.attachments import Upload
 from hive_core.services.bodies import Bodies, is_large
@@ -404,10 +404,10 @@ class Broker:
         tx.wake(mail(agent))
 
     def _tell_sender(self, tx: Transaction, agent: str, message_id: int, failures: int, error: str | None) -> None:
-        """Whoever sent a message that is dead now reads so; the hive itself needs no letter."""
+        """Whoever sent a message that is dead now reads so; the hive itself, in whose name ever, needs no letter."""
         sql = "SELECT sender, chain_id, hops FROM messages WHERE id = ?"
         row = tx.execute(sql, (message_id,)).fetchone()
-        if row["sender"] != SYSTEM:
+        if row["sender"] not in (SYSTEM, FORGE):
             turns = counted(failures, "failed turn")
             cause = Cause("system", None, row["chain_id"], row["hops"] + 1)
             text = f"your message {message_id} to {agent} was given up after {turns}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from hive_core.prices import KINDS, Prices
-from hive_core.protocol.words import OPERATOR, SYSTEM
+from hive_core.protocol.words import FORGE, OPERATOR, SYSTEM
 from hive_core.store.writer import Transaction
 from hive_core.usage import BYTES_PER_TOKEN, Call
 
@@ -130,7 +130,7 @@ def _root(row: sqlite3.Row) -> str:
         case "turn":
             return f"agent {row['sender']}"
         case _:
-            return SYSTEM
+            return FORGE if row["sender"] == FORGE else SYSTEM
 
 
 TOKEN_COLUMNS = tuple(f"{kind}_tokens" for kind in KINDS)

@@ -1,4 +1,5 @@
-"""The forgetting of history: events, ended turns, charges, settled reminders, removed schedules. Questions stay.
+"""The forgetting of history: events, ended turns, charges, settled reminders, removed schedules, and what was told of
+and written on forges. Questions stay.
 
 What a message that is kept can tell of its life stays with it. Each kind goes in small transactions, oldest first.
 """
@@ -24,6 +25,8 @@ async def forget_history(store: Store, cutoff: int) -> None:
         "turns": await _forget_turns(store, cutoff),
         "charges": await _in_steps(store, lambda tx: tx.execute(_CHARGES, (cutoff, STEP)).rowcount or None),
         "reminders": await _in_steps(store, lambda tx: tx.execute(_REMINDERS, (cutoff, STEP)).rowcount or None),
+        "forge_notices": await _in_steps(store, lambda tx: tx.execute(_FORGE_NOTICES, (cutoff, STEP)).rowcount or None),
+        "forge_writes": await _in_steps(store, lambda tx: tx.execute(_FORGE_WRITES, (cutoff, STEP)).rowcount or None),
         "schedules": await _in_steps(store, lambda tx: _forget_schedule(tx, cutoff)),
     }
     gone: dict[str, Any] = {kind: count for kind, count in forgotten.items() if count}
@@ -113,3 +116,10 @@ _CHARGES = """
     )
 """
 _REMINDERS = "DELETE FROM reminders WHERE id IN (SELECT id FROM reminders WHERE settled_at_ms < ? LIMIT ?)"
+_FORGE_NOTICES = """
+    DELETE FROM forge_notices WHERE id IN (
+        SELECT id FROM forge_notices n WHERE at_ms < ?
+        AND NOT EXISTS (SELECT 1 FROM messages WHERE id = n.message_id) LIMIT ?
+    )
+"""
+_FORGE_WRITES = "DELETE FROM forge_writes WHERE id IN (SELECT id FROM forge_writes WHERE at_ms < ? LIMIT ?)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hive_core.limits import Limits
-from hive_core.protocol.words import SYSTEM, AgentName, MessageBody
+from hive_core.protocol.words import FORGE, SYSTEM, AgentName, MessageBody
 from hive_core.services.approvals import from_row, settle
 from hive_core.services.notices import Field, notice
 from hive_core.services.post import Cause, Letter, forget_depth, post
@@ -66,5 +66,5 @@ def _give_up_mail(tx: Transaction, name: AgentName, why: str, limits: Limits) ->
 
 def _tell(tx: Transaction, who: AgentName, body: MessageBody, reply_to: int | None, limits: Limits) -> None:
     """Tell somebody that is still there."""
-    if who != SYSTEM:
+    if who not in (SYSTEM, FORGE):
         post(tx, [Letter(SYSTEM, (who,), body, reply_to, cause=Cause("system"))], limits)

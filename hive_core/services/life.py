@@ -78,8 +78,10 @@ async def life_of(store: Store, message_id: int) -> dict[str, Any]:
 _MESSAGE = f"""
     SELECT m.id, m.sender, m.in_reply_to, coalesce(m.thread_id, m.id) AS thread, m.cause, m.cause_id, m.chain_id,
            m.hops, m.client_id, m.body_bytes, m.sent_at_ms, t.agent AS turn_of, t.message_id AS turn_message,
+           n.repository AS forge_repository, n.kind AS forge_kind, n.number AS forge_number, n.lane AS forge_lane,
            {FILES}
-    FROM messages m LEFT JOIN turns t ON m.cause = 'turn' AND t.id = m.cause_id WHERE m.id = ?
+    FROM messages m LEFT JOIN turns t ON m.cause = 'turn' AND t.id = m.cause_id
+    LEFT JOIN forge_notices n ON m.sender = 'forge' AND n.id = m.cause_id WHERE m.id = ?
 """
 _LEASES = """
     SELECT l.turn_id, l.attempt, l.at_ms, t.agent, t.state, t.ended_at_ms, t.error
@@ -95,7 +97,7 @@ def tell_sending(message: Row) -> Moment:
         "turn": f" in turn {number}" if number else " outside any turn",
         "reminder": f", reminder {number}",
         "schedule": f", schedule {number}",
-        "system": "",
+        "system": _of_forge(message),
     }[message["cause"]]
     if message["cause"] == "turn" and message["turn_message"]:
         why += f", which message {message['turn_message']} began"
@@ -114,6 +116,14 @@ def missing_files(recipient: str, events: Iterable[Row]) -> dict[str, str]:
     """Of a message's files those that the last delivery did not bring to a recipient: name → why."""
     told = [event for event in events if event["agent"] == recipient and event["kind"] == "files_missing"]
     return dict(json.loads(told[-1]["data"])["missing"]) if told else {}
+
+
+def _of_forge(message: Row) -> str:
+    """Of what it tells, where it comes from a forge and that is still known."""
+    if not message.get("forge_repository"):
+        return ""
+    what = f"{message['forge_kind'].replace('_', ' ')} {message['forge_number']}"
+    return f" by lane {message['forge_lane']}: {what} of {message['forge_repository']}"
 
 
 def tell_life(message: Row, delivery: Row, leases: Iterable[Row], events: Iterable[Row]) -> list[Moment]:

@@ -40,7 +40,9 @@ class Kind(NamedTuple):
 Field = str | int | Sequence[str] | None
 
 # What others wrote, or what libraries say, who quote them: always in quotation marks.
-TEXTS = frozenset({"reason", "last_words", "error", "body", "text", "command", "tail"})
+TEXTS = frozenset({"reason", "last_words", "error", "body", "text", "command", "tail"}) | frozenset(
+    {"title", "labels", "author", "comment", "comment_by"}  # of people on a forge
+)
 _ASKER = "whoever asked"
 KINDS: dict[str, Kind] = {
     "approval_resolved": Kind(
@@ -98,6 +100,15 @@ KINDS: dict[str, Kind] = {
     "answer_held": Kind(_ASKER, "the answer waits for the operator's release", ("question", "agent", "text")),
     "message_dead": Kind("whoever sent it", "a message was given up", ("agent", "error")),
     "reminder": Kind("whoever set it", "a reminder is due", ("reminder", "body")),
+    "forge_news": Kind(
+        "those whom a lane names, from `forge`",
+        "something happened on a forge ([forge.md](forge.md))",
+        (
+            *("lane", "project", "repository", "what", "number", "url", "state"),
+            *("author", "labels", "title", "body", "comment_by", "comment"),
+        ),
+    ),
+    "lane_full": Kind("the operator", "a lane has told as much of forges as it may within an hour", ("project",)),
     "background": Kind(
         "whoever began it", "a command in the background has ended", ("work", "command", "output", "tail")
     ),

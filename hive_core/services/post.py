@@ -17,7 +17,7 @@ from outcome import Error, Outcome, Value, capture
 from hive_core.limits import Limits
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted
-from hive_core.protocol.words import EVERYONE, OPERATOR, SYSTEM, AgentName, MessageBody
+from hive_core.protocol.words import EVERYONE, FORGE, OPERATOR, SYSTEM, AgentName, MessageBody
 from hive_core.services.attachments import FILES, Attached, check_quota, files_of, rows_of
 from hive_core.services.attachments import ROW as ATTACHMENT
 from hive_core.services.rates import count_sent, sent_lately, taken_back_lately
@@ -223,7 +223,7 @@ class InboxFull(Refusal):
 def _judge(letter: Letter, facts: _Facts, limits: Limits) -> tuple[tuple[AgentName, ...], Cause]:
     """To whom a letter goes, and its cause. Raises Refusal, which names all the recipients that stand in the way."""
     sender, replied = facts.agents.get(letter.sender), facts.replied.get(letter.in_reply_to or 0)
-    free = letter.sender in (OPERATOR, SYSTEM)
+    free = letter.sender in (OPERATOR, SYSTEM, FORGE)
     if letter.in_reply_to is not None and (replied is None or not (free or letter.sender in replied[1])):
         raise Refusal("not_found", f"cannot reply to message {letter.in_reply_to}: you neither sent nor received it")
     allowed = None if sender is None else sender.allowed
@@ -357,7 +357,7 @@ def _look_up(tx: Transaction, letters: Sequence[Letter], limits: Limits) -> _Fac
             kept_bytes=0,
             turn=Cause("turn", row["turn_id"], row["chain_id"], hops),
         )
-    if strange := names - facts.agents.keys() - {OPERATOR, SYSTEM, EVERYONE}:
+    if strange := names - facts.agents.keys() - {OPERATOR, SYSTEM, FORGE, EVERYONE}:
         facts.destroyed = _destroyed(tx, strange)
     if doubtful := [name for name, agent in facts.agents.items() if agent.waiting >= limits.inbox_depth]:
         for row in tx.execute(_WAITING, (json.dumps(doubtful),)).fetchall():

@@ -190,6 +190,7 @@ class AdminDesk:
             "questions": [one.to_wire() for one in await hive.questions.open_to(OPERATOR)],
             **await count_aside(hive.store),
             **update_status(hive),
+            "forges": await hive.forges.rows(),
             "refused": {agent.name: agent.refused for agent in agents if agent.refused},
         }
 

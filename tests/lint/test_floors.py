@@ -29,7 +29,7 @@ FLOORS = [
         *("settings", "snapshots", "systemd", "toolkits", "tree_copies", "trees", "usage", "version"),
     },
     {"git", "store"},
-    {"config", "effects", "effects_of_extras", "effects_of_settings", "policy_rules"},
+    {"config", "effects", "effects_of_extras", "effects_of_settings", "lanes", "policy_rules"},
     {"containers", "egress", "flakes", "forge"},
     {"services"},
     {"procedures"},

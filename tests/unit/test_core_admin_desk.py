@@ -101,7 +101,7 @@ async def refusal(peer: Peer, obj: object, code: str = "usage") -> str:
     answer = await peer.ask(obj)
     assert (answer["v"], answer["ok"]) == (PROTOCOL_VERSION, False)
     assert answer["error"]["code"] == code, answer
-    assert len(answer["error"]["message"]) < 1000
+    assert len(answer["error"]["message"]) < 2000
     await ask(peer, "pending")
     message: str = answer["error"]["message"]
     return message

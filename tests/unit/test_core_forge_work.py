@@ -45,7 +45,7 @@ async def deploy(hive: Services, name: str, *projects: dict[str, Any]) -> None:
 async def work(hive: Services, forge: ScriptedForge) -> AsyncIterator[ForgeWork]:
     """iris works on site, which has a forge, and on notes, which has none."""
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=forge.app)) as client:
-        forges = Forges(hive.store, hive.state_dir, client)
+        forges = Forges(hive.store, hive.state_dir, client=client)
         await forges.add(ProjectName("site"), forge.kind, "https://forge.example", "ada/site", TOKEN)
         await deploy(hive, "iris", {"name": "site"}, {"name": "notes"})
         yield ForgeWork(forges, hive.agents.access, Limits(forge_writes_per_hour=5, forge_reads_per_hour=8))

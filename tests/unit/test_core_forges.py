@@ -10,9 +10,11 @@ from typing import Any
 import httpx2
 import pytest
 
+from hive_core.cli.check_forges import look_at_forges
 from hive_core.forge.api import ForgeTrouble
 from hive_core.forge.words import parse_place
 from hive_core.hive import Hive
+from hive_core.lanes import Lane
 from hive_core.procedures.forges import Forges
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import ProjectName
@@ -21,7 +23,7 @@ from hive_core.sockets.admin import AdminDesk
 from hive_core.store.schema import StoreBusy
 from hive_core.store.writer import Transaction
 from tests.dashboards import hive_of
-from tests.hives import Services, run_hive, serve
+from tests.hives import Services, connect, run_hive, serve
 from tests.scripted_forge import BOT, TOKEN, ScriptedForge, Trouble
 
 SITE = ProjectName("site")
@@ -36,7 +38,7 @@ def forge() -> ScriptedForge:
 @pytest.fixture
 async def forges(hive: Services, forge: ScriptedForge) -> AsyncIterator[Forges]:
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=forge.app)) as client:
-        yield Forges(hive.store, hive.state_dir, client)
+        yield Forges(hive.store, hive.state_dir, client=client)
 
 
 @pytest.fixture
@@ -195,3 +197,28 @@ async def test_a_look_that_fails_is_told_once_until_one_works(forges: Forges, hi
         "forge_works",
         "forge_failing",
     ]
+
+
+async def test_the_doctor_names_a_forge_that_fails_and_a_lane_that_tells_nobody(
+    house: Hive, hive: Services, tmp_path: Path
+) -> None:
+    async def doctor(*lanes: Lane) -> list[str]:
+        async with connect(tmp_path / "host.sock") as operator:
+            status = (await operator.ask({"v": 1, "verb": "status"}))["result"]
+        found = look_at_forges("forges", lanes, status["forges"], ["iris"])
+        return [f"{one.status}: {one.message}" for one in found]
+
+    assert await doctor() == []
+    triage = Lane(name="triage", agents=["iris"], projects=["site"])
+    (said,) = await doctor(triage)
+    assert said == "warning: lane triage: no project that it names has a forge; `hive forge add` gives it one"
+    await add(house.forges)
+    assert await doctor(triage) == ["ok: 1 forge, 1 lane; `hive forge list` shows them"]
+    registered = await forge_of(hive.store, SITE)
+    await hive.store.write(lambda tx: note_look(tx, registered, "cannot reach it; wait", None))
+    assert await doctor(triage, Lane(name="other", agents=["argus"])) == [
+        "warning: lane other: agents names argus, which no agent is called; mend it in the configuration",
+        "warning: site: cannot reach it; wait",
+    ]
+    (found,) = look_at_forges("forges", [triage], None, ["iris"])
+    assert found.message == "1 lane; `hive forge list` shows them"

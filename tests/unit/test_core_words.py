@@ -99,7 +99,7 @@ def test_a_name_of_thirty_characters_passes() -> None:
     assert passes("a" * 30)
 
 
-@pytest.mark.parametrize("raw", ["operator", "system", "all", "manager", "hive"])
+@pytest.mark.parametrize("raw", ["operator", "system", "forge", "all", "manager", "hive"])
 def test_a_reserved_name_is_refused_as_reserved(raw: str) -> None:
     assert "reserved" in refusal_of(words.parse_agent_name, raw).message
 

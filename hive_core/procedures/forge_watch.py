@@ -1,0 +1,173 @@
+"""What happens on forges, told by lanes: the notifications of the hive's account there are its queue.
+
+A notification is marked as read behind the commit that holds its message: a daemon that is killed in between finds it
+again, and the message's row says that it was told. A forge cannot wake a hive that has no public port: it is asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+
+import trio
+
+from hive_core.forge.adapter import Forge
+from hive_core.forge.api import ForgeTrouble
+from hive_core.forge.words import Notification, Thread
+from hive_core.lanes import Lane, News, asks_for_files, lane_of, may_take
+from hive_core.limits import REST_LIMIT_S, Limits
+from hive_core.procedures.forges import Forges
+from hive_core.protocol.refusal import Refusal
+from hive_core.services.forge_notices import (
+    Outcome,
+    State,
+    compose,
+    is_known,
+    put_news,
+    tell_lane_full,
+    told_before,
+)
+from hive_core.services.forges import FORGES, Registered, all_forges, note_look
+
+log = logging.getLogger(__name__)
+CLOCKS_APART_MS = 5 * 60_000  # by which a forge's may be behind ours
+LOOKS_MOST = 3  # at a thread that changes while it is told
+REST_MOST_S = 3600.0  # of a forge that does not say when it wants to be asked again
+GONE = (404, 410)  # of a thread that was removed
+BRAKED_FOR_S = 3600.0  # in which a full lane is told once
+
+
+class ForgeWatch:
+    def __init__(
+        self,
+        forges: Forges,
+        lanes: Sequence[Lane],
+        limits: Limits,
+        chance: random.Random | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """chance: for jitter. clock: seconds since 1970."""
+        self._forges = forges
+        self._store = forges.store
+        self._lanes = lanes
+        self._limits = limits
+        self._chance = chance or random.Random()
+        self._clock = clock
+        self._braked: dict[str, float] = {}  # lane → when that was told last
+        self._watched: dict[int, trio.CancelScope] = {}
+
+    async def serve(self) -> None:
+        """Look at each forge of which some lane tells, from time to time and beside each other, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            with self._store.bus.listen(FORGES) as listener:
+                while True:
+                    there = {forge.id: forge for forge in await all_forges(self._store)}
+                    for number in set(self._watched) - set(there):
+                        self._watched.pop(number).cancel()
+                    for forge in there.values():
+                        if forge.id not in self._watched and may_take(self._lanes, forge.project):
+                            self._watched[forge.id] = trio.CancelScope()
+                            nursery.start_soon(self._watch, forge.id, self._watched[forge.id])
+                    await listener.wait()
+
+    async def _watch(self, number: int, scope: trio.CancelScope) -> None:
+        with scope, self._store.bus.listen(FORGES) as listener:
+            while True:
+                found = [forge for forge in await all_forges(self._store) if forge.id == number]
+                rest_s = self._rests_s(found[0]) if found else REST_MOST_S
+                if found and not rest_s:
+                    rest_s = await self.look(found[0])
+                with trio.move_on_after(rest_s):
+                    await listener.wait()  # another token may have come
+
+    def _rests_s(self, forge: Registered) -> float:
+        """For how long it is not to be asked; no longer than any rest is, whatever the clock says."""
+        left_s = (forge.rests_until_ms or 0) / 1000 - self._clock()
+        return left_s if 0 < left_s <= REST_LIMIT_S else 0.0
+
+    async def look(self, forge: Registered) -> float:
+        """Tell what happened there. After how many seconds it may be asked again."""
+        try:
+            every_s = await self._look(forge)
+        except Refusal as trouble:
+            until_s = self._clock() + self._rest_s(forge, trouble)
+            error, until_ms = trouble.message, int(until_s * 1000)
+            await self._store.insist(lambda tx: note_look(tx, forge, error, until_ms))
+            log.warning("cannot look at the forge of %s: %s", forge.project, error)
+            return until_s - self._clock()
+        await self._store.insist(lambda tx: note_look(tx, forge, None, None))
+        return max(self._limits.forge_poll_s, every_s or 0.0)
+
+    def _rest_s(self, forge: Registered, trouble: Refusal) -> float:
+        doubled = self._limits.forge_poll_s * 2.0 ** min(forge.failures + 1, 20)
+        rest_s = min(doubled, REST_MOST_S) * (0.5 + self._chance.random())
+        told_ms = trouble.until_ms if isinstance(trouble, ForgeTrouble) else None
+        return min(max(rest_s, (told_ms or 0) / 1000 - self._clock()), float(REST_LIMIT_S))
+
+    async def _look(self, forge: Registered) -> float | None:
+        ours = self._forges.open(forge)
+        unread = await ours.unread(forge.added_at_ms - CLOCKS_APART_MS)
+        for one in unread.notifications:
+            await self._take(ours, forge, one)
+        return unread.every_s
+
+    async def _take(self, ours: Forge, forge: Registered, one: Notification) -> None:
+        """Tell of one, and mark it as read; again where the thread has changed meanwhile, whose mark that may be."""
+        thread = await self._thread(ours, one)
+        for _ in range(LOOKS_MOST):
+            state = _state(one, thread)
+            if not await is_known(self._store, forge, state):
+                outcome = await self._tell(ours, forge, state, thread)
+                if outcome in ("full", "absent"):
+                    return
+            await ours.mark_read(one.id)
+            if thread is None:
+                return
+            thread = await self._thread(ours, one)
+            if _state(one, thread) == state:
+                return
+
+    async def _thread(self, ours: Forge, one: Notification) -> Thread | None:
+        if one.number is None:
+            return None
+        try:
+            return await ours.thread(one.number)
+        except ForgeTrouble as trouble:
+            if trouble.status in GONE:
+                return None
+            raise
+
+    async def _tell(self, ours: Forge, forge: Registered, state: State, thread: Thread | None) -> Outcome:
+        lane = await self._lane(ours, forge, thread) if thread else None
+        body = in_reply_to = None
+        if thread is not None and lane is not None:
+            before = await told_before(self._store, forge, thread.number)
+            since_ms = before.updated_at_ms + 1 if before else forge.added_at_ms - CLOCKS_APART_MS
+            comments = await ours.comments(thread.number, since_ms) if thread.comments else []
+            news = [one for one in comments if one.at_ms >= since_ms and one.author != forge.login]
+            body = compose(forge, lane, thread, before, news)
+            in_reply_to = before.message if before else None
+        outcome = await self._store.write(lambda tx: put_news(tx, forge, state, lane, body, in_reply_to, self._limits))
+        if outcome == "full" and lane is not None:
+            await self._brake(lane, forge)
+        return outcome
+
+    async def _lane(self, ours: Forge, forge: Registered, thread: Thread) -> Lane | None:
+        news = News(forge.project, thread.kind, thread.labels)
+        if asks_for_files(self._lanes, news):
+            news = news._replace(files=await ours.files(thread.number))
+        return lane_of(self._lanes, news)
+
+    async def _brake(self, lane: Lane, forge: Registered) -> None:
+        now = trio.current_time()
+        if now - self._braked.get(lane.name, -BRAKED_FOR_S) >= BRAKED_FOR_S:
+            self._braked[lane.name] = now
+            await self._store.write(lambda tx: tell_lane_full(tx, lane, forge, self._limits))
+
+
+def _state(one: Notification, thread: Thread | None) -> State:
+    if thread is None:
+        return State(one.id, one.updated_at_ms, 0, None, None)
+    return State(one.id, thread.updated_at_ms, thread.comments, thread.kind, thread.number)
