@@ -57,6 +57,7 @@ from hive_core.services.tool_calls import forget_old_tool_calls
 from hive_core.services.turns import Turns
 from hive_core.services.uid_ranges import UidRanges
 from hive_core.sockets.admin import AdminDesk
+from hive_core.sockets.git import GitDesk
 from hive_core.sockets.harness import HarnessDesk
 from hive_core.sockets.http import serve_asgi
 from hive_core.sockets.model import ModelRelay
@@ -70,7 +71,7 @@ STOP_WITHIN_S = 4.0
 SLOW_READER_MS = 20_000
 TIED_AGENTS_PATIENCE_S = 1.0
 PRUNE_EVERY_S = 3600.0
-SOCKETS = ("harness", "mcp", "model", "egress")  # of each agent
+SOCKETS = ("harness", "mcp", "model", "egress", "git")  # of each agent
 
 
 def listen_tcp(host: str, port: int) -> socket.socket:
@@ -304,7 +305,7 @@ class _Rooms:
             partial(hive.turns.note_unleased_call, name),
         )
         with contextlib.ExitStack() as opened:
-            harness_sock, mcp_sock, model_sock, egress_sock = (
+            harness_sock, mcp_sock, model_sock, egress_sock, git_sock = (
                 opened.enter_context(listen_unix(run / f"{each}.sock")) for each in SOCKETS
             )
             opened.pop_all()
@@ -313,6 +314,7 @@ class _Rooms:
                 nursery.start_soon(serve_unix, harness_sock, harness.serve)
                 nursery.start_soon(serve_unix, mcp_sock, partial(agent_socket.serve_agent, tools))
                 nursery.start_soon(serve_asgi, relay, model_sock)
+                nursery.start_soon(serve_unix, git_sock, GitDesk(name, hive.git_services).serve)
                 self._serve_page(agent, nursery)
                 nursery.start_soon(hive.egress.hold, name, egress_sock)
                 task_status.started(harness)
@@ -351,6 +353,7 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
     admin = listen_unix(Path(host_socket(str(config.runtime_dir))), 0o660)
     timers: list[Timer] = [Rests(hive.broker.limits), hive.questions, hive.reminders, hive.schedules, hive.approvals]
     async with trio.open_nursery() as nursery:
+        await nursery.start(hive.mirrors.serve)  # first: it clears up what is nobody's
         nursery.start_soon(serve_unix, admin, AdminDesk(hive).serve)
         nursery.start_soon(partial(serve_asgi, build_app(hive), page, stopping=hive.stopping))
         nursery.start_soon(hive.store.serve_backstop)
@@ -371,7 +374,6 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         nursery.start_soon(_serve_pruning, hive)
         nursery.start_soon(hive.destruction.serve)
         nursery.start_soon(hive.disk.serve)
-        nursery.start_soon(hive.mirrors.serve)
         nursery.start_soon(hive.snapshots.serve)
         nursery.start_soon(hive.forge_watch.serve)
         nursery.start_soon(serve_watchdog)

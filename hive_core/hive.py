@@ -21,6 +21,7 @@ from hive_core.procedures.kinds.raise_budget import RaiseBudget
 from hive_core.procedures.kinds.schedule_prompt import SchedulePrompt
 from hive_core.procedures.logins import Logins
 from hive_core.procedures.projects import ProjectMirrors
+from hive_core.procedures.pushes import GitServices
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.procedures.snapshotting import Snapshotting
 from hive_core.procedures.together import Together
@@ -87,6 +88,7 @@ class Hive:
     loose_ends: LooseEnds = field(init=False)
     disk: DiskUses = field(init=False)
     mirrors: ProjectMirrors = field(init=False)
+    git_services: GitServices = field(init=False)
     snapshots: Snapshotting = field(init=False)
     tombstones: Tombstones = field(init=False)
     destruction: Destruction = field(init=False)
@@ -107,6 +109,9 @@ class Hive:
         self.breaker = Breaker(self.store, self.credentials, self.access, self.broker.limits)
         self.ledger.windows = self.breaker.windows_used
         self.mirrors = ProjectMirrors(self.store, self.broker.limits, self.config.state_dir)
+        self.git_services = GitServices(
+            self.store, self.mirrors, self.credentials, self.broker.limits, self.config.state_dir
+        )
         self.disk = DiskUses(self.store, self.broker.limits, self.config.state_dir)
         self.snapshots = Snapshotting(
             self.store, self.agents, self.access, self.reconciler, self.broker.limits, self.config.state_dir

@@ -240,11 +240,15 @@ class ProjectMirrors:
         except Refusal as refusal:
             log.error("%s", refusal.message, extra={"agent": agent})
 
-    async def serve(self) -> None:
-        """Clear up what a daemon that died left; then lend what is listed, whenever that changes. Until cancelled."""
+    async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Clear up what a daemon that died left; then lend what is listed, whenever that changes. Until cancelled.
+
+        Nothing else may be asked for before it has started.
+        """
         await trio.to_thread.run_sync(self._clear, {row.name for row in await self.projects.all()})
         with self._store.bus.listen(DEPLOYED, WANTED, PROJECTS) as listener:
             async with trio.open_nursery() as self._nursery:
+                task_status.started()
                 seen: Any = None
                 while True:
                     rows = await self.projects.all(), await self.projects.listings()

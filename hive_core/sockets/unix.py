@@ -114,6 +114,11 @@ class Connection:
                 return
             await trio.lowlevel.wait_writable(self._fd())
 
+    @property
+    def sock(self) -> socket.socket:
+        """The socket itself, for a process that goes on with it; it is closed with the connection."""
+        return self._sock
+
     def _fd(self) -> int:
         if (fd := self._sock.fileno()) < 0:
             raise trio.ClosedResourceError("this connection was closed")

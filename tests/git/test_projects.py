@@ -3,102 +3,36 @@
 from __future__ import annotations
 
 import os
-import subprocess
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-import trio
 
 from hive_core.git import mirrors
 from hive_core.git.remotes import parse_source
-from hive_core.limits import Limits
-from hive_core.procedures.projects import ProjectMirrors
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import AgentName, parse_project_name
-from hive_core.services.agents import set_deployed
-from tests.hives import SETTINGS, Services, open_services
-
-SITE, IRIS = parse_project_name("site"), AgentName("iris")
-ENVIRONMENT = {
-    **{key: value for key, value in os.environ.items() if not key.startswith("GIT_")},
-    **dict.fromkeys(("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME"), "ada"),
-    **dict.fromkeys(("GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL"), "ada@localhost"),
-    "GIT_CONFIG_GLOBAL": os.devnull,
-}
-
-
-def git(folder: Path, *words: str, env: dict[str, str] | None = None) -> str:
-    done = subprocess.run(
-        ["git", *words], cwd=folder, env={**ENVIRONMENT, **(env or {})}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def commit(folder: Path, file: str = "README", text: str = "hello\n", branch: str | None = None) -> str:
-    """A commit in a repository with a work tree; its id."""
-    if branch is not None:
-        git(folder, "checkout", "--quiet", "-B", branch)
-    (folder / file).parent.mkdir(parents=True, exist_ok=True)
-    (folder / file).write_text(text)
-    git(folder, "add", "--all")
-    git(folder, "commit", "--quiet", "--allow-empty", "-m", f"Change {file}")
-    return git(folder, "rev-parse", "HEAD")
-
-
-def make_source(folder: Path, branch: str = "main") -> Path:
-    folder.mkdir(parents=True)
-    git(folder, "init", "--quiet", f"--initial-branch={branch}")
-    commit(folder)
-    return folder
-
-
-@asynccontextmanager
-async def open_mirrors(folder: Path, **limits: Any) -> AsyncIterator[tuple[Services, ProjectMirrors]]:
-    (folder / "hive").mkdir()
-    async with open_services(folder / "hive") as services, trio.open_nursery() as nursery:
-        mirrors = ProjectMirrors(services.store, Limits(**limits), services.state_dir)
-        await services.add_agents("hm1nd", "iris")
-        (services.state_dir / "agents" / "iris").mkdir(parents=True)
-        nursery.start_soon(mirrors.serve)
-        yield services, mirrors
-        nursery.cancel_scope.cancel()
-
-
-async def list_projects(services: Services, *projects: dict[str, Any], agent: str = "iris") -> None:
-    """Deploy these as an agent's."""
-    settings = {**SETTINGS, "projects": [*projects], "policy": {"projects": [*projects]}}
-    await services.store.write(lambda tx: set_deployed(tx, agent, "0" * 40, settings))
-
-
-def lent(services: Services, name: str = "site") -> Path:
-    return services.state_dir / "agents" / "iris" / "mirrors" / name
-
-
-async def events(services: Services, kind: str) -> list[Any]:
-    return await services.store.rows("SELECT * FROM events WHERE kind = ?", (kind,))
+from hive_core.protocol.words import parse_project_name
+from tests.project_hives import IRIS, SITE, commit, git, make_source, open_project_hive
 
 
 async def test_a_repository_of_the_host_is_mirrored_with_its_branches_tags_and_head(tmp_path: Path) -> None:
     source = make_source(tmp_path / "site", "trunk")
     git(source, "tag", "v1")
-    async with open_mirrors(tmp_path) as (services, mirrors):
+    async with open_project_hive(tmp_path) as hive:
+        mirrors = hive.mirrors
         added = await mirrors.add(SITE, str(source), {}, "operator")
         assert (added.branch, added.credential, added.trouble) == ("trunk", "none", None)
         refs = git(mirrors.path(SITE), "for-each-ref", "--format=%(refname)", "refs/heads", "refs/tags").split()
         assert refs == ["refs/heads/trunk", "refs/tags/v1"]
         assert added.bytes == sum(file.stat().st_size for file in (mirrors.path(SITE) / "objects" / "pack").iterdir())
-        (event,) = await events(services, "project_added")
+        (event,) = await hive.events("project_added")
         assert event["actor"] == "operator"
 
 
 async def test_a_fetch_follows_branches_that_move_come_and_go_and_leaves_what_agents_pushed(tmp_path: Path) -> None:
     source = make_source(tmp_path / "site")
     git(source, "branch", "old")
-    async with open_mirrors(tmp_path) as (_, mirrors):
+    async with open_project_hive(tmp_path) as hive:
+        mirrors = hive.mirrors
         await mirrors.add(SITE, str(source), {}, "operator")
         mirror = mirrors.path(SITE)
         first = git(mirror, "rev-parse", "main")
@@ -114,7 +48,8 @@ async def test_a_fetch_follows_branches_that_move_come_and_go_and_leaves_what_ag
 
 async def test_a_branch_that_an_agent_moved_is_the_sources_again_once_that_moves(tmp_path: Path) -> None:
     source = make_source(tmp_path / "site")
-    async with open_mirrors(tmp_path) as (_, mirrors):
+    async with open_project_hive(tmp_path) as hive:
+        mirrors = hive.mirrors
         await mirrors.add(SITE, str(source), {}, "operator")
         mirror, first = mirrors.path(SITE), git(source, "rev-parse", "HEAD")
         tree = git(mirror, "rev-parse", "main^{tree}")
@@ -129,7 +64,8 @@ async def test_a_branch_that_an_agent_moved_is_the_sources_again_once_that_moves
 
 async def test_a_branch_beside_which_that_of_an_agent_cannot_be_stays_away_and_the_others_come(tmp_path: Path) -> None:
     source = make_source(tmp_path / "site")
-    async with open_mirrors(tmp_path) as (_, mirrors):
+    async with open_project_hive(tmp_path) as hive:
+        mirrors = hive.mirrors
         await mirrors.add(SITE, str(source), {}, "operator")
         mirror = mirrors.path(SITE)
         git(mirror, "update-ref", "refs/heads/iris/fix", "main")
@@ -142,58 +78,61 @@ async def test_a_branch_beside_which_that_of_an_agent_cannot_be_stays_away_and_t
 
 async def test_an_agent_is_lent_the_packs_of_what_it_lists_and_nothing_is_copied(tmp_path: Path) -> None:
     source = make_source(tmp_path / "site")
-    async with open_mirrors(tmp_path) as (services, mirrors):
+    async with open_project_hive(tmp_path) as hive:
+        mirrors = hive.mirrors
         await mirrors.add(SITE, str(source), {}, "operator")
         await mirrors.add(parse_project_name("other"), str(source), {}, "operator")
-        await list_projects(services, {"name": "site"})
+        await hive.list_projects({"name": "site"})
         await mirrors.lend()
         packs = sorted((mirrors.path(SITE) / "objects" / "pack").iterdir())
         assert packs
         assert [file.stat().st_ino for file in packs] == [
-            file.stat().st_ino for file in sorted((lent(services) / "objects" / "pack").iterdir())
+            file.stat().st_ino for file in sorted((hive.lent() / "objects" / "pack").iterdir())
         ]
-        assert os.listdir(lent(services).parent) == ["site"]
-        git(tmp_path, "clone", "--quiet", "--reference", str(lent(services)), str(mirrors.path(SITE)), "clone")
+        assert os.listdir(hive.lent().parent) == ["site"]
+        git(tmp_path, "clone", "--quiet", "--reference", str(hive.lent()), str(mirrors.path(SITE)), "clone")
         git(tmp_path / "clone", "fsck", "--strict")
         # What is pushed or fetched later is lent as well, and what is not listed any more is taken back.
         commit(source, text="again\n")
         await mirrors.fetch(SITE)
-        assert git(lent(services), "rev-parse", "main") == git(source, "rev-parse", "HEAD")
-        await list_projects(services)
+        assert git(hive.lent(), "rev-parse", "main") == git(source, "rev-parse", "HEAD")
+        await hive.list_projects()
         await mirrors.lend()
-        assert os.listdir(lent(services).parent) == []
+        assert os.listdir(hive.lent().parent) == []
 
 
 async def test_clones_that_borrow_stay_whole_when_the_packs_are_packed_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_source(tmp_path / "site")
-    async with open_mirrors(tmp_path) as (services, mirrors_):
+    async with open_project_hive(tmp_path) as hive:
+        mirrors_ = hive.mirrors
         await mirrors_.add(SITE, str(source), {}, "operator")
-        await list_projects(services, {"name": "site"})
+        await hive.list_projects({"name": "site"})
         await mirrors_.lend()
-        git(tmp_path, "clone", "--quiet", "--reference", str(lent(services)), str(mirrors_.path(SITE)), "clone")
+        git(tmp_path, "clone", "--quiet", "--reference", str(hive.lent()), str(mirrors_.path(SITE)), "clone")
         monkeypatch.setattr(mirrors, "PACKS_MOST", 2)
         for number in range(4):
             commit(source, f"file{number}")
             await mirrors_.fetch(SITE)
         packs = [file for file in mirrors.packs(mirrors_.path(SITE)) if file.endswith(".pack")]
         assert len(packs) <= 3
-        assert mirrors.packs(lent(services)) == mirrors.packs(mirrors_.path(SITE))
+        assert mirrors.packs(hive.lent()) == mirrors.packs(mirrors_.path(SITE))
         git(tmp_path / "clone", "fsck", "--strict")
         git(tmp_path / "clone", "pull", "--quiet")
 
 
 async def test_what_cannot_be_fetched_is_told_with_the_project_and_not_twice(tmp_path: Path) -> None:
     source = make_source(tmp_path / "site")
-    async with open_mirrors(tmp_path) as (services, mirrors):
+    async with open_project_hive(tmp_path) as hive:
+        mirrors = hive.mirrors
         await mirrors.add(SITE, str(source), {}, "operator")
-        await list_projects(services, {"name": "site"}, {"name": "gone"})
+        await hive.list_projects({"name": "site"}, {"name": "gone"})
         source.rename(tmp_path / "away")
         for _ in range(2):
             with pytest.raises(Refusal, match="cannot fetch site"):
                 await mirrors.fetch(SITE)
-        assert len(await events(services, "project_fetch_failed")) == 1
+        assert len(await hive.events("project_fetch_failed")) == 1
         site, gone = await mirrors.of(IRIS)
         assert site["trouble"].startswith(f"site could not be fetched from {source}: ")
         assert "hive project add gone" in gone["trouble"]
@@ -206,9 +145,10 @@ async def test_a_turn_that_begins_has_its_projects_fetched_once_in_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_source(tmp_path / "site")
-    async with open_mirrors(tmp_path) as (services, mirrors_):
+    async with open_project_hive(tmp_path) as hive:
+        mirrors_ = hive.mirrors
         await mirrors_.add(SITE, str(source), {}, "operator")
-        await list_projects(services, {"name": "site"})
+        await hive.list_projects({"name": "site"})
         second = commit(source, text="again\n")
         assert (await mirrors_.of(IRIS))[0]["trouble"] is None
         assert git(mirrors_.path(SITE), "rev-parse", "main") != second  # it was fetched a moment ago
@@ -218,7 +158,8 @@ async def test_a_turn_that_begins_has_its_projects_fetched_once_in_a_while(
 
 
 async def test_what_could_not_be_added_leaves_nothing(tmp_path: Path) -> None:
-    async with open_mirrors(tmp_path, project_bytes=2**20) as (services, mirrors):
+    async with open_project_hive(tmp_path, project_bytes=2**20) as hive:
+        mirrors = hive.mirrors
         empty = tmp_path / "empty"
         empty.mkdir()
         with pytest.raises(Refusal, match="cannot add site"):
@@ -232,19 +173,20 @@ async def test_what_could_not_be_added_leaves_nothing(tmp_path: Path) -> None:
         assert not mirrors.path(SITE).exists()
         with pytest.raises(Refusal, match="tokens are for https"):
             await mirrors.add(SITE, str(large), {"token": "t" * 20}, "operator")
-        assert not (services.state_dir / "credentials" / "projects").exists()
+        assert not (hive.services.state_dir / "credentials" / "projects").exists()
 
 
 async def test_a_project_is_removed_when_nobody_lists_it(tmp_path: Path) -> None:
     source = make_source(tmp_path / "site")
-    async with open_mirrors(tmp_path) as (services, mirrors):
+    async with open_project_hive(tmp_path) as hive:
+        mirrors = hive.mirrors
         await mirrors.add(SITE, str(source), {}, "operator")
         with pytest.raises(Refusal, match="there is one of that name"):
             await mirrors.add(SITE, str(source), {}, "operator")
-        await list_projects(services, {"name": "site"})
+        await hive.list_projects({"name": "site"})
         with pytest.raises(Refusal, match="iris works on it"):
             await mirrors.remove(SITE, "operator")
-        await list_projects(services)
+        await hive.list_projects()
         await mirrors.remove(SITE, "operator")
         assert not mirrors.path(SITE).exists()
         with pytest.raises(Refusal, match="there is no project site"):
@@ -262,7 +204,8 @@ async def test_hooks_and_configuration_of_a_repository_of_the_host_run_nothing(t
         (source / ".git" / "hooks" / hook).symlink_to(trap)
     for key in ("uploadpack.packObjectsHook", "core.fsmonitor", "core.sshCommand", "core.alternateRefsCommand"):
         git(source, "config", key, str(trap))
-    async with open_mirrors(tmp_path) as (_, mirrors):
+    async with open_project_hive(tmp_path) as hive:
+        mirrors = hive.mirrors
         await mirrors.add(SITE, str(source), {}, "operator")
         commit(source, text="again\n")
         fired.unlink(missing_ok=True)  # of our own commit

@@ -1,0 +1,300 @@
+"""A push from an agent: judged before anything moves, sent on, and seen by others at once."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hive_core.git.pushes import forms_of, put_hook
+from tests.project_hives import ARGUS, SITE, ProjectHive, commit, git, make_source, open_project_hive
+
+SECRET = "sk-ant-oat01-aVerySecretTokenOfTheHive-0123456789"
+
+
+async def begin(hive: ProjectHive, source: Path, **project: object) -> Path:
+    """Register the source, list it as iris's, and clone it."""
+    await hive.mirrors.add(SITE, str(source), {}, "operator")
+    await hive.list_projects({"name": "site", **project})
+    return await hive.clone()
+
+
+def refs(repository: Path, below: str = "refs") -> dict[str, str]:
+    said = git(repository, "for-each-ref", "--format=%(refname) %(objectname)", below)
+    return dict(line.split() for line in said.splitlines())
+
+
+async def test_a_push_is_on_the_host_as_a_ref_of_the_agents_and_others_see_it_at_once(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source)
+        await hive.list_projects({"name": "site"}, agent=ARGUS)
+        others = await hive.clone(agent=ARGUS)
+        before = refs(source, "refs/heads"), git(source, "status", "--porcelain", "--branch")
+        pushed = commit(clone, "fix", branch="iris/fix")
+        done = await hive.try_git(clone, "push", "origin", "iris/fix")
+        assert done.returncode == 0, done.stderr
+        assert refs(source, "refs/hive") == {"refs/hive/iris/iris/fix": pushed}
+        assert (refs(source, "refs/heads"), git(source, "status", "--porcelain", "--branch")) == before
+        await hive.git(others, "fetch", "--quiet", agent=ARGUS)
+        assert git(others, "rev-parse", "origin/iris/fix") == pushed
+        # It is lent, too.
+        assert git(hive.lent(agent=ARGUS), "cat-file", "-t", pushed) == "commit"
+        (event,) = await hive.events("project_pushed")
+        told = json.loads(event["data"])
+        assert (event["agent"], told["project"], told["reason"]) == ("iris", "site", None)
+        assert told["refs"] == [
+            {"ref": "refs/heads/iris/fix", "old": "0" * 40, "new": pushed, "at": "refs/hive/iris/iris/fix"}
+        ]
+
+
+@pytest.mark.parametrize(
+    ("to", "cause"),
+    [
+        ("main", "main cannot be pushed: only iris/* may be pushed"),
+        ("argus/x", "only iris/* may be pushed"),
+        ("refs/tags/v1", "tags may not be pushed"),
+        ("refs/hive/iris/x", "it is no branch"),
+        ("refs/source/heads/main", "hidden ref"),
+        ("refs/notes/x", "it is no branch"),
+        ("refs/heads/iris/über", "it is no branch whose name is taken here"),
+        ("refs/heads/iris/.x", ""),
+    ],
+)
+async def test_a_ref_that_may_not_be_pushed_is_refused_in_one_line(tmp_path: Path, to: str, cause: str) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source)
+        commit(clone)
+        before = refs(source), refs(hive.mirrors.path(SITE))
+        done = await hive.try_git(clone, "push", "origin", f"HEAD:{to}")
+        assert done.returncode != 0
+        assert cause in done.stderr
+        assert (refs(source), refs(hive.mirrors.path(SITE))) == before
+
+
+async def test_of_several_branches_all_are_pushed_or_none(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source)
+        commit(clone, branch="iris/a")
+        done = await hive.try_git(clone, "push", "origin", "HEAD:iris/a", "HEAD:main")
+        assert done.returncode != 0
+        assert set(refs(source)) == {"refs/heads/main"}
+        (event,) = await hive.events("push_refused")
+        assert "main cannot be pushed" in json.loads(event["data"])["reason"]
+        await hive.git(clone, "push", "--quiet", "origin", "HEAD:iris/a", "HEAD:iris/b")
+        assert {"refs/hive/iris/iris/a", "refs/hive/iris/iris/b"} < set(refs(source))
+
+
+async def test_a_push_by_force_and_a_removal_take_leave(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source)
+        first = commit(clone, branch="iris/fix")
+        await hive.git(clone, "push", "--quiet", "origin", "iris/fix")
+        git(clone, "commit", "--quiet", "--amend", "--allow-empty", "-m", "another")
+        second = git(clone, "rev-parse", "HEAD")
+        done = await hive.try_git(clone, "push", "--force", "origin", "iris/fix")
+        assert "it would lose commits" in done.stderr
+        done = await hive.try_git(clone, "push", "origin", ":iris/fix")
+        assert "it would be removed" in done.stderr
+        assert refs(source)["refs/hive/iris/iris/fix"] == first
+        await hive.list_projects({"name": "site", "force": True, "push": "*"})
+        await hive.git(clone, "push", "--quiet", "--force", "origin", "iris/fix")
+        assert refs(source)["refs/hive/iris/iris/fix"] == second
+        await hive.git(clone, "push", "--quiet", "origin", ":iris/fix")
+        assert "refs/hive/iris/iris/fix" not in refs(source)
+        done = await hive.try_git(clone, "push", "origin", ":main")
+        assert "a clone begins with it" in done.stderr
+
+
+async def test_tags_are_pushed_where_they_may_and_never_moved(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source, tags=True)
+        git(clone, "tag", "-a", "v1", "-m", "one")
+        await hive.git(clone, "push", "--quiet", "origin", "v1")
+        assert "refs/hive/iris/tags/v1" in refs(source)
+        commit(clone, text="again\n")
+        git(clone, "tag", "--force", "v1")
+        done = await hive.try_git(clone, "push", "--force", "origin", "v1")
+        assert "the tag is there already" in done.stderr
+
+
+@pytest.mark.parametrize("where", ["file", "name", "message", "base64", "old", "key"])
+async def test_a_secret_of_the_hive_is_found_wherever_it_stands(tmp_path: Path, where: str) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        folder = hive.services.state_dir / "credentials"
+        folder.mkdir(mode=0o700)
+        (folder / "claude-oauth-token").write_text(f"{SECRET}\n")
+        line = base64.b64encode(os.urandom(48)).decode()
+        hive.mirrors.keys.put(SITE, ".key", f"-----BEGIN OPENSSH PRIVATE KEY-----\n{line}\n-----END\n")
+        clone = await begin(hive, source)
+        hive.mirrors.keys.put(SITE, ".key", f"-----BEGIN OPENSSH PRIVATE KEY-----\n{line}\n-----END\n")
+        git(clone, "checkout", "--quiet", "-b", "iris/x")
+        if where == "name":
+            commit(clone, f"a/{SECRET}/b")
+        elif where == "message":
+            git(clone, "commit", "--quiet", "--allow-empty", "-m", f"with {SECRET}")
+        elif where == "base64":
+            commit(clone, text=base64.b64encode(f"user:{SECRET}:x".encode()).decode())
+        elif where == "key":
+            commit(clone, text=f"x\n{line}\n")
+        else:
+            commit(clone, "deep/config", text=f"{'x' * 3_000_000}token={SECRET}\n")
+            if where == "old":
+                commit(clone, "deep/config", text="gone\n")
+        done = await hive.try_git(clone, "push", "origin", "iris/x")
+        assert done.returncode != 0
+        assert "holds a secret of the hive's (" in done.stderr
+        assert SECRET not in done.stderr
+        assert ("deep/config holds" in done.stderr) is (where in ("file", "old"))
+        assert set(refs(source)) == {"refs/heads/main"}
+        # Nothing of it stays.
+        git(hive.mirrors.path(SITE), "fsck", "--strict")
+        assert "iris/x" not in await hive.git(clone, "ls-remote")
+        event = (await hive.events("push_refused"))[0]
+        assert SECRET not in event["data"]
+
+
+def test_a_secret_in_base64_is_found_whatever_stands_around_it() -> None:
+    forms = [form for _, form in forms_of({"x": SECRET.encode()})]
+    for before in range(7):
+        for after in range(4):
+            text = base64.b64encode(b"a" * before + SECRET.encode() + b"b" * after)
+            assert any(form in text for form in forms)
+
+
+async def test_a_push_that_is_too_large_is_refused_also_when_it_is_small_before_it_is_unpacked(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path, push_bytes=1_000_000) as hive:
+        clone = await begin(hive, source)
+        git(clone, "checkout", "--quiet", "-b", "iris/x")
+        (clone / "noise").write_bytes(os.urandom(2_000_000))
+        commit(clone)
+        done = await hive.try_git(clone, "push", "origin", "iris/x")
+        assert done.returncode != 0
+        git(clone, "reset", "--quiet", "--hard", "HEAD~1")
+        (clone / "zeros").write_bytes(b"\0" * 20_000_000)
+        commit(clone)
+        done = await hive.try_git(clone, "push", "origin", "iris/x")
+        assert "more than 15.3 MiB when it is unpacked" in done.stderr
+        assert set(refs(source)) == {"refs/heads/main"}
+        git(clone, "reset", "--quiet", "--hard", "HEAD~1")
+        commit(clone, text="small\n")
+        await hive.git(clone, "push", "--quiet", "origin", "iris/x")
+
+
+async def test_thousands_of_refs_are_refused_at_once(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source)
+        lines = "".join(f"create refs/heads/iris/{number} HEAD\n" for number in range(3_000))
+        (clone / ".git" / "lines").write_text(lines)
+        git(clone, "-c", "alias.x=!git update-ref --stdin <.git/lines", "x")
+        done = await hive.try_git(clone, "push", "origin", "refs/heads/iris/*:refs/heads/iris/*")
+        assert done.returncode != 0
+        assert "the limit is 100" in done.stderr
+        assert set(refs(hive.mirrors.path(SITE), "refs/heads")) == {"refs/heads/main"}
+
+
+async def test_a_branch_beside_which_another_cannot_be_is_refused_before_it_is_sent_on(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source)
+        commit(clone)
+        await hive.git(clone, "push", "--quiet", "origin", "HEAD:refs/heads/iris/x")
+        done = await hive.try_git(clone, "push", "origin", "HEAD:refs/heads/iris/x/y")
+        assert "refs/heads/iris/x is there, and git keeps one of the two" in done.stderr
+        assert "refs/hive/iris/iris/x/y" not in refs(source)
+
+
+async def test_objects_that_git_warns_of_are_refused(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source)
+        blob = git(clone, "rev-parse", "HEAD:README")
+        for mode, name in (("100644", ".git"), ("100644", ".."), ("120000", ".gitmodules")):
+            (clone / "tree").write_bytes(f"{mode} {name}\0".encode() + bytes.fromhex(blob))
+            tree = git(clone, "hash-object", "-t", "tree", "-w", "--literally", "tree")
+            bad = git(clone, "commit-tree", tree, "-p", "HEAD", "-m", "bad")
+            done = await hive.try_git(clone, "push", "origin", f"{bad}:refs/heads/iris/bad")
+            assert done.returncode != 0
+            assert set(refs(source)) == {"refs/heads/main"}
+
+
+async def test_a_submodule_and_a_pointer_to_a_large_file_are_data(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source)
+        git(clone, "checkout", "--quiet", "-b", "iris/x")
+        git(clone, "update-index", "--add", "--cacheinfo", f"160000,{'1' * 40},sub")
+        commit(clone, "big.bin", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        await hive.git(clone, "push", "--quiet", "origin", "iris/x")
+        assert "refs/hive/iris/iris/x" in refs(source)
+
+
+async def test_hooks_of_the_host_and_of_the_mirror_do_not_run_for_a_push(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source)
+        fired = tmp_path / "fired"
+        for folder in (source / ".git" / "hooks", hive.mirrors.path(SITE) / "hooks"):
+            folder.mkdir(exist_ok=True)
+            for hook in ("pre-receive", "update", "post-receive", "post-update", "reference-transaction", "pre-push"):
+                (folder / hook).write_text(f"#!/bin/sh\ntouch {fired}\n")
+                (folder / hook).chmod(0o755)
+        git(source, "config", "receive.denyNonFastForwards", "true")
+        git(source, "config", "core.alternateRefsCommand", f"touch {fired}; :")
+        commit(clone, branch="iris/x")
+        await hive.git(clone, "push", "--quiet", "origin", "iris/x")
+        assert not fired.exists()
+
+
+async def test_what_is_pushed_to_the_branch_that_is_checked_out_leaves_the_files_as_they_are(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source, push="main")
+        head = git(source, "rev-parse", "HEAD")
+        pushed = commit(clone, text="pushed\n")
+        await hive.git(clone, "push", "--quiet", "origin", "main")
+        assert refs(source) == {"refs/heads/main": head, "refs/hive/iris/main": pushed}
+        assert (source / "README").read_text() == "hello\n"
+
+
+async def test_a_repository_that_takes_nothing_leaves_the_mirror_as_it_was(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source)
+        commit(clone, branch="iris/x")
+        source.rename(tmp_path / "away")
+        done = await hive.try_git(clone, "push", "origin", "iris/x")
+        assert done.returncode != 0
+        assert "iris/x" not in await hive.git(clone, "ls-remote")
+        (tmp_path / "away").rename(source)
+        await hive.git(clone, "push", "--quiet", "origin", "iris/x")
+
+
+def test_a_hook_whose_daemon_is_gone_says_so_and_moves_nothing(tmp_path: Path) -> None:
+    ask, hooks_ask = os.pipe()
+    hooks_answer, answer = os.pipe()
+    for descriptor in (ask, answer):
+        os.close(descriptor)  # as a daemon that died leaves them
+    os.set_inheritable(hooks_ask, True)
+    os.set_inheritable(hooks_answer, True)
+    done = subprocess.run(
+        [put_hook(tmp_path / "hooks") / "pre-receive"],
+        input="",
+        env={**os.environ, "HIVE_ASK": str(hooks_ask), "HIVE_ANSWER": str(hooks_answer)},
+        pass_fds=(hooks_ask, hooks_answer),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "the hive's daemon went away; nothing was pushed: push again" in done.stderr
