@@ -16,6 +16,7 @@ from tests.daemons import WITHIN_S, Daemon
 from tests.needs import ROOT
 from tests.processes import look_until, pids_naming, wait_gone
 from tests.swarm.test_outlive import GATED, SAY_WHO, WELCOME, open_swarm, pid_of, spawn
+from tests.swarm.test_projects import two_agents_work_on_one_project
 from tests.swarm.test_snapshots import remove_and_restore
 
 
@@ -134,3 +135,7 @@ def test_the_doctor_tells_which_sandboxes_work_here(tmp_path: Path) -> None:
 
 def test_the_state_of_an_agent_that_removed_everything_comes_back_by_one_command() -> None:
     remove_and_restore("nspawn")
+
+
+def test_two_agents_work_on_one_project() -> None:
+    two_agents_work_on_one_project("nspawn")
