@@ -90,6 +90,7 @@ class Check:
         path = os.environ.get("PATH", os.defpath)
         self._claude = claude
         self._seat = Seat("doctor", folder, folder, folder, f"{folder}/.claude", path, claude, True, model_port)
+        self._told = ""  # the version that it tells
         self.findings: list[dict[str, str]] = []
 
     async def run(self) -> None:
@@ -98,7 +99,8 @@ class Check:
                 status, message = await look()
             except _Trouble as trouble:
                 status, message = "trouble", f"{trouble}; install the version that was tried, {tried_version()}"
-            self.findings.append({"check": name, "status": status, "message": message})
+            told = {"version": self._told} if name == "claude" and self._told else {}
+            self.findings.append({"check": name, "status": status, "message": message, **told})
             if status == "trouble":
                 return
 
@@ -107,7 +109,7 @@ class Check:
         version = said.text.split()[0] if said.code == 0 and said.text.split() else None
         if version is None:
             raise _Trouble(f"{self._claude} does not tell its version: {said.failure}")
-        tried = tried_version()
+        self._told, tried = version, tried_version()
         remark = "the version that was tried" if version == tried else f"tried was {tried}"
         return "ok", f"{self._claude}, {version} ({remark})"
 

@@ -26,6 +26,7 @@ from starlette.types import ASGIApp
 from dashboard.app import at_home, build_app
 from hive_core.config import Config
 from hive_core.containers.choice import choose_sandbox, make_driver
+from hive_core.containers.host_process import HostProcessDriver
 from hive_core.containers.mounts import AgentDirs, agent_dirs, run_dir
 from hive_core.credentials import Credential, Credentials, find_credential, how_to_give_one
 from hive_core.git.agent_locks import AgentLocks
@@ -37,6 +38,7 @@ from hive_core.prices import load_prices
 from hive_core.procedures.clock import Timer, serve_clock
 from hive_core.procedures.flake_deployments import make_deployments
 from hive_core.procedures.gate import Gate
+from hive_core.procedures.pinned_claude import PinnedClaude, why_unpinned
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.procedures.supervise import Desk
 from hive_core.procedures.walk import Walk
@@ -196,6 +198,11 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             policy=config.policy,
             host_network=None if config.helper is None else config.host_network,
         )
+        pinned = PinnedClaude(
+            store, config.state_dir, config.claude, inside=choice.bwrap_trouble is None, hindrance=why_unpinned(config)
+        )
+        if isinstance(driver, HostProcessDriver):
+            pinned.when_used(driver.use_claude)
         hive = Hive(
             config=config,
             store=store,
@@ -209,6 +216,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             sign_ins=SignIns(store),
             credentials=Credentials(config.state_dir),
             claude=claude,
+            pinned=pinned,
             sandbox=choice.sandbox,
             sandbox_trouble=choice.trouble,
             sandbox_weakness=choice.weakness,
@@ -233,6 +241,7 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             )
         )
         await gate.ensure_manager(manager_prompt(config))
+        await pinned.load()
         yield hive
 
 
@@ -265,6 +274,8 @@ class _Rooms:
         program = (agent.settings or {}).get("program")
         if program == "claude" and self.hive.sandbox == "none" and not self.hive.unsafe:
             return f"{self.hive.sandbox_trouble}; or start with --unsafe-no-sandbox"
+        if program == "claude" and self.hive.pinned.missing:
+            return self.hive.pinned.missing
         if program == "claude" and self.hive.claude is None:
             return "claude is not installed: `npm install -g @anthropic-ai/claude-code`, then start the hive again"
         return self.hive.gate.hindrance(agent.name)
@@ -361,6 +372,8 @@ async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_
         await nursery.start(hive.reconciler.serve)  # which the gate waits for
         nursery.start_soon(hive.gate.serve)
         nursery.start_soon(hive.gate.upkeep.serve)
+        nursery.start_soon(hive.pinned.serve)
+        nursery.start_soon(hive.update_claude.look)
         nursery.start_soon(hive.broker.serve_leases)
         nursery.start_soon(hive.access.serve, hive.store)
         nursery.start_soon(hive.agents.serve)

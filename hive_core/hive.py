@@ -19,7 +19,9 @@ from hive_core.procedures.gate import Gate
 from hive_core.procedures.kinds.destroy import Destroy
 from hive_core.procedures.kinds.raise_budget import RaiseBudget
 from hive_core.procedures.kinds.schedule_prompt import SchedulePrompt
+from hive_core.procedures.kinds.update_claude import UpdateClaude
 from hive_core.procedures.logins import Logins
+from hive_core.procedures.pinned_claude import PinnedClaude
 from hive_core.procedures.projects import ProjectMirrors
 from hive_core.procedures.pushes import GitServices
 from hive_core.procedures.reconcile import Reconciler
@@ -64,7 +66,8 @@ class Hive:
     keeper: Keeper
     sign_ins: SignIns
     credentials: Credentials
-    claude: Path | None  # the agent program, where it was found
+    claude: Path | None  # the agent program that agents run
+    pinned: PinnedClaude
     sandbox: str  # what agents run in: "bwrap", "nspawn" or "none"
     sandbox_trouble: str | None  # why what is set does not work here, and what would mend it
     sandbox_weakness: str | None = None  # what it does not do here, and what would mend it
@@ -96,11 +99,13 @@ class Hive:
     schedule_prompt: SchedulePrompt = field(init=False)
     raise_budget: RaiseBudget = field(init=False)
     destroy: Destroy = field(init=False)
+    update_claude: UpdateClaude = field(init=False)
     forges: Forges = field(init=False)
     forge_work: ForgeWork = field(init=False)
     forge_watch: ForgeWatch = field(init=False)
 
     def __post_init__(self) -> None:
+        self.pinned.when_used(self._use_claude)
         self.freeze = Freeze(self.store, self.access)
         self.connections = Connections(self.store, self.config)
         self.egress = EgressDesk(
@@ -132,7 +137,8 @@ class Hive:
         self.schedule_prompt = SchedulePrompt(self.gate.asking, self.schedules)
         self.raise_budget = RaiseBudget(self.gate.asking, self.ledger)
         self.destroy = Destroy(self.gate.asking, self.agents, self.tombstones)
-        self.gate.add(self.schedule_prompt, self.raise_budget, self.destroy)
+        self.update_claude = UpdateClaude(self.gate.asking, self.agents, self.reconciler, self.pinned)
+        self.gate.add(self.schedule_prompt, self.raise_budget, self.destroy, self.update_claude)
         self.turn_records = TurnRecords(self.store)
         self.forges = Forges(self.store, self.config.state_dir, self.config.lane)
         self.forge_work = ForgeWork(self.forges, self.agents.access, limits)
@@ -142,6 +148,9 @@ class Hive:
     def own_ports(self) -> set[int]:
         """Those that this hive serves on this machine."""
         return {self.dashboard_port, *self.page_ports.values()} - {0}
+
+    def _use_claude(self, path: Path | None) -> None:
+        self.claude = self.logins.claude = path
 
     @property
     def ledger(self) -> Ledger:

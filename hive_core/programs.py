@@ -28,7 +28,7 @@ def find_claude(chosen: Path | None = None) -> Path | None:
     candidates.append(f"{home}/.local/bin/claude")
     for candidate in candidates:
         if candidate and os.access(candidate, os.X_OK):
-            return _native(Path(candidate))
+            return native_of(Path(candidate))
     return None
 
 
@@ -39,7 +39,7 @@ def how_to_get_claude(chosen: str | Path | None) -> str:
     return "not found; `npm install -g @anthropic-ai/claude-code`, then `hive down; hive up`"
 
 
-def _native(path: Path) -> Path:
+def native_of(path: Path) -> Path:
     """The native binary behind npm's launcher, where there is one."""
     real = path.resolve()
     for parent in real.parents:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import h11
@@ -20,6 +21,7 @@ from hive_core.containers.process import ProcessDriver
 from hive_core.credentials import Credentials
 from hive_core.hive import Hive
 from hive_core.kept import Keeper
+from hive_core.procedures.pinned_claude import PinnedClaude
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.protocol.words import AgentName
 from hive_core.services.agents import Agent
@@ -61,6 +63,7 @@ def hive_of(services: Services, **changes: Any) -> Hive:
         **{
             "credentials": Credentials(folder, {}),
             "claude": None,
+            "pinned": PinnedClaude(services.store, folder, Path("/dev/null")),
             "sandbox": "bwrap",
             "sandbox_trouble": None,
             **changes,

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sqlite3
 import stat
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -21,12 +18,10 @@ from hive_core.cli.client import Client
 from hive_core.cli.doctor import Finding, Progress, Status
 from hive_core.cli.up import SANDBOXES, orphans
 from hive_core.config import Config, load_config
-from hive_core.containers.bubblewrap import bwrap_command
 from hive_core.containers.choice import Choice, choose_sandbox
 from hive_core.containers.groups import bounds_of, choose_groups
-from hive_core.containers.inside import HOME, harness_environment, in_memory
-from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.nspawn import look_for_nspawn
+from hive_core.containers.program_check import check_program
 from hive_core.containers.scopes import SLICE, Scopes
 from hive_core.containers.seccomp import filter_program
 from hive_core.credentials import DEFAULT, Credentials
@@ -39,7 +34,7 @@ from hive_core.programs import find_claude, how_to_get_claude
 from hive_core.protocol.paths import config_files, explain
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted
-from hive_core.protocol.words import MANAGER, AgentName
+from hive_core.protocol.words import MANAGER
 from hive_core.sockets.unix import listen_unix
 from hive_core.store.ballast import BALLAST_BYTES, ROOM_BYTES
 from hive_core.store.door import open_writer
@@ -48,7 +43,6 @@ from hive_core.version import __version__
 
 DAEMON_PATIENCE_S = 5.0
 LITTLE_SPACE_BYTES = 1024**3
-CLAUDE_PATIENCE_S = 60.0  # its own are shorter
 MIB = 1024**2
 
 
@@ -326,50 +320,19 @@ def check_claude(name: str, machine: Machine) -> Iterator[Finding]:
         chosen = chosen if daemon is None else daemon["claude_chosen"]
         yield Finding(name, machine.agents_need, how_to_get_claude(chosen))
         return
-    for told in _ask_agent(claude, inside=machine.bwrap_works and not machine.config.unsafe_no_sandbox):
+    for told in check_program(claude, inside=machine.bwrap_works and not machine.config.unsafe_no_sandbox):
         status = machine.agents_need if told["status"] == "trouble" else told["status"]
         yield Finding(told["check"], cast("Status", status), told["message"])
+    if daemon is not None and (pin := daemon.get("claude_pin")):
+        yield _about_pin(pin, [each["id"] for each in daemon["pending"] if each["kind"] == "claude"])
 
 
-def _ask_agent(claude: Path, *, inside: bool) -> list[dict[str, str]]:
-    """What `hive-agent check` finds. It runs where agents run: in a sandbox, if there is one. Raises Refusal."""
-    check = [sys.executable, "-P", "-m", "hive_agent.cli", "check", str(claude)]
-    with (
-        tempfile.TemporaryDirectory(prefix="hive-") as folder,
-        in_memory(b"") as status,
-        in_memory(filter_program() or b"") as filtered,
-    ):
-        if inside:
-            filter_fd = filtered.fileno() if filter_program() else None
-            bwrap, *options = bwrap_command(_agent_dirs(Path(folder)), claude, status.fileno(), filter_fd)
-            check = [bwrap, "--die-with-parent", *options, *check]
-        try:
-            done = subprocess.run(
-                check,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                cwd=folder,
-                env=harness_environment(HOME if inside else folder),
-                pass_fds=[status.fileno(), filtered.fileno()],
-                timeout=CLAUDE_PATIENCE_S,
-            )
-        except subprocess.TimeoutExpired:
-            why = f"it took more than {CLAUDE_PATIENCE_S:.0f} s; see what else this machine does"
-            raise Refusal("failed", f"cannot look at {claude}: {why}") from None
-    try:
-        found: list[dict[str, str]] = json.loads(done.stdout)
-    except ValueError:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise Refusal("failed", f"cannot look at {claude}: {last[:300]}; install hyperhive anew") from None
-    return found
-
-
-def _agent_dirs(folder: Path) -> AgentDirs:
-    dirs = agent_dirs(folder, folder / "run", AgentName("doctor"))
-    dirs.make()
-    return dirs
+def _about_pin(pin: dict[str, Any], waiting: list[int]) -> Finding:
+    how = f"by approval {pin['approval']}" if pin["approval"] else "as the first one that was found"
+    told = f"{pin['version']} of {pin['source']}, {how}; the hive keeps its own copy (sha256 {pin['sha256'][:12]}…)"
+    if waiting:
+        return Finding("claude's pin", "warning", f"{told}; another one is installed: `hive show {waiting[0]}`")
+    return Finding("claude's pin", "ok", told)
 
 
 def _existing(folder: Path) -> Path:

@@ -38,6 +38,15 @@ def update_meta_inputs(arguments: Namespace) -> None:
     emit(arguments, result, how_it_stands(client, result["approval"]))
 
 
+def update_claude(arguments: Namespace) -> None:
+    import os
+
+    path = None if arguments.path is None else os.path.abspath(os.path.expanduser(arguments.path))
+    client = Client()
+    result = client.call("request_claude", path=path, reason=arguments.reason)
+    emit(arguments, result, how_it_stands(client, result["approval"]))
+
+
 def how_it_stands(client: Client, number: int) -> str:
     """Whether what was asked for waits, and how to go on."""
     from hive_core.cli.show import safe

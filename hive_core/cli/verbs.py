@@ -260,6 +260,11 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
         "ask for a new agent's repositories alone, to be shaped before anything runs",
         _NEW_AGENT,
     ),
+    "update-claude": (
+        "requests.update_claude",
+        "ask to run agents on another claude: the one that is installed now, or PATH",
+        [(("path",), {"nargs": "?", "metavar": "PATH"}), _REASON],
+    ),
     "update-meta-inputs": (
         "requests.update_meta_inputs",
         "ask to build every agent from newer inputs, where containers are NixOS systems",

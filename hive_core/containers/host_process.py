@@ -134,6 +134,10 @@ class HostProcessDriver:
         """What a command is given to, so that it runs beside an agent's first process and has no other rights."""
         raise NotImplementedError
 
+    def use_claude(self, claude: Path | None) -> None:
+        """The program of agents that are started from now on."""
+        self._claude = claude
+
     async def generation(self, name: AgentName, dirs: AgentDirs) -> str:
         """Names the shape that the agent's container has when it is started now; the same in every daemon like this."""
         bounds = None if self._cgroups is None else f"{self._cgroups.kind} {self._cgroups.bounds}"

@@ -65,7 +65,7 @@ GIT_LOCK = re.compile(r"applied/.*\.lock|(proposed|agents/[^/]+/projects)/.*/\.g
 HELD_TWICE = re.compile(r"(agents/[^/]+|tombstones/[^/]+/agent)/(snapshots|\.restored|mirrors)", re.DOTALL)
 # What belongs to this machine and its running daemon, and is not worth a word.
 OF_THE_MACHINE = re.compile(
-    r"daemon\.lock|daemon\.log|mirrors|nix|processes|hive\.ballast|hive\.sqlite(-wal|-shm|-journal)?|\..*"
+    r"daemon\.lock|daemon\.log|mirrors|nix|processes|programs|hive\.ballast|hive\.sqlite(-wal|-shm|-journal)?|\..*"
 )
 
 

@@ -254,8 +254,9 @@ class Gate:
         proof: str | None = None,
         told: MessageBody | None = None,
     ) -> None:
-        """One message to whoever asked, unless the operator did, or took it back himself. told: in place of ours."""
-        if approval.requested_by == OPERATOR or end == "cancelled":
+        """One message to whoever asked, unless that was the operator or the hive itself, or it was taken back. told: in
+        place of ours."""
+        if approval.requested_by in (OPERATOR, SYSTEM) or end == "cancelled":
             return
         about: dict[str, Field] = {"approval": approval.id, "what": approval.kind, "agent": approval.agent}
         if sha := approval.payload.get("sha"):

@@ -61,7 +61,7 @@ class Logins:
         self._bus = bus
         self._credentials = credentials
         self._breaker = breaker
-        self._claude = claude
+        self.claude = claude
         self._trouble = trouble
         self._nursery: trio.Nursery | None = None
         self.all: dict[str, Login] = {}  # credential → its login that runs, or the last one that failed
@@ -111,14 +111,14 @@ class Logins:
             "run `claude setup-token` as yourself, here or elsewhere, and give its token to "
             f"`hive login {name} --token`, or an API key to `hive login {name} --api-key`"
         )
-        if self._claude is None:
+        if self.claude is None:
             raise Refusal("refused", f"cannot log in: claude is not installed here; install it, or {other}")
         if self._trouble:
             raise Refusal("refused", f"cannot log in: it needs a sandbox, and {self._trouble}; {other}")
         if self._nursery is None:
             raise Refusal("unavailable", "cannot log in: the hive has not started yet; try again")
         login = self.all[name] = Login(name, by)
-        self._nursery.start_soon(self._run, login, self._claude)
+        self._nursery.start_soon(self._run, login, self.claude)
         self._tell()
         return login
 

@@ -7,7 +7,7 @@ from hive_core.services.approvals import Approval
 from hive_core.store.writer import Transaction
 
 _APART = ("raise_budget", "schedule_prompt")  # kinds that say nothing of what an agent runs on
-_OF_ALL = "update_meta_inputs"  # what every agent is built from
+_OF_ALL = {"update_meta_inputs": "what every agent is built from", "claude": "the program of every agent"}
 
 
 def in_the_way(tx: Transaction, kind: str, agent: str, besides: int = 0) -> str | None:
@@ -17,7 +17,7 @@ def in_the_way(tx: Transaction, kind: str, agent: str, besides: int = 0) -> str 
         return f"{agent} is being {doing}; look at it again when that is over"
     if kind in _APART or (row := tx.execute(_UNDER_WAY, (besides, agent, kind)).fetchone()) is None:
         return None
-    what = "what every agent is built from" if row["kind"] == _OF_ALL else row["agent"]
+    what = _OF_ALL.get(row["kind"], row["agent"])
     step = f" ({row['step']})" if row["step"] else ""
     return f"approval {row['id']} changes {what} now{step}; once that is over this is shown anew, approve it then"
 
@@ -40,5 +40,5 @@ _MOVING = "SELECT state FROM tombstones WHERE name = ? AND state IN ('destroying
 _UNDER_WAY = f"""
     SELECT id, kind, agent, step FROM approvals INDEXED BY approvals_approved
     WHERE state = 'approved' AND id != ? AND kind NOT IN {_APART}
-      AND (agent = ? OR '{_OF_ALL}' IN (kind, ?)) ORDER BY id LIMIT 1
+      AND (agent = ? OR kind IN {(*_OF_ALL,)} OR ? IN {(*_OF_ALL,)}) ORDER BY id LIMIT 1
 """

@@ -178,6 +178,7 @@ class AdminDesk:
             "credential_missing": hive.credential_missing or None,
             "credentials": hive.breaker.rows(),
             "claude": str(hive.claude) if hive.claude else None,
+            "claude_pin": hive.pinned.pin.to_wire() if hive.pinned.pin else None,
             "claude_chosen": str(hive.config.claude) if hive.config.claude else None,
             "sandbox": hive.sandbox,
             "sandbox_trouble": hive.sandbox_trouble or await self._helper_trouble(),

@@ -35,6 +35,9 @@ def request_verbs(hive: Hive) -> Verbs:
     async def request_update_meta_inputs(args: Args) -> Any:
         return await hive.gate.update_meta_inputs.request(OPERATOR, args.get("reason"))
 
+    async def request_claude(args: Args) -> Any:
+        return await hive.update_claude.request(args.get("path"), args.get("reason"))
+
     def noted(kind: str, ask: Answer, takes: set[str]) -> Verbs:
         async def answer(args: Args) -> Any:
             async with noting_a_refusal(hive.store, OPERATOR, kind, args):
@@ -46,6 +49,7 @@ def request_verbs(hive: Hive) -> Verbs:
         **noted("spawn", request_spawn, _OF_A_NEW_AGENT),
         **noted("init_config", request_init_config, _OF_A_NEW_AGENT),
         **noted("apply_commit", request_apply_commit, {"agent", "sha", "reason"}),
+        **noted("claude", request_claude, {"path", "reason"}),
         **noted("update_meta_inputs", request_update_meta_inputs, {"reason"}),
     }
 

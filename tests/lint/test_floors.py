@@ -25,7 +25,7 @@ FLOORS = [
             "logs",
             "prices",
         ),
-        *("programs", "project_rules", "provider_limits", "revision"),
+        *("program_copies", "programs", "project_rules", "provider_limits", "revision"),
         *("settings", "snapshots", "systemd", "toolkits", "tree_copies", "trees", "usage", "version"),
     },
     {"git", "store"},

@@ -19,6 +19,7 @@ from hive_core.config import Config
 from hive_core.credentials import Credentials
 from hive_core.hive import Hive
 from hive_core.kept import Keeper
+from hive_core.procedures.pinned_claude import PinnedClaude
 from hive_core.procedures.updates import Updates
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
@@ -68,6 +69,7 @@ def whole(services: Services, **environment: str) -> Hive:
         sign_ins=SignIns(services.store),
         credentials=Credentials(services.state_dir, environment),
         claude=None,
+        pinned=PinnedClaude(services.store, services.state_dir, Path("/dev/null")),
         sandbox="none",
         sandbox_trouble="bubblewrap is not installed",
         dashboard_port=7000,

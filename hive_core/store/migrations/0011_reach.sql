@@ -94,3 +94,15 @@ CREATE TABLE connections (
 CREATE INDEX connections_of ON connections (agent, began_at_ms);
 CREATE INDEX connections_by_end ON connections (ended_at_ms);
 CREATE INDEX connections_open ON connections (id) WHERE verdict IS NULL;
+
+-- What agents run of claude: the newest. A copy of ours lies beside the database.
+CREATE TABLE claude_pins (
+  id       INTEGER PRIMARY KEY AUTOINCREMENT,
+  version  TEXT NOT NULL,
+  sha256   TEXT NOT NULL,
+  source   TEXT NOT NULL,                    -- where it was found
+  bytes    INTEGER NOT NULL,
+  mtime_ns INTEGER NOT NULL,                 -- of what was found there
+  approval INTEGER,                          -- NULL: the first one that was found
+  at_ms    INTEGER NOT NULL
+) STRICT;
