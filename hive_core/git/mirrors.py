@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hive_core.git.remotes import Access, their_git
-from hive_core.git.sterile_git import GitLimits, Setting, run_git
+from hive_core.git.remotes import Access, better_told, their_git
+from hive_core.git.sterile_git import GitFailed, GitLimits, Setting, run_git
 from hive_core.protocol.paths import sync_folder
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import mib
@@ -122,10 +122,11 @@ class Mirror:
 
     def run(self, *words: str, setting: Setting | None = None, limits: GitLimits | None = None) -> bytes:
         """git with what reaches the source."""
-        setting = setting or self.access.setting()
-        return run_git(
-            self.path, *words, limits=limits or self._limits.git(), setting=replace(setting, look=self._look)
-        )
+        setting = replace(setting or self.access.setting(), look=self._look)
+        try:
+            return run_git(self.path, *words, limits=limits or self._limits.git(), setting=setting)
+        except GitFailed as failed:
+            raise better_told(failed) from None
 
     def _to_theirs(self, option: str, service: str) -> list[str]:
         source = self.access.source

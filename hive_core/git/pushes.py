@@ -16,7 +16,7 @@ from typing import IO
 
 from hive_core.credentials import Credentials
 from hive_core.git.mirrors import HEADS, MEMORY_BYTES, NOTHING, TAGS, Mirror, stands_in_the_way
-from hive_core.git.remotes import their_git
+from hive_core.git.remotes import better_told, their_git
 from hive_core.git.sterile_git import GitFailed, GitLimits, Setting, command_of, run_git
 from hive_core.project_rules import Project
 from hive_core.protocol.refusal import Refusal
@@ -281,7 +281,7 @@ def _why_not(failed: GitFailed, where: str) -> str:
     said = [
         line.removeprefix("remote: ").strip() for line in failed.printed.splitlines() if line.startswith("remote: ")
     ]
-    why = "; ".join(filter(None, [*rejected[:2], *said[:3]])) or str(failed)
+    why = "; ".join(filter(None, [*rejected[:2], *said[:3]])) or str(better_told(failed))
     return f"{where} did not take it: {named(why)[:400]}"
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import SplitResult, urlsplit
 
-from hive_core.git.sterile_git import GitFailed, Setting
+from hive_core.git.sterile_git import REASON_LIMIT, GitFailed, Setting
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.visible import named
 from hive_core.protocol.words import shown
 
 Kind = Literal["path", "http", "ssh"]
@@ -190,3 +191,12 @@ def their_git(source: Source, service: str) -> str:
         who = (f"--reuid={owner.st_uid}", f"--regid={owner.st_gid}", "--clear-groups", "--no-new-privs")
         words = [setpriv, *who, "--", *words]
     return shlex.join(words)
+
+
+def better_told(failed: GitFailed) -> GitFailed:
+    """The same, with what ssh said of it where git itself says no more than that it could not read."""
+    before, found, _ = failed.printed.partition("fatal: Could not read from remote repository")
+    lines = [line.strip() for line in before.splitlines() if line.strip()]
+    if not found or not str(failed).startswith("fatal: Could not read") or not lines:
+        return failed
+    return GitFailed(named(lines[-1])[:REASON_LIMIT], failed.over, failed.code, failed.printed)

@@ -1,0 +1,186 @@
+"""Projects of a server, by http and by ssh: their credentials are the host's, and go to their own server alone."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from hive_core.protocol.refusal import Refusal
+from tests.git_servers import serve_http, serve_ssh
+from tests.project_hives import SITE, commit, git, make_source, open_project_hive
+
+TOKEN = "a-token-of-the-project-0123456789"
+
+
+def make_bare(folder: Path) -> Path:
+    """A bare repository site.git with one commit, which takes pushes over http."""
+    source = make_source(folder / "source")
+    git(folder, "clone", "--quiet", "--bare", str(source), str(folder / "served" / "site.git"))
+    bare = folder / "served" / "site.git"
+    git(bare, "config", "http.receivepack", "true")
+    return bare
+
+
+def refs(repository: Path, below: str = "refs") -> dict[str, str]:
+    said = git(repository, "for-each-ref", "--format=%(refname) %(objectname)", below)
+    return dict(line.split() for line in said.splitlines())
+
+
+async def test_a_project_of_an_http_server_is_cloned_and_pushed_to_with_its_token(tmp_path: Path) -> None:
+    bare = make_bare(tmp_path)
+    with serve_http(bare.parent, TOKEN) as server:
+        async with open_project_hive(tmp_path) as hive:
+            with pytest.raises(Refusal, match="cannot add site"):
+                await hive.mirrors.add(SITE, f"{server.url}/site.git", {}, "operator")
+            with pytest.raises(Refusal, match="cannot add site"):
+                await hive.mirrors.add(SITE, f"{server.url}/site.git", {"token": "another-token"}, "operator")
+            added = await hive.mirrors.add(SITE, f"{server.url}/site.git", {"token": TOKEN}, "operator")
+            assert added.credential == "token"
+            file = hive.services.state_dir / "credentials" / "projects" / "site.token"
+            assert stat.S_IMODE(file.stat().st_mode) == 0o600
+            await hive.list_projects({"name": "site"})
+            clone = await hive.clone()
+            pushed = commit(clone, "fix", branch="iris/fix")
+            await hive.git(clone, "push", "--quiet", "origin", "iris/fix")
+            assert refs(bare)["refs/heads/iris/fix"] == pushed
+            assert refs(hive.mirrors.path(SITE))["refs/source/heads/iris/fix"] == pushed
+            # It is gone from the mirror once it is gone there.
+            git(bare, "branch", "--delete", "--force", "iris/fix")
+            await hive.mirrors.fetch(SITE)
+            assert "refs/heads/iris/fix" not in refs(hive.mirrors.path(SITE))
+            for path in (hive.mirrors.path(SITE), hive.lent(), clone):
+                assert not [one for one in path.rglob("*") if one.is_file() and TOKEN.encode() in one.read_bytes()]
+            (event,) = await hive.events("project_added")
+            assert TOKEN not in event["data"]
+
+
+async def test_a_branch_that_moved_on_the_server_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    bare = make_bare(tmp_path)
+    with serve_http(bare.parent) as server:
+        async with open_project_hive(tmp_path) as hive:
+            await hive.mirrors.add(SITE, f"{server.url}/site.git", {}, "operator")
+            await hive.list_projects({"name": "site", "push": "*", "force": True})
+            clone = await hive.clone()
+            commit(clone, text="iris\n")
+            other = commit(tmp_path / "source", text="ada\n")
+            git(tmp_path / "source", "push", "--quiet", str(bare), "main")
+            for force in ([], ["--force"]):
+                done = await hive.try_git(clone, "push", *force, "origin", "main")
+                assert f"{server.url}/site.git has moved meanwhile; fetch, and push again" in done.stderr
+                assert refs(bare)["refs/heads/main"] == other
+            await hive.mirrors.fetch(SITE)
+            await hive.git(clone, "pull", "--quiet", "--rebase", "--strategy-option=theirs")
+            await hive.git(clone, "push", "--quiet", "origin", "main")
+            assert refs(bare)["refs/heads/main"] == git(clone, "rev-parse", "HEAD")
+
+
+async def test_a_servers_own_no_is_told_to_the_agent_and_moves_nothing(tmp_path: Path) -> None:
+    bare = make_bare(tmp_path)
+    (bare / "hooks").mkdir(exist_ok=True)
+    (bare / "hooks" / "pre-receive").write_text("#!/bin/sh\necho this branch is protected\nexit 1\n")
+    (bare / "hooks" / "pre-receive").chmod(0o755)
+    with serve_http(bare.parent) as server:
+        async with open_project_hive(tmp_path) as hive:
+            await hive.mirrors.add(SITE, f"{server.url}/site.git", {}, "operator")
+            await hive.list_projects({"name": "site"})
+            clone = await hive.clone()
+            commit(clone, branch="iris/x")
+            done = await hive.try_git(clone, "push", "origin", "iris/x", "iris/x:iris/y")
+            assert "this branch is protected" in done.stderr
+            assert set(refs(hive.mirrors.path(SITE), "refs/heads")) == {"refs/heads/main"}
+            (event,) = await hive.events("push_refused")
+            assert "protected" in json.loads(event["data"])["reason"]
+
+
+async def test_a_push_that_the_server_has_already_comes_to_its_end(tmp_path: Path) -> None:
+    """As after a daemon that died between the server's yes and the mirror's."""
+    bare = make_bare(tmp_path)
+    with serve_http(bare.parent) as server:
+        async with open_project_hive(tmp_path) as hive:
+            await hive.mirrors.add(SITE, f"{server.url}/site.git", {}, "operator")
+            await hive.list_projects({"name": "site"})
+            clone = await hive.clone()
+            pushed = commit(clone, branch="iris/x")
+            git(clone, "push", "--quiet", str(bare), "iris/x")
+            await hive.git(clone, "push", "--quiet", "origin", "iris/x")
+            assert refs(hive.mirrors.path(SITE))["refs/heads/iris/x"] == pushed
+
+
+async def test_a_redirect_takes_no_token_anywhere(tmp_path: Path) -> None:
+    bare = make_bare(tmp_path)
+    with serve_http(bare.parent, TOKEN) as server, serve_http(tmp_path, "x") as stranger:
+        async with open_project_hive(tmp_path) as hive:
+            await hive.mirrors.add(SITE, f"{server.url}/site.git", {"token": TOKEN}, "operator")
+            server.elsewhere = stranger.url
+            with pytest.raises(Refusal, match="cannot fetch site"):
+                await hive.mirrors.fetch(SITE)
+            await hive.list_projects({"name": "site"})
+            clone = await hive.clone()
+            commit(clone, branch="iris/x")
+            assert (await hive.try_git(clone, "push", "origin", "iris/x")).returncode != 0
+            assert stranger.authorizations == []
+
+
+async def test_a_token_goes_over_no_wire_that_others_read(tmp_path: Path) -> None:
+    async with open_project_hive(tmp_path) as hive:
+        for host in ("git.example", "localhost.git.example", "127.0.0.1.git.example"):
+            with pytest.raises(Refusal, match="use https"):
+                await hive.mirrors.add(SITE, f"http://{host}/site.git", {"token": TOKEN}, "operator")
+
+
+async def test_a_project_of_an_ssh_server_is_cloned_and_pushed_to_with_its_key(tmp_path: Path) -> None:
+    bare = make_bare(tmp_path)
+    with serve_ssh(tmp_path / "sshd") as server:
+        async with open_project_hive(tmp_path) as hive:
+            url, key = f"{server.url}{bare}", server.key.read_text()
+            with pytest.raises(Refusal, match="give --key FILE"):
+                await hive.mirrors.add(SITE, url, {}, "operator")
+            other = (tmp_path / "sshd" / "host").read_text()
+            with pytest.raises(Refusal, match="Permission denied"):
+                await hive.mirrors.add(SITE, url, {"key": other}, "operator")
+            added = await hive.mirrors.add(SITE, url, {"key": key}, "operator")
+            assert added.credential == "key"
+            known = hive.services.state_dir / "credentials" / "projects" / "site.known_hosts"
+            assert server.host_key in known.read_text()
+            await hive.list_projects({"name": "site"})
+            clone = await hive.clone()
+            pushed = commit(clone, "fix", branch="iris/fix")
+            await hive.git(clone, "push", "--quiet", "origin", "iris/fix")
+            assert refs(bare)["refs/heads/iris/fix"] == pushed
+
+
+async def test_a_host_key_is_the_one_that_was_given_or_seen_first(tmp_path: Path) -> None:
+    bare = make_bare(tmp_path)
+    with serve_ssh(tmp_path / "sshd") as server:
+        async with open_project_hive(tmp_path) as hive:
+            url, key = f"{server.url}{bare}", server.key.read_text()
+            other = " ".join((tmp_path / "sshd" / "user.pub").read_text().split()[:2])
+            with pytest.raises(Refusal, match="Host key verification failed"):
+                await hive.mirrors.add(SITE, url, {"key": key, "host_key": other}, "operator")
+            await hive.mirrors.add(SITE, url, {"key": key, "host_key": f"example.org {server.host_key}"}, "operator")
+            known = hive.services.state_dir / "credentials" / "projects" / "site.known_hosts"
+            known.write_text(known.read_text().replace(server.host_key, other))
+            with pytest.raises(Refusal, match="Host key verification failed"):
+                await hive.mirrors.fetch(SITE)
+
+
+async def test_a_key_or_token_that_cannot_be_one_is_not_quoted(tmp_path: Path) -> None:
+    async with open_project_hive(tmp_path) as hive:
+        for given in (
+            {"key": "hunter2-hunter2"},
+            {"key": "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nhunter2"},
+            {"key": 7},
+        ):
+            with pytest.raises(Refusal) as refused:
+                await hive.mirrors.add(SITE, "git@git.example:site", given, "operator")
+            assert "hunter2" not in refused.value.message
+        for token in ("hunter2", "hunter2 hunter2", "hunter2hünter2", ["hunter2"]):
+            with pytest.raises(Refusal) as refused:
+                await hive.mirrors.add(SITE, "https://git.example/site", {"token": token}, "operator")
+            assert "hunter2" not in refused.value.message
+        given = {"key": "-----BEGIN X PRIVATE KEY-----\nAAAA\n", "host_key": "* ssh-ed25519 junk"}
+        with pytest.raises(Refusal, match="cannot use this host key"):
+            await hive.mirrors.add(SITE, "git@git.example:site", given, "operator")
