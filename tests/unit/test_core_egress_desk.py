@@ -181,6 +181,11 @@ async def test_who_is_halted_is_cut_and_reaches_nothing_until_it_goes_on(house: 
     else:
         await freeze.estop(OPERATOR)
     assert await stream.receive_some() == b""
+
+    async def is_refused() -> bool:
+        return not await house.passes()
+
+    await wait_until(is_refused)
     status, _ = await house.connect()
     assert "paused by the operator" in status if how == "pause" else "stopped the whole swarm" in status
     assert house.asked == asked
