@@ -23,6 +23,7 @@ from hive_core.procedures.kinds.apply_commit import BASES
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, parse_agent_name, parse_id
 from hive_core.services.agents import Agent
+from hive_core.services.approvals import COMMITS
 from hive_core.services.archive import parse_query
 from hive_core.services.events import timeline
 from hive_core.services.flow import messages_aside, newest_messages
@@ -113,7 +114,7 @@ class Pages:
         except Refusal as refusal:
             raise Refusal("not_found", refusal.message) from None
         against, compared, trouble = request.query_params.get("against", ""), None, ""
-        if approval.kind == "apply_commit" and against in BASES:
+        if approval.kind in COMMITS and against in BASES:
             try:
                 compared = await self._hive.gate.apply_commit.diff(approval, against)
             except Refusal as refusal:

@@ -11,7 +11,7 @@ from hive_core.config import Config
 from hive_core.credentials import DEFAULT, Credential, Credentials
 from hive_core.kept import Keeper
 from hive_core.procedures.destruction import Destruction
-from hive_core.procedures.egress_desk import EgressDesk, tell_way_out
+from hive_core.procedures.egress_desk import EgressDesk
 from hive_core.procedures.forge_watch import ForgeWatch
 from hive_core.procedures.forge_work import ForgeWork
 from hive_core.procedures.forges import Forges
@@ -109,7 +109,13 @@ class Hive:
         self.freeze = Freeze(self.store, self.access)
         self.connections = Connections(self.store, self.config)
         self.egress = EgressDesk(
-            self.store, self.access, self.connections, self.config, self.ledger.running, tell_way_out, self.own_ports
+            self.store,
+            self.access,
+            self.connections,
+            self.config,
+            self.ledger.running,
+            self.gate.egress.wish,
+            self.own_ports,
         )
         self.breaker = Breaker(self.store, self.credentials, self.access, self.broker.limits)
         self.ledger.windows = self.breaker.windows_used

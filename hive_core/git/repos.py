@@ -151,6 +151,14 @@ class Repos:
         async with self._writing.of(name):
             return await _in_thread(name, lambda: _commit_back(self._of(name), name, tag))
 
+    async def commit_edit(self, name: AgentName, path: str, edit: Callable[[str], str], message: str) -> CommitSha:
+        """Make a commit on main with one of its files edited. path: of a file that is in no folder.
+
+        Raises Refusal when main holds no such file, and whatever `edit` raises.
+        """
+        async with self._writing.of(name):
+            return await _in_thread(name, lambda: _commit_edit(self._of(name), name, path, edit, message))
+
     async def hand_over(self, name: AgentName, base: CommitSha) -> None:
         """Write what main has behind base to proposed/NAME/deployed.bundle, from which the manager can fetch it."""
 
@@ -255,7 +263,25 @@ def _commit_back(repository: Path, name: AgentName, tag: str) -> CommitSha:
     tree, now = (run_git(repository, "rev-parse", f"{commit}^{{tree}}").decode().strip() for commit in (target, main))
     if tree == now:
         raise Refusal("conflict", f"cannot roll {name} back to {tag}: it runs on the same files now")
-    made = run_git(repository, "commit-tree", tree, "-p", main, "-m", f"Back to {tag}")
+    return _commit(repository, tree, main, f"Back to {tag}")
+
+
+def _commit_edit(repository: Path, name: AgentName, path: str, edit: Callable[[str], str], message: str) -> CommitSha:
+    main = main_of(repository)
+    if (text := _text(repository, main, path)) is None:
+        raise Refusal("refused", f"cannot change {path} of {name}: its commit holds none")
+    blob = run_git(repository, "hash-object", "-w", "--stdin", stdin=edit(text).encode()).decode().strip()
+    entries = run_git(repository, "ls-tree", "-z", main).split(b"\0")[:-1]
+    named = [entry.partition(b"\t") for entry in entries]
+    kept = [entry for entry, (_, _, file) in zip(entries, named, strict=True) if file != path.encode()]
+    (mode,) = (about.split(b" ")[0] for about, _, file in named if file == path.encode())
+    changed = mode + f" blob {blob}\t{path}".encode()
+    tree = run_git(repository, "mktree", "-z", stdin=b"".join(entry + b"\0" for entry in [*kept, changed]))
+    return _commit(repository, tree.decode().strip(), main, message)
+
+
+def _commit(repository: Path, tree: str, main: CommitSha, message: str) -> CommitSha:
+    made = run_git(repository, "commit-tree", tree, "-p", main, "-m", message)
     sha = CommitSha(made.decode().strip())
     run_git(repository, "update-ref", pin_of(sha), sha)
     return sha

@@ -36,7 +36,6 @@ from hive_core.store.door import Store
 
 log = logging.getLogger(__name__)
 DOORS = "egress_doors"  # the bus topic: an agent's socket is there, or is no more
-WAY_OUT = "let hm1nd propose it"
 REST_FIRST_S, REST_LAST_S = 0.1, 10.0  # between two proxies
 STEADY_S = 60.0  # one that ran for so long had no trouble to start
 SEND_WITHIN_S = 20.0  # a proxy that takes no line for so long is ended
@@ -292,10 +291,6 @@ class EgressDesk:
     @staticmethod
     def _now_ms() -> int:
         return int(time.time() * 1000)
-
-
-async def tell_way_out(name: AgentName, how: str, host: str, port: int) -> str:
-    return WAY_OUT
 
 
 def _passed_on() -> dict[str, str]:

@@ -22,6 +22,7 @@ from hive_core.policy_rules import Rule
 from hive_core.procedures.cards import Cards
 from hive_core.procedures.deployments import Deployments
 from hive_core.procedures.kinds.apply_commit import ApplyCommit
+from hive_core.procedures.kinds.egress import Egress
 from hive_core.procedures.kinds.init_config import InitConfig
 from hive_core.procedures.kinds.kind import Asking, Kind
 from hive_core.procedures.kinds.spawn import Spawn
@@ -110,9 +111,10 @@ class Gate:
         self.apply_commit = ApplyCommit(
             asking, agents, repos, deployments, walk, self.spawn, self.deploy_log, host_network
         )
+        self.egress = Egress(asking, repos, self.apply_commit)
         self.upkeep = RepoUpkeep(store, agents, repos)
         self.kinds: dict[str, Kind] = {}
-        self.add(self.spawn, self.init_config, self.apply_commit, self.update_meta_inputs)
+        self.add(self.spawn, self.init_config, self.apply_commit, self.egress, self.update_meta_inputs)
         self.cards = Cards(store, approvals, lambda approval: self.kinds[approval.kind], self._fail, self._close)
         approvals.expired = self._tell_expired
 

@@ -11,7 +11,7 @@ from hive_core.git.repos import Repos
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import SYSTEM, AgentName, CommitSha
 from hive_core.services.agents import Agents
-from hive_core.services.approvals import TOPIC
+from hive_core.services.approvals import COMMITS, TOPIC
 from hive_core.store.door import Store
 
 log = logging.getLogger(__name__)
@@ -54,10 +54,10 @@ class RepoUpkeep:
 
     async def mend(self, name: AgentName) -> None:
         """Set the tags that the rows speak of and that are missing. Raises Refusal as `Repos` does."""
-        sql = """
+        sql = f"""
             SELECT id, state, note, resolved_by, json_extract(payload, '$.sha') AS sha
             FROM approvals INDEXED BY approvals_of
-            WHERE agent = ? AND kind = 'apply_commit' ORDER BY id DESC LIMIT ?
+            WHERE agent = ? AND kind IN {COMMITS} ORDER BY id DESC LIMIT ?
         """
         rows = await self._store.rows(sql, (name, TAGGED))
         await self._repos.mend(name, [tag for row in reversed(rows) for tag in _tags(dict(row))])

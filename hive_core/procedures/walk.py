@@ -24,7 +24,7 @@ from hive_core.procedures.supervise import AWAY_REST_S
 from hive_core.procedures.trials import HEALTHY, Trial, Unhealthy
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
-from hive_core.services.approvals import Approval, note_proof
+from hive_core.services.approvals import COMMITS, Approval, note_proof
 from hive_core.services.container_states import forgive
 from hive_core.services.systems import Deployed, deployed_now, note_deployed
 from hive_core.store.door import Store
@@ -211,21 +211,21 @@ def _note(tx: Transaction, approval: Approval, proof: str) -> None:
         forgive(tx, approval.agent)  # what it crashed of before is another's
 
 
-_ON_TRIAL = """
+_ON_TRIAL = f"""
     SELECT approvals.agent FROM approvals INDEXED BY approvals_approved
     JOIN agents ON agents.name = approvals.agent AND agents.deployed_sha = approvals.payload ->> 'sha'
-    WHERE approvals.state = 'approved' AND approvals.kind = 'apply_commit' AND approvals.proof IS NULL
+    WHERE approvals.state = 'approved' AND approvals.kind IN {COMMITS} AND approvals.proof IS NULL
     UNION
     SELECT approvals.agent FROM approvals INDEXED BY approvals_approved
     JOIN agents ON agents.name = approvals.agent
     WHERE approvals.state = 'approved' AND approvals.kind = 'spawn'
 """
 # The newest change to the commit that is in an agent's row, where that did not come to stay.
-_TRIED = """
+_TRIED = f"""
     SELECT base FROM (
         SELECT approvals.id, state, approvals.payload ->> 'base' AS base
         FROM agents CROSS JOIN approvals INDEXED BY approvals_of ON approvals.agent = agents.name
-        WHERE agents.name = ? AND kind = 'apply_commit' AND approvals.payload ->> 'sha' = agents.deployed_sha
+        WHERE agents.name = ? AND kind IN {COMMITS} AND approvals.payload ->> 'sha' = agents.deployed_sha
         ORDER BY approvals.id DESC LIMIT 1
     ) WHERE state IN ('approved', 'failed')
 """

@@ -24,6 +24,7 @@ from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
 TOPIC = "approvals"  # published when the instant of an expiry may have changed
+COMMITS = ("apply_commit", "egress")  # kinds whose payload has a commit, and the base that it was made on
 POLICY = "policy"  # who decided, and the door, of what passed by a rule
 BATCH = 100  # that expire in one transaction
 _BEGINS = {  # end of a step → where it may begin
@@ -243,7 +244,7 @@ def stored(shown: Shown) -> tuple[str, str | None]:
 def _is_elsewhere(tx: Transaction, approval: Approval, deed: str) -> Refusal:
     now = tx.execute("SELECT state FROM approvals WHERE id = ?", (approval.id,)).fetchone()["state"]
     why = {"pending": "it waits still", "approved": "it is approved, and under way"}.get(now, f"it is {now} already")
-    if now in ("approved", "done") and approval.kind == "apply_commit":
+    if now in ("approved", "done") and approval.kind in COMMITS:
         why += f"; `hive rollback {approval.agent}` takes it back once it is done"
     return Refusal("conflict", f"cannot {deed} approval {approval.id}: {why}")
 
@@ -323,12 +324,12 @@ _OVER = """
     SELECT * FROM approvals INDEXED BY approvals_expiring
     WHERE state = 'pending' AND expires_at_ms <= ? ORDER BY expires_at_ms, id LIMIT ?
 """
-_OUTDATED = """
+_OUTDATED = f"""
     SELECT waiting.* FROM approvals AS waiting INDEXED BY approvals_pending
     JOIN (SELECT name, deployed_sha AS sha, 1 AS is_agent FROM agents UNION ALL SELECT name, sha, 0 FROM configured)
       AS now ON now.name = waiting.agent
     WHERE state = 'pending'
-      AND CASE WHEN kind = 'apply_commit' THEN payload ->> 'base' != sha
+      AND CASE WHEN kind IN {COMMITS} THEN payload ->> 'base' != sha
                WHEN kind IN ('spawn', 'init_config') THEN is_agent END
       AND agent NOT IN (SELECT agent FROM approvals INDEXED BY approvals_approved WHERE state = 'approved')
     ORDER BY waiting.id

@@ -13,6 +13,7 @@ from hive_core.git.repos import Repos
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, SYSTEM, AgentName, CommitSha, shown
 from hive_core.services.absent import not_found
+from hive_core.services.approvals import COMMITS
 from hive_core.store.door import Store
 
 FIRST = "deployed/0"  # the tag of what its repositories began with
@@ -261,9 +262,9 @@ _BEGUN = f"""
     ORDER BY id DESC LIMIT 1
 """
 # Of what an agent of the same name had that was destroyed, its repository knows nothing: see _is_its_own.
-_PROPOSED_BEFORE = """
+_PROPOSED_BEFORE = f"""
     SELECT payload ->> 'sha' AS sha FROM approvals INDEXED BY approvals_of
-    WHERE agent = :name AND id > :after AND id < :before AND kind = 'apply_commit'
+    WHERE agent = :name AND id > :after AND id < :before AND kind IN {COMMITS}
       AND state IN (SELECT value FROM json_each(:states))
       AND CASE state WHEN 'done' THEN 'deployed/' || id IN (SELECT value FROM json_each(:tags))
           ELSE payload ->> 'base' IN (SELECT value FROM json_each(:commits)) END
@@ -271,7 +272,7 @@ _PROPOSED_BEFORE = """
 """
 _LOG = f"""
     SELECT {_COLUMNS} FROM approvals INDEXED BY approvals_of
-    WHERE agent = ? AND id > ? AND kind = 'apply_commit' AND state IN ('done', 'failed')
+    WHERE agent = ? AND id > ? AND kind IN {COMMITS} AND state IN ('done', 'failed')
     UNION ALL
     SELECT {_COLUMNS} FROM approvals INDEXED BY approvals_of
     WHERE agent = ? AND id > ? AND kind = 'update_meta_inputs' AND state IN ('done', 'failed')
@@ -280,6 +281,6 @@ _LOG = f"""
 # A commit that an agent runs on.
 _RUNS = f"""
     SELECT {_COLUMNS} FROM approvals INDEXED BY approvals_of
-    WHERE agent = ? AND id > ? AND kind = 'apply_commit' AND state IN ('approved', 'done') AND payload ->> 'sha' = ?
+    WHERE agent = ? AND id > ? AND kind IN {COMMITS} AND state IN ('approved', 'done') AND payload ->> 'sha' = ?
     ORDER BY id DESC LIMIT 1
 """

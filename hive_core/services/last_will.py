@@ -34,7 +34,8 @@ def settle_all(tx: Transaction, name: AgentName, actor: str, limits: Limits) -> 
         settle(tx, approval, "denied", why, actor)
         told: dict[str, Field] = {"approval": approval.id, "what": approval.kind, "agent": name, "state": "denied"}
         body = notice("approval_resolved", f"approval {approval.id} for {name}: denied", **told, reason=why)
-        _tell(tx, approval.requested_by, body, None, limits)
+        if approval.requested_by != name:
+            _tell(tx, approval.requested_by, body, None, limits)
 
 
 def _give_up_mail(tx: Transaction, name: AgentName, why: str, limits: Limits) -> None:

@@ -21,6 +21,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, AgentName, parse_agent_name, shown
 from hive_core.services.absent import no_such_agent
 from hive_core.services.agents import LINE_BYTES, check_free, pick_port
+from hive_core.services.approvals import COMMITS
 from hive_core.services.budgets import bring_back, put_away
 from hive_core.services.configured import note_configured
 from hive_core.services.uid_ranges import UidRanges
@@ -254,7 +255,7 @@ _SELECT = """
            agent ->> 'sha' IS NOT NULL AS configured
     FROM tombstones
 """
-_BECOMING = """
+_BECOMING = f"""
     SELECT id FROM approvals INDEXED BY approvals_approved
-    WHERE state = 'approved' AND agent = ? AND kind IN ('spawn', 'init_config', 'apply_commit') LIMIT 1
+    WHERE state = 'approved' AND agent = ? AND kind IN {("spawn", "init_config", *COMMITS)} LIMIT 1
 """

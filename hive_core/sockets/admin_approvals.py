@@ -14,6 +14,7 @@ from hive_core.procedures.kinds.apply_commit import BASES
 from hive_core.procedures.together import Click
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, parse_agent_name, parse_id, shown
+from hive_core.services.approvals import COMMITS
 
 Args = dict[str, Any]
 Tell = Callable[[Any], Awaitable[None]]
@@ -35,7 +36,7 @@ def approval_verbs(hive: Hive) -> Verbs:
         against = args.get("against", "running")
         if against not in BASES:
             raise Refusal("usage", f"cannot compare with {shown(against)}: against is one of {', '.join(BASES)}")
-        if approval.kind != "apply_commit":
+        if approval.kind not in COMMITS:
             raise Refusal("usage", f"cannot compare approval {approval.id}: it is of no commit (`hive show` shows it)")
         return await hive.gate.apply_commit.diff(approval, against)
 

@@ -42,6 +42,7 @@ from hive_core.services.tool_calls import first_answer
 from hive_core.store.writer import Transaction
 
 WAITING_LIMIT = 50  # of one agent
+OURS = ("back", "to")  # in the payload of a commit that the daemon made, which the manager does not have
 BASES = ("running", "approved", "previous")
 
 
@@ -105,7 +106,7 @@ class ApplyCommit:
             why = f"it is what {name} was seeded with; commit a change of it, or ask for a new agent {name}"
             raise Refusal("refused", f"cannot apply {sha[:12]}: {why}")
         proposal = await look()
-        found = await self._look_at(name, proposal, creates)
+        found = await self.look_at(name, proposal, creates)
         shown = found._replace(payload={**found.payload, **more})
 
         def make(tx: Transaction) -> Request:
@@ -114,7 +115,7 @@ class ApplyCommit:
 
         return await self._asking.put(requested_by, key, tool, f"a commit of {name}", make)
 
-    async def _look_at(self, name: AgentName, proposal: Proposal, creates: bool) -> Shown:
+    async def look_at(self, name: AgentName, proposal: Proposal, creates: bool = False) -> Shown:
         """What a card shows of a commit. Raises Refusal when it cannot be deployed, or not by an approval of its."""
         shown = _shown(proposal, await self._deployments.check(name, proposal), creates)
         if is_for_itself(shown.effect):
@@ -202,9 +203,8 @@ class ApplyCommit:
         is_moved = proposal.base != approval.payload["base"] or creates != ("creates" in approval.payload)
         if not is_moved and (approval.effect or {}).get("inputs", "") == self._deployments.inputs:
             return as_it_is
-        shown = await self._look_at(approval.agent, proposal, creates)
-        if "back" in approval.payload:
-            shown.payload["back"] = approval.payload["back"]
+        shown = await self.look_at(approval.agent, proposal, creates)
+        shown.payload.update((key, approval.payload[key]) for key in OURS if key in approval.payload)
         # Built from other inputs it may come to the same.
         return as_it_is if not is_moved and says_the_same(shown.effect, approval.effect) else shown
 
@@ -217,7 +217,7 @@ class ApplyCommit:
             shown = "" if await self._repos.main(approval.agent) == sha else derivation_of(approval.effect)
             return await self._spawn.begin(approval, sha, base, step, shown)
         done = await self._walk.carry_out(approval, sha, base, step)
-        if "back" in approval.payload:
+        if any(key in approval.payload for key in OURS):
             with suppress(Refusal):  # the manager can do without, where it has put something in the way
                 await self._repos.hand_over(approval.agent, base)
 
@@ -255,9 +255,11 @@ def _check_waiting(tx: Transaction, name: AgentName, sha: CommitSha) -> None:
 
 def _rebuilt(approval: Approval, sha: CommitSha) -> MessageBody:
     sentence = f"{approval.agent} runs on {sha[:12]}"
+    fetch = f"what you propose next is to begin there: `git fetch /agents/{approval.agent}/deployed.bundle main`"
     if back := approval.payload.get("back"):
-        fetch = f"`git fetch /agents/{approval.agent}/deployed.bundle main`"
-        sentence += f", with the files of {back} again; what you propose next is to begin there: {fetch}"
+        sentence += f", with the files of {back} again; {fetch}"
+    if "to" in approval.payload:
+        sentence += f", by which it reaches what it tried to; {fetch}"
     return notice(
         "rebuilt",
         sentence,

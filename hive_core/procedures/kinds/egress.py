@@ -1,0 +1,133 @@
+"""A destination that an agent wished to reach, by trying, and that its agent.toml does not name. payload: {"to": the
+entry, as agent.toml would have it, "sha", "base", "diff"}.
+
+The daemon itself makes the commit that adds the entry, on what the agent runs on; from there on it is as every other.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Any
+
+from hive_core.destinations import Address, destination, find_range, parse_address
+from hive_core.egress_edit import WAY_OUT, add_to_egress
+from hive_core.egress_rules import Rule, wanted
+from hive_core.git.agent_locks import AgentLocks
+from hive_core.git.repos import Repos
+from hive_core.procedures.kinds.apply_commit import ApplyCommit
+from hive_core.procedures.kinds.kind import Asking, Done, Step
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import AgentName, CommitSha
+from hive_core.services.absent import no_such_agent
+from hive_core.services.approvals import Approval, Request, Shown
+from hive_core.store.writer import Transaction
+
+WAITING_LIMIT = 5  # wishes of one agent, before the operator has decided some
+DAY_LIMIT = 20
+REST_MS = 24 * 3600 * 1000  # before a wish that was not fulfilled is asked again
+TOLD = "you are told when it is decided"
+
+
+class Egress:
+    kind = "egress"
+
+    def __init__(self, asking: Asking, repos: Repos, apply_commit: ApplyCommit) -> None:
+        self._asking = asking
+        self._repos = repos
+        self._apply = apply_commit
+        self._locks = AgentLocks()
+
+    async def wish(self, name: AgentName, how: str, host: str, port: int) -> str:
+        """Put before the operator what an agent tried to reach, unless that is there, or was decided not long ago.
+
+        What becomes of it, as a clause for the agent's program: "asked the operator (approval 12)". Raises Refusal.
+        """
+        if _is_special(parse_address(host)):
+            return f"it is no public address; {WAY_OUT}"
+        entry, tried = wanted(how, host, port), destination(how, host, port)
+        async with self._locks.of(name):  # of many at once the first one asks
+            if known := await self._asking.store.write(lambda tx: _known(tx, name, entry)):
+                return known
+            sha = await self._commit(name, entry)
+            with self._repos.holding(name, sha):
+                shown = await self._shown(name, sha, entry)
+
+                def make(tx: Transaction) -> Request:
+                    if tx.execute("SELECT 1 FROM agents WHERE name = ?", (name,)).fetchone() is None:
+                        raise no_such_agent(tx, name)
+                    return Request(self.kind, name, name, f"{name} tried to reach {tried}", shown)
+
+                asked = await self._asking.put(name, None, self.kind, f"a destination of {name}", make)
+            await self._repos.tag(name, f"proposal/{asked['approval']}", sha)
+        return f"asked the operator (approval {asked['approval']}); {TOLD}"
+
+    async def _commit(self, name: AgentName, entry: Rule) -> CommitSha:
+        edit = partial(add_to_egress, entry=entry)
+        return await self._repos.commit_edit(name, "agent.toml", edit, f"Let {name} reach {entry.to}")
+
+    async def _shown(self, name: AgentName, sha: CommitSha, entry: Rule) -> Shown:
+        shown = await self._apply.look_at(name, await self._repos.look_again(name, sha))
+        if not any(line["what"] == "egress" and line["after"] for line in (shown.effect or {})["lines"]):
+            why = f"its agent.nix does not take egress from agent.toml; {WAY_OUT}"
+            raise Refusal("refused", f"cannot let {name} reach {entry.to}: {why}")
+        return Shown({"to": entry.written(), **shown.payload}, shown.effect)
+
+    def title(self, approval: Approval) -> str:
+        return f"{approval.agent} wants {_entry(approval).to}"
+
+    async def show_now(self, approval: Approval) -> Shown:
+        name, entry = approval.agent, _entry(approval)
+        if await self._repos.main(name) == approval.payload["base"]:
+            return await self._apply.show_now(approval)
+        sha = await self._commit(name, entry)
+        with self._repos.holding(name, sha):
+            return await self._shown(name, sha, entry)
+
+    async def carry_out(self, approval: Approval, step: Step) -> Done:
+        return await self._apply.carry_out(approval, step)
+
+    async def closed(self, approval: Approval) -> None:
+        await self._apply.closed(approval)
+
+
+def _entry(approval: Approval) -> Rule:
+    return _parse(approval.payload["to"])
+
+
+def _parse(to: str | dict[str, Any]) -> Rule:
+    return Rule.model_validate({"to": to} if isinstance(to, str) else to)
+
+
+def _is_special(address: Address | None) -> bool:
+    return address is not None and find_range(address) is not None
+
+
+def _known(tx: Transaction, name: AgentName, entry: Rule) -> str | None:
+    """What is to be said of a wish that is not asked for now; None: it is."""
+    rows = [dict(row) for row in tx.execute(_WISHES, (name, tx.now_ms - REST_MS)).fetchall()]
+    same = [row for row in rows if _parse(json.loads(row["to"])) == entry]
+    for row in same:
+        if row["state"] == "pending":
+            return f"the operator is asked already (approval {row['id']}); {TOLD}"
+        if row["state"] == "approved":
+            return f"the operator lets it (approval {row['id']}), which is being carried out; {TOLD}"
+        if row["state"] == "denied":
+            return f"the operator denied it (approval {row['id']}): {row['note'] or 'without a reason'}"
+        if row["state"] != "done":
+            return f"the operator was asked not long ago (approval {row['id']}, {row['state']}); {WAY_OUT}"
+    waiting = sum(row["state"] == "pending" for row in rows)
+    if waiting >= WAITING_LIMIT:
+        return f"{waiting} wishes of yours wait for the operator already; try again when some are decided"
+    if sum(row["requested_at_ms"] > tx.now_ms - REST_MS for row in rows) >= DAY_LIMIT:
+        return f"you wished for {DAY_LIMIT} destinations within a day; {WAY_OUT}"
+    return None
+
+
+_WISHES = """
+    SELECT id, state, note, requested_at_ms, payload -> '$.to' AS "to" FROM approvals INDEXED BY approvals_of
+    WHERE agent = ?1 AND kind = 'egress'
+      AND requested_at_ms >= (SELECT created_at_ms FROM agents WHERE name = ?1)
+      AND (state IN ('pending', 'approved') OR requested_at_ms > ?2 OR resolved_at_ms > ?2)
+    ORDER BY id DESC
+"""

@@ -1,0 +1,170 @@
+"""What an agent tried to reach, as a card that is ready to be approved: the commit is the daemon's own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import trio
+
+from hive_core.destinations import TUNNEL
+from hive_core.procedures.kinds.egress import DAY_LIMIT, WAITING_LIMIT
+from hive_core.protocol.effect import effect_line
+from hive_core.protocol.words import AgentName
+from hive_core.services.approvals import Approval
+from tests.checkouts import Checkout
+from tests.git.test_gate import IRIS, TOML, applied, approve, click_and_die, hive, iris, mail_of, serving, tags
+from tests.hives import Services, wait_until
+
+__all__ = ["hive", "iris"]
+KEPT = "# hers\n" + TOML + '\n[env]\nA = "b" # why\n'
+
+
+async def wish(hive: Services, host: str = "git.lan", port: int = 443, how: str = TUNNEL) -> str:
+    return await hive.gate.egress.wish(IRIS, how, host, port)
+
+
+async def cards(hive: Services) -> list[Approval]:
+    return [card for card in await hive.approvals.pending() if card.kind == "egress"]
+
+
+async def policy(hive: Services) -> Any:
+    return json.loads(await hive.value("SELECT policy FROM agents WHERE name = 'iris'")).get("egress")
+
+
+async def deploy(hive: Services, checkout: Checkout, **files: str) -> None:
+    sha = checkout.commit(**files)
+    asked = await hive.gate.apply_commit.request(AgentName("hm1nd"), IRIS, sha, "a change")
+    async with serving(hive):
+        assert (await approve(hive, asked["approval"])).state == "done"
+
+
+async def test_a_wish_is_a_card_whose_commit_adds_the_entry_and_leaves_all_else(hive: Services, iris: Checkout) -> None:
+    await deploy(hive, iris, agent__toml=KEPT)
+    said = await wish(hive)
+    (card,) = await cards(hive)
+    assert said == f"asked the operator (approval {card.id}); you are told when it is decided"
+    assert (card.agent, card.requested_by, card.payload["to"]) == ("iris", "iris", "git.lan:443")
+    assert hive.gate.egress.title(card) == "iris wants git.lan:443"
+    (line,) = (card.effect or {})["lines"]
+    assert (effect_line(line), line["weight"]) == ("egress: + git.lan:443", "wide")
+    async with serving(hive):
+        assert (await approve(hive, card.id)).state == "done"
+    expected = KEPT.replace(TOML, TOML + 'egress = ["git.lan:443"]\n')
+    assert applied(hive, "show", "main:agent.toml") == expected.strip()
+    assert await policy(hive) == [{"to": "git.lan:443"}]
+    assert tags(hive)[f"deployed/{card.id}"] == card.payload["sha"]
+    assert f"approval {card.id}, iris wants git.lan:443: approved" in (await mail_of(hive, "iris"))[-1]
+    told = (await mail_of(hive, "hm1nd"))[-1]
+    assert "by which it reaches what it tried to" in told
+    assert "deployed.bundle main" in told
+
+
+async def test_plain_requests_are_wished_for_with_their_methods(hive: Services, iris: Checkout) -> None:
+    await wish(hive, "repo.lan", 80, "GET")
+    await wish(hive, "repo.lan", 8080, "POST")
+    assert [card.payload["to"] for card in await cards(hive)] == [
+        "http://repo.lan",
+        {"to": "http://repo.lan:8080", "methods": ["GET", "HEAD", "POST"]},
+    ]
+
+
+async def test_the_same_wish_waits_once_however_often_and_at_once_it_comes(hive: Services, iris: Checkout) -> None:
+    said: list[str] = []
+
+    async def try_it() -> None:
+        said.append(await wish(hive))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(try_it)
+    (card,) = await cards(hive)
+    again = f"the operator is asked already (approval {card.id}); you are told when it is decided"
+    assert sorted(said) == sorted([again] * 19 + [f"asked the operator (approval {card.id}); {again.split('; ')[1]}"])
+
+
+async def test_no_more_wait_than_somebody_reads_and_no_more_are_asked_in_a_day(hive: Services, iris: Checkout) -> None:
+    for number in range(DAY_LIMIT):
+        await wish(hive, f"h{number}.lan")
+        if number >= WAITING_LIMIT - 1:
+            said = await wish(hive, "more.lan")
+            assert said.startswith(f"{WAITING_LIMIT} wishes of yours wait")
+            await hive.gate.deny((await cards(hive))[0].id, "no", "operator")
+    assert "within a day; let hm1nd propose it" in await wish(hive, "more.lan")
+    assert len(await cards(hive)) == WAITING_LIMIT - 1
+    await hive.let_time_pass(25 * 3600)
+    assert "asked the operator" in await wish(hive, "more.lan")
+
+
+async def test_what_was_denied_is_told_with_its_reason_and_asked_again_only_a_day_later(
+    hive: Services, iris: Checkout
+) -> None:
+    await wish(hive)
+    (card,) = await cards(hive)
+    await hive.gate.deny(card.id, "use the mirror", "operator")
+    assert await wish(hive) == f"the operator denied it (approval {card.id}): use the mirror"
+    assert await cards(hive) == []
+    await hive.let_time_pass(25 * 3600)
+    assert "asked the operator" in await wish(hive)
+
+
+async def test_a_card_is_shown_anew_when_its_agent_runs_on_something_else(hive: Services, iris: Checkout) -> None:
+    await wish(hive)
+    (before,) = await cards(hive)
+    await deploy(hive, iris, agent__toml=KEPT)
+
+    async def is_anew() -> bool:
+        return (await cards(hive))[0].digest != before.digest
+
+    async with serving(hive):
+        await wait_until(hive.store, is_anew)
+        (card,) = await cards(hive)
+        assert card.payload["base"] == applied(hive, "rev-parse", "main")
+        assert card.payload["to"] == "git.lan:443"
+        assert (await approve(hive, card.id)).state == "done"
+    assert "# hers" in applied(hive, "show", "main:agent.toml")
+    assert await policy(hive) == [{"to": "git.lan:443"}]
+
+
+async def test_a_card_whose_entry_came_another_way_fails_and_says_so(hive: Services, iris: Checkout) -> None:
+    await wish(hive)
+    (card,) = await cards(hive)
+    await deploy(hive, iris, agent__toml='egress = ["git.lan:443"]\n' + TOML)
+
+    async def is_over() -> bool:
+        return not await cards(hive)
+
+    async with serving(hive):
+        await wait_until(hive.store, is_over)
+    assert "it is there already" in ((await hive.approvals.get(card.id)).note or "")
+
+
+async def test_a_daemon_that_dies_behind_the_click_is_followed_by_one_that_carries_it_out(
+    hive: Services, iris: Checkout
+) -> None:
+    await wish(hive)
+    (card,) = await cards(hive)
+    await click_and_die(hive, card.id)
+    assert "the operator lets it" in await wish(hive)
+    async with serving(hive):
+        assert (await hive.approvals.wait_settled(card.id)).state == "done"
+    assert await policy(hive) == [{"to": "git.lan:443"}]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "10.0.0.7", "169.254.169.254", "::1", "fd00::1", "64:ff9b::a00:7"])
+async def test_an_address_that_is_not_public_is_never_put_before_the_operator_by_trying(
+    hive: Services, iris: Checkout, host: str
+) -> None:
+    assert await wish(hive, host) == "it is no public address; let hm1nd propose it"
+    assert await cards(hive) == []
+
+
+async def test_what_was_let_this_way_is_in_the_history_and_can_be_taken_back(hive: Services, iris: Checkout) -> None:
+    await wish(hive)
+    (card,) = await cards(hive)
+    async with serving(hive):
+        await approve(hive, card.id)
+        back = await hive.gate.apply_commit.ask_back({"agent": "iris"})
+        assert (await approve(hive, back["approval"])).state == "done"
+    assert await policy(hive) is None
