@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import subprocess
+import urllib.request
 from pathlib import Path
 
 from hive_agent.claude_command import tried_version
@@ -139,6 +140,18 @@ def _account() -> str | None:
     return f"it spends money, so it has to be asked for (HIVE_TEST_ACCOUNT=1 with {' or '.join(ACCOUNT_KEYS)})"
 
 
+def _forgejo() -> str | None:
+    given = os.environ.get("HIVE_TEST_FORGEJO")
+    tokens = "HIVE_TEST_FORGEJO_TOKENS=ours,another's, of two accounts that may make repositories and write issues"
+    if not given or os.environ.get("HIVE_TEST_FORGEJO_TOKENS", "").count(",") != 1:
+        return f"no Forgejo is given (HIVE_TEST_FORGEJO=https://… with {tokens})"
+    try:
+        with urllib.request.urlopen(f"{given.rstrip('/')}/api/v1/version", timeout=10) as answer:
+            return None if answer.status == 200 else f"HIVE_TEST_FORGEJO is {given}, and that answers {answer.status}"
+    except (OSError, ValueError) as problem:
+        return f"HIVE_TEST_FORGEJO is {given}, and that does not answer as one: {problem}"
+
+
 def _nixos() -> str | None:
     if not Path("/etc/NIXOS").exists():
         return "this is not NixOS (there is no /etc/NIXOS)"
@@ -209,6 +222,7 @@ PROBES = {
     "cgroup2": _cgroup2,
     "strace": _strace,
     "account": _account,
+    "forgejo": _forgejo,
 }
 
 

@@ -63,6 +63,7 @@ class ScriptedForge:
     repository: str = REPOSITORY
     tokens: dict[str, str] = field(default_factory=lambda: {TOKEN: BOT})
     branches: set[str] = field(default_factory=lambda: {"main"})
+    changes: dict[str, list[str]] = field(default_factory=dict)  # branch → the files that it changes
     asked: list[Asked] = field(default_factory=list)
     troubles: list[Trouble] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)  # paths whose next POST is done and answered with 502
@@ -238,7 +239,8 @@ class ScriptedForge:
         return {**public, "pull_request": meta if thread["_pull"] else None, "repository": repository}
 
     def _pull_of(self, thread: Json) -> Json:
-        public = {key: value for key, value in thread.items() if not key.startswith("_")}
+        of_issues = ("assets", "original_author", "original_author_id", "ref")
+        public = {key: value for key, value in thread.items() if not key.startswith("_") and key not in of_issues}
         head, base = thread["_pull"]
         parts = {
             side: {"label": ref, "ref": ref, "sha": "0" * 40, "repo_id": 1}
@@ -322,7 +324,13 @@ class ScriptedForge:
             return JSONResponse(self.comments[number][-1], 201)
         since = request.query_params.get("since", "")
         found = [one for one in self.comments.get(number, []) if one["updated_at"] >= since]
-        return JSONResponse(found if self.kind == "forgejo" else self._page_of(request.query_params, found))
+        if self.kind == "forgejo":
+            return JSONResponse(found)
+        size = int(request.query_params.get("per_page", 30))
+        page, last = int(request.query_params.get("page", 1)), -(-len(found) // size)
+        links = [f'<{request.url.path}?page={at}>; rel="{rel}"' for at, rel in ((page + 1, "next"), (last, "last"))]
+        headers = {"link": ", ".join(links)} if page < last else {}
+        return JSONResponse(self._page_of(request.query_params, found), headers=headers)
 
     def _pulls(self, request: Request, login: str, given: Any) -> Response:
         if request.method == "GET":
@@ -339,6 +347,7 @@ class ScriptedForge:
                 status = 409 if self.kind == "forgejo" else 422
                 return _error(status, f"pull request already exists for these targets {ids}, number: {number}]")
         thread = self._open(login, given["title"], given.get("body", ""), (), (head, base))
+        self.files[thread["number"]] = self.changes.get(head, [])
         return JSONResponse(self._pull_of(thread), 201)
 
     def _pull(self, request: Request, *_: Any) -> Response:

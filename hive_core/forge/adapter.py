@@ -21,6 +21,7 @@ NAME_MOST = 1_024  # characters of such a name; longer ones are left out
 T = TypeVar("T")
 Number = Annotated[int, Field(gt=0, lt=2**53)]
 Text = Annotated[str, BeforeValidator(lambda given: given or "")]  # an empty body may be null
+_LAST = re.compile(r'[?&]page=([0-9]{1,6})[^>]*>; rel="last"')
 _NUMBER = re.compile(r"/(?:issues|pulls)/([1-9][0-9]{0,14})\Z")
 
 
@@ -205,12 +206,16 @@ class Forgejo:
     async def threads(self, kind: ThreadKind, state: str, labels: Sequence[str], page: int) -> Listed:
         query: dict[str, str | int] = {"state": state, "page": page, self.per_page: PAGE}
         if kind == "pull_request":
-            pulls = self._many(_PullRequest, await self._api.call("GET", f"{self._repo}/pulls", query))
+            answer = await self._api.call("GET", f"{self._repo}/pulls", query)
+            pulls = self._many(_PullRequest, answer)
             # Its own choice by labels wants their numbers.
-            return Listed([one for one in map(_of_pull, pulls) if set(labels) <= {*one.labels}], len(pulls) == PAGE)
+            return Listed(
+                [one for one in map(_of_pull, pulls) if set(labels) <= {*one.labels}], _goes_on(answer, pulls)
+            )
         query |= {"type": "issues", **({"labels": ",".join(labels)} if labels else {})}
-        issues = self._many(_Issue, await self._api.call("GET", f"{self._repo}/issues", query))
-        return Listed([_of_issue(one) for one in issues if one.pull_request is None], len(issues) == PAGE)
+        answer = await self._api.call("GET", f"{self._repo}/issues", query)
+        issues = self._many(_Issue, answer)
+        return Listed([_of_issue(one) for one in issues if one.pull_request is None], _goes_on(answer, issues))
 
     async def thread(self, number: int) -> Thread:
         issue = self._one(_Issue, await self._api.call("GET", f"{self._repo}/issues/{number}"))
@@ -238,7 +243,7 @@ class Forgejo:
             answer = await self._api.call("GET", f"{self._repo}/pulls/{number}/files", query)
             found = self._many(_File, answer)
             names += [one.filename for one in found if len(one.filename) <= NAME_MOST]
-            if len(found) < PAGE:
+            if not _goes_on(answer, found):
                 break
         return names
 
@@ -251,7 +256,7 @@ class Forgejo:
             some = self._many(_Notification, answer)
             found += map(_of_notification, some)
             every_s = _seconds(answer.headers.get("x-poll-interval")) or every_s
-            if len(some) < PAGE:
+            if not _goes_on(answer, some):
                 break
         return Unread(sorted(found, key=lambda one: one.updated_at_ms), every_s)
 
@@ -295,15 +300,17 @@ class GitHub(Forgejo):
         return next(map(_of_pull, pulls), None)
 
     async def comments(self, number: int, since_ms: int = 0) -> list[Comment]:
-        """As Forgejo's, which has no pages of them: here the first PAGES_MOST."""
-        found: list[Comment] = []
-        for page in range(1, PAGES_MOST + 1):
+        """As Forgejo's, which has no pages of them: here the newest PAGES_MOST pages, and the first."""
+        path, found, page = f"{self._repo}/issues/{number}/comments", list[Comment](), 1
+        while True:
             query = {**self._since(since_ms), "page": page, self.per_page: PAGE}
-            some = self._many(_Comment, await self._api.call("GET", f"{self._repo}/issues/{number}/comments", query))
+            answer = await self._api.call("GET", path, query)
+            some = self._many(_Comment, answer)
             found += map(_of_comment, some)
-            if len(some) < PAGE:
-                break
-        return found
+            last = _LAST.search(answer.headers.get("link", "")) if page == 1 else None
+            page = max(2, int(last[1]) - PAGES_MOST + 1) if last else page + 1
+            if not _goes_on(answer, some) or len(found) >= (PAGES_MOST + 1) * PAGE:
+                return found
 
     def _unread_query(self) -> dict[str, str | int]:
         return {"all": "false"}
@@ -363,6 +370,11 @@ def _of_notification(one: _Notification) -> Notification:
 
 
 _KINDS: dict[str, ThreadKind] = {"Issue": "issue", "Pull": "pull_request", "PullRequest": "pull_request"}
+
+
+def _goes_on(answer: Answer, page: Sequence[object]) -> bool:
+    """Whether there may be another page: the forge says so, or this one is as long as we asked for."""
+    return 'rel="next"' in answer.headers.get("link", "") or len(page) == PAGE
 
 
 def _name(user: _User | None) -> str:

@@ -86,7 +86,7 @@ class ForgeWork:
             "body": _cut(thread.body, BODY_SHOWN),
             "url": forge.place.page(thread.kind, number),
             "below": told,
-            "earlier": len(comments) - len(told),
+            "earlier": max(len(comments), thread.comments) - len(told),
             "files": files[:FILES_SHOWN],
             "more_files": max(0, len(files) - FILES_SHOWN),
         }

@@ -16,6 +16,7 @@ from hive_core.forge.adapter import FILES_MOST, PAGE, Forge, open_forge
 from hive_core.forge.api import ANSWER_LIMIT_BYTES, ForgeTrouble
 from hive_core.forge.words import parse_place
 from hive_core.protocol.refusal import Refusal
+from tests.forge_story import play
 from tests.scripted_forge import BOT, TOKEN, ScriptedForge, Trouble
 
 URL = "https://forge.example"
@@ -90,6 +91,16 @@ async def test_comments_since_an_instant_are_those_after_it(forge: ScriptedForge
         at_ms = (await ours.comments(number))[0].at_ms
         forge.comment("bob", number, "second")
         assert [one.body for one in await ours.comments(number, at_ms + 1000)] == ["second"]
+
+
+async def test_of_very_many_comments_the_newest_are_among_those_that_are_read(forge: ScriptedForge) -> None:
+    number = forge.issue("ada", "A wish")
+    for count in range(7 * PAGE + 1):
+        forge.comment("bob", number, str(count))
+    async with opened(forge) as ours:
+        bodies = [one.body for one in await ours.comments(number)]
+    assert bodies[-1] == str(7 * PAGE)
+    assert bodies[-3 * PAGE :] == [str(count) for count in range(4 * PAGE + 1, 7 * PAGE + 1)]
 
 
 async def test_what_was_not_read_is_told_oldest_first_until_it_is_marked(forge: ScriptedForge) -> None:
@@ -259,3 +270,11 @@ def test_whatever_is_taken_as_a_place_stays_below_the_forge_that_was_named(rest:
     assert not url.userinfo
     assert not url.query
     assert ".." not in url.path.split("/")
+
+
+async def test_the_story_that_a_real_forge_is_held_to_is_true_of_the_scripted_one(forge: ScriptedForge) -> None:
+    forge.tokens["another-token"] = "ada"
+    forge.changes["iris/fix"] = ["mended.txt"]
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=forge.app)) as client:
+        place = parse_place(forge.kind, URL, forge.repository)
+        await play(client, place, TOKEN, "another-token", "iris/fix")

@@ -249,8 +249,8 @@ def test_every_need_of_the_table_can_be_tried_and_what_no_group_needs_yet_is_a_h
     assert set(needs.PROBES) - needed <= set(load_homes(TABLE))
 
 
-def test_the_homes_are_ci_and_the_four_hosts_that_groups_wait_for() -> None:
-    assert list(load_homes(TABLE)) == ["ci", "nixos", "nixpkgs", "cgroup2", "account"]
+def test_the_homes_are_ci_and_the_hosts_that_groups_wait_for() -> None:
+    assert list(load_homes(TABLE)) == ["ci", "nixos", "nixpkgs", "cgroup2", "account", "forgejo"]
 
 
 def test_a_group_lives_in_ci_or_waits_for_one_host_that_it_needs() -> None:
@@ -265,9 +265,9 @@ def test_every_group_of_the_table_has_tests() -> None:
         assert all(list((needs.ROOT / path).rglob("test_*.py")) for path in entry.paths), entry.name
 
 
-@pytest.mark.parametrize("home", ["nixos", "nixpkgs", "cgroup2", "account"])
+@pytest.mark.parametrize("home", ["nixos", "nixpkgs", "cgroup2", "account", "forgejo"])
 def test_a_host_that_is_missing_is_told_in_one_line(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HIVE_TEST_ACCOUNT", "HIVE_TEST_NIXPKGS"):
+    for name in ("HIVE_TEST_ACCOUNT", "HIVE_TEST_NIXPKGS", "HIVE_TEST_FORGEJO"):
         monkeypatch.delenv(name, raising=False)
     why = needs.missing(home)
     assert why is None or ("\n" not in why and why)
