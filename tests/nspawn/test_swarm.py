@@ -15,6 +15,7 @@ from hive_core.containers.process_tree import first_in_namespace
 from tests.daemons import WITHIN_S, Daemon
 from tests.needs import ROOT
 from tests.processes import look_until, pids_naming, wait_gone
+from tests.swarm.test_files import read_a_file
 from tests.swarm.test_outlive import GATED, SAY_WHO, WELCOME, open_swarm, pid_of, spawn
 from tests.swarm.test_projects import two_agents_work_on_one_project
 from tests.swarm.test_snapshots import remove_and_restore
@@ -78,6 +79,10 @@ def uid_of(daemon: Daemon, name: str) -> int | None:
     with contextlib.suppress(OSError):
         return os.stat(f"/proc/{first_in_namespace(pid_of(daemon, name))}").st_uid
     return None
+
+
+def test_an_agent_with_uids_of_its_own_reads_the_file_of_a_message(tmp_path: Path) -> None:
+    read_a_file(tmp_path, "--sandbox=nspawn")
 
 
 def test_containers_without_uids_of_their_own_are_told_wherever_agents_are_shown(tmp_path: Path) -> None:

@@ -17,17 +17,22 @@ READ = {
 
 
 def test_an_agent_reads_in_its_sandbox_the_file_of_a_message_that_a_daemon_before_took(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("remember the milk")
-    with open_swarm() as daemon:
+    read_a_file(tmp_path)
+
+
+def read_a_file(folder: Path, *flags: str) -> None:
+    """Send one to an agent that waits, kill the daemon, and have the agent read it under the next one."""
+    (folder / "notes.txt").write_text("remember the milk")
+    with open_swarm(*flags) as daemon:
         client = daemon.start()
         spawn(client, "iris", [WELCOME, READ])
         daemon.wait_live(lambda agent: agent["name"] == "iris" and agent["state"] == "idle")
         client.call("pause", agent="iris")
-        descriptor = os.open(tmp_path / "notes.txt", os.O_RDONLY)
+        descriptor = os.open(folder / "notes.txt", os.O_RDONLY)
         sent = client.call("send", [descriptor], to="iris", body="read", files=[{"name": "notes.txt"}])
         os.close(descriptor)
         daemon.kill()
-        (tmp_path / "notes.txt").unlink()
+        (folder / "notes.txt").unlink()
         client = daemon.start()
         client.call("start", agent="iris")
         found = daemon.wait_message(client, "found: remember the milk")
