@@ -49,8 +49,11 @@ class Projects:
         self._ask = ask
         self._seen: dict[str, object] = {}  # the mirror as it was when its clone was fetched
 
-    async def prepare(self, settings: Settings) -> list[str]:
-        """Make and fetch the clones; what is to be said of that, a line each. Cancelled, nothing runs on."""
+    async def prepare(self, settings: Settings, show: Callable[[str], None] = lambda _: None) -> list[str]:
+        """Make and fetch the clones; what is to be said of that, a line each. Cancelled, nothing runs on.
+
+        show: hears of what takes its time, when that begins.
+        """
         if not settings.get("projects"):
             return []
         if not _is_there(self._seat.projects_dir):
@@ -67,16 +70,19 @@ class Projects:
         turns = trio.Semaphore(AT_ONCE)
         async with trio.open_nursery() as nursery:
             for state in states:
-                nursery.start_soon(self._prepare, state, notes[state["name"]], turns)
+                nursery.start_soon(self._prepare, state, notes[state["name"]], turns, show)
         return [f"{name}: {note}" for name, told in notes.items() for note in told]
 
-    async def _prepare(self, state: ProjectState, notes: list[str], turns: trio.Semaphore) -> None:
+    async def _prepare(
+        self, state: ProjectState, notes: list[str], turns: trio.Semaphore, show: Callable[[str], None]
+    ) -> None:
         name, place = state["name"], _place(self._seat, state["path"])
         if state["trouble"]:
             notes.append(_said(state["trouble"]))
         async with turns:
             try:
                 if not _is_there(place):
+                    show(f"git clone hive://{name}")
                     await self._clone(state, place)
                     notes.append(f"it was cloned to {place} just now")
                 else:

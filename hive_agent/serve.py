@@ -181,6 +181,9 @@ async def take_turn(link: HostLink, runner: Runner, lease: Lease, projects: Proj
     lines, preparing = TurnLines(runner.seat.state_dir), trio.CancelScope()
     runner.activity = Activity("starting")
 
+    def show(command: str) -> None:
+        runner.activity = Activity("tool", command)
+
     def interrupt() -> None:
         preparing.cancel()
         runner.interrupt()
@@ -189,8 +192,9 @@ async def take_turn(link: HostLink, runner: Runner, lease: Lease, projects: Proj
         nursery.start_soon(ship_lines, link, lease["turn"], lines, runner, interrupt)
         ending = Ending("cancelled", lease["session"], "the host has taken this turn away", reason="cancelled")
         with preparing:
-            if lease["message"] is not None and (notes := await projects.prepare(lease["settings"])):
+            if lease["message"] is not None and (notes := await projects.prepare(lease["settings"], show)):
                 lease = {**lease, "notes": notes}
+            runner.activity = Activity("starting")
         if not preparing.cancelled_caught:
             ending = await runner.take_turn(lease, lines.add)
         link.program_ended()

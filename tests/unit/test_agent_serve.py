@@ -694,8 +694,9 @@ async def test_a_turn_that_is_taken_away_while_a_project_is_cloned_is_never_begu
 
             nursery.start_soon(take)
             await connection.answer(await connection.expect("projects"), projects=[state])
+            shown = {"state": "tool", "detail": "git clone hive://x", "until_ms": None}
             while (request := await connection.next()) is not None:
-                assert (request["op"], request["lines"]) == ("lines", [])
+                assert (request["op"], request["lines"], request["state"]) == ("lines", [], shown)
                 await connection.answer(request, kept=0, running=False)
     assert [(ack["outcome"], ack["reason"]) for ack in acks] == [("cancelled", "cancelled")]
     assert not (tmp_path / "x.new").exists()
