@@ -215,8 +215,24 @@ def packed_bytes(path: Path) -> int:
 # -- what agents borrow ------------------------------------------------------------------------------------------------
 
 
-def export(mirror: Path, place: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """The refs of a mirror as agents see them: the files of a repository."""
+
+    packed_refs: bytes
+    head: bytes
+
+
+def read_refs(mirror: Path) -> Lent:
+    said = run_git(mirror, "for-each-ref", "--format=%(objectname) %(refname)", HEADS, TAGS)
+    head = run_git(mirror, "symbolic-ref", "HEAD").decode().strip()
+    return Lent(b"# pack-refs with: sorted \n" + said, f"ref: {head}\n".encode())
+
+
+def export(mirror: Path, place: Path, refs: Lent | None = None) -> None:
     """Let `place` be a repository with the mirror's refs and packs, which are the same files. Again is fine.
+
+    refs: as they were a moment ago, for whoever exports to many; what they lead to is in a pack.
 
     It is for containers, which see it read-only; nobody but us writes there.
     """
@@ -228,13 +244,13 @@ def export(mirror: Path, place: Path) -> None:
         (fresh / "refs").mkdir(mode=0o700)
         (fresh / "config").write_text("[core]\n\trepositoryFormatVersion = 0\n\tbare = true\n")
         fresh.rename(place)
+    refs = refs or read_refs(mirror)
     for _ in range(3):  # what is packed together while we link is there under another name
         wanted = packs(mirror)
         if _link(mirror, place, wanted):
             break
-    said = run_git(mirror, "for-each-ref", "--format=%(objectname) %(refname)", HEADS, TAGS)
-    _write(place / "packed-refs", b"# pack-refs with: sorted \n" + said)
-    _write(place / "HEAD", f"ref: {run_git(mirror, 'symbolic-ref', 'HEAD').decode().strip()}\n".encode())
+    _write(place / "packed-refs", refs.packed_refs)
+    _write(place / "HEAD", refs.head)
     for file in set(os.listdir(place / "objects" / "pack")) - set(wanted):
         (place / "objects" / "pack" / file).unlink(missing_ok=True)
 

@@ -17,12 +17,14 @@ import trio
 
 from hive_core.git.mirrors import (
     Fetched,
+    Lent,
     Mirror,
     MirrorLimits,
     clear_leavings,
     export,
     exported,
     packed_bytes,
+    read_refs,
     remove,
     withdraw,
 )
@@ -160,6 +162,7 @@ class ProjectMirrors:
         listed = await self.projects.listed_by(agent)
         troubles = await self.fresh([ProjectName(one.name) for one in listed])
         rows = {row.name: row for row in await self.projects.all()}
+        await self._lend_missing(agent, {ProjectName(one.name) for one in listed} & {*rows})
         states = []
         for one in listed:
             name = ProjectName(one.name)
@@ -214,12 +217,26 @@ class ProjectMirrors:
     async def lend(self, *only: ProjectName) -> None:
         """Let every agent have what it lists of these mirrors, or of all, and no other. Trouble is logged."""
         async with self._exporting:
+            refs: dict[ProjectName, Lent] = {}
             registered = {row.name for row in await self.projects.all()}
             for agent, listed in (await self.projects.listings()).items():
                 wanted = {ProjectName(one.name) for one in listed} & registered
-                await self._lend(agent, wanted, set(only))
+                await self._lend(agent, wanted, set(only), refs)
 
-    async def _lend(self, agent: AgentName, wanted: set[ProjectName], only: set[ProjectName]) -> None:
+    async def _lend_missing(self, agent: AgentName, wanted: set[ProjectName]) -> None:
+        """Lend what was not lent yet: without it a first clone would be a copy of all there is."""
+        folder = self._agents / agent / "mirrors"
+
+        def find_missing() -> set[ProjectName]:
+            return {name for name in wanted if not (folder / name / "HEAD").exists()}  # which comes last
+
+        if missing := await trio.to_thread.run_sync(find_missing):
+            async with self._exporting:
+                await self._lend(agent, wanted, missing, {})
+
+    async def _lend(
+        self, agent: AgentName, wanted: set[ProjectName], only: set[ProjectName], refs: dict[ProjectName, Lent]
+    ) -> None:
         folder = self._agents / agent / "mirrors"
 
         def lend() -> None:
@@ -228,7 +245,9 @@ class ProjectMirrors:
             folder.mkdir(mode=0o700, exist_ok=True)
             for name in wanted & only if only else wanted:
                 if self.path(name).is_dir():
-                    export(self.path(name), folder / name)
+                    if name not in refs:
+                        refs[name] = read_refs(self.path(name))
+                    export(self.path(name), folder / name, refs[name])
             for other in list(exported(folder)):
                 if other not in wanted:
                     withdraw(folder, other)

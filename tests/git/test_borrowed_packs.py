@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from hive_core.git.mirrors import export
 from tests.hives import clean_environment
+from tests.project_hives import IRIS, SITE, make_source, open_project_hive
 
 
 def git(*words: str | Path, said: str | None = None, **variables: str) -> str:
@@ -96,3 +98,15 @@ def test_where_no_link_can_be_made_the_packs_are_copied(
     monkeypatch.setattr(os, "link", link)
     export(mirror, place)
     assert git("--git-dir", place, "log", "--format=%s") == "x"
+
+
+async def test_an_agent_whose_turn_begins_is_lent_what_it_lacks_before_it_is_told_of_its_projects(
+    tmp_path: Path,
+) -> None:
+    async with open_project_hive(tmp_path) as hive:
+        await hive.mirrors.add(SITE, str(make_source(tmp_path / "source")), {}, "operator")
+        await hive.list_projects({"name": "site"})
+        # As behind a revival, or before the daemon came to it after the deployment.
+        shutil.rmtree(hive.lent())
+        await hive.mirrors.of(IRIS)
+        assert git("--git-dir", hive.lent(), "log", "--format=%s") == "Change README"
