@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -58,12 +59,14 @@ class ProgramCopies:
         self._folder = state_dir / PLACE
 
     def path_of(self, version: str, sha256: str) -> Path:
-        return self._folder / f"claude-{version}-{sha256[:12]}"
+        # Processes are called as the file is.
+        return self._folder / f"claude-{version}-{sha256[:12]}" / "claude"
 
     def copy(self, source: Path) -> Copied:
         """A copy under a name for the moment, on disk and measured as it is there. Raises OSError."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self._folder / f".new.{os.urandom(6).hex()}"
+        path = self._folder / f".new.{os.urandom(6).hex()}" / "claude"
+        path.parent.mkdir(mode=0o755)
         try:
             with source.open("rb") as theirs, path.open("xb") as ours:
                 try:
@@ -76,22 +79,27 @@ class ProgramCopies:
                 os.fsync(ours.fileno())
             return Copied(path, digest_of(path), path.stat().st_size)
         except BaseException:
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path.parent, ignore_errors=True)
             raise
 
     def keep(self, copied: Copied, version: str) -> Path:
-        """Give a copy the name that it keeps. Raises OSError."""
+        """Give a copy the name that it keeps; where the same lies there already it is that. Raises OSError."""
         path = self.path_of(version, copied.sha256)
-        os.replace(copied.path, path)
+        if path.exists():
+            self.drop(copied)
+            return path
+        sync_folder(copied.path.parent)
+        os.rename(copied.path.parent, path.parent)
         sync_folder(self._folder)
         return path
 
     def drop(self, copied: Copied) -> None:
-        copied.path.unlink(missing_ok=True)
+        shutil.rmtree(copied.path.parent, ignore_errors=True)
 
     def clear(self, needed: Collection[Path]) -> None:
         """Remove all but these: no program runs on others."""
+        keep = {path.parent for path in needed}
         with contextlib.suppress(FileNotFoundError):
-            for path in self._folder.iterdir():
-                if path not in needed:
-                    path.unlink()
+            for folder in self._folder.iterdir():
+                if folder not in keep:
+                    shutil.rmtree(folder)

@@ -91,7 +91,11 @@ async def test_the_first_one_that_is_found_is_copied_and_stays_whatever_becomes_
     async with a_hive(tmp_path, installed) as hive:
         (pin,) = await newest_pins(hive.store, 2)
         assert (pin.sha256, pin.source, pin.approval) == (digest, installed, None)
-        assert hive.claude == hive.pinned.path == tmp_path / "state" / "programs" / f"claude-unknown-{digest[:12]}"
+        assert (
+            hive.claude
+            == hive.pinned.path
+            == tmp_path / "state" / "programs" / f"claude-unknown-{digest[:12]}" / "claude"
+        )
         assert "claude_pinned" in [row["kind"] for row in await hive.store.rows("SELECT kind FROM events")]
     write_program(installed, 2)
     async with a_hive(tmp_path, installed) as hive:
@@ -159,7 +163,7 @@ async def test_a_program_that_was_swapped_since_it_was_shown_is_shown_anew(tmp_p
         failed = await approve(hive, number)
         assert failed.state == "failed"
         assert "is another program now than the one that was shown" in (failed.note or "")
-        assert [path.name for path in (tmp_path / "state" / "programs").iterdir()] == [hive.pinned.path.name]  # type: ignore[union-attr]
+        assert list((tmp_path / "state" / "programs").glob("*/claude")) == [hive.pinned.path]
 
 
 async def test_what_needs_more_than_its_own_file_is_run_where_it_is(tmp_path: Path, installed: Path) -> None:
@@ -221,9 +225,12 @@ def test_a_copy_is_another_file_and_nobody_writes_to_it(tmp_path: Path, installe
     path = copies.keep(copied, "1.2.3")
     assert path.stat().st_ino != installed.stat().st_ino
     assert path.stat().st_mode & 0o777 == 0o555
-    (path.parent / ".new.left").touch()
+    assert copies.keep(copies.copy(installed), "1.2.3") == path
+    copies.copy(installed)
     copies.clear([path])
-    assert list(path.parent.iterdir()) == [path]
+    assert [str(each.relative_to(tmp_path)) for each in tmp_path.glob("programs/*")] == [
+        f"programs/claude-1.2.3-{copied.sha256[:12]}"
+    ]
 
 
 @pytest.mark.parametrize("path", ["claude", "", "/a\0b", 7])
