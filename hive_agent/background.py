@@ -16,13 +16,14 @@ import signal
 import socket
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import trio
 
 from hive_agent.background_record import Record, cut_off_works
+from hive_agent.background_tool import socket_name
 from hive_agent.descendants import end_session, spare
 from hive_agent.reports import Reports
 from hive_core.protocol.harness import BACKGROUND_AT_ONCE, BACKGROUND_NOTE_LIMIT, BACKGROUND_S
@@ -47,8 +48,11 @@ PEER = struct.Struct("3i")  # of SO_PEERCRED: pid, uid, gid
 class Background:
     """Whoever makes one serves it: then it ends, and with it all that runs."""
 
-    def __init__(self, state_dir: str, reports: Reports) -> None:
-        self.address = f"hive-{secrets.token_hex(16)}"  # an abstract one
+    def __init__(self, state_dir: str, reports: Reports, *, own_network: bool = True) -> None:
+        """own_network: else others see abstract sockets, and may connect to one: it is in a folder of its own then."""
+        name = f"hive-{secrets.token_hex(16)}"
+        self._place = None if own_network else Path(os.environ.get("TMPDIR", "/tmp"), name)
+        self.address = name if self._place is None else str(self._place / "socket")
         self._state_dir = state_dir
         self._folder = Path(state_dir) / "background"
         self._reports = reports
@@ -67,8 +71,8 @@ class Background:
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take commands until cancelled."""
-        with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as sock:
-            await sock.bind("\0" + self.address)
+        with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as sock, self._made_place():
+            await sock.bind(socket_name(self.address))
             sock.listen()
             self._tell_what_was_cut_off()
             async with trio.open_nursery() as self._nursery:
@@ -76,6 +80,19 @@ class Background:
                 while True:
                     peer, _ = await sock.accept()
                     self._nursery.start_soon(self._answer, trio.SocketStream(peer))
+
+    @contextlib.contextmanager
+    def _made_place(self) -> Iterator[None]:
+        if self._place is None:
+            yield
+            return
+        self._place.mkdir(mode=0o700)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                Path(self.address).unlink()
+                self._place.rmdir()
 
     def _tell_what_was_cut_off(self) -> None:
         for record in cut_off_works(self._folder):

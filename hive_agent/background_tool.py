@@ -1,6 +1,7 @@
 """The tool `run_in_background` as the bridge offers it: the harness does the work, through a socket of its own.
 
-The socket's name is an abstract one, so no process that dies leaves a file; a sandbox has such names for itself.
+The socket's name is an abstract one, so no process that dies leaves a file; a sandbox has such names for itself, unless
+it shares a network: then it is a path in there.
 Standard library alone.
 """
 
@@ -49,10 +50,15 @@ def call(address: str, arguments: object) -> dict[str, Any]:
     return {"content": [{"type": "text", "text": json.dumps(answer)}], "structuredContent": answer}
 
 
+def socket_name(address: str) -> str:
+    """What the socket of an address is called: a path, or an abstract name."""
+    return address if address.startswith("/") else f"\0{address}"
+
+
 def _ask(address: str, request: dict[str, Any]) -> dict[str, Any]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as harness:
         harness.settimeout(ANSWER_WITHIN_S)
-        harness.connect("\0" + address)
+        harness.connect(socket_name(address))
         harness.sendall(json.dumps(request).encode("utf-8", "replace") + b"\n")
         answer = b""
         while not answer.endswith(b"\n"):

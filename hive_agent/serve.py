@@ -67,11 +67,12 @@ async def serve(
     role: str,
     life_fd: int | None,
     orphan_grace_s: float,
-    has_proxy: bool = True,
+    own_network: bool = True,
 ) -> int:
     """Take turns until told to stop; returns the exit code. Every task of a harness starts here.
 
-    has_proxy: whether what its program reaches it reaches through the hive's proxy
+    own_network: whether this container has one for itself, from which the hive's proxy is the way out; else others are
+    on its loopback, and see its abstract sockets
     """
     adopt_orphans()
     link = HostLink(f"{run_dir}/harness.sock", role=role, orphan_grace_s=orphan_grace_s)
@@ -83,12 +84,12 @@ async def serve(
             tasks.start_soon(_end_with_pipe, life_fd, tasks.cancel_scope)
         tasks.start_soon(_keep_link, link, exit_codes, tasks.cancel_scope)
         model: int = await tasks.start(serve_loopback, f"{run_dir}/model.sock")
-        egress: int = await tasks.start(serve_loopback, f"{run_dir}/egress.sock") if has_proxy else 0
+        egress: int = await tasks.start(serve_loopback, f"{run_dir}/egress.sock") if own_network else 0
         with stop.cuts_wait():
             await link.welcomed.wait()
         if link.welcomed.is_set():
             seat, reports = make_seat(link.agent, model, egress), Reports()
-            background = Background(seat.state_dir, reports)
+            background = Background(seat.state_dir, reports, own_network=own_network)
             seat = replace(seat, harness=background.address)
             tasks.start_soon(reports.serve, link)
             await tasks.start(background.serve)

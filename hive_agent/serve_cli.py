@@ -119,7 +119,7 @@ async def _serve(arguments: argparse.Namespace, role: str) -> int:
         arguments.run,
         seat_maker(arguments),
         role=role,
-        has_proxy=arguments.network == "private",
+        own_network=arguments.network == "private",
         life_fd=arguments.life_fd,
         orphan_grace_s=arguments.orphan_grace,
     )

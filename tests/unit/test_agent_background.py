@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -53,10 +54,10 @@ class Told:
 
 
 class Bench:
-    def __init__(self, folder: Path, told: Told) -> None:
+    def __init__(self, folder: Path, told: Told, own_network: bool = True) -> None:
         self.folder, self.told = folder / "background", told
         self.reports = Reports()
-        self.background = Background(str(folder), self.reports)
+        self.background = Background(str(folder), self.reports, own_network=own_network)
 
     def begin_turn(self, number: int = 1, **settings: Any) -> None:
         self.background.begin_turn(cast("Any", a_lease(number, **settings)))
@@ -68,8 +69,8 @@ class Bench:
 
 
 @asynccontextmanager
-async def a_bench(folder: Path, told: Told | None = None) -> AsyncIterator[Bench]:
-    bench = Bench(folder, told or Told())
+async def a_bench(folder: Path, told: Told | None = None, own_network: bool = True) -> AsyncIterator[Bench]:
+    bench = Bench(folder, told or Told(), own_network)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(bench.reports.serve, bench.told)
         await nursery.start(bench.background.serve)
@@ -269,6 +270,20 @@ async def test_old_logs_go_and_those_of_what_runs_stay(tmp_path: Path) -> None:
         answer = await bench.call("sleep 600")
         left = sorted(path.stem for path in folder.glob("*.log"))
         assert left == sorted([*(f"{number:03}" for number in range(10, LOGS_KEPT + 10)), answer["work"]])
+
+
+async def test_who_shares_a_network_has_no_socket_that_others_see_and_leaves_none_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="hive-t-") as folder:  # a socket's path has no room for a test's own
+        monkeypatch.setenv("TMPDIR", folder)
+        async with a_bench(tmp_path, own_network=False) as bench:
+            (place,) = Path(folder).iterdir()
+            assert (bench.background.address, place.stat().st_mode & 0o777) == (f"{place}/socket", 0o700)
+            assert f"@{place.name}" not in Path("/proc/net/unix").read_text()
+            answer = await bench.call("echo done")
+            assert (await bench.told.of(answer["work"], "ended"))["tail"] == "done"
+        assert list(Path(folder).iterdir()) == []
 
 
 ASK_AS_NOBODY = """
