@@ -272,6 +272,10 @@ def _link(mirror: Path, place: Path, files: list[str]) -> bool:
 
 
 def _write(path: Path, data: bytes) -> None:
+    """The same again leaves the file that is there: by it, who borrows sees whether there is something new."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.read_bytes() == data:
+            return
     fresh = path.with_name(f"{path.name}.lock")
     fresh.write_bytes(data)
     fresh.rename(path)

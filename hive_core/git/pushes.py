@@ -38,7 +38,7 @@ trap '' PIPE
 { printf '%s\\n' "$GIT_QUARANTINE_PATH" && cat && echo .; } >"/dev/fd/$HIVE_ASK" 2>/dev/null
 { read -r verdict && cat >&2; } <"/dev/fd/$HIVE_ANSWER"
 [ "$verdict" = ok ] && exit 0
-[ -n "$verdict" ] || echo "the hive's daemon went away; nothing was pushed: push again" >&2
+[ -n "$verdict" ] || echo "the hive's daemon went away before all was pushed; push again" >&2
 exit 1
 """
 

@@ -92,6 +92,9 @@ async def test_an_agent_is_lent_the_packs_of_what_it_lists_and_nothing_is_copied
         assert os.listdir(hive.lent().parent) == ["site"]
         git(tmp_path, "clone", "--quiet", "--reference", str(hive.lent()), str(mirrors.path(SITE)), "clone")
         git(tmp_path / "clone", "fsck", "--strict")
+        packed = (hive.lent() / "packed-refs").stat()
+        await mirrors.lend()
+        assert (hive.lent() / "packed-refs").stat() == packed  # by which its harness sees that there is nothing new
         # What is pushed or fetched later is lent as well, and what is not listed any more is taken back.
         commit(source, text="again\n")
         await mirrors.fetch(SITE)

@@ -297,4 +297,4 @@ def test_a_hook_whose_daemon_is_gone_says_so_and_moves_nothing(tmp_path: Path) -
         text=True,
     )
     assert done.returncode == 1
-    assert "the hive's daemon went away; nothing was pushed: push again" in done.stderr
+    assert "the hive's daemon went away before all was pushed; push again" in done.stderr
