@@ -7,6 +7,7 @@ that makes more than SINGLE_A_MINUTE has those beyond it summed up by host and v
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ CONNECTED = "connected"  # the bus topic: what is told of connections has change
 SINGLE_A_MINUTE, SINGLE_AN_HOUR = 100, 1_000
 SUMS_A_MINUTE = 10  # of an agent; what is beyond them is one more, of OTHERS
 OTHERS = "*"
-FLUSH_EVERY_S = 1.0
+LASTS_S = 0.2  # most have ended by then, and need no row before their end
+FLUSH_EVERY_S = 0.2
 BUSY_REST_S = 1.0
 MINUTE_MS, HOUR_MS = 60_000, 3_600_000
 STEP = 500  # rows that one transaction removes
@@ -147,6 +149,7 @@ class Connections:
     def began(self, one: Connection) -> None:
         """It is open: it has a row soon, unless it ends before."""
         self._open[id(one)] = one
+        self._store.bus.publish([CONNECTED])
 
     def ended(self, one: Connection) -> None:
         """It has a verdict and an end."""
@@ -167,14 +170,20 @@ class Connections:
         """Write what is told, until cancelled."""
         with self._store.bus.listen(CONNECTED) as listener:
             while True:
-                await self.flush()
-                if not self._waits:
+                with trio.move_on_after(self._rest_s()):
                     await listener.wait()
+                if self._open and not self._ended:
+                    await trio.sleep(LASTS_S)
+                await self.flush()
                 await trio.sleep(FLUSH_EVERY_S)
 
-    @property
-    def _waits(self) -> bool:
-        return bool(self._open or self._ended or any(rate.sums for rate in self._rates.values()))
+    def _rest_s(self) -> float:
+        """How long there is nothing to do that nobody tells of."""
+        if self._open or self._ended:  # the disk took nothing
+            return BUSY_REST_S
+        if any(rate.sums for rate in self._rates.values()):
+            return (MINUTE_MS - self.now_ms % MINUTE_MS) / 1000
+        return math.inf
 
     async def flush(self, sums: bool = False) -> None:
         """Write what is told; also the sums of a minute that is not over."""
