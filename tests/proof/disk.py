@@ -114,6 +114,10 @@ def _bytes(escaped: str) -> bytes:
     return bytes.fromhex(escaped.replace("\\x", ""))
 
 
+def _folder(path: str) -> str:
+    return str(Path(path).parent)
+
+
 class _File:
     """What a file surely holds, and the operations on it that no sync has confirmed yet, by their numbers."""
 
@@ -153,7 +157,12 @@ class Disk:
                 if operation.kind == "rename":
                     del self._names[path]
                 self._names[operation.to] = moved
-                self._pending_names.append((number, operation, moved))
+                if operation.kind == "rename" and _folder(path) != _folder(operation.to):
+                    # Two folders, each synced by itself: the new name may be there before the old one has gone.
+                    self._pending_names.append((number, Operation("link", path, to=operation.to), moved))
+                    self._pending_names.append((number, Operation("unlink", path), None))
+                else:
+                    self._pending_names.append((number, operation, moved))
                 return
             case "unlink":
                 self._names.pop(path, None)
@@ -181,7 +190,7 @@ class Disk:
             return
         later = []
         for number, operation, moved in self._pending_names:
-            if number < begun and str(Path(operation.path).parent) == path:
+            if number < begun and _folder(operation.to or operation.path) == path:
                 _rename(self._sure_names, operation, moved)
             else:
                 later.append((number, operation, moved))

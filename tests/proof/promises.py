@@ -266,17 +266,20 @@ def the_events_tell_of_every_message(db: sqlite3.Connection, told: Told) -> Brok
         yield f"no {kind} tells of turn {turn}"
 
 
-def every_large_body_is_whole(db: sqlite3.Connection, told: Told) -> Broken:
+def every_large_body_and_attached_file_is_whole(db: sqlite3.Connection, told: Told) -> Broken:
     if told.bodies is None:
         return
-    sql = "SELECT DISTINCT body_sha256, body_bytes FROM messages WHERE body_sha256 IS NOT NULL"
-    for digest, size in db.execute(sql):
+    sql = """
+        SELECT body_sha256, body_bytes, 'large body' FROM messages WHERE body_sha256 IS NOT NULL
+        UNION SELECT sha256, bytes, 'attached file' FROM attachments
+    """
+    for digest, size, what in db.execute(sql):
         path = told.bodies / digest[:2] / digest
         contents = path.read_bytes() if path.is_file() else None
         if contents is None:
-            yield f"the file of a large body, {digest}, is not there"
+            yield f"what is kept of a {what} ({digest}) is not there"
         elif len(contents) != size or hashlib.sha256(contents).hexdigest() != digest:
-            yield f"the file of a large body, {digest}, holds something else"
+            yield f"what is kept of a {what} ({digest}) is something else"
 
 
 def first_deliveries_keep_the_order_of_sender_and_recipient(db: sqlite3.Connection, told: Told) -> Broken:
@@ -532,7 +535,7 @@ PROMISES: tuple[Promise, ...] = (
     nothing_is_dropped_but_by_a_person_or_its_sender,
     nothing_unsettled_is_forgotten,
     the_events_tell_of_every_message,
-    every_large_body_is_whole,
+    every_large_body_and_attached_file_is_whole,
     first_deliveries_keep_the_order_of_sender_and_recipient,
     nothing_is_handed_out_after_it_was_acked,
     failures_are_counted_and_nothing_else_is,

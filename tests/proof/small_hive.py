@@ -6,6 +6,7 @@ recorder or a debugger sees little but them. Each line of ANSWERS goes out by on
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -19,8 +20,10 @@ import trio
 import trio_asyncio
 
 from hive_core.limits import Limits
+from hive_core.protocol.file_names import FileName
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, parse_agent_name, parse_body
+from hive_core.services.attachments import Upload
 from hive_core.services.bodies import Bodies
 from hive_core.services.broker import Broker
 from hive_core.services.leases import Lease, Turn
@@ -48,9 +51,12 @@ class Hive:
     def tell(self, kind: str, **answer: Any) -> None:
         os.write(self._answers, json.dumps({"kind": kind, **answer}).encode() + b"\n")
 
-    async def send(self, sender: str, recipients: tuple[str, ...], body: str, client_id: str) -> None:
+    async def send(
+        self, sender: str, recipients: tuple[str, ...], body: str, client_id: str, files: tuple[bytes, ...] = ()
+    ) -> None:
         to = [AgentName(name) for name in recipients]
-        answer = await self.broker.send(AgentName(sender), to, parse_body(body), key=client_id)
+        uploads = [Upload(FileName("file"), io.BytesIO(data)) for data in files]
+        answer = await self.broker.send(AgentName(sender), to, parse_body(body), key=client_id, files=uploads)
         self.tell(
             "sent", message=answer["message"], sender=sender, recipients=recipients, body=body, client_id=client_id
         )
@@ -126,7 +132,8 @@ async def many_messages(hive: Hive) -> None:
             for sender in NAMES:
                 to = tuple(chance.sample(NAMES, chance.randint(1, 3)))
                 body = f"message {number} of {sender} " + "x" * chance.choice((10, 200, 9000, 70_000))
-                nursery.start_soon(hive.send, sender, to, body, f"key-{number}")
+                files = chance.choice(((), (), (), (b"the same", f"of {number}".encode() * 5000)))
+                nursery.start_soon(hive.send, sender, to, body, f"key-{number}", files)
             for agent in NAMES[:2]:
                 nursery.start_soon(_take_turns, hive, agent, number, chance.choice(("done", "failed", "waiting")))
 

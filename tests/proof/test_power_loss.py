@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sqlite3
@@ -93,6 +94,8 @@ def test_what_was_answered_survives_a_power_loss(tmp_path: Path, report: Callabl
     taken = as_told(lines)
     assert min(len(taken.sends), len(taken.leases), len(taken.acks)) > 20
     assert {ack.outcome for ack in taken.acks} == {"done", "failed", "waiting"}
+    with contextlib.closing(sqlite3.connect(tmp_path / "hive/hive.sqlite")) as database:
+        assert database.execute("SELECT count(*) FROM attachments").fetchone()[0] > 10
     states, broken = trio.run(lose_power, operations, tmp_path / "hive", SEED)
     report(f"power loss: {states} states of {len(operations)} operations and {told} answers, seed {SEED}")
     assert broken == [], "\n".join(broken[:20])
