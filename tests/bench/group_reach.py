@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tests.bench import workspaces
+from tests.bench import egress, workspaces
 
 
 def measure() -> Iterator[dict[str, Any]]:
+    yield from egress.measure()
     yield from workspaces.measure()
