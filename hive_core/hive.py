@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import trio
 
 from hive_core.config import Config
 from hive_core.credentials import DEFAULT, Credential, Credentials
+from hive_core.git.pushes import known_secrets
 from hive_core.kept import Keeper
 from hive_core.procedures.destruction import Destruction
 from hive_core.procedures.egress_desk import EgressDesk
@@ -147,7 +149,12 @@ class Hive:
         self.gate.add(self.schedule_prompt, self.raise_budget, self.destroy, self.update_claude)
         self.turn_records = TurnRecords(self.store)
         self.forges = Forges(self.store, self.config.state_dir, self.config.lane)
-        self.forge_work = ForgeWork(self.forges, self.agents.access, limits)
+        self.forge_work = ForgeWork(
+            self.forges,
+            self.agents.access,
+            limits,
+            partial(known_secrets, self.config.state_dir, self.credentials),
+        )
         self.forge_watch = ForgeWatch(self.forges, self.config.lane, limits)
         self.loose_ends = LooseEnds(self.store, self.questions, self.reminders, self.schedules, self.background)
 

@@ -16,7 +16,7 @@ import itertools
 import json
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -67,6 +67,7 @@ class ScriptedForge:
     asked: list[Asked] = field(default_factory=list)
     troubles: list[Trouble] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)  # paths whose next POST is done and answered with 502
+    when_done: dict[str, Callable[[], object]] = field(default_factory=dict)  # called once, behind a POST to the path
     poll_interval_s: int | None = None
 
     def __post_init__(self) -> None:
@@ -279,6 +280,8 @@ class ScriptedForge:
             if "number" in request.path_params and request.path_params["number"] not in self.threads:
                 return _error(404, "issue does not exist")
             done: Response = act(request, login, given)
+            if request.method == "POST" and f"/{path}" in self.when_done:
+                self.when_done.pop(f"/{path}")()
             if request.method == "POST" and f"/{path}" in self.lost:
                 self.lost.remove(f"/{path}")
                 return Response(b"", 502)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import trio
@@ -17,6 +17,7 @@ import trio
 from hive_core.forge.adapter import Forge
 from hive_core.forge.api import ForgeTrouble
 from hive_core.forge.words import TITLE_LIMIT, WRITTEN_LIMIT_BYTES, ThreadKind
+from hive_core.git.pushes import forms_of
 from hive_core.limits import Limits
 from hive_core.procedures.forges import Forges
 from hive_core.project_rules import Project, is_branch
@@ -38,11 +39,15 @@ Do = Callable[[Forge, str], Awaitable[int]]  # with the line that goes below wha
 
 
 class ForgeWork:
-    def __init__(self, forges: Forges, access: Access, limits: Limits) -> None:
+    def __init__(
+        self, forges: Forges, access: Access, limits: Limits, secrets: Callable[[], Mapping[str, bytes]] = dict
+    ) -> None:
+        """secrets: what nobody may write there, by what each is called."""
         self._forges = forges
         self._store = forges.store
         self._access = access
         self._limits = limits
+        self._secrets = secrets
         self._locks: dict[AgentName, trio.Lock] = {}
         self._reads: dict[AgentName, deque[float]] = {}
 
@@ -174,6 +179,7 @@ class ForgeWork:
     ) -> dict[str, Any]:
         if (closed := self._access.closed(agent)) is not None and closed.state in STOPPED:
             raise Refusal("refused", f"cannot write on the forge of {forge.project}: {closed.sentence}")
+        self._check_secrets(forge, given)
         ours, digest, tool = self._forges.open(forge), _digest(given), f"forge {what}"
         async with self._locks.setdefault(agent, trio.Lock()):
             begun = await self._store.write(
@@ -193,6 +199,14 @@ class ForgeWork:
             kind: ThreadKind = "pull_request" if what == "pull_request" else "issue"  # a page of either leads to both
             result = {"project": forge.project, "number": number, "url": forge.place.page(kind, number)}
             return await self._store.write(lambda tx: end_write(tx, agent, begun, key, tool, what, result))
+
+    def _check_secrets(self, forge: Registered, given: dict[str, Any]) -> None:
+        """Raises Refusal where a text holds one, as it is or in base64."""
+        text = "\n".join(str(value) for value in given.values()).encode()
+        for name, form in forms_of(self._secrets()):
+            if form in text:
+                why = f"it holds {name}, a secret of the hive; take it out"
+                raise Refusal("refused", f"cannot write on the forge of {forge.project}: {why}")
 
     # -- what both need -----------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import AsyncIterator
 from functools import partial
@@ -28,6 +29,7 @@ from tests.tools import Program, desk_for, program
 
 IRIS = AgentName("iris")
 TOOLS = {"pull_request_open", "issue_open", "forge_comment", "forge_list", "forge_read"}
+SECRETS = {"credential default": b"sk-ant-api03-canary-0123456789", "credentials/forges/site": TOKEN.encode()}
 MEND = {"title": "Mend it", "body": "It was broken.", "head": "iris/fix"}
 
 
@@ -48,7 +50,9 @@ async def work(hive: Services, forge: ScriptedForge) -> AsyncIterator[ForgeWork]
         forges = Forges(hive.store, hive.state_dir, client=client)
         await forges.add(ProjectName("site"), forge.kind, "https://forge.example", "ada/site", TOKEN)
         await deploy(hive, "iris", {"name": "site"}, {"name": "notes"})
-        yield ForgeWork(forges, hive.agents.access, Limits(forge_writes_per_hour=5, forge_reads_per_hour=8))
+        yield ForgeWork(
+            forges, hive.agents.access, Limits(forge_writes_per_hour=5, forge_reads_per_hour=8), lambda: SECRETS
+        )
 
 
 @pytest.fixture
@@ -162,6 +166,22 @@ async def test_what_cannot_be_written_is_refused_in_a_sentence(
 ) -> None:
     assert why in await iris.refusal(tool, **given)
     assert (forge.threads, forge.comments) == ({}, {})
+
+
+async def test_no_secret_of_the_hive_is_written(iris: Program, forge: ScriptedForge) -> None:
+    for name, secret in SECRETS.items():
+        for text in (secret, base64.b64encode(b"x" + secret + b"y")):
+            body = f"Look: {text.decode()}."
+            for tool, given in (
+                ("pull_request_open", {**MEND, "body": body}),
+                ("issue_open", {"title": "x", "body": body}),
+                ("issue_open", {"title": body[:240], "body": "x"}),
+                ("forge_comment", {"number": 1, "body": body}),
+            ):
+                said = await iris.refusal(tool, **given)
+                assert f"it holds {name}, a secret of the hive" in said
+                assert text.decode() not in said
+    assert forge.threads == {}
 
 
 async def test_the_same_call_again_is_written_once(iris: Program, forge: ScriptedForge) -> None:
