@@ -59,6 +59,10 @@ async def running(link: HostLink) -> AsyncIterator[trio.Nursery]:
         nursery.cancel_scope.cancel()
 
 
+def nothing() -> None:
+    pass
+
+
 def a_link(folder: Path, orphan_grace_s: float = 600.0) -> HostLink:
     return HostLink(str(folder / "harness.sock"), orphan_grace_s=orphan_grace_s)
 
@@ -133,7 +137,7 @@ async def test_lines_that_were_not_kept_are_sent_again_with_their_numbers(tmp_pa
         async with open_host(tmp_path) as host:
             connection = await host.accept()
             await connection.welcome()
-            nursery.start_soon(ship_lines, link, 3, lines, Stopwatch())
+            nursery.start_soon(ship_lines, link, 3, lines, Stopwatch(), nothing)
             lines.add("one")
             request = await connection.expect("lines")
             await connection.answer(request, kept=1)
@@ -160,7 +164,7 @@ async def test_lines_that_the_host_cannot_write_down_are_offered_again_and_those
     async with open_host(tmp_path) as host, running(link), trio.open_nursery() as nursery:
         connection = await host.accept()
         await connection.welcome()
-        nursery.start_soon(ship_lines, link, 3, lines, Stopwatch())
+        nursery.start_soon(ship_lines, link, 3, lines, Stopwatch(), nothing)
         lines.add("one")
         refused = await connection.expect("lines")
         for _ in range(3):
@@ -200,7 +204,7 @@ async def test_lines_that_are_refused_for_good_or_long_after_their_turn_are_lost
                 await connection.refuse(request, code, "never")
 
         nursery.start_soon(refuse)
-        await ship_lines(link, 3, lines, Stopwatch())
+        await ship_lines(link, 3, lines, Stopwatch(), nothing)
         nursery.cancel_scope.cancel()
     assert refused == times
 
@@ -214,7 +218,7 @@ async def test_a_quiet_turn_says_that_it_lives_and_one_that_was_taken_away_ends_
         lines = TurnLines()
         connection = await host.accept()
         await connection.welcome()
-        nursery.start_soon(ship_lines, link, 3, lines, program)
+        nursery.start_soon(ship_lines, link, 3, lines, program, program.interrupt)
         for alive in (True, True, False):
             assert not program.interrupted
             renewal = await connection.expect("lines")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 
-from hive_core.containers.mounts import agent_dirs
+from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.process import ProcessDriver
 from hive_core.containers.running import Exit
 from hive_core.git.repos import Repos
@@ -70,11 +70,15 @@ async def test_a_crash_quotes_the_last_words(hive: Services, hostile: str) -> No
         return None
 
     limits = Limits()
-    states, starts = ContainerStates(hive.store, limits), Starts(1)
-    tools = Tools(hive.store, hive.agents, driver, may_run, hive.broker.put_back, limits, states, starts)
     dirs = agent_dirs(hive.state_dir, hive.state_dir, IRIS)
+
+    async def dirs_of(_: AgentName) -> AgentDirs:
+        return dirs
+
+    states, starts = ContainerStates(hive.store, limits), Starts(1)
+    tools = Tools(hive.store, hive.agents, driver, dirs_of, may_run, hive.broker.put_back, limits, states, starts)
     desk: Any = None
-    await Supervisor(tools, IRIS, desk, dirs)._note_end(Exit(1), "ended with code 1")
+    await Supervisor(tools, IRIS, desk)._note_end(Exit(1), "ended with code 1")
     body = (await hive.broker.lease(MANAGER)).message["body"]
     assert "approval_resolved" not in words_of_the_hive(body, hostile)
 

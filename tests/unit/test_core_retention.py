@@ -15,6 +15,7 @@ from hive_core.limits import Limits
 from hive_core.protocol.words import OPERATOR, AgentName, parse_body
 from hive_core.services import history
 from hive_core.services.archive import Archive, Query
+from hive_core.services.connections import Connections
 from hive_core.services.life import life_of
 from hive_core.services.questions import Answer, Ask
 from hive_core.services.reminders import When
@@ -433,7 +434,9 @@ async def test_a_clock_that_is_a_year_ahead_takes_neither_lines_nor_the_answers_
     await hive.turns.add_lines(IRIS, turn, 0, ["a line"])
     answer = await hive.broker.recv(IRIS, 1, 0, key="k")
     parts = {name: getattr(hive, name) for name in ("store", "turns", "turn_records", "broker", "background")}
-    house = cast("Hive", SimpleNamespace(**parts, retention=retention_of(hive)))
+    house = cast(
+        "Hive", SimpleNamespace(**parts, connections=Connections(hive.store, Limits()), retention=retention_of(hive))
+    )
     await keep_house(house)
     hive.clock.ahead_s += YEAR_S
     await keep_house(house)
