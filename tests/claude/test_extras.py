@@ -6,11 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hive_core.extra_files import ExtraFiles
 from hive_core.extras import ExtraFile, parse_extras
 from hive_core.protocol.words import AgentName
+from tests.checkouts import Checkout
+from tests.claude.test_story import approve, step
 from tests.claude_desk import a_desk
-from tests.scripted_model import say, tool
+from tests.containers.drivers import need
+from tests.daemons import KEY, open_daemon
+from tests.needs import find_claude
+from tests.scripted_model import Answer, Request, ScriptedModel, say, tool
 
 SKILL = "---\nname: review\ndescription: Reviews a text.\n---\n{words} Run ${{CLAUDE_SKILL_DIR}}/look.sh.\n"
 
@@ -67,3 +74,50 @@ async def test_a_warm_process_is_renewed_for_other_skills(tmp_path: Path) -> Non
         await desk.turn("three", extras=second)
         assert desk.pid != pid
         assert "Read it once." in json.dumps(desk.model.turns[-1].body["messages"])
+
+
+WAYS = "cd /extras/*/.claude/skills/review && ./look.sh; touch x SKILL.md; echo x >> SKILL.md; rm look.sh; ls"
+
+
+def reviews(request: Request) -> Answer:
+    """iris takes up the skill, runs its program, tries to change it, and tells what came of that."""
+    if not any("review this" in text for text in request.user_texts):
+        return "ok"
+    match step(request):
+        case 0:
+            return say(tool("Skill", skill="review"))
+        case 1:
+            return say(tool("Bash", command=WAYS, description="look"))
+        case 2:
+            taken_up = "Read it twice." in json.dumps(request.messages)
+            body = f"taken up: {taken_up}; {request.tool_results[-1].text}"
+            return say(tool("mcp__hive__send", to="operator", body=body))
+        case _:
+            return "Done."
+
+
+@pytest.mark.parametrize("sandbox", ["bwrap", "nspawn"])
+def test_an_agent_in_its_sandbox_has_the_skill_of_an_approved_commit_and_cannot_change_it(sandbox: str) -> None:
+    with ScriptedModel(reviews) as model:
+        flags = (f"--claude={find_claude()}", f"--provider-base-url={model.base_url}", "--end-agents-with-daemon")
+        with open_daemon(*flags, f"--sandbox={need(sandbox)}", ANTHROPIC_API_KEY=KEY) as daemon:
+            client = daemon.start()
+            approve(client, client.call("request_spawn", agent="iris", persona="You review.", reason="r")["approval"])
+            checkout = Checkout(daemon.state / "proposed" / "iris" / "config")
+            skill = checkout.path / "skills" / "review"
+            skill.mkdir(parents=True)
+            (skill / "SKILL.md").write_text(SKILL.format(words="Read it twice."))
+            (skill / "look.sh").write_text("#!/bin/sh\necho looked\n")
+            (skill / "look.sh").chmod(0o755)
+            toml = (checkout.path / "agent.toml").read_text()
+            sha = checkout.commit(agent__toml=f'skills = ["review"]\n{toml}')
+            number = client.call("request_apply_commit", agent="iris", sha=sha, reason="it shall review")["approval"]
+            told = json.dumps(client.call("show", approval=number)["effect"], ensure_ascii=False)
+            assert "review: programs look.sh" in told
+            approve(client, number)
+            assert client.call("show", approval=number)["proof"] == "healthy"
+            client.call("send", to="iris", body="please review this")
+            said = daemon.wait_message(client, "taken up: ")["body"]
+    assert said.startswith("taken up: True; looked")
+    assert said.count("Read-only file system") == 4
+    assert said.split()[-2:] == ["SKILL.md", "look.sh"]

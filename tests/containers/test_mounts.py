@@ -183,7 +183,7 @@ async def test_an_agent_that_removes_everything_leaves_all_but_its_own_as_it_was
     assert (tmp_path / "hive.sqlite").read_bytes() == database
     assert [sorted(os.listdir(path)) for path in names] == listed
     assert [os.listdir(place) for place in (mine.state, mine.claude, mine.projects)] == [[], [], []]
-    assert (mine.mirrors / "note").read_text() == "whole"
+    assert [(place / "note").read_text() for place in (mine.mirrors, mine.extras)] == ["whole", "whole"]
 
     snapshots.restore(snapshots.last_other(), 1_800_000_001_000)
     assert digest_of(mine.state) == state

@@ -351,11 +351,14 @@ async def test_of_clicks_on_two_cards_of_one_agent_at_once_one_card_is_approved_
         assert (await hive.gate.approve(second.id, second.digest, OPERATOR)).state == "done"
 
 
-async def test_what_changes_every_agent_and_what_changes_one_are_not_carried_out_at_once(hive: Services) -> None:
+@pytest.mark.parametrize("of_all", ["update_meta_inputs", "claude"])
+async def test_what_changes_every_agent_and_what_changes_one_are_not_carried_out_at_once(
+    hive: Services, of_all: str
+) -> None:
     def of(kind: str, agent: str) -> Request:
         return Request(kind, AgentName(agent), MANAGER, "because", Shown({}))
 
-    asked = [of("update_meta_inputs", "hm1nd"), of("apply_commit", "iris"), of("raise_budget", "iris")]
+    asked = [of(of_all, "hm1nd"), of("apply_commit", "iris"), of("raise_budget", "iris")]
     for one in asked:
         await hive.store.write(lambda tx, one=one: put_request(tx, one, EXPIRES_S))  # type: ignore[misc]
     for under_way, hindered in ((1, {2, 4}), (2, {1, 4}), (3, set())):
