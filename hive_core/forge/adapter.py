@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 import httpx2
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from hive_core.forge.api import Answer, Api, ForgeTrouble
+from hive_core.forge.api import Answer, Api, ForgeTrouble, Quiet
 from hive_core.forge.words import Comment, Notification, Place, Thread, ThreadKind
 from hive_core.settings import describe
 
@@ -165,8 +165,8 @@ class Forge(Protocol):
     async def mark_read(self, notification: str) -> None: ...
 
 
-def open_forge(client: httpx2.AsyncClient, place: Place, token: str) -> Forge:
-    return (Forgejo if place.kind == "forgejo" else GitHub)(Api(client, place, token))
+def open_forge(client: httpx2.AsyncClient, place: Place, token: str, quiet: Quiet | None = None) -> Forge:
+    return (Forgejo if place.kind == "forgejo" else GitHub)(Api(client, place, token, quiet))
 
 
 class Forgejo:
@@ -267,7 +267,7 @@ class Forgejo:
         await self._api.call("PATCH", f"/notifications/threads/{notification}")
 
     def _since(self, since_ms: int) -> dict[str, str | int]:
-        if not since_ms:
+        if since_ms <= 0:  # whatever a forge says of its times
             return {}
         return {"since": datetime.fromtimestamp(since_ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
 

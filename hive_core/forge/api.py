@@ -13,6 +13,7 @@ import httpx2
 import trio
 
 from hive_core.forge.words import Place
+from hive_core.limits import REST_LIMIT_S
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted, quoted
 from hive_core.provider_limits import instant_ms, retry_after_ms
@@ -54,11 +55,29 @@ class Answer:
     headers: Mapping[str, str]
 
 
+class Quiet:
+    """Until when each forge wants no call, in ms since 1970: whoever was told so, all keep to it."""
+
+    def __init__(self) -> None:
+        self._until_ms: dict[str, int] = {}
+
+    def note(self, place: Place, until_ms: int) -> None:
+        self._until_ms[place.url] = until_ms
+
+    def check(self, place: Place) -> None:
+        """Raises ForgeTrouble while it wants none."""
+        until_ms, now_ms = self._until_ms.get(place.url, 0), int(time.time() * 1000)
+        # No rest is longer: a clock was set back.
+        if now_ms < until_ms <= now_ms + REST_LIMIT_S * 1000:
+            raise _limited(place, "", until_ms, now_ms, 429)
+
+
 class Api:
     """The API of one forge, called with one token, which no error repeats and no redirect carries elsewhere."""
 
-    def __init__(self, client: httpx2.AsyncClient, place: Place, token: str) -> None:
+    def __init__(self, client: httpx2.AsyncClient, place: Place, token: str, quiet: Quiet | None = None) -> None:
         self.place = place
+        self._quiet = quiet or Quiet()
         self._client = client
         scheme = "token" if place.kind == "forgejo" else "Bearer"
         accept = "application/json" if place.kind == "forgejo" else "application/vnd.github+json"
@@ -73,6 +92,7 @@ class Api:
         self, method: str, path: str, query: Mapping[str, str | int] | None = None, given: object = None
     ) -> Answer:
         """What the forge answers. Raises ForgeTrouble, in whose message its own words stand in quotation marks."""
+        self._quiet.check(self.place)
         with trio.move_on_after(CALL_WITHIN_S):
             return await self._call(method, path, query or {}, given)
         why = f"it did not answer within {CALL_WITHIN_S:.0f} s"
@@ -134,13 +154,21 @@ class Api:
         until_ms = retry_after_ms(headers.get("retry-after"), now_ms)
         if headers.get("x-ratelimit-remaining") == "0" and status in (403, 429):
             until_ms = until_ms or instant_ms(headers.get("x-ratelimit-reset"), now_ms)
+        if until_ms is not None:
+            until_ms = min(until_ms, now_ms + REST_LIMIT_S * 1000)
+            self._quiet.note(self.place, until_ms)
         if status == 429 or (status == 403 and until_ms):
-            seconds = max(1, (until_ms - now_ms) // 1000) if until_ms else 0
-            wait = f"; it takes more in {counted(seconds, 'second')}" if seconds else "; try again later"
-            why = f"it wants no more requests now{told}{wait}"
-            return ForgeTrouble("unavailable", f"cannot use the forge at {self.place.url}: {why}", status, until_ms)
+            return _limited(self.place, told, until_ms, now_ms, status)
         code, why = _STATUSES.get(status, ("unavailable", f"it answers {status}; try again later"))
         return ForgeTrouble(code, f"cannot use the forge at {self.place.url}: {why}{told}", status, until_ms)
 
     def _strange(self, why: str) -> ForgeTrouble:
         return ForgeTrouble("unavailable", f"cannot use the forge at {self.place.url}: {why}")
+
+
+def _limited(place: Place, told: str, until_ms: int | None, now_ms: int, status: int) -> ForgeTrouble:
+    wait = (
+        f"it takes more in {counted(max(1, (until_ms - now_ms) // 1000), 'second')}" if until_ms else "try again later"
+    )
+    why = f"it wants no more requests now{told}; {wait}"
+    return ForgeTrouble("unavailable", f"cannot use the forge at {place.url}: {why}", status, until_ms)

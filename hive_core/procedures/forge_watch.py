@@ -98,7 +98,7 @@ class ForgeWatch:
             log.warning("cannot look at the forge of %s: %s", forge.project, error)
             return until_s - self._clock()
         await self._store.insist(lambda tx: note_look(tx, forge, None, None))
-        return max(self._limits.forge_poll_s, every_s or 0.0)
+        return min(max(self._limits.forge_poll_s, every_s or 0.0), float(REST_LIMIT_S))
 
     def _rest_s(self, forge: Registered, trouble: Refusal) -> float:
         doubled = self._limits.forge_poll_s * 2.0 ** min(forge.failures + 1, 20)

@@ -16,7 +16,7 @@ import trio
 
 from hive_core.forge.adapter import Forge
 from hive_core.forge.api import ForgeTrouble
-from hive_core.forge.words import TITLE_LIMIT, WRITTEN_LIMIT_BYTES, ThreadKind
+from hive_core.forge.words import TITLE_LIMIT, WRITTEN_LIMIT_BYTES, Thread, ThreadKind
 from hive_core.git.pushes import forms_of
 from hive_core.limits import Limits
 from hive_core.procedures.forges import Forges
@@ -30,8 +30,8 @@ from hive_core.services.forges import Registered, all_forges
 
 HOUR_S = 3600.0
 COMMENTS_SHOWN = 20
-FILES_SHOWN = 200
-BODY_SHOWN, COMMENT_SHOWN = 16_000, 4_000  # characters
+FILES_SHOWN, LABELS_SHOWN = 100, 20
+BODY_SHOWN, COMMENT_SHOWN, NAME_SHOWN = 16_000, 4_000, 300  # characters
 CLOCKS_APART_MS = 10 * 60_000  # by which a forge's may differ from ours
 STOPPED = ("paused", "frozen")  # of an agent, in which it writes nothing either
 Find = Callable[[Forge, Begun], Awaitable[int | None]]
@@ -71,7 +71,7 @@ class ForgeWork:
         ours = self._look(agent, forge)
         found, more = await ours.threads(kind, state, labels, page)
         keys = ("number", "kind", "state", "title", "author", "labels", "updated_at_ms", "comments")
-        threads = [{key: value for key, value in one.to_wire().items() if key in keys} for one in found]
+        threads = [{key: value for key, value in _shown(one).items() if key in keys} for one in found]
         return {"project": forge.project, "threads": threads, "next_page": page + 1 if more else None}
 
     async def read(self, agent: AgentName, project: str | None, number: int) -> dict[str, Any]:
@@ -87,12 +87,12 @@ class ForgeWork:
         told = [{**one.to_wire(), "body": _cut(one.body, COMMENT_SHOWN)} for one in comments[-COMMENTS_SHOWN:]]
         return {
             "project": forge.project,
-            **thread.to_wire(),
+            **_shown(thread),
             "body": _cut(thread.body, BODY_SHOWN),
             "url": forge.place.page(thread.kind, number),
             "below": told,
             "earlier": max(len(comments), thread.comments) - len(told),
-            "files": files[:FILES_SHOWN],
+            "files": [_cut(name, NAME_SHOWN) for name in files[:FILES_SHOWN]],
             "more_files": max(0, len(files) - FILES_SHOWN),
         }
 
@@ -252,6 +252,12 @@ def _parse_body(raw: str) -> str:
 
 def _digest(given: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+
+
+def _shown(thread: Thread) -> dict[str, Any]:
+    """A thread with as much of its names as a model needs."""
+    labels = [_cut(label, NAME_SHOWN) for label in thread.labels[:LABELS_SHOWN]]
+    return {**thread.to_wire(), "title": _cut(thread.title, NAME_SHOWN), "labels": labels}
 
 
 def _cut(text: str, most: int) -> str:

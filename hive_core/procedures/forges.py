@@ -10,6 +10,7 @@ import httpx2
 import trio
 
 from hive_core.forge.adapter import Forge, open_forge
+from hive_core.forge.api import Quiet
 from hive_core.forge.tokens import Tokens, parse_token
 from hive_core.forge.words import Place, parse_place
 from hive_core.lanes import Lane, may_take
@@ -28,6 +29,7 @@ class Forges:
         self._lanes = lanes
         self._tokens = Tokens(state_dir)
         self._client = client
+        self._quiet = Quiet()
         self._changes = trio.Lock()
 
     def open(self, forge: Registered) -> Forge:
@@ -37,7 +39,7 @@ class Forges:
     def _open(self, place: Place, token: str) -> Forge:
         if self._client is None:  # few hives have a forge: its certificates are not read before there is one
             self._client = httpx2.AsyncClient(follow_redirects=False, trust_env=True)
-        return open_forge(self._client, place, token)
+        return open_forge(self._client, place, token, self._quiet)
 
     async def aclose(self) -> None:
         if self._client is not None:

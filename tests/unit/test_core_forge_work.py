@@ -268,3 +268,20 @@ async def test_two_calls_at_once_of_one_agent_write_one_after_the_other(work: Fo
         for _ in range(2):
             nursery.start_soon(work.open_issue, IRIS, None, "A wish", "More.", "one-key")
     assert [one["user"]["login"] for one in forge.threads.values()] == [BOT]
+
+
+async def test_while_a_forge_wants_no_calls_nobody_makes_one(iris: Program, forge: ScriptedForge) -> None:
+    forge.issue("ada", "A wish")
+    forge.troubles = [Trouble(429, {"message": "slow down"}, {"retry-after": "900"})]
+    assert "it wants no more requests now (it says" in await iris.refusal("forge_read", number=1)
+    asked = len(forge.asked)
+    for tool, given in (("forge_list", {"kind": "issue"}), ("issue_open", {"title": "x", "body": "y"})):
+        assert "it takes more in 8" in await iris.refusal(tool, **given)
+    assert len(forge.asked) == asked
+
+
+async def test_long_names_are_cut_for_the_model(iris: Program, forge: ScriptedForge) -> None:
+    forge.pull("ada", "t" * 1000, labels=["l" * 1000] * 30, files=["f" * 1000] * 120)
+    read = await iris.call("forge_read", number=1)
+    assert {len(read["title"]), *map(len, read["labels"]), *map(len, read["files"])} == {301}
+    assert (len(read["labels"]), len(read["files"]), read["more_files"]) == (20, 100, 20)
