@@ -199,7 +199,12 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
             host_network=None if config.helper is None else config.host_network,
         )
         pinned = PinnedClaude(
-            store, config.state_dir, config.claude, inside=choice.bwrap_trouble is None, hindrance=why_unpinned(config)
+            store,
+            config.state_dir,
+            config.claude,
+            inside=choice.bwrap_trouble is None,
+            hindrance=why_unpinned(config),
+            is_helpers=config.helper is not None and config.sandbox != "nixos-container",
         )
         if isinstance(driver, HostProcessDriver):
             pinned.when_used(driver.use_claude)

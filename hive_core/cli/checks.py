@@ -328,6 +328,9 @@ def check_claude(name: str, machine: Machine) -> Iterator[Finding]:
 
 
 def _about_pin(pin: dict[str, Any], waiting: list[int]) -> Finding:
+    if not pin["kept"]:
+        told = f"{pin['version']} of {pin['source']} (sha256 {pin['sha256'][:12]}…); what names it there decides"
+        return Finding("claude's pin", "ok", told)
     how = f"by approval {pin['approval']}" if pin["approval"] else "as the first one that was found"
     told = f"{pin['version']} of {pin['source']}, {how}; the hive keeps its own copy (sha256 {pin['sha256'][:12]}…)"
     if waiting:

@@ -7,6 +7,7 @@ The first one that is found where an agent needs it is the first pin. Where the 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,29 +30,38 @@ log = logging.getLogger(__name__)
 
 def why_unpinned(config: Config) -> str:
     """Why it is not this daemon that chooses which claude agents run, and what does; empty where it is."""
-    if config.helper is not None:
-        return "the helper starts agents with the one that its own configuration names; change it there"
     if config.sandbox == "nixos-container" and not config.unsafe_no_sandbox:
         return "a container has the one that its agent.nix says (hyperhive.claude.package); change it there"
+    if config.helper is not None:
+        return "the helper starts agents with the one that its own configuration names; change it there"
     return ""
 
 
 class PinnedClaude:
     """
     path       what agents run; None: there is none that they may
-    pin        what it was pinned as; None: it is run where it was found
+    pin        what it was pinned as, or was seen as where something else decides; None: it is run where it was found
     hindrance  why it is not pinned here, and what decides instead
     """
 
     def __init__(
-        self, store: Store, state_dir: Path, chosen: Path | None, *, inside: bool = True, hindrance: str = ""
+        self,
+        store: Store,
+        state_dir: Path,
+        chosen: Path | None,
+        *,
+        inside: bool = True,
+        hindrance: str = "",
+        is_helpers: bool = False,
     ) -> None:
-        """chosen: see find_claude. inside: a program is looked at in bubblewrap."""
+        """chosen: see find_claude. inside: a program is looked at in bubblewrap. is_helpers: what is found is what the
+        helper starts agents with."""
         self._store = store
         self._copies = ProgramCopies(state_dir)
         self._chosen = chosen
         self.inside = inside
         self.hindrance = hindrance
+        self._is_helpers = is_helpers
         self.path: Path | None = None
         self.pin: Pin | None = None
         self._using: list[Callable[[Path | None], None]] = []
@@ -125,6 +135,21 @@ class PinnedClaude:
         await self.know()
         self.use(path)
 
+    async def note_installed(self) -> None:
+        """Where the helper's configuration decides what agents run: tell of it once, whenever it is another. It is not
+        started: that is not this daemon's to do there."""
+        if (found := self.find()) is None or not self._is_helpers:
+            return
+        seen, last = look_at(found), await newest_pins(self._store, 1, kept=False)
+        if not last or (last[0].source, last[0].seen) != (found, seen):
+            sha256 = await self.digest(found)
+            if last and last[0].sha256 == sha256:
+                await self._store.write(lambda tx: note_source(tx, found, seen, kept=False))
+            else:
+                version = version_in(found)
+                await self._store.write(lambda tx: add_pin(tx, SYSTEM, version, sha256, found, seen, kept=False))
+        self.pin = (await newest_pins(self._store, 1, kept=False))[0]
+
     async def know(self) -> None:
         """The rows say what agents run from now on."""
         self.pin = (await newest_pins(self._store, 1))[0]
@@ -161,10 +186,16 @@ class PinnedClaude:
     @property
     def missing(self) -> str:
         """Why agents cannot run the one that they are to run; empty where that is not so."""
-        if self.pin is None or self.path is not None:
+        if self.pin is None or not self.pin.kept or self.path is not None:
             return ""
         what = f"claude {self.pin.version}, which this hive is pinned to, is not here any more"
         return f"{what}; `hive update-claude` asks to run the one that is installed"
+
+
+def version_in(path: Path) -> str:
+    """The version that the path of a package tells, as one of nixpkgs does; "unknown" where it tells none."""
+    found = re.search(r"claude-code-(\d[0-9A-Za-z.+]*)", str(path.resolve()))
+    return found[1] if found else "unknown"
 
 
 def _explained(exc: Refusal | OSError) -> str:

@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from hive_core.hive import Hive
-from hive_core.procedures.pinned_claude import PinnedClaude
+from hive_core.procedures.pinned_claude import PinnedClaude, version_in
 from hive_core.program_copies import ProgramCopies, digest_of
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName
@@ -28,6 +28,7 @@ from tests.dashboards import hive_of
 from tests.hives import PATIENCE_S, SETTINGS, Services, open_services, wait_until
 
 IRIS = AgentName("iris")
+_SEEN = "SELECT kind FROM events WHERE kind LIKE 'claude_%'"
 
 
 def write_program(path: Path, build: int) -> Path:
@@ -210,12 +211,28 @@ async def test_a_copy_that_is_gone_is_made_again_of_the_same_program_alone(tmp_p
 async def test_where_something_else_decides_it_is_not_pinned(tmp_path: Path, installed: Path) -> None:
     async with open_services(tmp_path) as services:
         await add_iris(services, "claude")
-        pinned = PinnedClaude(services.store, tmp_path, installed, hindrance="the helper decides; change it there")
+        pinned = PinnedClaude(
+            services.store, tmp_path, installed, hindrance="the helper decides; change it there", is_helpers=True
+        )
         hive = hive_of(services, pinned=pinned)
         await pinned.load()
         assert (pinned.pin, hive.claude) == (None, installed)
         with pytest.raises(Refusal, match="the helper decides; change it there"):
             await hive.update_claude.request(None, None)
+        for build in (1, 1, 2):  # each is told of once
+            write_program(installed, build)
+            await hive.update_claude.look()
+        seen = await newest_pins(hive.store, 5, kept=False)
+        assert [pin.kept for pin in seen] == [False, False]
+        assert (pinned.pin, pinned.missing, hive.claude) == (seen[0], "", installed)
+        assert seen[0].sha256 == digest_of(installed) != seen[1].sha256
+        assert [row["kind"] for row in await hive.store.rows(_SEEN)] == ["claude_seen"] * 2
+        assert await asked(hive) == []
+
+
+def test_the_version_is_read_from_the_path_of_a_package() -> None:
+    assert version_in(Path("/nix/store/0000-claude-code-2.1.197/bin/claude")) == "2.1.197"
+    assert version_in(Path("/usr/bin/claude")) == "unknown"
 
 
 def test_a_copy_is_another_file_and_nobody_writes_to_it(tmp_path: Path, installed: Path) -> None:

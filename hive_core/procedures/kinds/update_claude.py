@@ -51,8 +51,12 @@ class UpdateClaude:
         return await self._ask(OPERATOR, self._candidate(given_path), reason)
 
     async def look(self) -> None:
-        """Ask for what is installed now, where that is another program than agents run and nobody was asked yet."""
+        """Ask for what is installed now, where that is another program than agents run and nobody was asked yet; where
+        something else decides what they run, tell that it is another."""
         try:
+            if self._pinned.hindrance:
+                await self._pinned.note_installed()
+                return
             found = await self._pinned.has_changed()
             if found is None or await was_asked_for(self._asking.store, await self._pinned.digest(found)):
                 return

@@ -95,9 +95,10 @@ CREATE INDEX connections_of ON connections (agent, began_at_ms);
 CREATE INDEX connections_by_end ON connections (ended_at_ms);
 CREATE INDEX connections_open ON connections (id) WHERE verdict IS NULL;
 
--- What agents run of claude: the newest. A copy of ours lies beside the database.
+-- What agents run of claude: the newest that is kept.
 CREATE TABLE claude_pins (
   id       INTEGER PRIMARY KEY AUTOINCREMENT,
+  kept     INTEGER NOT NULL,                 -- 1: as a copy of ours; 0: something else decides, and it was seen
   version  TEXT NOT NULL,
   sha256   TEXT NOT NULL,
   source   TEXT NOT NULL,                    -- where it was found
