@@ -172,7 +172,6 @@ def their_git(source: Source, service: str) -> str:
     config = {
         "safe.directory": "*",
         "core.hooksPath": os.devnull,
-        "core.fsmonitor": "false",
         "core.alternateRefsCommand": "true",
         "core.sshCommand": "false",
         "protocol.allow": "never",

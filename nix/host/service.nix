@@ -74,6 +74,7 @@ in
       path = [
         pkgs.bubblewrap
         pkgs.git
+        pkgs.openssh
       ];
       restartTriggers = [ checked ];
       serviceConfig =

@@ -95,6 +95,22 @@ async def test_a_servers_own_no_is_told_to_the_agent_and_moves_nothing(tmp_path:
             assert "protected" in json.loads(event["data"])["reason"]
 
 
+async def test_of_several_branches_the_server_takes_all_or_none(tmp_path: Path) -> None:
+    bare = make_bare(tmp_path)
+    (bare / "hooks").mkdir(exist_ok=True)
+    (bare / "hooks" / "update").write_text('#!/bin/sh\n[ "$1" != refs/heads/iris/y ]\n')
+    (bare / "hooks" / "update").chmod(0o755)
+    with serve_http(bare.parent) as server:
+        async with open_project_hive(tmp_path) as hive:
+            await hive.mirrors.add(SITE, f"{server.url}/site.git", {}, "operator")
+            await hive.list_projects({"name": "site"})
+            clone = await hive.clone()
+            commit(clone, branch="iris/x")
+            assert (await hive.try_git(clone, "push", "origin", "iris/x", "iris/x:iris/y")).returncode != 0
+            for repository in (bare, hive.mirrors.path(SITE)):
+                assert set(refs(repository, "refs/heads")) == {"refs/heads/main"}
+
+
 async def test_a_push_that_the_server_has_already_comes_to_its_end(tmp_path: Path) -> None:
     """As after a daemon that died between the server's yes and the mirror's."""
     bare = make_bare(tmp_path)

@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+import trio
 
 from hive_core.git import mirrors
 from hive_core.git.remotes import parse_source
+from hive_core.limits import Limits
+from hive_core.procedures.projects import ProjectMirrors
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import parse_project_name
 from tests.project_hives import IRIS, SITE, commit, git, make_source, open_project_hive
@@ -60,6 +63,40 @@ async def test_a_branch_that_an_agent_moved_is_the_sources_again_once_that_moves
         second = commit(source, text="again\n")
         await mirrors.fetch(SITE)
         assert git(mirror, "rev-parse", "main") == second
+
+
+async def test_a_branch_that_an_agent_moved_stays_when_the_source_removes_its_own(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    git(source, "branch", "old")
+    async with open_project_hive(tmp_path) as hive:
+        await hive.mirrors.add(SITE, str(source), {}, "operator")
+        mirror, first = hive.mirrors.path(SITE), git(source, "rev-parse", "HEAD")
+        pushed = git(mirror, "commit-tree", f"{first}^{{tree}}", "-p", first, "-m", "pushed")
+        git(mirror, "update-ref", "refs/heads/old", pushed)
+        git(source, "branch", "--delete", "old")
+        await hive.mirrors.fetch(SITE)
+        assert git(mirror, "rev-parse", "old") == pushed
+
+
+async def test_the_next_daemon_clears_up_what_one_that_died_left(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive, trio.open_nursery() as nursery:
+        await hive.mirrors.add(SITE, str(source), {}, "operator")
+        mirror = hive.mirrors.path(SITE)
+        (mirror / "objects" / "tmp_objdir-incoming-x" / "pack").mkdir(parents=True)
+        (mirror / "objects" / "pack" / "tmp_pack_x").write_bytes(b"PACK")
+        (mirror / "refs" / "heads" / "main.lock").touch()
+        (mirror.parent / ".other.new").mkdir()
+        (mirror.parent / "other.git").mkdir()
+        hive.mirrors.keys.put(parse_project_name("other"), ".token", "a-token-of-nobody")
+        before = git(mirror, "rev-parse", "main")
+        again = ProjectMirrors(hive.services.store, Limits(), hive.services.state_dir)
+        await nursery.start(again.serve)
+        assert [path.name for path in mirror.parent.iterdir()] == ["site.git"]
+        assert not [*mirror.rglob("*.lock"), *mirror.rglob("tmp_*")]
+        assert list(again.keys.names()) == []
+        assert git(mirror, "rev-parse", "main") == before
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_branch_beside_which_that_of_an_agent_cannot_be_stays_away_and_the_others_come(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ let
     };
     testers.runNixOSTest = module: build { name = "vm-test"; inherit module; };
     claude-code = unfree (fake "claude-code" { meta.mainProgram = "claude"; });
-  } // lib.genAttrs [ "autoPatchelfHook" "bash" "bubblewrap" "coreutils" "git" "gnumake" "jq" "librsvg" "nix" "nixfmt" "ripgrep" "strace" "systemd" "taplo" "uv" ]
+  } // lib.genAttrs [ "autoPatchelfHook" "bash" "bubblewrap" "coreutils" "git" "gnumake" "jq" "librsvg" "nix" "nixfmt" "openssh" "ripgrep" "strace" "systemd" "taplo" "uv" ]
     (name: fake name { });
 in
 pkgs
