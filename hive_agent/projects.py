@@ -33,6 +33,8 @@ SAID_LIMIT_BYTES = 16 * 1024
 NOTE_LIMIT = 300  # characters of what git or the host say
 # A push without words goes to the branch of the same name, and the next pull comes from there.
 _CONFIG = ("push.default=current", "push.autoSetupRemote=true")
+# Nothing is left to run behind it, and a repository within this one is the agent's to fetch.
+_FETCH = ("-c", "gc.auto=0", "-c", "maintenance.auto=false", "fetch", "--quiet", "--prune", "--no-recurse-submodules")
 
 Ask = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -113,7 +115,7 @@ class Projects:
             raise GitFailed(f"what is there is no clone; move it away, and hive://{name} is cloned at the next turn")
         seen = self._mirror(name)
         if seen is None or self._seen.get(place) != seen:
-            await self._git(FETCH_S, "-C", place, "fetch", "--quiet", "--prune", "origin")
+            await self._git(FETCH_S, "-C", place, *_FETCH, "origin")
             self._seen[place] = seen
 
     def _mirror(self, name: str) -> object:

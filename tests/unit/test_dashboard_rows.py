@@ -167,7 +167,8 @@ def every_row(services: Services, text: str) -> list[str]:
     """Every kind of row there is, with `text` in every place that an agent can fill."""
     hive = hive_of(services)
     rows = Rows(hive)
-    settings = {"program": text, "model": text, "effort": text, "tools": [text]}
+    settings: dict[str, Any] = {"program": text, "model": text, "effort": text, "tools": [text]}
+    settings["projects"] = [{"name": text, "path": text, "push": text}]
     agent = Agent(AgentName("iris"), "agent", "down", 8100, text, settings, None, 1_700_000_000_000, 3, 2)
     services.agents._live["iris"] = Live("tool", text, 1_700_000_000_000, "none")
     kinds = [(kind, state) for kind in ("spawn", "apply_commit") for state in ("approved", "done", "failed", "denied")]
@@ -190,6 +191,16 @@ async def test_hostile_text_adds_no_element_and_no_attribute_to_any_row(hive: Se
         assert shape.elements == Shape(plain).elements
         hostile.encode()  # a lone surrogate would end the page here
         assert not set(shape.text) & set("\x00\x07\x08\r\x1b\u200b\u202e\u202c\u2066\u2069\ufeff\U000e0041\ud83d")
+
+
+async def test_a_page_tells_where_an_agents_clones_are_and_what_it_may_push(hive: Services) -> None:
+    listed = [{"name": "site"}, {"name": "docs", "path": "/projects/www", "push": ""}]
+    settings = {"program": "claude", "projects": listed}
+    agent = Agent(AgentName("iris"), "agent", "down", 8100, None, settings, None, 1_700_000_000_000, 3, 2)
+    rows = Rows(hive_of(hive))
+    told = "projects: site in /projects/site (push: iris/*); docs in /projects/www (push: nothing)"
+    assert told in Shape(rows.agent(agent, alone=True)).text
+    assert "projects:" not in rows.agent(agent, alone=False)
 
 
 async def test_a_whole_row_keeps_its_ids_and_hooks(hive: Services) -> None:
