@@ -22,6 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 from dashboard.configured import configured_rows
 from dashboard.credentials import credential_rows, lacks_credential
 from dashboard.deploys import deploys_now
+from dashboard.reach import reach_now
 from dashboard.rows import Rows
 from dashboard.snapshots import snapshots_now
 from dashboard.spend import spend_now
@@ -161,6 +162,7 @@ class Feed:
         self._lacks = False  # whether the page says that a credential is missing
         self._moves_shown = -1  # of the ledger
         self._snapshots_shown = -1  # how often an agent's had changed
+        self._reach_shown = (-1, -1)  # the same of its connections, and of what is deployed of it
 
     async def frames(self, after: str) -> AsyncIterator[ServerSentEvent]:
         """Frames after a position, until the hive stops or the browser signs out; `reset` when too far behind."""
@@ -193,7 +195,7 @@ class Feed:
         except Refusal:
             return None  # it was destroyed: the page that is loaded then says so
         states = [*agents, *self._credential_rows(), *await self._tombstones(), *await self._spend()]
-        states += await self._snapshots()
+        states += [*await self._snapshots(), *await self._reach()]
         frames = [fragment.frame(None) for fragment in states]
         told = touched_by(events)
         fragments = await self._render(told)
@@ -282,6 +284,17 @@ class Feed:
         html = await snapshots_now(self._hive, AgentName(self._agent))
         self._snapshots_shown = moves
         return [Fragment("snapshots-now", html)]
+
+    async def _reach(self) -> list[Fragment]:
+        """What an agent reached, where that is something else than this page has."""
+        if self._agent is None:
+            return []
+        moves = self._hive.connections.moves(AgentName(self._agent)), self._hive.egress.moves
+        if moves == self._reach_shown:
+            return []
+        html = await reach_now(self._hive, AgentName(self._agent))
+        self._reach_shown = moves
+        return [Fragment("reach-now", html)]
 
     async def _render(self, told: list[Touched]) -> list[list[Fragment]]:
         """The fragments of each thing, in the same order."""

@@ -14,6 +14,7 @@ from dashboard.credentials import credential_rows, lacks_credential
 from dashboard.deploys import deploys_now
 from dashboard.door import COOKIE
 from dashboard.live import Position, live_response
+from dashboard.reach import reach_now
 from dashboard.rows import ASSETS, Rows, asset_bytes, asset_hash, render
 from dashboard.snapshots import snapshots_now
 from dashboard.spend import spend_now
@@ -169,6 +170,7 @@ class Pages:
             turns=[(turn, [line for line in lines if line["turn"] == turn["id"]]) for turn in reversed(turns)],
             messages=await newest_messages(hive.store, name, MESSAGES_SHOWN),
             spend=await spend_now(hive, name),
+            reach=await reach_now(hive, name),
             snapshots=await snapshots_now(hive, name),
             deploys=await deploys_now(hive, name),
         )

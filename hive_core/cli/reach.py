@@ -40,8 +40,10 @@ def _reach(result: dict[str, Any]) -> str:
             for row in result["refusals"]
         ]
         parts.append(show.table(refused, ["refused", "how", "times", "last", "why"]))
+    may = ", ".join(map(show.safe, result["may"])) or "nothing beside its model"
+    parts.insert(0, f"{name} may reach {may}")
     total = result["total"]
-    said = f"{name}: {counted(total['connections'], 'connection')}, {mib(total['sent'])} sent, "
+    said = f"{counted(total['connections'], 'connection')}, {mib(total['sent'])} sent, "
     said += f"{mib(total['received'])} received, {counted(total['refused'], 'refusal')}"
     said += f" since {show.day(result['since_ms'])}"
     if result["kept_from_ms"]:

@@ -7,19 +7,17 @@ in the queue. Both talk in JSON lines on a stream socket, which is the proxy's s
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import trio
-from pydantic import ValidationError
 
 from hive_core.containers.inside import harness_environment
 from hive_core.destinations import Allowed, find
@@ -31,6 +29,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from hive_core.services.access import ACCESS, Access
 from hive_core.services.connections import Connection, Connections
+from hive_core.services.reach import entries_of
 from hive_core.store.bus import DEPLOYED, WANTED
 from hive_core.store.door import Store
 
@@ -111,6 +110,7 @@ class EgressDesk:
         self._left: set[AgentName] = set()  # doors that are no more, and the proxy still has
         self._asking = 0
         self.pid: int | None = None  # of the proxy that runs
+        self.moves = 0  # how often what some agent may reach has changed
 
     # -- doors --------------------------------------------------------------------------------------------------------
 
@@ -206,7 +206,9 @@ class EgressDesk:
     async def _look(self, proxy: _Proxy) -> None:
         """Know what each agent may reach by what is deployed of it now."""
         rows = await self._store.rows("SELECT name, policy FROM agents")
-        self._rules = {AgentName(row["name"]): _expand(row["name"], row["policy"]) for row in rows}
+        rules = {AgentName(row["name"]): expand(entries_of(row["policy"])) for row in rows}
+        if rules != self._rules:
+            self._rules, self.moves = rules, self.moves + 1
         await self._tell(proxy)
 
     async def _tell(self, proxy: _Proxy) -> None:
@@ -297,21 +299,3 @@ def _passed_on() -> dict[str, str]:
     """Of the daemon's own environment: what names are resolved by, and where Python finds what it imports."""
     names = ("LD_LIBRARY_PATH", "LOCPATH", "PYTHONPATH")
     return {name: os.environ[name] for name in names if name in os.environ}
-
-
-def _expand(name: str, policy: str | None) -> tuple[Allowed, ...]:
-    """What an agent's deployed settings let it reach; nothing by an entry that this release does not take."""
-    allowed: dict[Allowed, None] = {}
-    for entry in _entries(policy):
-        try:
-            allowed.update(dict.fromkeys(expand([entry])))
-        except ValidationError as exc:
-            log.error(
-                "%s reaches nothing by an entry of `egress` that cannot be used: %s", name, exc.errors()[0]["msg"]
-            )
-    return tuple(allowed)
-
-
-def _entries(policy: str | None) -> Sequence[Any]:
-    found = json.loads(policy or "{}").get("egress", [])
-    return found if isinstance(found, list) else []

@@ -119,6 +119,7 @@ class Connections:
         self._day = 0
         self._bytes: dict[AgentName, int] = {}  # of today, of connections that have ended
         self._writing = trio.Lock()
+        self._moves: dict[AgentName, int] = {}
 
     @property
     def now_ms(self) -> int:
@@ -136,6 +137,10 @@ class Connections:
         sql = "SELECT agent, sum(sent + received) AS bytes FROM connections WHERE began_at_ms >= ? GROUP BY agent"
         for row in await self._store.rows(sql, (self._day * 24 * HOUR_MS,)):
             self._bytes[row["agent"]] = row["bytes"]
+
+    def moves(self, agent: AgentName) -> int:
+        """How often what is written of an agent has changed."""
+        return self._moves.get(agent, 0)
 
     def bytes_today(self, agent: AgentName) -> int:
         """Both ways, of connections that ended since midnight, UTC."""
@@ -201,6 +206,8 @@ class Connections:
             with trio.CancelScope(shield=True):  # cancelled in between, nobody would know whether it was written
                 try:
                     await self._store.write(lambda tx: _write(tx, lasting, ended))
+                    for name in {one.agent for one in (*lasting, *ended)}:
+                        self._moves[name] = self._moves.get(name, 0) + 1
                 except StoreBusy:  # again at the next look
                     for one in lasting:
                         one.row = None

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from typing import Any
 
+from pydantic import ValidationError
+
+from hive_core.effects_of_settings import destination_text
+from hive_core.egress_rules import Rule
 from hive_core.services.charges import DAY_MS
 from hive_core.services.costs import HOUR_MS, Span
 from hive_core.store.door import Store
 
+log = logging.getLogger(__name__)
 ROWS_MOST = 200  # of one answer: those with the most bytes, and the newest refusals
 
 
 async def reach(store: Store, name: str, span: Span, now_ms: int, most: int) -> dict[str, Any]:
-    """{"agent", "since_ms", "kept_from_ms", "hosts", "refusals", "total"}. most: the connections of an agent that are
-    kept.
+    """{"agent", "may", "since_ms", "kept_from_ms", "hosts", "refusals", "total"}.
 
+    most: the connections of an agent that are kept
+
+    may       what is deployed of it lets it reach, a text for each entry
     hosts     {host, port, connections, open, failed, cut, sent, received, last_at_ms}: all but what was refused, those
               with the most bytes first. sent: bytes from the agent
     refusals  {host, port, how, count, reason, last_at_ms}, the newest first
@@ -30,14 +39,27 @@ async def reach(store: Store, name: str, span: Span, now_ms: int, most: int) -> 
     hosts = await store.rows(_HOSTS, given)
     refusals = await store.rows(_REFUSALS, given)
     total = await store.row(_TOTAL, given)
+    row = await store.row("SELECT policy FROM agents WHERE name = ?", (name,))
     return {
         "agent": name,
+        "may": [destination_text(entry) for entry in entries_of(row["policy"] if row else None)],
         "since_ms": first,
         "kept_from_ms": kept_from if kept_from > first else None,
         "hosts": [dict(row) for row in hosts],
         "refusals": [dict(row) for row in refusals],
         "total": dict(total) if total else {},
     }
+
+
+def entries_of(policy: str | None) -> list[Rule]:
+    """What stands in the `egress` of a row's policy, without entries that this release does not take."""
+    entries: list[Rule] = []
+    for given in json.loads(policy or "{}").get("egress", []):
+        try:
+            entries.append(Rule.model_validate(given))
+        except ValidationError as exc:
+            log.error("an entry of `egress` lets nothing pass: %s", exc.errors()[0]["msg"])
+    return entries
 
 
 # Of who has the name now: another may have had it before.

@@ -165,7 +165,7 @@ async def test_an_entry_that_this_release_does_not_take_takes_nothing_from_the_o
 ) -> None:
     await house.let(IRIS, "of-another-release", {"to": f"127.0.0.1:{house.port}"})
     await wait_until(house.passes)
-    assert "iris reaches nothing by an entry of `egress`" in caplog.text
+    assert "an entry of `egress` lets nothing pass" in caplog.text
     caplog.clear()
 
 

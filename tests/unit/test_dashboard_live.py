@@ -110,11 +110,11 @@ async def test_an_agents_stream_tells_its_turns_its_lines_and_nothing_of_others(
         turn = (await hive.broker.lease(IRIS)).turn
         await hive.turns.add_lines(IRIS, turn.id, 0, ["one", "<two>"])
         told = await browser.told(f"/agents/iris/live?after={hive.at(after, 0)}", "line-2")
-        states = ["agent-iris", "choice-model", "choice-effort", "spend-now", "snapshots-now"]
+        states = ["agent-iris", "choice-model", "choice-effort", "spend-now", "snapshots-now", "reach-now"]
         assert [frame.target for frame in told] == [*states, "message-2", "turn-1", "turn-1-head", "line-1", "line-2"]
         last = await hive.store.last_seq()
         assert [frame.id for frame in told[-2:]] == [hive.at(last, 1), hive.at(last, 2)]
-        assert told[6].data["once"] is True
+        assert told[7].data["once"] is True
         assert "&lt;two&gt;" in told[-1].data["html"]
         await hive.turns.add_lines(IRIS, turn.id, 2, ["three"])
         more = await browser.told(
