@@ -6,19 +6,22 @@ from hive_core.cli.client import Client
 from hive_core.cli.output import emit
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted
+from hive_core.protocol.words import shown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import Namespace
     from typing import Any
 
+NUMBER_DIGITS = 15
 TOKEN_FILE_LIMIT = 4096
 
 
 def forge(arguments: Namespace) -> None:
     what, words = arguments.what, arguments.words
-    form = {"add": "PROJECT URL OWNER/REPO with --token FILE", "list": "nothing"}.get(what, "the name of a project")
-    if len(words) != {"add": 3, "list": 0}.get(what, 1):
+    forms = {"add": "PROJECT URL OWNER/REPO with --token FILE", "list": "nothing", "rehearse": "PROJECT NUMBER"}
+    form = forms.get(what, "the name of a project")
+    if len(words) != {"add": 3, "list": 0, "rehearse": 2}.get(what, 1):
         raise Refusal("usage", f"cannot run `hive forge {what}`: it takes {form}")
     if what != "add" and (arguments.token or arguments.kind):
         raise Refusal("usage", f"cannot run `hive forge {what}`: --token and --kind belong to `hive forge add`")
@@ -31,6 +34,14 @@ def forge(arguments: Namespace) -> None:
     elif what == "check":
         result = Client().call("forge_check", project=words[0])
         emit(arguments, result, _answers(result))
+    elif what == "rehearse":
+        if not words[1].isdecimal() or len(words[1]) > NUMBER_DIGITS:
+            raise Refusal("usage", f"cannot use {shown(words[1])} as the number of an issue or pull request")
+        result = Client().call("forge_rehearse", project=words[0], number=int(words[1]))
+        told = (
+            f"lane {result['lane']} tells {', '.join(result['agents'])}" if result["lane"] else "no lane tells anybody"
+        )
+        emit(arguments, result, f"of {result['kind'].replace('_', ' ')} {result['number']} of {words[0]} {told}")
     else:
         if arguments.token is None:
             raise Refusal("usage", f"cannot run `hive forge add`: it takes {form}, or --token - for standard input")

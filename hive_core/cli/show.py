@@ -332,6 +332,8 @@ def status(result: dict[str, Any]) -> str:
     lines += [_stopped(row) for row in still if not any(sentence in row["why"] for sentence in sentences)]
     if result["update_trouble"]:
         lines.append(paint(f"the update has stopped: {safe(result['update_trouble'])}", "red"))
+    failing = [row for row in result.get("forges", ()) if row["error"]]
+    lines += [f"! the forge of {paint(row['project'], 'bold')} fails: {one_line(row['error'])}" for row in failing]
     lines += [approval_line(row) for row in result["pending"]]
     lines += [question(row) for row in result["questions"]]
     if result["unread"]:
@@ -343,7 +345,7 @@ def status(result: dict[str, Any]) -> str:
     for name, refused in result["refused"].items():
         lines.append(paint(f"inbox full: {name} did not get {counted(refused, 'message')}", "red"))
     waits = ("pending", "questions", "unread", "held", "dead", "refused", "stopped", "frozen_since_ms")
-    if not any(result[key] for key in (*waits, "update_trouble")):
+    if not failing and not any(result[key] for key in (*waits, "update_trouble")):
         lines.append("nothing waits for you")
     return "\n".join(lines)
 

@@ -16,9 +16,9 @@ import trio
 from hive_core.forge.adapter import Forge
 from hive_core.forge.api import ForgeTrouble
 from hive_core.forge.words import Notification, Thread
-from hive_core.lanes import Lane, News, asks_for_files, lane_of, may_take
+from hive_core.lanes import Lane, may_take
 from hive_core.limits import REST_LIMIT_S, Limits
-from hive_core.procedures.forges import Forges
+from hive_core.procedures.forges import Forges, choose_lane
 from hive_core.protocol.refusal import Refusal
 from hive_core.services.forge_notices import (
     Outcome,
@@ -140,7 +140,7 @@ class ForgeWatch:
             raise
 
     async def _tell(self, ours: Forge, forge: Registered, state: State, thread: Thread | None) -> Outcome:
-        lane = await self._lane(ours, forge, thread) if thread else None
+        lane = await choose_lane(self._lanes, forge.project, ours, thread) if thread else None
         body = in_reply_to = None
         if thread is not None and lane is not None:
             before = await told_before(self._store, forge, thread.number)
@@ -153,12 +153,6 @@ class ForgeWatch:
         if outcome == "full" and lane is not None:
             await self._brake(lane, forge)
         return outcome
-
-    async def _lane(self, ours: Forge, forge: Registered, thread: Thread) -> Lane | None:
-        news = News(forge.project, thread.kind, thread.labels)
-        if asks_for_files(self._lanes, news):
-            news = news._replace(files=await ours.files(thread.number))
-        return lane_of(self._lanes, news)
 
     async def _brake(self, lane: Lane, forge: Registered) -> None:
         now = trio.current_time()

@@ -12,8 +12,8 @@ import trio
 from hive_core.forge.adapter import Forge, open_forge
 from hive_core.forge.api import Quiet
 from hive_core.forge.tokens import Tokens, parse_token
-from hive_core.forge.words import Place, parse_place
-from hive_core.lanes import Lane, may_take
+from hive_core.forge.words import Place, Thread, parse_place
+from hive_core.lanes import Lane, News, asks_for_files, lane_of, may_take
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import ProjectName
 from hive_core.services.forges import Registered, all_forges, forge_of, put_forge, remove_forge
@@ -78,12 +78,32 @@ class Forges:
         forge = await forge_of(self.store, project)
         return {"project": project, **await _ask(self.open(forge), forge.added_at_ms)}
 
+    async def rehearse(self, project: ProjectName, number: int) -> dict[str, Any]:
+        """Which lane would tell of a thread as it is now: {"project", "number", "kind", "lane", "agents"}; nobody does.
+
+        lane None: none would. Raises Refusal.
+        """
+        forge = await forge_of(self.store, project)
+        ours = self.open(forge)
+        thread = await ours.thread(number)
+        lane = await choose_lane(self._lanes, project, ours, thread)
+        told = {"lane": lane.name if lane else None, "agents": lane.agents if lane else []}
+        return {"project": project, "number": number, "kind": thread.kind, **told}
+
     async def rows(self) -> list[dict[str, Any]]:
         """Each forge, with the names of the lanes that may tell of it: without one nobody looks."""
         return [
             {**forge.to_wire(), "lanes": [lane.name for lane in self._lanes if may_take([lane], forge.project)]}
             for forge in await all_forges(self.store)
         ]
+
+
+async def choose_lane(lanes: Sequence[Lane], project: ProjectName, forge: Forge, thread: Thread) -> Lane | None:
+    """The lane that tells of a thread; the forge is asked for the changed files where that depends on them."""
+    news = News(project, thread.kind, thread.labels)
+    if asks_for_files(lanes, news):
+        news = news._replace(files=await forge.files(thread.number))
+    return lane_of(lanes, news)
 
 
 async def _ask(forge: Forge, since_ms: int = 0) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from hive_core.hive import Hive
-from hive_core.protocol.words import parse_project_name
+from hive_core.protocol.words import parse_id, parse_project_name
 
 Args = dict[str, Any]
 Verbs = dict[str, tuple[Callable[[Args], Awaitable[Any]], set[str]]]
@@ -22,6 +22,10 @@ def forge_verbs(hive: Hive) -> Verbs:
     async def check(args: Args) -> Any:
         return await hive.forges.check(parse_project_name(args.get("project")))
 
+    async def rehearse(args: Args) -> Any:
+        number = parse_id(args.get("number"), "an issue or pull request")
+        return await hive.forges.rehearse(parse_project_name(args.get("project")), number)
+
     async def remove(args: Args) -> Any:
         project = parse_project_name(args.get("project"))
         await hive.forges.remove(project)
@@ -34,5 +38,6 @@ def forge_verbs(hive: Hive) -> Verbs:
         "forges": (rows, set()),
         "forge_add": (add, {"project", "kind", "url", "repository", "token"}),
         "forge_check": (check, {"project"}),
+        "forge_rehearse": (rehearse, {"project", "number"}),
         "forge_remove": (remove, {"project"}),
     }

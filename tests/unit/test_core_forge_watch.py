@@ -20,6 +20,7 @@ from hive_core.procedures.forges import Forges
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, ProjectName, parse_recipient
 from hive_core.services.archive import parse_sender
+from hive_core.services.charges import _root
 from hive_core.services.forges import forge_of
 from hive_core.services.history import forget_history
 from hive_core.services.last_will import settle_all
@@ -363,3 +364,9 @@ async def test_what_was_told_is_forgotten_with_its_message(
     await hive.sql("DELETE FROM messages")
     await forget_history(hive.store, hive.now_ms() + 1)
     assert await hive.value("SELECT count(*) FROM forge_notices") == 0
+
+
+def test_what_a_forge_sets_off_costs_by_its_name() -> None:
+    row = {"root_cause": "system", "root_cause_id": 1, "agent": "iris", "errand_by": None}
+    assert _root({**row, "sender": "forge"}) == "forge"  # type: ignore[arg-type]
+    assert _root({**row, "sender": "system"}) == "system"  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from tests.scripted_forge import BOT, TOKEN, ScriptedForge, Trouble
 
 SITE = ProjectName("site")
 URL = "https://forge.example"
+LANES = [Lane(name="words", agents=["iris", "operator"], paths=["docs/**"])]
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def forge() -> ScriptedForge:
 @pytest.fixture
 async def forges(hive: Services, forge: ScriptedForge) -> AsyncIterator[Forges]:
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=forge.app)) as client:
-        yield Forges(hive.store, hive.state_dir, client=client)
+        yield Forges(hive.store, hive.state_dir, LANES, client)
 
 
 @pytest.fixture
@@ -101,6 +102,9 @@ async def test_a_forge_is_added_listed_checked_and_forgotten(
         (("check", "site"), 3, "it has none"),
         (("rm", "site"), 3, "it has none"),
         (("list", "site"), 2, "it takes nothing"),
+        (("rehearse", "site"), 2, "it takes PROJECT NUMBER"),
+        (("rehearse", "site", "x"), 2, "as the number"),
+        (("rehearse", "site", "7"), 3, "it has none"),
         (("list", "--kind", "github"), 2, "belong to"),
     ],
 )
@@ -222,3 +226,28 @@ async def test_the_doctor_names_a_forge_that_fails_and_a_lane_that_tells_nobody(
     ]
     (found,) = look_at_forges("forges", [triage], None, ["iris"])
     assert found.message == "1 lane; `hive forge list` shows them"
+
+
+async def test_which_lane_would_tell_of_a_thread_can_be_asked(
+    house: Hive, hive: Services, forge: ScriptedForge, tmp_path: Path
+) -> None:
+    await add(house.forges)
+    forge.pull("ada", "Words", files=["docs/a.md"])
+    forge.issue("ada", "A wish")
+    said = await hive_says(tmp_path, "forge", "rehearse", "site", "1")
+    assert said == "of pull request 1 of site lane words tells iris, operator\n"
+    assert await hive_says(tmp_path, "forge", "rehearse", "site", "2") == "of issue 2 of site no lane tells anybody\n"
+    assert "no such thing" in await hive_says(tmp_path, "forge", "rehearse", "site", "3", code=3)
+    assert forge.unread() == [1, 2]
+    assert await hive.value("SELECT count(*) FROM messages") == 0
+
+
+async def test_a_forge_that_fails_is_told_where_the_operator_looks_first(
+    house: Hive, hive: Services, tmp_path: Path
+) -> None:
+    await add(house.forges)
+    assert "fails" not in await hive_says(tmp_path)
+    registered = await forge_of(hive.store, SITE)
+    await hive.store.write(lambda tx: note_look(tx, registered, "cannot reach it", None))
+    assert "! the forge of site fails: cannot reach it" in await hive_says(tmp_path)
+    assert "site: cannot reach it" in await hive_says(tmp_path, "forge", "list")
