@@ -75,6 +75,12 @@ async def serve(
     on its loopback, and see its abstract sockets
     """
     adopt_orphans()
+    if not own_network:
+        from hive_agent.own_sockets import leave_foreign_sockets  # which few need
+
+        if not leave_foreign_sockets():
+            why = "before Linux 6.12, or without Landlock, nothing keeps it from the host's abstract sockets"
+            print(f"hive-agent: it has the host's network: {why}", file=sys.stderr)
     link = HostLink(f"{run_dir}/harness.sock", role=role, orphan_grace_s=orphan_grace_s)
     stop = Stop()
     exit_codes = [EXIT_DONE]

@@ -18,6 +18,7 @@ from pathlib import Path
 from hive_core.containers.bounds import Bounds
 from hive_core.containers.mounts import Mount
 from hive_core.containers.scopes import SLICE
+from hive_core.containers.seccomp import LANDLOCK
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, Network, StorePath
 
@@ -36,6 +37,7 @@ _ALLOWED_FLAGS = tuple(
         r"--link-journal=no",
         r"--resolv-conf=(off|copy-host)",
         r"--timezone=off",
+        r"--system-call-filter=landlock_(create_ruleset|restrict_self)",
         r"--setenv=SYSTEMD_PROC_CMDLINE=systemd\.show_status=false",
         rf"--tmpfs=({'|'.join(_HIDDEN)}):ro,mode=0",
         rf"--bind(-ro)?={_WORD}:{_WORD}(:rootidmap)?",
@@ -120,6 +122,7 @@ def _flags(mounts: Sequence[Mount], lent: Sequence[str], base: int | None, netwo
     # The container's own root directory stays as it is: what is written there is in memory, and gone with it.
     yield from ("--quiet", "--settings=no", "--volatile=overlay", "--link-journal=no")
     yield f"--resolv-conf={'copy-host' if network == 'host' else 'off'}"
+    yield from LANDLOCK if network == "host" else ()
     # Here too, for a NixOS that does not know PRIVATE_USERS.
     yield f"--private-users={'identity' if base is None else f'{base}:{UIDS}'}"
     yield from (

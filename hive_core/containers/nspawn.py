@@ -40,7 +40,7 @@ from hive_core.containers.inside import (
 from hive_core.containers.mounts import STATE, AgentDirs, agent_dirs
 from hive_core.containers.process_tree import kill_that_see
 from hive_core.containers.running import RunningProcess
-from hive_core.containers.seccomp import filter_program
+from hive_core.containers.seccomp import LANDLOCK, filter_program
 from hive_core.containers.status_file import end_holders
 from hive_core.protocol.words import AgentName
 
@@ -66,7 +66,7 @@ def nspawn_command(machine: str, dirs: AgentDirs, claude: Path | None, base: int
     argv = [shutil.which("systemd-nspawn") or "systemd-nspawn", "--quiet", "--settings=no", "--register=no"]
     argv += ["--keep-unit", f"--directory={root}", "--volatile=yes", f"--machine={machine}", "--hostname=hive"]
     argv += [f"--private-users={'identity' if base is None else f'{base}:{UIDS}'}"]
-    argv += ["--private-network"] if dirs.network == "private" else []
+    argv += ["--private-network"] if dirs.network == "private" else list(LANDLOCK)
     argv += ["--private-users-ownership=off", "--console=pipe", "--link-journal=no", "--timezone=off"]
     argv += ["--resolv-conf=off", "--no-new-privileges=yes"]
     for path in (*ETC_FILES, *(NETWORK_FILES if dirs.network == "host" else ())):

@@ -15,6 +15,9 @@ from collections.abc import Iterator
 
 # What <linux/audit.h> calls a processor: the ABI that a call was made by.
 _ABIS = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+# What systemd-nspawn's own filter lets pass besides for a harness in the host's network, which shuts itself in further
+# (hive_agent/own_sockets.py).
+LANDLOCK = tuple(f"--system-call-filter=landlock_{call}" for call in ("create_ruleset", "restrict_self"))
 # Refused with EPERM, as the kernel does to those without the right: programs are used to that. (x86_64, aarch64)
 REFUSED = {
     # Keys belong to a uid and a login session, and no namespace keeps them apart.

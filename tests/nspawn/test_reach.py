@@ -17,6 +17,7 @@ import pytest
 from hive_core.cli.client import Client
 from tests.daemons import Daemon
 from tests.swarm.test_changes import approve, ask
+from tests.swarm.test_host_network import give_and_take_back
 from tests.swarm.test_outlive import WELCOME, open_swarm, spawn
 
 # Two names of this machine that no_proxy has not; a hive takes one for what it is only when it is named.
@@ -153,3 +154,7 @@ def test_an_agent_reaches_what_was_approved_and_nothing_else(sandbox: str) -> No
     (host,) = reach["hosts"]
     assert (host["host"], host["port"], host["connections"]) == (NAMED, port, 2)
     assert reach["total"]["refused"] == sum(one["count"] for one in reach["refusals"]) == 7
+
+
+def test_an_agent_in_a_container_of_systemd_nspawns_is_given_the_hosts_network_and_loses_it() -> None:
+    give_and_take_back("--sandbox=nspawn")

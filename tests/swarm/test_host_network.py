@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import socket
 import sys
 from typing import Any
@@ -12,10 +13,13 @@ from tests.swarm.test_changes import approve, ask, mail_of
 from tests.swarm.test_outlive import WELCOME, open_swarm, pid_of, spawn
 
 
-def _rule(port: int, number: int) -> dict[str, Any]:
-    """Asked so for the time `number` iris tells whether it reaches a port of the host's loopback."""
+def _rule(port: int, name: str, number: int) -> dict[str, Any]:
+    """Asked so for the time `number` iris tells whether it reaches a port of the host's loopback, and whether an
+    abstract socket."""
     connect = f"import socket; socket.create_connection(('127.0.0.1', {port}))"
+    knock = f"import socket; socket.socket(socket.AF_UNIX).connect(chr(0) + '{name}')"
     run = f'{sys.executable} -c "{connect}" 2>/dev/null && echo reaches it || echo is alone'
+    run += f'; {sys.executable} -c "{knock}" 2>/dev/null && echo and a socket; true'
     told = {"to": "operator", "body": f"{number}: iris {{found}}"}
     return {
         "from": "operator",
@@ -29,6 +33,10 @@ def _asked(daemon: Daemon, client: Client, number: int) -> str:
     return str(daemon.wait_message(client, f"{number}: iris ")["body"]).strip()
 
 
+def _tells_sockets_apart() -> bool:
+    return ctypes.CDLL(None).syscall(444, None, ctypes.c_ulong(0), 1) >= 6  # landlock_create_ruleset(2)
+
+
 def _network(client: Client) -> str:
     return next(agent["network"] for agent in client.call("list")["agents"] if agent["name"] == "iris")
 
@@ -40,20 +48,31 @@ def _toml(daemon: Daemon, network: str) -> str:
 
 
 def test_a_click_gives_it_at_the_turns_edge_and_another_takes_it_back() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server, open_swarm() as daemon:
-        port = server.getsockname()[1]
+    give_and_take_back()
+
+
+def give_and_take_back(*flags: str) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_UNIX) as abstract,
+        open_swarm(*flags) as daemon,
+    ):
+        port, name = server.getsockname()[1], daemon.folder.name
+        abstract.bind(f"\0{name}")
+        abstract.listen()
         client = daemon.start()
-        spawn(client, "iris", [WELCOME, *(_rule(port, number) for number in range(4))])
+        spawn(client, "iris", [WELCOME, *(_rule(port, name, number) for number in range(4))])
         assert (_asked(daemon, client, 0), _network(client)) == ("0: iris is alone", "private")
         before = pid_of(daemon, "iris")
         given = approve(client, ask(daemon, client, agent__toml=_toml(daemon, "host")))
         assert (given["state"], given["proof"]) == ("done", "healthy")
-        assert (_asked(daemon, client, 1), _network(client)) == ("1: iris reaches it", "host")
+        reaches = "reaches it" if _tells_sockets_apart() else "reaches it\nand a socket"
+        assert (_asked(daemon, client, 1), _network(client)) == (f"1: iris {reaches}", "host")
         after = pid_of(daemon, "iris")
         assert after != before, "its container is another"
         daemon.kill()
         client = daemon.start()
-        assert (_asked(daemon, client, 2), _network(client)) == ("2: iris reaches it", "host")
+        assert (_asked(daemon, client, 2), _network(client)) == (f"2: iris {reaches}", "host")
         assert pid_of(daemon, "iris") == after, "the next daemon leaves it as it is"
         assert approve(client, ask(daemon, client, agent__toml=_toml(daemon, "private")))["state"] == "done"
         assert (_asked(daemon, client, 3), _network(client)) == ("3: iris is alone", "private")
