@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import socket
 import time
 from collections.abc import Callable, Collection
@@ -44,6 +45,7 @@ class Bounds:
     connection_s   how long one may be open, idle_s: without a byte, connect_s: to come about
     bytes_per_day  both ways, days by UTC; None: any number
     bytes_today    those that an earlier process has carried
+    requests_per_s how many are taken up in the long run, and `burst` at once; the next ones wait their turn
     """
 
     connections: int
@@ -52,6 +54,8 @@ class Bounds:
     connect_s: float
     bytes_per_day: int | None = None
     bytes_today: int = 0
+    requests_per_s: float = 200.0
+    burst: int = 1_000
 
 
 class Exit:
@@ -78,6 +82,7 @@ class Exit:
         self._admitted = self._turned_away = 0
         self._left = trio.Event()
         self._day, self._bytes_today = _today(), bounds.bytes_today
+        self._paced_at = -math.inf  # of trio's clock: the turn of the request that was taken up last
         self._scope = trio.CancelScope()
 
     async def serve(self, listener: socket.socket) -> None:
@@ -159,6 +164,7 @@ class Exit:
             end = await _read_head(client, data)
             if end is None:
                 return None
+            await self._wait_turn()
             head = parse_head(data, end)
         except No as no:
             await _tell(client, no)
@@ -204,6 +210,13 @@ class Exit:
         if refused is not None:
             await _tell(client, refused, with_body=head.asked.how != "HEAD")
         return rest
+
+    async def _wait_turn(self) -> None:
+        """Each request costs the proxy and the daemon work that other agents wait for."""
+        now, step_s = trio.current_time(), 1 / self._bounds.requests_per_s
+        self._paced_at = max(self._paced_at, now - self._bounds.burst * step_s) + step_s
+        if self._paced_at > now:
+            await trio.sleep(self._paced_at - now)
 
     def _explain(self, passage: Passage) -> None:
         """Which limit has cut it, if one has."""

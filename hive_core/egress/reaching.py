@@ -134,7 +134,9 @@ async def _connect(asked: Asked, found: list[Found]) -> Reached:
                 await failed.wait()
     if reached:
         return reached[0]
-    raise _unreachable(asked, failures[0])
+    # A family that this machine has no way for says nothing of the host.
+    told = [exc for exc in failures if exc.errno != errno.ENETUNREACH] or failures
+    raise _unreachable(asked, told[0])
 
 
 def _unreachable(asked: Asked, exc: OSError) -> No:

@@ -11,6 +11,7 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from trio.testing import MockClock
 
 from hive_core.egress.heads import HEAD_LIMIT_BYTES, No, end_of_head, parse_head
 from hive_core.egress.reaching import Found
@@ -339,6 +340,17 @@ async def test_a_slow_head_is_left_and_holds_up_nobody(tmp_path: Path, autojump_
             status, sentence = one_line(await read_all(slow))
             assert (status, sentence) == (408, "cannot read the request: its head did not come within 30 s")
             assert await read_all(silent) == b""
+
+
+async def test_an_agent_that_asks_without_end_waits_its_turn(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with open_desk(tmp_path) as desk:
+        mine = await desk.serve([], requests_per_s=2.0, burst=3)
+        others = await desk.serve([], agent="damocles", requests_per_s=2.0, burst=3)
+        times = []
+        for path in (*[mine] * 6, others):
+            await ask(path, b"CONNECT evil.example:443 HTTP/1.1\r\nHost: x\r\n\r\n")
+            times.append(round(autojump_clock.current_time(), 3))
+    assert times == [0, 0, 0, 0.5, 1, 1.5, 1.5]
 
 
 async def test_a_name_that_takes_too_long_is_told_as_that(tmp_path: Path, autojump_clock: Any) -> None:
