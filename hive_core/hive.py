@@ -123,7 +123,7 @@ class Hive:
         self.ledger.windows = self.breaker.windows_used
         self.mirrors = ProjectMirrors(self.store, self.broker.limits, self.config.state_dir)
         self.git_services = GitServices(
-            self.store, self.mirrors, self.credentials, self.broker.limits, self.config.state_dir
+            self.store, self.mirrors, self.credentials, self.access, self.broker.limits, self.config.state_dir
         )
         self.disk = DiskUses(self.store, self.broker.limits, self.config.state_dir)
         self.snapshots = Snapshotting(

@@ -119,7 +119,9 @@ async def open_project_hive(folder: Path, **limits: Any) -> AsyncIterator[Projec
         of_hive = Limits(**limits)
         mirrors = ProjectMirrors(services.store, of_hive, services.state_dir)
         credentials = Credentials(services.state_dir, {})
-        git_services = GitServices(services.store, mirrors, credentials, of_hive, services.state_dir)
+        git_services = GitServices(
+            services.store, mirrors, credentials, services.agents.access, of_hive, services.state_dir
+        )
         hive = ProjectHive(folder, services, mirrors, git_services)
         await services.add_agents("hm1nd", IRIS, ARGUS)
         for agent in (IRIS, ARGUS):

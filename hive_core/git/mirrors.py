@@ -194,13 +194,13 @@ def stands_in_the_way(ref: str, others: dict[str, str]) -> str | None:
 
 
 def packs(path: Path) -> list[str]:
-    """The files of packs, whole ones alone: the index is there when the rest is."""
+    """The files of packs, whole ones alone, and of each the index last: git takes it for there when that is."""
     try:
         found = set(os.listdir(path / "objects" / "pack"))
     except FileNotFoundError:
         return []
     stems = {file.removesuffix(".idx") for file in found if file.startswith("pack-") and file.endswith(".idx")}
-    return sorted(f"{stem}{end}" for stem in stems for end in (".pack", ".rev", ".idx") if f"{stem}{end}" in found)
+    return [f"{stem}{end}" for stem in sorted(stems) for end in (".pack", ".rev", ".idx") if f"{stem}{end}" in found]
 
 
 def packed_bytes(path: Path) -> int:
@@ -251,7 +251,8 @@ def export(mirror: Path, place: Path, refs: Lent | None = None) -> None:
             break
     _write(place / "packed-refs", refs.packed_refs)
     _write(place / "HEAD", refs.head)
-    for file in set(os.listdir(place / "objects" / "pack")) - set(wanted):
+    gone = set(os.listdir(place / "objects" / "pack")) - set(wanted)
+    for file in sorted(gone, key=lambda file: not file.endswith(".idx")):
         (place / "objects" / "pack" / file).unlink(missing_ok=True)
 
 

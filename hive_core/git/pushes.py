@@ -107,9 +107,9 @@ class Judge:
         for update in push.updates:
             if (why := self._project.refuses(self._agent, update.ref)) is not None:
                 raise _refused(update, f"{why}; ask for another rule of `projects` in your agent.toml")
+        self._check_places(push)
         for update in push.updates:
             self._check_move(push, update)
-        self._check_places(push)
         if push.quarantine is not None:
             self._check_secrets(push, push.quarantine, secrets)
 
@@ -136,9 +136,11 @@ class Judge:
             raise _refused(update, f"{why} (by force takes `force` in your agent.toml)") from None
 
     def _check_places(self, push: Push) -> None:
-        said = run_git(self._mirror, "for-each-ref", "--format=%(refname)", HEADS, TAGS).decode().split()
-        there = dict.fromkeys(said, "")
+        said = run_git(self._mirror, "for-each-ref", "--format=%(refname) %(objectname)", HEADS, TAGS).decode()
+        there = dict(line.split() for line in said.splitlines())
         for update in push.updates:
+            if there.get(update.ref, NOTHING) != update.old:  # which is what whoever pushes says
+                raise _refused(update, "it has moved meanwhile; fetch, and push again")
             if update.new != NOTHING:
                 if other := stands_in_the_way(update.ref, there):
                     raise _refused(update, f"{other} is there, and git keeps one of the two; choose another name")

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from hive_core.project_rules import Project
 from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, ProjectName
+from hive_core.services.access import Access
 from hive_core.services.projects import PROJECTS, Registered, no_such_project
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
@@ -45,21 +47,34 @@ log = logging.getLogger(__name__)
 IDLE_S = 120  # without a word of a client that fetches
 _HIDDEN = {"transfer.hideRefs": "refs/source"}
 _PROTOCOLS = ("version=1", "version=2")
+REFUSALS_TOLD = 10  # in a minute, of one agent: an event each
+REFS_TOLD, REF_TOLD, REASON_TOLD = 10, 250, 500  # of one refusal: refs, and characters
 ENDED = b"\n.\n"  # of what the hook asks
 
 
 class GitServices:
     def __init__(
-        self, store: Store, mirrors: ProjectMirrors, credentials: Credentials, limits: Limits, state_dir: Path
+        self,
+        store: Store,
+        mirrors: ProjectMirrors,
+        credentials: Credentials,
+        access: Access,
+        limits: Limits,
+        state_dir: Path,
     ) -> None:
         self._store = store
+        self._access = access
         self._mirrors = mirrors
         self._credentials = credentials
         self._limits = limits
         self._state_dir = state_dir
+        self._refused: dict[AgentName, deque[float]] = {}  # when refusals of late were written down
+        self._untold: Counter[AgentName] = Counter()  # refusals since then that were not
 
     async def find(self, agent: AgentName, name: ProjectName) -> tuple[Project, Registered]:
         """A project as an agent may use it. Raises Refusal when it may not, or it cannot be served now."""
+        if (halted := self._access.halted(agent)) is not None:
+            raise Refusal("unavailable", f"cannot serve {name}: {halted.sentence}")
         listed = await self._mirrors.projects.listed_by(agent)
         if (project := next((one for one in listed if one.name == name), None)) is None:
             mine = ", ".join(one.name for one in listed) or "none"
@@ -81,9 +96,9 @@ class GitServices:
         )
         await _serve(*command, sock, time_s)
 
-    async def receive(self, agent: AgentName, project: Project, registered: Registered, sock: socket.socket) -> None:
+    async def receive(self, agent: AgentName, name: ProjectName, sock: socket.socket) -> None:
         """Serve one push. What becomes of it is an event, and what git tells the agent."""
-        limits, mirror = self._limits, self._mirrors.path(registered.name)
+        limits, mirror = self._limits, self._mirrors.path(name)
         with _Pipes() as pipes:
             hooks = await trio.to_thread.run_sync(put_hook, mirror.parent / HOOKS)
             config = {
@@ -113,44 +128,46 @@ class GitServices:
                     asked = await _read_question(pipes.ask)
                 if not asked:  # nothing was pushed, or git did not take it
                     return
-                async with self._mirrors.alone(registered.name):
-                    refusal = await self._judge(agent, project, registered, asked, judged)
+                async with self._mirrors.alone(name):
+                    refusal = await self._judge(agent, name, asked, judged)
                     pipes.say(b"ok\n" if refusal is None else f"no\n{refusal.message}\n".encode())
                     with trio.CancelScope(shield=True):
                         await judged.served.wait()
-                        await self._note(agent, registered, judged, refusal)
+                        await self._note(agent, name, judged, refusal)
         if judged.moved:
-            await self._mirrors.lend(registered.name)
+            await self._mirrors.lend(name)
 
-    async def _judge(
-        self, agent: AgentName, project: Project, registered: Registered, asked: bytes, judged: _Judged
-    ) -> Refusal | None:
-        """Judge a push and send it on; None when the project's repository has it now."""
-        limits, path = self._limits, self._mirrors.path(registered.name)
+    async def _judge(self, agent: AgentName, name: ProjectName, asked: bytes, judged: _Judged) -> Refusal | None:
+        """Judge a push by what holds now, and send it on; None when the project's repository has it."""
+        limits, path, look = self._limits, self._mirrors.path(name), trio.from_thread.check_cancelled
 
-        def judge() -> None:
+        def judge() -> Push:
             judged.push = push = parse_push(asked, path)
-            look = trio.from_thread.check_cancelled
             judge = Judge(path, project, agent, limits.push_bytes, limits.push_s, look)
             judge.check(push, known_secrets(self._state_dir, self._credentials))
-            forward(self._mirrors.mirror(registered), push, agent, limits.push_s, look)
+            return push
 
         try:
-            await trio.to_thread.run_sync(judge)
+            project, registered = await self.find(agent, name)
+            judged.registered = registered
+            push = await trio.to_thread.run_sync(judge)
+            await self.find(agent, name)  # it may have been stopped meanwhile
+            await trio.to_thread.run_sync(
+                lambda: forward(self._mirrors.mirror(registered), push, agent, limits.push_s, look)
+            )
         except Refusal as refusal:
             return refusal
         except (GitFailed, OSError) as exc:
             why = explain(exc) if isinstance(exc, OSError) else str(exc)
-            log.warning("a push of %s to %s: %s", agent, registered.name, why, extra={"agent": agent})
+            log.warning("a push of %s to %s: %s", agent, name, why, extra={"agent": agent})
             return Refusal("unavailable", f"it could not be looked at: {why}")
         return None
 
-    async def _note(self, agent: AgentName, registered: Registered, judged: _Judged, refusal: Refusal | None) -> None:
+    async def _note(self, agent: AgentName, name: ProjectName, judged: _Judged, refusal: Refusal | None) -> None:
         """Write down what became of a push, by what the mirror has now."""
         updates = judged.push.updates if judged.push is not None else ()
-        path = self._mirrors.path(registered.name)
-
-        on_host = registered.source.startswith("/")
+        path = self._mirrors.path(name)
+        on_host = judged.registered is not None and judged.registered.source.startswith("/")
 
         def look() -> list[Update]:
             moved = [one for one in updates if _has(path, one)] if refusal is None else []
@@ -161,20 +178,39 @@ class GitServices:
         try:
             judged.moved = await trio.to_thread.run_sync(look)
         except (GitFailed, OSError) as exc:
-            log.error("what %s pushed to %s could not be noted: %s", agent, registered.name, exc)
+            log.error("what %s pushed to %s could not be noted: %s", agent, name, exc)
         refs = [
-            {"ref": one.ref, "old": one.old, "new": one.new}
-            | ({"at": place_on_host(one.ref, agent)} if on_host else {})
-            for one in updates
+            {"ref": one.ref[:REF_TOLD], "old": one.old, "new": one.new}
+            | ({"at": place_on_host(one.ref, agent)} if on_host and judged.moved else {})
+            for one in updates[: None if judged.moved else REFS_TOLD]
         ]
-        reason = refusal.message if refusal else None if judged.moved else "git did not move the refs of the mirror"
+        reason = refusal.message[:REASON_TOLD] if refusal else None
+        if not judged.moved and self._is_one_too_many(agent):
+            self._untold[agent] += 1
+            return
+        untold = self._untold.pop(agent, 0) or None
 
         def write(tx: Transaction) -> None:
-            kind = "project_pushed" if judged.moved else "push_refused"
-            tx.emit(kind, agent, agent, None, project=registered.name, refs=refs, reason=reason)
-            tx.wake(PROJECTS)
+            if judged.moved:
+                tx.emit("project_pushed", agent, agent, None, project=name, refs=refs)
+                tx.wake(PROJECTS)
+            else:
+                why = reason or "git did not move the refs of the mirror"
+                tx.emit("push_refused", agent, agent, None, project=name, refs=refs, reason=why, untold=untold)
 
         await self._store.insist(write)
+
+    def untold(self, agent: AgentName) -> int:
+        """How many refusals of late are not told by an event of their own; the next one tells how many."""
+        return self._untold[agent]
+
+    def _is_one_too_many(self, agent: AgentName) -> bool:
+        """Whether so many refusals were written down in the last minute that this one is only counted."""
+        told, now_s = self._refused.setdefault(agent, deque(maxlen=REFUSALS_TOLD)), trio.current_time()
+        if len(told) == REFUSALS_TOLD and now_s - told[0] < 60:
+            return True
+        told.append(now_s)
+        return False
 
 
 class _Judged:
@@ -182,6 +218,7 @@ class _Judged:
 
     def __init__(self) -> None:
         self.push: Push | None = None
+        self.registered: Registered | None = None
         self.moved: list[Update] = []
         self.served = trio.Event()
 

@@ -42,7 +42,7 @@ class GitDesk:
             if service not in SERVICES:
                 raise Refusal("usage", f"cannot do {shown(service)}: the services are {' and '.join(SERVICES)}")
             name = parse_project_name(request.get("project"))
-            project, registered = await self._services.find(self._name, name)
+            await self._services.find(self._name, name)
         except Refusal as refusal:
             await stream.send_all(encode({"ok": False, "error": refusal.to_wire()}))
             return
@@ -51,7 +51,7 @@ class GitDesk:
             if service == "git-upload-pack":
                 await self._services.upload(name, stream.sock, protocol if isinstance(protocol, str) else None)
             else:
-                await self._services.receive(self._name, project, registered, stream.sock)
+                await self._services.receive(self._name, name, stream.sock)
 
     def _check_rate(self) -> None:
         now_s = time.monotonic()

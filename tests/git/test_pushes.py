@@ -6,12 +6,17 @@ import base64
 import json
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from hive_core.git.pushes import forms_of, put_hook
-from tests.project_hives import ARGUS, SITE, ProjectHive, commit, git, make_source, open_project_hive
+from hive_core.git.mirrors import NOTHING
+from hive_core.git.pushes import Judge, Push, Update, forms_of, put_hook
+from hive_core.procedures.pushes import REFUSALS_TOLD
+from hive_core.project_rules import Project
+from hive_core.protocol.refusal import Refusal
+from tests.project_hives import ARGUS, IRIS, SITE, ProjectHive, commit, git, make_source, open_project_hive
 
 SECRET = "sk-ant-oat01-aVerySecretTokenOfTheHive-0123456789"
 
@@ -46,7 +51,7 @@ async def test_a_push_is_on_the_host_as_a_ref_of_the_agents_and_others_see_it_at
         assert git(hive.lent(agent=ARGUS), "cat-file", "-t", pushed) == "commit"
         (event,) = await hive.events("project_pushed")
         told = json.loads(event["data"])
-        assert (event["agent"], told["project"], told["reason"]) == ("iris", "site", None)
+        assert (event["agent"], told["project"]) == ("iris", "site")
         assert told["refs"] == [
             {"ref": "refs/heads/iris/fix", "old": "0" * 40, "new": pushed, "at": "refs/hive/iris/iris/fix"}
         ]
@@ -302,3 +307,65 @@ def test_a_hook_whose_daemon_is_gone_says_so_and_moves_nothing(tmp_path: Path) -
     )
     assert done.returncode == 1
     assert "the hive's daemon went away before all was pushed; push again" in done.stderr
+
+
+async def test_what_whoever_pushes_says_of_a_branch_before_is_not_believed(tmp_path: Path) -> None:
+    """A client of its own could say that the branch is not there yet, and overwrite it without leave."""
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source)
+        first = commit(clone, branch="iris/x")
+        await hive.git(clone, "push", "--quiet", "origin", "iris/x")
+        git(clone, "commit", "--quiet", "--amend", "--allow-empty", "-m", "another")
+        mirror = hive.mirrors.path(SITE)
+        other = git(clone, "rev-parse", "HEAD")
+        judge = Judge(mirror, Project(name="site"), IRIS, 2**20, 60.0, lambda: None)
+        for claimed in (NOTHING, git(source, "rev-parse", "HEAD")):
+            push = Push(None, (Update("refs/heads/iris/x", claimed, other),))
+            with pytest.raises(Refusal, match="it has moved meanwhile"):
+                judge.check(push, {})
+        assert refs(source)["refs/hive/iris/iris/x"] == first
+
+
+async def test_an_agent_that_is_stopped_fetches_and_pushes_nothing(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source)
+        commit(clone, branch="iris/x")
+        await hive.services.agents.want(IRIS, "paused", "operator")
+        for words in (("push", "origin", "iris/x"), ("fetch", "origin")):
+            done = await hive.try_git(clone, *words)
+            assert "iris is paused by the operator" in done.stderr
+        await hive.services.agents.want(IRIS, "up", "operator")
+        await hive.git(clone, "push", "--quiet", "origin", "iris/x")
+
+
+async def test_refusals_without_end_are_counted_and_some_of_them_told(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source)
+        for _ in range(REFUSALS_TOLD + 2):
+            await hive.try_git(clone, "push", "origin", "HEAD:refs/heads/no")
+        events = await hive.events("push_refused")
+        assert len(events) == REFUSALS_TOLD
+        assert hive.git_services.untold(IRIS) == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes the owner of a repository")
+async def test_root_writes_a_repository_of_another_user_as_that_user(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="hive-t-") as place:
+        os.chmod(place, 0o755)
+        source = make_source(Path(place) / "source")
+        for path in (source, *source.rglob("*")):
+            os.chown(path, 12_345, 12_345, follow_symlinks=False)
+        async with open_project_hive(tmp_path) as hive:
+            clone = await begin(hive, source)
+            pushed = commit(clone, branch="iris/x")
+            await hive.git(clone, "push", "--quiet", "origin", "iris/x")
+            assert refs_of_another(source)["refs/hive/iris/iris/x"] == pushed
+            assert {path.stat().st_uid for path in source.rglob("*")} == {12_345}
+
+
+def refs_of_another(repository: Path) -> dict[str, str]:
+    said = git(repository, "-c", "safe.directory=*", "for-each-ref", "--format=%(refname) %(objectname)")
+    return dict(line.split() for line in said.splitlines())
