@@ -75,6 +75,7 @@ class ScriptedForge:
         self.comments: dict[int, list[Json]] = {}
         self.reviews: dict[int, list[Json]] = {}
         self.files: dict[int, list[str]] = {}
+        self.of_lines: dict[int, list[Json]] = {}  # by their review
         self.notifications: dict[int, Json] = {}
         self._ids = itertools.count(1000)
         self.now = datetime.now(UTC).replace(microsecond=0)
@@ -90,6 +91,8 @@ class ScriptedForge:
                 Route(f"{repo}/pulls", self._answer(self._pulls), methods=["GET", "POST"]),
                 Route(f"{repo}/pulls/{{number:int}}", self._answer(self._pull)),
                 Route(f"{repo}/pulls/{{number:int}}/reviews", self._answer(self._reviews)),
+                Route(f"{repo}/pulls/{{number:int}}/reviews/{{review:int}}/comments", self._answer(self._of_review)),
+                Route(f"{repo}/pulls/{{number:int}}/comments", self._answer(self._of_lines)),
                 Route(f"{repo}/pulls/{{number:int}}/files", self._answer(self._files)),
                 Route(f"{repo}/notifications", self._answer(self._notifications)),
                 Route(
@@ -138,10 +141,27 @@ class ScriptedForge:
         self._notify(user, number)
         return int(comment["id"])
 
-    def review(self, user: str, number: int, state: str, body: str) -> None:
+    def review(self, user: str, number: int, state: str, body: str, lines: Sequence[tuple[str, int, str]] = ()) -> None:
+        """lines: what it says of them: file, line, text."""
         self._tick()
         review = {"id": next(self._ids), "user": _user(user), "state": state, "body": body, "submitted_at": self._at()}
-        self.reviews.setdefault(number, []).append({**review, "stale": False, "official": True, "dismissed": False})
+        counted = {"comments_count": len(lines)} if self.kind == "forgejo" else {}
+        more = {"stale": False, "official": True, "dismissed": False, **counted}
+        self.reviews.setdefault(number, []).append({**review, **more})
+        self.of_lines[review["id"]] = [
+            {
+                "id": next(self._ids),
+                "user": _user(user),
+                "body": text,
+                "path": path,
+                "diff_hunk": "@@ -1 +1 @@",
+                "pull_request_review_id": review["id"],
+                "created_at": self._at(),
+                "updated_at": self._at(),
+                **({"position": line, "original_position": 0} if self.kind == "forgejo" else {"line": line}),
+            }
+            for path, line, text in lines
+        ]
         self.threads[number]["updated_at"] = self._at()
         self._notify(user, number)
 
@@ -360,7 +380,17 @@ class ScriptedForge:
         return JSONResponse(self._pull_of(thread))
 
     def _reviews(self, request: Request, *_: Any) -> Response:
-        return JSONResponse(self.reviews.get(request.path_params["number"], []))
+        return JSONResponse(self._page_of(request.query_params, self.reviews.get(request.path_params["number"], [])))
+
+    def _of_review(self, request: Request, *_: Any) -> Response:
+        return JSONResponse(self.of_lines.get(request.path_params["review"], []))
+
+    def _of_lines(self, request: Request, *_: Any) -> Response:
+        """GitHub's."""
+        reviews = [one["id"] for one in self.reviews.get(request.path_params["number"], [])]
+        since = request.query_params.get("since", "")
+        found = [one for review in reviews for one in self.of_lines[review] if one["updated_at"] >= since]
+        return JSONResponse(self._page_of(request.query_params, found[::-1]))
 
     def _files(self, request: Request, *_: Any) -> Response:
         names = self.files.get(request.path_params["number"], [])

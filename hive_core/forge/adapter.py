@@ -17,6 +17,7 @@ from hive_core.settings import describe
 PAGE = 50
 PAGES_MOST = 4  # of notifications that one look takes
 FILES_MOST = 300  # names of changed files that are asked for
+REVIEWS_MOST = 10  # of which is asked what they say of lines
 NAME_MOST = 1_024  # characters of such a name; longer ones are left out
 T = TypeVar("T")
 Number = Annotated[int, Field(gt=0, lt=2**53)]
@@ -72,6 +73,7 @@ class _PullRequest(_Form):
     updated_at: AwareDatetime
     comments: int = 0
     merged: bool = False
+    merged_at: AwareDatetime | None = None  # in a list GitHub says this alone
     draft: bool = False
     head: _Ref = _Ref()
     base: _Ref = _Ref()
@@ -90,6 +92,17 @@ class _Review(_Form):
     user: _User | None = None
     state: str = ""
     submitted_at: AwareDatetime | None = None
+    comments_count: int = 0
+
+
+class _LineComment(_Form):
+    id: Number
+    body: Text = ""
+    user: _User | None = None
+    created_at: AwareDatetime
+    path: Text = ""
+    line: int | None = None
+    position: int | None = None  # by Forgejo the line
 
 
 class _Subject(_Form):
@@ -152,7 +165,8 @@ class Forge(Protocol):
     async def comments(self, number: int, since_ms: int = 0) -> list[Comment]:
         """Those written or changed since then, the oldest first."""
 
-    async def reviews(self, number: int) -> list[Comment]: ...
+    async def reviews(self, number: int, since_ms: int = 0) -> list[Comment]:
+        """The reviews of a pull request since then and what they say of lines, the oldest first."""
 
     async def comment(self, number: int, body: str) -> Comment: ...
 
@@ -228,9 +242,28 @@ class Forgejo:
         path, query = f"{self._repo}/issues/{number}/comments", self._since(since_ms)
         return [_of_comment(one) for one in self._many(_Comment, await self._api.call("GET", path, query))]
 
-    async def reviews(self, number: int) -> list[Comment]:
-        answer = await self._api.call("GET", f"{self._repo}/pulls/{number}/reviews", {self.per_page: PAGE})
-        return [_of_review(one) for one in self._many(_Review, answer) if one.submitted_at]
+    async def reviews(self, number: int, since_ms: int = 0) -> list[Comment]:
+        path, found = f"{self._repo}/pulls/{number}/reviews", list[_Review]()
+        for page in range(1, PAGES_MOST + 1):
+            answer = await self._api.call("GET", path, {"page": page, self.per_page: PAGE})
+            found += (some := self._many(_Review, answer))
+            if not _goes_on(answer, some):
+                break
+        # One that its author has not sent off yet is nobody's to read.
+        sent = [one for one in found if one.submitted_at and one.state != "PENDING"]
+        reviews = [_of_review(one) for one in sent if one.submitted_at and _ms(one.submitted_at) >= since_ms]
+        numbers = {one.id for one in reviews}
+        with_lines = [one.id for one in sent if one.id in numbers and one.comments_count]
+        of_lines = await self._of_lines(number, with_lines[-REVIEWS_MOST:], since_ms)
+        return sorted([*reviews, *of_lines], key=lambda one: one.at_ms)
+
+    async def _of_lines(self, number: int, reviews: Sequence[int], since_ms: int) -> list[Comment]:
+        """What these reviews say of lines."""
+        found: list[Comment] = []
+        for review in reviews:
+            path = f"{self._repo}/pulls/{number}/reviews/{review}/comments"
+            found += map(_of_line, self._many(_LineComment, await self._api.call("GET", path)))
+        return found
 
     async def comment(self, number: int, body: str) -> Comment:
         path = f"{self._repo}/issues/{number}/comments"
@@ -312,6 +345,13 @@ class GitHub(Forgejo):
             if not _goes_on(answer, some) or len(found) >= (PAGES_MOST + 1) * PAGE:
                 return found
 
+    async def _of_lines(self, number: int, reviews: Sequence[int], since_ms: int) -> list[Comment]:
+        # It says of no review how many there are, but has all of them in one list.
+        newest: dict[str, str | int] = {"sort": "created", "direction": "desc", self.per_page: PAGE}
+        query = {**newest, **self._since(since_ms)}
+        answer = await self._api.call("GET", f"{self._repo}/pulls/{number}/comments", query)
+        return [_of_line(one) for one in self._many(_LineComment, answer)]
+
     def _unread_query(self) -> dict[str, str | int]:
         return {"all": "false"}
 
@@ -344,7 +384,7 @@ def _of_pull(one: _PullRequest) -> Thread:
         _names(one.labels),
         _ms(one.updated_at),
         one.comments,
-        one.merged,
+        one.merged or one.merged_at is not None,
         one.draft,
         one.head.ref,
         one.base.ref,
@@ -358,6 +398,11 @@ def _of_comment(one: _Comment) -> Comment:
 def _of_review(one: _Review) -> Comment:
     at_ms = _ms(one.submitted_at) if one.submitted_at else 0
     return Comment(one.id, _name(one.user), one.body, at_ms, one.state)
+
+
+def _of_line(one: _LineComment) -> Comment:
+    line = one.line or one.position
+    return Comment(one.id, _name(one.user), one.body, _ms(one.created_at), "", one.path[:NAME_MOST], line)
 
 
 def _of_notification(one: _Notification) -> Notification:

@@ -69,13 +69,19 @@ class Thread:
 
 @dataclass(frozen=True, slots=True)
 class Comment:
-    """What somebody wrote below a thread. verdict: of a review, in the forge's word; "" of a plain comment."""
+    """What somebody wrote below a thread.
+
+    verdict     of a review, in the forge's word; "" of a plain comment
+    path, line  of a changed file, where it is about one
+    """
 
     id: int
     author: str
     body: str
     at_ms: int
     verdict: str = ""
+    path: str = ""
+    line: int | None = None
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)

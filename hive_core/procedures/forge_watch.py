@@ -146,6 +146,8 @@ class ForgeWatch:
             before = await told_before(self._store, forge, thread.number)
             since_ms = before.updated_at_ms + 1 if before else forge.added_at_ms - CLOCKS_APART_MS
             comments = await ours.comments(thread.number, since_ms) if thread.comments else []
+            if thread.kind == "pull_request":
+                comments = sorted([*comments, *await ours.reviews(thread.number, since_ms)], key=lambda one: one.at_ms)
             news = [one for one in comments if one.at_ms >= since_ms and one.author != forge.login]
             body = compose(forge, lane, thread, before, news)
             in_reply_to = before.message if before else None

@@ -132,6 +132,9 @@ def compose(
         title=thread.title,
         body="" if before else thread.body,
         comment_by=newest.author if newest else "",
+        verdict=newest.verdict if newest else "",
+        path=newest.path if newest else "",
+        line=newest.line if newest else None,
         comment=newest.body if newest else "",
     )
 

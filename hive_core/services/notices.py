@@ -41,7 +41,7 @@ Field = str | int | Sequence[str] | None
 
 # What others wrote, or what libraries say, who quote them: always in quotation marks.
 TEXTS = frozenset({"reason", "last_words", "error", "body", "text", "command", "tail"}) | frozenset(
-    {"title", "labels", "author", "comment", "comment_by"}  # of people on a forge
+    {"title", "labels", "author", "comment", "comment_by", "verdict", "path"}  # of people on a forge
 )
 _ASKER = "whoever asked"
 KINDS: dict[str, Kind] = {
@@ -105,7 +105,7 @@ KINDS: dict[str, Kind] = {
         "something happened on a forge ([forge.md](forge.md))",
         (
             *("lane", "project", "repository", "what", "number", "url", "state"),
-            *("author", "labels", "title", "body", "comment_by", "comment"),
+            *("author", "labels", "title", "body", "comment_by", "verdict", "path", "line", "comment"),
         ),
     ),
     "lane_full": Kind("the operator", "a lane has told as much of forges as it may within an hour", ("project",)),

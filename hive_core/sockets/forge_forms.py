@@ -79,6 +79,8 @@ class Below(BaseModel):
     body: str
     at_ms: int
     verdict: Annotated[str, Field(description="of a review")] = ""
+    path: Annotated[str, Field(description="of a changed file that it is about")] = ""
+    line: int | None = None
 
 
 class ForgeReadResult(BaseModel):

@@ -208,5 +208,7 @@ def forge_read(result: Result) -> str:
         parts.append(f"{counted(result['earlier'], 'earlier one')} not shown")
     for one in result["below"]:
         verdict = f", a review: {quoted(one['verdict'])}" if one["verdict"] else ""
-        parts.append(f"by {quoted(one['author'])}, {instant(one['at_ms'])}{verdict}:\n{marked(one['body'])}")
+        line = f" line {one['line']}" if one["line"] else ""
+        where = f", of {quoted(one['path'])}{line}" if one["path"] else ""
+        parts.append(f"by {quoted(one['author'])}, {instant(one['at_ms'])}{verdict}{where}:\n{marked(one['body'])}")
     return named("\n".join(part.rstrip("\n") for part in parts))

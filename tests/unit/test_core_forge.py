@@ -80,6 +80,15 @@ async def test_of_a_pull_request_reviews_and_changed_files_are_read(forge: Scrip
         assert await ours.files(number) == names
         (review,) = await ours.reviews(number)
         assert (review.author, review.verdict, review.body) == ("bob", "REQUEST_CHANGES", "Not yet.")
+        forge.review("ada", number, "COMMENT", "", [("src/a.c", 7, "Why?"), ("src/b.c", 9, "Here, too.")])
+        forge.review("ada", number, "PENDING", "not sent yet")
+        found = await ours.reviews(number, review.at_ms + 1)
+        assert sorted((one.path, one.line, one.body) for one in found if one.path) == [
+            ("src/a.c", 7, "Why?"),
+            ("src/b.c", 9, "Here, too."),
+        ]
+        assert {one.body for one in found} == {"", "Why?", "Here, too."}
+        assert len(await ours.reviews(number)) == 4
         forge.files[number] = ["x"] * 1000
         assert len(await ours.files(number)) == FILES_MOST
 

@@ -107,6 +107,20 @@ async def test_a_message_says_where_it_comes_from(hive: Services, forges: Forges
     assert "`forge_comment`" in prompt
 
 
+async def test_a_review_is_told_with_its_verdict_and_the_line_that_it_is_about(
+    hive: Services, forges: Forges, forge: ScriptedForge
+) -> None:
+    forge.pull(BOT, "A change")
+    forge.review("ada", 1, "REQUEST_CHANGES", "Not yet.")
+    await look(hive, watch_of(hive, forges))
+    forge.review("ada", 1, "COMMENT", "", [("src/a.c", 7, "Why?")])
+    await look(hive, watch_of(hive, forges))
+    first, second = await told(hive)
+    assert (first["comment_by"], first["verdict"], first["comment"]) == ("ada", "REQUEST_CHANGES", "Not yet.")
+    assert second["says"] == "2 new comments on pull request 1 of ada/site"
+    assert (second["path"], second["line"], second["comment"]) == ("src/a.c", 7, "Why?")
+
+
 async def test_nobody_is_told_what_the_hives_own_account_does(
     hive: Services, forges: Forges, forge: ScriptedForge
 ) -> None:
