@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from hive_core.egress.carrying import Pipes, carry
 from tests.egress_desk import (
@@ -111,14 +112,20 @@ async def test_an_agent_that_hangs_up_ends_its_tunnel(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("limits", "told"),
     [
-        ({"idle_s": 0.05}, "nothing was sent for 0.05 s, the limit"),
-        ({"connection_s": 0.05}, "it was open for 0.05 s, the limit"),
+        ({"idle_s": 40.0, "connection_s": 1_000.0}, "nothing was sent for 40 s, the limit"),
+        ({"connection_s": 50.0}, "it was open for 50 s, the limit"),
     ],
 )
-async def test_a_tunnel_ends_by_the_clock(tmp_path: Path, limits: dict[str, float], told: str) -> None:
+async def test_a_tunnel_ends_by_the_clock(
+    tmp_path: Path, limits: dict[str, float], told: str, mock_clock: MockClock
+) -> None:
     async with open_desk(tmp_path) as desk, open_host(echo) as port:
         path = await desk.serve([named(f"here.example:{port}")], **limits)
         async with await tunnel(path, f"here.example:{port}") as stream:
+            mock_clock.jump(39)
+            await stream.send_all(b"x")
+            assert await stream.receive_some() == b"x"
+            mock_clock.jump(41)
             assert await read_all(stream) == b""
         ended = await desk.ended()
     assert (ended["verdict"], ended["reason"]) == ("cut", told)
