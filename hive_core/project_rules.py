@@ -25,7 +25,7 @@ def is_branch(name: str) -> bool:
         and ".." not in name
         and not name.endswith(".")
         and all(part and not part.startswith((".", "-")) and not part.endswith(".lock") for part in parts)
-        and parts[0] not in ("HEAD", "refs")
+        and parts[0] not in ("HEAD", "refs", "tags")  # which would read as something else
     )
 
 

@@ -25,6 +25,7 @@ from hive_core.protocol.visible import mib
 from hive_core.protocol.words import ProjectName
 
 HEADS, TAGS, SOURCE = "refs/heads/", "refs/tags/", "refs/source/"
+HIVE = "refs/hive/"  # in a repository of this host: refs/hive/AGENT/BRANCH, refs/hive/AGENT/tags/TAG
 PACKS_MOST = 50  # before they are packed together
 REFS_LIMIT = 50_000
 LOOSE_MOST = 100  # refs that move at once and stay files of their own
@@ -91,7 +92,9 @@ class Mirror:
             raise Refusal("refused", f"cannot fetch {self.name}: {why}")
         before = self._refs(SOURCE)
         words = ["fetch", "--quiet", "--prune", "--no-tags", "--no-write-fetch-head", "--no-recurse-submodules"]
-        refs = (f"+{HEADS}*:{SOURCE}heads/*", f"+{TAGS}*:{SOURCE}tags/*")
+        refs = [f"+{HEADS}*:{SOURCE}heads/*", f"+{TAGS}*:{SOURCE}tags/*"]
+        if self.access.source.kind == "path":  # which has what agents pushed beside its own branches
+            refs.append(f"+{HIVE}*:{SOURCE}hive/*")
         self.run(*words, *self._to_theirs("--upload-pack", "upload-pack"), "--", self.access.source.text, *refs)
         after = self._refs(SOURCE)
         if len(after) > REFS_LIMIT:
@@ -150,7 +153,7 @@ class Mirror:
                 del seen[ours]
         for ref, sha in after.items():
             ours = _ours(ref)
-            if seen.get(ours) == sha or (before.get(ref) == sha and ours in seen):
+            if seen.get(ours) == sha or (ours in seen and (before.get(ref) == sha or ref.startswith(f"{SOURCE}hive/"))):
                 continue
             if stands_in_the_way(ours, seen):
                 kept_back.append(ours)
@@ -179,7 +182,12 @@ def _gone(ref: str) -> str:
 
 
 def _ours(ref: str) -> str:
-    return f"refs/{ref.removeprefix(SOURCE)}"
+    """What agents see of a ref of the source."""
+    kind, _, rest = ref.removeprefix(SOURCE).partition("/")
+    if kind != "hive":
+        return f"refs/{kind}/{rest}"
+    pushed = rest.partition("/")[2]
+    return f"refs/{pushed}" if pushed.startswith("tags/") else f"{HEADS}{pushed}"
 
 
 def _lines(lines: list[str]) -> bytes:

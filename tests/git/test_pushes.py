@@ -57,6 +57,25 @@ async def test_a_push_is_on_the_host_as_a_ref_of_the_agents_and_others_see_it_at
         ]
 
 
+async def test_what_was_pushed_is_on_the_host_also_when_the_mirror_is_made_anew(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source, push="*", tags=True)
+        git(clone, "tag", "v1")
+        commit(clone, branch="iris/fix")
+        await hive.git(clone, "push", "--quiet", "origin", "iris/fix", "iris/fix:main", "v1")
+        mirror = hive.mirrors.path(SITE)
+        before = refs(mirror, "refs/heads") | refs(mirror, "refs/tags")
+        mirror.rename(tmp_path / "away")
+        await hive.mirrors.fetch(SITE)
+        # The branches of the source itself are what they are there.
+        main = {"refs/heads/main": git(source, "rev-parse", "main")}
+        assert refs(mirror, "refs/heads") | refs(mirror, "refs/tags") == before | main
+        git(source, "update-ref", "-d", "refs/hive/iris/iris/fix")  # as whoever has merged it may do
+        await hive.mirrors.fetch(SITE)
+        assert set(refs(mirror, "refs/heads")) == {"refs/heads/main"}
+
+
 @pytest.mark.parametrize(
     ("to", "cause"),
     [

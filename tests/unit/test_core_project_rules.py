@@ -41,6 +41,7 @@ def project(**given: Any) -> Project:
         ("*", "-x", False),
         ("*", "HEAD", False),
         ("*", "refs/heads/main", False),
+        ("*", "tags/v1", False),
         ("", "iris/x", False),
     ],
 )
