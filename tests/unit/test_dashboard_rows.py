@@ -203,6 +203,15 @@ async def test_a_page_tells_where_an_agents_clones_are_and_what_it_may_push(hive
     assert "projects:" not in rows.agent(agent, alone=False)
 
 
+async def test_a_page_tells_which_skills_and_plugins_an_agent_has(hive: Services) -> None:
+    extras = {"digest": "d", "skills": ["review", "tidy"], "plugins": ["fmt"], "offered": []}
+    settings = {"program": "claude", "extras": extras}
+    agent = Agent(AgentName("iris"), "agent", "down", 8100, None, settings, None, 1_700_000_000_000, 3, 2)
+    rows = Rows(hive_of(hive))
+    assert "skills: review, tidy · plugins: fmt" in Shape(rows.agent(agent, alone=True)).text
+    assert "skills:" not in rows.agent(agent, alone=False)
+
+
 async def test_a_whole_row_keeps_its_ids_and_hooks(hive: Services) -> None:
     rows = Rows(hive_of(hive))
     assert rows.message(message("hi")).startswith(
