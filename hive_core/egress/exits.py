@@ -109,7 +109,9 @@ class Exit:
         found = find(self._rules, asked.how, asked.host, asked.port)
         if isinstance(found, WhyNot):
             return False
-        return not passage.address or hindrance(ip_address(passage.address), found.networks, is_own=False) is None
+        if passage.address is None:  # under way, by the networks that were named before
+            return found == passage.allowed
+        return hindrance(ip_address(passage.address), found.networks, is_own=False) is None
 
     def cut(self) -> None:
         """Cut what is open."""

@@ -12,6 +12,7 @@ import trio
 from trio.testing import MockClock
 
 from hive_core.egress.carrying import Pipes, carry
+from hive_core.egress.reaching import Found
 from tests.egress_desk import (
     ask,
     dial,
@@ -129,6 +130,41 @@ async def test_a_tunnel_ends_by_the_clock(
             assert await read_all(stream) == b""
         ended = await desk.ended()
     assert (ended["verdict"], ended["reason"]) == ("cut", told)
+
+
+async def test_a_host_that_says_nothing_to_an_agent_that_has_gone_is_left(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async def silent(stream: trio.SocketStream) -> None:
+        await trio.sleep_forever()
+
+    autojump_clock.autojump_threshold = 0.05  # for what the kernel is slow to bring
+    async with open_desk(tmp_path) as desk, open_host(silent) as port:
+        path = await desk.serve([named(f"here.example:{port}")])
+        async with await tunnel(path, f"here.example:{port}"):
+            pass
+        ended = await desk.ended()
+    assert (ended["verdict"], ended["reason"]) == ("passed", "the agent hung up")
+    assert 10_000 <= ended["took_ms"] < 60_000
+
+
+async def test_rules_that_change_while_a_name_is_looked_up_hold_for_its_connection(tmp_path: Path) -> None:
+    begun, go_on = trio.Event(), trio.Event()
+
+    async def slow(host: str, port: int) -> list[Found]:
+        begun.set()
+        await go_on.wait()
+        return [(socket.AF_INET, ("127.0.0.1", port))]
+
+    async with open_desk(tmp_path, slow) as desk, open_host(echo) as port:
+        path = await desk.serve([named(f"here.example:{port}")])
+        async with await dial(path) as stream:
+            await stream.send_all(f"CONNECT here.example:{port} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            await begun.wait()
+            await desk.say("rules", rules=wire([f"here.example:{port}"]))
+            assert await read_all(stream) == b""
+        go_on.set()
+        assert (await desk.ended())["reason"] == "it is no longer in egress of agent.toml"
 
 
 async def flood(stream: trio.SocketStream) -> None:
