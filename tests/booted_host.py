@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from hive_core.containers.cgroups import mounted_trees
+from hive_core.containers.seccomp import LANDLOCK
 from tests.needs import ROOT
 from tests.nix_pages import DROP_IN, HELPER_UNIT, UNIT
 from tests.processes import children_of, look_until
@@ -116,7 +117,7 @@ def booted_host(folder: Path, *more: str) -> Iterator[BootedHost]:
     options = ["--quiet", "--register=no", "--keep-unit", "--boot", "--directory=/", "--volatile=yes"]
     options += ["--private-network", "--capability=all", "--machine=hive-test"]
     # Nobody answers what a first boot asks, and this machine's own services stay off.
-    command = ["systemd-nspawn", *options, *binds, "systemd.firstboot=off", "systemd.unit=basic.target"]
+    command = ["systemd-nspawn", *options, *LANDLOCK, *binds, "systemd.firstboot=off", "systemd.unit=basic.target"]
     with _own_groups() as entries, (folder / "console").open("wb") as console:
         enter = 'while [ "$1" != -- ]; do echo 0 > "$1" || exit; shift; done; shift; exec "$@"'
         words = ["/bin/sh", "-c", enter, "sh", *map(str, entries), "--", *command]

@@ -20,6 +20,9 @@
     "@system-service"
     "@mount"
     "sethostname"
+    # By which a harness in the host's network shuts itself in further.
+    "landlock_create_ruleset"
+    "landlock_restrict_self"
   ];
   # The provider, the dashboard, and the sockets of agents; AF_NETLINK: the loopback of a container is brought up with it.
   RestrictAddressFamilies = [
