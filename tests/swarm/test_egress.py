@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from hive_core.cli.client import Client
+from tests.checkouts import Checkout
 from tests.daemons import Daemon
 from tests.nspawn.test_reach import NAMED, serving
 from tests.processes import look_until, pids_naming
-from tests.swarm.test_changes import approve, ask
 from tests.swarm.test_outlive import WELCOME, open_swarm, spawn
 
 # Asks the proxy for a tunnel and says how it answered, and what came through; holds it until a file is there.
@@ -38,6 +39,16 @@ TRIES = {
     ],
 }
 TELLS = {"from": "system", "match": "approval", "do": [{"tool": "send", "args": {"to": "operator", "body": "{body}"}}]}
+
+
+def deploy(daemon: Daemon, client: Client, name: str, entries: list[str]) -> None:
+    """Let an agent reach these, by a commit that is approved."""
+    config = daemon.state / "proposed" / name / "config"
+    toml = f"{(config / 'agent.toml').read_text()}egress = {json.dumps(entries)}\n"
+    sha = Checkout(config).commit(agent__toml=toml)
+    asked = client.call("request_apply_commit", agent=name, sha=sha, reason="a test")
+    digest = client.call("show", approval=asked["approval"])["digest"]
+    assert client.call("approve", approval=asked["approval"], digest=digest)["state"] == "done"
 
 
 class Iris:
@@ -67,9 +78,7 @@ class Iris:
         return self.said()
 
     def let(self, *entries: str) -> None:
-        toml = self.daemon.state / "proposed" / "iris" / "config" / "agent.toml"
-        changed = f"{toml.read_text()}egress = {json.dumps(list(entries))}\n"
-        assert approve(self.client, ask(self.daemon, self.client, agent__toml=changed))["state"] == "done"
+        deploy(self.daemon, self.client, "iris", list(entries))
 
     def connections(self, verdict: str) -> list[dict[str, Any]]:
         self.client.call("reach", agent="iris")  # what is not written yet is by now
