@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from hive_core.sockets.http import serve_asgi
 BOT, TOKEN = "hive-bot", "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "ada/site"
 Json = dict[str, Any]
+_INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
 @dataclass
@@ -294,6 +296,8 @@ class ScriptedForge:
             login = self.tokens.get(token) if scheme == ("token" if self.kind == "forgejo" else "Bearer") else None
             if login is None:
                 return _error(401, "token is required")
+            if not _INSTANT.fullmatch(request.query_params.get("since", "2026-01-31T08:30:00Z")):
+                return _error(422, "parsing time")
             owner = request.path_params.get("owner")
             if owner is not None and f"{owner}/{request.path_params['name']}" != self.repository:
                 return _error(404, "The target couldn't be found.")
