@@ -49,6 +49,8 @@ _HIDDEN = {"transfer.hideRefs": "refs/source"}
 _PROTOCOLS = ("version=1", "version=2")
 REFUSALS_TOLD = 10  # in a minute, of one agent: an event each
 REFS_TOLD, REF_TOLD, REASON_TOLD = 10, 250, 500  # of one refusal: refs, and characters
+NOT_TAKEN = "git did not take what came: it is over push_bytes, not whole, or holds what git refuses (fsck)"
+_UNPACKS = b'"index-pack"'  # in what git tells of the programs that it runs
 ENDED = b"\n.\n"  # of what the hook asks
 
 
@@ -110,7 +112,11 @@ class GitServices:
                 "receive.maxInputSize": str(limits.push_bytes),
                 "receive.unpackLimit": "1",  # all that comes is a pack, which can be linked
             }
-            variables = {"HIVE_ASK": str(pipes.hooks_ask), "HIVE_ANSWER": str(pipes.hooks_answer)}
+            variables = {
+                "HIVE_ASK": str(pipes.hooks_ask),
+                "HIVE_ANSWER": str(pipes.hooks_answer),
+                "GIT_TRACE2_EVENT": f"/dev/fd/{pipes.gits_trace}",
+            }
             bounds = GitLimits(limits.push_s, MEMORY_BYTES, 2 * limits.push_bytes)
             command = command_of(mirror, ["receive-pack", str(mirror)], bounds, Setting(config, variables))
             judged, asked = _Judged(), b""
@@ -118,15 +124,22 @@ class GitServices:
 
                 async def serve() -> None:
                     try:
-                        await _serve(*command, sock, limits.push_s, pipes.of_the_hook)
+                        await _serve(*command, sock, limits.push_s, pipes.of_git)
                     finally:
                         judged.served.set()
                         unasked.cancel()
 
                 with trio.CancelScope() as unasked:
                     nursery.start_soon(serve)
+                    nursery.start_soon(_watch_trace, pipes.trace, judged)
                     asked = await _read_question(pipes.ask)
-                if not asked:  # nothing was pushed, or git did not take it
+                if not asked:
+                    nursery.cancel_scope.cancel()
+                    with contextlib.suppress(BlockingIOError):
+                        judged.see(os.read(pipes.trace, ASK_LIMIT_BYTES))
+                    if judged.came:
+                        with trio.CancelScope(shield=True):
+                            await self._note(agent, name, judged, Refusal("refused", NOT_TAKEN))
                     return
                 async with self._mirrors.alone(name):
                     refusal = await self._judge(agent, name, asked, judged)
@@ -134,6 +147,7 @@ class GitServices:
                     with trio.CancelScope(shield=True):
                         await judged.served.wait()
                         await self._note(agent, name, judged, refusal)
+                nursery.cancel_scope.cancel()
         if judged.moved:
             await self._mirrors.lend(name)
 
@@ -218,9 +232,16 @@ class _Judged:
 
     def __init__(self) -> None:
         self.push: Push | None = None
+        self.came = False  # objects, whatever git made of them
         self.registered: Registered | None = None
         self.moved: list[Update] = []
         self.served = trio.Event()
+        self._trace = b""
+
+    def see(self, trace: bytes) -> None:
+        """What git told of itself."""
+        self._trace = self._trace[-len(_UNPACKS) :] + trace
+        self.came = self.came or _UNPACKS in self._trace
 
 
 def _has(mirror: Path, update: Update) -> bool:
@@ -230,13 +251,20 @@ def _has(mirror: Path, update: Update) -> bool:
 
 
 class _Pipes:
-    """Two pipes: in one the hook asks, from the other it reads the answer."""
+    """Three pipes: in one the hook asks, from another it reads the answer, and in the last git tells what it does."""
 
     def __init__(self) -> None:
-        self.ask, self.hooks_ask = os.pipe2(os.O_CLOEXEC)
-        self.hooks_answer, self._answer = os.pipe2(os.O_CLOEXEC)
-        self._open = {self.ask, self.hooks_ask, self.hooks_answer, self._answer}
-        os.set_blocking(self.ask, False)
+        self._open: set[int] = set()
+        self.ask, self.hooks_ask = self._pipe()
+        self.hooks_answer, self._answer = self._pipe()
+        self.trace, self.gits_trace = self._pipe()
+        for descriptor in (self.ask, self.trace):
+            os.set_blocking(descriptor, False)
+
+    def _pipe(self) -> tuple[int, int]:
+        both = os.pipe2(os.O_CLOEXEC)
+        self._open.update(both)
+        return both
 
     def __enter__(self) -> _Pipes:
         return self
@@ -246,8 +274,8 @@ class _Pipes:
             os.close(self._open.pop())
 
     @property
-    def of_the_hook(self) -> tuple[int, int]:
-        return self.hooks_ask, self.hooks_answer
+    def of_git(self) -> tuple[int, int, int]:
+        return self.hooks_ask, self.hooks_answer, self.gits_trace
 
     def say(self, answer: bytes) -> None:
         """Answer; who does not listen any more has gone."""
@@ -255,6 +283,13 @@ class _Pipes:
             os.write(self._answer, answer)
         self._open.discard(self._answer)
         os.close(self._answer)
+
+
+async def _watch_trace(trace: int, judged: _Judged) -> None:
+    """See whether git was given objects, until cancelled: of what it does not take itself, no hook is told."""
+    while True:
+        await trio.lowlevel.wait_readable(trace)
+        judged.see(os.read(trace, ASK_LIMIT_BYTES))
 
 
 async def _read_question(ask: int) -> bytes:

@@ -13,7 +13,7 @@ import pytest
 
 from hive_core.git.mirrors import NOTHING
 from hive_core.git.pushes import Judge, Push, Update, forms_of, put_hook
-from hive_core.procedures.pushes import REFUSALS_TOLD
+from hive_core.procedures.pushes import NOT_TAKEN, REFUSALS_TOLD
 from hive_core.project_rules import Project
 from hive_core.protocol.refusal import Refusal
 from tests.project_hives import ARGUS, IRIS, SITE, ProjectHive, commit, git, make_source, open_project_hive
@@ -255,6 +255,11 @@ async def test_objects_that_git_warns_of_are_refused(tmp_path: Path) -> None:
             done = await hive.try_git(clone, "push", "origin", f"{bad}:refs/heads/iris/bad")
             assert done.returncode != 0
             assert set(refs(source)) == {"refs/heads/main"}
+        events = await hive.events("push_refused")
+        assert [json.loads(event["data"])["reason"] for event in events] == [NOT_TAKEN] * 3
+        # Who only looks pushes nothing.
+        await hive.try_git(clone, "push", "origin", "main:main")
+        assert len(await hive.events("push_refused")) == 3
 
 
 async def test_a_submodule_and_a_pointer_to_a_large_file_are_data(tmp_path: Path) -> None:
