@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.claude.test_story import play, result_text
+from tests.containers.drivers import need
 from tests.daemons import Daemon, open_daemon
 from tests.needs import find_claude
 from tests.scripted_forge import BOT, TOKEN, ScriptedForge
@@ -50,11 +51,12 @@ def forge() -> ScriptedForge:
     return ScriptedForge(branches={"main", "iris/fix"})
 
 
-@pytest.fixture
-def stage(forge: ScriptedForge) -> Iterator[tuple[Daemon, str]]:
+@pytest.fixture(params=["bwrap", "nspawn"])
+def stage(forge: ScriptedForge, request: pytest.FixtureRequest) -> Iterator[tuple[Daemon, str]]:
     """A daemon that is not started yet, and the forge's address."""
-    with ScriptedModel(lambda request: play(SCENES, request)) as model, forge.served() as url:
+    with ScriptedModel(lambda asked: play(SCENES, asked)) as model, forge.served() as url:
         flags = (f"--claude={find_claude()}", f"--provider-base-url={model.base_url}", "--backoff-s=0.1")
+        flags = (*flags, f"--sandbox={need(request.param)}")
         with open_daemon(*flags, ANTHROPIC_API_KEY="sk-ant-api03-of-a-test") as daemon:
             config = daemon.folder / "hyperhive" / "config.toml"
             config.parent.mkdir()
