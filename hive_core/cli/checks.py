@@ -320,6 +320,9 @@ def check_claude(name: str, machine: Machine) -> Iterator[Finding]:
         chosen = chosen if daemon is None else daemon["claude_chosen"]
         yield Finding(name, machine.agents_need, how_to_get_claude(chosen))
         return
+    if not os.access(claude, os.X_OK):
+        yield Finding(name, "warning", f"{claude}, at which only the daemon's own user can look; run it as that")
+        return
     for told in check_program(claude, inside=machine.bwrap_works and not machine.config.unsafe_no_sandbox):
         status = machine.agents_need if told["status"] == "trouble" else told["status"]
         yield Finding(told["check"], cast("Status", status), told["message"])

@@ -92,6 +92,7 @@ class PinnedClaude:
 
     async def _load(self, found: Path | None) -> None:
         if not (pins := await newest_pins(self._store, 2)):
+            await trio.to_thread.run_sync(self._copies.clear, [])  # what a daemon left that died when it made one
             if found is not None and is_whole(found) and await self._is_needed():
                 await self._pin_first(found)
             return

@@ -258,3 +258,12 @@ async def test_a_path_that_is_none_is_refused(tmp_path: Path, installed: Path, p
         assert "as the path of claude" in caught.value.message
         with pytest.raises(Refusal, match="there is no such file"):
             await hive.update_claude.request(str(tmp_path / "none"), None)
+
+
+async def test_what_was_left_of_a_copy_that_was_never_made_goes(tmp_path: Path, installed: Path) -> None:
+    left = tmp_path / "state" / "programs" / ".new.left"
+    left.mkdir(parents=True)
+    (left / "claude").write_bytes(b"half of it")
+    async with a_hive(tmp_path, installed) as hive:
+        assert list(left.parent.glob("*/claude")) == [hive.claude]
+        assert not left.exists()

@@ -162,14 +162,16 @@ class UpdateClaude:
                 raise
 
     async def _who_tries(self) -> AgentName | None:
-        """An agent that runs claude now; the manager, who hears of trouble, if there is no other."""
+        """An agent that runs claude now: one that need not be waited for, and where there is another not the manager,
+        who hears of trouble."""
         running = set(self._reconciler.running())
         names = [
             agent.name
             for agent in await self._agents.all()
             if agent.name in running and (agent.settings or {}).get("program") == "claude" and agent.wanted == "up"
         ]
-        return min(names, key=lambda name: (name == MANAGER, name), default=None)
+        busy = {name: self._agents.live(name).state != "idle" for name in names}
+        return min(names, key=lambda name: (busy[name], name == MANAGER, name), default=None)
 
     async def closed(self, approval: Approval) -> None:
         pass
