@@ -288,7 +288,7 @@ async def test_where_no_login_can_run_the_way_out_is_told(tmp_path: Path) -> Non
         told = r"bwrap is missing; run `claude setup-token` as yourself.* `hive login default --api-key`"
         with pytest.raises(Refusal, match=told):
             house.logins.begin("default", "the test")
-        house.logins._claude = None
+        house.logins.claude = None
         with pytest.raises(Refusal, match="claude is not installed"):
             house.logins.begin("default", "the test")
         await house.logins.give("default", "oauth_token", TOKEN, OPERATOR)
