@@ -1,4 +1,4 @@
-"""The daemon's side of the hive's proxy: starts it, tells it who may reach what, and hears what was reached.
+"""The daemon's side of the hive's proxy: starts it when needed, tells it who may reach what, hears what was reached.
 
 The proxy is a process of its own: it carries bulk, and reads what agents and strangers send. It gets each agent's
 listening socket, of which the daemon keeps another descriptor: so whoever connects while a proxy is started anew waits
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +124,7 @@ class EgressDesk:
                 await trio.sleep_forever()
             finally:
                 del self._doors[name]
+                trio.lowlevel.notify_closing(sock)
                 self._left.add(name)
                 self._store.bus.publish([DOORS])
 
@@ -133,17 +135,37 @@ class EgressDesk:
     # -- the process --------------------------------------------------------------------------------------------------
 
     async def serve(self) -> None:
-        """Keep a proxy running until cancelled; it ends with that."""
+        """Keep a proxy running from the first connection on until cancelled; it ends with that."""
         rest_s = REST_FIRST_S
         while True:
+            await self._until_needed()
             began_s = trio.current_time()
             try:
                 await self._serve_one()
             except OSError as exc:
                 log.error("cannot run the proxy: %s", explain(exc))
             rest_s = REST_FIRST_S if trio.current_time() - began_s > STEADY_S else min(2 * rest_s, REST_LAST_S)
-            log.warning("the proxy has ended, and is started anew in %.1f s; agents that connect wait for it", rest_s)
+            log.warning("the proxy has ended; in %.1f s another is started for whoever connects", rest_s)
             await trio.sleep(rest_s)
+
+    async def _until_needed(self) -> None:
+        """Until an agent connects: most hives that run for a test, and many others, need no proxy at all."""
+        with self._store.bus.listen(DOORS) as listener:
+            needed = False
+            while not needed:
+                async with trio.open_nursery() as nursery:
+
+                    async def watch(sock: socket.socket, scope: trio.CancelScope) -> None:
+                        nonlocal needed
+                        with suppress(trio.ClosedResourceError):
+                            await trio.lowlevel.wait_readable(sock)
+                            needed = True
+                            scope.cancel()
+
+                    for door in self._doors.values():
+                        nursery.start_soon(watch, door.sock, nursery.cancel_scope)
+                    await listener.wait()
+                    nursery.cancel_scope.cancel()
 
     async def _serve_one(self) -> None:
         ours, theirs = socket.socketpair()
