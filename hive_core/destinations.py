@@ -71,11 +71,11 @@ def plain_address(address: Address) -> Address:
 
 def find_range(address: Address) -> Range | None:
     """The range that an address is in, the narrowest; None of a public one."""
-    meant = _meant(address)
+    meant = meant_address(address)
     return next((one for one in RANGES if meant in one.network), None)
 
 
-def _meant(address: Address) -> Address:
+def meant_address(address: Address) -> Address:
     """What is reached in the end: behind NAT64 an IPv4 address."""
     address = plain_address(address)
     return IPv4Address(int(address) & 0xFFFFFFFF) if address in _TRANSLATED else address
@@ -276,7 +276,7 @@ def hindrance(address: Address, networks: Collection[Network], *, is_own: bool) 
 
     networks: those that are named for the host. is_own: whether the address is of this machine.
     """
-    meant, place = _meant(address), find_range(address)
+    meant, place = meant_address(address), find_range(address)
     if place is None and not is_own:
         return None
     if place is not None and place.never:

@@ -94,7 +94,13 @@ def _is_own(family: socket.AddressFamily, sockaddr: tuple[Any, ...], address: Ad
     """Whether an address is of this machine: packets to it would come from itself."""
     if plain_address(address).is_loopback:
         return True
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+    try:
+        probe = socket.socket(family, socket.SOCK_DGRAM)
+    except OSError as exc:
+        if exc.errno == errno.EAFNOSUPPORT:
+            return False  # nor has it an address of that family
+        raise
+    with probe:
         try:
             probe.connect((sockaddr[0], 9, *sockaddr[2:]))
         except OSError:
@@ -108,7 +114,12 @@ async def _connect(asked: Asked, found: list[Found]) -> Reached:
     async with trio.open_nursery() as nursery:
 
         async def attempt(family: socket.AddressFamily, sockaddr: tuple[Any, ...], failed: trio.Event) -> None:
-            sock = trio.socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock = trio.socket.socket(family, socket.SOCK_STREAM)
+            except OSError as exc:
+                failures.append(exc)
+                failed.set()
+                return
             try:
                 await sock.connect(sockaddr)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -135,7 +146,7 @@ async def _connect(asked: Asked, found: list[Found]) -> Reached:
     if reached:
         return reached[0]
     # A family that this machine has no way for says nothing of the host.
-    told = [exc for exc in failures if exc.errno != errno.ENETUNREACH] or failures
+    told = [exc for exc in failures if exc.errno not in (errno.ENETUNREACH, errno.EAFNOSUPPORT)] or failures
     raise _unreachable(asked, told[0])
 
 

@@ -23,6 +23,7 @@ import trio
 from hive_core.containers.inside import harness_environment
 from hive_core.destinations import Allowed, find
 from hive_core.egress.channel import Channel, ChannelBroken
+from hive_core.egress.reports import ASK
 from hive_core.egress_rules import expand
 from hive_core.limits import Limits
 from hive_core.protocol.paths import explain
@@ -40,6 +41,7 @@ REST_FIRST_S, REST_LAST_S = 0.1, 10.0  # between two proxies
 STEADY_S = 60.0  # one that ran for so long had no trouble to start
 SEND_WITHIN_S = 20.0  # a proxy that takes no line for so long is ended
 ASKING_AT_ONCE = 32  # answers under way; beyond them the proxy answers by itself
+FAULT = "something went wrong on the host"
 PROXY_GONE = "the hive's proxy ended, and is started anew"
 
 Ask = Callable[[AgentName, str, str, int], Awaitable[str]]  # agent, how, host, port → a clause that follows the reason
@@ -299,11 +301,15 @@ class EgressDesk:
                 sentence = halted.sentence
             else:
                 sentence = await self._not_listed(name, told["how"], told["host"], int(told["port"]))
-            await proxy.send({"op": "answer", "id": told["id"], "sentence": sentence})
         except Refusal as refusal:
             log.warning("cannot ask what %s may reach: %s", told["agent"], refusal.message)
+            sentence = ASK
+        except Exception:  # what an agent asks for ends no daemon
+            log.exception("a wish of %s failed", told["agent"])
+            sentence = FAULT
         finally:
             self._asking -= 1
+        await proxy.send({"op": "answer", "id": told["id"], "sentence": sentence})
 
     async def _not_listed(self, name: AgentName, how: str, host: str, port: int) -> str:
         """What becomes of the wish for what an agent's rules do not have. Raises Refusal."""

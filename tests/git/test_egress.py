@@ -160,6 +160,13 @@ async def test_an_address_that_is_not_public_is_never_put_before_the_operator_by
     assert await cards(hive) == []
 
 
+async def test_a_public_ipv4_address_in_the_spelling_of_a_translator_is_to_be_asked_for_as_it_is(
+    hive: Services, iris: Checkout
+) -> None:
+    assert await wish(hive, "64:ff9b::808:808") == "it stands for 8.8.8.8; ask for that"
+    assert await cards(hive) == []
+
+
 async def test_what_was_let_this_way_is_in_the_history_and_can_be_taken_back(hive: Services, iris: Checkout) -> None:
     await wish(hive)
     (card,) = await cards(hive)

@@ -48,6 +48,7 @@ class House:
         self.folder = folder
         self.port = port
         self.asked: list[tuple[str, str, str, int]] = []
+        self.fault: Exception | None = None
         self.kept = Connections(hive.store, Limits())
         limits = Limits(egress_connections=4)
         access = hive.agents.access
@@ -57,6 +58,8 @@ class House:
 
     async def _ask(self, name: AgentName, how: str, host: str, port: int) -> str:
         self.asked.append((name, how, host, port))
+        if self.fault is not None:
+            raise self.fault
         return "the operator was asked (approval 3)"
 
     async def let(self, name: AgentName, *entries: Any) -> None:
@@ -148,6 +151,19 @@ async def test_another_agent_has_nothing_of_it_and_its_wish_is_asked_for(house: 
     assert house.asked[-1] == ("damocles", "tunnel", "127.0.0.1", house.port)
     row = await house.row(lambda row: row["agent"] == "damocles")
     assert (row["verdict"], row["reason"]) == ("refused", said)
+
+
+async def test_a_fault_where_a_wish_is_asked_for_costs_that_answer_alone(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    house.fault = ValueError("nobody thought of this one")
+    status, _ = await house.connect("example.org", 443)
+    assert status.endswith("example.org:443 is not in egress of agent.toml; something went wrong on the host")
+    assert "a wish of iris failed" in caplog.text
+    caplog.clear()
+    house.fault = None
+    status, _ = await house.connect("example.org", 443)
+    assert status.endswith("the operator was asked (approval 3)")
 
 
 async def test_what_is_deployed_later_holds_for_the_next_connection_and_cuts_what_it_has_no_more(house: House) -> None:

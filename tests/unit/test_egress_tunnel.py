@@ -28,6 +28,7 @@ from tests.egress_desk import (
 )
 
 MIB = 1024 * 1024
+NO_FAMILY: Any = 255
 
 
 async def test_bytes_pass_both_ways_and_are_counted(tmp_path: Path) -> None:
@@ -318,6 +319,21 @@ async def test_the_next_address_is_tried_where_one_does_not_answer(tmp_path: Pat
             async with await tunnel(path, f"here.example:{port}"):
                 pass
             assert (await desk.ended())["address"] == "127.0.0.1"
+
+
+async def test_an_address_of_a_family_that_this_machine_does_not_have_leaves_the_others(tmp_path: Path) -> None:
+    """As where the kernel was started without IPv6; here it is a family that no kernel has."""
+
+    async def resolve(host: str, port: int) -> list[Found]:
+        return [(NO_FAMILY, ("2a00::1", port)), *([(socket.AF_INET, ("127.0.0.1", port))] if host != "six" else [])]
+
+    async with open_host(echo) as port, open_desk(tmp_path, resolve) as desk:
+        path = await desk.serve([named(f"here.example:{port}"), named(f"six:{port}")])
+        async with await tunnel(path, f"here.example:{port}"):
+            pass
+        assert (await desk.ended())["address"] == "127.0.0.1"
+        answer = await ask(path, f"CONNECT six:{port} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert answer.startswith(b"HTTP/1.1 502 cannot connect to six:%d: Address family not supported" % port)
 
 
 async def test_a_client_that_never_asks_is_no_connection(tmp_path: Path) -> None:

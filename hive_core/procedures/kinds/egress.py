@@ -10,7 +10,7 @@ import json
 from functools import partial
 from typing import Any
 
-from hive_core.destinations import Address, destination, find_range, parse_address
+from hive_core.destinations import destination, find_range, meant_address, parse_address
 from hive_core.egress_edit import WAY_OUT, add_to_egress
 from hive_core.egress_rules import Rule, wanted
 from hive_core.git.agent_locks import AgentLocks
@@ -43,8 +43,11 @@ class Egress:
 
         What becomes of it, as a clause for the agent's program: "asked the operator (approval 12)". Raises Refusal.
         """
-        if _is_special(parse_address(host)):
-            return f"it is no public address; {WAY_OUT}"
+        if (address := parse_address(host)) is not None:
+            if find_range(address) is not None:
+                return f"it is no public address; {WAY_OUT}"
+            if (meant := meant_address(address)) != address:
+                return f"it stands for {meant}; ask for that"  # which no entry can name as it is spelled
         entry, tried = wanted(how, host, port), destination(how, host, port)
         async with self._locks.of(name):  # of many at once the first one asks
             if known := await self._asking.store.write(lambda tx: _known(tx, name, entry)):
@@ -97,10 +100,6 @@ def _entry(approval: Approval) -> Rule:
 
 def _parse(to: str | dict[str, Any]) -> Rule:
     return Rule.model_validate({"to": to} if isinstance(to, str) else to)
-
-
-def _is_special(address: Address | None) -> bool:
-    return address is not None and find_range(address) is not None
 
 
 def _known(tx: Transaction, name: AgentName, entry: Rule) -> str | None:
