@@ -88,7 +88,9 @@ def state_word(state: str) -> str:
 
 def deed(approval: Approval) -> str:
     """What approving it does, before the agent's name."""
-    return {"spawn": "spawn", "apply_commit": "change"}.get(approval.kind, approval.kind.replace("_", " "))
+    return {"spawn": "spawn", "apply_commit": "change", "egress": "wish of"}.get(
+        approval.kind, approval.kind.replace("_", " ")
+    )
 
 
 def decided(state: str) -> str:

@@ -26,8 +26,8 @@ def _reach(result: dict[str, Any]) -> str:
             [
                 _where(row),
                 f"{row['connections']:,}",
-                mib(row["sent"]),
-                mib(row["received"]),
+                _size(row["sent"]),
+                _size(row["received"]),
                 show.day(row["last_at_ms"]),
                 ", ".join(f"{row[end]:,} {end}" for end in ("open", "failed", "cut") if row[end]),
             ]
@@ -43,8 +43,8 @@ def _reach(result: dict[str, Any]) -> str:
     may = ", ".join(map(show.safe, result["may"])) or "nothing beside its model"
     parts.insert(0, f"{name} may reach {may}")
     total = result["total"]
-    said = f"{counted(total['connections'], 'connection')}, {mib(total['sent'])} sent, "
-    said += f"{mib(total['received'])} received, {counted(total['refused'], 'refusal')}"
+    said = f"{counted(total['connections'], 'connection')}, {_size(total['sent'])} sent, "
+    said += f"{_size(total['received'])} received, {counted(total['refused'], 'refusal')}"
     said += f" since {show.day(result['since_ms'])}"
     if result["kept_from_ms"]:
         said += f"; of those before {show.day(result['kept_from_ms'])} none is kept (connections_kept)"
@@ -64,3 +64,7 @@ def _reason(row: dict[str, Any]) -> str:
     from hive_core.cli import show
 
     return show.safe(row["reason"] or "")
+
+
+def _size(count: int) -> str:
+    return mib(count) if count >= 2**20 else f"{count:,} B"

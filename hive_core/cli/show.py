@@ -291,7 +291,7 @@ def _aside_line(row: dict[str, Any], state: str) -> str:
 
 
 def approval_line(row: dict[str, Any]) -> str:
-    what = {"spawn": "new agent", "apply_commit": "change"}.get(row["kind"], row["kind"])
+    what = {"spawn": "new agent", "apply_commit": "change", "egress": "wish of"}.get(row["kind"], row["kind"])
     return f"{paint('◆ ' + str(row['id']), 'amber')} {what} {paint(row['agent'], 'bold')}: {one_line(row['reason'])}"
 
 

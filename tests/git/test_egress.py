@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import trio
 
+from hive_core.cli.show_approvals import approval as show_approval
 from hive_core.destinations import TUNNEL
 from hive_core.procedures.kinds.egress import DAY_LIMIT, WAITING_LIMIT
 from hive_core.protocol.effect import effect_line
@@ -47,6 +48,8 @@ async def test_a_wish_is_a_card_whose_commit_adds_the_entry_and_leaves_all_else(
     assert said == f"asked the operator (approval {card.id}); you are told when it is decided"
     assert (card.agent, card.requested_by, card.payload["to"]) == ("iris", "iris", "git.lan:443")
     assert hive.gate.egress.title(card) == "iris wants git.lan:443"
+    line = "wish of iris: iris wants git.lan:443, which it tried to reach"
+    assert show_approval(card.to_wire()).splitlines()[0] == f"◆ {card.id} {line}"
     (line,) = (card.effect or {})["lines"]
     assert (effect_line(line), line["weight"]) == ("egress: + git.lan:443", "wide")
     async with serving(hive):

@@ -59,7 +59,7 @@ class Egress:
                 def make(tx: Transaction) -> Request:
                     if tx.execute("SELECT 1 FROM agents WHERE name = ?", (name,)).fetchone() is None:
                         raise no_such_agent(tx, name)
-                    return Request(self.kind, name, name, f"{name} tried to reach {tried}", shown)
+                    return Request(self.kind, name, name, f"{name} wants {tried}, which it tried to reach", shown)
 
                 asked = await self._asking.put(name, None, self.kind, f"a destination of {name}", make)
             await self._repos.tag(name, f"proposal/{asked['approval']}", sha)
