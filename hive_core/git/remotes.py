@@ -59,8 +59,6 @@ class Access:
         config = {f"fetch.fsck.{sin}": "ignore" for sin in (*_OLD_SINS, *_OLDER_SINS)} | {
             "fetch.unpackLimit": "1",  # all that comes is a pack, which can be linked
             "http.followRedirects": "false",  # what the host says of another host is not followed with a credential
-            "http.lowSpeedLimit": "1000",
-            "http.lowSpeedTime": "60",
             "protocol.version": "2",
         }
         match self.source.kind:
@@ -69,8 +67,8 @@ class Access:
             case "http":
                 scheme = urlsplit(self.source.text).scheme
                 config |= {f"protocol.{scheme}.allow": "always", "protocol.file.allow": "never"}
-                # The proxies of this host's environment are the operator's own, as the model relay takes them.
-                variables = {key: value for key, value in os.environ.items() if key.lower() in _PROXIES}
+                # Proxies and authorities of this environment are the operator's own, as for the relay.
+                variables = {key: value for key, value in os.environ.items() if key.lower() in _OPERATORS}
                 if self.token:
                     config["credential.helper"] = _HELPER
                     variables |= {"HIVE_TOKEN": self.token, "HIVE_USER": self.source.user or "hive"}
@@ -99,7 +97,7 @@ class Access:
         return shlex.join([*words, *(word for key, value in options.items() for word in ("-o", f"{key}={value}"))])
 
 
-_PROXIES = {"http_proxy", "https_proxy", "no_proxy", "all_proxy"}
+_OPERATORS = {"http_proxy", "https_proxy", "no_proxy", "all_proxy", "ssl_cert_file", "ssl_cert_dir", "git_ssl_cainfo"}
 # Asked by git for the host of the url, and for no other: no redirect is followed.
 _HELPER = '!f() { test "$1" = get && printf "username=%s\\npassword=%s\\n" "$HIVE_USER" "$HIVE_TOKEN"; }; f'
 

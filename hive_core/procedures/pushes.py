@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 IDLE_S = 120  # without a word of a client that fetches
 _HIDDEN = {"transfer.hideRefs": "refs/source"}
 _PROTOCOLS = ("version=1", "version=2")
+PUSHES_AT_ONCE = 8  # that are judged or sent on
 REFUSALS_TOLD = 10  # in a minute, of one agent: an event each
 REFS_TOLD, REF_TOLD, REASON_TOLD = 10, 250, 500  # of one refusal: refs, and characters
 NOT_TAKEN = "git did not take what came: it is over push_bytes, not whole, or holds what git refuses (fsck)"
@@ -70,11 +71,19 @@ class GitServices:
         self._credentials = credentials
         self._limits = limits
         self._state_dir = state_dir
+        # A slow server can take all its time: not on every thread that others need.
+        self._threads = trio.CapacityLimiter(PUSHES_AT_ONCE)
         self._refused: dict[AgentName, deque[float]] = {}  # when refusals of late were written down
         self._untold: Counter[AgentName] = Counter()  # refusals since then that were not
 
-    async def find(self, agent: AgentName, name: ProjectName) -> tuple[Project, Registered]:
-        """A project as an agent may use it. Raises Refusal when it may not, or it cannot be served now."""
+    async def check(self, agent: AgentName, name: ProjectName) -> None:
+        """Raises Refusal when an agent may not use a project, or it cannot be served now."""
+        await self._find(agent, name)
+        if not self._mirrors.path(name).is_dir():
+            await self._mirrors.fetch(name)  # as behind a backup that was restored
+
+    async def _find(self, agent: AgentName, name: ProjectName) -> tuple[Project, Registered]:
+        """A project as an agent may use it now. Raises Refusal when it may not."""
         if (halted := self._access.halted(agent)) is not None:
             raise Refusal("unavailable", f"cannot serve {name}: {halted.sentence}")
         listed = await self._mirrors.projects.listed_by(agent)
@@ -84,8 +93,6 @@ class GitServices:
             raise Refusal("refused", f"cannot serve {name}: {why}")
         if (registered := await self._mirrors.projects.find(name)) is None:
             raise no_such_project(name)
-        if not self._mirrors.path(name).is_dir():
-            await self._mirrors.fetch(name)  # as behind a backup that was restored
         return project, registered
 
     async def upload(self, name: ProjectName, sock: socket.socket, protocol: str | None) -> None:
@@ -161,14 +168,15 @@ class GitServices:
             judge.check(push, known_secrets(self._state_dir, self._credentials))
             return push
 
+        def send_on() -> None:
+            forward(self._mirrors.mirror(registered), push, agent, limits.push_s, look)
+
         try:
-            project, registered = await self.find(agent, name)
+            project, registered = await self._find(agent, name)
             judged.registered = registered
-            push = await trio.to_thread.run_sync(judge)
-            await self.find(agent, name)  # it may have been stopped meanwhile
-            await trio.to_thread.run_sync(
-                lambda: forward(self._mirrors.mirror(registered), push, agent, limits.push_s, look)
-            )
+            push = await trio.to_thread.run_sync(judge, limiter=self._threads)
+            await self._find(agent, name)  # it may have been stopped meanwhile
+            await trio.to_thread.run_sync(send_on, limiter=self._threads)
         except Refusal as refusal:
             return refusal
         except (GitFailed, OSError) as exc:

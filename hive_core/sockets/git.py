@@ -42,7 +42,7 @@ class GitDesk:
             if service not in SERVICES:
                 raise Refusal("usage", f"cannot do {shown(service)}: the services are {' and '.join(SERVICES)}")
             name = parse_project_name(request.get("project"))
-            await self._services.find(self._name, name)
+            await self._services.check(self._name, name)
         except Refusal as refusal:
             await stream.send_all(encode({"ok": False, "error": refusal.to_wire()}))
             return
