@@ -29,6 +29,7 @@ async def reach_now(hive: Hive, name: AgentName) -> Markup:
         "rows/reach.html",
         agent=name,
         days=DAYS,
+        network=found["network"],
         may=found["may"],
         hosts=hosts[:SHOWN],
         refusals=refusals[:SHOWN],

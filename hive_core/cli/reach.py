@@ -41,6 +41,8 @@ def _reach(result: dict[str, Any]) -> str:
         ]
         parts.append(show.table(refused, ["refused", "how", "times", "last", "why"]))
     may = ", ".join(map(show.safe, result["may"])) or "nothing beside its model"
+    if result["network"] == "host":
+        may = "what this machine does, and nothing tells of that: it has the host's network"
     parts.insert(0, f"{name} may reach {may}")
     total = result["total"]
     said = f"{counted(total['connections'], 'connection')}, {_size(total['sent'])} sent, "

@@ -109,6 +109,7 @@ class EgressDesk:
         self._ask = ask
         self._own_ports = own_ports
         self._doors: dict[AgentName, _Door] = {}
+        self._policies: dict[AgentName, str | None] = {}  # that are deployed
         self._rules: dict[AgentName, tuple[Allowed, ...]] = {}
         self._left: set[AgentName] = set()  # doors that are no more, and the proxy still has
         self._asking = 0
@@ -152,14 +153,17 @@ class EgressDesk:
 
     async def _until_needed(self) -> None:
         """Until an agent connects: most hives that run for a test, and many others, need no proxy at all."""
-        with self._store.bus.listen(DOORS) as listener:
+        with self._store.bus.listen(DOORS, DEPLOYED) as listener:
             needed = False
             while not needed:
+                await self._know()
                 async with trio.open_nursery() as nursery:
 
                     async def watch(sock: socket.socket, scope: trio.CancelScope) -> None:
                         nonlocal needed
                         with suppress(trio.ClosedResourceError):
+                            if sock.fileno() < 0:  # since this was to begin
+                                return
                             await trio.lowlevel.wait_readable(sock)
                             needed = True
                             scope.cancel()
@@ -218,7 +222,8 @@ class EgressDesk:
             nursery.start_soon(self._follow_access, proxy)
             with self._store.bus.listen(DEPLOYED, WANTED, DOORS) as listener:
                 while True:
-                    await self._look(proxy)
+                    await self._know()
+                    await self._tell(proxy)
                     await listener.wait()
 
     async def _follow_access(self, proxy: _Proxy) -> None:
@@ -227,13 +232,13 @@ class EgressDesk:
                 await listener.wait()
                 await self._tell(proxy)
 
-    async def _look(self, proxy: _Proxy) -> None:
-        """Know what each agent may reach by what is deployed of it now."""
+    async def _know(self) -> None:
+        """What each agent may reach, by what is deployed of it now."""
         rows = await self._store.rows("SELECT name, policy FROM agents")
-        rules = {AgentName(row["name"]): expand(entries_of(row["policy"])) for row in rows}
-        if rules != self._rules:
-            self._rules, self.moves = rules, self.moves + 1
-        await self._tell(proxy)
+        policies = {AgentName(row["name"]): row["policy"] for row in rows}
+        if policies != self._policies:
+            self._policies, self.moves = policies, self.moves + 1
+            self._rules = {name: expand(entries_of(policy)) for name, policy in policies.items()}
 
     async def _tell(self, proxy: _Proxy) -> None:
         """Tell the proxy what it does not know yet. Of whom is halted it lets nothing pass, and cuts what is open."""

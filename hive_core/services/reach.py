@@ -19,11 +19,12 @@ ROWS_MOST = 200  # of one answer: those with the most bytes, and the newest refu
 
 
 async def reach(store: Store, name: str, span: Span, now_ms: int, most: int) -> dict[str, Any]:
-    """{"agent", "may", "since_ms", "kept_from_ms", "hosts", "refusals", "total"}.
+    """{"agent", "network", "may", "since_ms", "kept_from_ms", "hosts", "refusals", "total"}.
 
     most: the connections of an agent that are kept
 
-    may       what is deployed of it lets it reach, a text for each entry
+    network   "private", or "host": then it reaches what this machine does, and nothing tells of that
+    may       what is deployed of it lets it reach through the proxy, a text for each entry
     hosts     {host, port, connections, open, failed, cut, sent, received, last_at_ms}: all but what was refused, those
               with the most bytes first. sent: bytes from the agent
     refusals  {host, port, how, count, reason, last_at_ms}, the newest first
@@ -40,9 +41,11 @@ async def reach(store: Store, name: str, span: Span, now_ms: int, most: int) -> 
     refusals = await store.rows(_REFUSALS, given)
     total = await store.row(_TOTAL, given)
     row = await store.row("SELECT policy FROM agents WHERE name = ?", (name,))
+    policy = row["policy"] if row else None
     return {
         "agent": name,
-        "may": [destination_text(entry) for entry in entries_of(row["policy"] if row else None)],
+        "network": json.loads(policy or "{}").get("network", "private"),
+        "may": [destination_text(entry) for entry in entries_of(policy)],
         "since_ms": first,
         "kept_from_ms": kept_from if kept_from > first else None,
         "hosts": [dict(row) for row in hosts],

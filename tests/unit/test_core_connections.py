@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from hive_core.cli.reach import _reach
 from hive_core.limits import Limits
 from hive_core.protocol.words import AgentName
 from hive_core.services.connections import (
@@ -187,6 +188,16 @@ async def test_reach_looks_no_further_back_than_asked_nor_at_an_agent_that_had_t
     await desk.hive.sql("UPDATE agents SET created_at_ms = ? WHERE name = 'iris'", now_ms)
     assert [row["host"] for row in (await reach(store, "iris", Span(), now_ms, MANY))["hosts"]] == ["new.lan"]
     assert (await reach(store, "damocles", Span(), now_ms, MANY))["hosts"] == []
+
+
+async def test_reach_says_whose_network_it_is(desk: Desk) -> None:
+    async def told() -> str:
+        found = await reach(desk.hive.store, "iris", Span(), desk.kept.now_ms, MANY)
+        return _reach(found).partition("\n")[0]
+
+    assert await told() == "iris may reach nothing beside its model"
+    await desk.hive.sql("UPDATE agents SET policy = ? WHERE name = 'iris'", json.dumps({"network": "host"}))
+    assert await told() == "iris may reach what this machine does, and nothing tells of that: it has the host's network"
 
 
 async def test_reach_says_from_when_on_connections_are_kept(desk: Desk) -> None:

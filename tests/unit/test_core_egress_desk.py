@@ -224,6 +224,17 @@ async def test_a_proxy_that_is_killed_is_started_anew_and_whoever_connects_meanw
     assert row["reason"] == "the hive's proxy ended, and is started anew"
 
 
+async def test_what_is_deployed_is_known_before_there_is_a_proxy(house: House) -> None:
+    known = house.desk.moves
+    await house.let_echo()
+
+    async def is_known() -> bool:
+        return house.desk.moves != known and bool(house.desk.allowed(IRIS))
+
+    await wait_until(is_known)
+    assert house.desk.pid is None
+
+
 async def test_the_proxy_ends_with_the_desk(hive: Services, tmp_path: Path) -> None:
     async with open_house(hive, tmp_path) as house:
         await house.let_echo()

@@ -52,6 +52,16 @@ async def test_the_page_tells_what_it_may_reach_what_it_talked_to_and_what_it_wa
         assert 'id="reach-now"' not in (await client.get("/")).text
 
 
+async def test_of_who_has_the_hosts_network_nobody_is_told_that_it_reaches_nothing(hive: Services) -> None:
+    policy = json.dumps({"network": "host", "egress": [{"to": "git.lan:443"}]})
+    await hive.sql("UPDATE agents SET policy = ? WHERE name = 'iris'", policy)
+    house = hive_of(hive)
+    async with browse(house) as client:
+        page = (await client.get("/agents/iris")).text
+        assert "may reach what this machine does, and nothing tells of that: it has the host's network" in page
+        assert "git.lan" not in page
+
+
 async def test_a_page_is_told_of_each_connection(hive: Services) -> None:
     house = hive_of(hive)
     async with served(house) as browser:
