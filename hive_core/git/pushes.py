@@ -27,6 +27,7 @@ REFS_LIMIT = 100  # of one push
 ASK_LIMIT_BYTES = 64 * 1024
 INFLATED_FACTOR = 16  # how much more than the limit of a push its objects may be when they are unpacked
 SECRET_LEAST = 12
+KEY_LINE_LEAST = 40
 _PIECE_BYTES = 1024 * 1024
 _FORWARD_ENDS = ("(fetch first)", "(non-fast-forward)", "(stale info)", "(needs force)")
 
@@ -300,7 +301,7 @@ _OVERLAP = _FORM_LIMIT
 def known_secrets(state_dir: Path, credentials: Credentials) -> dict[str, bytes]:
     """Every secret that the hive keeps, by what it is called: those of the provider, of projects and of forges.
 
-    Of a key of many lines each line counts.
+    Of a private key each of its lines counts but the first, which is the same in every key of its kind.
     """
     found = {}
     for name in credentials.names():
@@ -311,7 +312,9 @@ def known_secrets(state_dir: Path, credentials: Credentials) -> dict[str, bytes]
             path = Path(folder) / file
             if file.endswith(".known_hosts") or path.is_symlink() or not path.is_file():
                 continue
-            lines = [line for line in path.read_bytes()[: 64 * 1024].split() if not line.startswith(b"-")]
+            lines = path.read_bytes()[: 64 * 1024].split(b"\n")
+            is_key = lines[0].startswith(b"-----BEGIN ")
+            lines = [line for line in lines[2:] if len(line) >= KEY_LINE_LEAST] if is_key else b" ".join(lines).split()
             name = str(path.relative_to(state_dir))
             found |= {f"{name}{f' {number}' if number else ''}": line for number, line in enumerate(lines)}
     return {name: secret for name, secret in found.items() if SECRET_LEAST <= len(secret) <= _FORM_LIMIT // 2}

@@ -161,8 +161,9 @@ async def test_a_secret_of_the_hive_is_found_wherever_it_stands(tmp_path: Path) 
         folder.mkdir(mode=0o700)
         (folder / "claude-oauth-token").write_text(f"{SECRET}\n")
         clone = await begin(hive, source)
-        line = base64.b64encode(os.urandom(48)).decode()
-        hive.mirrors.keys.put(SITE, ".key", f"-----BEGIN OPENSSH PRIVATE KEY-----\n{line}\n-----END\n")
+        first, line = (base64.b64encode(os.urandom(48)).decode() for _ in range(2))
+        key = "\n".join(["-----BEGIN OPENSSH PRIVATE KEY-----", first, line, "-----END OPENSSH PRIVATE KEY-----", ""])
+        hive.mirrors.keys.put(SITE, ".key", key)
         in_base64 = base64.b64encode(f"user:{SECRET}:x".encode()).decode()
         places: dict[str, Callable[[], object]] = {
             "a file": lambda: commit(clone, "deep/config", text=f"{'x' * 3_000_000}token={SECRET}\n"),
@@ -188,6 +189,10 @@ async def test_a_secret_of_the_hive_is_found_wherever_it_stands(tmp_path: Path) 
         assert "iris/x" not in await hive.git(clone, "ls-remote")
         events = await hive.events("push_refused")
         assert len(events) == len(places)
+        # What every key of a kind begins with is no secret, nor is the end of one.
+        git(clone, "checkout", "--quiet", "-B", "iris/x", "origin/main")
+        commit(clone, text=f"{key.splitlines()[0]}\n{first}\n{key.splitlines()[-1]}\n")
+        await hive.git(clone, "push", "--quiet", "origin", "iris/x")
         assert not [event for event in events if SECRET in event["data"]]
 
 
