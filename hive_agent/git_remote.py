@@ -137,6 +137,7 @@ class Conversation:
         self._server = server
         self._pushes = service == "git-receive-pack"
         self._packets = Packets()
+        self._began = False  # git has said something, or that it has nothing to say
         self._unanswered = b""  # the first bytes of what was sent since something came
 
     def carry(self, first: bytes) -> None:
@@ -155,7 +156,7 @@ class Conversation:
             if not data:
                 break
         # To a flush alone, by which git says that it wants nothing more, there is no answer.
-        if not self._packets.ended or self._unanswered not in (b"", _FLUSH):
+        if not (self._began and self._packets.ended and self._unanswered in (b"", _FLUSH)):
             raise Trouble(
                 "the hive went away during the push; nothing was pushed by halves: push again"
                 if self._pushes
@@ -164,11 +165,12 @@ class Conversation:
 
     def _send(self) -> None:
         while data := os.read(0, READ_BYTES):
-            self._unanswered = (self._unanswered + data)[: len(_FLUSH) + 1]
+            self._unanswered, self._began = (self._unanswered + data)[: len(_FLUSH) + 1], True
             try:
                 self._server.sendall(data)
             except OSError:
                 return  # the reader sees the end
+        self._began = True
         with suppress(OSError):
             self._server.shutdown(socket.SHUT_WR)
 

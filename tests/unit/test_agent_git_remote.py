@@ -169,6 +169,25 @@ def said_by_receive_pack(folder: Path) -> int:
     return len(done.stdout)
 
 
+def test_a_hive_that_goes_away_before_git_has_said_anything_is_no_end_of_a_conversation(folder: Path) -> None:
+    def serve(client: socket.socket, _: dict[str, Any]) -> None:
+        client.sendall(b'{"ok": true}\n000ahello\n0000')
+        client.shutdown(socket.SHUT_RDWR)
+
+    with git_socket(folder / "git.sock", serve):
+        helper = subprocess.Popen(
+            [HELPER, "origin", "hive://x"], env=variables(folder), stdin=-1, stdout=-1, stderr=-1, text=True
+        )
+        assert helper.stdin is not None
+        helper.stdin.write("connect git-receive-pack\n")
+        helper.stdin.flush()
+        assert helper.stderr is not None
+        told = helper.stderr.read()
+        helper.communicate()
+    assert told == "hive: the hive went away during the push; nothing was pushed by halves: push again\n"
+    assert helper.returncode == 1
+
+
 @pytest.mark.parametrize("more", [0, 1, 30])
 def test_a_hive_that_goes_away_during_a_push_says_so_in_one_line_and_the_next_push_works(
     folder: Path, more: int
