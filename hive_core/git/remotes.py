@@ -174,8 +174,6 @@ def their_git(source: Source, service: str) -> str:
         "core.sshCommand": "false",
         "protocol.allow": "never",
         "uploadpack.allowFilter": "false",
-        "receive.denyNonFastForwards": "false",
-        "receive.denyDeletes": "false",
         "receive.autogc": "false",
         "receive.updateServerInfo": "false",
         "gc.auto": "0",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hive_core.git.mirrors import NOTHING
-from hive_core.git.pushes import Judge, Push, Update, forms_of, put_hook
+from hive_core.git.pushes import ASK_LIMIT_BYTES, Judge, Push, Update, forms_of, parse_push, put_hook
 from hive_core.procedures.pushes import NOT_TAKEN, REFUSALS_TOLD
 from hive_core.project_rules import Project
 from hive_core.protocol.refusal import Refusal
@@ -122,7 +122,7 @@ async def test_a_push_by_force_and_a_removal_take_leave(tmp_path: Path) -> None:
     async with open_project_hive(tmp_path) as hive:
         clone = await begin(hive, source)
         for key in ("receive.denyNonFastForwards", "receive.denyDeletes"):
-            git(source, "config", key, "true")  # for those who push to it themselves
+            git(source, "config", key, "true")  # which is about branches of its own
         first = commit(clone, branch="iris/fix")
         await hive.git(clone, "push", "--quiet", "origin", "iris/fix")
         git(clone, "commit", "--quiet", "--amend", "--allow-empty", "-m", "another")
@@ -235,6 +235,13 @@ async def test_thousands_of_refs_are_refused_at_once(tmp_path: Path) -> None:
         assert done.returncode != 0
         assert "the limit is 100" in done.stderr
         assert set(refs(hive.mirrors.path(SITE), "refs/heads")) == {"refs/heads/main"}
+
+
+def test_of_a_question_that_is_cut_off_nothing_is_believed(tmp_path: Path) -> None:
+    line = f"{'0' * 40} {'1' * 40} refs/heads/iris/{'x' * 4_000}\n"
+    asked = f"\n{line * 20}".encode()[: ASK_LIMIT_BYTES + 1]
+    with pytest.raises(Refusal, match="more is pushed at once than may be"):
+        parse_push(asked, tmp_path)
 
 
 async def test_a_branch_beside_which_another_cannot_be_is_refused_before_it_is_sent_on(tmp_path: Path) -> None:
