@@ -37,7 +37,12 @@ ENVIRONMENT = {
 
 def try_git(folder: Path, *words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["git", *words], cwd=folder, env={**ENVIRONMENT, **(env or {})}, capture_output=True, text=True
+        ["git", *words],
+        cwd=folder,
+        env={**ENVIRONMENT, **(env or {})},
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",  # as names of branches may need it
     )
 
 

@@ -21,7 +21,7 @@ from hive_core.git.remotes import Access, better_told, their_git
 from hive_core.git.sterile_git import GitFailed, GitLimits, Setting, run_git
 from hive_core.protocol.paths import sync_folder
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.visible import mib
+from hive_core.protocol.visible import hides, mib
 from hive_core.protocol.words import ProjectName
 
 HEADS, TAGS, SOURCE = "refs/heads/", "refs/tags/", "refs/source/"
@@ -110,7 +110,7 @@ class Mirror:
         words = ("ls-remote", "--symref", *self._to_theirs("--upload-pack", "upload-pack"))
         said = self.run(*words, "--", self.access.source.text, "HEAD").decode("utf-8", "replace")
         head = next((line.split()[1] for line in said.splitlines() if line.startswith(f"ref: {HEADS}")), None)
-        branches = list(self._refs(HEADS))
+        branches = [ref for ref in self._refs(HEADS) if not hides(ref)]  # it is told to people
         guesses = [head, f"{HEADS}main", f"{HEADS}master", *branches[:1]]
         if (branch := next((ref for ref in guesses if ref in branches), None)) is not None:
             run_git(self.path, "symbolic-ref", "HEAD", branch)
@@ -136,9 +136,7 @@ class Mirror:
         return [f"{option}={their_git(source, service)}"] if source.kind == "path" else []
 
     def _refs(self, below: str) -> dict[str, str]:
-        """The ids of all refs below a place, by their names."""
-        said = run_git(self.path, "for-each-ref", "--format=%(objectname) %(refname)", below).decode()
-        return {name: sha for sha, _, name in (line.partition(" ") for line in said.splitlines())}
+        return refs_of(self.path, below)
 
     def _follow(self, before: dict[str, str], after: dict[str, str]) -> Fetched:
         """Move what agents see as the source has moved."""
@@ -191,7 +189,17 @@ def _ours(ref: str) -> str:
 
 
 def _lines(lines: list[str]) -> bytes:
-    return "".join(f"{line}\n" for line in lines).encode()
+    return "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
+
+
+def refs_of(path: Path, *below: str) -> dict[str, str]:
+    """The ids of all refs below these places, by their names; of what is no UTF-8 in a name the bytes are kept.
+
+    Whoever pushes to the source chooses names: git takes all bytes but those of ASCII that it needs itself.
+    """
+    said = run_git(path, "for-each-ref", "--format=%(objectname) %(refname)", *below)
+    lines = said.decode("utf-8", "surrogateescape").split("\n")  # no other character ends a line
+    return {name: sha for sha, _, name in (line.partition(" ") for line in lines if line)}
 
 
 def stands_in_the_way(ref: str, others: dict[str, str]) -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from hive_core.credentials import Credentials
-from hive_core.git.mirrors import HEADS, MEMORY_BYTES, NOTHING, TAGS, Mirror, stands_in_the_way
+from hive_core.git.mirrors import HEADS, MEMORY_BYTES, NOTHING, TAGS, Mirror, refs_of, stands_in_the_way
 from hive_core.git.remotes import better_told, their_git
 from hive_core.git.sterile_git import GitFailed, GitLimits, Setting, command_of, run_git
 from hive_core.project_rules import Project
@@ -137,14 +137,15 @@ class Judge:
             raise _refused(update, f"{why} (by force takes `force` in your agent.toml)") from None
 
     def _check_places(self, push: Push) -> None:
-        said = run_git(self._mirror, "for-each-ref", "--format=%(refname) %(objectname)", HEADS, TAGS).decode()
-        there = dict(line.split() for line in said.splitlines())
+        there = refs_of(self._mirror, HEADS, TAGS)
         for update in push.updates:
             if there.get(update.ref, NOTHING) != update.old:  # which is what whoever pushes says
                 raise _refused(update, "it has moved meanwhile; fetch, and push again")
             if update.new != NOTHING:
                 if other := stands_in_the_way(update.ref, there):
-                    raise _refused(update, f"{other} is there, and git keeps one of the two; choose another name")
+                    raise _refused(
+                        update, f"{named(other)} is there, and git keeps one of the two; choose another name"
+                    )
                 there[update.ref] = ""
 
     def _check_secrets(self, push: Push, quarantine: Path, secrets: Mapping[str, bytes]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import trio
 
 from hive_core.credentials import Credentials
-from hive_core.git.mirrors import MEMORY_BYTES, NOTHING, note_pushed
+from hive_core.git.mirrors import MEMORY_BYTES, NOTHING, note_pushed, refs_of
 from hive_core.git.pushes import (
     ASK_LIMIT_BYTES,
     Judge,
@@ -31,7 +31,7 @@ from hive_core.git.pushes import (
     place_on_host,
     put_hook,
 )
-from hive_core.git.sterile_git import GitFailed, GitLimits, Setting, command_of, run_git
+from hive_core.git.sterile_git import GitFailed, GitLimits, Setting, command_of
 from hive_core.limits import Limits
 from hive_core.procedures.projects import HOOKS, ProjectMirrors
 from hive_core.project_rules import Project
@@ -253,9 +253,7 @@ class _Judged:
 
 
 def _has(mirror: Path, update: Update) -> bool:
-    said = run_git(mirror, "for-each-ref", "--format=%(objectname) %(refname)", update.ref).decode().splitlines()
-    is_there = f"{update.new} {update.ref}" in said
-    return is_there if update.new != NOTHING else not any(line.endswith(f" {update.ref}") for line in said)
+    return refs_of(mirror, update.ref).get(update.ref, NOTHING) == update.new
 
 
 class _Pipes:
