@@ -18,7 +18,11 @@ PROC_OF_THE_HOST = tuple(
 )
 # The host's keys, told to whoever has the same uid.
 KEYS_OF_THE_HOST = ("/proc/keys", "/proc/key-users")
-ETC_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/ssl/certs", "/etc/localtime")
+ETC_FILES = (
+    *("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"),
+    # The certificates that are trusted, and where they lead on (NixOS, Fedora). Beside those lie private keys.
+    *("/etc/ssl/certs", "/etc/static/ssl/certs", "/etc/pki/tls/certs", "/etc/pki/ca-trust/extracted"),
+)
 # How the names of the host's network are found, for who has that.
 NETWORK_FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")
 HOME = "/root"  # inside

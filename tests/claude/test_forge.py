@@ -51,7 +51,7 @@ def forge() -> ScriptedForge:
     return ScriptedForge(branches={"main", "iris/fix"})
 
 
-@pytest.fixture(params=["bwrap", "nspawn"])
+@pytest.fixture(params=["bwrap"])
 def stage(forge: ScriptedForge, request: pytest.FixtureRequest) -> Iterator[tuple[Daemon, str]]:
     """A daemon that is not started yet, and the forge's address."""
     with ScriptedModel(lambda asked: play(SCENES, asked)) as model, forge.served() as url:

@@ -22,8 +22,8 @@ from tests.scripted_model import ScriptedModel, say, tool
 from tests.swarm.test_projects import git
 
 PACKAGE = "sniffio"  # small, and in need of nothing else
-GIT_TOKEN, KEY = "canary-of-the-git-server", "sk-ant-api03-canary-of-the-provider"
-SECRETS = [secret.encode() for secret in (GIT_TOKEN, KEY, TOKEN)]
+GIT_TOKEN, KEY = "canary-of-the-git-server-0123456789", "sk-ant-api03-canary-of-the-provider"
+SECRETS = [secret.encode() for secret in (KEY, TOKEN)]
 FILES = {
     "site/__main__.py": f"import {PACKAGE}\nprint('built with', {PACKAGE}.__name__)\n",
     "README": "of the site\n",
@@ -34,6 +34,9 @@ WORK = f"""set -e; cd /projects/site; git checkout -q -b iris/fix
 {PIP} {{index}} --target site {PACKAGE}
 {PYTHON} -m zipapp site -o site.pyz; {PYTHON} site.pyz > built; cat built; rm -r site/{PACKAGE}* site.pyz
 git add built; git commit -qm 'Build it'; git push -q origin HEAD:iris/fix; env | grep -c canary || true"""
+# How it came by that is another question; it leaves by no push.
+LEAK = f"""cd /projects/site; git checkout -q -b iris/leak; echo 'url = https://x:{GIT_TOKEN}@git.example' > settings
+git add . && git commit -qm 'Set it up' && git push -q; git push -q origin iris/fix:main"""
 CLOSED = f"{PIP} https://elsewhere.example/simple --target /state/other {PACKAGE} 2>&1"
 
 
@@ -59,6 +62,8 @@ def scenes(index: str) -> dict[tuple[str, str], list[Any]]:
             lambda request: say(tool("mcp__hive__send", to="operator", body=f"worked: {result_text(request)}")),
             say(tool("mcp__hive__pull_request_open", **ask)),
             lambda request: say(tool("mcp__hive__send", to="operator", body=f"asked: {result_text(request)}")),
+            say(tool("Bash", command=LEAK, description="leak")),
+            lambda request: say(tool("mcp__hive__send", to="operator", body=f"leaked: {result_text(request)}")),
             say(tool("Bash", command=CLOSED, description="what is closed")),
             lambda request: say(tool("mcp__hive__send", to="operator", body=f"closed: {result_text(request)}")),
         ]
@@ -112,6 +117,12 @@ def test_an_agent_clones_installs_builds_pushes_and_asks_for_its_work_to_be_merg
         (made,) = forge.threads.values()
         assert (made["title"], made["_pull"], made["user"]["login"]) == ("Build it", ("iris/fix", "main"), BOT)
 
+        leaked = daemon.wait_message(client, "leaked: ")["body"]
+        assert "settings holds a secret of the hive's (credentials/projects/site.token); take it out" in leaked
+        assert "main cannot be pushed: only iris/* may be pushed" in leaked
+        heads = git(served / "site.git", "for-each-ref", "--format=%(refname)").splitlines()
+        assert heads == ["refs/heads/iris/fix", "refs/heads/main"]
+
         closed = daemon.wait_message(client, "closed: ")["body"]
         assert "403 cannot connect: elsewhere.example:443 is not in egress of agent.toml; asked the operator" in closed
         (card,) = [one for one in client.call("pending")["approvals"] if one["kind"] == "egress"]
@@ -122,3 +133,5 @@ def test_an_agent_clones_installs_builds_pushes_and_asks_for_its_work_to_be_merg
         assert "canary" not in daemon.log.read_text()
         for path in (daemon.state / "agents" / "iris").rglob("*"):
             assert not path.is_file() or not any(secret in path.read_bytes() for secret in SECRETS), path
+        (system,) = {request.system[-200:] for request in model.turns if "Please build" in request.last_user_text}
+        assert "- /projects/site, a clone of hive://site: you may push to iris/*" in system

@@ -336,7 +336,7 @@ async def test_an_agents_page_that_has_missed_lines_which_are_gone_loads_itself_
             path = f"/agents/iris/live?after={hive.at(seq, 1)}"
             told = await browser.told(path, "line-2")
             # They are told on each connection.
-            first = ["agent-iris", "choice-model", "choice-effort", "spend-now", "snapshots-now"]
+            first = ["agent-iris", "choice-model", "choice-effort", "spend-now", "snapshots-now", "reach-now"]
             assert [frame.target for frame in told] == [*first, "line-2"]
             await hive.turns.add_lines(IRIS, turn.id, 2, ["three", "four", "five"])
             told = await browser.told(path, "reset", **{"Last-Event-ID": hive.at(seq, 1)})
