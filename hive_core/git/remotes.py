@@ -189,7 +189,9 @@ def their_git(source: Source, service: str) -> str:
 
 
 def better_told(failed: GitFailed) -> GitFailed:
-    """The same, with what ssh said of it where git itself says no more than that it could not read."""
+    """The same, with what ssh said where git says no more than that it could not read, or with the way out."""
+    if re.search(r"returned error: 30[1278]\b", str(failed)):
+        return GitFailed(f"{failed}: give the url that it redirects to", failed.over, failed.code, failed.printed)
     before, found, _ = failed.printed.partition("fatal: Could not read from remote repository")
     lines = [line.strip() for line in before.splitlines() if line.strip()]
     if not found or not str(failed).startswith("fatal: Could not read") or not lines:
