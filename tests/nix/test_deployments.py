@@ -13,10 +13,12 @@ import trio
 import trio.testing
 
 from hive_core.containers.mounts import agent_dirs
+from hive_core.destinations import TUNNEL
 from hive_core.procedures import gate
 from hive_core.procedures.deployments import Change
 from hive_core.procedures.flake_deployments import CHECKS_WAITING, FlakeDeployments
 from hive_core.procedures.reconcile import Reconciler
+from hive_core.protocol.effect import effect_line
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, CommitSha, StorePath
 from hive_core.services.approvals import Approval, settle
@@ -700,3 +702,26 @@ async def test_of_two_commits_that_would_make_an_agent_the_second_touches_nothin
     assert (failed.state, one[:12] in (failed.note or "")) == ("failed", True)
     assert await what_is(hive, house, argus) == made
     assert ("switch", argus) not in house.systems.done[switches:]
+
+
+async def test_what_an_agent_tried_to_reach_is_in_the_evaluated_settings_of_the_commit_that_lets_it(
+    hive: Services,
+) -> None:
+    said = await hive.gate.egress.wish(IRIS, TUNNEL, "git.lan", 443)
+    (card,) = [one for one in await hive.approvals.pending() if one.kind == "egress"]
+    assert said.startswith(f"asked the operator (approval {card.id})")
+    assert [effect_line(line) for line in (card.effect or {})["lines"]] == ["egress: + git.lan:443"]
+    assert (await approve(hive, card.id)).state == "done"
+    policy = json.loads(await hive.value("SELECT policy FROM agents WHERE name = 'iris'"))
+    assert policy["egress"] == [{"to": "git.lan:443"}]
+
+
+async def test_an_agent_whose_module_reads_no_agent_toml_gets_no_card_by_trying(hive: Services) -> None:
+    own = MORE % ""
+    module = own.replace("fromTOML (builtins.readFile ./agent.toml)", '{ program = "rehearsal"; model = "haiku"; }')
+    checkout = Checkout(hive.repos.proposed_dir / "iris" / "config")
+    sha = checkout.commit(agent__nix=module, agent__toml=HAIKU)
+    asked = await hive.gate.apply_commit.request(HM1ND, IRIS, sha, "its own settings")
+    assert (await approve(hive, asked["approval"])).state == "done"
+    with pytest.raises(Refusal, match=r"does not take egress from agent\.toml; let hm1nd propose it"):
+        await hive.gate.egress.wish(IRIS, TUNNEL, "git.lan", 443)
