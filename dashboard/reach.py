@@ -23,7 +23,8 @@ async def reach_now(hive: Hive, name: AgentName) -> Markup:
     """The last days' hosts with the most bytes, and the newest refusals."""
     now_ms = hive.connections.now_ms
     span = Span(first_day=now_ms // DAY_MS - DAYS + 1)
-    found = await reach(hive.store, name, span, now_ms, hive.config.connections_kept)
+    most, kept_s = hive.config.connections_kept, hive.config.history_kept_s
+    found = await reach(hive.store, name, span, now_ms, most, kept_s)
     hosts, refusals = ([{**row, "where": _where(row)} for row in found[what]] for what in ("hosts", "refusals"))
     return render(
         "rows/reach.html",

@@ -286,4 +286,4 @@ def hindrance(address: Address, networks: Collection[Network], *, is_own: bool) 
         if meant in network and (place is None or _is_within(network, place.network)):
             return None
     what = "an address of this machine" if place is None else place.what
-    return f"{address} is {what}, which `addresses` of its entry does not name"
+    return f"{address} is {what}, which `addresses` of its entry does not name; hm1nd can propose it"

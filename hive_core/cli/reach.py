@@ -49,7 +49,7 @@ def _reach(result: dict[str, Any]) -> str:
     said += f"{_size(total['received'])} received, {counted(total['refused'], 'refusal')}"
     said += f" since {show.day(result['since_ms'])}"
     if result["kept_from_ms"]:
-        said += f"; of those before {show.day(result['kept_from_ms'])} none is kept (connections_kept)"
+        said += f"; of those before {show.day(result['kept_from_ms'])} none is kept (connections_kept, history_kept_s)"
     return "\n\n".join([*parts, said])
 
 

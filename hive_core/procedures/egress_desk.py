@@ -113,6 +113,7 @@ class EgressDesk:
         self._rules: dict[AgentName, tuple[Allowed, ...]] = {}
         self._left: set[AgentName] = set()  # doors that are no more, and the proxy still has
         self._asking = 0
+        self._telling = trio.Lock()  # else of two who tell the older word could come last
         self.pid: int | None = None  # of the proxy that runs
         self.moves = 0  # how often what some agent may reach has changed
 
@@ -242,24 +243,25 @@ class EgressDesk:
 
     async def _tell(self, proxy: _Proxy) -> None:
         """Tell the proxy what it does not know yet. Of whom is halted it lets nothing pass, and cuts what is open."""
-        if (ports := sorted(self._own_ports())) != proxy.own_ports:
-            proxy.own_ports = ports
-            await proxy.send({"op": "own_ports", "ports": ports})
-        while self._left:
-            await proxy.send({"op": "end", "agent": self._left.pop()})
-        for name, door in list(self._doors.items()):
-            halted = self._access.halted(name) is not None
-            rules = [] if halted else [one.to_wire() for one in self.allowed(name)]
-            if door.told == rules or self._doors.get(name) is not door:
-                continue
-            first, door.told = door.told is None, rules
-            if halted and not first:
-                await proxy.send({"op": "cut", "agent": name})
-            if first:
-                form = {"op": "serve", "agent": name, "rules": rules, "limits": self._wire_limits(name)}
-                await proxy.send(form, door.sock)
-            else:
-                await proxy.send({"op": "rules", "agent": name, "rules": rules})
+        async with self._telling:
+            if (ports := sorted(self._own_ports())) != proxy.own_ports:
+                proxy.own_ports = ports
+                await proxy.send({"op": "own_ports", "ports": ports})
+            while self._left:
+                await proxy.send({"op": "end", "agent": self._left.pop()})
+            for name, door in list(self._doors.items()):
+                halted = self._access.halted(name) is not None
+                rules = [] if halted else [one.to_wire() for one in self.allowed(name)]
+                if door.told == rules or self._doors.get(name) is not door:
+                    continue
+                first, door.told = door.told is None, rules
+                if halted and not first:
+                    await proxy.send({"op": "cut", "agent": name})
+                if first:
+                    form = {"op": "serve", "agent": name, "rules": rules, "limits": self._wire_limits(name)}
+                    await proxy.send(form, door.sock)
+                else:
+                    await proxy.send({"op": "rules", "agent": name, "rules": rules})
 
     def _wire_limits(self, name: AgentName) -> dict[str, Any]:
         limits = self._limits

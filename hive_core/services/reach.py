@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 ROWS_MOST = 200  # of one answer: those with the most bytes, and the newest refusals
 
 
-async def reach(store: Store, name: str, span: Span, now_ms: int, most: int) -> dict[str, Any]:
+async def reach(store: Store, name: str, span: Span, now_ms: int, most: int, kept_s: float) -> dict[str, Any]:
     """{"agent", "network", "may", "since_ms", "kept_from_ms", "hosts", "refusals", "total"}.
 
-    most: the connections of an agent that are kept
+    most: the connections of an agent that are kept; kept_s: and how long
 
     network   "private", or "host": then it reaches what this machine does, and nothing tells of that
     may       what is deployed of it lets it reach through the proxy, a text for each entry
@@ -36,7 +36,7 @@ async def reach(store: Store, name: str, span: Span, now_ms: int, most: int) -> 
     first = now_ms - span.hours * HOUR_MS if span.hours is not None else span.first_day * DAY_MS
     given = {"name": name, "first": first}
     kept = await store.row("SELECT count(*) AS n, min(began_at_ms) AS at_ms FROM connections WHERE agent = ?", (name,))
-    kept_from = kept["at_ms"] if kept and kept["n"] >= most else 0
+    kept_from = max(now_ms - int(kept_s * 1000), kept["at_ms"] if kept and kept["n"] >= most else 0)
     hosts = await store.rows(_HOSTS, given)
     refusals = await store.rows(_REFUSALS, given)
     total = await store.row(_TOTAL, given)

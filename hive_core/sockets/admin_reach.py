@@ -25,6 +25,7 @@ def reach_verbs(hive: Hive) -> dict[str, tuple[Callable[[Args], Awaitable[Any]],
         span = parse_since(args.get("since") or "7d", now_ms)
         with trio.move_on_after(FLUSH_WITHIN_S):  # a full disk takes nothing: then what is on it counts
             await hive.connections.flush(sums=True)
-        return await reach(hive.store, agent.name, span, now_ms, hive.config.connections_kept)
+        most, kept_s = hive.config.connections_kept, hive.config.history_kept_s
+        return await reach(hive.store, agent.name, span, now_ms, most, kept_s)
 
     return {"reach": (tell_reach, {"agent", "since"})}

@@ -61,7 +61,7 @@ async def test_what_is_not_listed_or_not_public_is_refused_with_the_reason(tmp_p
             told = await look_around(tmp_path, sandbox, asks={name: connect(target) for name, target in asks.items()})
             ends = [await desk.ended() for _ in asks]
     unlisted = "is not in egress of agent.toml; asked the operator (approval 12)"
-    unnamed = "which `addresses` of its entry does not name"
+    unnamed = "which `addresses` of its entry does not name; hm1nd can propose it"
     assert told == {
         name: f"HTTP/1.1 403 cannot connect{why}"
         for name, why in {
@@ -95,7 +95,7 @@ async def test_a_redirect_leads_nowhere_else(tmp_path: Path, sandbox: str) -> No
         async with open_exit(tmp_path, entries, NAMES) as desk:
             told = await look_around(tmp_path, sandbox, urls={"away": f"http://here.example:{port}/"})
             first, second = [await desk.ended(), await desk.ended()]
-    why = f"{PRIVATE} is a private address, which `addresses` of its entry does not name"
+    why = f"{PRIVATE} is a private address, which `addresses` of its entry does not name; hm1nd can propose it"
     assert told == {"away": f"403 cannot connect to http://intranet.example: {why}"}
     assert (first["verdict"], second["verdict"]) == ("passed", "refused")
 

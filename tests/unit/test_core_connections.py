@@ -24,6 +24,7 @@ from tests.hives import Services
 
 IRIS = AgentName("iris")
 MANY = 20_000
+YEAR_S = 365 * 24 * 3600.0
 
 
 class Desk:
@@ -167,7 +168,7 @@ async def test_reach_sums_up_hosts_by_their_bytes_and_refusals_with_their_newest
     desk.make("no.lan", "refused", reason="the second")
     desk.begin("open.lan")
     await desk.kept.flush()
-    found = await reach(desk.hive.store, "iris", Span(), desk.kept.now_ms, MANY)
+    found = await reach(desk.hive.store, "iris", Span(hours=24), desk.kept.now_ms, MANY, YEAR_S)
     assert [(row["host"], row["connections"], row["failed"], row["open"]) for row in found["hosts"]] == [
         ("large.lan", 2, 1, 0),
         ("small.lan", 1, 0, 0),
@@ -184,15 +185,17 @@ async def test_reach_looks_no_further_back_than_asked_nor_at_an_agent_that_had_t
     desk.make("new.lan")
     await desk.kept.flush()
     store, now_ms = desk.hive.store, desk.kept.now_ms
-    assert [row["host"] for row in (await reach(store, "iris", Span(hours=24), now_ms, MANY))["hosts"]] == ["new.lan"]
+    assert [row["host"] for row in (await reach(store, "iris", Span(hours=24), now_ms, MANY, YEAR_S))["hosts"]] == [
+        "new.lan"
+    ]
     await desk.hive.sql("UPDATE agents SET created_at_ms = ? WHERE name = 'iris'", now_ms)
-    assert [row["host"] for row in (await reach(store, "iris", Span(), now_ms, MANY))["hosts"]] == ["new.lan"]
-    assert (await reach(store, "damocles", Span(), now_ms, MANY))["hosts"] == []
+    assert [row["host"] for row in (await reach(store, "iris", Span(), now_ms, MANY, YEAR_S))["hosts"]] == ["new.lan"]
+    assert (await reach(store, "damocles", Span(), now_ms, MANY, YEAR_S))["hosts"] == []
 
 
 async def test_reach_says_whose_network_it_is(desk: Desk) -> None:
     async def told() -> str:
-        found = await reach(desk.hive.store, "iris", Span(), desk.kept.now_ms, MANY)
+        found = await reach(desk.hive.store, "iris", Span(), desk.kept.now_ms, MANY, YEAR_S)
         return _reach(found).partition("\n")[0]
 
     assert await told() == "iris may reach nothing beside its model"
@@ -203,5 +206,7 @@ async def test_reach_says_whose_network_it_is(desk: Desk) -> None:
 async def test_reach_says_from_when_on_connections_are_kept(desk: Desk) -> None:
     desk.make()
     await desk.kept.flush()
-    found = await reach(desk.hive.store, "iris", Span(), desk.kept.now_ms, 1)
+    found = await reach(desk.hive.store, "iris", Span(), desk.kept.now_ms, 1, YEAR_S)
     assert found["kept_from_ms"] == desk.kept.now_ms
+    found = await reach(desk.hive.store, "iris", Span(hours=48), desk.kept.now_ms, MANY, 24 * 3600)
+    assert found["kept_from_ms"] == desk.kept.now_ms - 24 * 3600 * 1000

@@ -16,7 +16,15 @@ def host(name: str, port: int, **more: int) -> dict[str, Any]:
 
 
 def result(**changes: Any) -> dict[str, Any]:
-    nothing = {"may": [], "since_ms": SINCE, "kept_from_ms": None, "hosts": [], "refusals": [], "total": NONE}
+    nothing = {
+        "network": "private",
+        "may": [],
+        "since_ms": SINCE,
+        "kept_from_ms": None,
+        "hosts": [],
+        "refusals": [],
+        "total": NONE,
+    }
     return {"agent": "iris", **nothing, **changes}
 
 
@@ -40,4 +48,7 @@ def test_hosts_and_refusals_are_tables_in_which_nothing_is_hidden() -> None:
     assert "several" in shown
     assert "[2001:db8::1]:80  GET" in shown
     assert "\u202e" not in shown
-    assert f"2 refusals since {day(SINCE)}; of those before {day(LAST)} none is kept (connections_kept)" in shown
+    assert (
+        f"2 refusals since {day(SINCE)}; of those before {day(LAST)} none is kept (connections_kept, history_kept_s)"
+        in shown
+    )
