@@ -28,6 +28,9 @@ def steer(link: str) -> list[str]:
         page.evaluate("window.notReloaded = true")
         row, steering = page.locator("#agent-iris"), page.get_by_role("group", name="steer iris")
         expect(row).to_contain_text("context 75 %")
+        for cell in ("th", "td.why"):  # words stand beside each other, and the table scrolls
+            width = (page.locator(f"#reach-now tbody {cell}").bounding_box() or {})["width"]
+            assert width > 100, f"{cell} of what was refused is {width} wide"
 
         steering.get_by_role("button", name="compact").click()
         told(page, "the next turn of iris compacts its session")

@@ -13,6 +13,12 @@ from tests.hives import open_services
 from tests.needs import ROOT
 
 IRIS = AgentName("iris")
+REFUSED = """
+    INSERT INTO connections (agent, host, port, how, sent, received, count, began_at_ms, ended_at_ms, verdict, reason)
+    SELECT name, 'registry.example', 443, 'tunnel', 0, 0, 1, created_at_ms, created_at_ms, 'refused',
+        'cannot connect: registry.example:443 is not in egress of agent.toml; asked the operator (approval 12)'
+    FROM agents WHERE name = 'iris'
+"""
 WITHIN_S = 240.0  # on a machine with other things to do
 
 
@@ -20,6 +26,7 @@ async def main(folder: Path) -> None:
     async with open_services(folder) as hive:
         await hive.add_agents("hm1nd", "iris")
         await hive.sql("UPDATE agents SET session = 'old', context_tokens = 150, context_window = 200")
+        await hive.sql(REFUSED)
         await hive.say("operator", "iris", "work")
         await hive.broker.lease(IRIS)
         ours = hive_of(hive)
