@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ DOORS = "egress_doors"  # the bus topic: an agent's socket is there, or is no mo
 REST_FIRST_S, REST_LAST_S = 0.1, 10.0  # between two proxies
 STEADY_S = 60.0  # one that ran for so long had no trouble to start
 SEND_WITHIN_S = 20.0  # a proxy that takes no line for so long is ended
-ASKING_AT_ONCE = 32  # answers under way; beyond them the proxy answers by itself
+ASKING_AT_ONCE = 4  # answers of one agent that are under way; beyond them the proxy answers by itself
 FAULT = "something went wrong on the host"
 PROXY_GONE = "the hive's proxy ended, and is started anew"
 
@@ -112,7 +113,7 @@ class EgressDesk:
         self._policies: dict[AgentName, str | None] = {}  # that are deployed
         self._rules: dict[AgentName, tuple[Allowed, ...]] = {}
         self._left: set[AgentName] = set()  # doors that are no more, and the proxy still has
-        self._asking = 0
+        self._asking: Counter[str] = Counter()
         self._telling = trio.Lock()  # else of two who tell the older word could come last
         self.pid: int | None = None  # of the proxy that runs
         self.moves = 0  # how often what some agent may reach has changed
@@ -297,8 +298,8 @@ class EgressDesk:
             one.sent, one.received = int(told["sent"]), int(told["received"])
             one.ended_at_ms = max(one.began_at_ms, self._now_ms())
             self._connections.ended(one)
-        elif told["op"] == "ask" and self._asking < ASKING_AT_ONCE:
-            self._asking += 1
+        elif told["op"] == "ask" and self._asking[told["agent"]] < ASKING_AT_ONCE:
+            self._asking[told["agent"]] += 1
             nursery.start_soon(self._answer, proxy, told)
 
     async def _answer(self, proxy: _Proxy, told: dict[str, Any]) -> None:
@@ -315,7 +316,7 @@ class EgressDesk:
             log.exception("a wish of %s failed", told["agent"])
             sentence = FAULT
         finally:
-            self._asking -= 1
+            self._asking[told["agent"]] -= 1
         await proxy.send({"op": "answer", "id": told["id"], "sentence": sentence})
 
     async def _not_listed(self, name: AgentName, how: str, host: str, port: int) -> str:

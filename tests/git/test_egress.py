@@ -12,6 +12,7 @@ from hive_core.cli.show_approvals import approval as show_approval
 from hive_core.destinations import TUNNEL
 from hive_core.procedures.kinds.egress import DAY_LIMIT, WAITING_LIMIT
 from hive_core.protocol.effect import effect_line
+from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from hive_core.services.approvals import Approval
 from tests.checkouts import Checkout
@@ -161,6 +162,16 @@ async def test_an_address_that_is_not_public_is_never_put_before_the_operator_by
 ) -> None:
     assert await wish(hive, host) == "it is no public address; let hm1nd propose it"
     assert await cards(hive) == []
+
+
+async def test_what_cannot_be_asked_for_is_not_tried_again_with_each_connection(hive: Services, iris: Checkout) -> None:
+    full = [f"h{number}.lan:443" for number in range(200)]
+    await deploy(hive, iris, agent__toml=f"egress = {json.dumps(full)}\n{KEPT}")
+    for host in ("git.lan", "other.lan"):
+        with pytest.raises(Refusal, match=r"cannot add 'git.lan:443'"):
+            await wish(hive, host)
+    await deploy(hive, iris, agent__toml=f"egress = {json.dumps(full[:9])}\n{KEPT}")
+    assert "asked the operator" in await wish(hive, "other.lan")
 
 
 async def test_a_public_ipv4_address_in_the_spelling_of_a_translator_is_to_be_asked_for_as_it_is(

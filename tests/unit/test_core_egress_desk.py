@@ -43,14 +43,16 @@ async def echo(stream: trio.SocketStream) -> None:
 class House:
     """The desk, a host that echoes, and agents who connect as their loopback would."""
 
-    def __init__(self, hive: Services, folder: Path, port: int) -> None:
+    def __init__(self, hive: Services, folder: Path, port: int, connections: int) -> None:
         self.hive = hive
         self.folder = folder
         self.port = port
         self.asked: list[tuple[str, str, str, int]] = []
         self.fault: Exception | None = None
+        self.iris_is_asked_for = trio.Event()
+        self.iris_is_asked_for.set()
         self.kept = Connections(hive.store, Limits())
-        limits = Limits(egress_connections=4)
+        limits = Limits(egress_connections=connections)
         access = hive.agents.access
         self.desk = EgressDesk(hive.store, access, self.kept, limits, lambda _: 7, self._ask, lambda: {self.own})
         self.own = 1
@@ -60,6 +62,8 @@ class House:
         self.asked.append((name, how, host, port))
         if self.fault is not None:
             raise self.fault
+        if name == IRIS:
+            await self.iris_is_asked_for.wait()
         return "the operator was asked (approval 3)"
 
     async def let(self, name: AgentName, *entries: Any) -> None:
@@ -114,10 +118,10 @@ async def house(hive: Services, tmp_path: Path) -> AsyncIterator[House]:
 
 
 @asynccontextmanager
-async def open_house(hive: Services, folder: Path) -> AsyncIterator[House]:
+async def open_house(hive: Services, folder: Path, connections: int = 4) -> AsyncIterator[House]:
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(partial(trio.serve_tcp, echo, 0, host="127.0.0.1"))
-        house = House(hive, folder, listeners[0].socket.getsockname()[1])
+        house = House(hive, folder, listeners[0].socket.getsockname()[1], connections)
         for name in (IRIS, DAMOCLES):
             nursery.start_soon(house.desk.hold, name, listen_unix(folder / f"{name}.sock"))
         nursery.start_soon(house.desk.serve)
@@ -151,6 +155,24 @@ async def test_another_agent_has_nothing_of_it_and_its_wish_is_asked_for(house: 
     assert house.asked[-1] == ("damocles", "tunnel", "127.0.0.1", house.port)
     row = await house.row(lambda row: row["agent"] == "damocles")
     assert (row["verdict"], row["reason"]) == ("refused", said)
+
+
+async def test_an_agent_whose_wishes_take_long_holds_up_no_others(hive: Services, tmp_path: Path) -> None:
+    async with open_house(hive, tmp_path, connections=64) as house:
+        house.iris_is_asked_for = trio.Event()
+        for number in range(40):
+            stream = await trio.open_unix_socket(str(tmp_path / "iris.sock"))
+            house.streams.append(stream)
+            await stream.send_all(b"CONNECT h%d.example:443 HTTP/1.1\r\nHost: x\r\n\r\n" % number)
+
+        async def all_are_there() -> bool:
+            await house.kept.flush()
+            return bool(await hive.value("SELECT count(*) FROM connections") == 40)
+
+        await wait_until(all_are_there)
+        status, _ = await house.connect("example.org", 443, DAMOCLES)
+        assert status.endswith("the operator was asked (approval 3)")
+        house.iris_is_asked_for.set()
 
 
 async def test_a_fault_where_a_wish_is_asked_for_costs_that_answer_alone(

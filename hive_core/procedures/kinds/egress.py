@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
+
+import trio
 
 from hive_core.destinations import destination, find_range, meant_address, parse_address
 from hive_core.egress_edit import WAY_OUT, add_to_egress
@@ -26,7 +28,17 @@ from hive_core.store.writer import Transaction
 WAITING_LIMIT = 5  # wishes of one agent, before the operator has decided some
 DAY_LIMIT = 20
 REST_MS = 24 * 3600 * 1000  # before a wish that was not fulfilled is asked again
+FAILED_REST_S = 60.0
 TOLD = "you are told when it is decided"
+
+
+class _Failed(NamedTuple):
+    """A wish that could not be put before the operator: on what the agent ran, and until when the next one can not
+    either, since each try is an evaluation that others wait for."""
+
+    base: CommitSha
+    until: float  # of trio's clock
+    refusal: Refusal
 
 
 class Egress:
@@ -37,6 +49,7 @@ class Egress:
         self._repos = repos
         self._apply = apply_commit
         self._locks = AgentLocks()
+        self._failed: dict[AgentName, _Failed] = {}
 
     async def wish(self, name: AgentName, how: str, host: str, port: int) -> str:
         """Put before the operator what an agent tried to reach, unless that is there, or was decided not long ago.
@@ -52,18 +65,31 @@ class Egress:
         async with self._locks.of(name):  # of many at once the first one asks
             if known := await self._asking.store.write(lambda tx: _known(tx, name, entry)):
                 return known
-            sha = await self._commit(name, entry)
-            with self._repos.holding(name, sha):
-                shown = await self._shown(name, sha, entry)
-
-                def make(tx: Transaction) -> Request:
-                    if tx.execute("SELECT 1 FROM agents WHERE name = ?", (name,)).fetchone() is None:
-                        raise no_such_agent(tx, name)
-                    return Request(self.kind, name, name, f"{name} wants {tried}, which it tried to reach", shown)
-
-                asked = await self._asking.put(name, None, self.kind, f"a destination of {name}", make)
-            await self._repos.tag(name, f"proposal/{asked['approval']}", sha)
+            base = await self._repos.main(name)
+            failed = self._failed.get(name)
+            if failed and failed.base == base and trio.current_time() < failed.until:
+                raise Refusal(failed.refusal.code, failed.refusal.message)
+            try:
+                asked = await self._put(name, entry, tried)
+            except Refusal as refusal:
+                self._failed[name] = _Failed(base, trio.current_time() + FAILED_REST_S, refusal)
+                raise
+            self._failed.pop(name, None)
         return f"asked the operator (approval {asked['approval']}); {TOLD}"
+
+    async def _put(self, name: AgentName, entry: Rule, tried: str) -> dict[str, Any]:
+        sha = await self._commit(name, entry)
+        with self._repos.holding(name, sha):
+            shown = await self._shown(name, sha, entry)
+
+            def make(tx: Transaction) -> Request:
+                if tx.execute("SELECT 1 FROM agents WHERE name = ?", (name,)).fetchone() is None:
+                    raise no_such_agent(tx, name)
+                return Request(self.kind, name, name, f"{name} wants {tried}, which it tried to reach", shown)
+
+            asked = await self._asking.put(name, None, self.kind, f"a destination of {name}", make)
+        await self._repos.tag(name, f"proposal/{asked['approval']}", sha)
+        return asked
 
     async def _commit(self, name: AgentName, entry: Rule) -> CommitSha:
         edit = partial(add_to_egress, entry=entry)
