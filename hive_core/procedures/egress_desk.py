@@ -41,7 +41,7 @@ DOORS = "egress_doors"  # the bus topic: an agent's socket is there, or is no mo
 REST_FIRST_S, REST_LAST_S = 0.1, 10.0  # between two proxies
 STEADY_S = 60.0  # one that ran for so long had no trouble to start
 SEND_WITHIN_S = 20.0  # a proxy that takes no line for so long is ended
-ASKING_AT_ONCE = 4  # answers of one agent that are under way; beyond them the proxy answers by itself
+ASKING_AT_ONCE = 32  # answers of one agent that are under way; beyond them the proxy answers by itself
 FAULT = "something went wrong on the host"
 PROXY_GONE = "the hive's proxy ended, and is started anew"
 
