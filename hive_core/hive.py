@@ -10,7 +10,7 @@ import trio
 
 from hive_core.config import Config
 from hive_core.credentials import DEFAULT, Credential, Credentials
-from hive_core.git.pushes import known_secrets
+from hive_core.git.hive_secrets import known_secrets
 from hive_core.kept import Keeper
 from hive_core.procedures.destruction import Destruction
 from hive_core.procedures.egress_desk import EgressDesk

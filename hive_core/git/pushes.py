@@ -5,16 +5,14 @@ git itself checks every object (fsck) and that nothing is missing; what is here 
 
 from __future__ import annotations
 
-import base64
-import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from hive_core.credentials import Credentials
+from hive_core.git.hive_secrets import OVERLAP, find_secret, forms_of
 from hive_core.git.mirrors import HEADS, MEMORY_BYTES, NOTHING, TAGS, Mirror, refs_of, stands_in_the_way
 from hive_core.git.remotes import better_told, their_git
 from hive_core.git.sterile_git import GitFailed, GitLimits, Setting, command_of, run_git
@@ -26,8 +24,6 @@ from hive_core.protocol.words import AgentName
 REFS_LIMIT = 100  # of one push
 ASK_LIMIT_BYTES = 64 * 1024
 INFLATED_FACTOR = 16  # how much more than the limit of a push its objects may be when they are unpacked
-SECRET_LEAST = 12
-KEY_LINE_LEAST = 40
 _PIECE_BYTES = 1024 * 1024
 _FORWARD_ENDS = ("(fetch first)", "(non-fast-forward)", "(stale info)", "(needs force)")
 
@@ -87,6 +83,14 @@ def parse_push(asked: bytes, mirror: Path) -> Push:
     if len(updates) > REFS_LIMIT:
         raise Refusal("refused", f"{len(updates):,} branches are pushed at once, and the limit is {REFS_LIMIT}")
     return Push(quarantine, tuple(Update(named(ref), old, new) for old, new, ref in updates))
+
+
+def check_names(push: Push, secrets: Mapping[str, bytes]) -> None:
+    """Raises Refusal where the name of a branch is, or holds, one of the secrets; names are told to many."""
+    forms = forms_of(secrets)
+    for update in push.updates:
+        if (name := find_secret(update.ref.encode(), forms)) is not None:
+            raise _holds("the name of a branch", name)
 
 
 class Judge:
@@ -150,16 +154,11 @@ class Judge:
 
     def _check_secrets(self, push: Push, quarantine: Path, secrets: Mapping[str, bytes]) -> None:
         """Look for the secrets in every object that came: in what files hold, in their names, and in messages."""
-        found = _find(self._objects(quarantine), forms_of(secrets))
-        if found is None:
-            return
-        name, object_id = found
-        where = self._path_of(push, object_id)
-        raise Refusal(
-            "refused",
-            f"{where} holds a secret of the hive's ({name}); take it out of every commit that you push, and tell the "
-            "operator how you came by it",
-        )
+        forms = forms_of(secrets)
+        for object_id, piece in self._objects(quarantine):
+            if (name := find_secret(piece, forms)) is not None:
+                where = self._path_of(push, object_id)
+                raise _holds("a file" if find_secret(where.encode(), forms) else where, name)
 
     def _objects(self, quarantine: Path) -> Iterator[tuple[str, bytes]]:
         """The id of each object and a piece of what is in it, piece by piece; each piece begins with the end of the
@@ -203,7 +202,7 @@ class Judge:
                     raise GitFailed("what came could not be read to its end")
                 left -= len(piece)
                 yield object_id, rest + piece
-                rest = (rest + piece)[-_OVERLAP:]
+                rest = (rest + piece)[-OVERLAP:]
             stream.read(1)
 
     def _path_of(self, push: Push, object_id: str) -> str:
@@ -289,56 +288,10 @@ def _why_not(failed: GitFailed, where: str) -> str:
     return f"{where} did not take it: {named(why)[:400]}"
 
 
+def _holds(where: str, name: str) -> Refusal:
+    way_out = "take it out of every commit that you push, and tell the operator how you came by it"
+    return Refusal("refused", f"{where} holds a secret of the hive's ({name}); {way_out}")
+
+
 def _refused(update: Update, why: str) -> Refusal:
     return Refusal("refused", f"{update.short} cannot be pushed: {why}")
-
-
-# -- the secrets of the hive -------------------------------------------------------------------------------------------
-
-_FORM_LIMIT = 8 * 1024
-_OVERLAP = _FORM_LIMIT
-
-
-def known_secrets(state_dir: Path, credentials: Credentials) -> dict[str, bytes]:
-    """Every secret that the hive keeps, by what it is called: those of the provider, of projects and of forges.
-
-    Of a private key each of its lines counts but the first, which is the same in every key of its kind.
-    """
-    found = {}
-    for name in credentials.names():
-        if (credential := credentials.find(name)) is not None:
-            found[f"credential {name}"] = credential.secret.encode()
-    for folder, _, files in os.walk(state_dir / "credentials"):
-        for file in files:
-            path = Path(folder) / file
-            if file.endswith(".known_hosts") or path.is_symlink() or not path.is_file():
-                continue
-            lines = path.read_bytes()[: 64 * 1024].split(b"\n")
-            is_key = lines[0].startswith(b"-----BEGIN ")
-            lines = [line for line in lines[2:] if len(line) >= KEY_LINE_LEAST] if is_key else b" ".join(lines).split()
-            name = str(path.relative_to(state_dir))
-            found |= {f"{name}{f' {number}' if number else ''}": line for number, line in enumerate(lines)}
-    return {name: secret for name, secret in found.items() if SECRET_LEAST <= len(secret) <= _FORM_LIMIT // 2}
-
-
-def forms_of(secrets: Mapping[str, bytes]) -> list[tuple[str, bytes]]:
-    """The bytes to look for: each secret as it is, and as it stands within base64."""
-    forms: list[tuple[str, bytes]] = []
-    for name, secret in secrets.items():
-        forms.append((name, secret))
-        for shift in range(3):
-            whole = base64.b64encode(b"\0" * shift + secret)
-            # Of the first and last characters a part comes from what stands around it.
-            inner = whole[-(-shift * 8 // 6) : len(whole) - 4]
-            if len(inner) >= SECRET_LEAST:
-                forms.append((name, inner))
-    return forms
-
-
-def _find(pieces: Iterator[tuple[str, bytes]], forms: Sequence[tuple[str, bytes]]) -> tuple[str, str] | None:
-    """The name of the first secret that is found, and the id of the object that holds it."""
-    for object_id, piece in pieces:
-        for name, form in forms:
-            if form in piece:
-                return name, object_id
-    return None

@@ -17,7 +17,7 @@ import trio
 from hive_core.forge.adapter import Forge
 from hive_core.forge.api import ForgeTrouble
 from hive_core.forge.words import TITLE_LIMIT, WRITTEN_LIMIT_BYTES, Thread, ThreadKind
-from hive_core.git.pushes import forms_of
+from hive_core.git.hive_secrets import find_secret, forms_of
 from hive_core.limits import Limits
 from hive_core.procedures.forges import Forges
 from hive_core.project_rules import Project, is_branch
@@ -202,9 +202,9 @@ class ForgeWork:
 
     def _check_secrets(self, forge: Registered, given: dict[str, Any]) -> None:
         """Raises Refusal where a text holds one, as it is or in base64."""
-        text = "\n".join(str(value) for value in given.values()).encode()
-        for name, form in forms_of(self._secrets()):
-            if form in text:
+        forms = forms_of(self._secrets())
+        for value in given.values():
+            if (name := find_secret(str(value).encode(), forms)) is not None:
                 why = f"it holds {name}, a secret of the hive; take it out"
                 raise Refusal("refused", f"cannot write on the forge of {forge.project}: {why}")
 

@@ -19,14 +19,15 @@ from pathlib import Path
 import trio
 
 from hive_core.credentials import Credentials
+from hive_core.git.hive_secrets import known_secrets
 from hive_core.git.mirrors import MEMORY_BYTES, NOTHING, note_pushed, refs_of
 from hive_core.git.pushes import (
     ASK_LIMIT_BYTES,
     Judge,
     Push,
     Update,
+    check_names,
     forward,
-    known_secrets,
     parse_push,
     place_on_host,
     put_hook,
@@ -163,9 +164,11 @@ class GitServices:
         limits, path, look = self._limits, self._mirrors.path(name), trio.from_thread.check_cancelled
 
         def judge() -> Push:
-            judged.push = push = parse_push(asked, path)
-            judge = Judge(path, project, agent, limits.push_bytes, limits.push_s, look)
-            judge.check(push, known_secrets(self._state_dir, self._credentials))
+            push = parse_push(asked, path)
+            secrets = known_secrets(self._state_dir, self._credentials)
+            check_names(push, secrets)  # before they can be told
+            judged.push = push
+            Judge(path, project, agent, limits.push_bytes, limits.push_s, look).check(push, secrets)
             return push
 
         def send_on() -> None:

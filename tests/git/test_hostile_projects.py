@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import os
+import textwrap
 from pathlib import Path
 
-from tests.git.test_pushes import begin
+from tests.git.test_pushes import SECRET, begin
 from tests.project_hives import SITE, commit, git, make_source, open_project_hive
 
 # Names of branches that git takes, and that end or part a line, or a word, for other programs; and one of no UTF-8.
@@ -35,3 +37,41 @@ async def test_branches_of_any_name_that_git_takes_are_followed_and_stop_nobody(
             "refs/heads/main",
             "refs/heads/iris/x",
         }
+
+
+async def test_a_secret_is_found_in_lines_in_other_letters_and_in_a_branchs_name_and_told_nowhere(
+    tmp_path: Path,
+) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        folder = hive.services.state_dir / "credentials"
+        folder.mkdir(mode=0o700)
+        (folder / "claude-oauth-token").write_text(f"{SECRET}\n")
+        clone = await begin(hive, source, push="*")
+        in_lines = "\n  ".join(textwrap.wrap(SECRET, 20))
+        texts = {
+            "base64 with lines": base64.encodebytes(f"user:{SECRET}\n".encode()).decode(),
+            "base64 of urls": base64.urlsafe_b64encode(f"{SECRET}ÿþÿ".encode()).decode(),
+            "lines": f"token: |\n  {in_lines}\n",
+            "UTF-16": f"a {SECRET} b".encode("utf-16").decode("latin-1"),
+        }
+        refused = 0
+        for place, text in texts.items():
+            git(clone, "checkout", "--quiet", "-B", "iris/x", "origin/main")
+            (clone / "f").write_bytes(text.encode("latin-1") if place == "UTF-16" else text.encode())
+            commit(clone)
+            done = await hive.try_git(clone, "push", "origin", "iris/x")
+            assert "f holds a secret of the hive's (" in done.stderr, place
+            refused += 1
+        # Where names are told, too.
+        git(clone, "checkout", "--quiet", "-B", "iris/x", "origin/main")
+        commit(clone, f"{SECRET}/{SECRET}", text=SECRET)
+        done = await hive.try_git(clone, "push", "origin", "iris/x")
+        assert "holds a secret of the hive's (" in done.stderr
+        assert SECRET not in done.stderr
+        done = await hive.try_git(clone, "push", "origin", f"origin/main:refs/heads/{SECRET}")
+        assert "the name of a branch holds a secret of the hive's (" in done.stderr
+        events = await hive.events("push_refused")
+        assert len(events) == refused + 2
+        assert not [event for event in events if SECRET in event["data"]]
+        assert set(git(source, "for-each-ref", "--format=%(refname)").split()) == {"refs/heads/main"}

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from hive_core.git.hive_secrets import forms_of
 from hive_core.git.mirrors import NOTHING
-from hive_core.git.pushes import ASK_LIMIT_BYTES, Judge, Push, Update, forms_of, parse_push, put_hook
+from hive_core.git.pushes import ASK_LIMIT_BYTES, Judge, Push, Update, parse_push, put_hook
 from hive_core.procedures.pushes import NOT_TAKEN, REFUSALS_TOLD
 from hive_core.project_rules import Project
 from hive_core.protocol.refusal import Refusal
@@ -161,7 +162,7 @@ async def test_a_secret_of_the_hive_is_found_wherever_it_stands(tmp_path: Path) 
         folder.mkdir(mode=0o700)
         (folder / "claude-oauth-token").write_text(f"{SECRET}\n")
         clone = await begin(hive, source)
-        first, line = (base64.b64encode(os.urandom(48)).decode() for _ in range(2))
+        first, line = (base64.b64encode(data).decode() for data in (b"openssh-key-v1\0" + b"\0" * 30, os.urandom(48)))
         key = "\n".join(["-----BEGIN OPENSSH PRIVATE KEY-----", first, line, "-----END OPENSSH PRIVATE KEY-----", ""])
         hive.mirrors.keys.put(SITE, ".key", key)
         in_base64 = base64.b64encode(f"user:{SECRET}:x".encode()).decode()
