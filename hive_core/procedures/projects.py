@@ -38,12 +38,14 @@ from hive_core.protocol.words import AgentName, ProjectName
 from hive_core.services.projects import PROJECTS, Projects, Registered, no_such_project, taken
 from hive_core.store.bus import DEPLOYED, WANTED
 from hive_core.store.door import Store
+from hive_core.store.schema import StoreError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 FRESH_S = 30.0  # after a fetch, in which no turn asks for another
 WAIT_S = 10.0  # that the begin of a turn waits for a fetch
 FETCHES_AT_ONCE = 3
+TROUBLE_LIMIT = 300
 
 
 class ProjectMirrors:
@@ -176,6 +178,12 @@ class ProjectMirrors:
             await self._fetch(name)
         except Refusal as refusal:
             log.warning("%s", refusal.message, extra={"project": name})
+        except StoreError:
+            raise
+        except Exception as exc:
+            # What a repository holds is its own trouble, also where nobody has thought of it.
+            log.exception("cannot fetch %s", name, extra={"project": name})
+            await self.projects.note_trouble(name, f"{type(exc).__name__}: {exc}"[:TROUBLE_LIMIT])
         finally:
             self._under_way.pop(name).set()
 

@@ -197,6 +197,21 @@ async def test_a_turn_that_begins_has_its_projects_fetched_once_in_a_while(
         assert git(mirrors_.path(SITE), "rev-parse", "main") == second
 
 
+async def test_a_repository_that_nobody_has_thought_of_is_its_own_trouble_and_ends_no_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_project_hive(tmp_path) as hive:
+        await hive.mirrors.add(SITE, str(make_source(tmp_path / "site")), {}, "operator")
+        await hive.list_projects({"name": "site"})
+        monkeypatch.setattr("hive_core.procedures.projects.FRESH_S", 0.0)
+        with monkeypatch.context() as patched:
+            patched.setattr(mirrors.Mirror, "fetch", lambda _: b"\xff".decode())
+            (site,) = await hive.mirrors.of(IRIS)
+        assert "UnicodeDecodeError" in site["trouble"]
+        (site,) = await hive.mirrors.of(IRIS)
+        assert site["trouble"] is None
+
+
 async def test_what_could_not_be_added_leaves_nothing(tmp_path: Path) -> None:
     async with open_project_hive(tmp_path, project_bytes=2**20) as hive:
         mirrors = hive.mirrors
