@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import IO
 
 from hive_core.git.hive_secrets import OVERLAP, find_secret, forms_of
-from hive_core.git.mirrors import HEADS, MEMORY_BYTES, NOTHING, TAGS, Mirror, refs_of, stands_in_the_way
+from hive_core.git.mirrors import (
+    HEADS,
+    MEMORY_BYTES,
+    NOTHING,
+    REFS_LIMIT,
+    TAGS,
+    Mirror,
+    packed_bytes,
+    refs_of,
+    stands_in_the_way,
+)
 from hive_core.git.remotes import better_told, their_git
 from hive_core.git.sterile_git import GitFailed, GitLimits, Setting, command_of, run_git
 from hive_core.project_rules import Project
@@ -21,7 +31,8 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import mib, named
 from hive_core.protocol.words import AgentName
 
-REFS_LIMIT = 100  # of one push
+AT_ONCE_LIMIT = 100  # refs of one push
+PUSHED_REFS_LIMIT = REFS_LIMIT * 9 // 10  # of a mirror: the rest is left to its source
 ASK_LIMIT_BYTES = 64 * 1024
 INFLATED_FACTOR = 16  # how much more than the limit of a push its objects may be when they are unpacked
 _PIECE_BYTES = 1024 * 1024
@@ -74,14 +85,14 @@ def put_hook(folder: Path) -> Path:
 def parse_push(asked: bytes, mirror: Path) -> Push:
     """What the hook asks. Raises Refusal for a push that is too large to be looked at."""
     if len(asked) > ASK_LIMIT_BYTES:
-        raise Refusal("refused", f"more is pushed at once than may be: the limit is {REFS_LIMIT} branches")
+        raise Refusal("refused", f"more is pushed at once than may be: the limit is {AT_ONCE_LIMIT} branches")
     lines = asked.decode("utf-8", "surrogateescape").split("\n")
     quarantine = Path(lines[0]) if lines[0] else None
     if quarantine is not None and mirror / "objects" not in quarantine.parents:
         raise Refusal("refused", "what came lies in no quarantine of this project")
     updates = [line.split(" ", 2) for line in lines[1:] if line]
-    if len(updates) > REFS_LIMIT:
-        raise Refusal("refused", f"{len(updates):,} branches are pushed at once, and the limit is {REFS_LIMIT}")
+    if len(updates) > AT_ONCE_LIMIT:
+        raise Refusal("refused", f"{len(updates):,} branches are pushed at once, and the limit is {AT_ONCE_LIMIT}")
     return Push(quarantine, tuple(Update(named(ref), old, new) for old, new, ref in updates))
 
 
@@ -91,6 +102,19 @@ def check_names(push: Push, secrets: Mapping[str, bytes]) -> None:
     for update in push.updates:
         if (name := find_secret(update.ref.encode(), forms)) is not None:
             raise _holds("the name of a branch", name)
+
+
+def check_room(mirror: Path, push: Push, most_bytes: int) -> None:
+    """Raises Refusal where a push would make the mirror larger than `most_bytes`, or give it so many refs that no
+    fetch would take it any more: then nobody could work on the project."""
+    came = 0 if push.quarantine is None else sum(file.stat().st_size for file in push.quarantine.glob("pack/*"))
+    if (size := packed_bytes(mirror) + came) > most_bytes:
+        why = f"its mirror would have {mib(size)}, and project_bytes is {mib(most_bytes)}"
+        raise Refusal("refused", f"nothing can be pushed to this project: {why}; the operator can raise that")
+    new = sum(update.old == NOTHING for update in push.updates)
+    if new and len(refs_of(mirror, HEADS, TAGS)) + new > PUSHED_REFS_LIMIT:
+        why = f"it would have more than {PUSHED_REFS_LIMIT:,} branches and tags"
+        raise Refusal("refused", f"no new branch can be pushed to this project: {why}; remove some")
 
 
 class Judge:

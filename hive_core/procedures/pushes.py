@@ -27,6 +27,7 @@ from hive_core.git.pushes import (
     Push,
     Update,
     check_names,
+    check_room,
     forward,
     parse_push,
     place_on_host,
@@ -168,6 +169,7 @@ class GitServices:
             secrets = known_secrets(self._state_dir, self._credentials)
             check_names(push, secrets)  # before they can be told
             judged.push = push
+            check_room(path, push, limits.project_bytes)
             Judge(path, project, agent, limits.push_bytes, limits.push_s, look).check(push, secrets)
             return push
 

@@ -7,6 +7,9 @@ import os
 import textwrap
 from pathlib import Path
 
+import pytest
+
+from hive_core.git import pushes
 from tests.git.test_pushes import SECRET, begin
 from tests.project_hives import SITE, commit, git, make_source, open_project_hive
 
@@ -75,3 +78,29 @@ async def test_a_secret_is_found_in_lines_in_other_letters_and_in_a_branchs_name
         assert len(events) == refused + 2
         assert not [event for event in events if SECRET in event["data"]]
         assert set(git(source, "for-each-ref", "--format=%(refname)").split()) == {"refs/heads/main"}
+
+
+async def test_pushes_make_no_mirror_larger_than_it_may_be(tmp_path: Path) -> None:
+    """Else no fetch would take it any more, and nobody could work on the project."""
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path, project_bytes=2**20) as hive:
+        clone = await begin(hive, source)
+        for branch, there in (("iris/a", True), ("iris/b", False)):
+            (clone / branch.replace("/", "-")).write_bytes(os.urandom(700_000))
+            commit(clone, branch=branch)
+            done = await hive.try_git(clone, "push", "origin", branch)
+            assert (done.returncode == 0) is there, done.stderr
+        assert "its mirror would have 1.3 MiB, and project_bytes is 1.0 MiB; the operator can raise that" in done.stderr
+        await hive.mirrors.fetch(SITE)
+
+
+async def test_pushes_leave_a_source_room_for_its_own_branches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pushes, "PUSHED_REFS_LIMIT", 3)
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source)
+        await hive.git(clone, "push", "--quiet", "origin", "HEAD:refs/heads/iris/a", "HEAD:refs/heads/iris/b")
+        done = await hive.try_git(clone, "push", "origin", "HEAD:refs/heads/iris/c")
+        assert "it would have more than 3 branches and tags; remove some" in done.stderr
+        commit(clone)
+        await hive.git(clone, "push", "--quiet", "origin", "HEAD:refs/heads/iris/a")
