@@ -23,7 +23,7 @@ async def _cancel(hive: Hive, name: AgentName, value: str) -> str:
 
 async def _pause(hive: Hive, name: AgentName, value: str) -> str:
     await hive.agents.want(name, "paused", OPERATOR)
-    return f"{name} is paused: it takes no turn and reaches no model"
+    return f"{name} is paused: it takes no turn and reaches nothing"
 
 
 async def _resume(hive: Hive, name: AgentName, value: str) -> str:
@@ -59,7 +59,7 @@ def _choose(what: str) -> Command:
 COMMANDS: dict[str, tuple[Command, str, str]] = {
     "help": (_help, "", "say this"),
     "cancel": (_cancel, "", "end the turn that runs, its messages with it"),
-    "pause": (_pause, "", "take no turn, reach no model"),
+    "pause": (_pause, "", "take no turn, reach nothing"),
     "resume": (_resume, "", "go on"),
     "update": (_update, "", "be replaced as it would be started now"),
     "compact": (_compact, "", "compact the session in the next turn"),

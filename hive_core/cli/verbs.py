@@ -297,7 +297,7 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
         ],
     ),
     "start": ("agents.want", "start an agent that was killed or paused", [(("agent",), {})]),
-    "pause": ("agents.want", "let an agent take no turn and reach no model until it is started", [(("agent",), {})]),
+    "pause": ("agents.want", "let an agent take no turn and reach nothing until it is started", [(("agent",), {})]),
     "kill": ("agents.want", "end an agent now, and keep it down until it is started", [(("agent",), {})]),
     "restart": ("agents.restart", "start an agent anew, at its turn's edge", [(("agent",), {})]),
     "logs": (

@@ -177,7 +177,7 @@ async def post(hive: Services, path: str, **fields: str) -> dict[str, Any]:
         ("new-session", "", "iris begins a new session with its next turn"),
         ("model", "opus", "the model of iris is opus, from its next turn on"),
         ("effort", "default", "the effort of iris is what its agent.toml says, from its next turn on"),
-        ("pause", "", "iris is paused: it takes no turn and reaches no model"),
+        ("pause", "", "iris is paused: it takes no turn and reaches nothing"),
         ("resume", "", "iris goes on"),
     ],
 )
