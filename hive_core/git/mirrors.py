@@ -323,5 +323,7 @@ def clear_leavings(path: Path) -> None:
         lock.unlink(missing_ok=True)
     for leaving in (*(path / "objects").glob("tmp_objdir-*"), *(path / "objects").glob("incoming-*")):
         shutil.rmtree(leaving, ignore_errors=True)
+    for folder in (path / "objects").glob("[0-9a-f][0-9a-f]"):  # all that may stay is in packs
+        shutil.rmtree(folder, ignore_errors=True)
     for leaving in (path / "objects" / "pack").glob("tmp_*"):
         leaving.unlink(missing_ok=True)

@@ -43,6 +43,11 @@ _FORWARD_ENDS = ("(fetch first)", "(non-fast-forward)", "(stale info)", "(needs 
 HOOK = """\
 #!/bin/sh
 trap '' PIPE
+if [ -n "$GIT_PUSH_CERT" ]; then  # which git has put into the mirror already
+    rm -f "objects/${GIT_PUSH_CERT%"${GIT_PUSH_CERT#??}"}/${GIT_PUSH_CERT#??}"
+    echo "the hive takes no signed push; push without --signed" >&2
+    exit 1
+fi
 { printf '%s\\n' "$GIT_QUARANTINE_PATH" && cat && echo .; } >"/dev/fd/$HIVE_ASK" 2>/dev/null
 { read -r verdict && cat >&2; } <"/dev/fd/$HIVE_ANSWER"
 [ "$verdict" = ok ] && exit 0

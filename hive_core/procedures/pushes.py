@@ -52,7 +52,7 @@ _PROTOCOLS = ("version=1", "version=2")
 PUSHES_AT_ONCE = 8  # that are judged or sent on
 REFUSALS_TOLD = 10  # in a minute, of one agent: an event each
 REFS_TOLD, REF_TOLD, REASON_TOLD = 10, 250, 500  # of one refusal: refs, and characters
-NOT_TAKEN = "git did not take what came: it is over push_bytes, not whole, or holds what git refuses (fsck)"
+NOT_TAKEN = "git did not take what came: it is over push_bytes, not whole, signed, or holds what git refuses (fsck)"
 _UNPACKS = b'"index-pack"'  # in what git tells of the programs that it runs
 ENDED = b"\n.\n"  # of what the hook asks
 
@@ -115,6 +115,8 @@ class GitServices:
             config = {
                 **_HIDDEN,
                 "core.hooksPath": str(hooks),
+                # What an agent has signed is given to no program, also where git takes a signature unasked.
+                **dict.fromkeys(("gpg.program", "gpg.x509.program", "gpg.ssh.program"), "false"),
                 "receive.advertisePushOptions": "false",
                 "receive.autogc": "false",
                 "receive.fsckObjects": "true",

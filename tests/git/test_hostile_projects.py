@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import os
+import socket
 import textwrap
 from pathlib import Path
 
 import pytest
+import trio
 
 from hive_core.git import pushes
+from hive_core.git.mirrors import NOTHING
 from tests.git.test_pushes import SECRET, begin
-from tests.project_hives import SITE, commit, git, make_source, open_project_hive
+from tests.project_hives import IRIS, SITE, commit, git, make_source, open_project_hive
 
 # Names of branches that git takes, and that end or part a line, or a word, for other programs; and one of no UTF-8.
 NAMES = (b"caf\xe9", "a\u00a0b".encode(), "a\u2028refs/heads/b".encode(), "a\u0085b".encode())
@@ -104,3 +107,44 @@ async def test_pushes_leave_a_source_room_for_its_own_branches(tmp_path: Path, m
         assert "it would have more than 3 branches and tags; remove some" in done.stderr
         commit(clone)
         await hive.git(clone, "push", "--quiet", "origin", "HEAD:refs/heads/iris/a")
+
+
+def push_signed(path: Path, certificate: list[bytes], pack: bytes) -> bytes:
+    """A push as a client of its own would do it: what is signed comes with it though nobody asked for that."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(60)
+        client.connect(str(path))
+        client.sendall(b'{"service": "git-receive-pack", "project": "site"}\n')
+        with client.makefile("rb") as said:
+            assert said.readline() == b'{"ok":true}\n'
+            while (size := int(said.read(4), 16)) > 0:
+                said.read(size - 4)
+            lines = [b"push-cert\0report-status\n", *certificate, b"push-cert-end\n"]
+            client.sendall(b"".join(b"%04x%b" % (len(line) + 4, line) for line in lines) + b"0000" + pack)
+            client.shutdown(socket.SHUT_WR)
+            return said.read()
+
+
+async def test_a_push_that_is_signed_is_refused_leaves_nothing_and_has_no_program_run(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    fired = tmp_path / "fired"
+    for name in ("gpg", "ssh-keygen"):
+        (tmp_path / name).write_text(f"#!/bin/sh\ntouch {fired}\n")
+        (tmp_path / name).chmod(0o700)
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source)
+        new = commit(clone, branch="iris/x")
+        pack = clone / "pushed"
+        git(clone, "-c", "alias.x=!echo HEAD | git pack-objects --revs --stdout >pushed", "x")
+        for kind in ("PGP", "SSH"):
+            certificate = ["certificate version 0.1", "pusher iris", "nonce 1", "x" * 5000, ""]
+            certificate += [f"{NOTHING} {new} refs/heads/iris/x"]
+            certificate += [f"-----BEGIN {kind} SIGNATURE-----", "x", f"-----END {kind} SIGNATURE-----"]
+            lines = [f"{line}\n".encode() for line in certificate]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+                said = await trio.to_thread.run_sync(push_signed, hive.sockets[IRIS], lines, pack.read_bytes())
+            assert b"ng refs/heads/iris/x pre-receive hook declined" in said
+        assert not fired.exists()
+        assert "count: 0\n" in git(hive.mirrors.path(SITE), "count-objects", "-v")
+        await hive.git(clone, "push", "--quiet", "origin", "iris/x")
