@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from hive_core.containers.mounts import agent_dirs
+from hive_core.protocol.words import AgentName
 from tests import nix_pages
 from tests.booted.hive import runs_under, shown
 from tests.booted.test_nixos_containers import TEMPLATE, UNIT
@@ -108,6 +110,8 @@ async def main(verb, word=""):
 print(json.dumps(trio.run(main, *sys.argv[1:])))
 """
 PYTHON = ("env", f"PYTHONPATH={SOURCE}", f"{VENV}/bin/python", "-P")
+# Each of an agent's directories, and the file system in memory that they stand in.
+STAGED = len(agent_dirs(Path("/"), Path("/"), AgentName("iris")).mounts) + 1
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +232,7 @@ def test_a_container_that_was_beginning_when_the_helper_was_killed_leaves_no_mou
     daemon(host, "switch", system(host, "", init="#!/bin/sh\nsleep 1000\n"))  # it never is ready
     ask = [*host.entering(DAEMON_USER), *PYTHON, "/opt/hive/daemon.py", "start"]
     with subprocess.Popen(ask, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as starting:
-        look_until(lambda: len(staged(host)) == 5 and shown(host, UNIT, "MainPID")["MainPID"] != "0")
+        look_until(lambda: len(staged(host)) == STAGED and shown(host, UNIT, "MainPID")["MainPID"] != "0")
         main = main_pid(host)
         host.ok("systemctl", "kill", "--signal=SIGKILL", HELPER)
         look_until(lambda: main_pid(host) not in (main, "0"))

@@ -126,22 +126,22 @@ def proxies(host: BootedHost) -> set[str]:
     return {line for line in processes_of(host, DAEMON) if line.endswith("-m hive_core.egress")}
 
 
-def test_nothing_of_an_agent_is_in_the_units_of_the_two(host: BootedHost) -> None:
-    look_until(lambda: proxies(host))
-    assert len(processes_of(host, DAEMON) - proxies(host)) == 1, processes_of(host, DAEMON)
-    assert len(processes_of(host, HELPER)) == 1, processes_of(host, HELPER)
-
-
 def test_the_proxy_runs_under_the_daemons_hardening_and_its_own(host: BootedHost) -> None:
-    (proxy,) = look_until(lambda: proxies(host))
-    fields = status(host, proxy.split()[0])
-    assert {fields[name] for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
-    assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
     ask = (
         "import socket; sock = socket.socket(socket.AF_UNIX); sock.connect('/run/hive/egress.sock');"
         " sock.sendall(b'CONNECT example.org:443 HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n'); print(sock.recv(4096))"
     )
+    # The first connection starts it.
     assert "403 cannot connect: example.org:443 is not in egress" in str(run_in(host, "iris", "python3", "-c", ask))
+    (proxy,) = proxies(host)
+    fields = status(host, proxy.split()[0])
+    assert {fields[name] for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+    assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
+
+
+def test_nothing_of_an_agent_is_in_the_units_of_the_two(host: BootedHost) -> None:
+    assert len(processes_of(host, DAEMON) - proxies(host)) == 1, processes_of(host, DAEMON)
+    assert len(processes_of(host, HELPER)) == 1, processes_of(host, HELPER)
 
 
 @pytest.mark.parametrize("unit", [DAEMON, HELPER])
