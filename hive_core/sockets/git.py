@@ -42,11 +42,15 @@ class GitDesk:
             if service not in SERVICES:
                 raise Refusal("usage", f"cannot do {shown(service)}: the services are {' and '.join(SERVICES)}")
             name = parse_project_name(request.get("project"))
-            await self._services.check(self._name, name)
         except Refusal as refusal:
             await stream.send_all(encode({"ok": False, "error": refusal.to_wire()}))
             return
         async with self._at_once:
+            try:
+                await self._services.check(self._name, name)  # in here: it may have waited for long
+            except Refusal as refusal:
+                await stream.send_all(encode({"ok": False, "error": refusal.to_wire()}))
+                return
             await stream.send_all(encode({"ok": True}))
             if service == "git-upload-pack":
                 await self._services.upload(name, stream.sock, protocol if isinstance(protocol, str) else None)

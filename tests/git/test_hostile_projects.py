@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import socket
 import textwrap
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from hive_core.git import pushes
 from hive_core.git.mirrors import NOTHING
+from hive_core.sockets.git import AT_ONCE
 from tests.git.test_pushes import SECRET, begin
 from tests.project_hives import IRIS, SITE, commit, git, make_source, open_project_hive
 
@@ -148,3 +151,27 @@ async def test_a_push_that_is_signed_is_refused_leaves_nothing_and_has_no_progra
         assert not fired.exists()
         assert "count: 0\n" in git(hive.mirrors.path(SITE), "count-objects", "-v")
         await hive.git(clone, "push", "--quiet", "origin", "iris/x")
+
+
+def ask(path: Path) -> socket.socket:
+    """A connection that has asked for site, and whose answer nobody has read."""
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(60)
+    client.connect(str(path))
+    client.sendall(b'{"service": "git-upload-pack", "project": "site"}\n')
+    return client
+
+
+async def test_whoever_waits_for_its_turn_gets_nothing_that_was_taken_off_its_list_meanwhile(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        await begin(hive, source)
+        with contextlib.ExitStack() as held:
+            served = [held.enter_context(ask(hive.sockets[IRIS])) for _ in range(AT_ONCE)]
+            for client in served:
+                assert await trio.to_thread.run_sync(client.recv, 12) == b'{"ok":true}\n'
+            waiting = held.enter_context(ask(hive.sockets[IRIS]))
+            await trio.testing.wait_all_tasks_blocked()  # so it was read, and waits
+            await hive.list_projects()
+            served[0].close()
+            assert b"it is not in `projects` of your agent.toml" in await trio.to_thread.run_sync(waiting.recv, 4096)
