@@ -21,6 +21,7 @@ REVIEWS_MOST = 10  # of which is asked what they say of lines
 NAME_MOST = 1_024  # characters of such a name; longer ones are left out
 T = TypeVar("T")
 Number = Annotated[int, Field(gt=0, lt=2**53)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 Text = Annotated[str, BeforeValidator(lambda given: given or "")]  # an empty body may be null
 _LAST = re.compile(r'[?&]page=([0-9]{1,6})[^>]*>; rel="last"')
 _NUMBER = re.compile(r"/(?:issues|pulls)/([1-9][0-9]{0,14})\Z")
@@ -58,7 +59,7 @@ class _Issue(_Form):
     user: _User | None = None  # None: its account is gone
     labels: list[_Label] | None = None
     updated_at: AwareDatetime
-    comments: int = 0
+    comments: Count = 0
     pull_request: _PullRequestMeta | None = None
     draft: bool = False
 
@@ -71,7 +72,7 @@ class _PullRequest(_Form):
     user: _User | None = None
     labels: list[_Label] | None = None
     updated_at: AwareDatetime
-    comments: int = 0
+    comments: Count = 0
     merged: bool = False
     merged_at: AwareDatetime | None = None  # in a list GitHub says this alone
     draft: bool = False
@@ -92,7 +93,7 @@ class _Review(_Form):
     user: _User | None = None
     state: str = ""
     submitted_at: AwareDatetime | None = None
-    comments_count: int = 0
+    comments_count: Count = 0
 
 
 class _LineComment(_Form):
@@ -101,8 +102,8 @@ class _LineComment(_Form):
     user: _User | None = None
     created_at: AwareDatetime
     path: Text = ""
-    line: int | None = None
-    position: int | None = None  # by Forgejo the line
+    line: Count | None = None
+    position: Count | None = None  # by Forgejo the line
 
 
 class _Subject(_Form):

@@ -147,6 +147,17 @@ async def test_of_an_address_in_an_answer_only_a_plain_number_is_believed(addres
         assert (one.kind, one.number) == (None, None)
 
 
+@pytest.mark.parametrize("comments", [-1, 2**63, 10**400])
+async def test_a_number_that_can_be_none_is_an_answer_that_is_not_understood(comments: int) -> None:
+    """And none that is stored: the table would not take it."""
+    issue = {"number": 1, "state": "open", "title": "x", "updated_at": "2026-01-31T08:30:00Z", "comments": comments}
+    forge = ScriptedForge()
+    forge.troubles.append(Trouble(200, issue))
+    async with opened(forge) as ours:
+        with pytest.raises(ForgeTrouble, match="comments"):
+            await ours.thread(1)
+
+
 async def test_the_token_goes_in_the_header_alone(forge: ScriptedForge) -> None:
     async with opened(forge) as ours:
         assert await ours.login() == BOT
