@@ -151,7 +151,10 @@ class Mirror:
                 del seen[ours]
         for ref, sha in after.items():
             ours = _ours(ref)
-            if seen.get(ours) == sha or (ours in seen and (before.get(ref) == sha or ref.startswith(f"{SOURCE}hive/"))):
+            as_before, pushed = before.get(ref) == sha, ref.startswith(f"{SOURCE}hive/")
+            if seen.get(ours) == sha or (ours in seen and (as_before or pushed)):
+                continue
+            if as_before and pushed:  # another agent has removed it since
                 continue
             if stands_in_the_way(ours, seen):
                 kept_back.append(ours)

@@ -17,7 +17,7 @@ from hive_core.git import pushes
 from hive_core.git.mirrors import NOTHING
 from hive_core.sockets.git import AT_ONCE
 from tests.git.test_pushes import SECRET, begin
-from tests.project_hives import IRIS, SITE, commit, git, make_source, open_project_hive
+from tests.project_hives import ARGUS, IRIS, SITE, commit, git, make_source, open_project_hive
 
 # Names of branches that git takes, and that end or part a line, or a word, for other programs; and one of no UTF-8.
 NAMES = (b"caf\xe9", "a\u00a0b".encode(), "a\u2028refs/heads/b".encode(), "a\u0085b".encode())
@@ -175,3 +175,21 @@ async def test_whoever_waits_for_its_turn_gets_nothing_that_was_taken_off_its_li
             await hive.list_projects()
             served[0].close()
             assert b"it is not in `projects` of your agent.toml" in await trio.to_thread.run_sync(waiting.recv, 4096)
+
+
+async def test_a_branch_that_another_agent_removed_does_not_come_back_with_the_next_fetch(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path) as hive:
+        clone = await begin(hive, source, push="*")
+        await hive.list_projects({"name": "site", "push": "*", "force": True}, agent=ARGUS)
+        commit(clone, branch="shared")
+        await hive.git(clone, "push", "--quiet", "origin", "shared")
+        await hive.mirrors.fetch(SITE)
+        others = await hive.clone(agent=ARGUS)
+        await hive.git(others, "push", "--quiet", "origin", ":shared", agent=ARGUS)
+        await hive.mirrors.fetch(SITE)
+        assert "shared" not in await hive.git(clone, "ls-remote")
+        assert "refs/hive/iris/shared" in git(source, "for-each-ref")  # what iris gave is the operator's to remove
+        commit(clone)
+        await hive.git(clone, "push", "--quiet", "origin", "shared")
+        assert "shared" in await hive.git(others, "ls-remote", agent=ARGUS)
