@@ -12,6 +12,7 @@ PROJECTS_LIMIT = 32
 BRANCH_LIMIT = 200
 # Less than git takes: what means the same to every program that reads a branch's name, and hides nothing.
 _BRANCH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/@+#=,-]*")
+_COMMIT = re.compile(r"[0-9a-fA-F]{40}|[0-9a-fA-F]{64}")  # for which git takes the commit, not the branch
 _HEADS, _TAGS = "refs/heads/", "refs/tags/"
 BRANCH_FORM = f"1 to {BRANCH_LIMIT} letters, digits and ._/@+#=,- as git takes them"
 
@@ -25,6 +26,7 @@ def is_branch(name: str) -> bool:
         and ".." not in name
         and not name.endswith(".")
         and all(part and not part.startswith((".", "-")) and not part.endswith(".lock") for part in parts)
+        and _COMMIT.fullmatch(name) is None
         and parts[0] not in ("HEAD", "refs", "tags")  # which would read as something else
     )
 
