@@ -35,7 +35,7 @@ STORM = Weather(
     audits_in_all=48.0,
 )
 # What is settled is forgotten within the run, and what nobody decides about waits for longer than that.
-FORGETFUL = replace(STORM, rounds_in_all=4.0, limits=STORM.limits.model_copy(update={"kept_s": HOUR_S}))
+FORGETFUL = replace(STORM, rounds_in_all=6.0, limits=STORM.limits.model_copy(update={"kept_s": HOUR_S}))
 SEED = 1
 
 

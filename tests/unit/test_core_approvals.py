@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from hive_core.limits import Limits
+from hive_core.procedures.gate import _FREE
 from hive_core.procedures.kinds.kind import Done, Step
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
@@ -397,7 +398,7 @@ async def test_what_has_come_to_its_end_since_it_was_listed_is_not_carried_out_a
         if len(listed) == 2:
             world.verdicts[1] = True
             world.judged.set()
-            await wait_until(hive.store, first_is_over, "events", APPROVED)
+            await wait_until(hive.store, first_is_over, "events", APPROVED, _FREE)  # it may be looked after, too
         return listed
 
     paint.carry_out = note_and_carry_out  # type: ignore[method-assign]

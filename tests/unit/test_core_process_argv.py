@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import struct
 import sys
 import sysconfig
@@ -264,8 +265,10 @@ def test_the_harness_takes_what_it_is_started_with_and_works_in_the_directories_
     tmp_path: Path, sandbox: str
 ) -> None:
     dirs = dirs_in(tmp_path)
-    command = driver_in(tmp_path, sandbox, tmp_path / "claude", 9)._command(IRIS, dirs)
-    seat = seat_maker(make_parser().parse_args(command[command.index("serve") + 1 :]))("iris", 1, 2)
+    theirs, ours = socket.socketpair()
+    with theirs, ours:
+        command = driver_in(tmp_path, sandbox, tmp_path / "claude", theirs.fileno())._command(IRIS, dirs)
+        seat = seat_maker(make_parser().parse_args(command[command.index("serve") + 1 :]))("iris", 1, 2)
     places = [seat.run_dir, seat.state_dir, seat.projects_dir, seat.mirrors_dir, seat.extras_dir]
     bare = [str(path) for path in (dirs.run, dirs.state, dirs.projects, dirs.mirrors, dirs.extras)]
     assert places == (bare if sandbox == "none" else ["/run/hive", "/state", "/projects", "/mirrors", "/extras"])
