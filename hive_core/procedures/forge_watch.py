@@ -30,11 +30,13 @@ from hive_core.services.forge_notices import (
     told_before,
 )
 from hive_core.services.forges import FORGES, Registered, all_forges, note_look
+from hive_core.store.schema import StoreError
 
 log = logging.getLogger(__name__)
 CLOCKS_APART_MS = 5 * 60_000  # by which a forge's may be behind ours
 LOOKS_MOST = 3  # at a thread that changes while it is told
 REST_MOST_S = 3600.0  # of a forge that does not say when it wants to be asked again
+REASON_LIMIT = 300
 GONE = (404, 410)  # of a thread that was removed
 BRAKED_FOR_S = 3600.0  # in which a full lane is told once
 
@@ -91,7 +93,15 @@ class ForgeWatch:
         """Tell what happened there. After how many seconds it may be asked again."""
         try:
             every_s = await self._look(forge)
-        except Refusal as trouble:
+        except StoreError:
+            raise
+        except Exception as exc:
+            # What a forge answers is its own trouble, also where nobody has thought of it.
+            if not isinstance(exc, Refusal):
+                log.exception("cannot look at the forge of %s", forge.project)
+            trouble = (
+                exc if isinstance(exc, Refusal) else Refusal("failed", f"{type(exc).__name__}: {exc}"[:REASON_LIMIT])
+            )
             until_s = self._clock() + self._rest_s(forge, trouble)
             error, until_ms = trouble.message, int(until_s * 1000)
             await self._store.insist(lambda tx: note_look(tx, forge, error, until_ms))

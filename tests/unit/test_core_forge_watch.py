@@ -296,6 +296,28 @@ async def test_a_forge_that_fails_rests_longer_each_time_and_says_so(
     ]
 
 
+async def test_an_answer_that_nobody_has_thought_of_ends_no_daemon(
+    hive: Services,
+    forges: Forges,
+    forge: ScriptedForge,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    watch = watch_of(hive, forges)
+
+    async def unread(*_: object) -> None:
+        raise OverflowError("int too large")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Forgejo, "unread", unread)
+        assert await look(hive, watch) > 0
+    assert (await forge_of(hive.store, SITE)).error == "OverflowError: int too large"
+    assert "cannot look at the forge of site" in caplog.text
+    caplog.clear()
+    await look(hive, watch)
+    assert (await forge_of(hive.store, SITE)).error is None
+
+
 async def test_a_forge_is_asked_no_sooner_than_it_wants(hive: Services, forges: Forges, forge: ScriptedForge) -> None:
     watch = watch_of(hive, forges)
     forge.poll_interval_s = 300
