@@ -18,7 +18,7 @@ from hive_core.protocol.words import AgentName
 from hive_core.settings import parse_agent_toml
 from tests import nixes
 from tests.nix.desk import AGENT, IRIS, SYSTEM, Desk, git
-from tests.processes import look_until, pids_naming, wait_gone
+from tests.processes import look_until, pids_naming
 
 
 @pytest.fixture
@@ -357,10 +357,10 @@ async def test_an_evaluation_that_nobody_waits_for_ends(desk: Desk) -> None:
     endless = "let l = builtins.genList (x: x) 100000; in builtins.foldl' (a: x: builtins.foldl' (b: y: b + y) a l) 0 l"
     async with trio.open_nursery() as nursery:
         nursery.start_soon(desk.nix.run, ["eval", "--expr", endless])
-        found = await trio.to_thread.run_sync(look_until, lambda: pids_naming(endless))
+        await trio.to_thread.run_sync(look_until, lambda: pids_naming(endless))
         nursery.cancel_scope.cancel()
-    await trio.to_thread.run_sync(wait_gone, *found)
-    assert pids_naming(endless) == []
+    # Some of them may have begun behind that look; the kernel ends them with the first in their namespace.
+    await trio.to_thread.run_sync(look_until, lambda: not pids_naming(endless))
 
 
 async def test_without_bubblewrap_nothing_is_evaluated(
