@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 from pydantic_core import PydanticCustomError
 
+from hive_core.distinct import distinct
 from hive_core.protocol.visible import named
 from hive_core.protocol.words import NAME_LIMIT, OPERATOR, RESERVED
 
@@ -59,15 +60,7 @@ class Lane(BaseModel):
     per_hour: Annotated[int, Field(ge=1, le=100_000, strict=True)] | None = None
 
 
-def _distinct(lanes: list[Lane]) -> list[Lane]:
-    names = [lane.name for lane in lanes]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise PydanticCustomError("twice", "two lanes are called {name}; give each its own name", {"name": name})
-    return lanes
-
-
-Lanes = Annotated[list[Lane], Field(max_length=LANES_LIMIT), AfterValidator(_distinct)]
+Lanes = Annotated[list[Lane], Field(max_length=LANES_LIMIT), distinct("lanes")]
 
 
 class News(NamedTuple):

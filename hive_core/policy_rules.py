@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
-from pydantic.functional_validators import AfterValidator, BeforeValidator
-from pydantic_core import PydanticCustomError
+from pydantic.functional_validators import BeforeValidator
 
+from hive_core.distinct import distinct
 from hive_core.effects_of_extras import PLUGIN_FILES, SKILL_FILES
 from hive_core.effects_of_settings import RULES as SETTINGS
 from hive_core.protocol.effect import PLAIN
@@ -83,15 +83,7 @@ class Rule(BaseModel):
     per_day: Annotated[int, Field(ge=1, le=1_000, strict=True)] = PER_DAY
 
 
-def _distinct(rules: list[Rule]) -> list[Rule]:
-    names = [rule.name for rule in rules]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise PydanticCustomError("twice", "two rules are called {name}; give each its own name", {"name": name})
-    return rules
-
-
-Rules = Annotated[list[Rule], Field(max_length=RULES_LIMIT), AfterValidator(_distinct)]
+Rules = Annotated[list[Rule], Field(max_length=RULES_LIMIT), distinct("rules")]
 
 
 class Case(NamedTuple):

@@ -51,7 +51,7 @@ class _PullRequestMeta(_Form):
     draft: bool = False
 
 
-class _Issue(_Form):
+class _Thread(_Form):
     number: Number
     state: str
     title: Text
@@ -60,22 +60,16 @@ class _Issue(_Form):
     labels: list[_Label] | None = None
     updated_at: AwareDatetime
     comments: Count = 0
-    pull_request: _PullRequestMeta | None = None
     draft: bool = False
 
 
-class _PullRequest(_Form):
-    number: Number
-    state: str
-    title: Text
-    body: Text = ""
-    user: _User | None = None
-    labels: list[_Label] | None = None
-    updated_at: AwareDatetime
-    comments: Count = 0
+class _Issue(_Thread):
+    pull_request: _PullRequestMeta | None = None
+
+
+class _PullRequest(_Thread):
     merged: bool = False
     merged_at: AwareDatetime | None = None  # in a list GitHub says this alone
-    draft: bool = False
     head: _Ref = _Ref()
     base: _Ref = _Ref()
 

@@ -16,6 +16,7 @@ FLOORS = [
             "credentials",
             "cron",
             "destinations",
+            "distinct",
             "egress_edit",
             "egress_rules",
             "extra_files",
