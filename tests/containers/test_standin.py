@@ -26,6 +26,11 @@ def said(host: StandInHost, *words: str) -> tuple[int, str]:
     return done.returncode, done.stdout.strip()
 
 
+def test_a_host_has_its_store_before_anybody_adds_to_it(host: StandInHost) -> None:
+    # Commands that find no database make one each, and all but the first may say "is busy".
+    assert (host.state.nix / "var/nix/db/db.sqlite").exists()
+
+
 def test_a_name_is_short_and_taken_once_and_each_container_is_given_addresses(host: StandInHost) -> None:
     system = host.system("true")
     for name in ("h-a", "h-b"):

@@ -103,6 +103,9 @@ class StandInHost:
             words = ["bwrap", "--dev-bind", "/", "/", "--bind", str(self.state.nix), "/nix", f"/usr/bin/{name}"]
             settings = f"HOME={shlex.quote(str(self.folder))} NIX_CONFIG={shlex.quote(_NIX_CONFIG)} NIX_REMOTE="
             write_program(fresh / name, f'#!/bin/sh\n{settings} exec {shlex.join(words)} "$@"\n')
+        # A host has its store long before its first container. Two commands that make it at once fail: "is busy".
+        with self.state.locked("store"):
+            subprocess.run([fresh / "nix-store", "--init"], check=True)
         try:
             fresh.rename(self._programs)
         except OSError:
