@@ -1,9 +1,8 @@
-"""The daemon: opens everything in order, wires it, and serves it in one nursery. Nothing else wires."""
+"""The daemon: opens everything in order, wires it, and serves it in one nursery. An agent's own is in agent_doors."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import logging
 import os
@@ -12,23 +11,21 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import cached_property, partial
-from importlib import import_module
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import httpx2
 import trio
 import trio_asyncio
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from starlette.types import ASGIApp
 
-from dashboard.app import at_home, build_app
+from dashboard.app import build_app
+from hive_core.agent_doors import AgentDoors
 from hive_core.config import Config
-from hive_core.containers.choice import choose_sandbox, make_driver
+from hive_core.containers.choice import Choice, choose_sandbox, make_driver
+from hive_core.containers.driver import Driver
 from hive_core.containers.host_process import HostProcessDriver
-from hive_core.containers.mounts import AgentDirs, agent_dirs, run_dir
-from hive_core.credentials import Credential, Credentials, find_credential, how_to_give_one
+from hive_core.credentials import Credentials
 from hive_core.git.agent_locks import AgentLocks
 from hive_core.git.repos import Repos
 from hive_core.hive import Hive
@@ -40,14 +37,13 @@ from hive_core.procedures.flake_deployments import make_deployments
 from hive_core.procedures.gate import Gate
 from hive_core.procedures.pinned_claude import PinnedClaude, why_unpinned
 from hive_core.procedures.reconcile import Reconciler
-from hive_core.procedures.supervise import Desk
 from hive_core.procedures.walk import Walk
 from hive_core.programs import find_claude
 from hive_core.protocol.paths import explain, host_socket
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import MANAGER, PERSONA_LIMIT_BYTES, AgentName, parse_text
+from hive_core.protocol.words import PERSONA_LIMIT_BYTES, parse_text
 from hive_core.services.access import Access
-from hive_core.services.agents import Agent, Agents
+from hive_core.services.agents import Agents
 from hive_core.services.approvals import Approvals
 from hive_core.services.bodies import Bodies
 from hive_core.services.broker import Broker
@@ -59,56 +55,17 @@ from hive_core.services.tool_calls import forget_old_tool_calls
 from hive_core.services.turns import Turns
 from hive_core.services.uid_ranges import UidRanges
 from hive_core.sockets.admin import AdminDesk
-from hive_core.sockets.git import GitDesk
-from hive_core.sockets.harness import HarnessDesk
 from hive_core.sockets.http import serve_asgi
-from hive_core.sockets.model import ModelRelay
+from hive_core.sockets.tcp import listen_dashboard
 from hive_core.sockets.unix import listen_unix, serve_unix
-from hive_core.store.door import open_store
+from hive_core.store.door import Store, open_store
 from hive_core.store.schema import StoreBusy
 from hive_core.systemd import notify, serve_watchdog
 
 log = logging.getLogger(__name__)
 STOP_WITHIN_S = 4.0
-SLOW_READER_MS = 20_000
 TIED_AGENTS_PATIENCE_S = 1.0
 PRUNE_EVERY_S = 3600.0
-SOCKETS = ("harness", "mcp", "model", "egress", "git")  # of each agent
-
-
-def listen_tcp(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises OSError when the port is busy or the host is not this machine."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # hypercorn's writes cannot be cancelled: without this a reader that does not read would hold up a stop.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SLOW_READER_MS)
-        sock.bind((host, port))
-        sock.listen(128)
-        sock.setblocking(False)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def listen_dashboard(config: Config) -> socket.socket:
-    try:
-        return listen_tcp(config.dashboard_host, config.dashboard_port)
-    except OSError as exc:
-        where = f"{config.dashboard_host}:{config.dashboard_port}"
-        setting = "dashboard_port" if exc.errno in (errno.EADDRINUSE, errno.EACCES) else "dashboard_host"
-        raise Refusal("refused", f"cannot serve the dashboard on {where}: {explain(exc, setting)}") from None
-
-
-def look_for_credential(config: Config) -> tuple[Credential | None, str]:
-    """The credential, or why there is none: a hive without one still starts, and says so."""
-    try:
-        credential = find_credential(config.state_dir)
-    except Refusal as refusal:
-        return None, refusal.message
-    return credential, "" if credential else how_to_give_one(config.state_dir)
 
 
 def _templates(config: Config) -> Environment:
@@ -151,93 +108,17 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
         choice = await trio.to_thread.run_sync(choose_sandbox, config, claude)
         await stack.enter_async_context(trio_asyncio.open_loop())
         store = await stack.enter_async_context(open_store(config.database, ballast=True))
-        access = Access(store.bus)
-        agents = Agents(
-            store,
-            manager_port=config.manager_port,
-            agent_ports=config.agent_port_range,
-            sandbox=choice.sandbox,
-            access=access,
-        )
-        approvals, repos = Approvals(store), Repos(config.state_dir)
-        locks, uids = AgentLocks(), UidRanges(store, str(config.state_dir))
+        uids = UidRanges(store, str(config.state_dir))
         driver = make_driver(
             config, choice, claude=claude, life_fd=life_fd, first_uid=uids.first_uid, at_end=stack.callback
         )
-        deployments = await make_deployments(config, choice, store, repos, locks, driver)
-        rooms = _Rooms(config)
-        ledger = Ledger(store, access, load_prices(config.prices), config)
-        stack.push_async_callback(ledger.aclose)
-        bodies = Bodies(config.state_dir / "bodies", store)
-        delivery = FileDelivery(store, config.state_dir, bare=choice.sandbox == "none")
-        broker = Broker(
-            store, config, bodies=bodies, access=access, ledger=ledger, silent=rooms.lost_turn, delivery=delivery
-        )
-        reconciler = Reconciler(
-            store,
-            agents,
-            driver,
-            rooms.dirs,
-            rooms.may_run,
-            rooms.serve,
-            broker.put_back,
-            config,
-            locks=locks,
-        )
-        gate = Gate(
-            store,
-            agents,
-            approvals,
-            repos,
-            deployments,
-            Walk(store, repos, deployments, locks, reconciler),
-            _templates(config),
-            config,
-            default_program=config.default_program,
-            default_model=config.default_model,
-            policy=config.policy,
-            host_network=None if config.helper is None else config.host_network,
-        )
-        pinned = PinnedClaude(
-            store,
-            config.state_dir,
-            config.claude,
-            inside=choice.bwrap_trouble is None,
-            hindrance=why_unpinned(config),
-            is_helpers=config.helper is not None and config.sandbox != "nixos-container",
-        )
-        if isinstance(driver, HostProcessDriver):
-            pinned.when_used(driver.use_claude)
-        hive = Hive(
-            config=config,
-            store=store,
-            broker=broker,
-            turns=Turns(store, line_quota_bytes=config.line_quota_bytes),
-            agents=agents,
-            approvals=approvals,
-            gate=gate,
-            reconciler=reconciler,
-            keeper=Keeper(config.state_dir, rooms.run_dir),
-            sign_ins=SignIns(store),
-            credentials=Credentials(config.state_dir),
-            claude=claude,
-            pinned=pinned,
-            sandbox=choice.sandbox,
-            sandbox_trouble=choice.trouble,
-            sandbox_weakness=choice.weakness,
-            bwrap_trouble=choice.bwrap_trouble,
-        )
+        doors = AgentDoors(config)
+        hive = await _wire(config, store, choice, driver, claude, doors)
+        stack.push_async_callback(hive.ledger.aclose)
         stack.push_async_callback(hive.forges.aclose)
-        await agents.load()
-        await hive.snapshots.load()
-        await hive.freeze.load()
-        await hive.breaker.load()
-        await ledger.load()
-        await hive.connections.load()
+        await _load(hive)
         stack.push_async_callback(hive.connections.flush, sums=True)
-        await gate.load()
-        rooms.hive = hive
-        rooms.client = await stack.enter_async_context(
+        client = await stack.enter_async_context(
             httpx2.AsyncClient(
                 limits=httpx2.Limits(max_connections=None),
                 timeout=httpx2.Timeout(30.0, read=600.0),
@@ -245,120 +126,101 @@ async def open_hive(config: Config, life_fd: int | None = None) -> AsyncIterator
                 trust_env=True,
             )
         )
-        await gate.ensure_manager(manager_prompt(config))
-        await pinned.load()
+        doors.hive, doors.client = hive, client
+        await hive.gate.ensure_manager(manager_prompt(config))
+        await hive.pinned.load()
         yield hive
 
 
-class _Rooms:
-    """What each agent gets of the host: its directories, its sockets, its page."""
-
-    hive: Hive
-    client: httpx2.AsyncClient
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self._desks: dict[AgentName, HarnessDesk] = {}
-
-    def dirs(self, name: AgentName) -> AgentDirs:
-        return agent_dirs(self._config.state_dir, self._config.runtime_dir, name)
-
-    @cached_property
-    def _pages(self) -> ASGIApp:
-        return build_app(self.hive)
-
-    def run_dir(self, name: AgentName) -> Path:
-        return run_dir(self._config.runtime_dir, name)
-
-    def lost_turn(self, name: AgentName, silence_s: float) -> None:
-        """The harness of an agent said nothing for so long, and its turn was taken away."""
-        if (desk := self._desks.get(name)) is not None:
-            desk.lost_turn(silence_s)
-
-    def may_run(self, agent: Agent) -> str | None:
-        program = (agent.settings or {}).get("program")
-        if program == "claude" and self.hive.sandbox == "none" and not self.hive.unsafe:
-            return f"{self.hive.sandbox_trouble}; or start with --unsafe-no-sandbox"
-        if program == "claude" and self.hive.pinned.missing:
-            return self.hive.pinned.missing
-        if program == "claude" and self.hive.claude is None:
-            return "claude is not installed: `npm install -g @anthropic-ai/claude-code`, then start the hive again"
-        return self.hive.gate.hindrance(agent.name)
-
-    async def serve(self, agent: Agent, task_status: trio.TaskStatus[Desk]) -> None:
-        """Listen on an agent's sockets and its page until cancelled."""
-        # Imported when the first agent is served: it takes half a second that a start need not wait for.
-        agent_socket, manager_tools, forge_tools = await trio.to_thread.run_sync(_import_agent_sockets)
-        hive, name, run = self.hive, agent.name, self.run_dir(agent.name)
-        run.mkdir(mode=0o700, parents=True, exist_ok=True)
-        kind = partial(hive.breaker.kind_for, name)
-        limited = partial(hive.breaker.claimed, name)
-        projects = partial(hive.mirrors.of, name)
-        harness = HarnessDesk(
-            name, agent.role, hive.broker, hive.turns, hive.agents, hive.background, kind, limited, projects
-        )
-        self._desks[name] = harness
-        tools = agent_socket.AgentDesk(
-            name,
-            hive.broker,
-            hive.agents,
-            hive.archive,
-            hive.loose_ends,
-            manager_tools.ManagerTools(hive) if name == MANAGER else None,
-            forge_tools.ForgeTools(name, hive.forge_work),
-        )
-        relay = ModelRelay(
-            name,
-            self.client,
-            self._config.provider_base_url,
-            hive.access,
-            partial(hive.breaker.credential_for, name),
-            partial(hive.breaker.answered, name),
-            hive.ledger.call_ended,
-            hive.ledger.call_begins,
-            hive.ledger.call_moved,
-            lambda: 0 if harness.checks.calls_model else hive.ledger.running(name),
-            partial(hive.turns.note_unleased_call, name),
-        )
-        with contextlib.ExitStack() as opened:
-            harness_sock, mcp_sock, model_sock, egress_sock, git_sock = (
-                opened.enter_context(listen_unix(run / f"{each}.sock")) for each in SOCKETS
-            )
-            opened.pop_all()
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(serve_unix, harness_sock, harness.serve)
-                nursery.start_soon(serve_unix, mcp_sock, partial(agent_socket.serve_agent, tools))
-                nursery.start_soon(serve_asgi, relay, model_sock)
-                nursery.start_soon(serve_unix, git_sock, GitDesk(name, hive.git_services).serve)
-                self._serve_page(agent, nursery)
-                nursery.start_soon(hive.egress.hold, name, egress_sock)
-                task_status.started(harness)
-        finally:
-            self._desks.pop(name, None)
-            hive.page_ports.pop(name, None)
-
-    def _serve_page(self, agent: Agent, nursery: trio.Nursery) -> None:
-        # With any-port dashboards (the demo, tests) the pages take any port too.
-        anywhere = self._config.dashboard_port == 0
-        try:
-            sock = listen_tcp(self._config.dashboard_host, 0 if anywhere else agent.page_port)
-        except OSError as exc:
-            log.warning(
-                "the page of %s has no port of its own (%d: %s); it is under %s",
-                agent.name,
-                agent.page_port,
-                exc.strerror,
-                self.hive.page_url(agent.name),
-            )
-            return
-        self.hive.page_ports[agent.name] = sock.getsockname()[1]
-        page = at_home(self._pages, agent.name)
-        nursery.start_soon(partial(serve_asgi, page, sock, stopping=self.hive.stopping))
+async def _wire(
+    config: Config, store: Store, choice: Choice, driver: Driver, claude: Path | None, doors: AgentDoors
+) -> Hive:
+    """Every service, each with those that it asks. Nothing is read from the store yet. Raises Refusal."""
+    access = Access(store.bus)
+    agents = Agents(
+        store,
+        manager_port=config.manager_port,
+        agent_ports=config.agent_port_range,
+        sandbox=choice.sandbox,
+        access=access,
+    )
+    broker = _wire_broker(config, store, choice, access, doors)
+    locks = AgentLocks()
+    reconciler = Reconciler(
+        store, agents, driver, doors.dirs, doors.may_run, doors.serve, broker.put_back, config, locks=locks
+    )
+    approvals, repos = Approvals(store), Repos(config.state_dir)
+    deployments = await make_deployments(config, choice, store, repos, locks, driver)
+    gate = Gate(
+        store,
+        agents,
+        approvals,
+        repos,
+        deployments,
+        Walk(store, repos, deployments, locks, reconciler),
+        _templates(config),
+        config,
+        default_program=config.default_program,
+        default_model=config.default_model,
+        policy=config.policy,
+        host_network=None if config.helper is None else config.host_network,
+    )
+    return Hive(
+        config=config,
+        store=store,
+        broker=broker,
+        turns=Turns(store, line_quota_bytes=config.line_quota_bytes),
+        agents=agents,
+        approvals=approvals,
+        gate=gate,
+        reconciler=reconciler,
+        keeper=Keeper(config.state_dir, doors.run_dir),
+        sign_ins=SignIns(store),
+        credentials=Credentials(config.state_dir),
+        claude=claude,
+        pinned=_wire_pinned(config, store, choice, driver),
+        sandbox=choice.sandbox,
+        sandbox_trouble=choice.trouble,
+        sandbox_weakness=choice.weakness,
+        bwrap_trouble=choice.bwrap_trouble,
+    )
 
 
-def _import_agent_sockets() -> list[ModuleType]:
-    return [import_module(f"hive_core.sockets.{name}") for name in ("agent", "manager_tools", "forge_tools")]
+def _wire_broker(config: Config, store: Store, choice: Choice, access: Access, doors: AgentDoors) -> Broker:
+    return Broker(
+        store,
+        config,
+        bodies=Bodies(config.state_dir / "bodies", store),
+        access=access,
+        ledger=Ledger(store, access, load_prices(config.prices), config),
+        silent=doors.lost_turn,
+        delivery=FileDelivery(store, config.state_dir, bare=choice.sandbox == "none"),
+    )
+
+
+def _wire_pinned(config: Config, store: Store, choice: Choice, driver: Driver) -> PinnedClaude:
+    pinned = PinnedClaude(
+        store,
+        config.state_dir,
+        config.claude,
+        inside=choice.bwrap_trouble is None,
+        hindrance=why_unpinned(config),
+        is_helpers=config.helper is not None and config.sandbox != "nixos-container",
+    )
+    if isinstance(driver, HostProcessDriver):
+        pinned.when_used(driver.use_claude)
+    return pinned
+
+
+async def _load(hive: Hive) -> None:
+    """What services keep in memory of the store."""
+    await hive.agents.load()
+    await hive.snapshots.load()
+    await hive.freeze.load()
+    await hive.breaker.load()
+    await hive.ledger.load()
+    await hive.connections.load()
+    await hive.gate.load()
 
 
 async def serve_hive(hive: Hive, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

@@ -25,7 +25,7 @@ from hive_core.containers.program_check import check_program
 from hive_core.containers.scopes import SLICE, Scopes
 from hive_core.containers.seccomp import filter_program
 from hive_core.credentials import DEFAULT, Credentials
-from hive_core.daemon import listen_dashboard, listen_tcp, look_for_credential, manager_prompt
+from hive_core.daemon import manager_prompt
 from hive_core.flakes.building import nix_trouble
 from hive_core.lock import check_owner
 from hive_core.policy_rules import troubles
@@ -35,6 +35,7 @@ from hive_core.protocol.paths import config_files, explain
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted
 from hive_core.protocol.words import MANAGER
+from hive_core.sockets.tcp import listen_dashboard, listen_tcp
 from hive_core.sockets.unix import listen_unix
 from hive_core.store.ballast import BALLAST_BYTES, ROOM_BYTES
 from hive_core.store.door import open_writer
@@ -296,18 +297,18 @@ def _agents(machine: Machine) -> list[str]:
 
 
 def check_credential(name: str, machine: Machine) -> Iterator[Finding]:
+    credentials = Credentials(machine.config.state_dir)
     if machine.daemon is not None:
         source, missing = machine.daemon["credential"], machine.daemon["credential_missing"]
     else:
-        credential, missing = look_for_credential(machine.config)
-        source = credential.source if credential else None
+        found, missing = credentials.find(DEFAULT), credentials.missing(DEFAULT)
+        source = found.source if found else None
     if source is None:
         yield Finding(name, machine.agents_need, missing)
     elif os.path.isabs(source) and os.path.exists(source) and stat.S_IMODE(os.stat(source).st_mode) & 0o077:
         yield Finding(name, "warning", f"{source}, which others may read; `chmod 600 {source}`")
     else:
         yield Finding(name, "ok", source)
-    credentials = Credentials(machine.config.state_dir)
     for other in credentials.names():
         if other != DEFAULT and (missing := credentials.missing(other)):
             yield Finding(name, "warning", missing)

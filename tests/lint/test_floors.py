@@ -37,6 +37,7 @@ FLOORS = [
     {"procedures"},
     {"hive", "commands"},
     {"sockets"},
+    {"agent_doors"},
     {"daemon", "daemon_cli", "helper", "cli", "__main__"},
 ]
 

@@ -14,8 +14,9 @@ import pytest
 import trio_asyncio
 
 from hive_core.config import Config
-from hive_core.daemon import _templates, listen_dashboard, manager_prompt, take_lock
+from hive_core.daemon import _templates, manager_prompt, take_lock
 from hive_core.protocol.refusal import Refusal
+from hive_core.sockets.tcp import listen_dashboard
 from hive_core.store.door import open_store
 from hive_core.store.schema import StoreError
 from tests.needs import ROOT
