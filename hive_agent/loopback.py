@@ -1,34 +1,98 @@
 """The ways out: a listener on the sandbox's own loopback for each, whose bytes go to a socket of the host.
 
 The agent's program needs an http:// address, of the model (model.sock) and of the hive's proxy (egress.sock); the
-sandbox has no network but its loopback. Bytes pass unread.
+sandbox has no network but its loopback. Bytes pass unread. On a loopback that others of the machine are on too, a
+connection is another user's unless the kernel says that it is of ours.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import os
+import socket
+import sys
 
 import trio
 
 HOST_PATIENCE_S = 60.0
 READ_BYTES = 64 * 1024
+LOOKS = 3  # at the kernel's table, from which a row may be missing while others leave it
+REFUSED_S = 5.0  # that another's program has to read why
+REFUSED_BYTES = 1024 * 1024
+_ORPHAN = "0"  # the inode of a socket that nobody holds any more: its uid says nothing
 
 
-async def serve_loopback(host_socket: str, *, task_status: trio.TaskStatus[int]) -> None:
-    """Serve until cancelled; `started` with the port. One connection's trouble ends that connection alone."""
+async def serve_loopback(host_socket: str, *, shared: bool = False, task_status: trio.TaskStatus[int]) -> None:
+    """Serve until cancelled; `started` with the port. One connection's trouble ends that connection alone.
+
+    shared: others of the machine are on this loopback; none but our own user is let through.
+    """
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     task_status.started(listeners[0].socket.getsockname()[1])
-    await trio.serve_listeners(functools.partial(_relay, host_socket), listeners)
+    refused: set[str] = set()  # whose programs were told of
+
+    async def serve(program: trio.SocketStream) -> None:
+        async with program:
+            if shared and (uid := _uid_of_peer(program)) != str(os.getuid()):
+                if uid not in refused:
+                    refused.add(uid)
+                    print(f"refused uid {uid} a connection to this agent's loopback port", file=sys.stderr)
+                await _refuse(program)
+            else:
+                await _relay(host_socket, program)
+
+    await trio.serve_listeners(serve, listeners)
+
+
+def _uid_of_peer(program: trio.SocketStream) -> str:
+    """Whose socket is at the other end, as this user namespace calls him; "unknown" of one that is gone."""
+    try:
+        ours, theirs = program.socket.getsockname(), program.socket.getpeername()
+    except OSError:
+        return "unknown"
+    pair = f"{_hex(theirs)} {_hex(ours)}".encode()
+    mapped = f"{_hex(theirs, mapped=True)} {_hex(ours, mapped=True)}".encode()
+    for _ in range(LOOKS):
+        for table, wanted in (("/proc/net/tcp", pair), ("/proc/net/tcp6", mapped)):
+            if uid := _find_uid(table, wanted):
+                return uid
+    return "unknown"
+
+
+def _find_uid(table: str, pair: bytes) -> str | None:
+    try:
+        with open(table, "rb") as rows:
+            row = next((row for row in rows if pair in row), b"").decode().split()
+    except OSError:  # without IPv6 there is no table of it
+        return None
+    return row[7] if row and row[9] != _ORPHAN else None
+
+
+def _hex(address: tuple[str, int], *, mapped: bool = False) -> str:
+    """An address of IPv4 as the kernel's tables have it; mapped: in an IPv6 one."""
+    words = [0, 0, int.from_bytes(b"\0\0\xff\xff", sys.byteorder)] if mapped else []
+    words.append(int.from_bytes(socket.inet_aton(address[0]), sys.byteorder))
+    return "".join(f"{word:08X}" for word in words) + f":{address[1]:04X}"
+
+
+async def _refuse(program: trio.SocketStream) -> None:
+    why = b"cannot connect: this port is of an agent of the hive, and lets its own user through alone\n"
+    head = b"HTTP/1.1 403 Forbidden\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+    with trio.move_on_after(REFUSED_S), contextlib.suppress(trio.BrokenResourceError):
+        await program.send_all(head % len(why) + why)
+        await program.send_eof()
+        taken = 0
+        while taken < REFUSED_BYTES and (data := await program.receive_some(READ_BYTES)):
+            taken += len(data)
 
 
 async def _relay(host_socket: str, program: trio.SocketStream) -> None:
-    async with program:
-        host = await _dial(host_socket)
-        if host is None:
-            return
-        async with host, trio.open_nursery() as pumps:
-            pumps.start_soon(_pump, program, host, pumps.cancel_scope)
-            pumps.start_soon(_pump, host, program, pumps.cancel_scope)
+    host = await _dial(host_socket)
+    if host is None:
+        return
+    async with host, trio.open_nursery() as pumps:
+        pumps.start_soon(_pump, program, host, pumps.cancel_scope)
+        pumps.start_soon(_pump, host, program, pumps.cancel_scope)
 
 
 async def _dial(path: str) -> trio.SocketStream | None:

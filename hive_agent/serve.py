@@ -16,6 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import trio
@@ -68,11 +69,13 @@ async def serve(
     life_fd: int | None,
     orphan_grace_s: float,
     own_network: bool = True,
+    shared_loopback: bool = False,
 ) -> int:
     """Take turns until told to stop; returns the exit code. Every task of a harness starts here.
 
-    own_network: whether this container has one for itself, from which the hive's proxy is the way out; else others are
-    on its loopback, and see its abstract sockets
+    own_network: whether this container has one for itself, from which the hive's proxy is the way out; else others
+    see its abstract sockets
+    shared_loopback: whether other users of the machine are on its loopback
     """
     adopt_orphans()
     if not own_network:
@@ -89,8 +92,9 @@ async def serve(
         if life_fd is not None:
             tasks.start_soon(_end_with_pipe, life_fd, tasks.cancel_scope)
         tasks.start_soon(_keep_link, link, exit_codes, tasks.cancel_scope)
-        model: int = await tasks.start(serve_loopback, f"{run_dir}/model.sock")
-        egress: int = await tasks.start(serve_loopback, f"{run_dir}/egress.sock") if own_network else 0
+        lead_out = partial(serve_loopback, shared=shared_loopback)
+        model: int = await tasks.start(lead_out, f"{run_dir}/model.sock")
+        egress: int = await tasks.start(lead_out, f"{run_dir}/egress.sock") if own_network else 0
         with stop.cuts_wait():
             await link.welcomed.wait()
         if link.welcomed.is_set():

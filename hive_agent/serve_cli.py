@@ -120,6 +120,7 @@ async def _serve(arguments: argparse.Namespace, role: str) -> int:
         seat_maker(arguments),
         role=role,
         own_network=arguments.network == "private",
+        shared_loopback=arguments.network == "host" or arguments.sandbox == "none",
         life_fd=arguments.life_fd,
         orphan_grace_s=arguments.orphan_grace,
     )

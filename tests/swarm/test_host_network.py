@@ -14,12 +14,13 @@ from tests.swarm.test_outlive import WELCOME, open_swarm, pid_of, spawn
 
 
 def _rule(port: int, name: str, number: int) -> dict[str, Any]:
-    """Asked so for the time `number` iris tells whether it reaches a port of the host's loopback, and whether an
-    abstract socket."""
+    """Asked so for the time `number` iris tells whether it reaches a port of the host's loopback, whether an abstract
+    socket, and whether its way to the model, which no other user of the machine may take, is open to itself."""
     connect = f"import socket; socket.create_connection(('127.0.0.1', {port}))"
     knock = f"import socket; socket.socket(socket.AF_UNIX).connect(chr(0) + '{name}')"
     run = f'{sys.executable} -c "{connect}" 2>/dev/null && echo reaches it || echo is alone'
-    run += f'; {sys.executable} -c "{knock}" 2>/dev/null && echo and a socket; true'
+    run += f'; {sys.executable} -c "{knock}" 2>/dev/null && echo and a socket'
+    run += "; curl -s $ANTHROPIC_BASE_URL | grep -q 'the relay of this hive' || echo not its model; true"
     told = {"to": "operator", "body": f"{number}: iris {{found}}"}
     return {
         "from": "operator",

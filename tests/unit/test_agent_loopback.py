@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
+import pytest
 import trio
 
 from hive_agent.loopback import serve_loopback
@@ -26,9 +31,9 @@ async def open_model(path: Path, handler: Handler) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def open_loopback(path: Path) -> AsyncIterator[int]:
+async def open_loopback(path: Path, *, shared: bool = False) -> AsyncIterator[int]:
     async with trio.open_nursery() as nursery:
-        port: int = await nursery.start(serve_loopback, str(path))
+        port: int = await nursery.start(partial(serve_loopback, shared=shared), str(path))
         with trio.fail_after(PATIENCE_S):
             yield port
         nursery.cancel_scope.cancel()
@@ -111,3 +116,63 @@ async def test_a_program_that_goes_away_hangs_up_on_the_host(tmp_path: Path) -> 
         program = await trio.open_tcp_stream("127.0.0.1", port)
         await program.aclose()
         await heard_end.wait()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::ffff:127.0.0.1"])
+async def test_on_a_loopback_with_others_its_own_user_is_let_through(tmp_path: Path, host: str) -> None:
+    path = tmp_path / "model.sock"
+    async with (
+        open_model(path, echo_after_the_end),
+        open_loopback(path, shared=True) as port,
+        await trio.open_tcp_stream(host, port) as program,
+    ):
+        await program.send_all(b"ours")
+        await program.send_eof()
+        assert await read_all(program) == b"ours"
+
+
+ANOTHER_USER = """
+import encodings.idna, os, socket, sys  # what the user may read no more
+os.setuid(int(sys.argv[2]))
+with socket.create_connection(("127.0.0.1", int(sys.argv[1])), 60) as sock:
+    sock.sendall(b"POST /v1/messages HTTP/1.1\\r\\n\\r\\n" + bytes(100_000))
+    sys.stdout.write(sock.makefile().read())
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root becomes another user")
+async def test_on_a_loopback_with_others_another_user_is_refused_in_a_line_and_told_of_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    heard: list[trio.SocketStream] = []
+
+    async def hear(stream: trio.SocketStream) -> None:
+        heard.append(stream)
+
+    path = tmp_path / "model.sock"
+    async with open_model(path, hear), open_loopback(path, shared=True) as port:
+        for _ in range(2):
+            command = [sys.executable, "-c", ANOTHER_USER, str(port), "4242"]
+            answer = (await trio.run_process(command, capture_stdout=True)).stdout.decode()
+            assert answer.startswith("HTTP/1.1 403 Forbidden")
+            assert answer.splitlines()[-1].endswith("lets its own user through alone")
+    assert not heard
+    assert capfd.readouterr().err == "refused uid 4242 a connection to this agent's loopback port\n"
+
+
+async def test_on_a_loopback_with_others_nobody_is_let_through_who_is_gone_already(tmp_path: Path) -> None:
+    heard: list[bytes] = []
+
+    async def hear(stream: trio.SocketStream) -> None:
+        heard.append(await read_all(stream))
+        await stream.aclose()
+
+    path = tmp_path / "model.sock"
+    async with open_model(path, hear), open_loopback(path, shared=True) as port:
+        with socket.create_connection(("127.0.0.1", port)) as gone:
+            gone.sendall(b"a socket that nobody holds is shown as root's")
+        async with await trio.open_tcp_stream("127.0.0.1", port) as program:
+            await program.send_all(b"ours")
+            await program.send_eof()
+            assert await read_all(program) == b""
+    assert heard == [b"ours"]
