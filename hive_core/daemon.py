@@ -59,7 +59,7 @@ from hive_core.sockets.http import serve_asgi
 from hive_core.sockets.tcp import listen_dashboard
 from hive_core.sockets.unix import listen_unix, serve_unix
 from hive_core.store.door import Store, open_store
-from hive_core.store.schema import StoreBusy
+from hive_core.store.errors import StoreBusy
 from hive_core.systemd import notify, serve_watchdog
 
 log = logging.getLogger(__name__)

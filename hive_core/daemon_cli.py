@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     from hive_core.config import load_config
     from hive_core.logs import set_up_logs
-    from hive_core.store.schema import StoreError
+    from hive_core.store.errors import StoreError
 
     try:
         _check_current_directory()
@@ -106,7 +106,7 @@ def _check(file: str) -> int:
 
 def _explain(exc: BaseException) -> int:
     """One line for what a person can mend; a trace for what is our bug."""
-    from hive_core.store.schema import StoreError
+    from hive_core.store.errors import StoreError
 
     while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
         exc = exc.exceptions[0]

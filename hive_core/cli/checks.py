@@ -39,7 +39,8 @@ from hive_core.sockets.tcp import listen_dashboard, listen_tcp
 from hive_core.sockets.unix import listen_unix
 from hive_core.store.ballast import BALLAST_BYTES, ROOM_BYTES
 from hive_core.store.door import open_writer
-from hive_core.store.schema import StoreError, cannot_open, check_ours
+from hive_core.store.errors import StoreError, cannot_open
+from hive_core.store.schema import check_ours
 from hive_core.version import __version__
 
 DAEMON_PATIENCE_S = 5.0

@@ -11,7 +11,7 @@ from hive_core.services.approvals import Approval, Approvals, show_again
 from hive_core.services.under_way import check_alone
 from hive_core.store.bus import APPROVED
 from hive_core.store.door import Store
-from hive_core.store.schema import StoreError
+from hive_core.store.errors import StoreError
 from hive_core.store.writer import Transaction
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from hive_core.services.forge_notices import (
     told_before,
 )
 from hive_core.services.forges import FORGES, Registered, all_forges, note_look
-from hive_core.store.schema import StoreError
+from hive_core.store.errors import StoreError
 
 log = logging.getLogger(__name__)
 CLOCKS_APART_MS = 5 * 60_000  # by which a forge's may be behind ours

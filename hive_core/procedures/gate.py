@@ -52,7 +52,7 @@ from hive_core.services.systems import note_deployed
 from hive_core.services.under_way import check_alone, ground
 from hive_core.store.bus import APPROVED, DEPLOYED, WANTED
 from hive_core.store.door import Store
-from hive_core.store.schema import StoreError
+from hive_core.store.errors import StoreError
 from hive_core.store.writer import Transaction
 
 log = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ from hive_core.protocol.words import AgentName, ProjectName
 from hive_core.services.projects import PROJECTS, Projects, Registered, no_such_project, taken
 from hive_core.store.bus import DEPLOYED, WANTED
 from hive_core.store.door import Store
-from hive_core.store.schema import StoreError
+from hive_core.store.errors import StoreError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -26,7 +26,7 @@ from hive_core.services.container_states import ContainerStates, forget_restart
 from hive_core.services.notices import notice, tell_manager
 from hive_core.services.post import put_message
 from hive_core.store.door import Store
-from hive_core.store.schema import StoreBusy
+from hive_core.store.errors import StoreBusy
 from hive_core.store.writer import Transaction
 
 log = logging.getLogger(__name__)

@@ -45,7 +45,7 @@ from hive_core.services.reopening import Reopening
 from hive_core.services.rests import IS_DUE, REST_MOST_S, far_ms
 from hive_core.store.bus import CREDENTIALS, DEPLOYED
 from hive_core.store.door import BUSY_REST_S, Store
-from hive_core.store.schema import StoreBusy
+from hive_core.store.errors import StoreBusy
 from hive_core.store.writer import Transaction
 
 log = logging.getLogger(__name__)

@@ -42,7 +42,7 @@ from hive_core.services.rests import OWN_TRIES, own_rest_s, provider_rest_s, set
 from hive_core.services.turn_ends import Told, TurnEnd, end_seat, too_full
 from hive_core.store.bus import RESTING, TURN_ENDS, mail
 from hive_core.store.door import Store
-from hive_core.store.schema import StoreError
+from hive_core.store.errors import StoreError
 from hive_core.store.writer import Transaction
 
 log = logging.getLogger(__name__)

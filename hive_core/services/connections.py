@@ -18,7 +18,7 @@ import trio
 from hive_core.limits import Limits
 from hive_core.protocol.words import AgentName
 from hive_core.store.door import Store
-from hive_core.store.schema import StoreBusy
+from hive_core.store.errors import StoreBusy
 from hive_core.store.writer import Transaction
 
 CONNECTED = "connected"  # the bus topic: what is told of connections has changed

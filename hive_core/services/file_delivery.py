@@ -27,7 +27,7 @@ from hive_core.protocol.visible import counted
 from hive_core.protocol.words import SYSTEM, AgentName
 from hive_core.services.bodies import FILE_PIECE_BYTES, open_kept
 from hive_core.store.door import Store
-from hive_core.store.schema import StoreError
+from hive_core.store.errors import StoreError
 from hive_core.trees import open_folder, remove_tree
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from hive_core.services.charges import DAY_MS, ESTIMATED_OUTPUT, FREE_PATHS, Bil
 from hive_core.services.turn_costs import TurnCost, TurnCosts
 from hive_core.store.bus import TURN_ENDS
 from hive_core.store.door import Store
-from hive_core.store.schema import StoreBusy, StoreError
+from hive_core.store.errors import StoreBusy, StoreError
 from hive_core.store.writer import Transaction
 from hive_core.usage import Call
 

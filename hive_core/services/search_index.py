@@ -15,7 +15,7 @@ import trio
 
 from hive_core.store.bus import EVENTS
 from hive_core.store.door import Store
-from hive_core.store.schema import StoreBusy
+from hive_core.store.errors import StoreBusy
 from hive_core.store.writer import Transaction
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from hive_core.protocol.words import SYSTEM, AgentName
 from hive_core.services.charges import UNSURE_OF_TURN
 from hive_core.store.bus import stream
 from hive_core.store.door import Store
-from hive_core.store.schema import StoreBusy
+from hive_core.store.errors import StoreBusy
 from hive_core.store.writer import Transaction
 
 LINES_PER_TURN = 12_000

@@ -21,7 +21,8 @@ from trio_asyncio import aio_as_trio
 
 from hive_core.store.ballast import Ballast
 from hive_core.store.bus import APPROVED, EVENTS, WANTED, Bus, mail
-from hive_core.store.schema import StoreBusy, StoreError, cannot_open, check_ours, migrate
+from hive_core.store.errors import StoreBusy, StoreError, cannot_open
+from hive_core.store.schema import check_ours, migrate
 from hive_core.store.writer import Transaction, Writer
 
 log = logging.getLogger(__name__)

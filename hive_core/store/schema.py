@@ -8,50 +8,10 @@ from contextlib import closing
 from functools import cache
 from importlib import resources
 
-from hive_core.protocol.paths import explain
-from hive_core.protocol.refusal import Refusal
+from hive_core.store.errors import StoreError
 
 # "hive" in ASCII: tells our file from any other sqlite file.
 APPLICATION_ID = 0x68697665
-
-
-class StoreError(Exception):
-    """The database cannot be used; the message says why and names the way out."""
-
-
-def damaged(exc: BaseException) -> bool:
-    """Whether sqlite says that what it reads is no database, or not a whole one."""
-    return getattr(exc, "sqlite_errorname", "").startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT"))
-
-
-def cannot_open(path: object, exc: Exception) -> StoreError:
-    """Why the database at `path` cannot be opened, with the way out."""
-    name = getattr(exc, "sqlite_errorname", "")
-    if isinstance(exc, OSError):
-        why = explain(exc, "state_dir")
-    elif damaged(exc):
-        why = (
-            f"it is no database, or a damaged one ({exc}); restore a backup, or move it away with its -wal and -shm "
-            "to begin anew"
-        )
-    elif name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        why = "another program has it open; end that program"
-    elif name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
-        why = f"{exc}; see who owns it, its -wal and -shm and their directory, or set state_dir to another"
-    elif name.startswith("SQLITE_FULL"):
-        why = "no space is left; make room, or set state_dir to another"
-    else:
-        why = f"{exc}; see whether its disk is well, or set state_dir to another"
-    return StoreError(f"cannot open {path}: {why}")
-
-
-class StoreBusy(Refusal):
-    """The disk takes nothing just now. The store goes on, and so can the caller, later."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__("unavailable", message)
-
-
 Step = tuple[int, str]
 
 

@@ -27,7 +27,7 @@ import trio
 
 from hive_core.store.ballast import Ballast
 from hive_core.store.bus import EVENTS, Bus
-from hive_core.store.schema import StoreBusy, StoreError
+from hive_core.store.errors import StoreBusy, StoreError, is_full, of_the_disk, passes, why_not_now
 from hive_core.store.worker import Worker
 
 T = TypeVar("T")
@@ -145,7 +145,7 @@ class Batches:
             try:
                 run, topics = yield from self._run_together(batch, now_ms)
             except sqlite3.Error as exc:
-                if not _is_full(exc) or self._ballast is None or not self._ballast.free():
+                if not is_full(exc) or self._ballast is None or not self._ballast.free():
                     raise
                 self._roll_back()
                 run, topics = yield from self._run_together(batch, now_ms)
@@ -155,8 +155,8 @@ class Batches:
             error: Exception
             if isinstance(exc, StoreBusy):
                 error = exc
-            elif _passes(exc):
-                error = StoreBusy(f"cannot write now: {_why(exc)}; nothing of this was stored, try again")
+            elif passes(exc):
+                error = StoreBusy(f"cannot write now: {why_not_now(exc)}; nothing of this was stored, try again")
             else:
                 self.failure = self.failure or exc
                 run = list({*batch, *(job for jobs in self._parked.values() for job in jobs)})
@@ -261,7 +261,7 @@ class Batches:
         try:
             results = _call(step, transaction)
         except Exception as exc:
-            if _of_the_disk(exc):
+            if of_the_disk(exc):
                 raise
             if not apart:
                 self._roll_back()
@@ -419,48 +419,6 @@ class Writer(Writes):
         except StopIteration as done:
             value: T = done.value
             return value
-
-
-def _of_the_disk(exc: Exception) -> bool:
-    """Whether sqlite speaks of the file and not of the statement: then it is everybody's trouble.
-
-    A full-text index that is not what it was says so by a code of its own; the file around it is whole.
-    """
-    code = getattr(exc, "sqlite_errorcode", 0)
-    return code != sqlite3.SQLITE_CORRUPT_VTAB and code & 0xFF in (
-        sqlite3.SQLITE_FULL,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_READONLY,
-        sqlite3.SQLITE_BUSY,
-        sqlite3.SQLITE_CORRUPT,
-        sqlite3.SQLITE_NOTADB,
-        sqlite3.SQLITE_CANTOPEN,
-    )
-
-
-def _passes(exc: Exception) -> bool:
-    """Whether the next write may do better. Not after a failed sync: what the file holds then, nobody knows."""
-    code = getattr(exc, "sqlite_errorcode", 0)
-    return code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE) or code & 0xFF in (
-        sqlite3.SQLITE_FULL,
-        sqlite3.SQLITE_READONLY,
-        sqlite3.SQLITE_BUSY,
-    )
-
-
-def _is_full(exc: sqlite3.Error) -> bool:
-    """The index of the log, which sqlite maps into memory, says by its own name that it cannot grow."""
-    return exc.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
-
-
-def _why(exc: Exception) -> str:
-    """What the disk has against a write that may go through later, with the way out."""
-    code = getattr(exc, "sqlite_errorcode", 0)
-    if isinstance(exc, sqlite3.Error) and _is_full(exc):
-        return "no space is left on the disk of the hive's state_dir; make room there"
-    if code & 0xFF == sqlite3.SQLITE_BUSY:
-        return "another program has the hive's database locked; end that program"
-    return f"the disk of the hive's state_dir takes no writes ({exc}); see whether it is read-only"
 
 
 def next_batch(queued: list[Job]) -> tuple[list[Job], list[Job]]:

@@ -16,7 +16,7 @@ import trio
 import trio_asyncio
 
 from hive_core.store.door import open_store
-from hive_core.store.schema import StoreError
+from hive_core.store.errors import StoreError
 from tests.proof.disk import Disk, Keep, Operation, record
 from tests.proof.promises import broken_promises
 from tests.proof.small_hive import as_told

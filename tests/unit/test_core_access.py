@@ -17,7 +17,7 @@ from hive_core.services.freeze import Freeze
 from hive_core.services.leases import Lease
 from hive_core.services.turn_ends import Told
 from hive_core.store import writer
-from hive_core.store.schema import StoreBusy
+from hive_core.store.errors import StoreBusy
 from tests.hives import PATIENCE_S, Services, held_writer
 
 IRIS = AgentName("iris")

@@ -21,7 +21,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import BODY_LIMIT_BYTES, INLINE_LIMIT_BYTES, AgentName, MessageBody
 from hive_core.services.bodies import BEGINNING_BYTES, ORPHAN_KEPT_S, Bodies, is_large, piece
 from hive_core.services.broker import Broker
-from hive_core.store.schema import StoreBusy
+from hive_core.store.errors import StoreBusy
 from tests.hives import Services, open_services
 
 IRIS, DAMOCLES, HM1ND, OPERATOR = map(AgentName, ("iris", "damocles", "hm1nd", "operator"))

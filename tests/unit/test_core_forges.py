@@ -20,7 +20,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import ProjectName
 from hive_core.services.forges import Registered, forge_of, note_look
 from hive_core.sockets.admin import AdminDesk
-from hive_core.store.schema import StoreBusy
+from hive_core.store.errors import StoreBusy
 from hive_core.store.writer import Transaction
 from tests.dashboards import hive_of
 from tests.hives import Services, connect, run_hive, serve

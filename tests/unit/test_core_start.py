@@ -18,7 +18,7 @@ from hive_core.daemon import _templates, manager_prompt, take_lock
 from hive_core.protocol.refusal import Refusal
 from hive_core.sockets.tcp import listen_dashboard
 from hive_core.store.door import open_store
-from hive_core.store.schema import StoreError
+from hive_core.store.errors import StoreError
 from tests.needs import ROOT
 
 # -- the database -----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from hive_core.services.events import PAGE, events_after, follow_events, newest_
 from hive_core.store import schema
 from hive_core.store.bus import EVENTS, Bus, mail
 from hive_core.store.door import Store, open_store
-from hive_core.store.schema import StoreError
+from hive_core.store.errors import StoreError
 from hive_core.store.writer import Transaction
 from tests.hives import PATIENCE_S, Services, held_writer, run_in_hive, second_look, wait_until
 from tests.needs import ROOT
@@ -520,7 +520,7 @@ FILLS_THE_DISK = """
 import json, resource, signal, sys, trio, trio_asyncio
 from pathlib import Path
 from hive_core.store.door import open_store
-from hive_core.store.schema import StoreBusy
+from hive_core.store.errors import StoreBusy
 
 async def main():
     answered = []

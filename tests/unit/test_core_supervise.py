@@ -14,7 +14,7 @@ from hive_core.containers.running import Exit
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.services.stopped import stopped
-from hive_core.store.schema import StoreBusy
+from hive_core.store.errors import StoreBusy
 from tests.scripted_driver import Container, House, open_house
 
 IRIS = AgentName("iris")

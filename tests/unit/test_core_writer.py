@@ -17,7 +17,7 @@ import trio_asyncio
 from hive_core.protocol.refusal import Refusal
 from hive_core.store.bus import Bus
 from hive_core.store.door import Store, open_store
-from hive_core.store.schema import StoreBusy, StoreError
+from hive_core.store.errors import StoreBusy, StoreError
 from hive_core.store.worker import Worker
 from hive_core.store.writer import BATCH_LIMIT, PARAMETERS_LIMIT, Transaction
 from tests.hives import PATIENCE_S, held_writer, second_look
