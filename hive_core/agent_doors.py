@@ -17,7 +17,7 @@ from dashboard.app import at_home, build_app
 from hive_core.config import Config
 from hive_core.containers.mounts import AgentDirs, agent_dirs, run_dir
 from hive_core.hive import Hive
-from hive_core.procedures.supervise import Desk
+from hive_core.procedures.desk import Desk
 from hive_core.protocol.words import MANAGER, AgentName
 from hive_core.services.agents import Agent
 from hive_core.sockets.git import GitDesk

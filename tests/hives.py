@@ -30,9 +30,9 @@ from hive_core.limits import Limits
 from hive_core.policy_rules import Rule
 from hive_core.prices import load_prices
 from hive_core.procedures.deployments import Deployments, PlainDeployments
+from hive_core.procedures.desk import Desk
 from hive_core.procedures.gate import Gate
 from hive_core.procedures.reconcile import Reconciler
-from hive_core.procedures.supervise import Desk
 from hive_core.procedures.walk import Walk
 from hive_core.protocol.words import OPERATOR, AgentName, parse_agent_name, parse_body
 from hive_core.services.access import Access

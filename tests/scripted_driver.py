@@ -15,8 +15,8 @@ import trio.testing
 from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.running import Exit
 from hive_core.limits import Limits
+from hive_core.procedures.desk import Desk
 from hive_core.procedures.reconcile import Reconciler
-from hive_core.procedures.supervise import Desk
 from hive_core.protocol.words import AgentName
 from hive_core.services.agents import Agent, Agents, Live, set_deployed
 from hive_core.services.background import Background

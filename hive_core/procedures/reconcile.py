@@ -15,8 +15,9 @@ from hive_core.containers.driver import Driver
 from hive_core.containers.mounts import AgentDirs
 from hive_core.git.agent_locks import AgentLocks
 from hive_core.limits import Limits
+from hive_core.procedures.desk import Desk
 from hive_core.procedures.starts import Starts
-from hive_core.procedures.supervise import KILL_PATIENCE_S, Desk, Supervisor, Tools
+from hive_core.procedures.supervise import KILL_PATIENCE_S, Supervisor, Tools
 from hive_core.procedures.trials import Trial
 from hive_core.procedures.updates import Updates
 from hive_core.protocol.refusal import Refusal

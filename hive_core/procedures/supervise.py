@@ -7,7 +7,6 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import trio
 
@@ -15,6 +14,7 @@ from hive_core.containers.driver import Driver
 from hive_core.containers.mounts import AgentDirs
 from hive_core.containers.running import Exit, Running
 from hive_core.limits import Limits
+from hive_core.procedures.desk import Desk
 from hive_core.procedures.starts import Starts
 from hive_core.protocol.ends import how_ended
 from hive_core.protocol.paths import explain
@@ -34,47 +34,6 @@ KILL_PATIENCE_S = 10.0
 TROUBLE_REST_S = 30.0  # before it is tried again
 AWAY_REST_S = 5.0  # and where all that is missing is whoever would do it
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class CheckEnd(Protocol):
-    @property
-    def error(self) -> str:
-        """In a sentence; empty where all was well."""
-
-    @property
-    def reason(self) -> str | None:
-        """One of protocol.harness.REASONS, where it was told."""
-
-
-class Desk(Protocol):
-    """What is asked and told of an agent's harness."""
-
-    said_hello: trio.Event
-
-    def expect(self) -> None:
-        """Its container is started: what is known of the harness before does not hold for the next one."""
-
-    @property
-    def asked_to_stop(self) -> bool:
-        """Whether its harness is to end at its turn's edge."""
-
-    def ask_to_stop(self) -> None:
-        """Let the harness end at its turn's edge."""
-
-    def call_at_edges(self, call: Callable[[], None]) -> None:
-        """Call this whenever the harness is between two turns; it may ask it to stop."""
-
-    async def hung(self) -> str:
-        """Return why the harness of a container that runs counts as hung, once it does."""
-
-    def hold(self, held: bool) -> None:
-        """Let no turn begin while it is held, though its harness stays."""
-
-    async def check(self, prompt: str | None = None) -> CheckEnd | None:
-        """Have its harness, which is held and has said hello, see whether its program comes up, and answers a prompt.
-
-        None of a harness that cannot be asked.
-        """
 
 
 async def _nothing(name: AgentName) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import trio
 
 from hive_core.procedures.coming_up import End, how_it_came_up
-from hive_core.procedures.supervise import CheckEnd, Supervisor, Tools
+from hive_core.procedures.desk import CheckEnd
+from hive_core.procedures.supervise import Supervisor, Tools
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import quoted
 from hive_core.protocol.words import AgentName

@@ -16,8 +16,8 @@ import trio
 from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.running import Running
 from hive_core.limits import Limits
+from hive_core.procedures.desk import Desk
 from hive_core.procedures.reconcile import Reconciler
-from hive_core.procedures.supervise import Desk
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.services.agents import LIVE, Agent
 from hive_core.sockets.harness import HarnessDesk

@@ -11,7 +11,7 @@ import trio
 
 from hive_core.hive import Hive
 from hive_core.limits import Limits
-from hive_core.procedures.supervise import Desk
+from hive_core.procedures.desk import Desk
 from hive_core.protocol.words import OPERATOR, AgentName
 from hive_core.services.agents import Agent
 from hive_core.services.background import Background
