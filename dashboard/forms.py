@@ -22,7 +22,7 @@ from hive_core.protocol.words import (
     parse_agent_name,
 )
 from hive_core.services.attachments import body_with
-from hive_core.services.questions import parse_answer
+from hive_core.services.question_words import parse_answer
 
 Mover = Callable[[int, AgentName], Awaitable[list[str]]]
 

@@ -34,7 +34,7 @@ from hive_core.services.agents import LIVE
 from hive_core.services.events import events_after, first_kept, timeline
 from hive_core.services.flow import messages_of_turns, these_messages
 from hive_core.services.ledger import SPENT
-from hive_core.services.questions import Question
+from hive_core.services.question_words import Question
 from hive_core.store.bus import CREDENTIALS, EVENTS, Listener, stream
 
 REPLAY_LIMIT = 1_000  # events or lines; a page further behind loads itself again

@@ -22,7 +22,7 @@ from hive_core.protocol.visible import counted
 from hive_core.protocol.words import FORGE, MANAGER, OPERATOR, SYSTEM
 from hive_core.services.agents import Agent
 from hive_core.services.approvals import Approval
-from hive_core.services.questions import Question
+from hive_core.services.question_words import Question
 from hive_core.settings import EFFORTS
 
 MODELS = ("opus", "sonnet", "haiku")  # that the page offers; any other can be chosen by name

@@ -430,3 +430,19 @@ def put_message(
     letter = Letter(sender, (recipient,), body, in_reply_to, cause=cause)
     answer = post(tx, [letter], limits or Limits())[0].unwrap()
     return int(answer["message"])
+
+
+def post_counted(tx: Transaction, letter: Letter, limits: Limits) -> dict[str, Any] | Refusal:
+    """Send as a part of a change. A refusal is a value here: what `post` counted of it has to stay."""
+    try:
+        sent: dict[str, Any] = post(tx, [letter], limits)[0].unwrap()
+    except Refusal as refusal:
+        return refusal
+    return sent
+
+
+def unless_refused(result: dict[str, Any] | Refusal) -> dict[str, Any]:
+    """What `post_counted` gave, once the change is stored. Raises the Refusal that it was."""
+    if isinstance(result, Refusal):
+        raise result
+    return result

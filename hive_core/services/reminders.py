@@ -14,8 +14,7 @@ from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import instant
 from hive_core.protocol.words import NOTE_LIMIT_BYTES, SYSTEM, AgentName, parse_instant, parse_text, shown
 from hive_core.services.notices import notice
-from hive_core.services.post import Cause, Letter, no_room
-from hive_core.services.questions import post_counted
+from hive_core.services.post import Cause, Letter, no_room, post_counted
 from hive_core.services.tool_calls import once
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction

@@ -24,8 +24,7 @@ from hive_core.protocol.words import (
     shown,
 )
 from hive_core.services.absent import no_such_agent
-from hive_core.services.post import Cause, Letter, no_room
-from hive_core.services.questions import post_counted, unless_refused
+from hive_core.services.post import Cause, Letter, no_room, post_counted, unless_refused
 from hive_core.services.tool_calls import first_answer, once
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction

@@ -38,7 +38,7 @@ from hive_core.services.configured import all_configured
 from hive_core.services.events import follow_events, newest_events
 from hive_core.services.flow import count_aside
 from hive_core.services.life import life_of
-from hive_core.services.questions import parse_answer
+from hive_core.services.question_words import parse_answer
 from hive_core.services.schedules import parse_plan
 from hive_core.services.stopped import stopped
 from hive_core.sockets.admin_approvals import approval_streams, approval_verbs, caller_uid

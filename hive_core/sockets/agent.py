@@ -32,7 +32,7 @@ from hive_core.services.broker import Broker
 from hive_core.services.configured import all_configured
 from hive_core.services.loose_ends import LooseEnds
 from hive_core.services.profiles import set_profile, set_status
-from hive_core.services.questions import parse_answer, parse_ask
+from hive_core.services.question_words import parse_answer, parse_ask
 from hive_core.services.refused_requests import noting_a_refusal
 from hive_core.services.reminders import When
 from hive_core.services.withdrawal import withdraw_thread

@@ -9,7 +9,7 @@ import trio
 
 from hive_core.limits import Limits
 from hive_core.protocol.words import OPERATOR, AgentName
-from hive_core.services.questions import Ask
+from hive_core.services.question_words import Ask
 from tests.dashboards import hive_of, served
 from tests.hives import open_services
 from tests.needs import ROOT

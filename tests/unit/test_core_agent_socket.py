@@ -19,7 +19,7 @@ from hive_core.protocol.lines import LINE_LIMIT_BYTES
 from hive_core.protocol.visible import hides
 from hive_core.protocol.words import BODY_LIMIT_BYTES, MANAGER, OPERATOR, AgentName
 from hive_core.services.background import Work
-from hive_core.services.questions import Ask
+from hive_core.services.question_words import Ask
 from hive_core.services.reminders import When
 from hive_core.sockets.agent import SEARCHES_LIMIT, WAITS_LIMIT, serve_agent
 from tests.hives import PATIENCE_S, Services, connect, held_writer, run_in_hive, serve, wait_until

@@ -13,7 +13,7 @@ from hive_core.protocol.words import OPERATOR, AgentName, parse_body
 from hive_core.services.archive import _NEWEST_OF_AGENT, Archive, Query, _whose
 from hive_core.services.leases import begin_turn
 from hive_core.services.post import Letter, forget_depth, post
-from hive_core.services.questions import Ask
+from hive_core.services.question_words import Ask
 from hive_core.services.rests import Rests
 from hive_core.services.retention import Retention
 from hive_core.services.turn_ends import TurnEnd

@@ -18,7 +18,7 @@ from hive_core.protocol.words import MANAGER, OPERATOR, AgentName, parse_body
 from hive_core.services import withdrawal
 from hive_core.services.post import Letter, post
 from hive_core.services.profiles import set_status
-from hive_core.services.questions import Answer, Ask
+from hive_core.services.question_words import Answer, Ask
 from hive_core.services.reminders import When
 from hive_core.services.schedules import parse_plan
 from hive_core.services.withdrawal import withdraw_thread

@@ -11,7 +11,7 @@ from trio.testing import MockClock
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.services.events import events_after, newest_events
-from hive_core.services.questions import Ask
+from hive_core.services.question_words import Ask
 from hive_core.services.refused_requests import TOLD_PER_HOUR
 from hive_core.sockets.admin_lifecycle import lifecycle_verbs
 from tests.dashboards import hive_of

@@ -23,7 +23,7 @@ from hive_core.services.archive import Archive, Query
 from hive_core.services.broker import Broker
 from hive_core.services.leases import Take
 from hive_core.services.post import Cause, Letter, post, put_message
-from hive_core.services.questions import Ask
+from hive_core.services.question_words import Ask
 from hive_core.settings import parse_agent_toml
 from tests.hives import PATIENCE_S, Services, held_writer, open_services
 

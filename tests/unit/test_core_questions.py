@@ -17,20 +17,19 @@ from hive_core.procedures.clock import serve_clock
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import INLINE_LIMIT_BYTES, OPERATOR, AgentName
 from hive_core.services.leases import Turn
-from hive_core.services.questions import (
+from hive_core.services.question_words import (
     ANSWER_LIMIT_BYTES,
-    OPEN_LIMIT,
     OPTION_LIMIT_BYTES,
     OPTIONS_LIMIT,
     QUESTION_LIMIT_BYTES,
     Answer,
     Ask,
     Question,
-    Questions,
     fit,
     parse_answer,
     parse_ask,
 )
+from hive_core.services.questions import OPEN_LIMIT, Questions
 from hive_core.services.withdrawal import withdraw_thread
 from hive_core.store.writer import Transaction
 from tests.hives import Services, open_services, run_in_hive, wait_until

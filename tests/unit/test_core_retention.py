@@ -17,7 +17,7 @@ from hive_core.services import history
 from hive_core.services.archive import Archive, Query
 from hive_core.services.connections import Connections
 from hive_core.services.life import life_of
-from hive_core.services.questions import Answer, Ask
+from hive_core.services.question_words import Answer, Ask
 from hive_core.services.reminders import When
 from hive_core.services.retention import Retention
 from hive_core.services.schedules import parse_plan

@@ -19,7 +19,7 @@ from hive_core.limits import Limits
 from hive_core.procedures.clock import Timer, serve_clock
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
-from hive_core.services.questions import Ask
+from hive_core.services.question_words import Ask
 from hive_core.services.reminders import OPEN_LIMIT, Reminders, When
 from hive_core.services.schedules import LATE_MOST_MS, Due, Interval, Schedules, due_at, parse_plan
 from hive_core.store.writer import Transaction

@@ -20,7 +20,7 @@ from hive_core.protocol.words import MANAGER, OPERATOR, AgentName
 from hive_core.services.agents import set_deployed
 from hive_core.services.approvals import Request, Shown, put_request
 from hive_core.services.budgets import THE_HIVE, Budgets, parse_change
-from hive_core.services.questions import Ask
+from hive_core.services.question_words import Ask
 from hive_core.services.reminders import When
 from hive_core.services.schedules import parse_plan
 from hive_core.services.tombstones import TOMBSTONES, Tombstone, Tombstones, parse_tombstone
