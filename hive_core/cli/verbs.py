@@ -189,17 +189,7 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
             (("--every",), {"type": seconds(30), "metavar": "SECONDS", "help": "instead: once in so many"}),
         ],
     ),
-    "project": (
-        "projects.project",
-        "the repositories that agents work on: register one, fetch it now, forget it",
-        [
-            (("what",), {"nargs": "?", "choices": ["list", "add", "fetch", "rm"], "default": "list"}),
-            (("words",), {"nargs": "*", "metavar": "NAME [PATH|URL]", "help": "add: its name, and where it is"}),
-            (("--key",), {"metavar": "FILE", "help": "the private key for a repository that is reached by ssh"}),
-            (("--token",), {"metavar": "FILE", "help": "the token for one that is reached by https; -: from stdin"}),
-            (("--host-key",), {"metavar": "LINE", "help": "the ssh server's, as ssh-keyscan tells it; else its first"}),
-        ],
-    ),
+    **REACH_VERBS,
     "loose-ends": (
         "questions.loose_ends",
         "what waits on you, and what you wait for",
@@ -371,17 +361,6 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
             ),
         ],
     ),
-    "reach": (
-        "reach.reach",
-        "what an agent talked to, and what it was refused",
-        [
-            (("agent",), {"metavar": "NAME"}),
-            (
-                ("--since",),
-                {"metavar": "24h|7d|DATE", "default": "7d", "help": "hours back; days of UTC, with today (7d)"},
-            ),
-        ],
-    ),
     "budget": (
         "spend.budget",
         "how much the hive or an agent may spend: a warning, then a stop",
@@ -396,7 +375,6 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
             (("--warn",), {"type": _whole, "metavar": "PERCENT", "help": "when to warn; 80 when absent"}),
         ],
     ),
-    **REACH_VERBS,
     "events": (
         "hive.events",
         "what people did and what changed",
