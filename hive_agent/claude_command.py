@@ -43,7 +43,8 @@ def flags(seat: Seat, settings: Settings) -> list[str]:
     extra = {name: _server(server) for name, server in settings.get("mcp_servers", {}).items()}
     servers = {"mcpServers": {**extra, "hive": {"command": python, "args": arguments}}}
     chosen = ["--print", "--verbose", "--input-format", "stream-json", "--output-format", "stream-json"]
-    chosen += ["--mcp-config", json.dumps(servers), "--strict-mcp-config"]
+    # As short as it can be: one argument has 128 KiB at most.
+    chosen += ["--mcp-config", json.dumps(servers, ensure_ascii=False), "--strict-mcp-config"]
     # Only what is listed is on; all others stay off, the program's own messaging, scheduling and web among them.
     offered = settings["extras"]["offered"] if "extras" in settings else []
     more = [SKILL] if offered and SKILL not in settings["tools"] else []

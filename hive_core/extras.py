@@ -19,6 +19,7 @@ SKILL_FILE, PLUGIN_FILE = "SKILL.md", ".claude-plugin/plugin.json"
 HOOKS_FILE, SERVERS_FILE = "hooks/hooks.json", ".mcp.json"
 DESCRIPTION_LIMIT = 1024  # characters
 OFFERED_LIMIT = 200  # skills and commands, of all plugins together
+OFFERED_LIMIT_BYTES = 32 * 1024  # their names and descriptions: they stand behind the prompt, in one argument with it
 # What a prompt that begins with / already is to the program; the hive uses some of them.
 RESERVED = frozenset({"clear", "compact", "config", "context", "cost", "init", "usage"})
 
@@ -33,7 +34,10 @@ _ABOUT = frozenset({"name", "version", "description", "author", "homepage", "rep
 _KEY = re.compile(r"([A-Za-z_][\w-]*)[ \t]*:(?:[ \t]+(.*)|[ \t]*)")
 _BLOCK = re.compile(r"[|>][+-]?\d?[+-]?")
 _ENDS = re.compile("\r\n|[\r\n\x85\u2028\u2029]")  # whatever some YAML takes for the end of a line
-_INLINE = re.compile(r"!`|^```!", re.MULTILINE)
+_INLINE = re.compile("!`|```!")  # as the program looks for them: anywhere in a line
+# What the hooks of each type run or ask, and what of a hook is no more than how it is shown.
+_RUN_BY = {"command": "command", "prompt": "prompt", "agent": "prompt", "http": "url"}
+_SHOWN_BY = frozenset({"type", "timeout", "statusMessage"})
 
 
 class BadExtra(ValueError):
@@ -81,6 +85,10 @@ class Extras:
         return bool(self.skills or self.plugins)
 
     @property
+    def offered(self) -> list[Offered]:
+        return [one for extra in (*self.skills.values(), *self.plugins.values()) for one in extra.offered]
+
+    @property
     def files(self) -> dict[str, ExtraFile]:
         """By their paths in the repository."""
         return {
@@ -102,12 +110,11 @@ class Extras:
 
     def to_wire(self) -> dict[str, Any]:
         """As it travels to the harness: protocol.harness.Extras."""
-        offered = [one for extra in (*self.skills.values(), *self.plugins.values()) for one in extra.offered]
         return {
             "digest": self.digest,
             "skills": list(self.skills),
             "plugins": list(self.plugins),
-            "offered": [one._asdict() for one in offered],
+            "offered": [one._asdict() for one in self.offered],
         }
 
 
@@ -122,6 +129,9 @@ def parse_extras(skills: Collection[str], plugins: Collection[str], files: Mappi
     )
     if (count := sum(len(extra.offered) for extra in extras.plugins.values())) > OFFERED_LIMIT:
         raise BadExtra(f"{PLUGINS}: they bring {count} skills and commands, and the limit is {OFFERED_LIMIT}")
+    if (size := sum(len("".join(one).encode()) for one in extras.offered)) > OFFERED_LIMIT_BYTES:
+        why = f"have {size:,} bytes together, and the limit is {OFFERED_LIMIT_BYTES:,}; shorten the descriptions"
+        raise BadExtra(f"{SKILLS} and {PLUGINS}: the names and descriptions of what they bring {why}")
     return extras
 
 
@@ -171,21 +181,27 @@ def _plugin(where: str, name: str, files: Mapping[str, ExtraFile]) -> Extra:
     powers = [*_hooks(where, files), *_servers(where, files)]
     offered: list[Offered] = []
     for path, file in files.items():
-        parts = path.split("/")
-        if parts[0] == "skills" and len(parts) == 3 and parts[2] == SKILL_FILE:
-            called = f"{name}:{parts[1]}"
-        elif parts[0] == "commands" and len(parts) == 2 and path.endswith(".md"):
-            called = f"{name}:{parts[1].removesuffix('.md')}"
-        else:
+        if not path.endswith(".md"):
             continue
+        # Also of an agent, and of a command in a folder: wherever the program takes a text, its head is read.
         front = parse_front_matter(file.text)
         powers += [f"{path} {power}" for power in _front_powers(file.text, front)]
-        if not _is_set(front, "disable-model-invocation"):
-            offered.append(_offered(where, path, called, front))
+        if (called := _called(path)) and not _is_set(front, "disable-model-invocation"):
+            offered.append(_offered(where, path, f"{name}:{called}", front))
     told = {HOOKS_FILE, SERVERS_FILE, PLUGIN_FILE}
     parts_of = dict.fromkeys(path.split("/")[0] for path in files if path not in told)
     powers += [f"brings {', '.join(parts_of)}"] if parts_of else []
     return Extra(files, tuple(offered), (*powers, *_programs(files)))
+
+
+def _called(path: str) -> str:
+    """What a plugin calls the skill or command that stands there; empty where there is none."""
+    match path.split("/"):
+        case ["skills", name, file] if file == SKILL_FILE:
+            return name
+        case ["commands", file]:
+            return file.removesuffix(".md")
+    return ""
 
 
 def _hooks(where: str, files: Mapping[str, ExtraFile]) -> list[str]:
@@ -200,11 +216,18 @@ def _hooks(where: str, files: Mapping[str, ExtraFile]) -> list[str]:
             for group in groups:
                 at = f"{event} ({group['matcher']})" if group.get("matcher") else event
                 for hook in group["hooks"]:
-                    what = hook.get("command") or hook.get("prompt") or hook.get("url") or ""
-                    told.append(f"hook {at}: {hook['type']} {what}")
+                    told.append(f"hook {at}: {_hook(hook)}")
     except (AttributeError, KeyError, TypeError):
         raise BadExtra(f"{path} is not as hooks are written; `claude plugin validate` says more") from None
     return told
+
+
+def _hook(hook: Mapping[str, Any]) -> str:
+    """Its type and what it runs, and behind that all else that it says: the arguments of a command above all."""
+    run_by = _RUN_BY.get(hook["type"], "")
+    others = {key: value for key, value in hook.items() if key not in _SHOWN_BY and key != run_by}
+    more = [f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in others.items()]
+    return "; ".join([f"{hook['type']} {hook.get(run_by, '')}".strip(), *more])
 
 
 def _servers(where: str, files: Mapping[str, ExtraFile]) -> list[str]:
@@ -254,7 +277,8 @@ def parse_front_matter(text: str) -> dict[str, str]:
     found: dict[str, list[str]] = {}
     key = ""
     for line in lines:
-        if line.rstrip() in ("---", "..."):
+        # No other line ends it: the program reads on behind "...", which in YAML ends a text.
+        if line.rstrip() == "---":
             return {key: _value(parts) for key, parts in found.items()}
         if match := _KEY.fullmatch(line.rstrip()):
             key = match[1]

@@ -302,6 +302,13 @@ def test_a_server_of_which_some_tools_are_allowed_stands_behind_what_keeps_it_to
     assert entry["args"][-6:] == ["only", "find,get", "--", "maps", "--at", "x"]
 
 
+def test_what_agent_toml_can_say_of_servers_fits_into_one_argument() -> None:
+    """The kernel takes 128 KiB of one, and agent.toml 64 KiB."""
+    server = {"command": "maps", "args": ["世" * 4096] * 5, "env": {}}
+    given = value_of("--mcp-config", flags(SEAT, settings(mcp_servers={"maps": server})))
+    assert len(given.encode()) < 65_536
+
+
 EXTRAS = {
     "digest": "d1",
     "skills": ["review"],

@@ -72,10 +72,12 @@ def test_a_skill_of_text_is_told_by_its_size_and_widens_nothing() -> None:
         ("notes.md", "x", True, "programs notes.md"),
         ("SKILL.md", f"{SKILL}!`date`\n", False, "runs commands when it is loaded"),
         ("SKILL.md", f"{SKILL}\n```!\ndate\n```\n", False, "runs commands when it is loaded"),
+        ("SKILL.md", f"{SKILL}\nRead it twice: ```!\ndate\n```\n", False, "runs commands when it is loaded"),
         ("SKILL.md", SKILL.replace("name:", "allowed-tools: Bash\nname:"), False, "sets allowed-tools"),
         ("SKILL.md", SKILL.replace("name:", "hooks:\n  Stop: []\nname:"), False, "sets hooks"),
         ("SKILL.md", SKILL.replace("name:", '"hooks": {}\nname:'), False, 'sets "hooks": {}'),
         ("SKILL.md", SKILL.replace("name:", "version: 1\rhooks: {}\nname:"), False, "sets hooks"),
+        ("SKILL.md", SKILL.replace("text.", 'text.\nlicense: "\n...\n"\nhooks: {}'), False, 'sets ", ..., hooks'),
     ],
 )
 def test_what_of_a_skill_runs_widens_and_is_named(path: str, text: str, executable: bool, power: str) -> None:
@@ -103,6 +105,33 @@ def test_a_plugin_widens_and_its_hooks_and_servers_are_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("hook", "said"),
+    [
+        ({"type": "command", "command": "sh", "args": ["-c", "x.sh"]}, 'command sh; args ["-c", "x.sh"]'),
+        ({"type": "command", "command": "x.sh", "timeout": 5, "async": True}, "command x.sh; async true"),
+        ({"type": "http", "url": "http://a.b/", "command": "x.sh"}, 'http http://a.b/; command "x.sh"'),
+        ({"type": "agent", "prompt": "Look."}, "agent Look."),
+        ({"type": "mcp_tool", "server": "maps", "tool": "find"}, 'mcp_tool; server "maps"; tool "find"'),
+    ],
+)
+def test_a_hook_is_told_with_all_that_decides_what_it_runs(hook: dict[str, object], said: str) -> None:
+    hooks = json.dumps({"hooks": {"Stop": [{"hooks": [hook]}]}})
+    assert f"!plugin files: + fmt: hook Stop: {said}" in told(
+        NONE, parse({**PLUGIN, "plugins/fmt/hooks/hooks.json": hooks})
+    )
+
+
+def test_of_a_plugin_the_head_of_every_text_is_read() -> None:
+    texts = {
+        "plugins/fmt/agents/critic.md": "---\nname: critic\ndescription: d\ntools: Bash\n---\n",
+        "plugins/fmt/commands/deep/fix.md": "Fix it: !`date`\n",
+    }
+    lines = told(NONE, parse({**PLUGIN, **texts}))
+    assert "!plugin files: + fmt: agents/critic.md sets tools" in lines
+    assert "!plugin files: + fmt: commands/deep/fix.md runs commands when it is loaded" in lines
+
+
+@pytest.mark.parametrize(
     ("files", "said"),
     [
         ({"skills/a/x.md": ""}, "skills/a/SKILL.md is missing; write it, or take a out of skills in agent.toml"),
@@ -114,6 +143,10 @@ def test_a_plugin_widens_and_its_hooks_and_servers_are_named() -> None:
         ),
         ({"skills/review/SKILL.md": SKILL, "skills/review/x/SKILL.md": ""}, "a skill holds no other"),
         ({"skills/a/SKILL.md": f"---\ndescription: {'a' * 1025}\n---\n"}, "1,025 characters, and the limit is 1,024"),
+        (
+            {f"skills/a{n}/SKILL.md": f"---\ndescription: {'é' * 1024}\n---\n" for n in range(17)},
+            "what they bring have 34,857 bytes together, and the limit is 32,768; shorten the descriptions",
+        ),
         ({"plugins/fmt/x.md": ""}, "plugins/fmt/.claude-plugin/plugin.json is missing; write it"),
         ({**PLUGIN, "plugins/fmt/.claude-plugin/plugin.json": "{"}, "plugin.json is not JSON; mend it"),
         ({**PLUGIN, "plugins/fmt/.claude-plugin/plugin.json": '{"name": "hive"}'}, "calls itself hive; call it fmt"),
@@ -153,7 +186,7 @@ def test_a_description_is_read_in_the_forms_that_people_write(front: str, descri
 
 @given(head=st.text(), key=st.sampled_from(["hooks", "allowed-tools"]), tail=st.text())
 def test_a_key_that_stands_by_itself_is_found_whatever_is_around_it(head: str, key: str, tail: str) -> None:
-    if all(line.rstrip() not in ("---", "...") for line in f"{head}\n".splitlines()):
+    if all(line.rstrip() != "---" for line in f"{head}\n".splitlines()):
         assert key in parse_front_matter(f"---\n{head}\n{key}: x\n---\n{tail}")
 
 
