@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +41,9 @@ def look_at(path: Path) -> Seen:
 def is_whole(path: Path) -> bool:
     """Whether a program is one file, which can be run from anywhere: a script may need what lies beside it."""
     try:
+        # A pipe would keep whoever opens it waiting.
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False
         with path.open("rb") as opened:
             return opened.read(4) == b"\x7fELF"
     except OSError:

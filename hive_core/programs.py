@@ -41,7 +41,7 @@ def how_to_get_claude(chosen: str | Path | None) -> str:
 
 def native_of(path: Path) -> Path:
     """The native binary behind npm's launcher, where there is one."""
-    real = path.resolve()
+    real = Path(os.path.realpath(path))  # of links in a circle it is the path of one, which nothing can open
     for parent in real.parents:
         if parent.name == "node_modules":
             found = sorted(glob.glob(f"{parent.parent}/{_NATIVE}"))

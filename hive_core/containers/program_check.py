@@ -37,8 +37,12 @@ def check_program(claude: Path, *, inside: bool) -> list[dict[str, str]]:
 def version_of(claude: Path, *, inside: bool) -> str:
     """What it says of itself, "unknown" where that is no version. Blocks. Raises Refusal."""
     done = _run([str(claude), "--version"], claude, inside)
-    first = (done.stdout.split() or [""])[0]
-    return first if done.returncode == 0 and _VERSION.fullmatch(first) else "unknown"
+    return parse_version((done.stdout.split() or [""])[0] if done.returncode == 0 else "")
+
+
+def parse_version(told: str) -> str:
+    """What a program calls its version, "unknown" where that is none: it becomes a part of its copy's name."""
+    return told if _VERSION.fullmatch(told) else "unknown"
 
 
 def _run(command: list[str], claude: Path, inside: bool) -> subprocess.CompletedProcess[str]:

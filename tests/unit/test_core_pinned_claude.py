@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import trio
 
+from hive_core.containers.program_check import parse_version
 from hive_core.hive import Hive
 from hive_core.procedures.pinned_claude import PinnedClaude, version_in
 from hive_core.program_copies import ProgramCopies, digest_of
@@ -250,7 +251,27 @@ def test_a_copy_is_another_file_and_nobody_writes_to_it(tmp_path: Path, installe
     ]
 
 
-@pytest.mark.parametrize("path", ["claude", "", "/a\0b", 7])
+@pytest.mark.parametrize("told", ["", "../../x", "2.1/7", "-2", "2.1.197\n", "2" * 41, "2\u202e1"])
+def test_what_a_program_calls_its_version_never_leads_out_of_the_folder_of_copies(told: str) -> None:
+    assert parse_version(told) == "unknown"
+    assert parse_version("2.1.197-beta+1") == "2.1.197-beta+1"
+
+
+async def test_a_pipe_is_no_program_and_keeps_nobody_waiting(tmp_path: Path, installed: Path) -> None:
+    os.mkfifo(tmp_path / "pipe", 0o755)
+    async with a_hive(tmp_path, installed) as hive:
+        with pytest.raises(Refusal, match="is not a program in one file"):
+            await hive.update_claude.request(str(tmp_path / "pipe"), None)
+
+
+async def test_links_that_lead_in_a_circle_lead_to_no_program(tmp_path: Path, installed: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    async with a_hive(tmp_path, installed) as hive:
+        with pytest.raises(Refusal, match="cannot update claude: "):
+            await hive.update_claude.request(str(tmp_path / "circle"), None)
+
+
+@pytest.mark.parametrize("path", ["claude", "", "/a\0b", "/\ud800", 7])
 async def test_a_path_that_is_none_is_refused(tmp_path: Path, installed: Path, path: object) -> None:
     async with a_hive(tmp_path, installed) as hive:
         with pytest.raises(Refusal) as caught:

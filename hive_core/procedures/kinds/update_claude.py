@@ -14,7 +14,7 @@ from typing import Any
 
 import trio
 
-from hive_core.containers.program_check import check_program
+from hive_core.containers.program_check import check_program, parse_version
 from hive_core.effects import Effect, Line, changed
 from hive_core.procedures.kinds.kind import Asking, Done, Step
 from hive_core.procedures.pinned_claude import PinnedClaude
@@ -24,6 +24,7 @@ from hive_core.program_copies import Seen, is_whole, look_at
 from hive_core.programs import how_to_get_claude, native_of
 from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.visible import hides
 from hive_core.protocol.words import MANAGER, NOTE_LIMIT_BYTES, OPERATOR, SYSTEM, AgentName, parse_text, shown
 from hive_core.services.agents import Agents
 from hive_core.services.approvals import Approval, Request, Shown
@@ -82,8 +83,9 @@ class UpdateClaude:
             if (found := self._pinned.find()) is None:
                 raise Refusal("not_found", f"cannot update claude: {how_to_get_claude(None)}")
             return found
-        if not isinstance(given, str) or not os.path.isabs(given) or "\0" in given:
-            raise Refusal("usage", f"cannot take {shown(given)} as the path of claude: it must be an absolute path")
+        if not isinstance(given, str) or not os.path.isabs(given) or hides(given):
+            why = "it must be an absolute path, of visible characters"
+            raise Refusal("usage", f"cannot take {shown(given)} as the path of claude: {why}")
         return native_of(Path(given))
 
     async def _shown(self, path: Path) -> Shown:
@@ -101,7 +103,7 @@ class UpdateClaude:
                 raise Refusal("conflict", f"cannot update claude: {path} was changed just now; ask again")
         except OSError as exc:
             raise Refusal("not_found", f"cannot update claude: {explain(exc)}") from None
-        version = found[0].get("version", "unknown")
+        version = parse_version(found[0].get("version", ""))
         before = (None, None, None) if pin is None else (pin.version, pin.sha256, str(pin.source))
         lines = [Line("claude", before[0], version if version != before[0] else f"{version}, another build", wide=True)]
         lines += changed("sha256", before[1], sha256) + changed("found at", before[2], str(path))
