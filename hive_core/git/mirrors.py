@@ -30,6 +30,7 @@ PACKS_MOST = 50  # before they are packed together
 REFS_LIMIT = 50_000
 LOOSE_MOST = 100  # refs that move at once and stay files of their own
 MEMORY_BYTES = 4 * 1024**3
+PUSH_MEMORY_BYTES = MEMORY_BYTES // 2  # of each program that takes a push in
 NOTHING = "0" * 40
 Look = Callable[[], None]
 
@@ -321,12 +322,23 @@ def remove(path: Path) -> None:
 
 
 def clear_leavings(path: Path) -> None:
-    """Remove what a git that was killed leaves: locks, and objects that were on their way."""
-    for lock in path.rglob("*.lock"):
-        lock.unlink(missing_ok=True)
+    """Remove what a daemon that died left: of fetches, and of pushes that were on their way."""
+    clear_fetch(path)
     for leaving in (*(path / "objects").glob("tmp_objdir-*"), *(path / "objects").glob("incoming-*")):
         shutil.rmtree(leaving, ignore_errors=True)
+
+
+def clear_fetch(path: Path) -> None:
+    """Remove what a fetch that was killed leaves: locks, and packs by halves. Of pushes git holds back the objects
+    elsewhere, and those may go on."""
+    clear_locks(path)
     for folder in (path / "objects").glob("[0-9a-f][0-9a-f]"):  # all that may stay is in packs
         shutil.rmtree(folder, ignore_errors=True)
-    for leaving in (path / "objects" / "pack").glob("tmp_*"):
+    for leaving in (*(path / "objects" / "pack").glob("tmp_*"), *(path / "objects" / "pack").glob(".tmp-*")):
         leaving.unlink(missing_ok=True)
+
+
+def clear_locks(path: Path) -> None:
+    """Remove the locks of a git that was killed; for whoever is alone with the mirror's refs."""
+    for lock in (*path.glob("*.lock"), *(path / "refs").rglob("*.lock")):
+        lock.unlink(missing_ok=True)

@@ -50,6 +50,8 @@ _CONFIG = {
     "core.packedGitLimit": "128m",
     "core.bigFileThreshold": "16m",  # a larger object passes through in pieces
     "pack.threads": "1",
+    "pack.windowMemory": "64m",
+    "pack.deltaCacheSize": "64m",
     "protocol.allow": "never",
     "protocol.file.allow": "always",
     "fetch.fsckObjects": "true",
@@ -166,7 +168,11 @@ def _bounded(limits: GitLimits) -> list[str]:
         f"ulimit -f {limits.file_bytes // 512}",
         "ulimit -c 0",
     ]
-    return ["/bin/sh", "-c", " && ".join([*bounds, 'exec "$@"']), "sh"]
+    return ["/bin/sh", "-c", _FIRST_TO_GO + " && ".join([*bounds, 'exec "$@"']), "sh"]
+
+
+# Where the host has no memory left, git ends and is run again: not the daemon, nor an agent.
+_FIRST_TO_GO = "{ echo 1000 >/proc/self/oom_score_adj; } 2>/dev/null; "
 
 
 def _talk(

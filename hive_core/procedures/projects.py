@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from hive_core.git.mirrors import (
     Lent,
     Mirror,
     MirrorLimits,
+    clear_fetch,
     clear_leavings,
     export,
     exported,
@@ -70,10 +72,16 @@ class ProjectMirrors:
         return self._folder / f"{name}.git"
 
     @asynccontextmanager
-    async def alone(self, name: ProjectName) -> AsyncIterator[None]:
-        """While nothing else moves the refs of this mirror."""
-        async with self._locks.setdefault(name, trio.Lock()):
-            yield
+    async def alone(self, name: ProjectName, within_s: float = math.inf) -> AsyncIterator[bool]:
+        """While nothing else moves the refs of this mirror; False where it was not to be had within that time."""
+        lock = self._locks.setdefault(name, trio.Lock())
+        with trio.move_on_after(within_s) as waited:
+            await lock.acquire()
+        try:
+            yield not waited.cancelled_caught
+        finally:
+            if not waited.cancelled_caught:
+                lock.release()
 
     def mirror(self, registered: Registered) -> Mirror:
         """The mirror and its way to the source, for threads of trio's. Raises GitFailed without its credential."""
@@ -196,15 +204,14 @@ class ProjectMirrors:
             mirror.make()
             try:
                 fetched = mirror.fetch()
-            except GitFailed as failed:
-                if failed.over:  # it was killed
-                    clear_leavings(mirror.path)
+            except GitFailed:
+                clear_fetch(mirror.path)  # it may have been killed
                 raise
             if with_head or is_new:
                 mirror.follow_head()
             return fetched, mirror.head(), packed_bytes(mirror.path)
 
-        async with self._fetching, self.alone(name):
+        async with self.alone(name), self._fetching:  # who waits for a push keeps no other project waiting
             if (row := await self.projects.find(name)) is None:
                 return
             found = row

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import signal
 import socket
-import subprocess
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
 
 from hive_core.credentials import Credentials
 from hive_core.git.hive_secrets import known_secrets
-from hive_core.git.mirrors import MEMORY_BYTES, NOTHING, note_pushed, refs_of
+from hive_core.git.mirrors import MEMORY_BYTES, NOTHING, PUSH_MEMORY_BYTES, clear_locks, note_pushed, refs_of
 from hive_core.git.pushes import (
-    ASK_LIMIT_BYTES,
     Judge,
     Push,
     Update,
@@ -35,13 +32,15 @@ from hive_core.git.pushes import (
 )
 from hive_core.git.sterile_git import GitFailed, GitLimits, Setting, command_of
 from hive_core.limits import Limits
+from hive_core.procedures.git_processes import TRACED, Pipes, Seats, serve_git
 from hive_core.procedures.projects import HOOKS, ProjectMirrors
 from hive_core.project_rules import Project
 from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, ProjectName
-from hive_core.services.access import Access
+from hive_core.services.access import ACCESS, Access
 from hive_core.services.projects import PROJECTS, Registered, no_such_project
+from hive_core.store.bus import DEPLOYED, WANTED
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
@@ -53,8 +52,9 @@ PUSHES_AT_ONCE = 8  # that are judged or sent on
 REFUSALS_TOLD = 10  # in a minute, of one agent: an event each
 REFS_TOLD, REF_TOLD, REASON_TOLD = 10, 250, 500  # of one refusal: refs, and characters
 NOT_TAKEN = "git did not take what came: it is over push_bytes, not whole, signed, or holds what git refuses (fsck)"
-_UNPACKS = b'"index-pack"'  # in what git tells of the programs that it runs
-ENDED = b"\n.\n"  # of what the hook asks
+ALONE_WAIT_S = 60.0  # for whoever else moves the refs of a mirror
+BUSY = f"it is fetched, or others push to it, for more than {ALONE_WAIT_S:g} s now; push again in a moment"
+MOVE_S = 30.0  # that git has to move the refs, and its client to read what it says of that
 
 
 class GitServices:
@@ -77,12 +77,31 @@ class GitServices:
         self._threads = trio.CapacityLimiter(PUSHES_AT_ONCE)
         self._refused: dict[AgentName, deque[float]] = {}  # when refusals of late were written down
         self._untold: Counter[AgentName] = Counter()  # refusals since then that were not
+        self.seats = Seats()
 
     async def check(self, agent: AgentName, name: ProjectName) -> None:
         """Raises Refusal when an agent may not use a project, or it cannot be served now."""
         await self._find(agent, name)
         if not self._mirrors.path(name).is_dir():
             await self._mirrors.fetch(name)  # as behind a backup that was restored
+
+    @asynccontextmanager
+    async def while_allowed(self, agent: AgentName, name: ProjectName) -> AsyncIterator[None]:
+        """Cut what is within when the agent may not use the project any more: stopped, destroyed, or it was taken off
+        its list."""
+        topics = (ACCESS, DEPLOYED, WANTED, PROJECTS)
+        async with trio.open_nursery() as nursery:
+
+            async def cut() -> None:
+                with self._store.bus.listen(*topics) as listener, contextlib.suppress(Refusal):
+                    while True:
+                        await self._find(agent, name)
+                        await listener.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(cut)
+            yield
+            nursery.cancel_scope.cancel()
 
     async def _find(self, agent: AgentName, name: ProjectName) -> tuple[Project, Registered]:
         """A project as an agent may use it now. Raises Refusal when it may not."""
@@ -105,12 +124,12 @@ class GitServices:
         command = command_of(
             self._mirrors.path(name), words, GitLimits(time_s, MEMORY_BYTES), Setting(_HIDDEN, variables)
         )
-        await _serve(*command, sock, time_s)
+        await serve_git(*command, sock, time_s)
 
     async def receive(self, agent: AgentName, name: ProjectName, sock: socket.socket) -> None:
         """Serve one push. What becomes of it is an event, and what git tells the agent."""
         limits, mirror = self._limits, self._mirrors.path(name)
-        with _Pipes() as pipes:
+        with Pipes() as pipes:
             hooks = await trio.to_thread.run_sync(put_hook, mirror.parent / HOOKS)
             config = {
                 **_HIDDEN,
@@ -127,40 +146,53 @@ class GitServices:
                 "HIVE_ASK": str(pipes.hooks_ask),
                 "HIVE_ANSWER": str(pipes.hooks_answer),
                 "GIT_TRACE2_EVENT": f"/dev/fd/{pipes.gits_trace}",
+                **TRACED,
             }
-            bounds = GitLimits(limits.push_s, MEMORY_BYTES, 2 * limits.push_bytes)
+            bounds = GitLimits(limits.push_s, PUSH_MEMORY_BYTES, 2 * limits.push_bytes)
             command = command_of(mirror, ["receive-pack", str(mirror)], bounds, Setting(config, variables))
-            judged, asked = _Judged(), b""
-            async with trio.open_nursery() as nursery:
-
-                async def serve() -> None:
-                    try:
-                        await _serve(*command, sock, limits.push_s, pipes.of_git)
-                    finally:
-                        judged.served.set()
-                        unasked.cancel()
-
-                with trio.CancelScope() as unasked:
-                    nursery.start_soon(serve)
-                    nursery.start_soon(_watch_trace, pipes.trace, judged)
-                    asked = await _read_question(pipes.ask)
-                if not asked:
-                    nursery.cancel_scope.cancel()
-                    with contextlib.suppress(BlockingIOError):
-                        judged.see(os.read(pipes.trace, ASK_LIMIT_BYTES))
-                    if judged.came:
-                        with trio.CancelScope(shield=True):
-                            await self._note(agent, name, judged, Refusal("refused", NOT_TAKEN))
-                    return
-                async with self._mirrors.alone(name):
-                    refusal = await self._judge(agent, name, asked, judged)
-                    pipes.say(b"ok\n" if refusal is None else f"no\n{refusal.message}\n".encode())
-                    with trio.CancelScope(shield=True):
-                        await judged.served.wait()
-                        await self._note(agent, name, judged, refusal)
-                nursery.cancel_scope.cancel()
+            judged = _Judged()
+            try:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(self._serve, command, sock, pipes, judged)
+                    if asked := await pipes.read_question():
+                        await self._settle(agent, name, asked, judged, pipes)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await pipes.clear(mirror)
+            if not asked and pipes.quarantine is not None:
+                await self._note(agent, name, judged, Refusal("refused", NOT_TAKEN))
         if judged.moved:
             await self._mirrors.lend(name)
+
+    async def _serve(
+        self,
+        command: tuple[list[str], dict[str, str]],
+        sock: socket.socket,
+        pipes: Pipes,
+        judged: _Judged,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        try:
+            with judged.serving:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(serve_git, *command, sock, self._limits.push_s, pipes.of_git)
+                    pipes.hand_over()
+                    task_status.started()
+                    await pipes.watch()
+        finally:
+            judged.served.set()
+
+    async def _settle(self, agent: AgentName, name: ProjectName, asked: bytes, judged: _Judged, pipes: Pipes) -> None:
+        """Answer the hook, and write down what became of the push, alone with the mirror's refs."""
+        async with self._mirrors.alone(name, ALONE_WAIT_S) as alone:
+            refusal = await self._judge(agent, name, asked, judged) if alone else Refusal("unavailable", BUSY)
+            pipes.say(b"ok\n" if refusal is None else f"no\n{refusal.message}\n".encode())
+            with trio.CancelScope(shield=True):
+                with trio.move_on_after(MOVE_S):
+                    await judged.served.wait()
+                judged.serving.cancel()  # its client does not read what git says, and others wait
+                await judged.served.wait()
+                await self._note(agent, name, judged, refusal)
 
     async def _judge(self, agent: AgentName, name: ProjectName, asked: bytes, judged: _Judged) -> Refusal | None:
         """Judge a push by what holds now, and send it on; None when the project's repository has it."""
@@ -200,6 +232,8 @@ class GitServices:
 
         def look() -> list[Update]:
             moved = [one for one in updates if _has(path, one)] if refusal is None else []
+            if refusal is None and len(moved) < len(updates):  # git was killed
+                clear_locks(path)
             if moved and not on_host:
                 note_pushed(path, {one.ref: one.new for one in moved})
             return moved
@@ -247,100 +281,11 @@ class _Judged:
 
     def __init__(self) -> None:
         self.push: Push | None = None
-        self.came = False  # objects, whatever git made of them
         self.registered: Registered | None = None
         self.moved: list[Update] = []
+        self.serving = trio.CancelScope()  # within which git runs, until `served`
         self.served = trio.Event()
-        self._trace = b""
-
-    def see(self, trace: bytes) -> None:
-        """What git told of itself."""
-        self._trace = self._trace[-len(_UNPACKS) :] + trace
-        self.came = self.came or _UNPACKS in self._trace
 
 
 def _has(mirror: Path, update: Update) -> bool:
     return refs_of(mirror, update.ref).get(update.ref, NOTHING) == update.new
-
-
-class _Pipes:
-    """Three pipes: in one the hook asks, from another it reads the answer, and in the last git tells what it does."""
-
-    def __init__(self) -> None:
-        self._open: set[int] = set()
-        self.ask, self.hooks_ask = self._pipe()
-        self.hooks_answer, self._answer = self._pipe()
-        self.trace, self.gits_trace = self._pipe()
-        for descriptor in (self.ask, self.trace):
-            os.set_blocking(descriptor, False)
-
-    def _pipe(self) -> tuple[int, int]:
-        both = os.pipe2(os.O_CLOEXEC)
-        self._open.update(both)
-        return both
-
-    def __enter__(self) -> _Pipes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._open:
-            os.close(self._open.pop())
-
-    @property
-    def of_git(self) -> tuple[int, int, int]:
-        return self.hooks_ask, self.hooks_answer, self.gits_trace
-
-    def say(self, answer: bytes) -> None:
-        """Answer; who does not listen any more has gone."""
-        with contextlib.suppress(BrokenPipeError):
-            os.write(self._answer, answer)
-        self._open.discard(self._answer)
-        os.close(self._answer)
-
-
-async def _watch_trace(trace: int, judged: _Judged) -> None:
-    """See whether git was given objects, until cancelled: of what it does not take itself, no hook is told."""
-    while True:
-        await trio.lowlevel.wait_readable(trace)
-        judged.see(os.read(trace, ASK_LIMIT_BYTES))
-
-
-async def _read_question(ask: int) -> bytes:
-    """What the hook asks; of more than ASK_LIMIT_BYTES the beginning, and one byte more than that."""
-    asked, end = b"", b""
-    while end != ENDED:
-        await trio.lowlevel.wait_readable(ask)
-        data = os.read(ask, ASK_LIMIT_BYTES)
-        asked = (asked + data)[: ASK_LIMIT_BYTES + 1]
-        end = (end + data)[-len(ENDED) :]  # it is read to its end: else the hook would not come to the answer
-    return asked.removesuffix(b".\n")
-
-
-async def _serve(
-    command: Sequence[str],
-    environment: dict[str, str],
-    sock: socket.socket,
-    time_s: float,
-    descriptors: Sequence[int] = (),
-) -> None:
-    """Run git on a connected socket to its end, or for so long."""
-    sock.setblocking(True)  # it is one with git's
-    process = await trio.lowlevel.open_process(
-        command,
-        stdin=sock.fileno(),
-        stdout=sock.fileno(),
-        stderr=subprocess.DEVNULL,
-        cwd="/",
-        env=environment,
-        start_new_session=True,
-        pass_fds=descriptors,
-    )
-    try:
-        with trio.move_on_after(time_s):
-            await process.wait()
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with trio.CancelScope(shield=True):
-                await process.wait()

@@ -45,17 +45,18 @@ class GitDesk:
         except Refusal as refusal:
             await stream.send_all(encode({"ok": False, "error": refusal.to_wire()}))
             return
-        async with self._at_once:
+        async with self._at_once, self._services.seats.seat(self._name):
             try:
                 await self._services.check(self._name, name)  # in here: it may have waited for long
             except Refusal as refusal:
                 await stream.send_all(encode({"ok": False, "error": refusal.to_wire()}))
                 return
             await stream.send_all(encode({"ok": True}))
-            if service == "git-upload-pack":
-                await self._services.upload(name, stream.sock, protocol if isinstance(protocol, str) else None)
-            else:
-                await self._services.receive(self._name, name, stream.sock)
+            async with self._services.while_allowed(self._name, name):
+                if service == "git-upload-pack":
+                    await self._services.upload(name, stream.sock, protocol if isinstance(protocol, str) else None)
+                else:
+                    await self._services.receive(self._name, name, stream.sock)
 
     def _check_rate(self) -> None:
         now_s = time.monotonic()

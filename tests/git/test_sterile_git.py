@@ -94,3 +94,7 @@ def test_nothing_of_whoever_started_us_reaches_git(
         run_git(repository, "evil")
     assert run_git(repository, "rev-parse", "--git-dir").decode().strip() == str(repository)
     assert not (tmp_path / "trace").exists()
+
+
+def test_it_is_the_first_to_go_where_the_host_has_no_memory_left(repository: Path) -> None:
+    assert shell(repository, "cat /proc/self/oom_score_adj") == b"1000\n"
