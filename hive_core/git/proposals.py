@@ -70,7 +70,8 @@ def check_proposal(held: Path, applied: Path, name: AgentName, sha: CommitSha) -
     if kind != "commit":
         raise Refusal("refused", f"cannot apply {sha[:12]}: it is not a commit (`git rev-parse HEAD` gives one)")
     if not _is_ancestor(held, base, sha):
-        why = f"it is not based on {base[:12]}, which {name} runs; rebase it"
+        fetch = "`git fetch ../deployed.bundle main` where git does not know that"
+        why = f"it is not based on {base[:12]}, which {name} runs; rebase it ({fetch})"
         raise Refusal("refused", f"cannot apply {sha[:12]}: {why}")
     files, before = read_contents(held, sha).files, read_files(applied, base)
     _check_history(held, base, sha)

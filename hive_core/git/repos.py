@@ -159,11 +159,14 @@ class Repos:
         async with self._writing.of(name):
             return await _in_thread(name, lambda: _commit_edit(self._of(name), name, path, edit, message))
 
-    async def hand_over(self, name: AgentName, base: CommitSha) -> None:
-        """Write what main has behind base to proposed/NAME/deployed.bundle, from which the manager can fetch it."""
+    async def hand_over(self, name: AgentName) -> None:
+        """Write main to proposed/NAME/deployed.bundle, from which its proposed repository can fetch it.
+
+        All of it: which of the hive's own commits that repository has is not known.
+        """
 
         def write() -> None:
-            bundle = run_git(self._of(name), "bundle", "create", "--quiet", "-", "main", f"^{base}")
+            bundle = run_git(self._of(name), "bundle", "create", "--quiet", "-", "main")
             write_beside(self._proposed, name, "deployed.bundle", bundle)
 
         await _in_thread(name, write)

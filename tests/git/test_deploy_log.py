@@ -125,6 +125,18 @@ async def test_the_manager_goes_on_from_a_rollback_by_the_bundle_that_lies_besid
     assert await model(hive) == "haiku"
 
 
+async def test_the_bundle_brings_every_commit_of_the_hives_own_however_many_came_since(hive: Services) -> None:
+    await change(hive, agent__toml=OPUS)
+    await roll_back(hive)
+    await roll_back(hive)
+    checkout = Checkout(hive.repos.proposed_dir / "iris" / "config")
+    with pytest.raises(Refusal, match=r"`git fetch \.\./deployed\.bundle main` where git does not know that"):
+        await change(hive, agent__toml=HAIKU)
+    checkout.git("reset", "-q", "--hard", "HEAD~")
+    checkout.git("pull", "-q", "--rebase", "../deployed.bundle", "main")
+    assert (await change(hive, agent__toml=HAIKU)).state == "done"
+
+
 async def test_what_the_manager_puts_in_the_way_of_the_bundle_hinders_no_rollback(
     hive: Services, tmp_path: Path
 ) -> None:

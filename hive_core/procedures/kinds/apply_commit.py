@@ -219,7 +219,7 @@ class ApplyCommit:
         done = await self._walk.carry_out(approval, sha, base, step)
         if any(key in approval.payload for key in OURS):
             with suppress(Refusal):  # the manager can do without, where it has put something in the way
-                await self._repos.hand_over(approval.agent, base)
+                await self._repos.hand_over(approval.agent)
 
         def write(tx: Transaction) -> None:
             done.write(tx)
