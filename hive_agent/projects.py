@@ -82,15 +82,17 @@ class Projects:
         if state["trouble"]:
             notes.append(_said(state["trouble"]))
         async with turns:
+            is_new = not _is_there(place)
             try:
-                if not _is_there(place):
+                if is_new:
                     show(f"git clone hive://{name}")
                     await self._clone(state, place)
                     notes.append(f"it was cloned to {place} just now")
                 else:
                     await self._fetch(name, place)
             except (GitFailed, OSError) as exc:
-                notes.append(f"{place} could not be brought up to date: {_said(str(exc))}")
+                what = "cloned" if is_new else "brought up to date"
+                notes.append(f"{place} could not be {what}: {_said(str(exc))}")
 
     async def _clone(self, state: ProjectState, place: str) -> None:
         """Under its own name there is a whole clone, or none."""

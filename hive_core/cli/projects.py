@@ -39,7 +39,7 @@ def project(arguments: Namespace) -> None:
         client = Client()
         name, source = words
         # A path is one of this terminal's; the daemon works elsewhere.
-        source = os.path.abspath(source) if source.startswith((".", "/")) else source
+        source = os.path.abspath(source) if source.startswith((".", "/")) or ":" not in source else source
         given = {"key": _read(arguments.key), "token": _read(arguments.token), "host_key": arguments.host_key}
         result = client.call("project_add", project=name, source=source, **given)
         listed = f'projects = [{{ name = "{name}" }}]'

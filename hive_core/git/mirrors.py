@@ -116,6 +116,10 @@ class Mirror:
         if (branch := next((ref for ref in guesses if ref in branches), None)) is not None:
             run_git(self.path, "symbolic-ref", "HEAD", branch)
 
+    def has_head(self) -> bool:
+        """Whether the branch that a clone begins with is there, which it is not in an empty repository."""
+        return bool(run_git(self.path, "for-each-ref", f"{HEADS}{self.head()}"))
+
     def head(self) -> str:
         """The branch that a clone begins with, without refs/heads."""
         return run_git(self.path, "symbolic-ref", "HEAD").decode().strip().removeprefix(HEADS)

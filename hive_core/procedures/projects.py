@@ -171,13 +171,12 @@ class ProjectMirrors:
         """The projects of an agent, fresh, as protocol.harness.ProjectState."""
         listed = await self.projects.listed_by(agent)
         troubles = await self.fresh([ProjectName(one.name) for one in listed])
-        rows = {row.name: row for row in await self.projects.all()}
-        await self._lend_missing(agent, {ProjectName(one.name) for one in listed} & {*rows})
+        registered = {row.name for row in await self.projects.all()}
+        await self._lend_missing(agent, {ProjectName(one.name) for one in listed} & registered)
         states = []
         for one in listed:
             name = ProjectName(one.name)
-            branch = one.branch or (rows[name].branch if name in rows else None)
-            told = {"branch": branch, "push": one.pushes(agent), "trouble": troubles.get(name)}
+            told = {"branch": one.branch, "push": one.pushes(agent), "trouble": troubles.get(name)}
             states.append({"name": name, "path": one.place, **told})
         return states
 
@@ -207,7 +206,7 @@ class ProjectMirrors:
             except GitFailed:
                 clear_fetch(mirror.path)  # it may have been killed
                 raise
-            if with_head or is_new:
+            if with_head or is_new or not mirror.has_head():
                 mirror.follow_head()
             return fetched, mirror.head(), packed_bytes(mirror.path)
 

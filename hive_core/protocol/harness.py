@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
         name: str
         path: str
-        branch: str | None  # to begin from: of the settings, else the project's own; None: it is not known
+        branch: str | None  # to begin from; None: the project's own
         push: str  # the branches that may be pushed, `*` at the end for any rest; empty: none
         trouble: str | None  # why it may be old, or cannot be cloned at all: a sentence
 

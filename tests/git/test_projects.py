@@ -49,6 +49,22 @@ async def test_a_fetch_follows_branches_that_move_come_and_go_and_leaves_what_ag
         assert said == [f"iris/fix {first}", f"main {second}", f"old/er {first}"]
 
 
+async def test_an_empty_repository_is_taken_and_clones_begin_with_the_first_branch_that_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "site"
+    git(tmp_path, "init", "--quiet", "--initial-branch=trunk", "site")
+    monkeypatch.setattr("hive_core.procedures.projects.FRESH_S", 0.0)
+    async with open_project_hive(tmp_path) as hive:
+        await hive.mirrors.add(SITE, str(source), {}, "operator")
+        await hive.list_projects({"name": "site"})
+        (site,) = await hive.mirrors.of(IRIS)
+        assert (site["branch"], site["trouble"]) == (None, None)
+        commit(source)
+        await hive.mirrors.of(IRIS)
+        assert git(hive.mirrors.path(SITE), "symbolic-ref", "HEAD") == "refs/heads/trunk"
+
+
 async def test_a_branch_that_an_agent_moved_is_the_sources_again_once_that_moves(tmp_path: Path) -> None:
     source = make_source(tmp_path / "site")
     async with open_project_hive(tmp_path) as hive:
@@ -176,7 +192,7 @@ async def test_what_cannot_be_fetched_is_told_with_the_project_and_not_twice(tmp
         site, gone = await mirrors.of(IRIS)
         assert site["trouble"].startswith(f"site could not be fetched from {source}: ")
         assert "hive project add gone" in gone["trouble"]
-        assert (site["path"], site["branch"], site["push"]) == ("/projects/site", "main", "iris/*")
+        assert (site["path"], site["branch"], site["push"]) == ("/projects/site", None, "iris/*")
         (tmp_path / "away").rename(source)
         assert (await mirrors.fetch(SITE)).trouble is None
 

@@ -38,7 +38,7 @@ def test_projects_are_registered_told_fetched_and_forgotten() -> None:
         daemon.start()
         source = make_source(daemon.folder / "source")
         assert "there is no project" in hive(daemon).stdout
-        added = hive(daemon, "add", "site", "./source")
+        added = hive(daemon, "add", "site", "source")
         assert added.returncode == 0, added.stderr
         assert 'projects = [{ name = "site" }]' in added.stdout
         assert hive(daemon, "add", "site", "./source").returncode == 4  # it is there

@@ -165,6 +165,21 @@ async def test_a_branch_of_the_settings_is_where_the_clone_begins(house: House, 
     assert git(house.clone.parent / "www", "branch", "--show-current") == "next"
 
 
+async def test_a_project_without_a_commit_is_cloned_and_takes_the_first_one(
+    house: House, asked: list[dict[str, Any]]
+) -> None:
+    git(house.folder, "init", "-q", "--bare", "-b", "trunk", "y.git")
+    house.has(name="y", path="/projects/y")
+    assert await prepare(house.projects()) == [f"y: it was cloned to {house.clone.with_name('y')} just now"]
+    clone, ours = house.clone.with_name("y"), git_variables(house.seat)
+    assert git(clone, "branch", "--show-current", **ours) == "trunk"
+    git(clone, "checkout", "-q", "-b", "iris/first", **ours)
+    git(clone, "commit", "-q", "--allow-empty", "-m", "mine", **ours)
+    git(clone, "push", "-q", **ours)
+    assert await prepare(house.projects()) == []
+    assert git(house.folder / "y.git", "log", "-1", "--format=%s", "iris/first") == "mine"
+
+
 async def test_a_project_that_cannot_be_cloned_leaves_nothing_and_is_told_of_with_the_reason(
     house: House, asked: list[dict[str, Any]]
 ) -> None:
@@ -173,8 +188,8 @@ async def test_a_project_that_cannot_be_cloned_leaves_nothing_and_is_told_of_wit
     told = await prepare(house.projects())
     places = house.clone, house.clone.with_name("y")
     assert told == [
-        f'x: {places[0]} could not be brought up to date: "fatal: Remote branch gone not found in upstream origin"',
-        f'y: {places[1]} could not be brought up to date: "hive: there is no such project"',
+        f'x: {places[0]} could not be cloned: "fatal: Remote branch gone not found in upstream origin"',
+        f'y: {places[1]} could not be cloned: "hive: there is no such project"',
     ]
     assert list(house.clone.parent.iterdir()) == []
     house.states = []
@@ -259,7 +274,7 @@ async def test_a_clone_that_does_not_end_is_ended_and_leaves_nothing(
         if limit == "of time":
             monkeypatch.setattr(projects, "CLONE_S", 0.5)
             (told,) = await prepare(house.projects())
-            assert told == f'x: {house.clone} could not be brought up to date: "git took longer than 0.5 s"'
+            assert told == f'x: {house.clone} could not be cloned: "git took longer than 0.5 s"'
         else:
             with trio.fail_after(PATIENCE_S):
                 async with trio.open_nursery() as nursery:
