@@ -76,31 +76,15 @@ def make_driver(
     any more.
     """
     if config.helper is not None:
-        leftover = ProcessDriver(config.state_dir, sandbox="", claude=None, orphan_grace_s=config.orphan_grace_s)
-        own = config.sandbox == "nixos-container"
-        patience_s = PATIENCE_OF_S if own else {}
-        helper = Helper(config.helper, config.state_dir, config.runtime_dir, config.sandbox, patience_s)
-        if own and choice.trouble is None:
-            return HelpedSystems(helper, choice.sandbox, leftover, SystemBuilds(config.state_dir, config.build_s))
-        return HelpedDriver(helper, choice.sandbox, leftover)
+        return _helped_driver(config, config.helper, choice)
     groups = choose_groups(config.state_dir, bounds_of(config))
     if groups.trouble:
         log.warning("%s", groups.trouble)
     if choice.sandbox != "none" and filter_program() is None:
         log.warning("there is no filter of system calls for this processor: agents can make all of them")
-    cgroups = None if groups.trouble else groups
     if choice.sandbox == "nixos-container":
-        # Its units outlive the daemon, whatever that asks of other agents; and systemd bounds them.
-        nixos = NixosContainerDriver(
-            config.state_dir,
-            SystemBuilds(config.state_dir, config.build_s),
-            base_of=first_uid,
-            own_uids=choice.weakness is None,
-            claude=claude,
-            bounds=bounds_of(config),
-        )
-        nixos.former = FormerProcesses(config.state_dir, nixos.sandbox, config.orphan_grace_s)
-        return nixos
+        return _nixos_driver(config, choice, claude, first_uid)
+    cgroups = None if groups.trouble else groups
     driver: HostProcessDriver
     if choice.sandbox == "nspawn":
         driver = NspawnDriver(
@@ -124,4 +108,30 @@ def make_driver(
         )
     driver.former = FormerContainers(config.state_dir)
     at_end(driver.tidy)
+    return driver
+
+
+def _helped_driver(config: Config, socket: Path, choice: Choice) -> Driver:
+    leftover = ProcessDriver(config.state_dir, sandbox="", claude=None, orphan_grace_s=config.orphan_grace_s)
+    own = config.sandbox == "nixos-container"
+    patience_s = PATIENCE_OF_S if own else {}
+    helper = Helper(socket, config.state_dir, config.runtime_dir, config.sandbox, patience_s)
+    if own and choice.trouble is None:
+        return HelpedSystems(helper, choice.sandbox, leftover, SystemBuilds(config.state_dir, config.build_s))
+    return HelpedDriver(helper, choice.sandbox, leftover)
+
+
+def _nixos_driver(
+    config: Config, choice: Choice, claude: Path | None, first_uid: Callable[[AgentName], Awaitable[int]]
+) -> Driver:
+    """Its units outlive the daemon, whatever that asks of other agents; and systemd bounds them."""
+    driver = NixosContainerDriver(
+        config.state_dir,
+        SystemBuilds(config.state_dir, config.build_s),
+        base_of=first_uid,
+        own_uids=choice.weakness is None,
+        claude=claude,
+        bounds=bounds_of(config),
+    )
+    driver.former = FormerProcesses(config.state_dir, driver.sandbox, config.orphan_grace_s)
     return driver
