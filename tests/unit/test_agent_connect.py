@@ -22,11 +22,14 @@ Answer = Callable[[socket.socket, bytes], None]
 
 @contextlib.contextmanager
 def open_proxy(path: Path, answer: Answer) -> Iterator[list[bytes]]:
-    """A proxy for one connection: the head that it was sent is kept, and `answer` does the rest."""
+    """A proxy for one connection, or none: the head that it was sent is kept, and `answer` does the rest."""
     heads: list[bytes] = []
 
     def serve() -> None:
-        connection, _ = listener.accept()
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return  # nobody came as long as the block ran
         with connection:
             head = b""
             while b"\r\n\r\n" not in head:
@@ -39,8 +42,11 @@ def open_proxy(path: Path, answer: Answer) -> Iterator[list[bytes]]:
         listener.listen()
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        yield heads
-        thread.join(PATIENCE_S)
+        try:
+            yield heads
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)  # else the thread would take what comes to the next with this number
+            thread.join(PATIENCE_S)
 
 
 def connect(path: Path, *words: str, said: bytes = b"") -> subprocess.CompletedProcess[bytes]:

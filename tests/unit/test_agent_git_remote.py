@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -146,8 +147,9 @@ def cut(repository: Path, service: str, bytes_most: int) -> Any:
             client.sendall(b'{"ok":true}\n')
 
             def pass_on() -> None:
-                while data := client.recv(1 << 16):
-                    own.sendall(data)
+                with contextlib.suppress(OSError):
+                    while data := client.recv(1 << 16):
+                        own.sendall(data)
 
             thread = threading.Thread(target=pass_on, daemon=True)
             thread.start()
@@ -157,7 +159,8 @@ def cut(repository: Path, service: str, bytes_most: int) -> Any:
                 client.sendall(data)
             process.kill()
             process.wait()
-            client.shutdown(socket.SHUT_RDWR)
+            for end in (client, own):
+                end.shutdown(socket.SHUT_RDWR)  # of ours too: nobody reads any more what may fill it
             thread.join()
 
     return serve

@@ -154,11 +154,11 @@ async def test_in_the_hosts_network_nothing_is_led_to_the_proxy_and_nobody_else_
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\nthrough")
 
     async with open_host(tmp_path) as host:
-        with open_proxy(tmp_path / "egress.sock", answer):
+        with open_proxy(tmp_path / "egress.sock", answer) as heads:
             start("--network", "host")
             connection = await welcomed(host)
             lines, ack = await connection.take_turn(a_lease(1, prompt=follow({"run": "env; echo that is all"})))
-    assert ack["outcome"] == "done"
+    assert (ack["outcome"], heads) == ("done", [])
     said = "".join(lines)
     assert "that is all" in said
     assert "proxy" not in said.lower()
