@@ -20,6 +20,7 @@ from hive_core.procedures.projects import ProjectMirrors
 from hive_core.procedures.pushes import GitServices
 from hive_core.protocol.words import AgentName, parse_project_name
 from hive_core.services.agents import set_deployed
+from hive_core.services.projects import Projects
 from hive_core.sockets.git import GitDesk
 from hive_core.sockets.unix import listen_unix, serve_unix
 from tests.hives import SETTINGS, Services, open_services
@@ -68,6 +69,11 @@ def make_source(folder: Path, branch: str = "main") -> Path:
     git(folder, "init", "--quiet", f"--initial-branch={branch}")
     commit(folder)
     return folder
+
+
+async def register(services: Services, name: str = SITE) -> None:
+    """A project of which there is a row, and no mirror."""
+    await Projects(services.store).add(parse_project_name(name), f"/srv/{name}.git", "none", "main", 0, "operator")
 
 
 @dataclass

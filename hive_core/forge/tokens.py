@@ -6,6 +6,7 @@ A token's file is named by its project and by the place that it is for, so that 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 from hive_core.credentials import SECRET_LIMIT, read_secret, write_secret
@@ -38,6 +39,12 @@ class Tokens:
         kept = self._file(project, place) if place else None
         for path in self._folder.glob(f"{project}.*"):
             if path != kept:
+                path.unlink(missing_ok=True)
+
+    def keep_those_of(self, projects: Collection[str]) -> None:
+        """Remove the tokens of all other projects."""
+        for path in self._folder.glob("*"):
+            if path.name.partition(".")[0] not in projects:
                 path.unlink(missing_ok=True)
 
     def _file(self, project: ProjectName, place: Place) -> Path:

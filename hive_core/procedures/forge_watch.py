@@ -62,6 +62,7 @@ class ForgeWatch:
 
     async def serve(self) -> None:
         """Look at each forge of which some lane tells, from time to time and beside each other, until cancelled."""
+        await self._forges.tidy()
         async with trio.open_nursery() as nursery:
             with self._store.bus.listen(FORGES) as listener:
                 while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from hive_core.forge.api import Quiet
 from hive_core.forge.tokens import Tokens, parse_token
 from hive_core.forge.words import Place, Thread, parse_place
 from hive_core.lanes import Lane, News, asks_for_files, lane_of, may_take
+from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import ProjectName
 from hive_core.services.forges import Registered, all_forges, forge_of, put_forge, remove_forge
 from hive_core.store.door import Store
+
+log = logging.getLogger(__name__)
 
 
 class Forges:
@@ -72,6 +76,15 @@ class Forges:
         async with self._changes:
             await self.store.write(lambda tx: remove_forge(tx, project))
             self._tokens.keep_only(project, None)
+
+    async def tidy(self) -> None:
+        """Remove the tokens of forges that are gone, also with their projects, or with a daemon that died meanwhile."""
+        async with self._changes:
+            projects = {forge.project for forge in await all_forges(self.store)}
+            try:
+                self._tokens.keep_those_of(projects)
+            except OSError as exc:
+                log.error("cannot remove the tokens of forges that are gone: %s", explain(exc))
 
     async def check(self, project: ProjectName) -> dict[str, Any]:
         """Ask a forge: {"project", "login", "default_branch", "unread"}; nothing there changes. Raises Refusal."""

@@ -37,7 +37,8 @@ from hive_core.limits import Limits
 from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, ProjectName
-from hive_core.services.projects import PROJECTS, Projects, Registered, no_such_project, taken
+from hive_core.services.forges import no_such_project
+from hive_core.services.projects import PROJECTS, Projects, Registered, taken
 from hive_core.store.bus import DEPLOYED, WANTED
 from hive_core.store.door import Store
 from hive_core.store.errors import StoreError

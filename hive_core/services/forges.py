@@ -61,7 +61,12 @@ def no_forge(project: str) -> Refusal:
 
 
 def put_forge(tx: Transaction, project: ProjectName, place: Place, login: str) -> None:
-    """Register it. At the same place as before only its token and login are others; at another it begins anew."""
+    """Register it. At the same place as before only its token and login are others; at another it begins anew.
+
+    Raises Refusal("not_found") where there is no such project.
+    """
+    if tx.execute("SELECT 1 FROM projects WHERE name = ?", (project,)).fetchone() is None:
+        raise no_such_project(project)
     row = tx.execute("SELECT * FROM forges WHERE project = ?", (project,)).fetchone()
     if row is not None and _registered(row).place == place:
         sql = "UPDATE forges SET login = ?, failures = 0, rests_until_ms = NULL, error = NULL WHERE id = ?"
@@ -79,10 +84,21 @@ def put_forge(tx: Transaction, project: ProjectName, place: Place, login: str) -
 
 def remove_forge(tx: Transaction, project: ProjectName) -> None:
     """Raises Refusal("not_found")."""
-    if not tx.execute("DELETE FROM forges WHERE project = ?", (project,)).rowcount:
+    if not forget_forge(tx, project):
         raise no_forge(project)
+
+
+def forget_forge(tx: Transaction, project: ProjectName) -> bool:
+    """Remove the forge that a project has; whether it had one."""
+    if not tx.execute("DELETE FROM forges WHERE project = ?", (project,)).rowcount:
+        return False
     tx.emit("forge_removed", OPERATOR, project=project)
     tx.wake(FORGES)
+    return True
+
+
+def no_such_project(name: str) -> Refusal:
+    return Refusal("not_found", f"there is no project {name}: `hive project add {name} PATH|URL` registers one")
 
 
 def note_look(tx: Transaction, forge: Registered, error: str | None, rests_until_ms: int | None) -> None:

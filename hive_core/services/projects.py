@@ -10,6 +10,7 @@ from typing import Any
 from hive_core.project_rules import Project
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import SYSTEM, AgentName, ProjectName
+from hive_core.services.forges import forget_forge, no_such_project
 from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
@@ -72,7 +73,7 @@ class Projects:
         await self._store.write(write)
 
     async def remove(self, name: ProjectName, actor: str) -> None:
-        """Raises Refusal: there is none, or an agent lists it."""
+        """Its forge too. Raises Refusal: there is none, or an agent lists it."""
 
         def write(tx: Transaction) -> None:
             rows = tx.execute("SELECT name, policy FROM agents ORDER BY name").fetchall()
@@ -81,6 +82,7 @@ class Projects:
                 raise Refusal("conflict", f"cannot remove the project {name}: {why}")
             if tx.execute("DELETE FROM projects WHERE name = ?", (name,)).rowcount == 0:
                 raise no_such_project(name)
+            forget_forge(tx, name)
             tx.emit("project_removed", actor, None, project=name)
             tx.wake(PROJECTS)
 
@@ -118,10 +120,6 @@ class Projects:
         """The same of every agent."""
         rows = await self._store.rows("SELECT name, policy FROM agents")
         return {AgentName(row["name"]): _listed(row["policy"]) for row in rows}
-
-
-def no_such_project(name: str) -> Refusal:
-    return Refusal("not_found", f"there is no project {name}: `hive project add {name} PATH|URL` registers one")
 
 
 def taken(name: str) -> Refusal:

@@ -39,6 +39,7 @@ def project_verbs(hive: Hive) -> Verbs:
     async def remove(args: Args) -> Any:
         name = parse_project_name(args.get("project"))
         await hive.mirrors.remove(name, OPERATOR)
+        await hive.forges.tidy()
         return {"project": name}
 
     return {

@@ -27,6 +27,7 @@ from hive_core.services.last_will import settle_all
 from hive_core.services.life import life_of
 from tests.hives import Services, wait_until
 from tests.notices import read_notice
+from tests.project_hives import register
 from tests.scripted_forge import BOT, TOKEN, ScriptedForge, Trouble
 
 SITE, IRIS = ProjectName("site"), AgentName("iris")
@@ -47,6 +48,7 @@ async def client(forge: ScriptedForge) -> AsyncIterator[httpx2.AsyncClient]:
 @pytest.fixture
 async def forges(hive: Services, client: httpx2.AsyncClient) -> Forges:
     forges = Forges(hive.store, hive.state_dir, client=client)
+    await register(hive)
     await forges.add(SITE, "forgejo", "https://forge.example", "ada/site", TOKEN)
     return forges
 

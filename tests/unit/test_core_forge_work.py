@@ -24,6 +24,7 @@ from hive_core.services.freeze import Freeze
 from hive_core.sockets.agent import serve_agent
 from hive_core.sockets.forge_tools import ForgeTools
 from tests.hives import SETTINGS, Services, serve
+from tests.project_hives import register
 from tests.scripted_forge import BOT, TOKEN, ScriptedForge, Trouble
 from tests.tools import Program, desk_for, program
 
@@ -48,6 +49,7 @@ async def work(hive: Services, forge: ScriptedForge) -> AsyncIterator[ForgeWork]
     """iris works on site, which has a forge, and on notes, which has none."""
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=forge.app)) as client:
         forges = Forges(hive.store, hive.state_dir, client=client)
+        await register(hive)
         await forges.add(ProjectName("site"), forge.kind, "https://forge.example", "ada/site", TOKEN)
         await deploy(hive, "iris", {"name": "site"}, {"name": "notes"})
         yield ForgeWork(

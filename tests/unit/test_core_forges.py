@@ -24,6 +24,7 @@ from hive_core.store.errors import StoreBusy
 from hive_core.store.writer import Transaction
 from tests.dashboards import hive_of
 from tests.hives import Services, connect, run_hive, serve
+from tests.project_hives import register
 from tests.scripted_forge import BOT, TOKEN, ScriptedForge, Trouble
 
 SITE = ProjectName("site")
@@ -38,6 +39,7 @@ def forge() -> ScriptedForge:
 
 @pytest.fixture
 async def forges(hive: Services, forge: ScriptedForge) -> AsyncIterator[Forges]:
+    await register(hive)
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=forge.app)) as client:
         yield Forges(hive.store, hive.state_dir, LANES, client)
 
@@ -99,6 +101,7 @@ async def test_a_forge_is_added_listed_checked_and_forgotten(
         (("add", "site", URL, "ada/other", "--token", "-"), 3, "no such thing"),
         (("add", "site", URL, "ada/site", "--token", "/nowhere/at-all"), 2, "there is no such file"),
         (("add", "site", URL, "ada/site", "--kind", "github", "--token", "-"), 3, "no such thing"),
+        (("add", "notes", URL, "ada/site", "--token", "-"), 3, "there is no project notes: `hive project add notes"),
         (("check", "site"), 3, "it has none"),
         (("rm", "site"), 3, "it has none"),
         (("list", "site"), 2, "it takes nothing"),
@@ -114,6 +117,27 @@ async def test_what_cannot_be_is_refused_and_leaves_nothing(
     assert said in await hive_says(tmp_path, "forge", *words, stdin=TOKEN, code=code)
     assert files(hive) == []
     assert await house.forges.rows() == []
+
+
+async def test_a_project_that_is_removed_takes_its_forge_and_the_token_along(
+    house: Hive, hive: Services, tmp_path: Path
+) -> None:
+    await add(house.forges)
+    await register(hive, "notes")
+    await house.forges.add(ProjectName("notes"), "forgejo", URL, "ada/site", TOKEN)
+    await hive_says(tmp_path, "project", "rm", "site")
+    assert [row["project"] for row in await house.forges.rows()] == ["notes"]
+    assert [path.name.partition(".")[0] for path in files(hive)] == ["notes"]
+    assert (await hive.kinds())[-2:] == ["forge_removed", "project_removed"]
+
+
+async def test_the_token_of_a_forge_that_a_daemon_removed_and_died_is_removed_by_the_next(
+    forges: Forges, hive: Services
+) -> None:
+    await add(forges)
+    await hive.sql("DELETE FROM forges")
+    await forges.tidy()  # as the watch begins
+    assert files(hive) == []
 
 
 async def test_a_token_that_the_forge_refuses_is_not_kept(forges: Forges, hive: Services) -> None:
