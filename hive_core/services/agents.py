@@ -72,6 +72,7 @@ class Agent:
     chosen_model: str | None = None  # by the operator, in the place of agent.toml's
     chosen_effort: str | None = None
     network: Network = "private"  # as agent.toml has it; "host": its container has the host's own
+    egress: tuple[str, ...] = ()  # the destinations and presets of agent.toml
     rests_until_ms: int | None = None  # its last turn had to wait, and no other begins before; None when that is over
 
 
@@ -289,7 +290,8 @@ class Agents:
                 errand=row["errand"],
                 chosen_model=row["chosen_model"],
                 chosen_effort=row["chosen_effort"],
-                network=json.loads(row["policy"] or "{}").get("network", "private"),
+                network=(policy := json.loads(row["policy"] or "{}")).get("network", "private"),
+                egress=tuple(one["to"] for one in policy.get("egress", [])),
                 rests_until_ms=row["rests_until_ms"] if (row["rests_until_ms"] or 0) > now_ms else None,
             )
             for row in await self._store.rows(sql, parameters)

@@ -20,11 +20,11 @@ from hive_core.cli import show
 from hive_core.containers import nixos_container, nspawn
 from hive_core.procedures.supervise import Supervisor
 from hive_core.protocol.words import AgentName
-from hive_core.services.agents import Agent, Live
+from hive_core.services.agents import Agent, Live, set_deployed
 from hive_core.services.approvals import Approval
 from hive_core.sockets.admin import AdminDesk
 from tests.dashboards import hive_of
-from tests.hives import Services
+from tests.hives import SETTINGS, Services
 
 CORPUS = [
     "<script>alert(1)</script>",
@@ -169,6 +169,7 @@ def every_row(services: Services, text: str) -> list[str]:
     rows = Rows(hive)
     settings: dict[str, Any] = {"program": text, "model": text, "effort": text, "tools": [text]}
     settings["projects"] = [{"name": text, "path": text, "push": text}]
+    settings["mcp_servers"] = {text: {"allowed_tools": [text]}}
     agent = Agent(AgentName("iris"), "agent", "down", 8100, text, settings, None, 1_700_000_000_000, 3, 2)
     services.agents._live["iris"] = Live("tool", text, 1_700_000_000_000, "none")
     kinds = [(kind, state) for kind in ("spawn", "apply_commit") for state in ("approved", "done", "failed", "denied")]
@@ -201,6 +202,23 @@ async def test_a_page_tells_where_an_agents_clones_are_and_what_it_may_push(hive
     told = "projects: site in /projects/site (push: iris/*); docs in /projects/www (push: nothing)"
     assert told in Shape(rows.agent(agent, alone=True)).text
     assert "projects:" not in rows.agent(agent, alone=False)
+
+
+async def test_a_page_tells_what_an_agent_reaches_and_which_servers_of_tools_it_has(hive: Services) -> None:
+    rows = Rows(hive_of(hive))
+    policy = {"egress": [{"to": "python"}, {"to": "git.lan:3000", "addresses": ["10.0.0.7"]}]}
+    servers = {"maps": {"command": "maps", "allowed_tools": ["find", "route"]}, "notes": {"command": "notes"}}
+    for deployed, told in (
+        ({**SETTINGS, "policy": policy, "mcp_servers": servers}, "egress: python, git.lan:3000"),
+        ({**SETTINGS, "policy": {**policy, "network": "host"}}, "egress: whatever this machine reaches"),
+        ({**SETTINGS, "policy": {}}, "egress: nothing beside its model"),
+    ):
+        await hive.store.write(lambda tx, deployed=deployed: set_deployed(tx, AgentName("iris"), "0" * 40, deployed))
+        agent = await hive.agents.get(AgentName("iris"))
+        page = Shape(rows.agent(agent, alone=True)).text
+        assert told in page
+        assert ("servers of tools: maps (find, route); notes (all of its tools)" in page) == ("mcp_servers" in deployed)
+        assert "egress:" not in rows.agent(agent, alone=False)
 
 
 async def test_a_page_tells_which_skills_and_plugins_an_agent_has(hive: Services) -> None:
