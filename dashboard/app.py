@@ -39,6 +39,7 @@ def build_app(hive: Hive) -> ASGIApp:
             Route("/agents/{name}", pages.agent),
             Route("/live", pages.live),
             Route("/search", pages.search),
+            Route("/projects", pages.projects),
             Route("/threads/{id}", pages.thread),
             Route("/agents/{name}/live", pages.agent_live),
             Route("/sign-in", pages.sign_in),

@@ -14,6 +14,7 @@ from dashboard.credentials import credential_rows, lacks_credential
 from dashboard.deploys import deploys_now
 from dashboard.door import COOKIE
 from dashboard.live import Position, live_response
+from dashboard.projects import projects_now
 from dashboard.reach import reach_now
 from dashboard.rows import ASSETS, Rows, asset_bytes, asset_hash, render
 from dashboard.snapshots import snapshots_now
@@ -97,6 +98,9 @@ class Pages:
             more=more and f"/search?{more}",
             trouble=trouble,
         )
+
+    async def projects(self, request: Request) -> Response:
+        return self._page("projects.html", [], **await projects_now(self._hive))
 
     async def thread(self, request: Request) -> Response:
         number, after = request.path_params["id"], request.query_params.get("after", "0")
