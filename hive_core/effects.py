@@ -6,6 +6,7 @@ reason: a card never passes over it.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from hive_core.protocol.visible import counted
 
 LISTED = 12  # names in one line
 TEXT_LIMIT = 400  # characters of one; a card's diff has them all
+BEFORE_DIFFERENCE = 40  # of them at each end of what two have in common
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,18 @@ def says_the_same(one: dict[str, Any] | None, other: dict[str, Any] | None) -> b
 
 def _wire(line: Line) -> dict[str, Any]:
     weight = WIDE if line.wide else PLAIN
-    told = {"what": line.what, "before": _cut(line.before), "after": _cut(line.after), "weight": weight}
+    before, after = _from_difference(line.before, line.after)
+    told = {"what": line.what, "before": _cut(before), "after": _cut(after), "weight": weight}
     return {**told, "amounts": dict(line.amounts)} if line.amounts else told
+
+
+def _from_difference(before: str | None, after: str | None) -> tuple[str | None, str | None]:
+    """How the two begin, and then from where they differ, if so far back that what is told of them would be the same."""
+    if before is None or after is None or before == after or before[:TEXT_LIMIT] != after[:TEXT_LIMIT]:
+        return before, after
+    differ = len(os.path.commonprefix([before, after])) - BEFORE_DIFFERENCE
+    begins = f"{before[:BEFORE_DIFFERENCE]}… {counted(differ - BEFORE_DIFFERENCE, 'character')} …"
+    return begins + before[differ:], begins + after[differ:]
 
 
 def _cut(text: str | None) -> str | None:

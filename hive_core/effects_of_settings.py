@@ -118,7 +118,8 @@ def _others(old: McpServer | None, new: McpServer | None) -> str:
     assert old is not None
     assert new is not None
     if old.allowed_tools == new.allowed_tools:
-        return "another env"
+        others = [name for name in {**old.env, **new.env} if old.env.get(name) != new.env.get(name)]
+        return f"another env: {some(others)}" if others else "its env in another order"
     had, has = old.allowed_tools or [], new.allowed_tools or []
     more, less = ([tool for tool in one if tool not in other] for one, other in ((has, had), (had, has)))
     parts = [f"{sign} {some(tools)}" for sign, tools in (("+", more), ("−", less)) if tools]

@@ -170,7 +170,15 @@ def test_what_differs_behind_the_names_that_a_line_has_room_for_is_told() -> Non
     )
     one, other = (settings(mcp_servers=server) for server in servers)
     (server,) = told(settings_lines(one, other))
-    assert server.endswith("→ the same with another env")
+    assert server.endswith("→ the same with another env: X, Y")
+
+
+def test_long_texts_that_begin_with_the_same_are_told_from_where_they_differ() -> None:
+    before, after = (settings(mcp_servers={"m": {**M, "args": ["x" * 1000, last]}}) for last in ("--safe", "--rm"))
+    (server,) = told(settings_lines(before, after))
+    begins = f"m: m {'x' * 35}… 928 characters …{'x' * 37} --"
+    assert server == f"!mcp_servers: {begins}safe → {begins}rm"
+    assert told(settings_lines(after, before)) != [server]
 
 
 def test_tools_behind_those_that_a_line_has_room_for_are_told() -> None:
