@@ -62,12 +62,12 @@ class Forms:
         return yes(request, "/", said.format(message_id, ", ".join(names)))
 
     async def answer(self, request: Request) -> Response:
-        """The operator's answer: `choice-N` for each option that was chosen, by its place, and `text`."""
+        """The operator's answer: `choice-N` for each option that was chosen, by its place, `text`, and `files`."""
         question = await self._hive.questions.get(number(request.path_params["id"], "a question"))
-        form = await read_form(request)
-        choices = [option for place, option in enumerate(question.options, 1) if form.get(f"choice-{place}")]
-        answer = parse_answer(choices, form.get("text", "").strip() or None)
-        await self._hive.questions.answer(OPERATOR, question.id, answer)
+        async with read_files_form(request, self._hive.broker.limits) as (form, files):
+            choices = [option for place, option in enumerate(question.options, 1) if form.get(f"choice-{place}")]
+            answer = parse_answer(choices, form.get("text", "").strip() or None)
+            await self._hive.questions.answer(OPERATOR, question.id, answer, files=files)
         return yes(request, "/", f"question {question.id} of {question.asker} is answered")
 
     async def estop(self, request: Request) -> Response:

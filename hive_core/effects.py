@@ -6,7 +6,6 @@ reason: a card never passes over it.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -82,10 +81,11 @@ def _wire(line: Line) -> dict[str, Any]:
 
 
 def _from_difference(before: str | None, after: str | None) -> tuple[str | None, str | None]:
-    """How the two begin, and then from where they differ, if so far back that what is told of them would be the same."""
+    """How the two begin, and from where they differ, if that is so far back that the same would be told of both."""
     if before is None or after is None or before == after or before[:TEXT_LIMIT] != after[:TEXT_LIMIT]:
         return before, after
-    differ = len(os.path.commonprefix([before, after])) - BEFORE_DIFFERENCE
+    places = (at for at, (one, other) in enumerate(zip(before, after, strict=False)) if one != other)
+    differ = next(places, min(len(before), len(after))) - BEFORE_DIFFERENCE
     begins = f"{before[:BEFORE_DIFFERENCE]}… {counted(differ - BEFORE_DIFFERENCE, 'character')} …"
     return begins + before[differ:], begins + after[differ:]
 

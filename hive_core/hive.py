@@ -138,7 +138,8 @@ class Hive:
         self.archive = Archive(self.store, self.config, self.config.bodies_dir)
         self.retention = Retention(self.store, self.config, self.archive.index)
         limits = self.broker.limits
-        self.questions, self.reminders = Questions(self.store, limits), Reminders(self.store, limits)
+        self.questions = Questions(self.store, limits, self.broker.bodies)
+        self.reminders = Reminders(self.store, limits)
         self.schedules = Schedules(self.store, limits)
         self.background = Background(self.store, limits)
         self.steering = Steering(self.store)

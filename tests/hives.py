@@ -88,7 +88,8 @@ class Services:
 
     def __post_init__(self) -> None:
         limits = self.broker.limits
-        self.questions, self.reminders = Questions(self.store, limits), Reminders(self.store, limits)
+        self.questions = Questions(self.store, limits, self.broker.bodies)
+        self.reminders = Reminders(self.store, limits)
         self.schedules = Schedules(self.store, limits)
         self.background = Background(self.store, limits)
         self.turn_records = TurnRecords(self.store)

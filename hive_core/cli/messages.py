@@ -14,6 +14,8 @@ from hive_core.protocol.words import BODY_LIMIT_BYTES
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import Namespace
+    from collections.abc import Sequence
+    from typing import Any
 
 
 def send(arguments: Namespace) -> None:
@@ -28,19 +30,25 @@ def send(arguments: Namespace) -> None:
         body = given_text("message", BODY_LIMIT_BYTES)
     # The shell, and not we, would make one word of a list; the daemon takes one name, or a list.
     recipients = to.split(",") if "," in to else to
-    descriptors = [_open(path) for path in arguments.file or ()]
-    files = [{"name": os.path.basename(path)} for path in arguments.file or ()]
-    result = Client().call(
-        "send", descriptors, to=recipients, body=body, in_reply_to=arguments.in_reply_to, files=files or None
-    )
-    text = f"sent as message {result['message']}"
-    if sent := result.get("files"):
-        text += f" with {', '.join(sent)}"
+    descriptors, files = opened(arguments.file or ())
+    given = {"to": recipients, "body": body, "in_reply_to": arguments.in_reply_to, "files": files}
+    result = Client().call("send", descriptors, **given)
+    text = f"sent as message {result['message']}{with_files(result)}"
     if held := result.get("held"):
         from hive_core.protocol.held import say_held
 
         text += f"; {say_held(result['message'], held)}"
     emit(arguments, result, text)
+
+
+def opened(paths: Sequence[str]) -> tuple[list[int], list[dict[str, str]] | None]:
+    """The files to send, open, and what a request says of them. Raises Refusal."""
+    return [_open(path) for path in paths], [{"name": os.path.basename(path)} for path in paths] or None
+
+
+def with_files(result: dict[str, Any]) -> str:
+    """What is said behind "sent" of the files that went."""
+    return f" with {', '.join(sent)}" if (sent := result.get("files")) else ""
 
 
 def _open(path: str) -> int:

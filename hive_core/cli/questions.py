@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hive_core.cli.client import Client
+from hive_core.cli.messages import opened, with_files
 from hive_core.cli.output import emit
 
 TYPE_CHECKING = False
@@ -18,8 +19,11 @@ def questions(arguments: Namespace) -> None:
 
 
 def answer(arguments: Namespace) -> None:
-    result = Client().call("answer", question=arguments.question, text=arguments.text, choices=arguments.choice)
-    emit(arguments, result, f"question {result['question']} is answered, with message {result['message']}")
+    descriptors, files = opened(arguments.file or ())
+    given = {"question": arguments.question, "text": arguments.text, "choices": arguments.choice, "files": files}
+    result = Client().call("answer", descriptors, **given)
+    text = f"question {result['question']} is answered, with message {result['message']}"
+    emit(arguments, result, text + with_files(result))
 
 
 def loose_ends(arguments: Namespace) -> None:

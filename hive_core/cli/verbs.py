@@ -170,6 +170,7 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
             (("question",), {"type": _whole, "metavar": "ID"}),
             (("text",), {"nargs": "?", "help": "where the question takes text"}),
             (("--choice",), {"action": "append", "metavar": "OPTION", "help": "an option, or its number"}),
+            (("--file",), {"action": "append", "metavar": "FILE", "help": "send it with the answer; again for more"}),
         ],
     ),
     "schedule": (

@@ -89,7 +89,7 @@ class Broker:
         self._store = store
         access = access or Access(store.bus)
         self._closed, self._no_turn = access.closed, access.no_turn
-        self._bodies = bodies
+        self.bodies = bodies
         self._delivery = delivery
         self.limits = limits or Limits()
         self.messages = Messages(store, self.limits, bodies)
@@ -119,14 +119,14 @@ class Broker:
         """
         to = (recipients,) if isinstance(recipients, str) else tuple(recipients)
         letter = Letter(sender, to, body, in_reply_to, key)
-        if self._bodies is None or not (files or is_large(body)):
+        if self.bodies is None or not (files or is_large(body)):
             return await self._store.write_together(self._post_all, letter, self._weight(to))
         async with AsyncExitStack() as kept:
             if files:
-                attached = await kept.enter_async_context(self._bodies.kept_files(files, self.limits))
+                attached = await kept.enter_async_context(self.bodies.kept_files(files, self.limits))
                 letter = replace(letter, attached=attached)
             if is_large(body):
-                large = await kept.enter_async_context(self._bodies.kept(body))
+                large = await kept.enter_async_context(self.bodies.kept(body))
                 letter = replace(letter, body=large.beginning, file=large.file)
             sent = await self._store.write_together(self._post_all, letter, self._weight(to))
         return {**sent, "files": [file.name for file in letter.attached]} if files else sent
@@ -416,8 +416,8 @@ class Broker:
 
     async def sweep_bodies(self) -> None:
         """Remove the files of large bodies, and attached ones, that no message refers to any more."""
-        if self._bodies is not None:
-            await self._bodies.sweep()
+        if self.bodies is not None:
+            await self.bodies.sweep()
         if self._delivery is not None:
             await self._delivery.sweep()
 

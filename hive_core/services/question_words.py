@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import hides, instant, quoted
 from hive_core.protocol.words import OPERATOR, AgentName, MessageBody, parse_recipient, parse_text, shown
+from hive_core.services.attachments import Attached, body_with
 
 # A line may be one byte and its mark are two more: also as a message, three times as long, it has to stand inline.
 QUESTION_LIMIT_BYTES = 16 * 1024
@@ -32,6 +33,7 @@ class Ask(NamedTuple):
 class Answer(NamedTuple):
     choices: tuple[str, ...] = ()
     text: str | None = None
+    attached: tuple[Attached, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +102,12 @@ def fit(question: Question, answer: Answer) -> Answer:
         raise Refusal("usage", f"{cannot} with text: choose of its options {', '.join(map(quoted, options))}")
     if len(choices) > 1 and not question.multi:
         raise Refusal("usage", f"{cannot} with {len(choices)} choices: it takes one")
-    if not choices and answer.text is None:
-        raise Refusal("usage", f"{cannot} with nothing: give {_what_fits(question)}")
-    return Answer(choices, answer.text)
+    text = answer.text
+    if not choices and text is None:
+        if not answer.attached or not (question.free_text or not options):
+            raise Refusal("usage", f"{cannot} with nothing: give {_what_fits(question)}")
+        text = body_with(None, len(answer.attached))
+    return Answer(choices, text, answer.attached)
 
 
 def _what_fits(question: Question) -> str:

@@ -18,6 +18,8 @@ from hive_core.protocol.words import (
     OPERATOR,
     AgentName,
 )
+from hive_core.services.attachments import Upload
+from hive_core.services.bodies import Bodies
 from hive_core.services.post import Letter, post_counted, unless_refused
 from hive_core.services.question_ends import TOPIC, cancel_put_with, expire, tell_answered, tell_asked, tell_held
 from hive_core.services.question_words import Answer, Ask, Question, answered, asked, fit, from_row
@@ -36,9 +38,11 @@ class Questions:
 
     topic = TOPIC
 
-    def __init__(self, store: Store, limits: Limits | None = None) -> None:
+    def __init__(self, store: Store, limits: Limits | None = None, bodies: Bodies | None = None) -> None:
+        """bodies: what keeps the files of answers; without it none come with them."""
         self._store = store
         self._limits = limits or Limits()
+        self._bodies = bodies
 
     # -- asking and answering -----------------------------------------------------------------------------------------
 
@@ -84,21 +88,31 @@ class Questions:
             raise Refusal("usage", f"cannot wait {ttl_s:g} s for an answer: give {TTL_LEAST_S:g} to {most:g} (ttl_s)")
         return ttl_s
 
-    async def answer(self, who: AgentName, question_id: int, answer: Answer, key: str | None = None) -> dict[str, Any]:
-        """Answer a question that was put to `who`: {"question", "message"}, the message being the answer.
+    async def answer(
+        self, who: AgentName, question_id: int, answer: Answer, key: str | None = None, files: Sequence[Upload] = ()
+    ) -> dict[str, Any]:
+        """Answer a question that was put to `who`: {"question", "message"}, the message being the answer. Its files are
+        on disk then too, and told as `files`: what they are called now.
 
         A repeated `key` gets the first result. Raises Refusal: it was answered (by whom and when), it has expired or
         was cancelled, the answer does not fit, or the message cannot be sent.
         """
+        if self._bodies is None or not files:
+            return await self._answer(who, question_id, answer, key)
+        async with self._bodies.kept_files(files, self._limits) as attached:
+            sent = await self._answer(who, question_id, answer._replace(attached=attached), key)
+        return {**sent, "files": [file.name for file in attached]}
+
+    async def _answer(self, who: AgentName, question_id: int, answer: Answer, key: str | None) -> dict[str, Any]:
 
         def write(tx: Transaction) -> dict[str, Any] | Refusal:
             if first := first_answer(tx, who, key, "answer"):
                 return first
             question = _open_for(tx, who, question_id)
             given = fit(question, answer)
-            sent = post_counted(
-                tx, Letter(who, (question.asker,), answered(question, given), question.message_id), self._limits
-            )
+            body = answered(question, given)
+            letter = Letter(who, (question.asker,), body, question.message_id, attached=given.attached)
+            sent = post_counted(tx, letter, self._limits)
             if isinstance(sent, Refusal):
                 return sent
             tx.execute(

@@ -91,7 +91,7 @@ class AdminDesk:
             "thread": (self._thread, {"message", "after"}),
             "explain": (self._explain, {"message"}),
             "questions": (self._questions, {"limit"}),
-            "answer": (self._answer_question, {"question", "choices", "text", "key"}),
+            "answer": (self._answer_question, {"question", "choices", "text", "key", "files"}),
             "schedule": (self._schedule, {"agent", "body", "cron", "zone", "every_s", "key"}),
             "schedules": (self._schedules, set()),
             "schedule_pause": (partial(self._schedule_move, "pause"), {"schedule"}),
@@ -309,7 +309,8 @@ class AdminDesk:
     async def _answer_question(self, args: Args) -> Any:
         question_id = parse_id(args.get("question"), "a question")
         answer = parse_answer(args.get("choices"), args.get("text"))
-        return await self._hive.questions.answer(OPERATOR, question_id, answer, _key(args))
+        with given_files(args.get("files", [])) as files:
+            return await self._hive.questions.answer(OPERATOR, question_id, answer, _key(args), files)
 
     async def _schedule(self, args: Args) -> Any:
         plan = parse_plan(*(args.get(key) for key in ("agent", "body", "cron", "zone", "every_s")))

@@ -13,6 +13,7 @@ from tests.browser.patience import let_what_is_said_stay
 from tests.needs import find_chromium
 
 FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FIRST = 5  # message of the composer: a question, its answer, and that hm1nd is told of both come before
 # What a browser would hand over: a file that was dragged here, an image that was copied elsewhere.
 DROP = """
 (name) => {
@@ -48,6 +49,7 @@ def click_through(link: str, folder: Path) -> list[str]:
         page.goto(link)
         page.wait_for_url("**/")
         page.evaluate("window.notReloaded = true")
+        answer(page, folder)
         page.locator("#recipients").select_option("iris")
         pick_and_paste(page, folder)
         take_back(page, folder)
@@ -61,6 +63,17 @@ def click_through(link: str, folder: Path) -> list[str]:
         )
         chromium.close()
     return troubles
+
+
+def answer(page: Page, folder: Path) -> None:
+    """An answer takes files too."""
+    form = page.locator("#question-1 form")
+    form.get_by_label("your answer").fill("this one")
+    form.get_by_label("files").set_input_files([folder / "notes.txt", folder / "other.txt"])
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+    form.get_by_role("button", name="◆ ANSW3R").click()
+    expect(page.locator(".toast.good")).to_have_text("question 1 of iris is answered")
+    expect(page.locator("#question-1")).to_have_count(0)
 
 
 def pick_and_paste(page: Page, folder: Path) -> None:
@@ -81,14 +94,14 @@ def pick_and_paste(page: Page, folder: Path) -> None:
     expect(files).to_have_text(["notes.txt · 5 bytes ✕", "image.png · 4 bytes ✕"])
     page.locator("#body").fill("look")
     page.locator("#body").press("Enter")
-    expect(page.locator(".toast.good")).to_have_text("message 1 is on its way to iris with 2 files")
+    expect(page.locator(".toast.good").last).to_have_text(f"message {FIRST} is on its way to iris with 2 files")
     expect(files).to_have_count(0)
     expect(page.locator("#body")).to_have_value("")
 
 
 def take_back(page: Page, folder: Path) -> None:
     """The row that came live has the files; a click saves one, and shows nothing."""
-    row = page.locator("#message-1 .files")
+    row = page.locator(f"#message-{FIRST} .files")
     expect(row).to_contain_text("image.png image/png · 4 bytes")
     with page.expect_download() as download:
         row.get_by_role("link", name="notes.txt").click()
@@ -106,7 +119,7 @@ def drop_on_a_phone(page: Page) -> None:
     expect(page.locator("#chosen-files")).to_be_hidden()
     page.evaluate(DROP, "dropped.txt")
     page.locator("#body").press("Enter")
-    expect(page.locator("#message-2 .files")).to_contain_text("dropped.txt text/plain · 7 bytes")
+    expect(page.locator(f"#message-{FIRST + 1} .files")).to_contain_text("dropped.txt text/plain · 7 bytes")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
@@ -116,7 +129,7 @@ def send_without_the_script(context: BrowserContext, address: str, folder: Path)
     page.get_by_label("+ files").set_input_files(folder / "notes.txt")
     page.locator("#body").fill("without the script")
     page.get_by_role("button", name="◆ S3ND").click()
-    expect(page.locator("#message-3 .files")).to_contain_text("notes.txt")
+    expect(page.locator(f"#message-{FIRST + 2} .files")).to_contain_text("notes.txt")
 
 
 if __name__ == "__main__":

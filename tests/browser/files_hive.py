@@ -8,7 +8,8 @@ from pathlib import Path
 import trio
 
 from hive_core.limits import Limits
-from hive_core.protocol.words import AgentName
+from hive_core.protocol.words import OPERATOR, AgentName
+from hive_core.services.question_words import Ask
 from tests.dashboards import hive_of, served
 from tests.hives import open_services
 from tests.needs import ROOT
@@ -16,6 +17,7 @@ from tests.needs import ROOT
 IRIS = AgentName("iris")
 WITHIN_S = 240.0  # on a machine with other things to do
 SENT = [  # by files_clicks, in this order: the body, and what the agent finds
+    ('answer to your question 1, "Which plan?":\n| this one', {"notes.txt": 5, "other.txt": 5}),
     ("look", {"notes.txt": 5, "image.png": 4}),
     ("1 file attached", {"dropped.txt": 7}),
     ("without the script", {"notes.txt": 5}),
@@ -30,6 +32,7 @@ async def main(folder: Path) -> None:
         (folder / "notes.txt").write_text("notes")
         (folder / "other.txt").write_text("other")
         (folder / "large.bin").write_bytes(bytes(1_000_001))
+        await hive.questions.ask(IRIS, Ask(OPERATOR, "Which plan?"))
         ours = hive_of(hive)
         async with served(ours) as browser:
             ours.dashboard_port = browser.port

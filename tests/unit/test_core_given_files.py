@@ -15,6 +15,7 @@ import trio
 import trio.testing
 
 from hive_core.protocol.words import AgentName
+from hive_core.services.question_words import parse_ask
 from hive_core.sockets.admin import AdminDesk
 from hive_core.sockets.given_files import FILES_MOST
 from tests.dashboards import hive_of
@@ -74,6 +75,26 @@ async def test_hive_send_gives_files_to_an_agent_and_hive_read_names_them(
     ]
     assert b"with it: notes-2.txt (text/plain, 8 bytes)" in (await run_hive(tmp_path, "thread", "1")).stdout
     assert b'with "notes.txt" (8 bytes)' in (await run_hive(tmp_path, "explain", "1")).stdout
+
+
+async def test_hive_answer_gives_files_with_an_answer(hive: Services, door: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.png").write_text("a plan")
+    (hive.state_dir / "agents/iris/state").mkdir(parents=True)
+    for text, options in (("which?", None), ("yes?", ["yes", "no"])):
+        await hive.questions.ask(IRIS, parse_ask("operator", text, options))
+    done = await run_hive(tmp_path, "answer", "1", "--file", str(tmp_path / "plan.png"))
+    assert done.stdout.startswith(b"question 1 is answered, with message "), done.stderr
+    assert done.stdout.endswith(b" with plan.png\n")
+    refused = await run_hive(tmp_path, "answer", "2", "--file", str(tmp_path / "plan.png"))
+    assert b"cannot answer question 2 with nothing: give one of its options" in refused.stderr
+    done = await run_hive(tmp_path, "answer", "2", "--choice", "yes", "--file", str(tmp_path / "plan.png"))
+    assert done.returncode == 0, done.stderr
+    for said in ("| 1 file attached", 'chosen: "yes"'):
+        lease = await hive.broker.lease(IRIS)
+        assert lease.message is not None
+        assert lease.message["body"].splitlines()[1] == said
+        assert (hive.state_dir / f"agents/iris/state/inbox/{lease.message['id']}/plan.png").read_text() == "a plan"
+        await hive.broker.ack(IRIS, lease.turn, "done")
 
 
 async def test_a_file_alone_is_a_message(hive: Services, door: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hive_core.limits import Limits
 from hive_core.protocol.file_names import FileName
 from hive_core.protocol.words import OPERATOR, AgentName, parse_body
 from hive_core.services.attachments import Upload
+from hive_core.services.question_words import parse_ask
 from tests.dashboards import OURS, browse, hive_of
 from tests.hives import Services, open_services, run_in_hive
 
@@ -48,6 +49,17 @@ async def test_a_form_with_files_is_a_message_with_them(hive: Services) -> None:
     assert (leased.message["body"], leased.message["sender"]) == ("two\nlines", "operator")
     inbox = hive.state_dir / "agents/iris/state/inbox/1"
     assert {path.name: path.stat().st_size for path in inbox.iterdir()} == {"image.png": 108, "image-2.png": 2_000_000}
+
+
+async def test_the_form_of_a_question_takes_files_too(hive: Services) -> None:
+    (hive.state_dir / "agents/iris/state").mkdir(parents=True)
+    await hive.questions.ask(IRIS, parse_ask("operator", "which?"))
+    parts = {"files": ("plan.png", PNG, "image/png")}
+    async with browse(hive_of(hive)) as client:
+        answer = await client.post("/questions/1/answer", headers=SCRIPT, data={"text": "this"}, files=parts)
+        assert answer.json() == {"ok": True, "said": "question 1 of iris is answered"}
+    leased = await hive.broker.lease(IRIS)
+    assert (hive.state_dir / f"agents/iris/state/inbox/{leased.message['id']}/plan.png").read_bytes() == PNG
 
 
 async def test_a_plain_form_without_files_or_text_with_them_is_one_too(hive: Services) -> None:
