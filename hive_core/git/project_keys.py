@@ -76,6 +76,11 @@ class ProjectKeys:
             raise
         sync_folder(self.folder)
 
+    def read(self, name: ProjectName) -> dict[str, str]:
+        """What there is of a project, by suffix. Raises OSError."""
+        files = ((suffix, self._file(name, suffix)) for suffix in (KEY, TOKEN, KNOWN_HOSTS))
+        return {suffix: file.read_text(errors="replace") for suffix, file in files if file.exists()}
+
     def remove(self, name: ProjectName) -> None:
         """Again is fine."""
         for suffix in (KEY, TOKEN, KNOWN_HOSTS):

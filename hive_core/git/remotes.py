@@ -190,10 +190,18 @@ def their_git(source: Source, service: str) -> str:
 
 def better_told(failed: GitFailed) -> GitFailed:
     """The same, with what ssh said where git says no more than that it could not read, or with the way out."""
-    if re.search(r"returned error: 30[1278]\b", str(failed)):
-        return GitFailed(f"{failed}: give the url that it redirects to", failed.over, failed.code, failed.printed)
+    said = str(failed)
     before, found, _ = failed.printed.partition("fatal: Could not read from remote repository")
     lines = [line.strip() for line in before.splitlines() if line.strip()]
-    if not found or not str(failed).startswith("fatal: Could not read") or not lines:
-        return failed
-    return GitFailed(named(lines[-1])[:REASON_LIMIT], failed.over, failed.code, failed.printed)
+    if found and said.startswith("fatal: Could not read") and lines:
+        said = named(lines[-1])[:REASON_LIMIT]
+    ways = [way for pattern, way in _WAYS_OUT.items() if re.search(pattern, said)]
+    return GitFailed("; ".join([said, *ways[:1]]), failed.over, failed.code, failed.printed)
+
+
+_WAYS_OUT = {
+    r"returned error: 30[1278]\b": "give the url that it redirects to",
+    "Authentication failed": "`hive project add NAME URL --token FILE` gives it a token, or another one",
+    "Permission denied": "`hive project add NAME URL --key FILE` gives it another key",
+    "Host key verification failed": "--host-key of `hive project add` says which key its server has",
+}

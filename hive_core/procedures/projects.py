@@ -94,25 +94,29 @@ class ProjectMirrors:
     # -- the operator's -----------------------------------------------------------------------------------------------
 
     async def add(self, name: ProjectName, raw: object, given: dict[str, object], actor: str) -> Registered:
-        """Register a repository, once its mirror is whole. given: key, token and host_key, each may be absent.
+        """Register a repository, once its mirror is whole; or give one another credential, once its server takes that.
 
-        Raises Refusal; then nothing of it stays.
+        given: key, token and host_key, each may be absent. Raises Refusal; then nothing of it stays.
         """
         source = parse_source(raw)
         files = _credential_files(source, given)
+        kind = next((kind for suffix, kind in ((KEY, "key"), (TOKEN, "token")) if suffix in files), "none")
         async with self.alone(name):
-            if await self.projects.find(name) is not None:
+            if (found := await self.projects.find(name)) is None:
+                try:
+                    branch, size = await _in_thread("add", name, lambda: self._make(name, source, files))
+                    await self.projects.add(name, source.text, kind, branch, size, actor)
+                except BaseException:
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(self._forget, name)
+                    raise
+                self._fetched_s[name] = trio.current_time()
+            elif found.source == source.text and kind != "none":
+                await _in_thread("reach", name, lambda: self._renew(name, source, files))
+                await self.projects.renew(name, kind, actor)
+            else:
                 raise taken(name)
-            try:
-                branch, size = await _in_thread("add", name, lambda: self._make(name, source, files))
-                kind = next((kind for suffix, kind in ((KEY, "key"), (TOKEN, "token")) if suffix in files), "none")
-                await self.projects.add(name, source.text, kind, branch, size, actor)
-            except BaseException:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self._forget, name)
-                raise
-            self._fetched_s[name] = trio.current_time()
-        return await self.projects.get(name)
+        return await (self.projects.get(name) if found is None else self.fetch(name))
 
     async def fetch(self, name: ProjectName) -> Registered:
         """Fetch it now, and let its first branch be the source's. Raises Refusal when that cannot be done."""
@@ -137,6 +141,22 @@ class ProjectMirrors:
         mirror.fetch()
         mirror.follow_head()
         return mirror.head(), packed_bytes(mirror.path)
+
+    def _renew(self, name: ProjectName, source: Source, files: dict[str, str]) -> None:
+        former = self.keys.read(name)
+        try:
+            for suffix, text in files.items():
+                self.keys.put(name, suffix, text)
+            mirror = self._mirror(name, self.keys.access(name, source))
+            mirror.make()
+            if source.kind == "ssh" and KNOWN_HOSTS not in {*files, *former}:
+                mirror.meet()
+            mirror.follow_head()
+        except BaseException:
+            self.keys.remove(name)
+            for suffix, text in former.items():
+                self.keys.put(name, suffix, text)
+            raise
 
     def _forget(self, name: ProjectName) -> None:
         remove(self.path(name))

@@ -72,6 +72,16 @@ class Projects:
 
         await self._store.write(write)
 
+    async def renew(self, name: ProjectName, credential: str, actor: str) -> None:
+        """It has another credential."""
+
+        def write(tx: Transaction) -> None:
+            tx.execute("UPDATE projects SET credential = ? WHERE name = ?", (credential, name))
+            tx.emit("project_credential_changed", actor, None, project=name, credential=credential)
+            tx.wake(PROJECTS)
+
+        await self._store.write(write)
+
     async def remove(self, name: ProjectName, actor: str) -> None:
         """Its forge too. Raises Refusal: there is none, or an agent lists it."""
 
@@ -123,7 +133,7 @@ class Projects:
 
 
 def taken(name: str) -> Refusal:
-    why = "there is one of that name; choose another, or `hive project rm` it first"
+    why = "there is one of that name; choose another, or `hive project rm` it first (--token and --key go to its own url)"
     return Refusal("conflict", f"cannot add the project {name}: {why}")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 
+from hive_core.git.mirrors import remove
 from hive_core.protocol.refusal import Refusal
 from tests.git_servers import serve_http, serve_ssh
 from tests.project_hives import SITE, commit, git, make_source, open_project_hive
@@ -166,6 +168,44 @@ async def test_a_project_of_an_ssh_server_is_cloned_and_pushed_to_with_its_key(t
             pushed = commit(clone, "fix", branch="iris/fix")
             await hive.git(clone, "push", "--quiet", "origin", "iris/fix")
             assert refs(bare)["refs/heads/iris/fix"] == pushed
+
+
+async def test_a_project_is_given_another_token_while_agents_work_on_it(tmp_path: Path) -> None:
+    bare = make_bare(tmp_path)
+    with serve_http(bare.parent, TOKEN) as server:
+        async with open_project_hive(tmp_path) as hive:
+            mirrors, url = hive.mirrors, f"{server.url}/site.git"
+            await mirrors.add(SITE, url, {"token": TOKEN}, "operator")
+            await hive.list_projects({"name": "site"})
+            server.token = another = "another-token-of-the-project"
+            with pytest.raises(Refusal, match="Authentication failed.*`hive project add NAME URL --token FILE`"):
+                await mirrors.fetch(SITE)
+            with pytest.raises(Refusal, match="cannot reach site: .*Authentication failed"):
+                await mirrors.add(SITE, url, {"token": "a-token-that-is-wrong"}, "operator")
+            file = hive.services.state_dir / "credentials" / "projects" / "site.token"
+            assert file.read_text() == f"{TOKEN}\n"
+            for place, given in ((url, {}), (f"{server.url}/other.git", {"token": another})):
+                with pytest.raises(Refusal, match="there is one of that name"):
+                    await mirrors.add(SITE, place, given, "operator")
+            assert (await mirrors.add(SITE, url, {"token": another}, "operator")).trouble is None
+            assert len(await hive.events("project_credential_changed")) == 1
+            clone = await hive.clone()
+            commit(clone, "fix", branch="iris/fix")
+            await hive.git(clone, "push", "--quiet", "origin", "iris/fix")
+
+
+async def test_a_hive_without_its_keys_as_behind_a_backup_is_given_them_again(tmp_path: Path) -> None:
+    bare = make_bare(tmp_path)
+    with serve_ssh(tmp_path / "sshd") as server:
+        async with open_project_hive(tmp_path) as hive:
+            mirrors, url, key = hive.mirrors, f"{server.url}{bare}", server.key.read_text()
+            await mirrors.add(SITE, url, {"key": key}, "operator")
+            shutil.rmtree(hive.services.state_dir / "credentials")
+            remove(mirrors.path(SITE))
+            with pytest.raises(Refusal, match="--host-key"):
+                await mirrors.fetch(SITE)
+            assert (await mirrors.add(SITE, url, {"key": key}, "operator")).trouble is None
+            assert refs(mirrors.path(SITE), "refs/heads") == refs(bare, "refs/heads")
 
 
 async def test_a_host_key_is_the_one_that_was_given_or_seen_first(tmp_path: Path) -> None:
