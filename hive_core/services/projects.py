@@ -133,7 +133,7 @@ class Projects:
 
 
 def taken(name: str) -> Refusal:
-    why = "there is one of that name; choose another, or `hive project rm` it first (--token and --key go to its own url)"
+    why = "there is one of that name; choose another, or `hive project rm` it first (a credential: give its own url)"
     return Refusal("conflict", f"cannot add the project {name}: {why}")
 
 

@@ -178,9 +178,9 @@ async def test_a_project_is_given_another_token_while_agents_work_on_it(tmp_path
             await mirrors.add(SITE, url, {"token": TOKEN}, "operator")
             await hive.list_projects({"name": "site"})
             server.token = another = "another-token-of-the-project"
-            with pytest.raises(Refusal, match="Authentication failed.*`hive project add NAME URL --token FILE`"):
+            with pytest.raises(Refusal, match=r"Authentication failed.*`hive project add NAME URL --token FILE`"):
                 await mirrors.fetch(SITE)
-            with pytest.raises(Refusal, match="cannot reach site: .*Authentication failed"):
+            with pytest.raises(Refusal, match=r"cannot reach site: .*Authentication failed"):
                 await mirrors.add(SITE, url, {"token": "a-token-that-is-wrong"}, "operator")
             file = hive.services.state_dir / "credentials" / "projects" / "site.token"
             assert file.read_text() == f"{TOKEN}\n"
