@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hive_core.cli.client import Client
 from hive_core.cli.output import emit
+from hive_core.cli.secret_input import read_secret
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import named as safe
 
@@ -41,7 +42,7 @@ def login(arguments: Namespace) -> None:
         kind = "api_key" if arguments.api_key else "oauth_token"
         what = "API key" if arguments.api_key else "token"
         client = Client()  # before anybody types a secret for nobody
-        result = client.call("credentials_give", credential=name, kind=kind, secret=_secret(what))
+        result = client.call("credentials_give", credential=name, kind=kind, secret=read_secret(what))
         emit(arguments, result, logged_in(result))
         return
     if arguments.cancel:
@@ -78,17 +79,3 @@ def logged_in(result: dict[str, Any]) -> str:
 
 def named_agents(names: list[str]) -> str:
     return ", ".join(names) or "none"
-
-
-def _secret(what: str) -> str:
-    """From standard input; from a terminal without showing it."""
-    import sys
-
-    if not sys.stdin.isatty():
-        return sys.stdin.buffer.read(4096).decode(errors="replace")  # no secret has what takes the place of junk
-    from getpass import getpass
-
-    try:
-        return getpass(f"{what}: ")
-    except EOFError:
-        raise Refusal("usage", f"cannot log in: no {what} was given") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hive_core.cli.client import Client
 from hive_core.cli.output import emit
+from hive_core.cli.secret_input import read_secret
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import counted
 from hive_core.protocol.words import shown
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 NUMBER_DIGITS = 15
-TOKEN_FILE_LIMIT = 4096
 
 
 def forge(arguments: Namespace) -> None:
@@ -49,7 +49,7 @@ def forge(arguments: Namespace) -> None:
         kind = arguments.kind or ("github" if url.rstrip("/") == "https://github.com" else "forgejo")
         client = Client()  # before anybody types a secret for nobody
         given = {"project": project, "kind": kind, "url": url, "repository": repository}
-        result = client.call("forge_add", **given, token=_token(arguments.token))
+        result = client.call("forge_add", **given, token=read_secret("token", arguments.token))
         emit(arguments, result, f"{_answers(result)}; what happens there from now on can be told by lanes")
 
 
@@ -59,24 +59,6 @@ def _answers(result: dict[str, Any]) -> str:
     login, branch = show.one_line(result["login"]), show.one_line(result["default_branch"])
     unread = counted(result["unread"], "unread notification")
     return f"the forge of {result['project']} answers: it knows the hive as {login}, default branch {branch}, {unread}"
-
-
-def _token(file: str) -> str:
-    import sys
-
-    if file == "-":
-        if sys.stdin.isatty():
-            from getpass import getpass
-
-            return getpass("token: ")
-        return sys.stdin.buffer.read(TOKEN_FILE_LIMIT).decode(errors="replace")  # no token has what takes junk's place
-    try:
-        with open(file, "rb") as opened:
-            return opened.read(TOKEN_FILE_LIMIT).decode(errors="replace")
-    except OSError as exc:
-        from hive_core.protocol.paths import explain
-
-        raise Refusal("usage", f"cannot read the token: {explain(exc)}") from None
 
 
 def _table(forges: list[dict[str, Any]]) -> str:

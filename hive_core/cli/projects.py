@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hive_core.cli.client import Client
 from hive_core.cli.output import emit
-from hive_core.protocol.paths import explain
+from hive_core.cli.secret_input import read_secret
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import mib
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from typing import Any
 
-FILE_LIMIT = 64 * 1024
 _NEEDS: dict[str, tuple[str, ...]] = {
     "list": (),
     "add": ("its name", "a path or a url"),
@@ -40,7 +39,9 @@ def project(arguments: Namespace) -> None:
         name, source = words
         # A path is one of this terminal's; the daemon works elsewhere.
         source = os.path.abspath(source) if source.startswith((".", "/")) or ":" not in source else source
-        given = {"key": _read(arguments.key), "token": _read(arguments.token), "host_key": arguments.host_key}
+        key = None if arguments.key is None else read_secret("key", arguments.key, one_line=False)
+        token = None if arguments.token is None else read_secret("token", arguments.token)
+        given = {"key": key, "token": token, "host_key": arguments.host_key}
         result = client.call("project_add", project=name, source=source, **given)
         listed = f'projects = [{{ name = "{name}" }}]'
         emit(arguments, result, f"{_line(result)}\nan agent works on it when its agent.toml says {listed}")
@@ -62,20 +63,3 @@ def _line(row: dict[str, Any]) -> str:
         parts.append(f"for {', '.join(row['agents'])}" if row["agents"] else "for nobody yet")
     line = f"project {show.paint(row['name'], 'bold')}: {' · '.join(parts)}"
     return f"{line}\n  {show.paint('! ' + show.safe(row['trouble']), 'amber')}" if row["trouble"] else line
-
-
-def _read(path: str | None) -> str | None:
-    """What a file holds, or standard input for `-`. Raises Refusal."""
-    if path is None:
-        return None
-    import sys
-
-    try:
-        if path == "-":
-            return sys.stdin.buffer.read(FILE_LIMIT).decode()
-        with open(path, "rb") as file:
-            return file.read(FILE_LIMIT).decode()
-    except OSError as exc:
-        raise Refusal("usage", f"cannot read {path}: {explain(OSError(exc.errno, exc.strerror))}") from None
-    except UnicodeDecodeError:
-        raise Refusal("usage", f"cannot use what is in {path}: it is not text") from None
