@@ -87,8 +87,10 @@ class Mirror:
 
     def fetch(self) -> Fetched:
         """Take what the source has now. Raises GitFailed, OSError, and Refusal over the limit of its size."""
-        size = packed_bytes(self.path)
-        if size > self._limits.bytes:
+        packed = packs(self.path)
+        if packed_bytes(self.path) > self._limits.bytes and _count(packed) > 1:
+            self._pack_all()
+        if (size := packed_bytes(self.path)) > self._limits.bytes:
             why = f"its mirror has {mib(size)} and project_bytes is {mib(self._limits.bytes)}; raise that"
             raise Refusal("refused", f"cannot fetch {self.name}: {why}")
         before = self._refs(SOURCE)
@@ -101,10 +103,10 @@ class Mirror:
         if len(after) > REFS_LIMIT:
             raise Refusal("refused", f"cannot fetch {self.name}: it has more than {REFS_LIMIT:,} branches and tags")
         fetched = self._follow(before, after)
-        if sum(file.endswith(".pack") for file in packs(self.path)) <= PACKS_MOST:
-            return fetched
-        self.repack()
-        return replace(fetched, repacked=True)
+        is_nearly_full = packed_bytes(self.path) > self._limits.bytes // 8 * 7
+        if _count(came := packs(self.path)) > (1 if is_nearly_full else PACKS_MOST):
+            self.repack()
+        return replace(fetched, repacked=bool({*packed, *came} - {*packs(self.path)}))
 
     def follow_head(self) -> None:
         """Let HEAD be the source's: the branch that a clone begins with."""
@@ -124,8 +126,14 @@ class Mirror:
         """The branch that a clone begins with, without refs/heads."""
         return run_git(self.path, "symbolic-ref", "HEAD").decode().strip().removeprefix(HEADS)
 
+    def _pack_all(self) -> None:
+        """Make one pack of all. Each that came brings along what it was made from; what nobody needs any more stays,
+        since clones may borrow it."""
+        words = ("repack", "-a", "-d", "-q", "--keep-unreachable", "--no-write-bitmap-index")
+        run_git(self.path, *words, limits=self._limits.git())
+
     def repack(self) -> None:
-        """Pack the packs together; what nobody needs any more stays."""
+        """Pack packs of a size together; what nobody needs any more stays."""
         run_git(self.path, "repack", "-d", "-q", "--geometric=2", "--no-write-bitmap-index", limits=self._limits.git())
 
     def run(self, *words: str, setting: Setting | None = None, limits: GitLimits | None = None) -> bytes:
@@ -225,6 +233,10 @@ def packs(path: Path) -> list[str]:
         return []
     stems = {file.removesuffix(".idx") for file in found if file.startswith("pack-") and file.endswith(".idx")}
     return [f"{stem}{end}" for stem in sorted(stems) for end in (".pack", ".rev", ".idx") if f"{stem}{end}" in found]
+
+
+def _count(files: list[str]) -> int:
+    return sum(file.endswith(".pack") for file in files)
 
 
 def packed_bytes(path: Path) -> int:

@@ -178,6 +178,29 @@ async def test_clones_that_borrow_stay_whole_when_the_packs_are_packed_together(
         git(tmp_path / "clone", "pull", "--quiet")
 
 
+@pytest.mark.parametrize("from_the_first", [True, False])
+async def test_a_mirror_is_packed_anew_before_it_is_too_large_and_clones_keep_what_they_borrow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_the_first: bool
+) -> None:
+    """With each fetch comes what it was made from, once more. A limit may also be lower than it was."""
+    source = make_source(tmp_path / "source")
+    lines = [os.urandom(30).hex() for _ in range(4_000)]
+    async with open_project_hive(tmp_path, project_bytes=2 ** (20 if from_the_first else 30)) as hive:
+        await hive.mirrors.add(SITE, str(source), {}, "operator")
+        await hive.list_projects({"name": "site"})
+        clone = await hive.clone()
+        git(clone, "branch", "mine", "HEAD")
+        git(source, "commit", "--quiet", "--amend", "--allow-empty", "-m", "This takes the place of what was borrowed")
+        for number in range(9):
+            lines[number] = "another"
+            commit(source, "large", "\n".join(lines))
+            await hive.mirrors.fetch(SITE)
+        monkeypatch.setattr(hive.mirrors, "_limits", mirrors.MirrorLimits(2**20, 60))
+        assert (await hive.mirrors.fetch(SITE)).bytes < 2**20
+        git(clone, "fsck", "--strict")
+        assert git(clone, "log", "-1", "--format=%s", "mine") == "Change README"
+
+
 async def test_what_cannot_be_fetched_is_told_with_the_project_and_not_twice(tmp_path: Path) -> None:
     source = make_source(tmp_path / "site")
     async with open_project_hive(tmp_path) as hive:
