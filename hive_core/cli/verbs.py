@@ -177,7 +177,7 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
         "schedules.schedule",
         "send a message by a clock",
         [
-            (("what",), {"choices": ["add", "list", "pause", "resume", "run", "rm"]}),
+            (("what",), {"nargs": "?", "choices": ["list", "add", "pause", "resume", "run", "rm"], "default": "list"}),
             (
                 ("words",),
                 {"nargs": "*", "metavar": "AGENT BODY | ID", "help": "add: to whom and what; else its number"},

@@ -22,7 +22,10 @@ REACH_VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any
         "forges.forge",
         "where the pull requests and issues of projects are: agents open and read them, and hear of them by lanes",
         [
-            (("what",), {"choices": ["add", "list", "check", "rehearse", "rm"]}),
+            (
+                ("what",),
+                {"nargs": "?", "choices": ["list", "add", "check", "rehearse", "rm"], "default": "list"},
+            ),
             (
                 ("words",),
                 {"nargs": "*", "metavar": "PROJECT", "help": "add: PROJECT URL OWNER/REPO; rehearse: PROJECT NUMBER"},

@@ -84,7 +84,7 @@ async def test_a_forge_is_added_listed_checked_and_forgotten(
     assert forge.unread() == [1]
     await hive_says(tmp_path, "forge", "rm", "site")
     assert files(hive) == []
-    assert "no project has a forge" in await hive_says(tmp_path, "forge", "list")
+    assert "no project has a forge" in await hive_says(tmp_path, "forge")
     assert json.loads(await hive_says(tmp_path, "forge", "list", "--json")) == {"forges": []}
     assert {"forge_added", "forge_removed"} <= set(await hive.kinds())
     assert await hive.value("SELECT count(*) FROM events WHERE data LIKE ?", f"%{TOKEN}%") == 0
