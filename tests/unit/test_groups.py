@@ -227,6 +227,16 @@ def test_only_the_group_that_spends_money_sees_the_keys(tmp_path: Path, monkeypa
     assert run_group(group("looks", ["account"]), tmp_path) == Counts(failed=1)
 
 
+@pytest.mark.parametrize(("long", "hangs_after_s"), [("1", 0), ("", 300)])
+def test_the_stacks_of_a_test_are_shown_when_it_hangs_and_not_of_one_that_is_meant_to_be_long(
+    long: str, hangs_after_s: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HIVE_LONG", long)
+    looks = f"def test_it(pytestconfig): assert float(pytestconfig.getini('faulthandler_timeout')) == {hangs_after_s}"
+    write_group(tmp_path, "looks", looks)
+    assert run_group(group("looks"), tmp_path) == Counts(passed=1)
+
+
 def test_the_processes_of_a_group_keep_what_they_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     write_group(tmp_path, "looks", "import sys\ndef test_kept(): assert not sys.dont_write_bytecode")
