@@ -14,8 +14,10 @@ import sys
 
 import trio
 
+from hive_core.protocol.carrying import SEND_BUFFER_BYTES, Pipes, SideGone, carry
+
 HOST_PATIENCE_S = 60.0
-READ_BYTES = 64 * 1024
+PIPES_KEPT = 2  # their pages count for all that this user runs, who may be that of every agent
 LOOKS = 3  # at the kernel's table, from which a row may be missing while others leave it
 REFUSED_S = 5.0  # that another's program has to read why
 REFUSED_BYTES = 1024 * 1024
@@ -29,6 +31,7 @@ async def serve_loopback(host_socket: str, *, shared: bool = False, task_status:
     """
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     task_status.started(listeners[0].socket.getsockname()[1])
+    pipes = Pipes(PIPES_KEPT)
     refused: set[str] = set()  # whose programs were told of
 
     async def serve(program: trio.SocketStream) -> None:
@@ -39,9 +42,12 @@ async def serve_loopback(host_socket: str, *, shared: bool = False, task_status:
                     print(f"refused uid {uid} a connection to this agent's loopback port", file=sys.stderr)
                 await _refuse(program)
             else:
-                await _relay(host_socket, program)
+                await _relay(host_socket, program, pipes)
 
-    await trio.serve_listeners(serve, listeners)
+    try:
+        await trio.serve_listeners(serve, listeners)
+    finally:
+        pipes.close()
 
 
 def _uid_of_peer(program: trio.SocketStream) -> str:
@@ -82,17 +88,24 @@ async def _refuse(program: trio.SocketStream) -> None:
         await program.send_all(head % len(why) + why)
         await program.send_eof()
         taken = 0
-        while taken < REFUSED_BYTES and (data := await program.receive_some(READ_BYTES)):
+        while taken < REFUSED_BYTES and (data := await program.receive_some()):
             taken += len(data)
 
 
-async def _relay(host_socket: str, program: trio.SocketStream) -> None:
+async def _relay(host_socket: str, program: trio.SocketStream, pipes: Pipes) -> None:
     host = await _dial(host_socket)
     if host is None:
         return
-    async with host, trio.open_nursery() as pumps:
-        pumps.start_soon(_pump, program, host, pumps.cancel_scope)
-        pumps.start_soon(_pump, host, program, pumps.cancel_scope)
+    async with host, trio.open_nursery() as ways:
+
+        async def one_way(source: trio.SocketStream, sink: trio.SocketStream) -> None:
+            try:
+                await carry(source.socket, sink.socket, pipes)
+            except SideGone:
+                ways.cancel_scope.cancel()
+
+        ways.start_soon(one_way, program, host)
+        ways.start_soon(one_way, host, program)
 
 
 async def _dial(path: str) -> trio.SocketStream | None:
@@ -101,18 +114,10 @@ async def _dial(path: str) -> trio.SocketStream | None:
     with trio.move_on_after(HOST_PATIENCE_S):
         while True:
             try:
-                return await trio.open_unix_socket(path)
+                host = await trio.open_unix_socket(path)
+                host.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+                return host
             except OSError:
                 await trio.sleep(delay_s)
                 delay_s = min(2 * delay_s, 1.0)
     return None
-
-
-async def _pump(source: trio.SocketStream, sink: trio.SocketStream, both: trio.CancelScope) -> None:
-    """Carry bytes one way; the end of them is passed on as such, a broken side ends both ways."""
-    try:
-        while data := await source.receive_some(READ_BYTES):
-            await sink.send_all(data)
-        await sink.send_eof()
-    except (trio.BrokenResourceError, trio.ClosedResourceError):
-        both.cancel()

@@ -15,12 +15,12 @@ from ipaddress import ip_address
 import trio
 
 from hive_core.destinations import TUNNEL, Allowed, WhyNot, find, hindrance
-from hive_core.egress.carrying import Pipes, SideGone, carry, hung_up
 from hive_core.egress.channel import ChannelBroken
 from hive_core.egress.forwarding import AnswerCut, ClientGone, Counted, forward
 from hive_core.egress.heads import Head, No, end_of_head, parse_head
 from hive_core.egress.reaching import Resolver, reach
 from hive_core.egress.reports import Passage, Reports
+from hive_core.protocol.carrying import SEND_BUFFER_BYTES, Pipes, SideGone, carry, hung_up
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,6 @@ LINGER_S = 10.0  # for a host to end what it sends to an agent that has hung up;
 LINGER_BYTES = 1024 * 1024
 ACCEPT_REST_S = 0.1
 RECEIVE_BYTES = 64 * 1024
-SEND_BUFFER_BYTES = 1024 * 1024  # with the kernel's own, a tunnel is a third slower
 TURNED_AWAY_AT_ONCE = 16  # over the limit of connections; the next ones wait in the socket's queue
 HUNG_UP = "the agent hung up"
 DAY_S = 24 * 3600

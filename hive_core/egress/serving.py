@@ -9,17 +9,19 @@ from typing import Any
 import trio
 
 from hive_core.destinations import Allowed
-from hive_core.egress.carrying import Pipes
 from hive_core.egress.channel import Channel, ChannelBroken
 from hive_core.egress.exits import Bounds, Exit
 from hive_core.egress.reaching import Resolver, system_resolver
 from hive_core.egress.reports import Reports
+from hive_core.protocol.carrying import Pipes
+
+PIPES_KEPT = 16
 
 
 async def serve_proxy(sock: socket.socket, resolver: Callable[[], Resolver] = system_resolver) -> None:
     """Do what the daemon says on the socket, until it hangs up. resolver: makes one for each agent."""
     channel = Channel(sock)
-    pipes = Pipes()
+    pipes = Pipes(PIPES_KEPT)
     try:
         async with trio.open_nursery() as nursery:
             proxy = _Proxy(channel, pipes, resolver, nursery)

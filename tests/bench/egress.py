@@ -14,9 +14,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import trio
+
+from hive_agent.loopback import serve_loopback
 from hive_core.egress_rules import expand
 from tests.bench.figures import figure, say
 from tests.bench.group_start import CHECKOUT
@@ -29,21 +33,23 @@ LIMITS = {"connections": 100, "connection_s": 3600.0, "idle_s": 300.0, "connect_
 
 
 def measure() -> Iterator[dict[str, Any]]:
-    with _host() as port, _proxy(port) as path:
-        yield from _throughput(path, port)
+    with _host() as port, _proxy(port) as path, _loopback(path) as inside:
+        yield from _throughput(path, inside, port)
         yield _connect(path, port)
 
 
-def _throughput(path: Path, port: int) -> Iterator[dict[str, Any]]:
-    say(f"egress_throughput: {ROUNDS} x {BYTES >> 20} MiB each way, with and without the proxy")
-    for name, take in (("egress_throughput", _download), ("egress_throughput_up", _upload)):
-        proxied, direct = [], []
+def _throughput(path: Path, inside: int, port: int) -> Iterator[dict[str, Any]]:
+    """At the proxy's socket, and as an agent's program has it: with its harness's loopback between."""
+    say(f"egress_throughput: {ROUNDS} x {BYTES >> 20} MiB each way, directly and both ways through the proxy")
+    for way, take in (("", _download), ("_up", _upload)):
+        proxied, led, direct = [], [], []
         for _ in range(ROUNDS):
             direct.append(take(_direct(port)))
             proxied.append(take(_tunnel(path, port)))
-        yield figure(
-            name, statistics.median(proxied), "GB/s", "directly on loopback", statistics.median(direct), digits=2
-        )
+            led.append(take(_tunnel(inside, port)))
+        peer = "directly on loopback", statistics.median(direct)
+        yield figure(f"egress_throughput{way}", statistics.median(proxied), "GB/s", *peer, digits=2)
+        yield figure(f"egress_throughput_agent{way}", statistics.median(led), "GB/s", *peer, digits=2)
 
 
 def _connect(path: Path, port: int) -> dict[str, Any]:
@@ -63,9 +69,13 @@ def _direct(port: int) -> socket.socket:
     return socket.create_connection(("localhost", port))
 
 
-def _tunnel(path: Path, port: int) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.connect(str(path))
+def _tunnel(proxy: Path | int, port: int) -> socket.socket:
+    """By the proxy's socket, or by a port of a loopback that leads there."""
+    if isinstance(proxy, int):
+        sock = _direct(proxy)
+    else:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(str(proxy))
     sock.sendall(f"CONNECT localhost:{port} HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n".encode())
     head = b""
     while not head.endswith(b"\r\n\r\n"):
@@ -159,6 +169,25 @@ def _proxy(port: int) -> Iterator[Path]:
             ours.shutdown(socket.SHUT_WR)
             process.wait()
             hearing.join()
+
+
+@contextmanager
+def _loopback(path: Path) -> Iterator[int]:
+    """An agent's loopback, as its harness has it, to that socket; its port."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=trio.run, args=(_lead_out, path, theirs), daemon=True)
+    process.start()
+    try:
+        yield ours.recv()
+    finally:
+        process.kill()
+        process.join()
+
+
+async def _lead_out(path: Path, told: Connection) -> None:
+    async with trio.open_nursery() as nursery:
+        told.send(await nursery.start(serve_loopback, str(path)))
 
 
 def _hear(sock: socket.socket) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from hive_core.egress.carrying import Pipes, carry
 from hive_core.egress.reaching import Found
+from hive_core.protocol.carrying import SEND_BUFFER_BYTES, Pipes, carry
 from tests.egress_desk import (
     ask,
     dial,
@@ -276,31 +277,46 @@ async def test_a_proxy_leaves_no_file_open(tmp_path: Path) -> None:
     assert open_files() == before
 
 
-@pytest.mark.parametrize("with_pipe", [True, False])
-async def test_bytes_are_carried_in_order_through_full_buffers(with_pipe: bool) -> None:
-    class NoPipes(Pipes):
-        def take(self) -> None:
-            return None
+class CountedPipes(Pipes):
+    """At most `limit` of them, as where a process may open no more files; `taken` counts them."""
 
-    pipes = Pipes() if with_pipe else NoPipes()
+    taken = 0
+
+    def take(self) -> tuple[int, int] | None:
+        if not self._limit:
+            return None
+        self.taken += 1
+        return super().take()
+
+
+@pytest.mark.parametrize(("pipes_limit", "is_much"), [(1, True), (1, False), (0, True)])
+async def test_bytes_are_carried_in_order_through_full_buffers_and_much_through_a_pipe(
+    pipes_limit: int, is_much: bool
+) -> None:
+    pipes = CountedPipes(pipes_limit)
     (a, source), (sink, b) = trio.socket.socketpair(), trio.socket.socketpair()
+    a.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES if is_much else 64 * 1024)
     sent, counted, received = bytes(range(251)) * 40_000, [], bytearray()
     with a, b, source, sink:
+        view = memoryview(sent)
+        with contextlib.suppress(BlockingIOError):
+            while True:  # full before anybody reads
+                view = view[os.write(a.fileno(), view) :]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(carry, source, sink, pipes, counted.append)
 
-            async def send() -> None:
-                view = memoryview(sent)
+            async def send(view: memoryview) -> None:
                 while view:
                     view = view[await a.send(view) :]
                 a.shutdown(socket.SHUT_WR)
 
-            nursery.start_soon(send)
+            nursery.start_soon(send, view)
             while data := await b.recv(10_007):
                 received += data
     pipes.close()
     assert bytes(received) == sent
     assert sum(counted) == len(sent)
+    assert bool(pipes.taken) == bool(pipes_limit and is_much)
 
 
 async def test_a_peer_that_reads_nothing_holds_up_nobody_else(tmp_path: Path) -> None:

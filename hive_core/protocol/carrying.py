@@ -1,4 +1,8 @@
-"""Bytes from one socket to another, through pipes in the kernel: what is carried is never copied into this process."""
+"""Bytes from one socket to another, as the proxy and an agent's loopback carry them.
+
+Much is spliced through a pipe in the kernel and never seen here. Little is copied, which costs less then: a splice pays
+for each page, and a plain writer to a unix socket has no more in it at once than the kernel's own limit, some 200 KiB.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ from collections.abc import Callable
 import trio
 
 PIPE_BYTES = 1024 * 1024
-PIPES_KEPT = 16
-COPY_BYTES = 64 * 1024
+SEND_BUFFER_BYTES = 1024 * 1024  # of a unix socket that bytes are carried to: with the kernel's own, a third slower
+COPY_BYTES = 256 * 1024  # what fills this is much, and what comes next is spliced
 _FLAGS = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 
 
@@ -26,9 +30,13 @@ class SideGone(Exception):
 
 
 class Pipes:
-    """Empty pipes, which are lent while there is something in them: an idle connection holds none."""
+    """Empty pipes, which are lent while there is something in them: an idle connection holds none.
 
-    def __init__(self) -> None:
+    limit: how many are kept, and how many are large
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._kept: list[tuple[int, int]] = []
         self._open = 0
 
@@ -41,14 +49,14 @@ class Pipes:
         except OSError:
             return None
         self._open += 1
-        if self._open <= PIPES_KEPT:
+        if self._open <= self._limit:
             with contextlib.suppress(OSError):  # a user without the right to more has so many pages for all pipes
                 fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         return pipe
 
     def give_back(self, pipe: tuple[int, int]) -> None:
         """An empty pipe."""
-        if len(self._kept) < PIPES_KEPT:
+        if len(self._kept) < self._limit:
             self._kept.append(pipe)
         else:
             self.drop(pipe)
@@ -64,15 +72,19 @@ class Pipes:
 
 
 async def carry(
-    source: trio.socket.SocketType, sink: trio.socket.SocketType, pipes: Pipes, count: Callable[[int], None]
+    source: trio.socket.SocketType,
+    sink: trio.socket.SocketType,
+    pipes: Pipes,
+    count: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Carry all that comes until the source ends, and end the sink's side then. Raises SideGone.
 
     count is told of bytes as the sink's socket takes them. Cancelled, what was read but not taken is lost.
     """
+    is_much = False
     while True:
         await trio.lowlevel.checkpoint()  # who always has more lets others go between
-        pipe = pipes.take()
+        pipe = pipes.take() if is_much else None
         if pipe is None:
             carried = await _copy(source, sink, count)
         else:
@@ -88,6 +100,7 @@ async def carry(
             await trio.lowlevel.wait_readable(source)
         elif not carried:
             break
+        is_much = carried is not None and carried >= COPY_BYTES
     try:
         sink.shutdown(socket.SHUT_WR)
     except OSError as exc:
@@ -120,7 +133,7 @@ async def _splice(
 async def _copy(
     source: trio.socket.SocketType, sink: trio.socket.SocketType, count: Callable[[int], None]
 ) -> int | None:
-    """The same without a pipe."""
+    """The same without a pipe, and less of it."""
     try:
         view = memoryview(os.read(source.fileno(), COPY_BYTES))
     except BlockingIOError:
