@@ -144,7 +144,7 @@ def restore(file: str, *, check: bool, paused: bool, as_json: bool) -> int:
         print("`hive up` starts it" + (", and `hive start` each agent" if paused else "; its agents go on"))
     if not manifest.credentials:
         print("it holds no credentials: the hive looks for one of the model provider when it starts;")
-        print("`hive project add` and `hive forge add`, with the same words as before, give those of projects and forges")
+        print("`hive project add` and `hive forge add`, with the words of before, give those of projects and forges")
     return 0
 
 

@@ -150,7 +150,7 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
         "write the whole hive into one file, while it runs",
         [
             (("file",), {"help": "a tar file; - writes to standard output"}),
-            (("--with-credentials",), {"action": "store_true", "help": "put in those of models, projects and forges too"}),
+            (("--with-credentials",), {"action": "store_true", "help": "put in those of models, projects and forges"}),
         ],
     ),
     "restore": (
