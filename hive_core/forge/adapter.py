@@ -18,6 +18,7 @@ PAGE = 50
 PAGES_MOST = 4  # of notifications that one look takes
 FILES_MOST = 300  # names of changed files that are asked for
 REVIEWS_MOST = 10  # of which is asked what they say of lines
+LATEST_MS = 253_000_000_000_000  # in the year 9987: a little later, and no calendar has the instant
 NAME_MOST = 1_024  # characters of such a name; longer ones are left out
 T = TypeVar("T")
 Number = Annotated[int, Field(gt=0, lt=2**53)]
@@ -426,7 +427,7 @@ def _names(labels: Sequence[_Label] | None) -> tuple[str, ...]:
 
 
 def _ms(at: datetime) -> int:
-    return int(at.timestamp() * 1000)
+    return min(max(int(at.timestamp() * 1000), 0), LATEST_MS)
 
 
 def _seconds(raw: str | None) -> float | None:

@@ -38,6 +38,8 @@ LOOKS_MOST = 3  # at a thread that changes while it is told
 REST_MOST_S = 3600.0  # of a forge that does not say when it wants to be asked again
 REASON_LIMIT = 300
 GONE = (404, 410)  # of a thread that was removed
+OF_ALL = (0, 401, 429, 502, 503, 504)
+FAILED_MOST = 10  # notifications of one look
 BRAKED_FOR_S = 3600.0  # in which a full lane is told once
 
 
@@ -58,6 +60,7 @@ class ForgeWatch:
         self._chance = chance or random.Random()
         self._clock = clock
         self._braked: dict[str, float] = {}  # lane → when that was told last
+        self._failed: dict[int, dict[str, str]] = {}  # forge → notifications that could not be told, which come last
         self._watched: dict[int, trio.CancelScope] = {}
 
     async def serve(self) -> None:
@@ -93,22 +96,17 @@ class ForgeWatch:
     async def look(self, forge: Registered) -> float:
         """Tell what happened there. After how many seconds it may be asked again."""
         try:
-            every_s = await self._look(forge)
+            every_s, failed = await self._look(forge)
         except StoreError:
             raise
         except Exception as exc:
-            # What a forge answers is its own trouble, also where nobody has thought of it.
-            if not isinstance(exc, Refusal):
-                log.exception("cannot look at the forge of %s", forge.project)
-            trouble = (
-                exc if isinstance(exc, Refusal) else Refusal("failed", f"{type(exc).__name__}: {exc}"[:REASON_LIMIT])
-            )
+            trouble = _told(exc, forge)
             until_s = self._clock() + self._rest_s(forge, trouble)
             error, until_ms = trouble.message, int(until_s * 1000)
             await self._store.insist(lambda tx: note_look(tx, forge, error, until_ms))
             log.warning("cannot look at the forge of %s: %s", forge.project, error)
             return until_s - self._clock()
-        await self._store.insist(lambda tx: note_look(tx, forge, None, None))
+        await self._store.insist(lambda tx: note_look(tx, forge, failed, None))
         return min(max(self._limits.forge_poll_s, every_s or 0.0), float(REST_LIMIT_S))
 
     def _rest_s(self, forge: Registered, trouble: Refusal) -> float:
@@ -117,12 +115,25 @@ class ForgeWatch:
         told_ms = trouble.until_ms if isinstance(trouble, ForgeTrouble) else None
         return min(max(rest_s, (told_ms or 0) / 1000 - self._clock()), float(REST_LIMIT_S))
 
-    async def _look(self, forge: Registered) -> float | None:
+    async def _look(self, forge: Registered) -> tuple[float | None, str | None]:
+        """How often it wants to be asked; and why something could not be told, which keeps nothing else back."""
         ours = self._forges.open(forge)
         unread = await ours.unread(forge.added_at_ms - CLOCKS_APART_MS)
-        for one in unread.notifications:
-            await self._take(ours, forge, one)
-        return unread.every_s
+        failed: dict[str, str] = {}
+        before = self._failed.get(forge.id, {})
+        for one in sorted(unread.notifications, key=lambda one: one.id in before):
+            try:
+                await self._take(ours, forge, one)
+            except StoreError:
+                raise
+            except Exception as exc:
+                trouble = _told(exc, forge)
+                if _is_of_all(trouble) or len(failed) == FAILED_MOST:
+                    raise
+                failed[one.id] = f"of number {one.number} nothing could be told: {trouble.message}"
+                log.warning("of the forge of %s %s", forge.project, failed[one.id])
+        self._failed[forge.id] = failed
+        return unread.every_s, next(iter(failed.values()), None)
 
     async def _take(self, ours: Forge, forge: Registered, one: Notification) -> None:
         """Tell of one, and mark it as read; again where the thread has changed meanwhile, whose mark that may be."""
@@ -172,6 +183,19 @@ class ForgeWatch:
         if now - self._braked.get(lane.name, -BRAKED_FOR_S) >= BRAKED_FOR_S:
             self._braked[lane.name] = now
             await self._store.write(lambda tx: tell_lane_full(tx, lane, forge, self._limits))
+
+
+def _told(exc: Exception, forge: Registered) -> Refusal:
+    """What a forge answers is its own trouble, also where nobody has thought of it."""
+    if isinstance(exc, Refusal):
+        return exc
+    log.error("cannot look at the forge of %s", forge.project, exc_info=exc)
+    return Refusal("failed", f"{type(exc).__name__}: {exc}"[:REASON_LIMIT])
+
+
+def _is_of_all(trouble: Refusal) -> bool:
+    """Whether the next question would have the same answer: it is away, wants no calls, or refuses the token."""
+    return isinstance(trouble, ForgeTrouble) and (trouble.status in OF_ALL or trouble.until_ms is not None)
 
 
 def _state(one: Notification, thread: Thread | None) -> State:

@@ -15,7 +15,7 @@ from hive_agent.wake import wake_prompt
 from hive_core.forge.adapter import Forgejo
 from hive_core.lanes import Lane
 from hive_core.limits import Limits
-from hive_core.procedures.forge_watch import ForgeWatch
+from hive_core.procedures.forge_watch import FAILED_MOST, ForgeWatch
 from hive_core.procedures.forges import Forges
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, ProjectName, parse_recipient
@@ -276,6 +276,26 @@ async def test_a_thread_that_is_gone_keeps_nothing_else_back(
     assert forge.unread() == []
 
 
+async def test_a_thread_that_cannot_be_told_keeps_nothing_else_back_and_is_named(
+    hive: Services, forges: Forges, forge: ScriptedForge
+) -> None:
+    for number in range(1, FAILED_MOST + 3):
+        forge.issue("ada", f"Wish {number}")
+    bad = [f"/repos/ada/site/issues/{number}" for number in range(1, FAILED_MOST + 2)]
+    forge.troubles = [Trouble(500, path=path) for path in bad]
+    watch = watch_of(hive, forges)
+    await look(hive, watch)
+    assert len(await told(hive)) == 0  # too much went wrong
+    forge.troubles = [Trouble(500, path=path) for path in bad[:2]]
+    assert await look(hive, watch) == 60.0
+    assert [one["number"] for one in await told(hive)] == [*range(3, FAILED_MOST + 3)]
+    assert "of number 1 nothing could be told: " in ((await forge_of(hive.store, SITE)).error or "")
+    await look(hive, watch)
+    assert {1, 2} < {one["number"] for one in await told(hive)}
+    assert forge.unread() == []
+    assert (await forge_of(hive.store, SITE)).error is None
+
+
 async def test_a_forge_that_fails_rests_longer_each_time_and_says_so(
     hive: Services, forges: Forges, forge: ScriptedForge
 ) -> None:
@@ -332,8 +352,8 @@ async def test_a_forge_whose_times_are_wrong_is_told_all_the_same(
     hive: Services, forges: Forges, forge: ScriptedForge
 ) -> None:
     forge.issue("ada", "A wish")
-    for year in ("0001", "9999"):
-        forge.threads[1]["updated_at"] = f"{year}-01-01T00:00:00Z"
+    for instant in ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59-14:00"):
+        forge.threads[1]["updated_at"] = instant
         await look(hive, watch_of(hive, forges))
         assert (await forge_of(hive.store, SITE)).error is None
         forge.comment("bob", 1, "More.")
