@@ -21,13 +21,14 @@ from hive_agent.claude_command import environment, flags, passing_session_flags,
 from hive_agent.claude_errors import describe_exit, shortened
 from hive_agent.claude_stream import Report
 from hive_agent.descendants import adopt_orphans
-from hive_agent.program import LINGER_S, Command, Line, Program
+from hive_agent.program import Command, Line, Program
 from hive_agent.runner import Seat
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from hive_core.protocol.harness import Settings
 
+PATIENCE_S = 40.0  # of one start: the first of a program of 250 MB on a slow, loaded machine takes many seconds
 SAID_LIMIT = 2000  # lines; --help has some two hundred
 # Every setting that puts a flag on the command line.
 SETTINGS: Settings = {
@@ -70,7 +71,7 @@ class _Said:
     @property
     def failure(self) -> str:
         if self.code is None:
-            return f"it did not end within {LINGER_S:.0f} s, and was killed"
+            return f"it did not end within {PATIENCE_S:.0f} s, and was killed"
         last = _text(self.stderr).strip().splitlines() or [describe_exit(self.code)]
         return shortened(last[-1])
 
@@ -156,7 +157,7 @@ class Check:
         except OSError as exc:
             raise _Trouble(f"cannot start {self._claude}: {exc.strerror}") from None
         said = _Said()
-        said.code = await program.finish(_keep(said.stdout), _keep(said.stderr))
+        said.code = await program.finish(_keep(said.stdout), _keep(said.stderr), PATIENCE_S)
         if said.code is None:
             raise _Trouble(f"{self._claude}: {said.failure}")
         return said

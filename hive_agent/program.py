@@ -128,15 +128,19 @@ class Program:
         return enough
 
     async def finish(
-        self, read_stdout: Callable[[Line], object] = _ignore, read_stderr: Callable[[Line], object] = _ignore
+        self,
+        read_stdout: Callable[[Line], object] = _ignore,
+        read_stderr: Callable[[Line], object] = _ignore,
+        patience_s: float | None = None,
     ) -> int | None:
         """Let it end by closing its stdin, and hand on what it still says.
 
-        Its exit code, negative for a signal. None when it did not end within LINGER_S, and was killed.
+        Its exit code, negative for a signal. None when it did not end within `patience_s`, LINGER_S by
+        default, and was killed.
         """
         try:
             await self._stdin.aclose()
-            with trio.move_on_after(LINGER_S):
+            with trio.move_on_after(LINGER_S if patience_s is None else patience_s):
                 await self.read(lambda line: bool(read_stdout(line)) and False, read_stderr)
             return self._process.returncode
         finally:

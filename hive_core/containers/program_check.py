@@ -16,7 +16,7 @@ from hive_core.containers.seccomp import filter_program
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 
-PATIENCE_S = 60.0  # its own are shorter
+PATIENCE_S = 240.0  # of all that is asked of it; of each its own is shorter
 _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+-]{0,39}")
 
 

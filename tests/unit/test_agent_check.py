@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import hive_agent.program
+import hive_agent.check
 from hive_agent import claude_command
 from hive_agent.check import Check, command_lines, flags_of
 from hive_agent.claude_command import tried_version
@@ -114,7 +114,7 @@ async def test_a_program_that_tells_of_a_lost_session_in_other_words_is_trouble(
 async def test_a_program_that_hangs_is_trouble_and_is_ended(
     stand_in: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, asked: str, check: str
 ) -> None:
-    monkeypatch.setattr(hive_agent.program, "LINGER_S", 4.0)  # the other one is to end within it
+    monkeypatch.setattr(hive_agent.check, "PATIENCE_S", 4.0)  # the other one is to end within it
     whole = stand_in()
     path = whole.with_name("hanging")
     path.write_text(f'#!/bin/sh\n[ "$1" = {asked} ] && sleep 600\nexec {whole} "$@"\n')
