@@ -29,6 +29,7 @@ from hive_core.procedures.pushes import GitServices
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.procedures.snapshotting import Snapshotting
 from hive_core.procedures.together import Together
+from hive_core.protocol.words import AgentName
 from hive_core.services.access import Access
 from hive_core.services.agents import Agents
 from hive_core.services.approvals import Approvals
@@ -163,8 +164,9 @@ class Hive:
         """Those that this hive serves on this machine."""
         return {self.dashboard_port, *self.page_ports.values()} - {0}
 
-    def _use_claude(self, path: Path | None) -> None:
-        self.claude = self.logins.claude = path
+    def _use_claude(self, path: Path | None, only: AgentName | None = None) -> None:
+        if only is None:
+            self.claude = self.logins.claude = path
 
     @property
     def ledger(self) -> Ledger:

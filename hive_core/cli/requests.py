@@ -43,7 +43,7 @@ def update_claude(arguments: Namespace) -> None:
 
     path = None if arguments.path is None else os.path.abspath(os.path.expanduser(arguments.path))
     client = Client()
-    result = client.call("request_claude", path=path, reason=arguments.reason)
+    result = client.call("request_claude", path=path, reason=arguments.reason, former=arguments.former)
     emit(arguments, result, how_it_stands(client, result["approval"]))
 
 

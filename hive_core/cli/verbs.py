@@ -253,8 +253,12 @@ VERBS: dict[str, tuple[str, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] 
     ),
     "update-claude": (
         "requests.update_claude",
-        "ask to run agents on another claude: the one that is installed now, or PATH",
-        [(("path",), {"nargs": "?", "metavar": "PATH"}), _REASON],
+        "ask to run agents on another claude: the one that is installed now, PATH, or the one before",
+        [
+            (("path",), {"nargs": "?", "metavar": "PATH"}),
+            (("--former",), {"action": "store_true", "help": "the one that agents ran before"}),
+            _REASON,
+        ],
     ),
     "update-meta-inputs": (
         "requests.update_meta_inputs",

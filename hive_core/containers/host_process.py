@@ -94,6 +94,7 @@ class HostProcessDriver:
         self._cgroups = cgroups
         self._files = state_dir / "processes"
         self._claude = claude
+        self._tried: dict[AgentName, Path | None] = {}
         self._orphan_grace_s = orphan_grace_s
         self._life_fd = life_fd
         self._filter = filter_program()
@@ -134,14 +135,22 @@ class HostProcessDriver:
         """What a command is given to, so that it runs beside an agent's first process and has no other rights."""
         raise NotImplementedError
 
-    def use_claude(self, claude: Path | None) -> None:
-        """The program of agents that are started from now on."""
-        self._claude = claude
+    def use_claude(self, claude: Path | None, only: AgentName | None = None) -> None:
+        """The program of agents that are started from now on; of `only` one, until the next that is for all."""
+        if only is None:
+            self._claude = claude
+            self._tried.clear()
+        else:
+            self._tried[only] = claude
+
+    def _claude_of(self, name: AgentName) -> Path | None:
+        return self._tried.get(name, self._claude)
 
     async def generation(self, name: AgentName, dirs: AgentDirs) -> str:
         """Names the shape that the agent's container has when it is started now; the same in every daemon like this."""
         bounds = None if self._cgroups is None else f"{self._cgroups.kind} {self._cgroups.bounds}"
-        programs = [str(self._claude), _file_id(self._claude), sys.executable, *package_parents()]
+        claude = self._claude_of(name)
+        programs = [str(claude), _file_id(claude), sys.executable, *package_parents()]
         shape = [self.sandbox, *programs, self._orphan_grace_s, self._life_fd is not None, bounds, *seen(dirs)]
         return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:16]
 
@@ -385,8 +394,8 @@ class HostProcessDriver:
             command += ["--extras", str(dirs.extras)]
         command += ["--network", "host"] if dirs.network == "host" else []
         command += ["--sandbox", self.sandbox, "--orphan-grace", str(self._orphan_grace_s)]
-        if self._claude is not None:
-            command += ["--claude", str(self._claude)]
+        if (claude := self._claude_of(name)) is not None:
+            command += ["--claude", str(claude)]
         if self.life_fd_inside is not None:
             command += ["--life-fd", str(self.life_fd_inside)]
         return command

@@ -147,7 +147,7 @@ class NspawnDriver(HostProcessDriver):
 
     def _launch(self, name: AgentName, dirs: AgentDirs, status_fd: int, opened: contextlib.ExitStack) -> Launch:
         command, kept = self._container(name, dirs, opened)
-        options = inside_options(self._claude)
+        options = inside_options(self._claude_of(name))
         command += confined(self._filter, harness_environment(HOME), *options, flags=["-P"])
         command += self._command(name, dirs)
         own_words = opened.enter_context(self._file(name, "nspawn").open("wb"))
@@ -162,7 +162,7 @@ class NspawnDriver(HostProcessDriver):
     def _container(self, name: AgentName, dirs: AgentDirs, opened: contextlib.ExitStack) -> tuple[list[str], list[int]]:
         """systemd-nspawn's command, and the descriptors it is given; `opened` closes them here."""
         base = self._bases[name] if self.sandbox == "nspawn" else None
-        return nspawn_command(host_name(name, self._files.parent), dirs, self._claude, base, self._root), []
+        return nspawn_command(host_name(name, self._files.parent), dirs, self._claude_of(name), base, self._root), []
 
     async def last_words(self, name: AgentName, limit: int = 600) -> str:
         words = [await super().last_words(name, limit)]

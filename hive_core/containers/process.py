@@ -55,12 +55,13 @@ class ProcessDriver(HostProcessDriver):
         command = self._command(name, dirs)
         if self.sandbox == "none":
             return Launch(command, harness_environment(str(dirs.state)))
-        sandbox, kept = self._sandbox(dirs, status_fd, opened)
+        sandbox, kept = self._sandbox(name, dirs, status_fd, opened)
         return Launch([*sandbox, *command], harness_environment(HOME), kept)
 
     def _sandbox(
-        self, dirs: AgentDirs, status_fd: int | None, opened: contextlib.ExitStack
+        self, name: AgentName, dirs: AgentDirs, status_fd: int | None, opened: contextlib.ExitStack
     ) -> tuple[list[str], list[int]]:
         """bwrap with its options, and the descriptors it is given; `opened` closes them here."""
         filter_fd = opened.enter_context(in_memory(self._filter)).fileno() if self._filter else None
-        return bwrap_command(dirs, self._claude, status_fd, filter_fd), [] if filter_fd is None else [filter_fd]
+        command = bwrap_command(dirs, self._claude_of(name), status_fd, filter_fd)
+        return command, [] if filter_fd is None else [filter_fd]

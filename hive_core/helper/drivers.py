@@ -78,7 +78,7 @@ class StagedNspawn(NspawnDriver):
     def _container(self, name: AgentName, dirs: AgentDirs, opened: contextlib.ExitStack) -> tuple[list[str], list[int]]:
         base = self._bases[name]
         mounts, staged = clones(dirs, base, self._stage, opened)
-        inner = nspawn_command(host_name(name, self._state_dir), staged, self._claude, base, self._root)
+        inner = nspawn_command(host_name(name, self._state_dir), staged, self._claude_of(name), base, self._root)
         return [*_into_network(dirs), *staging_command("own", self._stage, mounts, inner)], mounts
 
     async def destroy(self, name: AgentName) -> None:
@@ -105,7 +105,7 @@ class OwnersBwrap(ProcessDriver):
         # be led anywhere.
         found = tuple(Mount(mount.source.readlink(), mount.target, mount.read_only) for mount in dirs.mounts)
         real = replace(dirs, mounts=found, opened=False)
-        sandbox, kept = self._sandbox(real, None, opened)
+        sandbox, kept = self._sandbox(name, real, None, opened)
         # Nor is any descriptor of ours safe with that user, who may take it out of what runs there (pidfd_getfd(2)): by
         # the status file's whoever is handed it would be the agent, for us to kill. The wrapper, root's, alone has it.
         command = [*_into_network(real), *self._owner.become(), *sandbox, *self._command(name, real)]

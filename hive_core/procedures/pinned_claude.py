@@ -20,12 +20,13 @@ from hive_core.program_copies import Copied, ProgramCopies, Seen, digest_of, is_
 from hive_core.programs import find_claude
 from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import Refusal
-from hive_core.protocol.words import SYSTEM
+from hive_core.protocol.words import SYSTEM, AgentName
 from hive_core.services.claude_pins import Pin, add_pin, newest_pins, note_source
 from hive_core.store.bus import DEPLOYED
 from hive_core.store.door import Store
 
 log = logging.getLogger(__name__)
+Use = Callable[[Path | None, AgentName | None], None]
 
 
 def why_unpinned(config: Config) -> str:
@@ -64,21 +65,23 @@ class PinnedClaude:
         self._is_helpers = is_helpers
         self.path: Path | None = None
         self.pin: Pin | None = None
-        self._using: list[Callable[[Path | None], None]] = []
+        self._using: list[Use] = []
 
     def find(self) -> Path | None:
         """The program that is installed here now."""
         return find_claude(self._chosen)
 
-    def when_used(self, *use: Callable[[Path | None], None]) -> None:
+    def when_used(self, *use: Use) -> None:
         """Have somebody know of each other program that agents run from then on."""
         self._using += use
 
-    def use(self, path: Path | None) -> None:
-        """Agents are started on this from now on. Where it is to stay, `add_pin` says so."""
-        self.path = path
+    def use(self, path: Path | None, only: AgentName | None = None) -> None:
+        """Agents are started on this from now on, or `only` one that tries it, until they all get theirs anew. Where
+        it is to stay, `add_pin` says so."""
+        if only is None:
+            self.path = path
         for use in self._using:
-            use(path)
+            use(path, only)
 
     async def load(self) -> None:
         """Know what agents run. Before any is started."""
@@ -154,6 +157,13 @@ class PinnedClaude:
     async def know(self) -> None:
         """The rows say what agents run from now on."""
         self.pin = (await newest_pins(self._store, 1))[0]
+
+    async def former(self) -> Path | None:
+        """The copy of what agents ran before; None where there is none."""
+        for pin in (await newest_pins(self._store, 2))[1:]:
+            if (path := self._copies.path_of(pin.version, pin.sha256)).exists():
+                return path
+        return None
 
     async def digest(self, path: Path) -> str:
         """The sha256 of a program. Raises OSError."""

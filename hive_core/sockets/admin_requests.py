@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from hive_core.hive import Hive
-from hive_core.protocol.words import OPERATOR, parse_agent_name, parse_commit_sha
+from hive_core.protocol.refusal import Refusal
+from hive_core.protocol.words import OPERATOR, parse_agent_name, parse_commit_sha, shown
 from hive_core.services.refused_requests import noting_a_refusal
 
 Args = dict[str, Any]
@@ -36,7 +37,10 @@ def request_verbs(hive: Hive) -> Verbs:
         return await hive.gate.update_meta_inputs.request(OPERATOR, args.get("reason"))
 
     async def request_claude(args: Args) -> Any:
-        return await hive.update_claude.request(args.get("path"), args.get("reason"))
+        former = args.get("former", False)
+        if not isinstance(former, bool):
+            raise Refusal("usage", f"cannot use {shown(former)} as `former`: give true or false")
+        return await hive.update_claude.request(args.get("path"), args.get("reason"), former)
 
     def noted(kind: str, ask: Answer, takes: set[str]) -> Verbs:
         async def answer(args: Args) -> Any:
@@ -49,7 +53,7 @@ def request_verbs(hive: Hive) -> Verbs:
         **noted("spawn", request_spawn, _OF_A_NEW_AGENT),
         **noted("init_config", request_init_config, _OF_A_NEW_AGENT),
         **noted("apply_commit", request_apply_commit, {"agent", "sha", "reason"}),
-        **noted("claude", request_claude, {"path", "reason"}),
+        **noted("claude", request_claude, {"path", "reason", "former"}),
         **noted("update_meta_inputs", request_update_meta_inputs, {"reason"}),
     }
 

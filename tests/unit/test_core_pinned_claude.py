@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import trio
 
+from hive_core.containers.mounts import agent_dirs
+from hive_core.containers.process import ProcessDriver
 from hive_core.containers.program_check import parse_version
 from hive_core.hive import Hive
 from hive_core.procedures.pinned_claude import PinnedClaude, version_in
@@ -249,6 +251,45 @@ def test_a_copy_is_another_file_and_nobody_writes_to_it(tmp_path: Path, installe
     assert [str(each.relative_to(tmp_path)) for each in tmp_path.glob("programs/*")] == [
         f"programs/claude-1.2.3-{copied.sha256[:12]}"
     ]
+
+
+async def test_the_former_one_is_asked_for_by_its_copy(tmp_path: Path, installed: Path) -> None:
+    first = digest_of(installed)
+    async with a_hive(tmp_path, installed) as hive:
+        with pytest.raises(Refusal, match="there is no copy of one that agents ran before"):
+            await hive.update_claude.request(None, None, former=True)
+        write_program(installed, 2)
+        await approve(hive, (await hive.update_claude.request(None, None))["approval"])
+        assert hive.claude is not None
+        assert digest_of(hive.claude) != first
+        number = (await hive.update_claude.request(None, None, former=True))["approval"]
+        assert (await approve(hive, number)).state == "done"
+        assert digest_of(hive.claude) == first
+        with pytest.raises(Refusal, match="give a path, or ask for the former one"):
+            await hive.update_claude.request(str(installed), None, former=True)
+    async with a_hive(tmp_path, installed) as hive:
+        assert hive.claude is not None
+        assert digest_of(hive.claude) == first
+        await hive.update_claude.look()
+        assert await asked(hive) == [], "what is installed was approved and left again"
+
+
+async def test_only_the_one_who_tries_a_program_is_started_on_it(tmp_path: Path, installed: Path) -> None:
+    driver = ProcessDriver(tmp_path, sandbox="bwrap", claude=installed, orphan_grace_s=1.0)
+    other, argus = write_program(tmp_path / "other", 2), AgentName("argus")
+
+    async def shapes() -> list[str]:
+        return [await driver.generation(name, agent_dirs(tmp_path, tmp_path, name)) for name in (IRIS, argus)]
+
+    before = await shapes()
+    driver.use_claude(other, IRIS)
+    tried, untouched = await shapes()
+    assert untouched == before[1]
+    assert tried != before[0]
+    driver.use_claude(other)
+    assert await shapes() == [tried, tried]
+    driver.use_claude(installed)
+    assert await shapes() == before
 
 
 @pytest.mark.parametrize("told", ["", "../../x", "2.1/7", "-2", "2.1.197\n", "2" * 41, "2\u202e1"])

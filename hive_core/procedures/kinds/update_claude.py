@@ -45,11 +45,18 @@ class UpdateClaude:
         self._reconciler = reconciler
         self._pinned = pinned
 
-    async def request(self, given_path: object, given_reason: object) -> dict[str, Any]:
-        """The operator asks to run a program, None: the one that is installed; `{"approval": id}`. Raises Refusal."""
+    async def request(self, given_path: object, given_reason: object, former: bool = False) -> dict[str, Any]:
+        """The operator asks to run a program, None: the one that is installed; or the `former`, which agents ran
+        before; `{"approval": id}`. Raises Refusal."""
         reason = parse_text(given_reason or "the operator asks for it", "reason", NOTE_LIMIT_BYTES)
         self._insist_that_it_is_pinned()
-        return await self._ask(OPERATOR, self._candidate(given_path), reason)
+        if not former:
+            return await self._ask(OPERATOR, self._candidate(given_path), reason)
+        if given_path is not None:
+            raise Refusal("usage", "cannot update claude to two programs: give a path, or ask for the former one")
+        if (path := await self._pinned.former()) is None:
+            raise Refusal("not_found", "cannot update claude: there is no copy of one that agents ran before")
+        return await self._ask(OPERATOR, path, reason)
 
     async def look(self) -> None:
         """Ask for what is installed now, where that is another program than agents run and nobody was asked yet; where
@@ -136,6 +143,7 @@ class UpdateClaude:
             raise Refusal("failed", f"cannot copy {source}: {explain(exc)}") from None
         await step(PROVING)
         proof = await self._prove(path)
+        self._pinned.use(path)
 
         def write(tx: Transaction) -> None:
             seen = Seen(payload["bytes"], payload["mtime_ns"])
@@ -147,20 +155,20 @@ class UpdateClaude:
         return Done(write, proof, held)
 
     async def _prove(self, path: Path) -> str:
-        """One agent comes up with it, or it is taken back. Raises Unhealthy."""
+        """One agent comes up with it, which no other one is started on before; or it is taken back. Raises
+        Unhealthy."""
         former = self._pinned.path
-        if (name := await self._who_tries()) is None:
-            self._pinned.use(path)
+        if former is None or (name := await self._who_tries()) is None:
             return unproven("no agent runs claude now")
         agent = await self._agents.get(name)
         async with self._reconciler.trial(name) as trial:
             try:
                 async with trial.at_rest():
-                    self._pinned.use(path)
+                    self._pinned.use(path, name)
                 return f"{await trial.prove(agent.settings)} ({name} tried it)"
             except Exception:
                 async with trial.back():
-                    self._pinned.use(former)
+                    self._pinned.use(former, name)
                 raise
 
     async def _who_tries(self) -> AgentName | None:
