@@ -134,6 +134,10 @@ def _init(event: dict[str, Any]) -> Part:
     tools = event.get("tools")
     words = [_word(event.get("model")), counted(len(tools), "tool") if isinstance(tools, list) else ""]
     words.append(f"session {_word(event.get('session_id'))[:8]}" if event.get("session_id") else "")
+    servers = event.get("mcp_servers")
+    for server in servers if isinstance(servers, list) else []:
+        if isinstance(server, dict) and server.get("status") != "connected":
+            words.append(f"without {_word(server.get('name'))}")
     return Part("init", "session", short=" · ".join(word for word in words if word))
 
 

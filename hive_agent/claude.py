@@ -83,7 +83,8 @@ class Claude(Runner):
                 return Checked(ending.error or "it said nothing of itself", ending.reason)
             if not report.has_tools:
                 return Checked(NO_TOOLS, "no_tools")
-            return Checked() if prompt is None else Checked(ending.error or "", ending.reason)
+            without = tuple(check["settings"].get("mcp_servers", {}).keys() - report.connected)
+            return Checked("" if prompt is None else ending.error or "", ending.reason, without)
         finally:
             await self.close()
             self._never_started = 0

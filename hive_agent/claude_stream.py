@@ -40,6 +40,7 @@ class Report:
         self.malformed = 0
         self.began = False
         self.has_tools = True
+        self.connected: set[str] = set()  # its servers of tools, by their names
         self.limited_until_ms: int | None = None
         self.compacted: str | None = None  # how a compaction ended: "success", or why it failed
         self._before = before or {}
@@ -145,7 +146,8 @@ class Report:
                 self.began = True
                 session = text_or_none(event.get("session_id"))
                 self.session = session if session and len(session) <= SESSION_LIMIT else None
-                self.has_tools = hive_connected(event.get("mcp_servers"))
+                self.connected = connected(event.get("mcp_servers"))
+                self.has_tools = "hive" in self.connected
                 self.activity = THINKING
             case "status":
                 self.activity = Activity("compacting") if event.get("status") == "compacting" else THINKING
@@ -203,10 +205,10 @@ def denial(request: dict[str, Any]) -> bytes:
     return encode({"type": "control_response", "response": {**told, "request_id": request.get("request_id")}})
 
 
-def hive_connected(servers: object) -> bool:
-    """Whether the stream's list of MCP servers says that the hive's own is there."""
+def connected(servers: object) -> set[str]:
+    """The MCP servers that are there, as the stream's list says."""
     found = [server for server in servers if isinstance(server, dict)] if isinstance(servers, list) else []
-    return any(server.get("name") == "hive" and server.get("status") == "connected" for server in found)
+    return {str(server.get("name")) for server in found if server.get("status") == "connected"}
 
 
 def _blocks(event: dict[str, Any], kind: str) -> list[dict[str, Any]]:

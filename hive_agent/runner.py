@@ -69,10 +69,11 @@ class Ending:
 
 class Checked(NamedTuple):
     """error: why the program does not come up, reach the hive's tools or answer; empty when all is well. reason: one of
-    protocol.harness.REASONS, where one is known."""
+    protocol.harness.REASONS, where one is known. without: the servers of tools of its settings that are not there."""
 
     error: str = ""
     reason: str | None = None
+    without: tuple[str, ...] = ()
 
 
 class Runner(ABC):

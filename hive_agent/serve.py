@@ -146,8 +146,8 @@ async def take_turns(
 
 async def check(link: HostLink, runner: Runner, asked: Check) -> None:
     """See whether the program comes up, and tell the host."""
-    error, reason = await runner.check(asked)
-    told = {"ok": not error, "error": error, "reason": reason}
+    error, reason, without = await runner.check(asked)
+    told = {"ok": not error, "error": error, "reason": reason, "without": sorted(without)}
     try:
         await link.request({"op": "checked", "check": asked["check"], **told})
     except Refusal as refusal:  # it does not want to know any more

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import trio
@@ -12,6 +12,10 @@ class CheckEnd(Protocol):
     @property
     def error(self) -> str:
         """In a sentence; empty where all was well."""
+
+    @property
+    def without(self) -> Sequence[str]:
+        """The servers of tools of its settings that are not there."""
 
     @property
     def reason(self) -> str | None:

@@ -31,6 +31,11 @@ def unproven(why: str) -> str:
     return f"unproven: {why}"
 
 
+def is_healthy(proof: str) -> bool:
+    """Whether it came up, also where something beside it did not."""
+    return proof.startswith(HEALTHY)
+
+
 class Unhealthy(Refusal):
     """It has not come up. why: what was seen, with its last words."""
 
@@ -124,9 +129,8 @@ class Trial:
 
     async def _check(self, one: Supervisor) -> str:
         limits = self._tools.limits
-        if (proof := await self._ask(one, None, f"{limits.init_s:.0f} s (init_s)", limits.init_s)) != HEALTHY:
-            return proof
-        return await self._canary(one) if limits.canary_turn else HEALTHY
+        proof = await self._ask(one, None, f"{limits.init_s:.0f} s (init_s)", limits.init_s)
+        return await self._canary(one) if limits.canary_turn and is_healthy(proof) else proof
 
     async def _canary(self, one: Supervisor) -> str:
         """A turn with a fixed prompt. What is no fault of the agent's, but of the model's provider, proves nothing."""
@@ -158,7 +162,8 @@ class Trial:
         if (checked := told[0]) is None:
             return unproven("its harness is of an older release, and cannot be asked")
         if not checked.error:
-            return HEALTHY
+            gone = ", ".join(checked.without)
+            return f"{HEALTHY}, but without its MCP servers {gone}, which do not start" if gone else HEALTHY
         if prompt is None:
             raise await self._failure(f"its program does not come up: {checked.error}")
         if checked.reason in OF_THE_PROVIDER:

@@ -21,7 +21,7 @@ from hive_core.procedures.deployments import Change, Deployments, insist_that_it
 from hive_core.procedures.kinds.kind import Done, Step
 from hive_core.procedures.reconcile import Reconciler
 from hive_core.procedures.supervise import AWAY_REST_S
-from hive_core.procedures.trials import HEALTHY, Trial, Unhealthy
+from hive_core.procedures.trials import Trial, Unhealthy, is_healthy
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
 from hive_core.services.approvals import COMMITS, Approval, note_proof
@@ -207,7 +207,7 @@ class Walk:
 
 def _note(tx: Transaction, approval: Approval, proof: str) -> None:
     note_proof(tx, approval, proof)
-    if proof == HEALTHY:
+    if is_healthy(proof):
         forgive(tx, approval.agent)  # what it crashed of before is another's
 
 

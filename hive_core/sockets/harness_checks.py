@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -10,12 +11,16 @@ import trio
 
 from hive_core.protocol.harness import REASONS
 
+_SERVER = re.compile("[a-z][a-z0-9_-]{0,29}")
+
 
 class Checked(NamedTuple):
-    """error: in a sentence; empty where all was well. reason: one of protocol.harness.REASONS, where it was told."""
+    """error: in a sentence; empty where all was well. reason: one of protocol.harness.REASONS, where it was told.
+    without: the servers of tools that are not there."""
 
     error: str = ""
     reason: str | None = None
+    without: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -26,6 +31,12 @@ class AskedCheck:
     key: str = field(default_factory=lambda: secrets.token_hex(8))
     end: Checked = Checked()  # noqa: RUF009 - it is immutable
     told: trio.Event = field(default_factory=trio.Event)
+
+
+def _servers(told: object) -> tuple[str, ...]:
+    """The names of a harness's list that are names of servers; agent.toml has 16 at most."""
+    names = told if isinstance(told, list) else []
+    return tuple(name for name in names[:16] if isinstance(name, str) and _SERVER.fullmatch(name))
 
 
 class Checks:
@@ -68,6 +79,8 @@ class Checks:
             reason = request.get("reason")
             known = reason if isinstance(reason, str) and reason in REASONS else None
             asked.end = Checked(say or "its harness gave no reason", known)
+        else:
+            asked.end = Checked(without=_servers(request.get("without", [])))
         asked.told.set()
         return True
 

@@ -133,8 +133,12 @@ async def test_a_check_tells_whether_the_tools_are_reached_without_a_call_of_the
         for credential in ("api_key", "oauth_token"):
             asked = {"check": "k", "settings": settings, "credential": credential}
             with trio.fail_after(PATIENCE_S):
-                assert await desk.runner.check(cast("Any", asked)) == ("", None)
+                assert await desk.runner.check(cast("Any", asked)) == ("", None, ())
             assert desk.pid is None
+        maps = {"maps": {"command": "/no/such/maps", "args": [], "env": {}}}
+        asked = {"check": "k", "settings": {**settings, "mcp_servers": maps}, "credential": "api_key"}
+        with trio.fail_after(PATIENCE_S):
+            assert await desk.runner.check(cast("Any", asked)) == ("", None, ("maps",))
         assert len(desk.model.turns) == 1
         second = await desk.turn("second")
         assert (second.outcome, second.session) == ("done", first.session)
@@ -159,6 +163,6 @@ async def test_a_check_with_a_prompt_takes_a_turn_and_tells_the_providers_fault_
         settings = a_lease(9, program="claude", prompt="You are iris.")["settings"]
         asked = {"check": "k", "settings": settings, "credential": "api_key", "prompt": "Answer with ready."}
         with trio.fail_after(4 * PATIENCE_S):  # 529 is tried again for 17 s
-            error, reason = await desk.runner.check(cast("Any", asked))
+            error, reason, _ = await desk.runner.check(cast("Any", asked))
         assert (reason, bool(error)) == (outcome, outcome is not None)
         assert desk.prompts()[0] == "Answer with ready."

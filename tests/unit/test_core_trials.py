@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
@@ -47,12 +48,15 @@ async def on_trial(house: House) -> AsyncIterator[Trial]:
         yield trial
 
 
-async def answer_check(house: House, error: str = "", reason: str | None = None, canary: bool = False) -> None:
+async def answer_check(
+    house: House, error: str = "", reason: str | None = None, canary: bool = False, without: object = ()
+) -> None:
     """The harness of iris is asked to check its program, or for a canary turn, and tells how that ended."""
     checks = house.desks[IRIS].checks
     await house.until(lambda: checks.asked is not None and checks.calls_model == canary)
     assert checks.asked is not None
-    assert checks.answered({"check": checks.asked.key, "ok": not error, "reason": reason}, error)
+    told = {"check": checks.asked.key, "ok": not error, "reason": reason, "without": without}
+    assert checks.answered(told, error)
 
 
 def hello_that_can_check(name: str, house: House) -> None:
@@ -90,6 +94,24 @@ async def test_who_says_hello_and_reaches_its_tools_is_healthy_and_takes_no_turn
             assert house.desks[IRIS].checks.held
         assert not house.desks[IRIS].checks.held
         assert len(house.starts_of("iris")) == 2
+
+
+@pytest.mark.parametrize(
+    ("without", "proof"),
+    [
+        (["maps", "files"], "healthy, but without its MCP servers maps, files, which do not start"),
+        (["maps", "No\nserver", 7], "healthy, but without its MCP servers maps, which do not start"),
+        ("maps", "healthy"),
+    ],
+)
+async def test_servers_of_tools_that_do_not_start_are_told_and_take_nothing_back(
+    autojump_clock: MockClock, without: object, proof: str
+) -> None:
+    async with opened() as house:
+        let_live(house, "comes up")
+        async with trio.open_nursery() as nursery, on_trial(house) as trial:
+            nursery.start_soon(partial(answer_check, house, without=without))
+            assert await trial.prove(SETTINGS) == proof
 
 
 @pytest.mark.parametrize(
