@@ -47,6 +47,8 @@ CredentialName = Annotated[
 
 # What the hive sets for the agent's program itself, or what decides how any program runs.
 _OURS = "HIVE|ANTHROPIC|CLAUDE|MCP|GIT|DISABLE|LD|IS"
+# What leads its programs to the hive's proxy, in any letters, where it has no other way out.
+_PROXY = {"http_proxy", "https_proxy", "no_proxy", "node_use_env_proxy"}
 VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\z", max_length=80)]
 Value = Annotated[str, StringConstraints(pattern=r"^[^\x00]*\z", max_length=4096)]
 ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*\z", max_length=128)]
@@ -125,6 +127,9 @@ class AgentSettings(BaseModel):
         if self.available_models and self.model not in self.available_models:
             told = {"model": self.model, "models": ", ".join(self.available_models)}
             raise PydanticCustomError("model", "the model {model} is not one of available_models ({models})", told)
+        if self.network == "private" and (led := sorted(name for name in self.env if name.lower() in _PROXY)):
+            why = "env: {name} leads to the hive's proxy and is its own to set; `egress` names what may be reached"
+            raise PydanticCustomError("proxy", why, {"name": led[0]})
         if "hive" in self.mcp_servers:
             raise PydanticCustomError("mcp", "mcp_servers.hive is the hive's own; choose another name")
         if taken := sorted(RESERVED.intersection(self.skills)):

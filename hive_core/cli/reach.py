@@ -40,10 +40,12 @@ def _reach(result: dict[str, Any]) -> str:
             for row in result["refusals"]
         ]
         parts.append(show.table(refused, ["refused", "how", "times", "last", "why"]))
-    may = ", ".join(map(show.safe, result["may"])) or "nothing beside its model"
-    if result["network"] == "host":
-        may = "what this machine does, and nothing tells of that: it has the host's network"
-    parts.insert(0, f"{name} may reach {may}")
+    may = "may reach " + (", ".join(map(show.safe, result["may"])) or "nothing beside its model")
+    if result["gone"]:
+        may = "is no agent now, and reaches nothing; those that had the name did"
+    elif result["network"] == "host":
+        may = "may reach what this machine does, and nothing tells of that: it has the host's network"
+    parts.insert(0, f"{name} {may}")
     total = result["total"]
     said = f"{counted(total['connections'], 'connection')}, {_size(total['sent'])} sent, "
     said += f"{_size(total['received'])} received, {counted(total['refused'], 'refusal')}"

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from hive_core.effects_of_settings import destination_text
 from hive_core.egress_rules import Rule
+from hive_core.services.absent import not_found
 from hive_core.services.charges import DAY_MS
 from hive_core.services.costs import HOUR_MS, Span
 from hive_core.store.door import Store
@@ -19,10 +20,11 @@ ROWS_MOST = 200  # of one answer: those with the most bytes, and the newest refu
 
 
 async def reach(store: Store, name: str, span: Span, now_ms: int, most: int, kept_s: float) -> dict[str, Any]:
-    """{"agent", "network", "may", "since_ms", "kept_from_ms", "hosts", "refusals", "total"}.
+    """{"agent", "gone", "network", "may", "since_ms", "kept_from_ms", "hosts", "refusals", "total"}.
 
     most: the connections of an agent that are kept; kept_s: and how long
 
+    gone      no agent has the name now, and what is told is of those that had it
     network   "private", or "host": then it reaches what this machine does, and nothing tells of that
     may       what is deployed of it lets it reach through the proxy, a text for each entry
     hosts     {host, port, connections, open, failed, cut, sent, received, last_at_ms}: all but what was refused, those
@@ -32,7 +34,12 @@ async def reach(store: Store, name: str, span: Span, now_ms: int, most: int, kep
     since_ms  the first instant that is looked at; kept_from_ms: a later one, where older connections are not kept
 
     Host `*` stands for several, of a minute in which the agent made too many.
+
+    Raises Refusal("not_found") of a name that no agent has, and of which nothing is kept.
     """
+    row = await store.row("SELECT policy FROM agents WHERE name = ?", (name,))
+    if row is None and not await store.row("SELECT 1 FROM connections WHERE agent = ? LIMIT 1", (name,)):
+        raise await not_found(store, name)
     first = now_ms - span.hours * HOUR_MS if span.hours is not None else span.first_day * DAY_MS
     given = {"name": name, "first": first}
     kept = await store.row("SELECT count(*) AS n, min(began_at_ms) AS at_ms FROM connections WHERE agent = ?", (name,))
@@ -40,10 +47,10 @@ async def reach(store: Store, name: str, span: Span, now_ms: int, most: int, kep
     hosts = await store.rows(_HOSTS, given)
     refusals = await store.rows(_REFUSALS, given)
     total = await store.row(_TOTAL, given)
-    row = await store.row("SELECT policy FROM agents WHERE name = ?", (name,))
     policy = row["policy"] if row else None
     return {
         "agent": name,
+        "gone": row is None,
         "network": json.loads(policy or "{}").get("network", "private"),
         "may": [destination_text(entry) for entry in entries_of(policy)],
         "since_ms": first,
@@ -65,7 +72,7 @@ def entries_of(policy: str | None) -> list[Rule]:
     return entries
 
 
-# Of who has the name now: another may have had it before.
+# Of who has the name now, if anybody has: another may have had it before.
 _OF = """
     WHERE agent = :name
     AND began_at_ms >= max(:first, coalesce((SELECT created_at_ms FROM agents WHERE name = :name), 0))

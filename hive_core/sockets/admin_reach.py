@@ -20,12 +20,12 @@ def reach_verbs(hive: Hive) -> dict[str, tuple[Callable[[Args], Awaitable[Any]],
     """verb → (what answers it, the arguments it takes)."""
 
     async def tell_reach(args: Args) -> Any:
-        agent = await hive.agents.get(parse_agent_name(args.get("agent")))
+        name = parse_agent_name(args.get("agent"))
         now_ms = hive.connections.now_ms
         span = parse_since(args.get("since") or "7d", now_ms)
         with trio.move_on_after(FLUSH_WITHIN_S):  # a full disk takes nothing: then what is on it counts
             await hive.connections.flush(sums=True)
         most, kept_s = hive.config.connections_kept, hive.config.history_kept_s
-        return await reach(hive.store, agent.name, span, now_ms, most, kept_s)
+        return await reach(hive.store, name, span, now_ms, most, kept_s)
 
     return {"reach": (tell_reach, {"agent", "since"})}

@@ -306,6 +306,14 @@ def test_what_agent_toml_may_not_say_is_refused_by_name(text: bytes, words: str)
         ("[env]\nHIVE_AGENT = 'x'", "env: HIVE_AGENT is the hive's own to set; choose another name"),
         ("[env]\nLD_PRELOAD = 'x'", "env: LD_PRELOAD is the hive's own to set; choose another name"),
         ("[env]\nPATH = 'x'", "env: PATH is the hive's own to set; choose another name"),
+        *(
+            (
+                f"[env]\n{name} = 'x'",
+                f"the file: env: {name} leads to the hive's proxy and is its own to set; `egress` names what may be "
+                "reached",
+            )
+            for name in ("HTTPS_PROXY", "http_proxy", "NO_PROXY", "NODE_USE_ENV_PROXY")
+        ),
         ("[env]\n'a b' = 'x'", "env.a b: some of its characters, or their order, are not allowed"),
         ('[env]\nA = "\\u0000"', "env.A: some of its characters, or their order, are not allowed"),
         ("skills = ['a/b']", "skills.0: some of its characters, or their order, are not allowed"),
@@ -330,6 +338,11 @@ def test_what_is_wrong_with_a_setting_of_an_agent_is_said_in_plain_words(text: s
     with pytest.raises(Refusal) as caught:
         parse_agent_toml(text.encode())
     assert caught.value.message == f"cannot use agent.toml: {said}"
+
+
+def test_an_agent_with_the_hosts_network_may_be_given_a_proxy_of_its_own() -> None:
+    settings = parse_agent_toml(b"network = 'host'\nenv = { HTTPS_PROXY = 'http://proxy.lan:3128' }")
+    assert settings.env == {"HTTPS_PROXY": "http://proxy.lan:3128"}
 
 
 def test_variables_servers_and_models_travel_to_where_they_count() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from hive_core.cli.reach import _reach
 from hive_core.limits import Limits
+from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
 from hive_core.services.connections import (
     LOST,
@@ -191,6 +192,18 @@ async def test_reach_looks_no_further_back_than_asked_nor_at_an_agent_that_had_t
     await desk.hive.sql("UPDATE agents SET created_at_ms = ? WHERE name = 'iris'", now_ms)
     assert [row["host"] for row in (await reach(store, "iris", Span(), now_ms, MANY, YEAR_S))["hosts"]] == ["new.lan"]
     assert (await reach(store, "damocles", Span(), now_ms, MANY, YEAR_S))["hosts"] == []
+
+
+async def test_reach_tells_of_a_name_that_no_agent_has_now_as_long_as_something_is_kept(desk: Desk) -> None:
+    desk.make("old.lan")
+    await desk.kept.flush()
+    await desk.hive.sql("DELETE FROM agents WHERE name = 'iris'")
+    found = await reach(desk.hive.store, "iris", Span(), desk.kept.now_ms, MANY, YEAR_S)
+    assert _reach(found).startswith("iris is no agent now")
+    assert [row["host"] for row in found["hosts"]] == ["old.lan"]
+    await desk.hive.sql("DELETE FROM connections")
+    with pytest.raises(Refusal, match="no agent has that name"):
+        await reach(desk.hive.store, "iris", Span(), desk.kept.now_ms, MANY, YEAR_S)
 
 
 async def test_reach_says_whose_network_it_is(desk: Desk) -> None:

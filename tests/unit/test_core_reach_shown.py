@@ -17,6 +17,7 @@ def host(name: str, port: int, **more: int) -> dict[str, Any]:
 
 def result(**changes: Any) -> dict[str, Any]:
     nothing = {
+        "gone": False,
         "network": "private",
         "may": [],
         "since_ms": SINCE,
