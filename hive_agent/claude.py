@@ -20,6 +20,7 @@ from hive_agent.claude_stream import DENIED, NO_TOOLS, Report, begins_turn
 from hive_agent.claude_usage import added
 from hive_agent.errands import GO_ON, SHOW_COST, compact, run_errand
 from hive_agent.program import Command, Line, Program
+from hive_agent.refusals import ASK_BEHIND_CALLS
 from hive_agent.runner import Activity, Checked, Ending, Runner, Seat
 from hive_agent.turn_lines import hive_line
 from hive_agent.wake import wake_prompt
@@ -208,6 +209,8 @@ class Claude(Runner):
             argv = [*command.argv, *(passing_session_flags() if "check" in lease else session_flags(session))]
             self._program, self._command = await Program.start(replace(command, argv=argv)), command
             self._turns, self._last = 0, None
+            if seat.egress_port:
+                await self._program.tell(ASK_BEHIND_CALLS)
         return self._program
 
     async def _listen(
@@ -218,12 +221,17 @@ class Claude(Runner):
         False when the program ended instead, or had to; and why the turn was stuck, if it was.
         """
         ended, stuck = False, None
+        self.seat.refusals.take()  # what was refused before this is not of its calls
         watch = Watch(report, silence_s, cpu_of_descendants_s)
         say, said = trio.open_memory_channel[bytes](math.inf)
         say.send_nowait(line)
         self.activity = report.activity
 
         def read_stdout(line: Line) -> bool:
+            if (told := self.seat.refusals.answer(line)) is not None:
+                say.send_nowait(told)
+                watch.heard()
+                return False
             passed = report.read_stdout(line)
             self.activity = report.activity if stuck is None else self.activity
             pass_on(passed)

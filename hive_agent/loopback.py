@@ -1,8 +1,9 @@
 """The ways out: a listener on the sandbox's own loopback for each, whose bytes go to a socket of the host.
 
 The agent's program needs an http:// address, of the model (model.sock) and of the hive's proxy (egress.sock); the
-sandbox has no network but its loopback. Bytes pass unread. On a loopback that others of the machine are on too, a
-connection is another user's unless the kernel says that it is of ours.
+sandbox has no network but its loopback. Bytes pass unread but for how an answer of the proxy begins. On a
+loopback that others of the machine are on too, a connection is another user's unless the kernel says that it is of
+ours.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import os
 import socket
 import sys
+from collections.abc import Callable
 
 import trio
 
@@ -21,13 +23,18 @@ PIPES_KEPT = 2  # their pages count for all that this user runs, who may be that
 LOOKS = 3  # at the kernel's table, from which a row may be missing while others leave it
 REFUSED_S = 5.0  # that another's program has to read why
 REFUSED_BYTES = 1024 * 1024
+BEGIN_BYTES = 1024
+Heed = Callable[[bytes], None]
 _ORPHAN = "0"  # the inode of a socket that nobody holds any more: its uid says nothing
 
 
-async def serve_loopback(host_socket: str, *, shared: bool = False, task_status: trio.TaskStatus[int]) -> None:
+async def serve_loopback(
+    host_socket: str, *, shared: bool = False, heed: Heed | None = None, task_status: trio.TaskStatus[int]
+) -> None:
     """Serve until cancelled; `started` with the port. One connection's trouble ends that connection alone.
 
     shared: others of the machine are on this loopback; none but our own user is let through.
+    heed: told how the answer to each CONNECT begins.
     """
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     task_status.started(listeners[0].socket.getsockname()[1])
@@ -42,7 +49,7 @@ async def serve_loopback(host_socket: str, *, shared: bool = False, task_status:
                     print(f"refused uid {uid} a connection to this agent's loopback port", file=sys.stderr)
                 await _refuse(program)
             else:
-                await _relay(host_socket, program, pipes)
+                await _relay(host_socket, program, pipes, heed)
 
     try:
         await trio.serve_listeners(serve, listeners)
@@ -92,7 +99,18 @@ async def _refuse(program: trio.SocketStream) -> None:
             taken += len(data)
 
 
-async def _relay(host_socket: str, program: trio.SocketStream, pipes: Pipes) -> None:
+async def _relay(host_socket: str, program: trio.SocketStream, pipes: Pipes, heed: Heed | None) -> None:
+    is_tunnel = False
+
+    async def look(source: trio.SocketStream, heed: Heed) -> None:
+        """At how a side begins, which is carried all the same."""
+        nonlocal is_tunnel
+        begin = await source.socket.recv(BEGIN_BYTES, socket.MSG_PEEK)
+        if source is program:
+            is_tunnel = begin.startswith(b"CONNECT ")
+        elif is_tunnel:
+            heed(begin)
+
     host = await _dial(host_socket)
     if host is None:
         return
@@ -100,8 +118,10 @@ async def _relay(host_socket: str, program: trio.SocketStream, pipes: Pipes) -> 
 
         async def one_way(source: trio.SocketStream, sink: trio.SocketStream) -> None:
             try:
+                if heed is not None:
+                    await look(source, heed)
                 await carry(source.socket, sink.socket, pipes)
-            except SideGone:
+            except (SideGone, OSError):
                 ways.cancel_scope.cancel()
 
         ways.start_soon(one_way, program, host)

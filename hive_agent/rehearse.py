@@ -381,7 +381,7 @@ class Orders:
             elif order.get("type") == "control_request":
                 response = {"subtype": "success", "request_id": order["request_id"]}
                 emit({"type": "control_response", "response": response})
-                if self._plays:
+                if self._plays and order["request"]["subtype"] == "interrupt":
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         self._prompts.put(None)
 

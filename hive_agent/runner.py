@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import NamedTuple
+
+from hive_agent.refusals import Refusals
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class Seat:
     projects_dir: str = "/projects"  # its clones of projects
     mirrors_dir: str = "/mirrors"  # what they borrow objects from
     extras_dir: str = "/extras"  # its skills and plugins, as deployed
+    refusals: Refusals = field(default_factory=Refusals, compare=False)  # of the hive's proxy
 
 
 class Activity(NamedTuple):

@@ -26,6 +26,7 @@ from hive_agent.descendants import adopt_orphans
 from hive_agent.link import EXIT_DONE, HostLink, Unwelcome
 from hive_agent.loopback import serve_loopback
 from hive_agent.projects import Projects
+from hive_agent.refusals import Refusals
 from hive_agent.reports import Reports
 from hive_agent.runner import Activity, Ending, Runner, Seat, make_runner
 from hive_agent.turn_lines import TurnLines
@@ -94,13 +95,15 @@ async def serve(
         tasks.start_soon(_keep_link, link, exit_codes, tasks.cancel_scope)
         lead_out = partial(serve_loopback, shared=shared_loopback)
         model: int = await tasks.start(lead_out, f"{run_dir}/model.sock")
+        refusals = Refusals()
+        lead_out = partial(lead_out, heed=refusals.heed)
         egress: int = await tasks.start(lead_out, f"{run_dir}/egress.sock") if own_network else 0
         with stop.cuts_wait():
             await link.welcomed.wait()
         if link.welcomed.is_set():
             seat, reports = make_seat(link.agent, model, egress), Reports()
             background = Background(seat.state_dir, reports, own_network=own_network)
-            seat = replace(seat, harness=background.address)
+            seat = replace(seat, harness=background.address, refusals=refusals)
             tasks.start_soon(reports.serve, link)
             await tasks.start(background.serve)
             projects = Projects(seat, link.request)

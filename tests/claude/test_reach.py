@@ -19,7 +19,7 @@ from tests.containers.drivers import need
 from tests.daemons import KEY, open_daemon
 from tests.needs import find_claude
 from tests.nspawn.test_reach import NAMED
-from tests.scripted_model import Answer, Request, ScriptedModel, say, tool
+from tests.scripted_model import Answer, Request, ScriptedModel, say, text_of, tool
 from tests.swarm.test_egress import deploy
 
 WHEEL = "greeting-1.0-py3-none-any.whl"
@@ -29,8 +29,8 @@ USE += "'import greeting; print(greeting.WORD)'"
 COMMANDS = [
     "curl -sS {page}page",
     USE,
-    "curl -sS -v https://unlisted.example/ 2>&1 | grep -E '^< HTTP|^curl:'",
-    f"{PIP} --retries 1 --index-url https://unlisted.example/simple other 2>&1 | grep -om1 'Tunnel connection[^)]*'",
+    "curl -sS https://unlisted.example/",
+    f"{PIP} --retries 1 --index-url https://unlisted.example/simple other 2>&1 | grep -om1 'Tunnel .*decided'",
     "curl -sS --noproxy '*' --max-time 5 {page}page 2>&1",
 ]
 
@@ -83,7 +83,7 @@ def test_claude_fetches_a_page_installs_a_package_and_is_told_what_it_may_not_re
                 return "ok"
             number = step(request)
             if number:
-                told.append(request.tool_results[-1].text)
+                told.append(request.tool_results[-1].text + text_of(request.messages[-1]["content"]))
             if number < len(COMMANDS):
                 return say(tool("Bash", command=COMMANDS[number].format(page=page), description="try"))
             return say(tool("mcp__hive__send", to="operator", body="fetched")) if number == len(COMMANDS) else "Done."
@@ -101,8 +101,10 @@ def test_claude_fetches_a_page_installs_a_package_and_is_told_what_it_may_not_re
     assert fetched == "a page"
     assert installed == "hello from a wheel"
     refused = "cannot connect: unlisted.example:443 is not in egress of agent.toml; "
-    assert f"HTTP/1.1 403 {refused}asked the operator (approval " in unlisted
+    assert f"The hive's proxy refused meanwhile:\n- {refused}asked the operator (approval " in unlisted
+    assert "curl: (56)" in unlisted
     assert f"Tunnel connection failed: 403 {refused}the operator is asked already" in pip
+    assert "refused meanwhile" not in fetched + installed + pip + around
     assert "Failed to connect" in around
     assert [(row["host"], row["port"]) for row in found["hosts"]] == [(NAMED, port)]
     # Nothing that the program tries of its own accord is wished for: neither its provider, nor what it reports to.

@@ -31,9 +31,11 @@ async def open_model(path: Path, handler: Handler) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def open_loopback(path: Path, *, shared: bool = False) -> AsyncIterator[int]:
+async def open_loopback(
+    path: Path, *, shared: bool = False, heed: Callable[[bytes], None] | None = None
+) -> AsyncIterator[int]:
     async with trio.open_nursery() as nursery:
-        port: int = await nursery.start(partial(serve_loopback, shared=shared), str(path))
+        port: int = await nursery.start(partial(serve_loopback, shared=shared, heed=heed), str(path))
         with trio.fail_after(PATIENCE_S):
             yield port
         nursery.cancel_scope.cancel()
@@ -116,6 +118,26 @@ async def test_a_program_that_goes_away_hangs_up_on_the_host(tmp_path: Path) -> 
         program = await trio.open_tcp_stream("127.0.0.1", port)
         await program.aclose()
         await heard_end.wait()
+
+
+async def test_how_the_answer_to_a_connect_begins_is_heeded_and_of_nothing_else(tmp_path: Path) -> None:
+    path, heeded = tmp_path / "egress.sock", list[bytes]()
+
+    async def refuse(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        await stream.send_all(b"HTTP/1.1 403 no\r\n\r\n")
+        await stream.receive_some()
+        await stream.send_all(b"HTTP/1.1 403 said by somebody else\r\n\r\n")
+        await stream.aclose()
+
+    async with open_model(path, refuse), open_loopback(path, heed=heeded.append) as port:
+        for request in (b"GET http://git.lan/ HTTP/1.1\r\n\r\n", b"CONNECT git.lan:443 HTTP/1.1\r\n\r\n"):
+            async with await trio.open_tcp_stream("127.0.0.1", port) as program:
+                await program.send_all(request)
+                assert await program.receive_some() == b"HTTP/1.1 403 no\r\n\r\n"
+                await program.send_all(b"more")
+                await read_all(program)
+    assert heeded == [b"HTTP/1.1 403 no\r\n\r\n"]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::ffff:127.0.0.1"])
