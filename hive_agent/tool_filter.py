@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 READ_BYTES = 256 * 1024
-LISTS_LIMIT = 1_000  # questions for the tools that a server left without an answer
 PATIENCE_S = 2.0  # of a server whose stdin has ended
 
 
@@ -32,7 +31,6 @@ class ToolFilter:
 
     def __init__(self, allowed: Sequence[str]) -> None:
         self._allowed = allowed
-        self._lists: dict[str, None] = {}  # the questions for the tools: their ids as JSON, the oldest first
 
     def to_server(self, line: bytes) -> tuple[bytes, bytes]:
         """What of a line of the program's is for the server, and what is its answer already; either may be empty."""
@@ -46,20 +44,14 @@ class ToolFilter:
                 allowed = ", ".join(self._allowed)
                 told = f"cannot call {str(name)[:80]}: agent.toml allows {allowed} of this server"
                 return b"", _error(message.get("id"), told) if "id" in message else b""
-        elif message.get("method") == "tools/list" and "id" in message:
-            self._lists[json.dumps(message["id"])] = None
-            while len(self._lists) > LISTS_LIMIT:
-                del self._lists[next(iter(self._lists))]
         return _line(message), b""
 
     def to_program(self, line: bytes) -> bytes:
         """What the program is to read of a line of the server's."""
         message = _parse(line)
         if not isinstance(message, dict):
-            return line  # of an old server that batches or prints: no answer to a question for the tools
-        if "method" in message or json.dumps(message.get("id")) not in self._lists:
-            return _line(message)
-        del self._lists[json.dumps(message["id"])]
+            return line  # of an old server that batches or prints: no answer that the program would take
+        # Whatever it answers: by its id it could be taken for another one, since to the program 1 and 1.0 are the same.
         result = message.get("result")
         if isinstance(result, dict) and isinstance(result.get("tools"), list):
             result["tools"] = [

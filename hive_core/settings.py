@@ -52,7 +52,8 @@ _PROXY = {"http_proxy", "https_proxy", "no_proxy", "node_use_env_proxy"}
 VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\z", max_length=80)]
 Value = Annotated[str, StringConstraints(pattern=r"^[^\x00]*\z", max_length=4096)]
 ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*\z", max_length=128)]
-ServerName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*\z", max_length=30)]
+# In a tool's name, mcp__SERVER__TOOL, two of _ end it: hive__x would read as the hive's own.
+ServerName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9]*([_-][a-z0-9]+)*\z", max_length=30)]
 
 
 def _only_theirs(names: dict[str, str]) -> dict[str, str]:

@@ -74,6 +74,14 @@ def test_a_server_that_is_not_there_is_told_in_one_line() -> None:
     )
 
 
+def test_tools_are_kept_back_whatever_the_answer_that_lists_them_bears() -> None:
+    passing = ToolFilter(["get"])
+    passing.to_server(b'{"id":1,"method":"tools/list"}\n')
+    for mark in (b'"id":1.0', b'"id":"1"', b'"id":1,"method":"x"'):
+        heard = json.loads(passing.to_program(b'{%s,"result":{"tools":[{"name":"drop"},{"name":"get"}]}}\n' % mark))
+        assert heard["result"]["tools"] == [{"name": "get"}]
+
+
 def test_a_call_in_a_batch_or_behind_a_second_key_passes_nothing_else() -> None:
     call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "drop"}}
     passing = ToolFilter(["get"])

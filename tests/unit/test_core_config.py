@@ -321,6 +321,11 @@ def test_what_agent_toml_may_not_say_is_refused_by_name(text: bytes, words: str)
         ("skills = ['a', 'a']", "skills: a is there twice; take one out"),
         ("skills = ['compact']", "the file: skills: /compact is the program's own; rename it"),
         ("[mcp_servers.hive]\ncommand = 'x'", "the file: mcp_servers.hive is the hive's own; choose another name"),
+        *(
+            (f"[mcp_servers.{name}]\ncommand = 'x'", f"mcp_servers.{name}: {order}")
+            for order in ["some of its characters, or their order, are not allowed"]
+            for name in ("hive__x", "a__b", "hive_", "A")
+        ),
         ("[mcp_servers.files]\ncommand = ''", "mcp_servers.files.command: it is empty"),
         ("[mcp_servers.files]\nargs = []", "mcp_servers.files.command: it is missing"),
         ("[mcp_servers.files]\ncommand = 'x'\nurl = 'y'", "mcp_servers.files.url: unknown key"),
