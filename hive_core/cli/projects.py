@@ -11,6 +11,7 @@ from hive_core.protocol.visible import mib
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import Namespace
+    from collections.abc import Iterator
     from typing import Any
 
 _NEEDS: dict[str, tuple[str, ...]] = {
@@ -42,15 +43,32 @@ def project(arguments: Namespace) -> None:
         key = None if arguments.key is None else read_secret("key", arguments.key, one_line=False)
         token = None if arguments.token is None else read_secret("token", arguments.token)
         given = {"key": key, "token": token, "host_key": arguments.host_key}
-        result = client.call("project_add", project=name, source=source, **given)
+        result = _follow(name, client.stream("project_add", project=name, source=source, **given))
         listed = f'projects = [{{ name = "{name}" }}]'
         emit(arguments, result, f"{_line(result)}\nan agent works on it when its agent.toml says {listed}")
     elif what == "fetch":
-        result = Client().call("project_fetch", project=words[0])
+        result = _follow(words[0], Client().stream("project_fetch", project=words[0]))
         emit(arguments, result, _line(result))
     else:
         result = Client().call("project_remove", project=words[0])
         emit(arguments, result, f"project {words[0]} is gone, with its mirror and its credential")
+
+
+def _follow(name: str, answers: Iterator[Any]) -> Any:
+    """The last answer; on a terminal those before it tell how much has come."""
+    import sys
+
+    answer: Any = None
+    line, shows = "\r\x1b[K", sys.stderr.isatty()
+    try:
+        for answer in answers:
+            if shows and "arrived_bytes" in answer:
+                said = f"fetching {name}: {mib(answer['arrived_bytes'])} so far; it goes on when you end this"
+                print(f"{line}{said}", end="", file=sys.stderr, flush=True)
+    finally:
+        if shows:
+            print(line, end="", file=sys.stderr, flush=True)
+    return answer
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -72,6 +72,12 @@ class ProjectMirrors:
         """Where the mirror is."""
         return self._folder / f"{name}.git"
 
+    def arrived_bytes(self, name: ProjectName) -> int:
+        """What there is of its mirror now, with what is under way."""
+        with contextlib.suppress(FileNotFoundError):
+            return sum(file.stat().st_size for file in (self.path(name) / "objects" / "pack").iterdir())
+        return 0
+
     @asynccontextmanager
     async def alone(self, name: ProjectName, within_s: float = math.inf) -> AsyncIterator[bool]:
         """While nothing else moves the refs of this mirror; False where it was not to be had within that time."""

@@ -47,7 +47,7 @@ from hive_core.sockets.admin_deploys import deploy_verbs
 from hive_core.sockets.admin_forges import forge_verbs
 from hive_core.sockets.admin_lifecycle import lifecycle_verbs
 from hive_core.sockets.admin_policy import policy_verbs
-from hive_core.sockets.admin_projects import project_verbs
+from hive_core.sockets.admin_projects import project_streams, project_verbs
 from hive_core.sockets.admin_reach import reach_verbs
 from hive_core.sockets.admin_requests import request_verbs
 from hive_core.sockets.admin_snapshots import snapshot_verbs
@@ -127,6 +127,7 @@ class AdminDesk:
             "down": (self._down, {"patience_s"}),
             **approval_streams(hive),
             **credential_streams(hive),
+            **project_streams(hive),
         }
 
     async def serve(self, stream: Connection) -> None:

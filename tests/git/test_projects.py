@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -14,6 +15,9 @@ from hive_core.limits import Limits
 from hive_core.procedures.projects import ProjectMirrors
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import parse_project_name
+from hive_core.sockets.admin_projects import project_streams
+from tests.dashboards import hive_of
+from tests.hives import open_services
 from tests.project_hives import IRIS, SITE, commit, git, make_source, open_project_hive
 
 
@@ -63,6 +67,28 @@ async def test_an_empty_repository_is_taken_and_clones_begin_with_the_first_bran
         commit(source)
         await hive.mirrors.of(IRIS)
         assert git(hive.mirrors.path(SITE), "symbolic-ref", "HEAD") == "refs/heads/trunk"
+
+
+async def test_whoever_adds_a_project_is_told_how_much_has_come_and_then_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source(tmp_path / "source")
+    monkeypatch.setattr("hive_core.sockets.admin_projects.PROGRESS_S", 0.0)
+    async with open_services(tmp_path) as services:
+        hive, told = hive_of(services), list[Any]()
+
+        async def tell(answer: Any) -> None:
+            told.append(answer)
+            if answer.get("arrived_bytes"):
+                raise trio.BrokenResourceError  # who asked has gone, and it goes on
+
+        add, keys = project_streams(hive)["project_add"]
+        assert keys == {"project", "source", "key", "token", "host_key"}
+        await add({"project": "site", "source": str(source)}, tell)
+        assert told[0] == {"arrived_bytes": 0}
+        assert (told[-1]["name"], told[-1]["bytes"]) == ("site", hive.mirrors.arrived_bytes(SITE))
+        with pytest.raises(Refusal, match="there is one of that name"):
+            await add({"project": "site", "source": str(source)}, tell)
 
 
 async def test_a_branch_that_an_agent_moved_is_the_sources_again_once_that_moves(tmp_path: Path) -> None:
