@@ -20,6 +20,7 @@ from hive_core.protocol.words import shown
 Kind = Literal["path", "http", "ssh"]
 SOURCE_LIMIT = 1_000
 CONNECT_S = 10
+STALL_S = 120  # in which not one byte comes from a server, or goes there
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _LABELS = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9])?)*", re.IGNORECASE)
 _PATH = re.compile(r"/[A-Za-z0-9._~%+@/-]*")
@@ -67,6 +68,7 @@ class Access:
             case "http":
                 scheme = urlsplit(self.source.text).scheme
                 config |= {f"protocol.{scheme}.allow": "always", "protocol.file.allow": "never"}
+                config |= {"http.lowSpeedLimit": "1", "http.lowSpeedTime": str(STALL_S)}
                 # Proxies and authorities of this environment are the operator's own, as for the relay.
                 variables = {key: value for key, value in os.environ.items() if key.lower() in _OPERATORS}
                 if self.token:

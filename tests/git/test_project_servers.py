@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import stat
 from pathlib import Path
 
 import pytest
 
+from hive_core.git import remotes
 from hive_core.git.mirrors import remove
 from hive_core.protocol.refusal import Refusal
 from tests.git_servers import serve_http, serve_ssh
@@ -140,6 +142,16 @@ async def test_a_redirect_takes_no_token_anywhere(tmp_path: Path) -> None:
             commit(clone, branch="iris/x")
             assert (await hive.try_git(clone, "push", "origin", "iris/x")).returncode != 0
             assert stranger.authorizations == []
+
+
+async def test_a_server_that_falls_silent_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it takes all of project_fetch_s, and a place of the few that fetch at once."""
+    monkeypatch.setattr(remotes, "STALL_S", 1)
+    async with open_project_hive(tmp_path) as hive:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}/site.git"
+            with pytest.raises(Refusal, match="too slow"):
+                await hive.mirrors.add(SITE, url, {}, "operator")
 
 
 async def test_a_token_goes_over_no_wire_that_others_read(tmp_path: Path) -> None:
