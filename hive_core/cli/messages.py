@@ -43,6 +43,10 @@ def send(arguments: Namespace) -> None:
 
 def opened(paths: Sequence[str]) -> tuple[list[int], list[dict[str, str]] | None]:
     """The files to send, open, and what a request says of them. Raises Refusal."""
+    from hive_core.protocol.file_names import FILES_MOST, TOO_MANY
+
+    if len(paths) > FILES_MOST:
+        raise Refusal("usage", f"cannot send {len(paths):,} files: {TOO_MANY}")
     return [_open(path) for path in paths], [{"name": os.path.basename(path)} for path in paths] or None
 
 

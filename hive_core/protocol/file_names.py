@@ -17,6 +17,8 @@ else:
     FileName = str
 
 FILE_NAME_LIMIT_BYTES = 120
+FILES_MOST = 100  # of one request, as many as files_per_message can be
+TOO_MANY = f"a request takes {FILES_MOST}; send fewer, or one archive"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 

@@ -20,6 +20,7 @@ from hive_core.hive import Hive
 from hive_core.protocol.admin import PROTOCOL_VERSION
 from hive_core.protocol.call_key import CallKey
 from hive_core.protocol.container_id import container_id
+from hive_core.protocol.file_names import FILES_MOST
 from hive_core.protocol.lines import LINE_LIMIT_BYTES
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import (
@@ -56,7 +57,7 @@ from hive_core.sockets.admin_steering import steering_verbs
 from hive_core.sockets.admin_tombstones import tombstone_verbs
 from hive_core.sockets.admin_turns import turn_verbs
 from hive_core.sockets.admin_updates import update_status, update_verbs
-from hive_core.sockets.given_files import FILES_MOST, descriptors, given_files
+from hive_core.sockets.given_files import descriptors, given_files
 from hive_core.sockets.unix import Connection, Lines
 from hive_core.store.bus import EVENTS, WANTED
 from hive_core.version import __version__

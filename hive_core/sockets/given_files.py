@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 
-from hive_core.protocol.file_names import parse_file_name
+from hive_core.protocol.file_names import FILES_MOST, TOO_MANY, parse_file_name
 from hive_core.protocol.refusal import Refusal
 from hive_core.services.attachments import Upload
 
-FILES_MOST = 100  # of one request, as many as files_per_message can be
 # Of the connection that is answered now: those that came and that nobody has taken yet.
 descriptors: ContextVar[list[int]] = ContextVar("descriptors")
 
@@ -28,6 +27,8 @@ def given_files(raw: object) -> Iterator[list[Upload]]:
     """
     if not isinstance(raw, list) or not all(isinstance(one, dict) and set(one) == {"name"} for one in raw):
         raise Refusal("usage", 'cannot take the files: `files` must be a list of {"name": …}')
+    if len(raw) > FILES_MOST:
+        raise Refusal("usage", f"cannot attach {len(raw):,} files: {TOO_MANY}")
     names, came = [parse_file_name(one["name"]) for one in raw], descriptors.get([])
     if len(names) != len(came):
         raise Refusal("usage", f"cannot take {len(names)} files: {len(came)} descriptors came; send one with each")

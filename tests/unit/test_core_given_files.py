@@ -14,10 +14,10 @@ import pytest
 import trio
 import trio.testing
 
+from hive_core.protocol.file_names import FILES_MOST
 from hive_core.protocol.words import AgentName
 from hive_core.services.question_words import parse_ask
 from hive_core.sockets.admin import AdminDesk
-from hive_core.sockets.given_files import FILES_MOST
 from tests.dashboards import hive_of
 from tests.hives import PATIENCE_S, Services, run_hive, serve
 
@@ -123,6 +123,17 @@ async def test_what_is_no_file_is_refused_with_its_path_and_nothing_is_sent(
     assert await hive.states() == {}
 
 
+@pytest.mark.parametrize("count", [FILES_MOST + 1, 300])
+async def test_more_files_than_a_request_takes_are_refused_before_any_is_opened(
+    hive: Services, door: Path, tmp_path: Path, count: int
+) -> None:
+    done = await run_hive(tmp_path, "send", "iris", "look", *(("--file", str(tmp_path / "a")) * count))
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.decode().strip() == (
+        f"hive: cannot send {count} files: a request takes 100; send fewer, or one archive"
+    )
+
+
 @pytest.mark.parametrize(
     ("files", "descriptors", "words"),
     [
@@ -132,6 +143,7 @@ async def test_what_is_no_file_is_refused_with_its_path_and_nothing_is_sent(
         ([{"name": "a/b"}], 1, "give its name without the folder"),
         ([{"name": "a", "path": "/etc/shadow"}], 1, "`files` must be a list"),
         ("a", 1, "`files` must be a list"),
+        ([{"name": "a"}] * 101, 1, "cannot attach 101 files: a request takes 100; send fewer, or one archive"),
         ([{"name": "a"}], FILES_MOST + 20, f"{FILES_MOST} descriptors came"),
     ],
 )
