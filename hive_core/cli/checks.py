@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from hive_core.cli.check_forges import look_at_forges
 from hive_core.cli.check_helper import look_at_helper
+from hive_core.cli.check_proxy import look_at_proxy
 from hive_core.cli.client import Client
 from hive_core.cli.doctor import Finding, Progress, Status
 from hive_core.cli.up import SANDBOXES, orphans
@@ -228,6 +229,10 @@ def check_helper(name: str, machine: Machine) -> Iterator[Finding]:
     yield from look_at_helper(name, machine.config)
 
 
+def check_proxy(name: str, machine: Machine) -> Iterator[Finding]:
+    yield from look_at_proxy(name)
+
+
 def check_bounds(name: str, machine: Machine) -> Iterator[Finding]:
     cgroups = choose_groups(machine.config.state_dir / "doctor", bounds_of(machine.config))
     bounds = cgroups.bounds
@@ -373,6 +378,7 @@ CHECKS: dict[str, Callable[[str, Machine], Iterator[Finding]]] = {
     "helper": check_helper,
     "nix": check_nix,
     "bounds": check_bounds,
+    "proxy": check_proxy,
     "policy": check_policy,
     "forges": check_forges,
     "credential": check_credential,

@@ -8,10 +8,8 @@ in the queue. Both talk in JSON lines on a stream socket, which is the proxy's s
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
@@ -21,8 +19,8 @@ from typing import Any
 
 import trio
 
-from hive_core.containers.inside import harness_environment
 from hive_core.destinations import Allowed, find
+from hive_core.egress import program
 from hive_core.egress.channel import Channel, ChannelBroken
 from hive_core.egress.reports import ASK
 from hive_core.egress_rules import expand
@@ -181,11 +179,7 @@ class EgressDesk:
         try:
             with theirs:
                 process = await trio.lowlevel.open_process(
-                    [sys.executable, "-P", "-m", "hive_core.egress"],
-                    stdin=theirs,
-                    stdout=subprocess.DEVNULL,
-                    env={**harness_environment("/"), **_passed_on()},
-                    cwd="/",
+                    program.command(), stdin=theirs, stdout=subprocess.DEVNULL, env=program.environment(), cwd="/"
                 )
             await self._serve_until_its_end(_Proxy(process, channel))
         finally:
@@ -329,9 +323,3 @@ class EgressDesk:
     @staticmethod
     def _now_ms() -> int:
         return int(time.time() * 1000)
-
-
-def _passed_on() -> dict[str, str]:
-    """Of the daemon's own environment: what names are resolved by, and where Python finds what it imports."""
-    names = ("LD_LIBRARY_PATH", "LOCPATH", "PYTHONPATH")
-    return {name: os.environ[name] for name in names if name in os.environ}

@@ -176,6 +176,24 @@ def test_a_machine_without_bubblewrap_is_in_trouble_unless_its_agents_are_rehear
     assert machine.run("--json").returncode == 0
 
 
+def test_a_proxy_that_does_not_start_is_told_of_with_its_last_word(machine: Machine) -> None:
+    assert machine.look("proxy")[0] == "ok"
+    broken = machine.folder / "broken"
+    (broken / "h11").mkdir(parents=True)
+    (broken / "sitecustomize.py").write_text(
+        f"import sys\nif 'hive_core.egress' in sys.orig_argv: sys.path.insert(0, {str(broken)!r})\n"
+        f"elif {str(broken)!r} in sys.path: sys.path.remove({str(broken)!r})\n"
+    )
+    (broken / "h11" / "__init__.py").write_text("raise ImportError('h11 is of another processor')\n")
+    machine.environment["PYTHONPATH"] = f"{broken}:{ROOT}"
+    status, message = machine.look("proxy")
+    assert (status, message) == (
+        "warning",
+        "it does not run (ImportError: h11 is of another processor); agents reach their models alone until that is "
+        "mended",
+    )
+
+
 # -- where the hive is kept -------------------------------------------------------------------------------------------
 
 
