@@ -112,3 +112,32 @@ def test_the_docs_name_tests_that_exist() -> None:
     named = {(page.name, name) for page in pages for name in re.findall(r"`(test_\w+)`", page.read_text())}
     assert named
     assert not {(page, name) for page, name in named if name not in written}
+
+
+def commands_in(page: Path) -> list[list[str]]:
+    """The words of each `hive VERB …` that a page has, in a line or in a block."""
+    lines = page.read_text("utf-8").splitlines()
+    spans = [span for line in lines for span in [line, *line.split("`")[1::2]] if span.startswith("hive ")]
+    return [span.partition("#")[0].replace("|", " ").replace("]", " ").replace("[", " ").split()[1:] for span in spans]
+
+
+def what_is_unknown(words: list[str]) -> list[str]:
+    """Of a command: its verb, its action or its options, where `hive` takes none of that name."""
+    if not words or not re.fullmatch("[a-z][a-z-]*", words[0]):
+        return []
+    if words[0] not in VERBS:
+        return words[:1]
+    arguments = VERBS[words[0]][2]
+    options = {name for names, _ in arguments for name in names} | {"--json", "--help"}
+    unknown = [word for word in words if re.fullmatch("--[a-z][a-z0-9-]*", word) and word not in options]
+    actions = next((more["choices"] for names, more in arguments if names == ("what",) and "choices" in more), None)
+    if actions and len(words) > 1 and re.fullmatch("[a-z]+", words[1]) and words[1] not in actions:
+        unknown.append(words[1])
+    return unknown
+
+
+def test_the_docs_name_commands_that_exist() -> None:
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+    found = [(page.name, words) for page in pages for words in commands_in(page)]
+    assert len(found) > 100
+    assert not [(page, words[0], unknown) for page, words in found if (unknown := what_is_unknown(words))]
