@@ -79,6 +79,7 @@ class Api:
         self.place = place
         self._quiet = quiet or Quiet()
         self._client = client
+        self._token = token
         scheme = "token" if place.kind == "forgejo" else "Bearer"
         accept = "application/json" if place.kind == "forgejo" else "application/vnd.github+json"
         self._headers = {
@@ -150,7 +151,9 @@ class Api:
     def _refused(self, status: int, headers: Mapping[str, str], data: Any) -> ForgeTrouble:
         now_ms = int(time.time() * 1000)
         said = data.get("message") if isinstance(data, dict) else None
-        told = f" (it says {quoted(said[:SAID_LIMIT])})" if isinstance(said, str) and said else ""
+        told = ""
+        if isinstance(said, str) and said and self._token not in said:
+            told = f" (it says {quoted(said[:SAID_LIMIT])})"
         until_ms = retry_after_ms(headers.get("retry-after"), now_ms)
         if headers.get("x-ratelimit-remaining") == "0" and status in (403, 429):
             until_ms = until_ms or instant_ms(headers.get("x-ratelimit-reset"), now_ms)

@@ -260,10 +260,13 @@ def quarantined(push: Push, mirror: Path, look: Callable[[], None] | None, setti
     return Setting(setting.config, {**setting.environment, **objects}, look)
 
 
-def forward(mirror: Mirror, push: Push, agent: AgentName, push_s: float, look: Callable[[], None]) -> None:
+def forward(
+    mirror: Mirror, push: Push, agent: AgentName, push_s: float, look: Callable[[], None], secrets: Mapping[str, bytes]
+) -> None:
     """Bring it to the project's repository: all of it or nothing. Again is fine. Raises Refusal, or GitFailed.
 
     A server gets the same refs; a repository of this host refs/hive/AGENT/…, which nobody has checked out.
+    secrets: what is not told of a server's answer.
     """
     source = mirror.access.source
     words = ["push", "--porcelain", "--no-verify", "--no-follow-tags", "--recurse-submodules=no", "--no-signed"]
@@ -294,6 +297,9 @@ def forward(mirror: Mirror, push: Push, agent: AgentName, push_s: float, look: C
             setting=setting,
         )
     except GitFailed as failed:
+        if find_secret(failed.printed.encode("utf-8", "replace"), forms_of(secrets)) is not None:
+            why = f"{source.text} did not take it, and what it says holds a secret of the hive's"
+            raise Refusal("refused", why) from None
         raise Refusal("refused", _why_not(failed, source.text)) from None
 
 

@@ -201,7 +201,7 @@ class GitServices:
 
         def judge() -> Push:
             push = parse_push(asked, path)
-            secrets = known_secrets(self._state_dir, self._credentials)
+            secrets = self._secrets()
             check_names(push, secrets)  # before they can be told
             judged.push = push
             check_room(path, push, limits.project_bytes)
@@ -209,7 +209,7 @@ class GitServices:
             return push
 
         def send_on() -> None:
-            forward(self._mirrors.mirror(registered), push, agent, limits.push_s, look)
+            forward(self._mirrors.mirror(registered), push, agent, limits.push_s, look, self._secrets())
 
         try:
             project, registered = await self._find(agent, name)
@@ -224,6 +224,9 @@ class GitServices:
             log.warning("a push of %s to %s: %s", agent, name, why, extra={"agent": agent})
             return Refusal("unavailable", f"it could not be looked at: {why}")
         return None
+
+    def _secrets(self) -> dict[str, bytes]:
+        return known_secrets(self._state_dir, self._credentials)
 
     async def _note(self, agent: AgentName, name: ProjectName, judged: _Judged, refusal: Refusal | None) -> None:
         """Write down what became of a push, by what the mirror has now."""

@@ -99,6 +99,24 @@ async def test_a_servers_own_no_is_told_to_the_agent_and_moves_nothing(tmp_path:
             assert "protected" in json.loads(event["data"])["reason"]
 
 
+async def test_a_server_that_repeats_the_token_is_quoted_to_nobody(tmp_path: Path) -> None:
+    bare = make_bare(tmp_path)
+    (bare / "hooks").mkdir(exist_ok=True)
+    long = "x" * 380  # so that what is told would end within it
+    (bare / "hooks" / "pre-receive").write_text(f"#!/bin/sh\necho {long} {TOKEN}\nexit 1\n")
+    (bare / "hooks" / "pre-receive").chmod(0o755)
+    with serve_http(bare.parent, TOKEN) as server:
+        async with open_project_hive(tmp_path) as hive:
+            await hive.mirrors.add(SITE, f"{server.url}/site.git", {"token": TOKEN}, "operator")
+            await hive.list_projects({"name": "site"})
+            clone = await hive.clone()
+            commit(clone, branch="iris/x")
+            done = await hive.try_git(clone, "push", "origin", "iris/x")
+            assert "did not take it, and what it says holds a secret of the hive's" in done.stderr
+            (event,) = await hive.events("push_refused")
+            assert TOKEN[:8] not in done.stderr + event["data"]
+
+
 async def test_of_several_branches_the_server_takes_all_or_none(tmp_path: Path) -> None:
     bare = make_bare(tmp_path)
     (bare / "hooks").mkdir(exist_ok=True)

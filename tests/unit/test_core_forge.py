@@ -192,6 +192,12 @@ async def test_an_error_is_told_in_one_sentence_with_the_forges_words_quoted(sta
     assert "\n" not in trouble.message
 
 
+async def test_a_forge_that_repeats_the_token_is_not_quoted() -> None:
+    trouble = await trouble_of(ScriptedForge(), Trouble(400, {"message": f"bad header: token {TOKEN}"}))
+    assert "it does not take the request" in trouble.message
+    assert TOKEN not in trouble.message
+
+
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 async def test_no_redirect_is_followed(status: int) -> None:
     forge = ScriptedForge()
