@@ -6,7 +6,7 @@ can begin it hold the tests of other groups, the demo's, those that give it an e
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
 import os
 import select
@@ -14,10 +14,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import pytest
+
+from tests.daemons import Daemon
 from tests.needs import ROOT
 
 # A keeper waits for each daemon, and tells its end: who starts a daemon is not its parent, and asks for it by a socket.
@@ -131,7 +134,8 @@ def start(
     **more: Any,
 ) -> Any:
     """As subprocess.Popen for the command of a daemon: a fork, unless its environment makes it another program."""
-    if _of_the_interpreter(env) != _of_the_interpreter(os.environ) or "HIVE_LONG" in os.environ:
+    server = None if "HIVE_LONG" in os.environ else _server_for(_of_the_interpreter(env))
+    if server is None:
         return subprocess.Popen(command, stdout=stdout, stderr=stderr, env=env, pass_fds=pass_fds, **more)
     umask = os.umask(0)
     os.umask(umask)
@@ -140,8 +144,31 @@ def start(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         fds = [theirs.fileno(), stdout.fileno(), stderr.fileno(), *pass_fds]
-        socket.send_fds(_forking()[0], [json.dumps(asked).encode()], fds)
+        socket.send_fds(server, [json.dumps(asked).encode()], fds)
     return ForkedDaemon(ours)
+
+
+@contextlib.contextmanager
+def daemons_are_forks() -> Iterator[None]:
+    """Daemons that a test starts are forks, until the end of the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Daemon, "begin", staticmethod(start))
+        yield
+
+
+@contextlib.contextmanager
+def forks_of(packages: Path) -> Iterator[None]:
+    """Daemons that have these packages by PYTHONPATH are forks too; nobody changes them until the end of the block."""
+    environment = {**os.environ, "PYTHONPATH": str(packages)}
+    server, process = _serve(environment)
+    key = frozenset(_of_the_interpreter(environment).items())
+    _servers[key] = server
+    try:
+        yield
+    finally:
+        del _servers[key]
+        server.close()
+        process.wait()
 
 
 def _of_the_interpreter(environment: Mapping[str, str]) -> dict[str, str]:
@@ -150,11 +177,22 @@ def _of_the_interpreter(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(looked_at)}
 
 
-@functools.cache
-def _forking() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+_servers: dict[frozenset[tuple[str, str]], socket.socket] = {}  # by what of the environment they were begun with
+_kept: list[subprocess.Popen[bytes]] = []  # what ends with us is nobody's to wait for
+
+
+def _server_for(looked_at: dict[str, str]) -> socket.socket | None:
+    """What forks daemons of such an environment; for our own it is begun when it is first asked for."""
+    key = frozenset(looked_at.items())
+    if key not in _servers and looked_at == _of_the_interpreter(os.environ):
+        _servers[key], process = _serve({**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT))})
+        _kept.append(process)
+    return _servers.get(key)
+
+
+def _serve(environment: Mapping[str, str]) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """It ends with us, who have the other end."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        # It ends with us, who have the other end.
         words = [sys.executable, "-P", "-c", _FORKS]
-        environment = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT))}
         return ours, subprocess.Popen(words, stdin=theirs, env=environment, cwd=Path("/"), start_new_session=True)

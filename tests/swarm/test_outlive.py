@@ -68,6 +68,7 @@ def open_swarm(*flags: str, **environment: str) -> contextlib.AbstractContextMan
     return open_daemon("--default-program=rehearsal", *flags, **environment)
 
 
+@pytest.mark.usefixtures("as_a_users")
 def test_a_turn_goes_on_while_the_daemon_is_killed_and_counts_once() -> None:
     with open_swarm() as daemon:
         client = daemon.start()
@@ -123,6 +124,7 @@ def test_what_a_turn_does_while_the_daemon_is_away_arrives_whole_and_once() -> N
         assert [n for n in range(200) if not any(f"line {n} x" in line["line"] for line in stream)] == []
 
 
+@pytest.mark.usefixtures("as_a_users")
 def test_sigterm_ends_the_daemon_alone_and_interrupts_no_turn() -> None:
     with open_swarm() as daemon:
         client = daemon.start()
@@ -253,6 +255,7 @@ def test_an_orphan_ends_by_itself_when_no_daemon_comes_back() -> None:
         wait_gone(*pids)
 
 
+@pytest.mark.usefixtures("as_a_users")
 def test_agents_tied_to_the_daemon_end_with_it_even_when_it_is_killed() -> None:
     with open_swarm("--end-agents-with-daemon") as daemon:
         client = daemon.start()
@@ -263,6 +266,7 @@ def test_agents_tied_to_the_daemon_end_with_it_even_when_it_is_killed() -> None:
         wait_gone(*pids)
 
 
+@pytest.mark.usefixtures("as_a_users")
 def test_nothing_survives_down_and_a_turn_is_finished_first() -> None:
     with open_swarm() as daemon:
         client = daemon.start()
