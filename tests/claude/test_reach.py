@@ -12,8 +12,6 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
-
 from tests.claude.test_story import step
 from tests.containers.drivers import need
 from tests.daemons import KEY, open_daemon
@@ -72,9 +70,7 @@ def registry() -> Iterator[int]:
         server.shutdown()
 
 
-@pytest.mark.parametrize("sandbox", ["bwrap", "nspawn"])
-def test_claude_fetches_a_page_installs_a_package_and_is_told_what_it_may_not_reach(sandbox: str) -> None:
-    need(sandbox)
+def test_claude_fetches_a_page_installs_a_package_and_is_told_what_it_may_not_reach() -> None:
     with registry() as port:
         page, told = f"http://{NAMED}:{port}/", []
 
@@ -89,7 +85,7 @@ def test_claude_fetches_a_page_installs_a_package_and_is_told_what_it_may_not_re
             return say(tool("mcp__hive__send", to="operator", body="fetched")) if number == len(COMMANDS) else "Done."
 
         with ScriptedModel(answer) as model:
-            flags = (f"--claude={find_claude()}", f"--provider-base-url={model.base_url}", f"--sandbox={sandbox}")
+            flags = (f"--claude={find_claude()}", f"--provider-base-url={model.base_url}", f"--sandbox={need('bwrap')}")
             with open_daemon(*flags, "--end-agents-with-daemon", ANTHROPIC_API_KEY=KEY) as daemon:
                 client = daemon.start()
                 deploy(daemon, client, "hm1nd", [page.removesuffix("/")])

@@ -118,13 +118,16 @@ async def test_a_refusal_is_told_as_one(tmp_path: Path) -> None:
 async def test_a_model_that_sends_no_byte_makes_a_turn_stuck(tmp_path: Path, impatient: None) -> None:
     over = threading.Event()
 
-    def answer(_: Request) -> Answer:
+    def answer(request: Request) -> Answer:
+        if "hello" in request.last_user_text:
+            return "hello"
         over.wait()
         return "too late"
 
     async with a_desk(tmp_path, answer) as desk:
+        await desk.turn("hello")  # the program has started, however long that took
         try:
-            ending = await desk.turn("hello", turn_silence_s=2)
+            ending = await desk.turn("and now?", turn_silence_s=2)
         finally:
             over.set()
         assert (ending.outcome, ending.reason) == ("failed", "stuck")
