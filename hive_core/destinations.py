@@ -23,6 +23,12 @@ TUNNEL = "tunnel"  # of HTTP's CONNECT; the other ways to reach a host are the m
 METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
 HTTP_PORT = 80
 
+# Below these no name has a public address (RFC 6761, RFC 6762 with its appendix G, RFC 8375; .internal of ICANN).
+_NOT_PUBLIC = (
+    *("localhost", "local", "internal", "intranet", "private", "corp", "home", "lan", "home.arpa"),
+    *("test", "invalid", "onion", "alt"),
+)
+
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
@@ -112,6 +118,12 @@ def parse_address(host: str) -> Address | None:
         return ip_address(host)
     except ValueError:
         return None
+
+
+def is_private_name(host: str) -> bool:
+    """Whether a name leads to no public address wherever it is asked for: one label, or below a suffix that is kept for
+    private networks, for one machine, or for nothing."""
+    return "." not in host or host.endswith(tuple(f".{suffix}" for suffix in _NOT_PUBLIC))
 
 
 def parse_host(raw: str) -> str:

@@ -39,7 +39,7 @@ _PLAIN, _BELOW = "http://", "*."
 _WORD = re.compile(r"[a-z][a-z0-9-]*")
 
 Method = Literal["GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"]
-_READING: list[Method] = ["GET", "HEAD"]
+READING: list[Method] = ["GET", "HEAD"]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=300)]
 
 
@@ -55,7 +55,7 @@ class Rule(BaseModel):
 
     to: Text
     addresses: Annotated[list[Text], Field(max_length=50)] = []
-    methods: Annotated[list[Method], Field(min_length=1, max_length=10)] = _READING
+    methods: Annotated[list[Method], Field(min_length=1, max_length=10)] = READING
 
     @model_validator(mode="after")
     def _can_be_used(self) -> Rule:
@@ -68,7 +68,7 @@ class Rule(BaseModel):
     def allowed(self) -> tuple[Allowed, ...]:
         """What it allows; of a preset all that it holds. Raises Refusal("usage") of one that cannot be used."""
         if self.to in presets():
-            if self.addresses or self.methods != _READING:
+            if self.addresses or self.methods != READING:
                 raise Refusal("usage", f"cannot give addresses or methods to {self.to}: it is a preset; name its hosts")
             return presets()[self.to]
         if _WORD.fullmatch(self.to):
@@ -91,7 +91,7 @@ class Rule(BaseModel):
         written = f"{_PLAIN}{written}" if is_plain else written
         if self.to not in (written, written.removesuffix(f":{HTTP_PORT}") if is_plain else written):
             raise Refusal("usage", f"cannot use {shown(self.to)}: write {written}")
-        if not is_plain and self.methods != _READING:
+        if not is_plain and self.methods != READING:
             raise Refusal("usage", f"cannot give methods to {self.to}: they are of plain requests, {_PLAIN}{written}")
         own = () if address is None else (parse_network(str(address)),)
         networks = (*own, *(parse_network(raw) for raw in self.addresses))
@@ -133,5 +133,5 @@ def expand(entries: Iterable[Rule | str | dict[str, Any]]) -> tuple[Allowed, ...
 
 def wanted(how: str, host: str, port: int) -> Rule:
     """The entry by which a request would pass, as long as the host's addresses are public."""
-    methods = _READING if how in (TUNNEL, *_READING) else [*_READING, how]
+    methods = READING if how in (TUNNEL, *READING) else [*READING, how]
     return Rule.model_validate({"to": destination(how, host, port), "methods": methods})

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from hive_core.procedures.kinds.kind import Kind
 from hive_core.protocol.refusal import Refusal
-from hive_core.services.approvals import Approval, Approvals, show_again
+from hive_core.services.approvals import Approval, Approvals, digest_of, show_again
 from hive_core.services.under_way import check_alone
 from hive_core.store.bus import APPROVED
 from hive_core.store.door import Store
@@ -51,7 +51,7 @@ class Cards:
             log.info("approval %d of %s is not shown anew: %s", approval.id, approval.agent, exc)
 
     async def look_again(self, approval: Approval) -> bool:
-        """Let a card that waits show what would be done now; whether that is something else than it showed. One that
+        """Let a card that waits show what would be done now; whether a click on it before counts no more. One that
         cannot be carried out any more fails.
 
         Raises Refusal when that cannot be told now, or not before something else of its agent is over.
@@ -69,7 +69,7 @@ class Cards:
             show_again(tx, approval, shown)
 
         await self._store.write(show)
-        return True
+        return digest_of(approval.kind, approval.agent, shown) != approval.digest
 
     async def _give_up(self, approval: Approval, refusal: Refusal) -> None:
         def write(tx: Transaction) -> bool:

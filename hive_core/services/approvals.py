@@ -24,7 +24,8 @@ from hive_core.store.door import Store
 from hive_core.store.writer import Transaction
 
 TOPIC = "approvals"  # published when the instant of an expiry may have changed
-COMMITS = ("apply_commit", "egress")  # kinds whose payload has a commit, and the base that it was made on
+WISH = "egress"
+COMMITS = ("apply_commit", WISH)  # kinds whose payload has a commit, and the base that it was made on
 POLICY = "policy"  # who decided, and the door, of what passed by a rule
 BATCH = 100  # that expire in one transaction
 _BEGINS = {  # end of a step → where it may begin
@@ -97,8 +98,13 @@ Check = Callable[[Transaction, Request], None]
 
 
 def digest_of(kind: str, agent: str, shown: Shown) -> str:
-    """What a click is bound to: changes when anything that is shown changes."""
-    parts = [kind, agent, shown.payload] + ([] if shown.effect is None else [shown.effect])
+    """What a click is bound to: changes when anything that is shown changes. A wish is bound by what it does: its
+    commit is made anew on whatever its agent runs on."""
+    payload, effect = shown
+    if kind == WISH:
+        payload = {"to": payload["to"]}
+        effect = effect and {"lines": effect["lines"], "unknown": effect["unknown"]}
+    parts = [kind, agent, payload] + ([] if effect is None else [effect])
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -158,9 +164,10 @@ def show_again(tx: Transaction, approval: Approval, shown: Shown) -> None:
     Raises Refusal("conflict") when the approval is not pending any more, or another card shows that already.
     """
     digest = digest_of(approval.kind, approval.agent, shown)
-    if (other := _open(tx, approval.kind, approval.agent, digest)) == approval.id:
+    other = _open(tx, approval.kind, approval.agent, digest)
+    if other == approval.id and digest != approval.digest:
         return  # another click has found that out, and the card shows it
-    if other is not None:
+    if other not in (None, approval.id):
         why = f"it would do what approval {other} does, which is open too; deny this one"
         raise Refusal("conflict", f"cannot approve {approval.id}: {why}")
     changed = tx.execute(
@@ -214,6 +221,16 @@ def note_step(tx: Transaction, approval: Approval, step: str) -> None:
     sql = "UPDATE approvals SET step = ?, step_at_ms = ? WHERE id = ? AND state = 'approved' AND step IS NOT ?"
     if tx.execute(sql, (step, tx.now_ms, approval.id, step)).rowcount:
         tx.emit("approval_step", approval.requested_by, approval.agent, approval=approval.id, step=step)
+
+
+def remake(tx: Transaction, approval: Approval, shown: Shown) -> None:
+    """What is carried out of an approved one from now on, since its agent runs on something else than when it was asked
+    for. Raises Refusal("conflict") where that is not what was approved."""
+    if digest_of(approval.kind, approval.agent, shown) != approval.digest:
+        why = f"{approval.agent} was changed meanwhile, and it would do something else than was approved"
+        raise Refusal("conflict", f"cannot carry out approval {approval.id}: {why}")
+    sql = "UPDATE approvals SET payload = ?, effect = ? WHERE id = ? AND state = 'approved'"
+    tx.execute(sql, (*stored(shown), approval.id))
 
 
 def _open(tx: Transaction, kind: str, agent: str, digest: str) -> int | None:

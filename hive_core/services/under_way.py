@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from hive_core.protocol.refusal import Refusal
-from hive_core.services.approvals import Approval
+from hive_core.services.approvals import WISH, Approval
 from hive_core.store.writer import Transaction
 
 _APART = ("raise_budget", "schedule_prompt")  # kinds that say nothing of what an agent runs on
+_BESIDE = (*_APART, WISH)  # nor is what they do another thing once it has changed: they are carried out in turn
 _OF_ALL = {"update_meta_inputs": "what every agent is built from", "claude": "the program of every agent"}
 
 
@@ -30,7 +31,7 @@ def check_alone(tx: Transaction, approval: Approval) -> None:
 
 def ground(tx: Transaction, approval: Approval) -> str | None:
     """What an approval was shown against in any case: the commit that its agent runs on, where that counts for it."""
-    if approval.kind in _APART:
+    if approval.kind in _BESIDE:
         return None
     row = tx.execute("SELECT deployed_sha FROM agents WHERE name = ?", (approval.agent,)).fetchone()
     return None if row is None else row["deployed_sha"]
@@ -39,6 +40,7 @@ def ground(tx: Transaction, approval: Approval) -> str | None:
 _MOVING = "SELECT state FROM tombstones WHERE name = ? AND state IN ('destroying', 'reviving')"
 _UNDER_WAY = f"""
     SELECT id, kind, agent, step FROM approvals INDEXED BY approvals_approved
-    WHERE state = 'approved' AND id != ? AND kind NOT IN {_APART}
-      AND (agent = ? OR kind IN {(*_OF_ALL,)} OR ? IN {(*_OF_ALL,)}) ORDER BY id LIMIT 1
+    WHERE state = 'approved' AND id != ?1 AND kind NOT IN {_APART}
+      AND (agent = ?2 AND NOT (kind = '{WISH}' AND ?3 = '{WISH}') OR kind IN {(*_OF_ALL,)} OR ?3 IN {(*_OF_ALL,)})
+    ORDER BY id LIMIT 1
 """

@@ -18,6 +18,7 @@ from hive_core.procedures import gate
 from hive_core.procedures.deployments import Change
 from hive_core.procedures.flake_deployments import CHECKS_WAITING, FlakeDeployments
 from hive_core.procedures.reconcile import Reconciler
+from hive_core.procedures.together import Click, Together
 from hive_core.protocol.effect import effect_line
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import OPERATOR, AgentName, CommitSha, StorePath
@@ -707,13 +708,17 @@ async def test_of_two_commits_that_would_make_an_agent_the_second_touches_nothin
 async def test_what_an_agent_tried_to_reach_is_in_the_evaluated_settings_of_the_commit_that_lets_it(
     hive: Services,
 ) -> None:
-    said = await hive.gate.egress.wish(IRIS, TUNNEL, "git.lan", 443)
+    said = await hive.gate.egress.wish(IRIS, TUNNEL, "git.example.org", 443)
     (card,) = [one for one in await hive.approvals.pending() if one.kind == "egress"]
     assert said.startswith(f"asked the operator (approval {card.id})")
-    assert [effect_line(line) for line in (card.effect or {})["lines"]] == ["egress: + git.lan:443"]
-    assert (await approve(hive, card.id)).state == "done"
+    assert [effect_line(line) for line in (card.effect or {})["lines"]] == ["egress: + git.example.org:443"]
+    await hive.gate.egress.wish(IRIS, TUNNEL, "example.org", 443)
+    (other,) = [one for one in await hive.approvals.pending() if one.kind == "egress" and one.id != card.id]
+    clicks = [Click(one.id, one.digest) for one in (card, other)]
+    outcomes = await Together(hive.store, hive.approvals, hive.gate).approve(clicks, OPERATOR)
+    assert [one.approval and one.approval.state for one in outcomes] == ["done", "done"], outcomes
     policy = json.loads(await hive.value("SELECT policy FROM agents WHERE name = 'iris'"))
-    assert policy["egress"] == [{"to": "git.lan:443"}]
+    assert policy["egress"] == [{"to": "git.example.org:443"}, {"to": "example.org:443"}]
 
 
 async def test_an_agent_whose_module_reads_no_agent_toml_gets_no_card_by_trying(hive: Services) -> None:
@@ -724,4 +729,4 @@ async def test_an_agent_whose_module_reads_no_agent_toml_gets_no_card_by_trying(
     asked = await hive.gate.apply_commit.request(HM1ND, IRIS, sha, "its own settings")
     assert (await approve(hive, asked["approval"])).state == "done"
     with pytest.raises(Refusal, match=r"does not take egress from agent\.toml; let hm1nd propose it"):
-        await hive.gate.egress.wish(IRIS, TUNNEL, "git.lan", 443)
+        await hive.gate.egress.wish(IRIS, TUNNEL, "git.example.org", 443)

@@ -95,7 +95,7 @@ def proxy_of(daemon: Daemon) -> int:
 
 def test_what_an_agent_tries_is_asked_for_and_a_click_lets_it_with_the_next_try() -> None:
     with serving() as port, open_swarm() as daemon:
-        iris, where = Iris(daemon), f"localhost:{port}"
+        iris, where = Iris(daemon), "unlisted.example:443"
         refused = iris.tries(where)
         (card,) = iris.client.call("pending")["approvals"]
         told = f"asked the operator (approval {card['id']}); you are told when it is decided"
@@ -105,7 +105,12 @@ def test_what_an_agent_tries_is_asked_for_and_a_click_lets_it_with_the_next_try(
         assert iris.client.call("approve", approval=card["id"], digest=card["digest"])["state"] == "done"
         assert f"iris wants {where}: approved" in iris.said()
         # It is listed now, and what is left is where its name leads.
-        assert "is a loopback address, which `addresses` of its entry does not name" in iris.tries(where)
+        assert f"502 cannot connect to {where}: its name cannot be resolved" in iris.tries(where)
+        own = iris.tries(f"localhost:{port}")
+        assert own.endswith(
+            'it is no public name, and needs an entry with addresses = ["127.0.0.1"]; let hm1nd propose it'
+        )
+        assert iris.client.call("pending")["approvals"] == []
         turns = {one["turn"] for one in iris.connections("refused")}
         assert len(turns) == 3
         assert None not in turns

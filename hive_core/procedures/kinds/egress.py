@@ -7,14 +7,15 @@ The daemon itself makes the commit that adds the entry, on what the agent runs o
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import trio
 
-from hive_core.destinations import destination, find_range, meant_address, parse_address
+from hive_core.destinations import find_range, is_private_name, meant_address, parse_address
 from hive_core.egress_edit import WAY_OUT, add_to_egress
-from hive_core.egress_rules import Rule, wanted
+from hive_core.egress_rules import READING, Rule, wanted
 from hive_core.git.agent_locks import AgentLocks
 from hive_core.git.repos import Repos
 from hive_core.procedures.kinds.apply_commit import ApplyCommit
@@ -22,7 +23,7 @@ from hive_core.procedures.kinds.kind import Asking, Done, Step
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName, CommitSha
 from hive_core.services.absent import no_such_agent
-from hive_core.services.approvals import Approval, Request, Shown
+from hive_core.services.approvals import WISH, Approval, Request, Shown, remake
 from hive_core.store.writer import Transaction
 
 WAITING_LIMIT = 5  # wishes of one agent, before the operator has decided some
@@ -42,7 +43,7 @@ class _Failed(NamedTuple):
 
 
 class Egress:
-    kind = "egress"
+    kind = WISH
 
     def __init__(self, asking: Asking, repos: Repos, apply_commit: ApplyCommit) -> None:
         self._asking = asking
@@ -56,12 +57,9 @@ class Egress:
 
         What becomes of it, as a clause for the agent's program: "asked the operator (approval 12)". Raises Refusal.
         """
-        if (address := parse_address(host)) is not None:
-            if find_range(address) is not None:
-                return f"it is no public address; {WAY_OUT}"
-            if (meant := meant_address(address)) != address:
-                return f"it stands for {meant}; ask for that"  # which no entry can name as it is spelled
-        entry, tried = wanted(how, host, port), destination(how, host, port)
+        if needless := _needless(host):
+            return needless
+        entry = wanted(how, host, port)
         async with self._locks.of(name):  # of many at once the first one asks
             if known := await self._asking.store.write(lambda tx: _known(tx, name, entry)):
                 return known
@@ -70,14 +68,14 @@ class Egress:
             if failed and failed.base == base and trio.current_time() < failed.until:
                 raise Refusal(failed.refusal.code, failed.refusal.message)
             try:
-                asked = await self._put(name, entry, tried)
+                asked = await self._put(name, entry)
             except Refusal as refusal:
                 self._failed[name] = _Failed(base, trio.current_time() + FAILED_REST_S, refusal)
                 raise
             self._failed.pop(name, None)
         return f"asked the operator (approval {asked['approval']}); {TOLD}"
 
-    async def _put(self, name: AgentName, entry: Rule, tried: str) -> dict[str, Any]:
+    async def _put(self, name: AgentName, entry: Rule) -> dict[str, Any]:
         sha = await self._commit(name, entry)
         with self._repos.holding(name, sha):
             shown = await self._shown(name, sha, entry)
@@ -85,7 +83,7 @@ class Egress:
             def make(tx: Transaction) -> Request:
                 if tx.execute("SELECT 1 FROM agents WHERE name = ?", (name,)).fetchone() is None:
                     raise no_such_agent(tx, name)
-                return Request(self.kind, name, name, f"{name} wants {tried}, which it tried to reach", shown)
+                return Request(self.kind, name, name, f"{name} wants {_told(entry)}, which it tried to reach", shown)
 
             asked = await self._asking.put(name, None, self.kind, f"a destination of {name}", make)
         await self._repos.tag(name, f"proposal/{asked['approval']}", sha)
@@ -103,7 +101,7 @@ class Egress:
         return Shown({"to": entry.written(), **shown.payload}, shown.effect)
 
     def title(self, approval: Approval) -> str:
-        return f"{approval.agent} wants {_entry(approval).to}"
+        return f"{approval.agent} wants {_told(_entry(approval))}"
 
     async def show_now(self, approval: Approval) -> Shown:
         name, entry = approval.agent, _entry(approval)
@@ -114,10 +112,36 @@ class Egress:
             return await self._shown(name, sha, entry)
 
     async def carry_out(self, approval: Approval, step: Step) -> Done:
-        return await self._apply.carry_out(approval, step)
+        """As every commit; behind another that was approved before it its own is made anew, and does the same."""
+        name, entry = approval.agent, _entry(approval)
+        if await self._repos.main(name) in (approval.payload["base"], approval.payload["sha"]):
+            return await self._apply.carry_out(approval, step)
+        sha = await self._commit(name, entry)
+        with self._repos.holding(name, sha):
+            shown = await self._shown(name, sha, entry)
+            await self._asking.store.write(lambda tx: remake(tx, approval, shown))
+            return await self._apply.carry_out(replace(approval, payload=shown.payload, effect=shown.effect), step)
 
     async def closed(self, approval: Approval) -> None:
         await self._apply.closed(approval)
+
+
+def _needless(host: str) -> str | None:
+    """Why no entry by which a host alone is named would let anybody reach it, and what would; None where one may."""
+    if (address := parse_address(host)) is None:
+        if not is_private_name(host):
+            return None
+        where = 'addresses = ["127.0.0.1"]' if host.endswith("localhost") else "the `addresses` that it has"
+        return f"it is no public name, and needs an entry with {where}; {WAY_OUT}"
+    if find_range(address) is not None:
+        return f"it is no public address; {WAY_OUT}"
+    # No entry can name one as it is spelled for a translator.
+    return None if (meant := meant_address(address)) == address else f"it stands for {meant}; ask for that"
+
+
+def _told(entry: Rule) -> str:
+    """A wish in a line, with the method where it is not to read: "POST http://example.org"."""
+    return " ".join([*(method for method in entry.methods if method not in READING), entry.to])
 
 
 def _entry(approval: Approval) -> Rule:
