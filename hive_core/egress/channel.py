@@ -6,12 +6,14 @@ The daemon says:
   {"op": "cut", "agent": A}        its connections are cut; others may follow
   {"op": "end", "agent": A}        they are cut, and its socket is served no more
   {"op": "own_ports", "ports": [P…]}   of the hive's on this machine, which nobody reaches
+  {"op": "ping"}                   it says pong
   {"op": "answer", "id": I, "sentence": S}   to "ask": what the agent is told
 The proxy says:
   {"op": "begun", "id": I, "agent": A, "host": H, "port": P, "how": "tunnel" or a method}
   {"op": "ask", "id": I, "agent": A, "host": H, "port": P, "how": …}   it is not in the agent's rules
   {"op": "ended", "id": I, "address": IP or null, "sent": bytes to the host, "received": bytes from it, "took_ms": T,
    "verdict": "passed", "refused", "failed" or "cut", "reason": S or null}
+  {"op": "pong"}
 An id counts from 1 in each process of the proxy. Of every "begun" there is one "ended", unless the process dies.
 """
 

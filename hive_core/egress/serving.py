@@ -61,6 +61,8 @@ class _Proxy:
             case "own_ports":
                 self._own_ports.clear()
                 self._own_ports.update(line["ports"])
+            case "ping":
+                self._nursery.start_soon(self._channel.send, {"op": "pong"})
             case "answer":
                 self._reports.answered(line["id"], line["sentence"])
             case other:

@@ -8,6 +8,7 @@ in the queue. Both talk in JSON lines on a stream socket, which is the proxy's s
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import subprocess
 import time
@@ -38,7 +39,8 @@ log = logging.getLogger(__name__)
 DOORS = "egress_doors"  # the bus topic: an agent's socket is there, or is no more
 REST_FIRST_S, REST_LAST_S = 0.1, 10.0  # between two proxies
 STEADY_S = 60.0  # one that ran for so long had no trouble to start
-SEND_WITHIN_S = 20.0  # a proxy that takes no line for so long is ended
+PING_EVERY_S = 15.0
+ANSWER_WITHIN_S = 60.0  # a proxy that takes no line, or answers no ping, for so long is ended
 ASKING_AT_ONCE = 32  # answers of one agent that are under way; beyond them the proxy answers by itself
 FAULT = "something went wrong on the host"
 PROXY_GONE = "the hive's proxy ended, and is started anew"
@@ -62,27 +64,32 @@ class _Proxy:
         self.channel = channel
         self.open: dict[int, Connection] = {}  # by the proxy's own numbers
         self.own_ports: list[int] = []  # that it was told
-        self._sends_since: dict[object, float] = {}
+        self._waits_since: dict[object, float] = {}  # for a line to be taken, or a ping answered
 
     async def send(self, form: dict[str, Any], file: socket.socket | None = None) -> None:
         """Raises ChannelBroken when it is gone."""
         key = object()
-        self._sends_since[key] = trio.current_time()
+        self._waits_since[key] = trio.current_time()
         try:
             await self.channel.send(form, file)
         finally:
-            del self._sends_since[key]
+            del self._waits_since[key]
+
+    def hear_pong(self) -> None:
+        self._waits_since.pop("pong", None)
 
     async def watch(self) -> None:
-        """End it when it takes no line any more; and when this is cancelled, whoever waits for it to take one."""
-        try:
-            while True:
-                await trio.sleep(SEND_WITHIN_S / 4)
-                if any(trio.current_time() - since_s > SEND_WITHIN_S for since_s in self._sends_since.values()):
-                    break
-            log.error("the proxy took no line for %.0f s, and is ended", SEND_WITHIN_S)
-        finally:
-            self.process.kill()
+        """End it when it does nothing any more; and when this is cancelled, whoever waits for it to take a line."""
+        async with trio.open_nursery() as pings:
+            try:
+                while min(self._waits_since.values(), default=math.inf) > trio.current_time() - ANSWER_WITHIN_S:
+                    if "pong" not in self._waits_since:
+                        self._waits_since["pong"] = trio.current_time()
+                        pings.start_soon(self.send, {"op": "ping"})
+                    await trio.sleep(PING_EVERY_S)
+                log.error("the proxy did nothing for %.0f s, and is ended", ANSWER_WITHIN_S)
+            finally:  # before what is sent is waited for
+                self.process.kill()
 
 
 class EgressDesk:
@@ -292,6 +299,8 @@ class EgressDesk:
             one.sent, one.received = int(told["sent"]), int(told["received"])
             one.ended_at_ms = max(one.began_at_ms, self._now_ms())
             self._connections.ended(one)
+        elif told["op"] == "pong":
+            proxy.hear_pong()
         elif told["op"] == "ask" and self._asking[told["agent"]] < ASKING_AT_ONCE:
             self._asking[told["agent"]] += 1
             nursery.start_soon(self._answer, proxy, told)

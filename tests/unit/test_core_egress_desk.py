@@ -207,6 +207,23 @@ async def test_an_entry_that_this_release_does_not_take_takes_nothing_from_the_o
     caplog.clear()
 
 
+async def test_a_proxy_that_stands_still_is_ended_and_the_next_one_lets_pass(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hive_core.procedures.egress_desk.PING_EVERY_S", 0.1)
+    await house.let_echo()
+    await wait_until(house.passes)
+    _, stream = await house.connect()
+    assert house.desk.pid is not None
+    os.kill(house.desk.pid, signal.SIGSTOP)
+    with monkeypatch.context() as soon:
+        soon.setattr("hive_core.procedures.egress_desk.ANSWER_WITHIN_S", 0.5)
+        assert await stream.receive_some() == b""
+    assert await house.passes()
+    assert "the proxy did nothing for " in caplog.text
+    caplog.clear()
+
+
 @pytest.mark.parametrize("how", ["pause", "estop"])
 async def test_who_is_halted_is_cut_and_reaches_nothing_until_it_goes_on(house: House, how: str) -> None:
     await house.let_echo()
