@@ -355,6 +355,9 @@ def clear_fetch(path: Path) -> None:
 
 
 def clear_locks(path: Path) -> None:
-    """Remove the locks of a git that was killed; for whoever is alone with the mirror's refs."""
-    for lock in (*path.glob("*.lock"), *(path / "refs").rglob("*.lock")):
+    """Remove the locks of a git that was killed; for whoever is alone with the mirror's refs.
+
+    One is that of a pack which came, until a ref leads to it: while it is there, that pack is never packed with others.
+    """
+    for lock in (*path.glob("*.lock"), *(path / "refs").rglob("*.lock"), *(path / "objects" / "pack").glob("*.keep")):
         lock.unlink(missing_ok=True)

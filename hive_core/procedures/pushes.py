@@ -236,7 +236,7 @@ class GitServices:
 
         def look() -> list[Update]:
             moved = [one for one in updates if _has(path, one)] if refusal is None else []
-            if refusal is None and len(moved) < len(updates):  # git was killed
+            if refusal is None and (judged.serving.cancelled_caught or len(moved) < len(updates)):  # git was killed
                 clear_locks(path)
             if moved and not on_host:
                 note_pushed(path, {one.ref: one.new for one in moved})

@@ -125,6 +125,8 @@ async def test_a_git_that_does_not_come_to_its_end_keeps_nobody_else_from_the_pr
         done = await hive.try_git(clone, "push", "origin", "iris/b")
         assert "the hive went away during the push" in done.stderr
         held.unlink()
+        left = [path for end in ("lock", "keep") for path in hive.mirrors.path(SITE).rglob(f"*.{end}")]
+        assert (left, held_back(hive)) == ([], [])
         assert refs(source)["refs/hive/iris/iris/b"] == pushed  # which the mirror learns by its next fetch, or push
         await hive.git(clone, "push", "--quiet", "origin", "iris/b")
         assert refs(hive.mirrors.path(SITE))["refs/heads/iris/b"] == pushed
