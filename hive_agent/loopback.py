@@ -19,7 +19,7 @@ import trio
 from hive_core.protocol.carrying import SEND_BUFFER_BYTES, Pipes, SideGone, carry
 
 HOST_PATIENCE_S = 60.0
-PIPES_KEPT = 2  # their pages count for all that this user runs, who may be that of every agent
+PIPES_LIMIT = 2  # every agent may be of one user
 LOOKS = 3  # at the kernel's table, from which a row may be missing while others leave it
 REFUSED_S = 5.0  # that another's program has to read why
 REFUSED_BYTES = 1024 * 1024
@@ -38,7 +38,7 @@ async def serve_loopback(
     """
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     task_status.started(listeners[0].socket.getsockname()[1])
-    pipes = Pipes(PIPES_KEPT)
+    pipes = Pipes(PIPES_LIMIT)
     refused: set[str] = set()  # whose programs were told of
 
     async def serve(program: trio.SocketStream) -> None:
@@ -51,10 +51,7 @@ async def serve_loopback(
             else:
                 await _relay(host_socket, program, pipes, heed)
 
-    try:
-        await trio.serve_listeners(serve, listeners)
-    finally:
-        pipes.close()
+    await trio.serve_listeners(serve, listeners)
 
 
 def _uid_of_peer(program: trio.SocketStream) -> str:

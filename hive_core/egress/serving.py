@@ -15,13 +15,13 @@ from hive_core.egress.reaching import Resolver, system_resolver
 from hive_core.egress.reports import Reports
 from hive_core.protocol.carrying import Pipes
 
-PIPES_KEPT = 16
+PIPES_LIMIT = 16
 
 
 async def serve_proxy(sock: socket.socket, resolver: Callable[[], Resolver] = system_resolver) -> None:
     """Do what the daemon says on the socket, until it hangs up. resolver: makes one for each agent."""
     channel = Channel(sock)
-    pipes = Pipes(PIPES_KEPT)
+    pipes = Pipes(PIPES_LIMIT)
     try:
         async with trio.open_nursery() as nursery:
             proxy = _Proxy(channel, pipes, resolver, nursery)
@@ -32,7 +32,6 @@ async def serve_proxy(sock: socket.socket, resolver: Callable[[], Resolver] = sy
         pass  # what was open ends with this process
     finally:
         channel.close()
-        pipes.close()
 
 
 class _Proxy:

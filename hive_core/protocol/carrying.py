@@ -11,7 +11,7 @@ import fcntl
 import os
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import trio
 
@@ -30,45 +30,36 @@ class SideGone(Exception):
 
 
 class Pipes:
-    """Empty pipes, which are lent while there is something in them: an idle connection holds none.
-
-    limit: how many are kept, and how many are large
-    """
+    """Large pipes, at most `limit` at once: their pages count for all that a user runs. An idle connection has none."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._kept: list[tuple[int, int]] = []
         self._open = 0
 
-    def take(self) -> tuple[int, int] | None:
-        """A pipe; None while the process may open no more files. The first ones are large."""
-        if self._kept:
-            return self._kept.pop()
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[tuple[int, int] | None]:
+        """A pipe for as long as much is carried; None where there is none to be had."""
+        pipe = self._make() if self._open < self._limit else None
+        self._open += pipe is not None
+        try:
+            yield pipe
+        finally:
+            self._open -= pipe is not None
+            for end in pipe or ():
+                os.close(end)
+
+    def _make(self) -> tuple[int, int] | None:
         try:
             pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
+        except OSError:  # the process may open no more files
             return None
-        self._open += 1
-        if self._open <= self._limit:
-            with contextlib.suppress(OSError):  # a user without the right to more has so many pages for all pipes
-                fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        try:
+            fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        except OSError:  # the user may have no more pages
+            for end in pipe:
+                os.close(end)
+            return None
         return pipe
-
-    def give_back(self, pipe: tuple[int, int]) -> None:
-        """An empty pipe."""
-        if len(self._kept) < self._limit:
-            self._kept.append(pipe)
-        else:
-            self.drop(pipe)
-
-    def drop(self, pipe: tuple[int, int]) -> None:
-        self._open -= 1
-        for end in pipe:
-            os.close(end)
-
-    def close(self) -> None:
-        while self._kept:
-            self.drop(self._kept.pop())
 
 
 async def carry(
@@ -81,26 +72,17 @@ async def carry(
 
     count is told of bytes as the sink's socket takes them. Cancelled, what was read but not taken is lost.
     """
-    is_much = False
-    while True:
+    carried: int | None = None
+    while carried != 0:
         await trio.lowlevel.checkpoint()  # who always has more lets others go between
-        pipe = pipes.take() if is_much else None
-        if pipe is None:
-            carried = await _copy(source, sink, count)
-        else:
-            left = True
-            try:
-                carried = await _splice(source, sink, pipe, count)
-                left = False
-            finally:
-                if left:
-                    pipes.drop(pipe)
-            pipes.give_back(pipe)
+        carried = await _copy(source, sink, count)
+        if carried == COPY_BYTES:
+            with pipes.lend() as pipe:
+                while pipe is not None and carried is not None and carried >= COPY_BYTES:
+                    await trio.lowlevel.checkpoint()
+                    carried = await _splice(source, sink, pipe, count)
         if carried is None:
             await trio.lowlevel.wait_readable(source)
-        elif not carried:
-            break
-        is_much = carried is not None and carried >= COPY_BYTES
     try:
         sink.shutdown(socket.SHUT_WR)
     except OSError as exc:
@@ -133,7 +115,7 @@ async def _splice(
 async def _copy(
     source: trio.socket.SocketType, sink: trio.socket.SocketType, count: Callable[[int], None]
 ) -> int | None:
-    """The same without a pipe, and less of it."""
+    """The same without a pipe, of at most COPY_BYTES."""
     try:
         view = memoryview(os.read(source.fileno(), COPY_BYTES))
     except BlockingIOError:
