@@ -13,6 +13,7 @@ from typing import Literal
 from urllib.parse import SplitResult, urlsplit
 
 from hive_core.git.sterile_git import REASON_LIMIT, GitFailed, Setting
+from hive_core.protocol.paths import explain
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.visible import named
 from hive_core.protocol.words import shown
@@ -164,6 +165,9 @@ def _unusable(raw: object, why: str) -> Refusal:
     return Refusal("usage", f"cannot use {shown(raw, 80)} as a project's repository: {why}")
 
 
+_HOMES = ("/home/", "/root/", "/run/user/")  # which ProtectHome=yes of the unit hides
+
+
 def their_git(source: Source, service: str) -> str:
     """The command for git's own `service` on a repository of this host, whose configuration runs nothing there.
 
@@ -181,7 +185,13 @@ def their_git(source: Source, service: str) -> str:
         "gc.auto": "0",
     }
     words = ["git", *(word for key, value in config.items() for word in ("-c", f"{key}={value}")), service]
-    owner = os.stat(source.text)
+    try:
+        owner = os.stat(source.text)
+    except OSError as exc:
+        why = explain(exc)
+        if source.text.startswith(_HOMES):
+            why = f"{why.partition(';')[0]}; a hardened unit sees no home directories: keep it elsewhere, as in /srv"
+        raise GitFailed(why) from None
     if os.geteuid() == 0 and owner.st_uid != 0:
         if (setpriv := shutil.which("setpriv")) is None:
             raise GitFailed("it belongs to another user, and there is no setpriv (util-linux) to become that one")

@@ -31,6 +31,9 @@ from tests.processes import look_until
 ADA = "ada"
 LOOK = ("sh", "-c", "id -u; grep -c ^Cap.*0000000000000000 /proc/self/status")
 NETWORK = ("readlink", "/proc/self/ns/net")
+GIT = "/srv/git"  # where the operator keeps repositories
+WORK = """cd /projects/site && git checkout -q -b iris/fix && git commit -q --allow-empty -m mine && git push -q 2>&1
+cat .git/objects/info/alternates; git count-objects -v | grep in-pack"""
 DAEMON, HELPER = "hyperhive.service", "hyperhive-root.service"
 BOUNDS = ("agent_memory_bytes = 268435456", "agent_cpu_percent = 150", "agent_tasks = 300")
 MORE = ("restart_s = 0.1", 'claude = "/usr/bin/true"', 'host_network = ["iris"]', *BOUNDS)
@@ -41,7 +44,7 @@ SETTINGS = (*(f'{key} = "{value}"' for key, value in BY_DEFAULT.items()), *MORE)
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BootedHost]:
     with booted_host(Path(tmp_path_factory.mktemp("host"))) as host:
         host.hold_memory()
-        host.install(write_config(host, *SETTINGS), "[Service]\nRestartSec=100ms\n")
+        host.install(write_config(host, *SETTINGS), f"[Service]\nRestartSec=100ms\nReadWritePaths=-{GIT}\n")
         host.install_helper()
         host.ok("systemctl", "start", DAEMON)
         ask_for_iris(host, ADA)
@@ -179,17 +182,47 @@ def test_an_agent_is_ended_and_started_through_helpers_that_came_later(host: Boo
     assert set(units(host)) == set(before)
 
 
-def test_an_agent_gets_the_hosts_network_from_a_helper_whose_unit_has_none(host: BootedHost) -> None:
-    of_host = host.ok("readlink", "/proc/1/ns/net")
-    assert host.ok("readlink", f"/proc/{shown(host, HELPER, 'MainPID')['MainPID']}/ns/net") != of_host
-    assert run_in(host, "iris", *NETWORK)["output"] != of_host
-    change = "cd /var/lib/hyperhive/proposed/iris/config && echo 'network = \"host\"' >> agent.toml"
-    change += " && git -c user.name=x -c user.email=x@x commit -qam host"
+def deploy(host: BootedHost, change: str) -> None:
+    """What a shell changes in iris's proposed repository is asked for, approved, and runs."""
+    change = (
+        f"cd /var/lib/hyperhive/proposed/iris/config && {change} && git -c user.name=x -c user.email=x@x commit -qam x"
+    )
     host.ok(*AS_THE_DAEMON.split(), "sh", "-c", change)
     asked = json.loads(host.ok("hive", "apply", "iris", "HEAD", "--json", user=ADA))["approval"]
     digest = json.loads(host.ok("hive", "show", str(asked), "--json", user=ADA))["digest"]
     host.ok("hive", "approve", str(asked), "--digest", digest, user=ADA)
     look_until(lambda: ready(host))
+
+
+def test_an_agent_works_on_a_repository_of_the_host_that_the_hardened_unit_may_write(host: BootedHost) -> None:
+    host.ok("sh", "-c", f"git init -q --bare -b main {GIT}/site.git && chown -R hyperhive {GIT}")
+    commit = "git commit-tree -m first $(git hash-object -t tree -w --stdin < /dev/null)"
+    first = f"git update-ref refs/heads/main $(GIT_AUTHOR_NAME=x GIT_COMMITTER_NAME=x {commit})"
+    host.ok(*AS_THE_DAEMON.split(), "sh", "-c", f"cd {GIT}/site.git && export EMAIL=x@x && {first}")
+    host.ok("systemctl", "restart", DAEMON)
+    look_until(lambda: ready(host))
+    host.ok("hive", "project", "add", "site", f"{GIT}/site.git", user=ADA)
+    steps = [{"run": WORK, "save": "said"}, {"tool": "send", "args": {"to": "operator", "body": "worked: {said}"}}]
+    script = json.dumps([{"from": "operator", "match": "work", "do": steps}])
+    host.write("/etc/hyperhive/iris.md", f"You work.\n\n```rehearsal\n{script}\n```\n")
+    listed = 'projects = [{ name = "site" }]'
+    deploy(host, f"cp /etc/hyperhive/iris.md CLAUDE.md && echo '{listed}' >> agent.toml")
+    host.ok("hive", "send", "iris", "work", user=ADA)
+
+    def heard() -> list[str]:
+        mail = json.loads(host.ok("hive", "inbox", "--json", user=ADA))["messages"]
+        return [one["body"] for one in mail if one["body"].startswith("worked: ")]
+
+    assert [said.split("\n") for said in look_until(heard)] == [["worked: /mirrors/site/objects", "in-pack: 0"]]
+    refs = host.ok("git", "-c", "safe.directory=*", "-C", f"{GIT}/site.git", "for-each-ref", "--format=%(refname)")
+    assert refs.split() == ["refs/heads/main", "refs/hive/iris/iris/fix"]
+
+
+def test_an_agent_gets_the_hosts_network_from_a_helper_whose_unit_has_none(host: BootedHost) -> None:
+    of_host = host.ok("readlink", "/proc/1/ns/net")
+    assert host.ok("readlink", f"/proc/{shown(host, HELPER, 'MainPID')['MainPID']}/ns/net") != of_host
+    assert run_in(host, "iris", *NETWORK)["output"] != of_host
+    deploy(host, "echo 'network = \"host\"' >> agent.toml")
     assert run_in(host, "iris", *NETWORK) == {"code": 0, "output": of_host}
     assert run_in(host, "hm1nd", *NETWORK)["output"] != of_host
     # The units' filter lets the harness give up the abstract sockets of the host, where the kernel can do that.

@@ -284,6 +284,9 @@ async def test_what_could_not_be_added_leaves_nothing(tmp_path: Path) -> None:
         empty.mkdir()
         with pytest.raises(Refusal, match="cannot add site"):
             await mirrors.add(SITE, str(empty), {}, "operator")
+        for place, why in (("/nowhere/site", "create it"), ("/home/you/site", "sees no home directories")):
+            with pytest.raises(Refusal, match=f"cannot add site: {place}: there is no such file or directory; .*{why}"):
+                await mirrors.add(SITE, place, {}, "operator")
         large = make_source(tmp_path / "large")
         (large / "blob").write_bytes(os.urandom(2 * 2**20))
         commit(large)
