@@ -64,11 +64,16 @@ def flags(seat: Seat, settings: Settings) -> list[str]:
 
 
 def _extras_flags(seat: Seat, settings: Settings) -> list[str]:
-    """Where its skills and plugins are: a place for each state of theirs, so that another one is another command."""
+    """Where its skills and plugins are: a place for each state of theirs, so that another one is another command.
+
+    Settings, hooks, skills and a CLAUDE.md that the agent wrote itself are left alone: those of its home always, those
+    of its working directory where it has no skills, since the program takes those that are given for a project's.
+    """
     if (extras := settings.get("extras")) is None:
-        return []
+        return ["--setting-sources", ""]
     place = f"{seat.extras_dir}/{extras['digest']}"
-    chosen = ["--add-dir", place] if extras["skills"] else []
+    sources = "project" if extras["skills"] else ""
+    chosen = ["--setting-sources", sources, *(("--add-dir", place) if extras["skills"] else ())]
     for plugin in extras["plugins"]:
         chosen += ["--plugin-dir", f"{place}/plugins/{plugin}"]
     return chosen

@@ -72,11 +72,14 @@ class Desk:
 
 
 @asynccontextmanager
-async def a_desk(folder: Path, answers: list[Answer] | AnswerFunction, harness: str = "") -> AsyncIterator[Desk]:
+async def a_desk(
+    folder: Path, answers: list[Answer] | AnswerFunction, harness: str = "", config: str = ".claude"
+) -> AsyncIterator[Desk]:
+    """config: its program's own directory in the folder, which is its working directory and its home."""
     with ScriptedTools(folder / "mcp.sock"), ScriptedModel(answers) as model:
         port = int(model.base_url.rpartition(":")[2])
         where = str(folder)
-        seat = Seat("iris", where, where, where, f"{where}/.claude", "/usr/bin:/bin", str(find_claude()), True, port)
+        seat = Seat("iris", where, where, where, f"{where}/{config}", "/usr/bin:/bin", str(find_claude()), True, port)
         runner = Claude(replace(seat, harness=harness, extras_dir=f"{where}/extras"))
         try:
             yield Desk(runner, model)

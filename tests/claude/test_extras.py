@@ -62,6 +62,29 @@ async def test_the_model_is_told_of_skills_and_plugins_and_takes_them_up(tmp_pat
     assert not (tmp_path / "served").exists(), "servers of tools are agent.toml's to start"
 
 
+@pytest.mark.parametrize("with_skills", [True, False])
+async def test_what_an_agent_writes_into_its_home_is_no_configuration_of_its_program(
+    tmp_path: Path, with_skills: bool
+) -> None:
+    extras = {"extras": await deployed(tmp_path, "Read it twice.")} if with_skills else {}
+    # In its home, which is not its working directory, and, where it has no skills, there too.
+    for place in ("home", *(() if with_skills else (".claude",))):
+        (tmp_path / place / "skills" / "mine").mkdir(parents=True)
+        (tmp_path / place / "skills" / "mine" / "SKILL.md").write_text(SKILL.format(words="").replace("review", "mine"))
+        hook = {"hooks": [{"type": "command", "command": f"touch {tmp_path}/mine"}]}
+        for name in ("settings.json", "settings.local.json"):
+            (tmp_path / place / name).write_text(json.dumps({"hooks": {"PreToolUse": [hook]}}))
+        (tmp_path / place / "CLAUDE.md").write_text("I am somebody else.")
+    if not with_skills:
+        (tmp_path / "CLAUDE.md").write_text("I am somebody else.")
+    async with a_desk(tmp_path, [say(tool("Bash", command="true")), "done"], config="home") as desk:
+        assert (await desk.turn("hello", tools=["Bash"], **extras)).outcome == "done"
+        assert "I am somebody else." not in json.dumps([request.body for request in desk.model.turns])
+        (init,) = [line for line in desk.lines if line.get("subtype") == "init"]
+        assert init["skills"] == (["review"] if with_skills else [])
+    assert not (tmp_path / "mine").exists()
+
+
 async def test_a_warm_process_is_renewed_for_other_skills(tmp_path: Path) -> None:
     first, second = await deployed(tmp_path, "Read it twice."), await deployed(tmp_path, "Read it once.")
     takes_up = say(tool("Skill", skill="review"))
