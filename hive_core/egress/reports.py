@@ -11,7 +11,7 @@ from hive_core.destinations import Allowed
 from hive_core.egress.channel import Channel
 from hive_core.egress.heads import Asked
 
-ANSWER_S = 2.0
+ANSWER_S = 5.0  # who hears nothing in it is told to ask, though it may be asked already: a busy host takes its time
 ASK = "ask the operator for it, or hm1nd to propose it"  # where the daemon has no better word in time
 
 
