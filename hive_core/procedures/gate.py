@@ -261,7 +261,8 @@ class Gate:
         if approval.requested_by in (OPERATOR, SYSTEM) or end == "cancelled":
             return
         about: dict[str, Field] = {"approval": approval.id, "what": approval.kind, "agent": approval.agent}
-        if sha := approval.payload.get("sha"):
+        sql = "SELECT payload ->> 'sha' FROM approvals WHERE id = ?"  # a wish's may have been made anew since
+        if sha := tx.execute(sql, (approval.id,)).fetchone()[0]:
             tag = {"approved": "deployed", "denied": "denied", "failed": "failed"}.get(end)
             about |= {"sha": sha, "tag": tag and f"{tag}/{approval.id}"}
         whereby = f" by rule {approval.rule}, without a click" if approval.rule and end == "approved" else ""

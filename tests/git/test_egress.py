@@ -176,6 +176,8 @@ async def test_what_is_queued_behind_another_and_died_with_the_daemon_is_carried
         for card in (first, second):
             assert (await hive.approvals.wait_settled(card.id)).state == "done"
     assert await policy(hive) == [{"to": "one.example.org:443"}, {"to": "two.example.org:443"}]
+    told = [(await mail_of(hive, name))[-1] for name in ("iris", "hm1nd")]
+    assert [applied(hive, "rev-parse", "main") in one for one in told] == [True, True], told
 
 
 async def test_what_was_approved_and_would_do_something_else_by_now_is_not_carried_out(
