@@ -35,6 +35,7 @@ AT_ONCE_LIMIT = 100  # refs of one push
 PUSHED_REFS_LIMIT = REFS_LIMIT * 9 // 10  # of a mirror: the rest is left to its source
 ASK_LIMIT_BYTES = 64 * 1024
 INFLATED_FACTOR = 16  # how much more than the limit of a push its objects may be when they are unpacked
+REF_TOLD = 250  # characters of a name
 _PIECE_BYTES = 1024 * 1024
 _FORWARD_ENDS = ("(fetch first)", "(non-fast-forward)", "(stale info)", "(needs force)")
 
@@ -329,4 +330,4 @@ def _holds(where: str, name: str) -> Refusal:
 
 
 def _refused(update: Update, why: str) -> Refusal:
-    return Refusal("refused", f"{update.short} cannot be pushed: {why}")
+    return Refusal("refused", f"{update.short[:REF_TOLD]} cannot be pushed: {why}")

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from select import PIPE_BUF
 
 import trio
 
@@ -63,9 +64,13 @@ class Pipes:
 
     def __init__(self) -> None:
         self._open: set[int] = set()
-        self._ask, self.hooks_ask = self._pipe()
-        self.hooks_answer, self._answer = self._pipe()
-        self._trace, self.gits_trace = self._pipe()
+        try:
+            self._ask, self.hooks_ask = self._pipe()
+            self.hooks_answer, self._answer = self._pipe()
+            self._trace, self.gits_trace = self._pipe()
+        except OSError:
+            self._close(*self._open)
+            raise
         for descriptor in (self._ask, self._trace):
             os.set_blocking(descriptor, False)
         self._told = b""
@@ -96,9 +101,10 @@ class Pipes:
         self._close(*self.of_git)
 
     def say(self, answer: bytes) -> None:
-        """Answer; who does not listen any more has gone."""
+        """Answer, with as much as any pipe has room for: else a client that does not read would hold up the daemon.
+        Who does not listen any more has gone."""
         with contextlib.suppress(BrokenPipeError):
-            os.write(self._answer, answer)
+            os.write(self._answer, answer[:PIPE_BUF])
         self._close(self._answer)
 
     async def read_question(self) -> bytes:

@@ -20,6 +20,7 @@ from hive_core.credentials import Credentials
 from hive_core.git.hive_secrets import known_secrets
 from hive_core.git.mirrors import MEMORY_BYTES, NOTHING, PUSH_MEMORY_BYTES, clear_locks, note_pushed, refs_of
 from hive_core.git.pushes import (
+    REF_TOLD,
     Judge,
     Push,
     Update,
@@ -51,7 +52,7 @@ _HIDDEN = {"transfer.hideRefs": "refs/source"}
 _PROTOCOLS = ("version=1", "version=2")
 PUSHES_AT_ONCE = 8  # that are judged or sent on
 REFUSALS_TOLD = 10  # in a minute, of one agent: an event each
-REFS_TOLD, REF_TOLD, REASON_TOLD = 10, 250, 500  # of one refusal: refs, and characters
+REFS_TOLD, REASON_TOLD = 10, 500  # of one refusal: refs, and characters
 NOT_TAKEN = "git did not take what came: it is over push_bytes, not whole, signed, or holds what git refuses (fsck)"
 ALONE_WAIT_S = 60.0  # for whoever else moves the refs of a mirror
 BUSY = f"it is fetched, or others push to it, for more than {ALONE_WAIT_S:g} s now; push again in a moment"

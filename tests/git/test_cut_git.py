@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import resource
 import socket
+import struct
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,10 @@ import trio.testing
 
 from hive_core.git.mirrors import NOTHING, MirrorLimits
 from hive_core.procedures import pushes
-from hive_core.procedures.git_processes import SEATS, Seats
+from hive_core.procedures.git_processes import SEATS, Pipes, Seats
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import AgentName
+from hive_core.store.bus import EVENTS
 from tests.git.test_pushes import begin, refs
 from tests.project_hives import IRIS, SITE, ProjectHive, commit, git, make_source, open_project_hive
 
@@ -144,6 +148,41 @@ async def test_who_pushes_while_others_move_the_refs_for_long_is_told_so(
             done = await hive.try_git(clone, "push", "origin", "HEAD:refs/heads/iris/a")
         assert "push again in a moment" in done.stderr
         await hive.git(clone, "push", "--quiet", "origin", "HEAD:refs/heads/iris/a")
+
+
+async def test_who_pushes_a_name_of_60_000_bytes_and_reads_nothing_holds_up_nobody(tmp_path: Path) -> None:
+    async with open_project_hive(tmp_path) as hive:
+        head = git(await begin(hive, make_source(tmp_path / "source")), "rev-parse", "HEAD")
+        name = b"refs/heads/" + b"\x80" * 60_000  # of which each is told in twelve
+        line = f"{NOTHING} {head} ".encode() + name + b"\0report-status side-band-64k\n"
+        pack = b"PACK" + struct.pack(">II", 2, 0)
+        asked = b"%04x%b0000" % (len(line) + 4, line) + pack + hashlib.sha1(pack).digest()
+        client = await in_thread(ask, hive.sockets[IRIS], "receive-pack")
+        with client, hive.services.store.bus.listen(EVENTS) as listener:
+            await in_thread(client.sendall, asked)
+            while not (refused := await hive.events("push_refused")):
+                await listener.wait()
+        assert "cannot be pushed: it is no branch whose name is taken here" in refused[0]["data"]
+
+
+def test_pipes_that_cannot_all_be_opened_leave_none_open() -> None:
+    before = os.listdir("/proc/self/fd")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, before)) + 3, limits[1]))
+    try:
+        opened = list[int]()
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(os.dup(0))
+        for descriptor in (opened.pop(), opened.pop()):
+            os.close(descriptor)
+        with pytest.raises(OSError, match="Too many open files"):
+            Pipes()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for descriptor in opened:
+            os.close(descriptor)
+    assert os.listdir("/proc/self/fd") == before
 
 
 async def test_no_agent_takes_all_the_gits_that_run_at_once() -> None:
