@@ -164,6 +164,25 @@ async def test_a_click_counts_also_when_another_wish_was_fulfilled_since_it_was_
     assert await policy(hive) == [{"to": "one.example.org:443"}, {"to": "two.example.org:443"}]
 
 
+async def test_a_card_that_is_looked_at_while_another_wish_is_fulfilled_goes_on_waiting(
+    hive: Services, iris: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for host in ("one.example.org", "two.example.org"):
+        await wish(hive, host)
+    first, second = await cards(hive)
+    await click_and_die(hive, first.id)
+    threads = trio.to_thread.current_default_thread_limiter()
+    monkeypatch.setattr(threads, "total_tokens", 1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(hive.gate.cards.look_again, second)
+        while not threads.borrowed_tokens:
+            await trio.lowlevel.checkpoint()
+        async with threads:  # it knows what main was, and no more
+            applied(hive, "update-ref", "refs/heads/main", first.payload["sha"])
+    (card,) = await cards(hive)
+    assert (card.id, card.payload["base"], card.digest) == (second.id, first.payload["sha"], second.digest)
+
+
 async def test_what_is_queued_behind_another_and_died_with_the_daemon_is_carried_out_by_the_next(
     hive: Services, iris: Checkout
 ) -> None:

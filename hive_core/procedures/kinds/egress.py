@@ -104,8 +104,18 @@ class Egress:
         return f"{approval.agent} wants {_told(_entry(approval))}"
 
     async def show_now(self, approval: Approval) -> Shown:
+        while True:
+            main = await self._repos.main(approval.agent)
+            try:
+                return await self._show_on(main, approval)
+            except Refusal:
+                if await self._repos.main(approval.agent) == main:
+                    raise
+                # Another wish came to its end meanwhile, and this one is to be told on what it left.
+
+    async def _show_on(self, main: CommitSha, approval: Approval) -> Shown:
         name, entry = approval.agent, _entry(approval)
-        if await self._repos.main(name) == approval.payload["base"]:
+        if main == approval.payload["base"]:
             return await self._apply.show_now(approval)
         sha = await self._commit(name, entry)
         with self._repos.holding(name, sha):
