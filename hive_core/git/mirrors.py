@@ -129,12 +129,17 @@ class Mirror:
     def _pack_all(self) -> None:
         """Make one pack of all. Each that came brings along what it was made from; what nobody needs any more stays,
         since clones may borrow it."""
-        words = ("repack", "-a", "-d", "-q", "--keep-unreachable", "--no-write-bitmap-index")
-        run_git(self.path, *words, limits=self._limits.git())
+        self._pack("-a", "--keep-unreachable")
 
     def repack(self) -> None:
         """Pack packs of a size together; what nobody needs any more stays."""
-        run_git(self.path, "repack", "-d", "-q", "--geometric=2", "--no-write-bitmap-index", limits=self._limits.git())
+        self._pack("--geometric=2")
+
+    def _pack(self, *words: str) -> None:
+        # A pack of what is there already may be over the limit: else each fetch would write up to there, for nothing.
+        most = self._limits.bytes + packed_bytes(self.path)
+        limits = replace(self._limits.git(), file_bytes=most)
+        run_git(self.path, "repack", "-d", "-q", *words, "--no-write-bitmap-index", limits=limits)
 
     def run(self, *words: str, setting: Setting | None = None, limits: GitLimits | None = None) -> bytes:
         """git with what reaches the source."""

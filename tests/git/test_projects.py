@@ -227,6 +227,21 @@ async def test_a_mirror_is_packed_anew_before_it_is_too_large_and_clones_keep_wh
         assert git(clone, "log", "-1", "--format=%s", "mine") == "Change README"
 
 
+async def test_a_mirror_that_is_too_large_however_it_is_packed_says_so_and_is_packed_once(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source")
+    async with open_project_hive(tmp_path, project_bytes=2**20) as hive:
+        await hive.mirrors.add(SITE, str(source), {}, "operator")
+        for number in range(2):
+            (source / f"noise{number}").write_bytes(os.urandom(2**20 // 4 * 3))
+            commit(source)
+            await hive.mirrors.fetch(SITE)
+        packs = mirrors.packs(hive.mirrors.path(SITE))
+        assert sum(file.endswith(".pack") for file in packs) == 1
+        with pytest.raises(Refusal, match=r"its mirror has 1.5 MiB and project_bytes is 1.0 MiB; raise that"):
+            await hive.mirrors.fetch(SITE)
+        assert mirrors.packs(hive.mirrors.path(SITE)) == packs
+
+
 async def test_what_cannot_be_fetched_is_told_with_the_project_and_not_twice(tmp_path: Path) -> None:
     source = make_source(tmp_path / "site")
     async with open_project_hive(tmp_path) as hive:
