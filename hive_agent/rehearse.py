@@ -46,6 +46,7 @@ _VALUES = frozenset(
         "--resume",
         "--append-system-prompt",
         "--add-dir",
+        "--setting-sources",
         "--plugin-dir",
     }
 )
