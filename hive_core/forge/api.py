@@ -135,8 +135,8 @@ class Api:
     def _read(self, response: httpx2.Response, body: bytes) -> Answer:
         status = response.status_code
         if 300 <= status < 400 and status != 304:
-            to = quoted(response.headers.get("location", "")[:SAID_LIMIT])
-            why = f"it sends elsewhere, to {to}, where its token does not follow; has the repository moved?"
+            to = self._quoted(response.headers.get("location", ""))
+            why = f"it sends elsewhere{to and f', to {to}'}, where its token does not follow; has the repository moved?"
             raise ForgeTrouble("refused", f"cannot use the forge at {self.place.url}: {why}", status)
         try:
             data = json.loads(body) if body.strip() else None
@@ -151,9 +151,7 @@ class Api:
     def _refused(self, status: int, headers: Mapping[str, str], data: Any) -> ForgeTrouble:
         now_ms = int(time.time() * 1000)
         said = data.get("message") if isinstance(data, dict) else None
-        told = ""
-        if isinstance(said, str) and said and self._token not in said:
-            told = f" (it says {quoted(said[:SAID_LIMIT])})"
+        told = f" (it says {words})" if isinstance(said, str) and (words := self._quoted(said)) else ""
         until_ms = retry_after_ms(headers.get("retry-after"), now_ms)
         if headers.get("x-ratelimit-remaining") == "0" and status in (403, 429):
             until_ms = until_ms or instant_ms(headers.get("x-ratelimit-reset"), now_ms)
@@ -164,6 +162,10 @@ class Api:
             return _limited(self.place, told, until_ms, now_ms, status)
         code, why = _STATUSES.get(status, ("unavailable", f"it answers {status}; try again later"))
         return ForgeTrouble(code, f"cannot use the forge at {self.place.url}: {why}{told}", status, until_ms)
+
+    def _quoted(self, said: str) -> str:
+        """The forge's own words; empty where there are none, or they repeat the token."""
+        return quoted(said[:SAID_LIMIT]) if said and self._token not in said else ""
 
     def _strange(self, why: str) -> ForgeTrouble:
         return ForgeTrouble("unavailable", f"cannot use the forge at {self.place.url}: {why}")

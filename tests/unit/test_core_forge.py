@@ -196,6 +196,9 @@ async def test_a_forge_that_repeats_the_token_is_not_quoted() -> None:
     trouble = await trouble_of(ScriptedForge(), Trouble(400, {"message": f"bad header: token {TOKEN}"}))
     assert "it does not take the request" in trouble.message
     assert TOKEN not in trouble.message
+    trouble = await trouble_of(ScriptedForge(), Trouble(302, b"", {"location": f"https://forge.example/?t={TOKEN}"}))
+    assert "it sends elsewhere, where its token does not follow" in trouble.message
+    assert TOKEN not in trouble.message
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
