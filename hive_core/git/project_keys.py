@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from hive_core.git.remotes import Access, Source
@@ -81,10 +81,11 @@ class ProjectKeys:
         files = ((suffix, self._file(name, suffix)) for suffix in (KEY, TOKEN, KNOWN_HOSTS))
         return {suffix: file.read_text(errors="replace") for suffix, file in files if file.exists()}
 
-    def remove(self, name: ProjectName) -> None:
-        """Again is fine."""
+    def remove(self, name: ProjectName, kept: Collection[str] = ()) -> None:
+        """kept: the ends of the files that stay. Again is fine."""
         for suffix in (KEY, TOKEN, KNOWN_HOSTS):
-            self._file(name, suffix).unlink(missing_ok=True)
+            if suffix not in kept:
+                self._file(name, suffix).unlink(missing_ok=True)
 
     def names(self) -> Iterator[str]:
         """The projects of which there is a file."""

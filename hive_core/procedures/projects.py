@@ -159,7 +159,7 @@ class ProjectMirrors:
                 mirror.meet()
             mirror.follow_head()
         except BaseException:
-            self.keys.remove(name)
+            self.keys.remove(name, kept=former)  # which a full disk takes as little as the others
             for suffix, text in former.items():
                 self.keys.put(name, suffix, text)
             raise

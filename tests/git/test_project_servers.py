@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import socket
 import stat
@@ -198,6 +200,23 @@ async def test_a_project_of_an_ssh_server_is_cloned_and_pushed_to_with_its_key(t
             pushed = commit(clone, "fix", branch="iris/fix")
             await hive.git(clone, "push", "--quiet", "origin", "iris/fix")
             assert refs(bare)["refs/heads/iris/fix"] == pushed
+
+
+async def test_a_disk_that_is_full_takes_no_other_credential_and_leaves_the_one_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    bare = make_bare(tmp_path)
+    with serve_http(bare.parent, TOKEN) as server:
+        async with open_project_hive(tmp_path) as hive:
+            await hive.mirrors.add(SITE, f"{server.url}/site.git", {"token": TOKEN}, "operator")
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "fsync", full)
+                with pytest.raises(Refusal, match="cannot reach site: no space is left"):
+                    await hive.mirrors.add(SITE, f"{server.url}/site.git", {"token": "another-token"}, "operator")
+            await hive.mirrors.fetch(SITE)
 
 
 async def test_a_project_is_given_another_token_while_agents_work_on_it(tmp_path: Path) -> None:
