@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -94,6 +95,7 @@ class ForkedDaemon:
 
     def __init__(self, keeper: socket.socket) -> None:
         self._keeper = keeper
+        weakref.finalize(self, keeper.close)
         self.pid = int(keeper.recv(100))
         self.returncode: int | None = None
 
@@ -119,8 +121,8 @@ class ForkedDaemon:
         self.send_signal(signal.SIGKILL)
 
     def _end(self) -> int:
-        self.returncode = int(self._keeper.recv(100))
-        self._keeper.close()
+        # It stays to be read: a thread may wait while another kills, and both hear the end.
+        self.returncode = int(self._keeper.recv(100, socket.MSG_PEEK))
         return self.returncode
 
 
