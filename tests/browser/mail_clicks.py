@@ -52,7 +52,7 @@ def answer_after_a_swap(page: Page) -> None:
     page.evaluate("swap({target: 'question-1', html: document.getElementById('question-1').outerHTML})")
     for colour, ticked in (("red", True), ("green", False), ("blue", True)):
         expect(card.get_by_label(colour)).to_be_checked(checked=ticked)
-    card.get_by_role("button").click()
+    card.get_by_role("button", name="◆ ANSW3R").click()
     expect(card).to_have_count(0)
     expect(page.locator("#flow")).to_contain_text("red")
 
