@@ -120,7 +120,7 @@ class Mirror:
 
     def has_head(self) -> bool:
         """Whether the branch that a clone begins with is there, which it is not in an empty repository."""
-        return bool(run_git(self.path, "for-each-ref", f"{HEADS}{self.head()}"))
+        return bool(run_git(self.path, "for-each-ref", "--format=%(refname)", f"{HEADS}{self.head()}"))
 
     def head(self) -> str:
         """The branch that a clone begins with, without refs/heads."""

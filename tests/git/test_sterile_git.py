@@ -12,6 +12,8 @@ import pytest
 from hive_core.git.sterile_git import GitFailed, GitLimits, run_git
 from tests.hives import PATIENCE_S
 
+LARGE = 256 * 2**20
+
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
@@ -64,6 +66,16 @@ def test_what_takes_too_much_memory_is_ended(repository: Path) -> None:
             stdin=b"x" * 48 * 1024**2,
             limits=GitLimits(memory_bytes=32 * 1024**2),
         )
+
+
+def test_a_pack_of_more_than_the_memory_can_be_looked_into(repository: Path, tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(LARGE)
+    stored = ["-c", "core.compression=0", "hash-object", "-w", str(tmp_path / "large")]  # into a pack: it is large
+    large = run_git(repository, *stored, limits=GitLimits(file_bytes=2 * LARGE)).decode().strip()
+    (pack,) = (repository / "objects" / "pack").glob("*.pack")
+    assert pack.stat().st_size > LARGE
+    assert run_git(repository, "cat-file", "-t", large, limits=GitLimits(memory_bytes=LARGE)) == b"blob\n"
 
 
 def test_what_reads_nothing_that_it_is_told_is_not_waited_for(repository: Path) -> None:
