@@ -48,7 +48,7 @@ _CONFIG = {
     "core.fsmonitor": "false",
     "core.symlinks": "false",
     "core.packedGitLimit": "128m",
-    "core.packedGitWindowSize": "32m",  # of a pack that is looked into, else 1 GiB of it at once: all memory that we give
+    "core.packedGitWindowSize": "32m",  # of a pack, else 1 GiB of it at once: all memory there is
     "core.bigFileThreshold": "16m",  # a larger object passes through in pieces
     "pack.threads": "1",
     "pack.windowMemory": "64m",
