@@ -12,6 +12,7 @@ from hive_agent.git_variables import git_variables
 from hive_agent.own_command import own_command
 from hive_agent.projects import told_of
 from hive_agent.runner import Seat
+from hive_core.protocol.harness import OWN_PLUGIN
 from hive_core.protocol.lines import encode
 
 TYPE_CHECKING = False
@@ -66,16 +67,14 @@ def flags(seat: Seat, settings: Settings) -> list[str]:
 def _extras_flags(seat: Seat, settings: Settings) -> list[str]:
     """Where its skills and plugins are: a place for each state of theirs, so that another one is another command.
 
-    Settings, hooks, skills and a CLAUDE.md that the agent wrote itself are left alone: those of its home always, those
-    of its working directory where it has no skills, since the program takes those that are given for a project's.
+    Settings, hooks, skills and a CLAUDE.md that the agent wrote itself, wherever it did, are left alone.
     """
-    if (extras := settings.get("extras")) is None:
-        return ["--setting-sources", ""]
-    place = f"{seat.extras_dir}/{extras['digest']}"
-    sources = "project" if extras["skills"] else ""
-    chosen = ["--setting-sources", sources, *(("--add-dir", place) if extras["skills"] else ())]
-    for plugin in extras["plugins"]:
-        chosen += ["--plugin-dir", f"{place}/plugins/{plugin}"]
+    chosen = ["--setting-sources", ""]
+    if (extras := settings.get("extras")) is not None:
+        place = f"{seat.extras_dir}/{extras['digest']}"
+        chosen += ["--add-dir", place]  # to be read without being asked for, and to be worked in
+        for plugin in (*([OWN_PLUGIN] if extras["skills"] else ()), *extras["plugins"]):
+            chosen += ["--plugin-dir", f"{place}/{plugin}"]
     return chosen
 
 

@@ -12,13 +12,11 @@ from pathlib import Path
 
 import trio
 
-from hive_core.extras import PLUGINS, SKILLS, ExtraFile, Extras
+from hive_core.extras import ExtraFile, Extras
 from hive_core.protocol.paths import sync_folder
 from hive_core.protocol.words import AgentName
 from hive_core.trees import open_folder, remove_tree
 
-# The program looks for skills there in every directory that it is given.
-PLACES = {SKILLS: ".claude/skills", PLUGINS: "plugins"}
 _NEW = ".new."
 
 
@@ -52,7 +50,7 @@ class ExtraFiles:
                 return
             new = f"{_NEW}{os.urandom(6).hex()}"
             try:
-                _write(place / new, extras.files)
+                _write(place / new, extras.files_of_plugins)
                 with contextlib.suppress(FileExistsError):  # by another who did the same
                     os.rename(new, digest, src_dir_fd=folder, dst_dir_fd=folder)
             finally:
@@ -80,8 +78,7 @@ def _write(root: Path, files: Mapping[str, ExtraFile]) -> None:
     folders = {root}
     root.mkdir(mode=0o755)
     for path, file in files.items():
-        kind, _, rest = path.partition("/")
-        target = root / PLACES[kind] / rest
+        target = root / path
         for parent in reversed(target.relative_to(root).parents):
             if (folder := root / parent) not in folders:
                 folder.mkdir(mode=0o755)

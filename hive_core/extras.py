@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+from hive_core.protocol.harness import OWN_PLUGIN
+
 SKILLS, PLUGINS = "skills", "plugins"
 SKILL_FILE, PLUGIN_FILE = "SKILL.md", ".claude-plugin/plugin.json"
 HOOKS_FILE, SERVERS_FILE = "hooks/hooks.json", ".mcp.json"
@@ -99,10 +101,22 @@ class Extras:
         }
 
     @property
+    def files_of_plugins(self) -> dict[str, ExtraFile]:
+        """By their paths below the agent's /extras/DIGEST, where the skills are a plugin too.
+
+        Given in any other way, they are loaded together with whatever the working directory has of the kind.
+        """
+        own = {path: file for path, file in self.files.items() if path.startswith(f"{SKILLS}/")}
+        if own:
+            own[PLUGIN_FILE] = ExtraFile(json.dumps({"name": OWN_PLUGIN}))
+        plugins = {OWN_PLUGIN: own, **{name: extra.files for name, extra in self.plugins.items()}}
+        return {f"{name}/{path}": file for name, files in plugins.items() for path, file in files.items()}
+
+    @property
     def digest(self) -> str:
-        """Names the files: their paths, whether they can be executed, and what is in them."""
+        """Names what lies there: the paths, whether they can be executed, and what is in them."""
         digest = hashlib.sha256()
-        for path, file in sorted(self.files.items()):
+        for path, file in sorted(self.files_of_plugins.items()):
             for part in (path, "x" if file.executable else "-", file.text):
                 raw = part.encode()
                 digest.update(b"%d:" % len(raw) + raw)
@@ -151,7 +165,8 @@ def _skill(where: str, name: str, files: Mapping[str, ExtraFile]) -> Extra:
     front = parse_front_matter(files[SKILL_FILE].text)
     if (called := front.get("name", name)) != name:
         raise BadExtra(f"{where}/{SKILL_FILE} calls itself {called[:60]}; call it {name}, as its folder")
-    offered = () if _is_set(front, "disable-model-invocation") else (_offered(where, SKILL_FILE, name, front),)
+    hidden_from_model = _is_set(front, "disable-model-invocation")
+    offered = () if hidden_from_model else (_offered(where, SKILL_FILE, f"{OWN_PLUGIN}:{name}", front),)
     return Extra(files, offered, (*_front_powers(files[SKILL_FILE].text, front), *_programs(files)))
 
 

@@ -25,6 +25,7 @@ from hive_core.project_rules import PROJECTS_LIMIT, Project
 from hive_core.protocol.harness import (
     BACKGROUND_S,
     COMPACT_AT_PERCENT,
+    OWN_PLUGIN,
     TURN_SILENCE_S,
     WARM_IDLE_S,
     WARM_MEMORY_MIB,
@@ -133,6 +134,8 @@ class AgentSettings(BaseModel):
             raise PydanticCustomError("proxy", why, {"name": led[0]})
         if "hive" in self.mcp_servers:
             raise PydanticCustomError("mcp", "mcp_servers.hive is the hive's own; choose another name")
+        if OWN_PLUGIN in self.plugins:
+            raise PydanticCustomError("plugin", "plugins: own is the plugin that has the skills; rename it")
         if taken := sorted(RESERVED.intersection(self.skills)):
             raise PydanticCustomError("skill", "skills: /{name} is the program's own; rename it", {"name": taken[0]})
         for key in ("name", "place"):

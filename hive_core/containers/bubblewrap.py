@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hive_core.containers.inside import (
+    ETC,
     ETC_FILES,
     HOME,
     KEYS_OF_THE_HOST,
@@ -41,7 +42,7 @@ def bwrap_command(dirs: AgentDirs, claude: Path | None, status_fd: int | None, f
             argv += ["--symlink", target, path]
     for mount in dirs.mounts:
         argv += ["--ro-bind" if mount.read_only else "--bind", str(mount.source), mount.target]
-    return [*argv, "--chdir", STATE, "--"]
+    return [*argv, "--remount-ro", ETC, "--chdir", STATE, "--"]
 
 
 def login_command(claude: Path, filter_fd: int | None) -> list[str]:
@@ -54,7 +55,7 @@ def login_command(claude: Path, filter_fd: int | None) -> list[str]:
         argv += ["--ro-bind-try", path, path]
     if not is_below(str(claude), SYSTEM_PATHS):
         argv += ["--ro-bind", str(claude), str(claude)]
-    return [*argv, "--chdir", HOME, "--", str(claude)]
+    return [*argv, "--remount-ro", ETC, "--chdir", HOME, "--", str(claude)]
 
 
 def _bwrap(filter_fd: int | None) -> list[str]:
@@ -71,7 +72,7 @@ def _system() -> list[str]:
         argv += ["--ro-bind-try", path, path]
     for path in KEYS_OF_THE_HOST:
         argv += ["--ro-bind", "/dev/null", path] if os.path.exists(path) else []
-    argv += ["--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", HOME, *system_binds()]
+    argv += ["--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", HOME, "--tmpfs", ETC, *system_binds()]
     for path in ETC_FILES:
         argv += ["--ro-bind-try", path, path]
     return argv

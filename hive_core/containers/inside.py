@@ -18,6 +18,7 @@ PROC_OF_THE_HOST = tuple(
 )
 # The host's keys, told to whoever has the same uid.
 KEYS_OF_THE_HOST = ("/proc/keys", "/proc/key-users")
+ETC = "/etc"  # read-only: settings that lie there stand above all that a commit says, the program's too
 ETC_FILES = (
     *("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"),
     # The certificates that are trusted, and where they lead on (NixOS, Fedora). Beside those lie private keys.

@@ -26,6 +26,7 @@ from hive_core.containers.entering import confined
 from hive_core.containers.host_names import host_name
 from hive_core.containers.host_process import HostProcessDriver, Launch
 from hive_core.containers.inside import (
+    ETC,
     ETC_FILES,
     HOME,
     KEYS_OF_THE_HOST,
@@ -105,7 +106,7 @@ def inside_options(claude: Path | None) -> list[str]:
     for path, target in links_of(sys.executable):
         if not is_below(path, bound):
             options += ["--link", path, target]
-    return [*options, "--chdir", STATE]
+    return [*options, "--read-only", ETC, "--chdir", STATE]
 
 
 class NspawnDriver(HostProcessDriver):

@@ -29,6 +29,7 @@ the answer to its ack, or instead of a lease, and the host starts a harness of i
 
 from __future__ import annotations
 
+OWN_PLUGIN = "own"  # has the skills of an agent; no plugin of its own is called so
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Literal, NotRequired, TypedDict
@@ -69,11 +70,11 @@ if TYPE_CHECKING:
         description: str
 
     class Extras(TypedDict):
-        """The skills and plugins that lie in the agent's /extras/DIGEST."""
+        """What lies in the agent's /extras/DIGEST: plugins by their names, with the skills in OWN_PLUGIN."""
 
         digest: str
-        skills: list[str]  # below .claude/skills there
-        plugins: list[str]  # below plugins
+        skills: list[str]
+        plugins: list[str]
         offered: list[Offered]
 
     class Settings(TypedDict):

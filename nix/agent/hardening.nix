@@ -53,6 +53,8 @@
     "-/proc/pressure"
     "-/proc/driver"
     "-/proc/mtrr"
+    # Settings that stand above all others, an approved commit's too.
+    "-/etc"
   ];
   InaccessiblePaths = [
     "-/proc/keys"

@@ -44,45 +44,67 @@ async def deployed(folder: Path, words: str) -> dict[str, Any]:
 async def test_the_model_is_told_of_skills_and_plugins_and_takes_them_up(tmp_path: Path) -> None:
     extras = await deployed(tmp_path, "Read it twice.")
     asks = say(tool("Skill", skill="review"))
-    looks = say(tool("Bash", command=f"{tmp_path}/extras/{extras['digest']}/.claude/skills/review/look.sh"))
+    looks = say(tool("Bash", command=f"{tmp_path}/extras/{extras['digest']}/own/skills/review/look.sh"))
     fixes = say(tool("Skill", skill="fmt:fix"))
     async with a_desk(tmp_path, [asks, looks, fixes, "done"]) as desk:
         assert (await desk.turn("hello", tools=["Bash"], extras=extras)).outcome == "done"
         first, *_, last = desk.model.turns
-        assert "- review: Reviews a text.\n- fmt:fix: Fixes it." in first.system
+        assert "- own:review: Reviews a text.\n- fmt:fix: Fixes it." in first.system
         assert {each["name"] for each in first.body["tools"]} >= {"Bash", "Skill"}
         said = json.dumps(last.body["messages"])
         assert "Read it twice." in said
         assert "looked" in said
         assert "Fix it with tape." in said
         (init,) = [line for line in desk.lines if line.get("subtype") == "init"]
-        assert init["skills"] == ["review"], "and none of the program's own"
-    place = f"{tmp_path}/extras/{extras['digest']}/plugins/fmt"
+        assert init["skills"] == ["own:review"], "and none of the program's own"
+    place = f"{tmp_path}/extras/{extras['digest']}/fmt"
     assert set((tmp_path / "hooked").read_text().split()) == {place}
     assert not (tmp_path / "served").exists(), "servers of tools are agent.toml's to start"
 
 
+def written_by_the_agent(folder: Path, marks: Path) -> None:
+    """All that a program takes for configuration, in the places where it looks for it."""
+    hook = {"hooks": [{"type": "command", "command": f"touch {marks}/hooked_by_itself"}]}
+    shapes = {"command": "/bin/sh", "args": ["-c", f"touch {marks}/served_by_itself"]}
+    head = "---\nname: mine\ndescription: Mine.\n---\nI am somebody else.\n"
+    files = {
+        "settings.json": json.dumps({"hooks": {"PreToolUse": [hook]}, "outputStyle": "mine"}),
+        "settings.local.json": json.dumps({"hooks": {"SessionStart": [hook]}}),
+        "remote-settings.json": json.dumps({"hooks": {"PreToolUse": [hook]}}),
+        "CLAUDE.md": head,
+        **{f"{kind}/mine.md": head for kind in ("commands", "agents", "rules", "output-styles")},
+        "skills/mine/SKILL.md": head,
+        "skills/mine/.claude-plugin/plugin.json": json.dumps({"name": "mine"}),
+        "skills/mine/commands/mine.md": head,
+    }
+    for place, text in files.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_text(text)
+    for place in (folder.parent, folder.parent / "below"):
+        place.mkdir(exist_ok=True)
+        (place / "CLAUDE.md").write_text(head)
+        (place / "CLAUDE.local.md").write_text(head)
+        (place / ".mcp.json").write_text(json.dumps({"mcpServers": {"shapes": shapes}}))
+
+
 @pytest.mark.parametrize("with_skills", [True, False])
-async def test_what_an_agent_writes_into_its_home_is_no_configuration_of_its_program(
+async def test_what_an_agent_writes_itself_is_no_configuration_of_its_program(
     tmp_path: Path, with_skills: bool
 ) -> None:
-    extras = {"extras": await deployed(tmp_path, "Read it twice.")} if with_skills else {}
-    # In its home, which is not its working directory, and, where it has no skills, there too.
-    for place in ("home", *(() if with_skills else (".claude",))):
-        (tmp_path / place / "skills" / "mine").mkdir(parents=True)
-        (tmp_path / place / "skills" / "mine" / "SKILL.md").write_text(SKILL.format(words="").replace("review", "mine"))
-        hook = {"hooks": [{"type": "command", "command": f"touch {tmp_path}/mine"}]}
-        for name in ("settings.json", "settings.local.json"):
-            (tmp_path / place / name).write_text(json.dumps({"hooks": {"PreToolUse": [hook]}}))
-        (tmp_path / place / "CLAUDE.md").write_text("I am somebody else.")
-    if not with_skills:
-        (tmp_path / "CLAUDE.md").write_text("I am somebody else.")
-    async with a_desk(tmp_path, [say(tool("Bash", command="true")), "done"], config="home") as desk:
-        assert (await desk.turn("hello", tools=["Bash"], **extras)).outcome == "done"
+    at_work = tmp_path / "state"
+    extras = {"extras": await deployed(at_work, "Read it twice.")} if with_skills else {}
+    written_by_the_agent(at_work / ".claude", tmp_path)  # of a project, its working directory
+    written_by_the_agent(at_work / "home", tmp_path)  # of a user
+    reads = say(tool("Read", file_path=f"{at_work}/below/.mcp.json"))
+    async with a_desk(at_work, [say(tool("Bash", command="true")), reads, "done"], config="home") as desk:
+        assert (await desk.turn("hello", tools=["Bash", "Read", "Task"], **extras)).outcome == "done"
         assert "I am somebody else." not in json.dumps([request.body for request in desk.model.turns])
         (init,) = [line for line in desk.lines if line.get("subtype") == "init"]
-        assert init["skills"] == (["review"] if with_skills else [])
-    assert not (tmp_path / "mine").exists()
+    assert init["skills"] == (["own:review"] if with_skills else [])
+    assert [each["name"] for each in init["plugins"]] == (["own", "fmt"] if with_skills else [])
+    assert "mine" not in init["agents"] + init["slash_commands"]
+    assert init["output_style"] == "default"
+    assert not list(tmp_path.glob("*_by_itself"))
 
 
 async def test_a_warm_process_is_renewed_for_other_skills(tmp_path: Path) -> None:
@@ -99,7 +121,7 @@ async def test_a_warm_process_is_renewed_for_other_skills(tmp_path: Path) -> Non
         assert "Read it once." in json.dumps(desk.model.turns[-1].body["messages"])
 
 
-WAYS = "cd /extras/*/.claude/skills/review && ./look.sh; touch x SKILL.md; echo x >> SKILL.md; rm look.sh; ls"
+WAYS = "cd /extras/*/own/skills/review && ./look.sh; touch x SKILL.md; echo x >> SKILL.md; rm look.sh; ls"
 
 
 def reviews(request: Request) -> Answer:

@@ -109,6 +109,8 @@ async def test_the_manager_alone_sees_the_configurations(tmp_path: Path, sandbox
 async def test_the_system_can_be_used_and_not_changed(tmp_path: Path, sandbox: str) -> None:
     places = ["/usr/canary", "/bin/canary", f"{sys.prefix}/canary", f"{ROOT}/hive_core/canary"]
     script = f"for f in {' '.join(places)}; do touch $f 2>/dev/null && echo wrote $f; done"
+    # Where the program looks for settings that stand above all others.
+    script += "; mkdir /etc/claude-code && echo wrote settings; mv /etc /elsewhere && echo wrote another /etc"
     script += "; mount -o remount,rw /usr; echo end"
     _, said = await run(tmp_path, sandbox, script)
     assert "wrote" not in said

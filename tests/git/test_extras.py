@@ -22,6 +22,7 @@ __all__ = ["hive", "iris"]
 
 TOML = 'program = "rehearsal"\nskills = ["review"]\nplugins = ["fmt"]\n'
 SKILL = "---\ndescription: Reviews a text.\n---\nRead it twice.\n"
+OWN = {"own/.claude-plugin/plugin.json", "own/skills/review/SKILL.md"}
 HOOKS = {"hooks": {"Stop": [{"hooks": [{"type": "command", "command": "true"}]}]}}
 
 
@@ -67,8 +68,7 @@ async def test_they_are_shown_and_lie_there_from_the_change_to_the_next(hive: Se
         assert not [line for line in lines if line.startswith("files:")], "each is told once"
         assert laid_out(hive) == set(), "nothing of it is there before it is approved"
         assert (await approve(hive, number)).state == "done"
-        skill = ".claude/skills/review/SKILL.md"
-        assert laid_out(hive) == {skill, "plugins/fmt/.claude-plugin/plugin.json", "plugins/fmt/hooks/hooks.json"}
+        assert laid_out(hive) == {*OWN, "fmt/.claude-plugin/plugin.json", "fmt/hooks/hooks.json"}
         settings = (await hive.agents.get("iris")).settings or {}
         assert settings["extras"]["skills"] == ["review"]
         assert "skills" not in settings
@@ -76,7 +76,7 @@ async def test_they_are_shown_and_lie_there_from_the_change_to_the_next(hive: Se
         number = await ask(hive, commit(iris, TOML.replace('plugins = ["fmt"]\n', "")))
         assert "plugins: − fmt" in await shown(hive, number)
         assert (await approve(hive, number)).state == "done"
-        await trio.to_thread.run_sync(look_until, lambda: laid_out(hive) == {skill})
+        await trio.to_thread.run_sync(look_until, lambda: laid_out(hive) == OWN)
 
 
 async def test_what_was_lost_lies_there_again_with_the_next_daemon(hive: Services, iris: Checkout) -> None:
@@ -87,7 +87,7 @@ async def test_what_was_lost_lies_there_again_with_the_next_daemon(hive: Service
     shutil.rmtree(place)
     hive.gate._mend_all()
     async with serving(hive):
-        await trio.to_thread.run_sync(look_until, lambda: laid_out(hive) == {".claude/skills/review/SKILL.md"})
+        await trio.to_thread.run_sync(look_until, lambda: laid_out(hive) == OWN)
 
 
 async def test_a_skill_that_is_not_there_is_refused_when_it_is_asked_for(hive: Services, iris: Checkout) -> None:

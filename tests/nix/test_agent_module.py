@@ -96,7 +96,7 @@ def test_the_harness_has_no_more_rights_than_under_the_other_sandboxes(nix: Nix,
     found = nix.value(f"{agent('{ }')}.config.systemd.services.hive-agent.serviceConfig", nixpkgs)
     assert found["SystemCallFilter"] == [f"~{name}" for name in seccomp.REFUSED]
     assert found["SystemCallErrorNumber"] == "EPERM"
-    assert found["ReadOnlyPaths"] == [f"-{path}" for path in inside.PROC_OF_THE_HOST]
+    assert found["ReadOnlyPaths"] == [f"-{path}" for path in (*inside.PROC_OF_THE_HOST, inside.ETC)]
     assert {f"-{path}" for path in inside.KEYS_OF_THE_HOST} <= {*found["InaccessiblePaths"]}
     assert (found["CapabilityBoundingSet"], found["NoNewPrivileges"], found["RestrictNamespaces"]) == ("", True, True)
 

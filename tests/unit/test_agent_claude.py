@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -313,18 +314,20 @@ EXTRAS = {
     "digest": "d1",
     "skills": ["review"],
     "plugins": ["fmt"],
-    "offered": [{"name": "review", "description": "Reviews."}, {"name": "fmt:fix", "description": "Fixes."}],
+    "offered": [{"name": "own:review", "description": "Reviews."}, {"name": "fmt:fix", "description": "Fixes."}],
 }
 
 
 def test_skills_and_plugins_are_loaded_from_where_they_were_deployed_and_the_model_is_told_of_them() -> None:
     chosen = flags(SEAT, settings(extras=EXTRAS))
+    given = [place for flag, place in itertools.pairwise(chosen) if flag == "--plugin-dir"]
+    assert given == ["/extras/d1/own", "/extras/d1/fmt"]
     assert value_of("--add-dir", chosen) == "/extras/d1"
-    assert value_of("--plugin-dir", chosen) == "/extras/d1/plugins/fmt"
+    assert value_of("--setting-sources", chosen) == ""
     assert value_of("--tools", chosen) == "Bash,Read,Skill"
     prompt = value_of("--append-system-prompt", chosen)
     assert prompt.startswith("You are iris.\n\nThe following skills")
-    assert prompt.endswith("\n- review: Reviews.\n- fmt:fix: Fixes.")
+    assert prompt.endswith("\n- own:review: Reviews.\n- fmt:fix: Fixes.")
     assert value_of("--append-system-prompt", flags(SEAT, settings(extras=EXTRAS, prompt=""))).startswith("The follow")
     # Another state of them is another command, for which a warm process is renewed.
     assert flags(SEAT, settings(extras={**EXTRAS, "digest": "d2"})) != chosen
@@ -336,7 +339,8 @@ def test_without_skills_there_is_no_tool_for_them_and_no_word_of_them() -> None:
     hooks = {**EXTRAS, "skills": [], "offered": []}
     assert "Skill" not in value_of("--tools", flags(SEAT, settings(extras=hooks)))
     assert value_of("--append-system-prompt", flags(SEAT, settings(extras=hooks))) == "You are iris."
-    assert {"--add-dir", "--plugin-dir"}.isdisjoint(flags(SEAT, settings()))
+    assert value_of("--plugin-dir", flags(SEAT, settings(extras=hooks))) == "/extras/d1/fmt"
+    assert "--plugin-dir" not in flags(SEAT, settings())
 
 
 def test_what_an_agent_adds_to_the_environment_stands_there_but_never_in_the_place_of_ours() -> None:

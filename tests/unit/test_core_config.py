@@ -319,6 +319,7 @@ def test_what_agent_toml_may_not_say_is_refused_by_name(text: bytes, words: str)
         ("skills = ['a/b']", "skills.0: some of its characters, or their order, are not allowed"),
         ("plugins = ['..']", "plugins.0: some of its characters, or their order, are not allowed"),
         ("skills = ['a', 'a']", "skills: a is there twice; take one out"),
+        ("plugins = ['own']", "the file: plugins: own is the plugin that has the skills; rename it"),
         ("skills = ['compact']", "the file: skills: /compact is the program's own; rename it"),
         ("[mcp_servers.hive]\ncommand = 'x'", "the file: mcp_servers.hive is the hive's own; choose another name"),
         *(

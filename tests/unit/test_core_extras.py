@@ -60,7 +60,7 @@ def test_a_skill_of_text_is_told_by_its_size_and_widens_nothing() -> None:
     assert told(extras, changed) == [
         f"skill files: review: 2 files, {size} bytes → the same size with other files or another text"
     ]
-    assert extras.to_wire()["offered"] == [{"name": "review", "description": "Reviews a text."}]
+    assert extras.to_wire()["offered"] == [{"name": "own:review", "description": "Reviews a text."}]
     assert extras.digest != changed.digest
 
 
@@ -145,7 +145,7 @@ def test_of_a_plugin_the_head_of_every_text_is_read() -> None:
         ({"skills/a/SKILL.md": f"---\ndescription: {'a' * 1025}\n---\n"}, "1,025 characters, and the limit is 1,024"),
         (
             {f"skills/a{n}/SKILL.md": f"---\ndescription: {'é' * 1024}\n---\n" for n in range(17)},
-            "what they bring have 34,857 bytes together, and the limit is 32,768; shorten the descriptions",
+            "what they bring have 34,925 bytes together, and the limit is 32,768; shorten the descriptions",
         ),
         ({"plugins/fmt/x.md": ""}, "plugins/fmt/.claude-plugin/plugin.json is missing; write it"),
         ({**PLUGIN, "plugins/fmt/.claude-plugin/plugin.json": "{"}, "plugin.json is not JSON; mend it"),
@@ -204,9 +204,11 @@ async def test_they_lie_where_the_program_looks_for_them_and_only_those_that_are
     (root,) = place.iterdir()
     assert root.name == extras.digest
     found = {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
-    assert found.keys() == {".claude/skills/review/SKILL.md", ".claude/skills/review/x.sh", *PLUGIN}
-    assert found[".claude/skills/review/SKILL.md"].read_text() == SKILL
-    modes = [stat.S_IMODE(found[f".claude/skills/review/{name}"].stat().st_mode) for name in ("SKILL.md", "x.sh")]
+    skill = "own/skills/review"
+    own = {"own/.claude-plugin/plugin.json", f"{skill}/SKILL.md", f"{skill}/x.sh"}
+    assert found.keys() == {*own, *(path.removeprefix("plugins/") for path in PLUGIN)}
+    assert found[f"{skill}/SKILL.md"].read_text() == SKILL
+    modes = [stat.S_IMODE(found[f"{skill}/{name}"].stat().st_mode) for name in ("SKILL.md", "x.sh")]
     assert modes == [0o644, 0o755]
     other = parse(PLUGIN)
     await files.put(IRIS, other)

@@ -34,6 +34,7 @@ WITH_ONE = {
     "--json-status-fd",
     "--seccomp",
     "--tmpfs",
+    "--remount-ro",
     "--proc",
     "--dev",
     "--chdir",

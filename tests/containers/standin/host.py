@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hive_core.containers.entering import confined
-from hive_core.containers.inside import KEYS_OF_THE_HOST, PROC_OF_THE_HOST, harness_environment
+from hive_core.containers.inside import ETC, KEYS_OF_THE_HOST, PROC_OF_THE_HOST, harness_environment
 from hive_core.containers.nixos_host import SHOWN, NixosHost
 from hive_core.containers.seccomp import filter_program
 from hive_core.protocol.words import StorePath, parse_store_path
@@ -149,7 +149,7 @@ def system_files(script: str, oneshots: Mapping[str, str], code: Path = ROOT) ->
     """The files of a system, each of them a program; `oneshots` are units that a switch starts."""
     program = filter_program()
     # As the unit has it: ProtectKernelTunables, ReadOnlyPaths, InaccessiblePaths, in a mount namespace of its own.
-    options = [word for path in PROC_OF_THE_HOST for word in ("--read-only", path)]
+    options = [word for path in (*PROC_OF_THE_HOST, ETC) for word in ("--read-only", path)]
     options += [word for path in (*KEYS_OF_THE_HOST, "/proc/kmsg") if os.path.exists(path) for word in ("--hide", path)]
     harness = ["/usr/bin/unshare", "--mount", *confined(program, _ENVIRONMENT, *options), "/bin/sh", "-c", script]
     harness = [word.replace(f"{ROOT}/hive_core", f"{code}/hive_core") for word in harness]
