@@ -25,12 +25,14 @@ class HttpGit:
     """
     authorizations  the header of each request that came, None where it had none
     elsewhere       where it redirects every request to, when that is set
+    error           what it says to every fetch in its place, when that is set
     """
 
     folder: Path
     url: str
     token: str | None = None
     elsewhere: str | None = None
+    error: str | None = None
     authorizations: list[str | None] = field(default_factory=list)
 
 
@@ -56,6 +58,13 @@ def serve_http(folder: Path, token: str | None = None) -> Iterator[HttpGit]:
                 self.send_response(401)
                 self.send_header("WWW-Authenticate", 'Basic realm="git"')
                 self.end_headers()
+                return
+            if served.error is not None:
+                line = f"ERR {served.error}"
+                self.send_response(200)
+                self.send_header("Content-Type", "application/x-git-upload-pack-advertisement")
+                self.end_headers()
+                self.wfile.write(f"001e# service=git-upload-pack\n0000{len(line) + 4:04x}{line}".encode())
                 return
             self._run()
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hive_core.git.hive_secrets import find_secret, forms_of
 from hive_core.git.remotes import Access, better_told, their_git
 from hive_core.git.sterile_git import GitFailed, GitLimits, Setting, run_git
 from hive_core.protocol.paths import sync_folder
@@ -147,6 +148,10 @@ class Mirror:
         try:
             return run_git(self.path, *words, limits=limits or self._limits.git(), setting=setting)
         except GitFailed as failed:
+            own = forms_of({"token": self.access.token.encode()} if self.access.token else {})
+            if find_secret(failed.printed.encode("utf-8", "replace"), own) is not None:
+                why = f"what {self.access.source.text} says holds the project's own token"
+                raise GitFailed(why, failed.over, failed.code) from None
             raise better_told(failed) from None
 
     def _to_theirs(self, option: str, service: str) -> list[str]:

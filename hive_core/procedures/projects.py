@@ -102,7 +102,8 @@ class ProjectMirrors:
     async def add(self, name: ProjectName, raw: object, given: dict[str, object], actor: str) -> Registered:
         """Register a repository, once its mirror is whole; or give one another credential, once its server takes that.
 
-        given: key, token and host_key, each may be absent. Raises Refusal; then nothing of it stays.
+        given: key, token and host_key, each may be absent. Raises Refusal; then all is as it was, but for another
+        credential that its server took before the fetch with it failed.
         """
         source = parse_source(raw)
         files = _credential_files(source, given)

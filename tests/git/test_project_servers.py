@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import json
 import os
@@ -117,6 +118,21 @@ async def test_a_server_that_repeats_the_token_is_quoted_to_nobody(tmp_path: Pat
             assert "did not take it, and what it says holds a secret of the hive's" in done.stderr
             (event,) = await hive.events("push_refused")
             assert TOKEN[:8] not in done.stderr + event["data"]
+
+
+@pytest.mark.parametrize("form", [TOKEN, base64.b64encode(f"hive:{TOKEN}".encode()).decode()])
+async def test_a_server_that_repeats_the_token_to_a_fetch_is_quoted_to_nobody(tmp_path: Path, form: str) -> None:
+    bare = make_bare(tmp_path)
+    with serve_http(bare.parent, TOKEN) as server:
+        async with open_project_hive(tmp_path) as hive:
+            added = await hive.mirrors.add(SITE, f"{server.url}/site.git", {"token": TOKEN}, "operator")
+            server.error = "not today"
+            with pytest.raises(Refusal, match=r"cannot fetch site: .*not today"):
+                await hive.mirrors.fetch(SITE)
+            server.error = f"who is {form}?"
+            with pytest.raises(Refusal, match=r"cannot fetch site: .* holds the project's own token") as caught:
+                await hive.mirrors.fetch(SITE)
+            assert form not in str(caught.value) + str((await hive.mirrors.projects.get(added.name)).trouble)
 
 
 async def test_of_several_branches_the_server_takes_all_or_none(tmp_path: Path) -> None:
