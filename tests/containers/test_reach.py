@@ -14,7 +14,7 @@ import httpx2
 import pytest
 import trio
 
-from hive_core.containers.inside import ETC_FILES, HOME, SYSTEM_PATHS, program_paths
+from hive_core.containers.inside import ETC, ETC_FILES, HOME, SYSTEM_PATHS, program_paths
 from hive_core.containers.mounts import MANAGER_TARGETS, TARGETS
 from hive_core.credentials import Credential
 from hive_core.programs import find_claude
@@ -32,7 +32,7 @@ SOCKETS = ("harness", "mcp", "model")
 HARMLESS = {1003, 1005, 1007, 1008, 1009, 5000, 5001, 5002, *range(136_000, 136_100)}
 TUNNEL = 10_200  # without a capability nothing can be made of it
 # What nixos-container and systemd-nspawn mount into each of theirs.
-OF_UNITS = ("/nix/var/nix/db", "/run/host/os-release", "/run/host/incoming")
+OF_UNITS = (ETC, "/nix/var/nix/db", "/run/host/os-release", "/run/host/incoming")
 # What is tried inside, by name; each is to be refused there, or found to be not there.
 PROBE = r"""
 import json, os, socket, stat, sys
