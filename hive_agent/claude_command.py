@@ -143,6 +143,9 @@ def environment(seat: Seat, credential: str, chosen: Mapping[str, str] | None = 
         "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",
         # Only what is listed is on: the program's own skills are not.
         "CLAUDE_CODE_DISABLE_BUNDLED_SKILLS": "1",
+        # What it noted for its later sessions, and turns that it set for a time, are files of the agent's own making.
+        "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
+        "CLAUDE_CODE_DISABLE_CRON": "1",
         # What runs on behind a turn is the harness's, which outlives this process and tells how it ended.
         "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",
         # Otherwise a turn begins without the hive's tools when they are not there within 2 s.

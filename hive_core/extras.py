@@ -37,6 +37,8 @@ _KEY = re.compile(r"([A-Za-z_][\w-]*)[ \t]*:(?:[ \t]+(.*)|[ \t]*)")
 _BLOCK = re.compile(r"[|>][+-]?\d?[+-]?")
 _ENDS = re.compile("\r\n|[\r\n\x85\u2028\u2029]")  # whatever some YAML takes for the end of a line
 _INLINE = re.compile("!`|```!")  # as the program looks for them: anywhere in a line
+# What it puts arguments in the place of before it looks, and so, without any, nothing.
+_ARGUMENT = re.compile(r"\$(?:\{[^}]*\}|\w+(?:\[\d*\])?)")
 # What the hooks of each type run or ask, and what of a hook is no more than how it is shown.
 _RUN_BY = {"command": "command", "prompt": "prompt", "agent": "prompt", "http": "url"}
 _SHOWN_BY = frozenset({"type", "timeout", "statusMessage"})
@@ -172,7 +174,18 @@ def _skill(where: str, name: str, files: Mapping[str, ExtraFile]) -> Extra:
 
 def _front_powers(text: str, front: Mapping[str, str]) -> list[str]:
     told = [f"sets {', '.join(sorted(front.keys() - _WORDS))}"] if front.keys() - _WORDS else []
-    return told + (["runs commands when it is loaded"] if _INLINE.search(text) else [])
+    return told + (["runs commands when it is loaded"] if _has_inline(text) else [])
+
+
+def _has_inline(text: str) -> bool:
+    """Whether it has commands that run, with or without arguments. One made of ever more of these is taken for it."""
+    for _ in range(8):
+        if _INLINE.search(text):
+            return True
+        former, text = text, _ARGUMENT.sub("", text)
+        if text == former:
+            return False
+    return True
 
 
 def _programs(files: Mapping[str, ExtraFile]) -> list[str]:
@@ -196,7 +209,7 @@ def _plugin(where: str, name: str, files: Mapping[str, ExtraFile]) -> Extra:
     powers = [*_hooks(where, files), *_servers(where, files)]
     offered: list[Offered] = []
     for path, file in files.items():
-        if not path.endswith(".md"):
+        if not path.lower().endswith(".md"):
             continue
         # Also of an agent, and of a command in a folder: wherever the program takes a text, its head is read.
         front = parse_front_matter(file.text)

@@ -26,6 +26,8 @@ from hive_core.containers.mounts import STATE, AgentDirs
 from hive_core.containers.seccomp import filter_program
 
 _ETC_OF_A_LOGIN = ("/etc/ssl", "/etc/pki", "/etc/static")
+# Whoever can write to a directory can put another one in the place of what is mounted below those in it.
+_SEALED = ("--remount-ro", ETC, "--remount-ro", "/")
 
 
 def bwrap_command(dirs: AgentDirs, claude: Path | None, status_fd: int | None, filter_fd: int | None) -> list[str]:
@@ -42,7 +44,7 @@ def bwrap_command(dirs: AgentDirs, claude: Path | None, status_fd: int | None, f
             argv += ["--symlink", target, path]
     for mount in dirs.mounts:
         argv += ["--ro-bind" if mount.read_only else "--bind", str(mount.source), mount.target]
-    return [*argv, "--remount-ro", ETC, "--chdir", STATE, "--"]
+    return [*argv, *_SEALED, "--chdir", STATE, "--"]
 
 
 def login_command(claude: Path, filter_fd: int | None) -> list[str]:
@@ -55,7 +57,7 @@ def login_command(claude: Path, filter_fd: int | None) -> list[str]:
         argv += ["--ro-bind-try", path, path]
     if not is_below(str(claude), SYSTEM_PATHS):
         argv += ["--ro-bind", str(claude), str(claude)]
-    return [*argv, "--remount-ro", ETC, "--chdir", HOME, "--", str(claude)]
+    return [*argv, *_SEALED, "--chdir", HOME, "--", str(claude)]
 
 
 def _bwrap(filter_fd: int | None) -> list[str]:

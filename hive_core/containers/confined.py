@@ -10,7 +10,7 @@ in there is the agent's by then, the interpreter's place and the loader's too: s
     --enter PID       be in the container of a process from now on, in every way; as its root
     --enter-as-is PID  the same, as the user that it is
     --empty DIR       put an empty, read-only directory over one
-    --read-only PATH  nothing below it can be written
+    --read-only PATH  nothing below it can be written; of /, nothing that has no other place mounted there
     --hide FILE       put /dev/null over a file
     --no-namespaces   nobody in here can make a user namespace
     --link PATH TO    make a link where nothing is yet
@@ -164,7 +164,9 @@ def _empty(folder: str) -> None:
 
 
 def _read_only(path: str) -> None:
-    if os.path.exists(path):
+    if path == "/":  # what is put over it nobody sees; its flags stay, of which some cannot be taken away
+        _mount(path, path, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | os.statvfs(path).f_flag & _QUIET)
+    elif os.path.exists(path):
         _mount(path, path, None, _MS_BIND | _MS_REC)
         _mount(path, path, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _QUIET)
 

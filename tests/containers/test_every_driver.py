@@ -110,7 +110,10 @@ async def test_the_system_can_be_used_and_not_changed(tmp_path: Path, sandbox: s
     places = ["/usr/canary", "/bin/canary", f"{sys.prefix}/canary", f"{ROOT}/hive_core/canary"]
     script = f"for f in {' '.join(places)}; do touch $f 2>/dev/null && echo wrote $f; done"
     # Where the program looks for settings that stand above all others.
-    script += "; mkdir /etc/claude-code && echo wrote settings; mv /etc /elsewhere && echo wrote another /etc"
+    script += "; mkdir /etc/claude-code && echo wrote settings"
+    # What holds the places where programs are mounted.
+    holders = ["/etc", "/bin", "/run", "/root", "/var", f"/{ROOT.parts[1]}"]
+    script += "".join(f"; mv {place} {place}.was && echo wrote another {place}" for place in holders)
     script += "; mount -o remount,rw /usr; echo end"
     _, said = await run(tmp_path, sandbox, script)
     assert "wrote" not in said

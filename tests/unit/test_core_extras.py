@@ -73,6 +73,13 @@ def test_a_skill_of_text_is_told_by_its_size_and_widens_nothing() -> None:
         ("SKILL.md", f"{SKILL}!`date`\n", False, "runs commands when it is loaded"),
         ("SKILL.md", f"{SKILL}\n```!\ndate\n```\n", False, "runs commands when it is loaded"),
         ("SKILL.md", f"{SKILL}\nRead it twice: ```!\ndate\n```\n", False, "runs commands when it is loaded"),
+        *(
+            ("SKILL.md", f"{SKILL}{inline}\n", False, "runs commands when it is loaded")
+            for inline in (
+                *("!$1`date`", "!$ARGUMENTS`date`", "!$ARGUMENTS[1]`date`", "!$ARGU$0MENTS`date`", "!$who`date`"),
+                *("``$0`!\ndate\n```", "!$1$2`date`", "$" * 99 + "x" + "{a}" * 99),
+            )
+        ),
         ("SKILL.md", SKILL.replace("name:", "allowed-tools: Bash\nname:"), False, "sets allowed-tools"),
         ("SKILL.md", SKILL.replace("name:", "hooks:\n  Stop: []\nname:"), False, "sets hooks"),
         ("SKILL.md", SKILL.replace("name:", '"hooks": {}\nname:'), False, 'sets "hooks": {}'),
@@ -86,6 +93,18 @@ def test_what_of_a_skill_runs_widens_and_is_named(path: str, text: str, executab
     first, second = told(NONE, extras)
     assert first.startswith("!skill files: + review: ")
     assert second == f"!skill files: + review: {power}"
+
+
+def test_a_skill_that_has_arguments_and_code_is_text_alone() -> None:
+    text = f"{SKILL}Look at $ARGUMENTS, and at `$1` of ${{CLAUDE_SKILL_DIR}}! Run `date`, never `rm $2`.\n"
+    assert told(NONE, parse({"skills/review/SKILL.md": text})) == [f"skill files: + review: 1 file, {len(text)} bytes"]
+
+
+def test_a_text_of_a_plugin_is_read_however_its_suffix_is_written() -> None:
+    plugin = {**PLUGIN, "plugins/fmt/commands/up.MD": "---\ndescription: Up.\nhooks: {}\n---\n!`ls`\n"}
+    lines = told(NONE, parse(plugin))
+    assert "!plugin files: + fmt: commands/up.MD sets hooks" in lines
+    assert "!plugin files: + fmt: commands/up.MD runs commands when it is loaded" in lines
 
 
 def test_a_plugin_widens_and_its_hooks_and_servers_are_named() -> None:
