@@ -15,7 +15,14 @@ from typing import Any
 
 import trio
 
-from hive_agent.claude_command import environment, flags, passing_session_flags, session_flags, user_line
+from hive_agent.claude_command import (
+    environment,
+    flags,
+    make_own_folders,
+    passing_session_flags,
+    session_flags,
+    user_line,
+)
 from hive_agent.claude_stream import DENIED, NO_TOOLS, Report, begins_turn
 from hive_agent.claude_usage import added
 from hive_agent.errands import GO_ON, SHOW_COST, compact, run_errand
@@ -206,6 +213,7 @@ class Claude(Runner):
         if program is not None and not (program.runs and (command, session) == (self._command, self._session)):
             await self._finish()
         if self._program is None:
+            make_own_folders(seat)
             argv = [*command.argv, *(passing_session_flags() if "check" in lease else session_flags(session))]
             self._program, self._command = await Program.start(replace(command, argv=argv)), command
             self._turns, self._last = 0, None

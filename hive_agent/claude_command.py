@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from hive_agent.claude_stream import INTERACTIVE
@@ -92,6 +94,15 @@ def _server(server: McpServer) -> dict[str, object]:
     if (allowed := server.get("allowed_tools")) is not None:
         command, *arguments = own_command("only", ",".join(allowed), "--", command, *arguments)
     return {"command": command, "args": arguments, "env": server["env"]}
+
+
+def make_own_folders(seat: Seat) -> None:
+    """Make the directories where links of the program's own lead; others are there. Raises OSError."""
+    own = Path(seat.config_dir)
+    for link in (*own.glob("*"), own / "plugins" / "data"):
+        if link.is_symlink():
+            with suppress(FileExistsError):  # a file of the agent's, of which the program will say more
+                os.makedirs(os.path.realpath(link), exist_ok=True)
 
 
 def session_flags(session: str | None) -> list[str]:

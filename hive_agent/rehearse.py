@@ -109,7 +109,7 @@ class Sessions:
 
     def __init__(self) -> None:
         config = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
-        self._folder = os.path.join(config, "rehearsal-sessions")
+        self._folder = os.path.join(config, "projects", "rehearsal-sessions")
 
     def holds(self, session: str) -> bool:
         return os.path.exists(os.path.join(self._folder, os.path.basename(session)))

@@ -49,7 +49,11 @@ def make_parser(program: str = "hive-agent") -> argparse.ArgumentParser:
     parser.add_argument("--mirrors", default="/mirrors", metavar="DIR", help="what they borrow objects from")
     parser.add_argument("--extras", default="/extras", metavar="DIR", help="its skills and plugins, as deployed")
     parser.add_argument("--claude", metavar="PATH", help="the claude executable, where there is one")
-    parser.add_argument("--claude-dir", metavar="DIR", help="its sessions and settings (default: ~/.claude)")
+    parser.add_argument(
+        "--claude-dir",
+        metavar="DIR",
+        help="its sessions and settings (default: DIR/config of --extras in a sandbox, else ~/.claude)",
+    )
     parser.add_argument(
         "--sandbox",
         choices=["bwrap", "nspawn", "nspawn-host-uids", "nixos-container", "none"],
@@ -77,6 +81,9 @@ def make_parser(program: str = "hive-agent") -> argparse.ArgumentParser:
 
 def seat_maker(arguments: argparse.Namespace) -> SeatMaker:
     home = os.environ.get("HOME") or arguments.state
+    in_sandbox = arguments.sandbox != "none"
+    # In a sandbox it can be read and not written, but for what the program itself writes.
+    own = f"{arguments.extras}/config" if in_sandbox else os.path.join(home, ".claude")
 
     def make_seat(agent: str, model_port: int, egress_port: int) -> Seat:
         return Seat(
@@ -88,10 +95,10 @@ def seat_maker(arguments: argparse.Namespace) -> SeatMaker:
             mirrors_dir=arguments.mirrors,
             extras_dir=arguments.extras,
             home=home,
-            config_dir=arguments.claude_dir or os.path.join(home, ".claude"),
+            config_dir=arguments.claude_dir or own,
             path=os.environ.get("PATH") or DEFAULT_PATH,
             claude=arguments.claude,
-            sandboxed=arguments.sandbox != "none",
+            sandboxed=in_sandbox,
             model_port=model_port,
             egress_port=egress_port,
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 import trio
 
 from hive_core.extras import ExtraFile, Extras
+from hive_core.program_config import NAME, NEW
 from hive_core.protocol.paths import sync_folder
 from hive_core.protocol.words import AgentName
 from hive_core.trees import open_folder, remove_tree
@@ -35,7 +36,7 @@ class ExtraFiles:
         return await trio.to_thread.run_sync(os.path.lexists, self._of(name) / digest)
 
     async def keep(self, name: AgentName, digest: str | None) -> None:
-        """Remove all but these; None: all. No program runs on others."""
+        """Remove all skills and plugins but these; None: all. No program runs on others."""
         await trio.to_thread.run_sync(self._keep, name, digest)
 
     def _of(self, name: AgentName) -> Path:
@@ -67,7 +68,7 @@ class ExtraFiles:
             return
         try:
             for entry in os.listdir(folder):
-                if entry != digest:
+                if entry not in (digest, NAME, NEW):
                     remove_tree(entry, folder)
         finally:
             os.close(folder)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hive_core.containers.inside import HOME
+from hive_core.program_config import make_program_config
 from hive_core.protocol.refusal import Refusal
 from hive_core.protocol.words import MANAGER, AgentName, Network
 
@@ -13,7 +14,7 @@ from hive_core.protocol.words import MANAGER, AgentName, Network
 RUN, STATE, CLAUDE = "/run/hive", "/state", f"{HOME}/.claude"
 SHARED = "/shared"  # written by all
 PROJECTS, MIRRORS = "/projects", "/mirrors"  # its clones; what they borrow objects from
-EXTRAS = "/extras"  # its skills and plugins, as deployed
+EXTRAS = "/extras"  # its skills and plugins, as deployed, and what its program takes for its own directory
 AGENTS, APPLIED, META = "/agents", "/applied", "/meta"  # the manager's
 TARGETS, MANAGER_TARGETS = (RUN, STATE, CLAUDE, SHARED, PROJECTS, MIRRORS, EXTRAS), (AGENTS, APPLIED, META)
 
@@ -55,6 +56,8 @@ class AgentDirs:
                 )
         for mount in self.mounts:
             mount.source.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self.opened:
+            make_program_config(self.extras, CLAUDE, f"{HOME}/.cache/claude")
 
     @property
     def run(self) -> Path:
@@ -68,7 +71,7 @@ class AgentDirs:
 
     @property
     def claude(self) -> Path:
-        """Sessions and settings of the program."""
+        """Sessions of the program."""
         return self._own(CLAUDE)
 
     @property

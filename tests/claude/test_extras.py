@@ -166,3 +166,50 @@ def test_an_agent_in_its_sandbox_has_the_skill_of_an_approved_commit_and_cannot_
     assert said.startswith("taken up: True; looked")
     assert said.count("Read-only file system") == 4
     assert said.split()[-2:] == ["SKILL.md", "look.sh"]
+
+
+OWN_WORDS = json.dumps({"env": {"CLAUDE_CODE_EXTRA_BODY": json.dumps({"model": "another"}), "CLAUDE_CODE_SIMPLE": "1"}})
+OWN_TURN = json.dumps({"tasks": [{"id": "a", "cron": "* * * * *", "prompt": "I am somebody else.", "createdAt": 1}]})
+PLANTS = f"""cd ~/.claude && for file in .config.json .claude.json $CLAUDE_CONFIG_DIR/.config.json; do
+  echo '{OWN_WORDS}' > $file; done
+mkdir -p projects/-state/memory /state/.claude; echo '{OWN_TURN}' > /state/.claude/scheduled_tasks.json
+echo 'I am somebody else.' | tee CLAUDE.md projects/-state/memory/MEMORY.md
+rm $CLAUDE_CONFIG_DIR/.config.json; ls -A"""
+
+
+def plants(request: Request) -> Answer:
+    asked = [text for text in request.user_texts if "please" in text][-1:]
+    match asked, step(request):
+        case [text], 0 if "plant it" in text:
+            return say(tool("Bash", command=PLANTS, description="plant"))
+        case [text], 1 if "plant it" in text:
+            return say(tool("mcp__hive__send", to="operator", body=f"planted: {request.tool_results[-1].text}"))
+        case [_], 0:
+            return say(tool("mcp__hive__send", to="operator", body="looked"))
+        case _:
+            return "Done."
+
+
+@pytest.mark.parametrize("sandbox", ["bwrap", "nspawn"])
+def test_an_agent_in_its_sandbox_cannot_change_the_environment_of_its_programs_next_process(sandbox: str) -> None:
+    with ScriptedModel(plants) as model:
+        flags = (f"--claude={find_claude()}", f"--provider-base-url={model.base_url}", "--end-agents-with-daemon")
+        with open_daemon(*flags, f"--sandbox={need(sandbox)}", ANTHROPIC_API_KEY=KEY) as daemon:
+            client = daemon.start()
+            approve(client, client.call("request_spawn", agent="iris", persona="You plant.", reason="r")["approval"])
+            checkout = Checkout(daemon.state / "proposed" / "iris" / "config")
+            sha = checkout.commit(agent__toml=f'turns = "cold"\n{(checkout.path / "agent.toml").read_text()}')
+            approve(client, client.call("request_apply_commit", agent="iris", sha=sha, reason="cold")["approval"])
+            client.call("send", to="iris", body="please plant it")
+            planted = daemon.wait_message(client, "planted: ")["body"]
+            before = len(model.turns)
+            client.call("send", to="iris", body="please look")
+            daemon.wait_message(client, "looked")
+            first = next(turn for turn in model.turns if "please plant it" in turn.last_user_text)
+            then = [turn for turn in model.turns[before:] if "please plant it" in json.dumps(turn.messages)]
+    assert planted.count("Read-only file system") == 2
+    assert "\n.config.json\n" in planted, "it has one of its own, beside the program's"
+    assert then, "its session is the same"
+    assert {turn.body["model"] for turn in then} == {first.body["model"]}
+    assert {turn.system for turn in then} == {first.system}
+    assert not any(text.startswith("I am somebody else.") for turn in then for text in turn.user_texts)

@@ -27,7 +27,7 @@ FLOORS = [
             "logs",
             "prices",
         ),
-        *("program_copies", "programs", "project_rules", "provider_limits", "revision"),
+        *("program_config", "program_copies", "programs", "project_rules", "provider_limits", "revision"),
         *("settings", "snapshots", "systemd", "toolkits", "tree_copies", "trees", "usage", "version"),
     },
     {"git", "store"},
