@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -119,6 +120,22 @@ async def test_the_system_can_be_used_and_not_changed(tmp_path: Path, sandbox: s
     assert "wrote" not in said
     assert said.endswith("end")
     assert not any(Path(place).exists() for place in places)
+
+
+async def test_the_directory_of_its_program_is_read_only_but_for_what_the_program_writes(
+    tmp_path: Path, sandbox: str
+) -> None:
+    script = "cd /extras/config; cat .config.json; echo; readlink projects; readlink plugins/data; readlink session-env"
+    script += "; for f in .config.json projects; do rm $f 2>/dev/null || echo no; done; touch x 2>/dev/null || echo no"
+    script += "; mkdir -p ~/.claude/projects && touch projects/a && ls ~/.claude/projects"
+    code, said = await run(tmp_path, sandbox, script)
+    assert code == 0, said
+    known, *lines = said.splitlines()
+    assert json.loads(known)["userID"]
+    assert lines == [
+        *("/root/.claude/projects", "/root/.claude/plugins/data", "/root/.cache/claude/session-env"),
+        *("no", "no", "no", "a"),
+    ]
 
 
 async def test_our_own_program_can_be_run(tmp_path: Path, sandbox: str) -> None:
