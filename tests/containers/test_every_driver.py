@@ -16,6 +16,7 @@ import trio
 
 from hive_core.containers.bounds import Bounds
 from hive_core.containers.former import FormerContainers
+from hive_core.containers.inside import HOME
 from hive_core.containers.host_process import LINES_MOST, HostProcessDriver
 from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.nspawn import HOST_UIDS
@@ -113,7 +114,7 @@ async def test_the_system_can_be_used_and_not_changed(tmp_path: Path, sandbox: s
     # Where the program looks for settings that stand above all others.
     script += "; mkdir /etc/claude-code && echo wrote settings"
     # What holds the places where programs are mounted.
-    holders = ["/etc", "/bin", "/run", "/root", "/var", f"/{ROOT.parts[1]}"]
+    holders = ["/etc", "/bin", "/run", HOME, "/var", f"/{ROOT.parts[1]}"]
     script += "".join(f"; mv {place} {place}.was && echo wrote another {place}" for place in holders)
     script += "; mount -o remount,rw /usr; echo end"
     _, said = await run(tmp_path, sandbox, script)
@@ -133,7 +134,7 @@ async def test_the_directory_of_its_program_is_read_only_but_for_what_the_progra
     known, *lines = said.splitlines()
     assert json.loads(known)["userID"]
     assert lines == [
-        *("/root/.claude/projects", "/root/.claude/plugins/data", "/root/.cache/claude/session-env"),
+        *(f"{HOME}/.claude/projects", f"{HOME}/.claude/plugins/data", f"{HOME}/.cache/claude/session-env"),
         *("no", "no", "no", "a"),
     ]
 
