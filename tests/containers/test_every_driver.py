@@ -16,8 +16,8 @@ import trio
 
 from hive_core.containers.bounds import Bounds
 from hive_core.containers.former import FormerContainers
-from hive_core.containers.inside import HOME
 from hive_core.containers.host_process import LINES_MOST, HostProcessDriver
+from hive_core.containers.inside import HOME
 from hive_core.containers.mounts import agent_dirs
 from hive_core.containers.nspawn import HOST_UIDS
 from hive_core.containers.printed import LOG_LIMIT_BYTES
