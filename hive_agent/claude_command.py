@@ -97,11 +97,11 @@ def _server(server: McpServer) -> dict[str, object]:
 
 
 def make_own_folders(seat: Seat) -> None:
-    """Make the directories where links of the program's own lead; others are there. Raises OSError."""
+    """Make the directories where links of the program's own lead; others are there."""
     own = Path(seat.config_dir)
     for link in (*own.glob("*"), own / "plugins" / "data"):
         if link.is_symlink():
-            with suppress(FileExistsError):  # a file of the agent's, of which the program will say more
+            with suppress(OSError):  # a file in the way, a full disk: the program says so, or does without
                 os.makedirs(os.path.realpath(link), exist_ok=True)
 
 

@@ -82,8 +82,10 @@ def make_parser(program: str = "hive-agent") -> argparse.ArgumentParser:
 def seat_maker(arguments: argparse.Namespace) -> SeatMaker:
     home = os.environ.get("HOME") or arguments.state
     in_sandbox = arguments.sandbox != "none"
-    # In a sandbox it can be read and not written, but for what the program itself writes.
-    own = f"{arguments.extras}/config" if in_sandbox else os.path.join(home, ".claude")
+    # In a sandbox it can be read and not written, but for what the program itself writes. A host of another version
+    # than ours may have none.
+    own = f"{arguments.extras}/config"
+    own = own if in_sandbox and os.path.isdir(own) else os.path.join(home, ".claude")
 
     def make_seat(agent: str, model_port: int, egress_port: int) -> Seat:
         return Seat(

@@ -68,7 +68,7 @@ class ExtraFiles:
             return
         try:
             for entry in os.listdir(folder):
-                if entry not in (digest, NAME, NEW):
+                if entry not in (digest, NAME) and not entry.startswith(NEW):
                     remove_tree(entry, folder)
         finally:
             os.close(folder)

@@ -8,7 +8,6 @@ which does not. All else that Claude Code finds there would be configuration whi
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
@@ -17,25 +16,24 @@ from pathlib import Path
 
 from hive_core.protocol.paths import sync_folder
 
-NAME, NEW = "config", ".config.new"
+NAME, NEW = "config", ".config.new."
+FILE = ".config.json"
 KEPT = ("projects", "file-history", "plans", "plugins/data", "tasks", "todos")
 PASSING = ("cache", "debug", "session-env", "sessions", "shell-snapshots")
 
 
 def make_program_config(extras: Path, kept: str, passing: str) -> None:
-    """Have it lie in an agent's extras, whole. Again is fine.
+    """Have it lie in an agent's extras, whole and on disk, before anything runs that sees it. Again is fine.
 
     kept, passing: the directories, inside, that the links lead to. The harness makes what is missing there.
 
     Raises OSError.
     """
-    if (extras / NAME).exists():
+    if _is_whole(extras / NAME, kept, passing):
         return
-    fresh = extras / NEW
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(fresh)
+    fresh = extras / f"{NEW}{secrets.token_hex(6)}"
     fresh.mkdir(mode=0o755)
-    # All that it would write at a first start, so that it has nothing to write: it tries for long.
+    # All that it would write at a first start, so that it has nothing to write.
     known = {
         "userID": secrets.token_hex(32),
         "machineID": secrets.token_hex(32),
@@ -45,13 +43,41 @@ def make_program_config(extras: Path, kept: str, passing: str) -> None:
         "sonnet1m45MigrationComplete": True,
         "seenNotifications": {},
     }
-    (fresh / ".config.json").write_text(json.dumps(known))
-    for folder, names in ((kept, KEPT), (passing, PASSING)):
-        for name in names:
-            (fresh / name).parent.mkdir(exist_ok=True)
-            (fresh / name).symlink_to(f"{folder}/{name}")
-    for path in (fresh, *fresh.rglob("*")):  # whatever our umask is
+    with open(fresh / FILE, "w", encoding="utf-8") as file:
+        json.dump(known, file)
+        file.flush()
+        os.fsync(file.fileno())
+    for name, target in _links(kept, passing).items():
+        (fresh / name).parent.mkdir(exist_ok=True)
+        (fresh / name).symlink_to(target)
+    for path in (*fresh.rglob("*"), fresh):
         if not path.is_symlink():
-            path.chmod(0o755 if path.is_dir() else 0o644)
-    sync_folder(fresh)
+            path.chmod(0o755 if path.is_dir() else 0o644)  # whatever our umask is
+        if path.is_dir() and not path.is_symlink():
+            sync_folder(path)
+    for name in os.listdir(extras):  # another layout, what a power cut left of one, and what died on its way here
+        if name == NAME or (name.startswith(NEW) and name != fresh.name):
+            _remove(extras / name)
     os.rename(fresh, extras / NAME)
+    sync_folder(extras)
+
+
+def _links(kept: str, passing: str) -> dict[str, str]:
+    return {name: f"{folder}/{name}" for folder, names in ((kept, KEPT), (passing, PASSING)) for name in names}
+
+
+def _is_whole(config: Path, kept: str, passing: str) -> bool:
+    try:
+        known = json.loads((config / FILE).read_bytes())
+        return isinstance(known, dict) and all(
+            os.readlink(config / name) == target for name, target in _links(kept, passing).items()
+        )
+    except (OSError, ValueError):
+        return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

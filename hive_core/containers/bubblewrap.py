@@ -15,6 +15,8 @@ from hive_core.containers.inside import (
     HOME,
     KEYS_OF_THE_HOST,
     NETWORK_FILES,
+    OUR_PASSWD,
+    PASSWD,
     PROC_OF_THE_HOST,
     SYSTEM_PATHS,
     in_memory,
@@ -77,7 +79,7 @@ def _system() -> list[str]:
     argv += ["--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", HOME, "--tmpfs", ETC, *system_binds()]
     for path in ETC_FILES:
         argv += ["--ro-bind-try", path, path]
-    return argv
+    return [*argv, "--ro-bind", OUR_PASSWD, PASSWD, "--perms", "1777", "--tmpfs", "/var/tmp"]
 
 
 def _host_network() -> list[str]:

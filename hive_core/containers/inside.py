@@ -24,6 +24,8 @@ ETC_FILES = (
     # The certificates that are trusted, and where they lead on (NixOS, Fedora). Beside those lie private keys.
     *("/etc/ssl/certs", "/etc/static/ssl/certs", "/etc/pki/tls/certs", "/etc/pki/ca-trust/extracted"),
 )
+PASSWD = "/etc/passwd"  # who is who in there: ssh, for one, runs for nobody that it does not name
+OUR_PASSWD = str(Path(__file__).with_name("passwd"))
 # How the names of the host's network are found, for who has that.
 NETWORK_FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")
 HOME = "/root"  # inside

@@ -31,6 +31,8 @@ from hive_core.containers.inside import (
     HOME,
     KEYS_OF_THE_HOST,
     NETWORK_FILES,
+    OUR_PASSWD,
+    PASSWD,
     PROC_OF_THE_HOST,
     SYSTEM_PATHS,
     harness_environment,
@@ -69,7 +71,8 @@ def nspawn_command(machine: str, dirs: AgentDirs, claude: Path | None, base: int
     argv += [f"--private-users={'identity' if base is None else f'{base}:{UIDS}'}"]
     argv += ["--private-network"] if dirs.network == "private" else list(LANDLOCK)
     argv += ["--private-users-ownership=off", "--console=pipe", "--link-journal=no", "--timezone=off"]
-    argv += ["--resolv-conf=off", "--no-new-privileges=yes", f"--tmpfs={HOME}:mode=0700"]
+    argv += ["--resolv-conf=off", "--no-new-privileges=yes", f"--tmpfs={HOME}:mode=0700", "--tmpfs=/var/tmp:mode=1777"]
+    argv += [f"--bind-ro={_escaped(OUR_PASSWD)}:{PASSWD}"]
     for path in (*ETC_FILES, *(NETWORK_FILES if dirs.network == "host" else ())):
         argv += [f"--bind-ro={path}"] if os.path.exists(path) else []
     for path in _system_outside_usr():

@@ -300,7 +300,7 @@ def owned(tmp_path: Path) -> Path:
     """A hive's state directory that belongs to a user without any rights, as the directories of iris do."""
     agent_dirs(tmp_path / "hive", tmp_path / "hive" / "runtime", IRIS).make()
     for path in (tmp_path / "hive", *(tmp_path / "hive").rglob("*")):
-        os.chown(path, OWNER, GROUP)
+        os.chown(path, OWNER, GROUP, follow_symlinks=False)
     let_all_enter(tmp_path)
     return tmp_path / "hive"
 

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 import trio
 
-from hive_core.containers.inside import ETC, ETC_FILES, HOME, SYSTEM_PATHS, program_paths
+from hive_core.containers.inside import ETC, ETC_FILES, HOME, PASSWD, SYSTEM_PATHS, program_paths
 from hive_core.containers.mounts import MANAGER_TARGETS, TARGETS
 from hive_core.credentials import Credential
 from hive_core.programs import find_claude
@@ -186,14 +186,18 @@ async def test_what_a_container_reaches_is_what_the_table_says(tmp_path: Path, s
     wanted = {mount.target: "ro" if mount.read_only else "rw" for mount in own.mounts}
     assert mounts == wanted
     assert set(seen.values()) == {"ro"}
-    assert set(seen) <= {*SYSTEM_PATHS, *program_paths(find_claude()), *(OF_UNITS if sandbox in UNITS else ETC_FILES)}
+    assert set(seen) <= {
+        *SYSTEM_PATHS,
+        *program_paths(find_claude()),
+        *(OF_UNITS if sandbox in UNITS else (*ETC_FILES, PASSWD)),
+    }
 
 
 def test_the_table_of_the_docs_names_every_mount_and_all_that_is_seen_of_the_host() -> None:
     table = (ROOT / "docs" / "isolation.md").read_text().partition("| an agent reaches | how |")[2].partition("\n\n")[0]
     named = set(re.findall(r"`([/~][^`]*)`", table))
     named = {name.replace("~", "/root").replace("/NAME/config", "") for name in named}
-    assert {*TARGETS, *MANAGER_TARGETS, *SYSTEM_PATHS, *ETC_FILES, *OF_UNITS} <= named
+    assert {*TARGETS, *MANAGER_TARGETS, *SYSTEM_PATHS, *ETC_FILES, PASSWD, *OF_UNITS} <= named
 
 
 ASK = """
