@@ -62,7 +62,7 @@ def owned(tmp_path: Path) -> Path:
     dirs = agent_dirs(tmp_path / "hive", tmp_path / "hive" / "runtime", IRIS)
     dirs.make()
     for path in (tmp_path / "hive", *(tmp_path / "hive").rglob("*")):
-        os.chown(path, OWNER, GROUP)
+        os.chown(path, OWNER, GROUP, follow_symlinks=False)
     let_all_enter(tmp_path)
     return tmp_path / "hive"
 
@@ -340,7 +340,7 @@ def test_a_disk_that_hangs_holds_up_nobody_but_the_agent_whose_it_is(tmp_path: P
         pytest.skip("the interpreter stands where nobody but its user can read: bwrap, as another user, cannot bind it")
     agent_dirs(owned, owned / "runtime", AgentName("argus")).make()
     for path in (*(owned / "agents").rglob("*"), *(owned / "runtime").rglob("*")):
-        os.chown(path, OWNER, GROUP)
+        os.chown(path, OWNER, GROUP, follow_symlinks=False)
     serve(tmp_path, owned, "exit 7", sandbox)
     hung, said = {"verb": "start", "name": "iris"}, []
     with hanging(owned / "agents" / "iris" / "state"):
