@@ -6,15 +6,20 @@ import hashlib
 import http.server
 import io
 import json
+import subprocess
 import sys
 import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
 
 from tests.claude.test_story import step
 from tests.containers.drivers import need
 from tests.daemons import KEY, open_daemon
+from tests.git_servers import serve_ssh
 from tests.needs import find_claude
 from tests.nspawn.test_reach import NAMED
 from tests.scripted_model import Answer, Request, ScriptedModel, say, text_of, tool
@@ -105,3 +110,37 @@ def test_claude_fetches_a_page_installs_a_package_and_is_told_what_it_may_not_re
     assert [(row["host"], row["port"]) for row in found["hosts"]] == [(NAMED, port)]
     # Nothing that the program tries of its own accord is wished for: neither its provider, nor what it reports to.
     assert wished == ["unlisted.example:443"], json.dumps(found["refusals"])
+
+
+@pytest.mark.parametrize("sandbox", ["bwrap", "nspawn"])
+def test_git_of_an_agent_reaches_an_ssh_server_that_was_named_through_the_proxy(tmp_path: Path, sandbox: str) -> None:
+    with serve_ssh(tmp_path / "sshd") as server:
+        subprocess.run(["git", "init", "-q", "--bare", "-b", "trunk", tmp_path / "site.git"], check=True)
+        ssh = 'GIT_SSH_COMMAND="$GIT_SSH_COMMAND -i /state/key -o StrictHostKeyChecking=accept-new"'
+        command = f"chmod 600 /state/key; {ssh} git ls-remote --symref {server.url}{tmp_path}/site.git HEAD; echo $?"
+
+        def answer(request: Request) -> Answer:
+            if request.is_side or "fetch it" not in request.last_user_text:
+                return "ok"
+            match step(request):
+                case 0:
+                    return say(tool("Bash", command=command, description="look"))
+                case 1:
+                    return say(tool("mcp__hive__send", to="operator", body=f"told: {request.tool_results[-1].text}"))
+                case _:
+                    return "Done."
+
+        with ScriptedModel(answer) as model:
+            flags = (f"--claude={find_claude()}", f"--provider-base-url={model.base_url}", f"--sandbox={need(sandbox)}")
+            with open_daemon(*flags, "--end-agents-with-daemon", ANTHROPIC_API_KEY=KEY) as daemon:
+                client = daemon.start()
+                deploy(daemon, client, "hm1nd", [server.url.partition("@")[2]])
+                (daemon.state / "agents" / "hm1nd" / "state" / "key").write_text(server.key.read_text())
+                client.call("send", to="hm1nd", body="fetch it")
+                told = daemon.wait_message(client, "told: ")["body"]
+                found = client.call("reach", agent="hm1nd")
+    assert told.splitlines()[-1] == "0", told
+    assert [(row["host"], str(row["port"])) for row in found["hosts"]] == [
+        tuple(server.url.partition("@")[2].split(":"))
+    ]
+    assert "Accepted publickey" in server.log.read_text()
