@@ -16,7 +16,7 @@ import pytest
 
 from hive_agent.serve_cli import make_parser, seat_maker
 from hive_core.containers.bubblewrap import bwrap_command
-from hive_core.containers.inside import PROC_OF_THE_HOST, SYSTEM_PATHS, is_below
+from hive_core.containers.inside import OUR_PASSWD, PROC_OF_THE_HOST, SYSTEM_PATHS, is_below
 from hive_core.containers.mounts import AgentDirs, agent_dirs
 from hive_core.containers.printed import keep_printed
 from hive_core.containers.process import ProcessDriver
@@ -35,6 +35,7 @@ WITH_ONE = {
     "--seccomp",
     "--tmpfs",
     "--remount-ro",
+    "--perms",
     "--proc",
     "--dev",
     "--chdir",
@@ -99,7 +100,7 @@ def test_nothing_of_the_host_is_seen_but_the_system_and_the_program(tmp_path: Pa
     seen = [option[1] for option in options(argv) if option[0].startswith("--ro-bind")]
     assert str(claude) in seen
     mine = [str(path) for path in (dirs_in(tmp_path).run, dirs_in(tmp_path).mirrors, dirs_in(tmp_path).extras)]
-    seen = [path for path in seen if path not in ("/dev/null", *PROC_OF_THE_HOST, *mine)]
+    seen = [path for path in seen if path not in ("/dev/null", OUR_PASSWD, *PROC_OF_THE_HOST, *mine)]
     for path in seen:
         private = [str(tmp_path), "/", "/root", "/home", "/etc", "/var", "/run", "/tmp", os.getcwd(), str(Path.home())]
         assert path not in private
