@@ -51,9 +51,10 @@ def make_program_config(extras: Path, kept: str, passing: str) -> None:
         (fresh / name).parent.mkdir(exist_ok=True)
         (fresh / name).symlink_to(target)
     for path in (*fresh.rglob("*"), fresh):
-        if not path.is_symlink():
-            path.chmod(0o755 if path.is_dir() else 0o644)  # whatever our umask is
-        if path.is_dir() and not path.is_symlink():
+        if path.is_symlink():  # which leads to where the daemon may be forbidden to look
+            continue
+        path.chmod(0o755 if path.is_dir() else 0o644)  # whatever our umask is
+        if path.is_dir():
             sync_folder(path)
     for name in os.listdir(extras):  # another layout, what a power cut left of one, and what died on its way here
         if name == NAME or (name.startswith(NEW) and name != fresh.name):
