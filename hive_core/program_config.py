@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 from pathlib import Path
 
 from hive_core.protocol.paths import sync_folder
+from hive_core.trees import open_folder, remove_tree
 
 NAME, NEW = "config", ".config.new."
 FILE = ".config.json"
@@ -56,11 +56,15 @@ def make_program_config(extras: Path, kept: str, passing: str) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)  # whatever our umask is
         if path.is_dir():
             sync_folder(path)
-    for name in os.listdir(extras):  # another layout, what a power cut left of one, and what died on its way here
-        if name == NAME or (name.startswith(NEW) and name != fresh.name):
-            _remove(extras / name)
-    os.rename(fresh, extras / NAME)
-    sync_folder(extras)
+    folder = open_folder(extras)
+    try:
+        for name in os.listdir(folder):  # another layout, what a power cut left of one, and what died on its way here
+            if name == NAME or (name.startswith(NEW) and name != fresh.name):
+                remove_tree(name, folder)
+        os.rename(fresh.name, NAME, src_dir_fd=folder, dst_dir_fd=folder)
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _links(kept: str, passing: str) -> dict[str, str]:
@@ -75,10 +79,3 @@ def _is_whole(config: Path, kept: str, passing: str) -> bool:
         )
     except (OSError, ValueError):
         return False
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
